@@ -1,0 +1,31 @@
+"""Record how a model would be built, then give each tensor its value once."""
+
+from fabric_init.errors import (
+    CheckpointError,
+    CheckpointFormatError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    FabricInitError,
+    RecordingError,
+    UninitializedTensorError,
+)
+from fabric_init.fabric import Fabric
+from fabric_init.filling.materialize import materialize
+from fabric_init.filling.report import InitReport
+from fabric_init.recording.empty_init import deferred_init
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointFormatError",
+    "CheckpointMismatchError",
+    "CheckpointNotFoundError",
+    "Fabric",
+    "FabricInitError",
+    "InitReport",
+    "RecordingError",
+    "UninitializedTensorError",
+    "deferred_init",
+    "materialize",
+]

@@ -1,0 +1,31 @@
+"""Reading checkpoints: plan from the header, then read each tensor, or a region of it, once.
+
+:func:`open_checkpoint` turns a path into a :class:`CheckpointReader`. Nothing here runs code from a file, and whatever
+bytes a file holds, what is wrong with it is a :class:`~fabric_init.errors.CheckpointError` with its name in it.
+"""
+
+from __future__ import annotations
+
+from fabric_init.checkpoints.opening import open_checkpoint
+from fabric_init.checkpoints.reader import CheckpointReader, TensorSpec
+from fabric_init.checkpoints.region import Box, Region, Span, take
+from fabric_init.checkpoints.renaming import Suggestion, likely_renames, rename_keys
+from fabric_init.checkpoints.safetensors import SafetensorsReader
+from fabric_init.checkpoints.sharded import ShardedReader
+from fabric_init.checkpoints.torch_file import TorchFileReader
+
+__all__ = [
+    "Box",
+    "CheckpointReader",
+    "Region",
+    "SafetensorsReader",
+    "ShardedReader",
+    "Span",
+    "Suggestion",
+    "TensorSpec",
+    "TorchFileReader",
+    "likely_renames",
+    "open_checkpoint",
+    "rename_keys",
+    "take",
+]

@@ -1,0 +1,178 @@
+"""The bytes of one file as tensors: mapped into memory, or copied out by plain reads.
+
+Both know nothing of formats. A format's reader finds out where a tensor lies and asks for a window of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap as _mmap
+import os
+import stat
+import sys
+from io import FileIO
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from fabric_init.checkpoints.region import Window
+from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
+
+# Without it Linux refuses a private writable map larger than memory plus swap, although most of it is never written.
+# Python 3.11 lacks the name; the number is the one of x86, Arm and RISC-V.
+_MAP_NORESERVE: int = getattr(_mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+# Runs shorter than this are read together with the gap between them: one system call costs about as much as this copy.
+_GATHER_BYTES = 1 << 20
+
+
+class FileBytes(Protocol):
+    """The bytes of one open file; every method may be called from any thread."""
+
+    path: Path
+    size: int
+    """Bytes in the file when it was opened."""
+
+    def head(self, stop: int) -> bytes:
+        """The first ``stop`` bytes; fewer when the file is shorter."""
+        ...
+
+    def tensor(self, dtype: torch.dtype, offset: int, window: Window) -> torch.Tensor:
+        """The ``window`` (in elements) of a row-major tensor whose first byte lies at ``offset``, on the CPU.
+
+        Raises :class:`~fabric_init.errors.CheckpointFormatError` when the file no longer holds those bytes.
+        """
+        ...
+
+
+def open_bytes(path: Path, *, mmap: bool) -> FileBytes:
+    """Open a regular file: mapped privately (zero copy, copy on write), or for plain reads that copy.
+
+    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when it is missing and
+    :class:`~fabric_init.errors.CheckpointFormatError` when it is a folder, a pipe, empty or not readable.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            # Asked before open(): opening a pipe would wait for a writer.
+            what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+            raise CheckpointFormatError(f"{path} is {what}; expected a checkpoint file.")
+        with FileIO(path) as file:
+            found = os.fstat(file.fileno())
+            if not found.st_size:
+                raise CheckpointFormatError(f"{path} is empty (0 bytes): fetch or save it again.")
+            return _Mapped(path, file, found.st_size) if mmap else _Plain(path, found)
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(f"{path} does not exist.") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointFormatError):
+            raise
+        raise CheckpointFormatError(f"{path} cannot be read: {error}. Check its permissions and path.") from error
+
+
+class _Mapped:
+    """A private copy-on-write map: tensors are views of it, and writes to them stay in this process.
+
+    Each tensor gets a storage of its own, exactly as long as its window: code that compares storages (tied weights,
+    ``torch.save``) sees what it would see after a copy.
+    """
+
+    def __init__(self, path: Path, file: FileIO, size: int) -> None:
+        self.path = path
+        self.size = size
+        if sys.platform == "win32":
+            self._map = _mmap.mmap(file.fileno(), size, access=_mmap.ACCESS_COPY)
+        else:
+            flags = _mmap.MAP_PRIVATE | _MAP_NORESERVE
+            self._map = _mmap.mmap(file.fileno(), size, flags=flags, prot=_mmap.PROT_READ | _mmap.PROT_WRITE)
+
+    def head(self, stop: int) -> bytes:
+        return self._map[:stop]
+
+    def tensor(self, dtype: torch.dtype, offset: int, window: Window) -> torch.Tensor:
+        count = window.extent
+        if not count:
+            return torch.empty(window.sizes, dtype=dtype, device="cpu")
+        if self._map.size() < self.size:
+            # Touching a page past the end would kill the process with SIGBUS.
+            raise CheckpointFormatError(_changed(self.path, self.size))
+        start = offset + window.start * dtype.itemsize
+        if start % dtype.itemsize:
+            # Legal in old files whose header was not padded; kernels may assume alignment, so this one is a copy.
+            raw = torch.frombuffer(self._map, dtype=torch.uint8, count=count * dtype.itemsize, offset=start)
+            flat = raw.clone().view(dtype)
+        else:
+            flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=start)
+        # detach() drops the autograd view record: what is returned becomes a parameter and should be nobody's view.
+        return flat.as_strided(window.sizes, window.strides).detach()
+
+
+class _Plain:
+    """Plain reads into new memory. What was read stays if the file changes; a change between open and read is seen."""
+
+    def __init__(self, path: Path, found: os.stat_result) -> None:
+        self.path = path
+        self.size = found.st_size
+        self._identity = _identity(found)
+
+    def head(self, stop: int) -> bytes:
+        with FileIO(self.path) as file:
+            data = bytearray(min(stop, self.size))
+            _read_into(file, 0, memoryview(data), self)
+            return bytes(data)
+
+    def tensor(self, dtype: torch.dtype, offset: int, window: Window) -> torch.Tensor:
+        out = torch.empty(window.sizes, dtype=dtype, device="cpu")
+        if not out.numel():
+            return out
+        try:
+            # Opened anew each time: no lock between threads, no descriptor held open.
+            with FileIO(self.path) as file:
+                self._gather(file, out, offset, window)
+                if _identity(os.fstat(file.fileno())) != self._identity:
+                    raise CheckpointFormatError(_changed(self.path, self.size))
+        except OSError as error:
+            raise CheckpointFormatError(f"{self.path} can no longer be read: {error}.") from error
+        return out
+
+    def _gather(self, file: FileIO, out: torch.Tensor, offset: int, window: Window) -> None:
+        """Fill the contiguous ``out``: in one read where the window is one run or a small range, else row by row."""
+        size, start = out.element_size(), offset + window.start * out.element_size()
+        extent = window.extent
+        if extent == out.numel():
+            _read_into(file, start, _memory(out), self)
+        elif extent * size <= _GATHER_BYTES:
+            scratch = torch.empty(extent, dtype=out.dtype, device="cpu")
+            _read_into(file, start, _memory(scratch), self)
+            out.copy_(scratch.as_strided(window.sizes, window.strides))
+        else:
+            for row in range(window.sizes[0]):
+                inner = Window(window.start + row * window.strides[0], window.sizes[1:], window.strides[1:])
+                self._gather(file, out[row], offset, inner)
+
+
+def _read_into(file: FileIO, start: int, target: memoryview, source: FileBytes) -> None:
+    file.seek(start)
+    while target:
+        # One call returns at most about 2 GiB.
+        got = file.readinto(target)
+        if not got:
+            raise CheckpointFormatError(_changed(source.path, source.size))
+        target = target[got:]
+
+
+def _memory(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, writable; ``Tensor.numpy`` knows neither bfloat16 nor fp8."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _changed(path: Path, size: int) -> str:
+    return (
+        f"{path} changed after it was opened (it held {size:,} bytes then). Open it again; save a new checkpoint "
+        f"beside the old one and rename it, rather than over it."
+    )

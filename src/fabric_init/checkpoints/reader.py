@@ -1,0 +1,51 @@
+"""What a checkpoint format has to offer so that it can be planned from its header and read in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from fabric_init.checkpoints.region import Region
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What the header says about one tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+class CheckpointReader(Protocol):
+    """One open checkpoint.
+
+    Order of calls: :func:`~fabric_init.checkpoints.opening.open_checkpoint` reads the header and returns a reader; then
+    ``keys`` and ``spec`` answer without touching a byte of weight; then ``read`` as often as wanted, from any thread.
+    """
+
+    path: Path
+    """The file or folder that was asked for; error messages name it."""
+    format: str
+    """The format, in words, for reports: ``"safetensors"``, ``"sharded safetensors"``, ``"torch"``."""
+    note: str | None
+    """Anything the user should know of how it was read (``"state dict found under 'model'"``), else ``None``."""
+
+    def keys(self) -> Sequence[str]:
+        """Every tensor's checkpoint key, in the file's own order."""
+        ...
+
+    def spec(self, key: str) -> TensorSpec:
+        """Shape and dtype of one tensor, from the header. Raises ``KeyError`` for an unknown key."""
+        ...
+
+    def read(self, key: str, region: Region | None = None) -> torch.Tensor:
+        """The tensor, or the named region of it, on the CPU, in the checkpoint's dtype.
+
+        When the file is mapped, the result is a view of a private copy-on-write map: writing to it never reaches the
+        file. Raises :class:`~fabric_init.errors.CheckpointFormatError` when the bytes are not there.
+        """
+        ...

@@ -1,0 +1,102 @@
+"""Which part of a full tensor is meant: an n-dimensional box, or a span of the flattened tensor.
+
+A sharded strategy keeps only a part of each tensor. :class:`Box` is what a DTensor shard is (FSDP2, tensor parallel),
+:class:`Span` is what a flat shard is (ZeRO-3). ``None`` stands for the whole tensor wherever a region is asked for.
+
+Regions come from our own placements, never from a user or a file, so a region that sticks out of its tensor is an
+``AssertionError``: slicing would clip it silently and leave part of a weight unfilled.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """``tensor[offsets[0]:offsets[0]+sizes[0], ...]``; both tuples have one entry a dimension of the full tensor."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Elements ``start:stop`` of the tensor flattened in row-major order; taking it gives a 1-D tensor."""
+
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        return self.stop - self.start
+
+
+Region = Box | Span
+
+
+class Window(NamedTuple):
+    """Where a region lies in its row-major full tensor, counted in elements: what ``as_strided`` takes."""
+
+    start: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def extent(self) -> int:
+        """How many elements lie between the first and the last one of the region, both included."""
+        if 0 in self.sizes:
+            return 0
+        return 1 + sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True))
+
+
+def window(shape: tuple[int, ...], region: Region | None) -> Window:
+    """The window of ``region`` in a contiguous tensor of ``shape``."""
+    if isinstance(region, Span):
+        assert 0 <= region.start <= region.stop <= math.prod(shape), f"{region} sticks out of shape {tuple(shape)}"
+        return Window(region.start, (region.numel,), (1,))
+    strides: list[int] = []
+    stride = 1
+    for size in reversed(shape):
+        strides.append(stride)
+        stride *= size or 1
+    strides.reverse()
+    if region is None:
+        return Window(0, tuple(shape), tuple(strides))
+    _assert_inside(shape, region)
+    start = sum(offset * stride for offset, stride in zip(region.offsets, strides, strict=True))
+    return Window(start, region.sizes, tuple(strides))
+
+
+def take(tensor: torch.Tensor, region: Region | None) -> torch.Tensor:
+    """The part of ``tensor`` that ``region`` names, without a copy where the memory layout allows it.
+
+    Where it does not (a :class:`Span` of a transposed tensor), only the rows that the span touches are copied.
+    """
+    if region is None:
+        return tensor
+    if isinstance(region, Span):
+        assert 0 <= region.start <= region.stop <= tensor.numel(), f"{region} sticks out of {tuple(tensor.shape)}"
+        if tensor.dim() < 2 or tensor.is_contiguous() or not region.numel:
+            return tensor.reshape(-1)[region.start : region.stop]
+        row = tensor[0].numel()
+        first, last = region.start // row, (region.stop - 1) // row
+        return tensor[first : last + 1].reshape(-1)[region.start - first * row : region.stop - first * row]
+    _assert_inside(tensor.shape, region)
+    for dim, (offset, size) in enumerate(zip(region.offsets, region.sizes, strict=True)):
+        tensor = tensor.narrow(dim, offset, size)
+    return tensor
+
+
+def _assert_inside(shape: tuple[int, ...], box: Box) -> None:
+    extents = zip(box.offsets, box.sizes, shape, strict=True)
+    inside = all(offset >= 0 and size >= 0 and offset + size <= full for offset, size, full in extents)
+    assert inside, f"{box} sticks out of shape {tuple(shape)}"

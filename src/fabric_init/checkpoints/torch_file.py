@@ -1,0 +1,176 @@
+"""Reader for one file written by ``torch.save``: ``.pt``, ``.pth``, ``.bin``, ``.ckpt``.
+
+The format: a zip archive with a pickle and one uncompressed record a storage, see
+https://docs.pytorch.org/docs/stable/notes/serialization.html. ``torch.load`` reads it with ``weights_only=True``,
+always: no code in the pickle runs, and there is no option to let it. With ``mmap=True`` only the pickle is read.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fabric_init.checkpoints.file_bytes import open_bytes
+from fabric_init.checkpoints.reader import TensorSpec
+from fabric_init.checkpoints.region import Region, take
+from fabric_init.errors import CheckpointFormatError
+
+WRAPPERS = ("model", "state_dict", "module")
+"""Where training checkpoints keep the state dict: Fabric and most scripts, Lightning's Trainer, DeepSpeed."""
+
+_ZIP_MAGIC = b"PK\x03\x04"
+_MAP_PRIVATE = 2  # mmap.MAP_PRIVATE on every POSIX system; the name is missing on Windows
+
+_CODE_IN_PICKLE = """\
+{path} holds more than tensors: its pickle names {globals}, which could run code, so it is not loaded.
+If you trust the file, convert it once:
+    state = torch.load({name!r}, weights_only=False)   # runs the code in it
+    safetensors.torch.save_file(state_dict_of(state), "model.safetensors")
+or allow harmless classes beforehand: torch.serialization.add_safe_globals([...])."""
+
+_LEGACY = """\
+{path} was written in the format of before torch 1.6 (or with _use_new_zipfile_serialization=False), which cannot be
+read in parts. Save it once more:
+    torch.save(torch.load({name!r}, map_location="cpu", weights_only=True), "new.pt")"""
+
+
+class TorchFileReader:
+    """One open zip file of ``torch.save``; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`.
+
+    The state dict is the dict found under ``model``, ``state_dict`` or ``module`` (one level down; ``note`` says
+    which), else the file's own dict. Entries that are no tensors have no key; those whose name ends in
+    ``_extra_state`` are kept in ``extra_state``.
+
+    ``read`` returns a view of a private copy-on-write map. With ``mmap=False`` it copies the region out of that map, so
+    what was read no longer depends on the file; the file must stay unchanged while the reader lives. Tensors that share
+    storage in the file share it here too, unless copied.
+
+    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` for a missing file and
+    :class:`~fabric_init.errors.CheckpointFormatError` for one that is truncated, corrupt, in the legacy format, carries
+    code, or holds no state dict of dense tensors.
+    """
+
+    format = "torch"
+    note: str | None = None
+
+    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
+        self.path = Path(path)
+        # torch.serialization.set_default_mmap_options may have asked for shared maps; writes would reach the file.
+        self._copy = not mmap or torch.serialization.get_default_mmap_options() not in (None, _MAP_PRIVATE)
+        state, wrapper = _find_state_dict(self.path, _load(self.path))
+        if wrapper is not None:
+            self.note = f"state dict found under {wrapper!r}"
+        self._tensors: dict[str, torch.Tensor] = {}
+        self.extra_state: dict[str, Any] = {}
+        """Entries ``*_extra_state`` (``nn.Module.get_extra_state``) that are not tensors."""
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                self._tensors[_checked_key(self.path, key, value)] = value.detach()
+            elif isinstance(key, str) and key.endswith("_extra_state"):
+                self.extra_state[key] = value
+        self._specs = {key: TensorSpec(value.shape, value.dtype) for key, value in self._tensors.items()}
+
+    def keys(self) -> Sequence[str]:
+        """Every tensor's key, in the order of the state dict."""
+        return tuple(self._tensors)
+
+    def spec(self, key: str) -> TensorSpec:
+        """Shape and dtype of one tensor. Raises ``KeyError`` for an unknown key."""
+        try:
+            return self._specs[key]
+        except KeyError:
+            raise KeyError(f"{self.path} has no tensor {key!r}") from None
+
+    def read(self, key: str, region: Region | None = None) -> torch.Tensor:
+        """The tensor or a region of it, on the CPU. Raises ``KeyError`` for an unknown key."""
+        self.spec(key)
+        part = take(self._tensors[key], region).resolve_conj().resolve_neg()
+        if self._copy:
+            part = part.clone(memory_format=torch.contiguous_format)
+        return part.detach()
+
+
+def _load(path: Path) -> object:
+    """What ``torch.save`` was given, with its tensors still in the file."""
+    head = open_bytes(path, mmap=False).head(64)
+    if not head.startswith(_ZIP_MAGIC):
+        if head.startswith(b"\x80"):  # a pickle of protocol 2 or later, as legacy torch files begin
+            raise CheckpointFormatError(_LEGACY.format(path=path, name=path.name))
+        raise CheckpointFormatError(
+            f"{path} is not a file of torch.save: it begins with {head[:8]!r}, not with a zip header. Wrong file?"
+        )
+    try:
+        return torch.load(os.fspath(path), mmap=True, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        blocked = _unsafe_globals(path)
+        if blocked:
+            named = ", ".join(blocked[:5]) + (f" and {len(blocked) - 5} more" if len(blocked) > 5 else "")
+            raise CheckpointFormatError(_CODE_IN_PICKLE.format(path=path, name=path.name, globals=named)) from None
+        raise CheckpointFormatError(_corrupt(path, error)) from error
+    except Exception as error:
+        # A corrupt pickle calls allowed functions with wrong arguments: the error can be of any type.
+        raise CheckpointFormatError(_corrupt(path, error)) from error
+
+
+def _unsafe_globals(path: Path) -> list[str]:
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(os.fspath(path)))
+    except Exception:  # corrupt as well: the caller reports the first error
+        return []
+
+
+def _corrupt(path: Path, error: Exception) -> str:
+    reason = str(error).strip().split("\n")[-1][:300]
+    return (
+        f"{path} cannot be read as a file of torch.save: {reason} ({type(error).__name__}). If a download or copy was "
+        f"cut short, fetch it again; a TorchScript archive must be saved as a state dict first."
+    )
+
+
+def _find_state_dict(path: Path, loaded: object) -> tuple[dict[object, object], str | None]:
+    """The dict with the tensors, and the entry of the outer dict it was found under."""
+    if not isinstance(loaded, dict):
+        raise CheckpointFormatError(
+            f"{path} holds a {type(loaded).__name__}, not a state dict. Save model.state_dict() instead."
+        )
+    holders = {key: _count_tensors(value) for key, value in loaded.items() if _count_tensors(value)}
+    wrapped = [name for name in WRAPPERS if name in holders]
+    if len(wrapped) > 1:
+        raise CheckpointFormatError(
+            f"{path} holds state dicts under {' and '.join(map(repr, wrapped))}. Save the one you mean to its own file."
+        )
+    if wrapped:
+        return loaded[wrapped[0]], wrapped[0]
+    if _count_tensors(loaded):
+        return loaded, None
+    inside = ", ".join(f"{key!r} ({count} tensors)" for key, count in holders.items())
+    raise CheckpointFormatError(
+        f"{path} holds no tensor at the top level, nor in a dict under {', '.join(map(repr, WRAPPERS))}. "
+        + (f"There are tensors under {inside}: save that dict to its own file." if inside else "Is it the right file?")
+    )
+
+
+def _count_tensors(value: object) -> int:
+    return sum(isinstance(entry, torch.Tensor) for entry in value.values()) if isinstance(value, dict) else 0
+
+
+def _checked_key(path: Path, key: object, value: torch.Tensor) -> str:
+    """The key, if it is a name and its tensor is one whose values lie densely in this file."""
+    if not isinstance(key, str):
+        raise CheckpointFormatError(
+            f"{path}: a tensor has the key {key!r}, a {type(key).__name__}; keys must be strings."
+        )
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):
+        why = f"a {type(value).__name__}: gather it into a plain tensor before saving"
+    elif value.device.type != "cpu":
+        why = f"on the {value.device.type!r} device: it was saved before it had values"
+    elif value.layout is not torch.strided or value.is_quantized:
+        why = f"{value.layout}, {value.dtype}: only dense, unquantized tensors can be read; convert it before saving"
+    else:
+        return key
+    raise CheckpointFormatError(f"{path}: tensor {key!r} is {why}.")

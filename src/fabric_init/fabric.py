@@ -1,0 +1,147 @@
+"""``Fabric`` with an ``init_module`` that knows whether the weights will be loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import lightning
+from lightning.fabric.wrappers import _unwrap_objects
+from torch import nn
+
+import fabric_init.strategies.single_device  # noqa: F401  (registers its placement)
+from fabric_init.checkpoints import CheckpointReader, open_checkpoint
+from fabric_init.checkpoints.renaming import Rename
+from fabric_init.errors import FabricInitError, RecordingError
+from fabric_init.filling.guard import allocate, guards_of
+from fabric_init.filling.materialize import fill_model
+from fabric_init.filling.placement import Placement
+from fabric_init.filling.plan import Wanted
+from fabric_init.filling.report import InitReport, report_of
+from fabric_init.recording.empty_init import _EmptyInit, active
+from fabric_init.recording.modules import BuiltModules
+from fabric_init.strategies.placement import placement_of
+
+
+class Fabric(lightning.Fabric):
+    """:class:`lightning.Fabric`, whose :meth:`init_module` builds models without running init kernels.
+
+    Takes the same arguments. See :meth:`init_module` for what is new.
+    """
+
+    def init_module(
+        self,
+        empty_init: bool | None = None,
+        *,
+        checkpoint: str | os.PathLike[str] | None = None,
+        strict: bool = True,
+        rename: Rename = None,
+        reinit: Sequence[str] = (),
+    ) -> AbstractContextManager[None]:
+        """Context in which a model is built on the right device and in the right precision.
+
+        ================================  ==================================  =======================================
+        call                              in the block                        after it (one device)
+        ================================  ==================================  =======================================
+        ``init_module()``                 eager, as in Lightning              initialised
+        ``init_module(empty_init=True)``  recorded, no init kernel runs       has memory but no values: load them, or
+                                                                              call :meth:`init_missing`
+        ``init_module(checkpoint=path)``  recorded, no init kernel runs       filled
+        ================================  ==================================  =======================================
+
+        Args:
+            empty_init: skip the model's own init. ``None`` means: only if ``checkpoint`` declares a load.
+            checkpoint: a safetensors file, a folder in Hugging Face layout, or a torch file, that fills the model.
+            strict: a missing or unexpected key is an error. Otherwise missing tensors get the model's own init and
+                unexpected keys are ignored; :meth:`init_report` has both.
+            rename: regex → replacement, or a callable, from checkpoint key to tensor name; ``None`` drops a key.
+            reinit: globs of tensors to initialise afresh although the checkpoint has them (a new head, say).
+
+        Raises:
+            CheckpointError: when entered, if the file cannot be used.
+            CheckpointMismatchError: when left, if keys, shapes or dtypes of file and model disagree.
+            UninitializedTensorError: when left, if neither file nor model gives some tensor a value.
+            RecordingError: for a block in a recorded block, one that builds no model, or several for one checkpoint.
+        """
+        self._validate_launched()
+        if checkpoint is None:
+            if rename is not None or reinit or not strict:
+                raise FabricInitError("strict, rename and reinit say how to load checkpoint=…, which is missing")
+            if not empty_init:
+                return super().init_module(empty_init=False)
+            return self._recorded_block(None, Wanted())
+        if empty_init is False:
+            raise FabricInitError("empty_init=False contradicts checkpoint=…: a declared load never runs init first")
+        return self._recorded_block(checkpoint, Wanted(strict, rename, reinit))
+
+    @contextmanager
+    def _recorded_block(self, checkpoint: str | os.PathLike[str] | None, wanted: Wanted) -> Iterator[None]:
+        if active() is not None:
+            raise RecordingError(
+                "init_module inside a recorded block: build both models in one block, or one after the other"
+            )
+        placement = placement_of(self.strategy)
+        reader = open_checkpoint(checkpoint) if checkpoint is not None else None  # a bad path fails before the build
+        with ExitStack() as contexts:
+            built = contexts.enter_context(BuiltModules())
+            contexts.enter_context(_EmptyInit())
+            contexts.enter_context(self.device)
+            contexts.enter_context(self.strategy.precision.module_init_context())
+            yield
+        _complete(built.roots(), reader, wanted, placement)
+
+    def init_missing(self, model: nn.Module) -> None:
+        """Run the model's own recorded init for whatever is still unfilled.
+
+        Raises:
+            UninitializedTensorError: the model's own code never gives some tensor a value.
+        """
+        for guard in guards_of(_unwrap_objects(model)):
+            guard.initialise_rest()
+
+    def init_report(self, model: nn.Module) -> InitReport:
+        """What every tensor of ``model`` got, from where. Also takes what :meth:`setup` returned.
+
+        Raises:
+            FabricInitError: the model was not built under :meth:`init_module` with a recorded block.
+        """
+        model = _unwrap_objects(model)
+        for guard in guards_of(model):
+            guard.settle("written by the user")
+        return report_of(model)
+
+    def setup(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        _require_values(module)
+        return super().setup(module, *args, **kwargs)
+
+    def setup_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        _require_values(module)
+        return super().setup_module(module, *args, **kwargs)
+
+
+def _complete(models: list[nn.Module], reader: CheckpointReader | None, wanted: Wanted, placement: Placement) -> None:
+    if not models:
+        raise RecordingError("no module was built in this init_module block; build the model inside it")
+    if reader is None:
+        for model in models:
+            allocate(model, placement)
+        return
+    if len(models) > 1:
+        names = ", ".join(sorted(type(model).__name__ for model in models))
+        raise RecordingError(
+            f"{len(models)} models were built in one init_module(checkpoint={str(reader.path)!r}) block: {names}. "
+            "Give each its own block, so that it is clear which one the checkpoint is for."
+        )
+    fill_model(models[0], reader, wanted, placement)
+
+
+def _require_values(module: nn.Module) -> None:
+    """A recorded model that is still on the meta device cannot be set up; torch's own message does not say why."""
+    waiting = [name for name, tensor in module.named_parameters() if tensor.is_meta]
+    if waiting:
+        raise RecordingError(
+            f"{len(waiting)} parameters are on the meta device (first: {waiting[0]}). Call "
+            "fabric_init.materialize(model), or build the model under fabric.init_module(...), before setup."
+        )

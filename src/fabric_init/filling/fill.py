@@ -1,0 +1,177 @@
+"""Carry a plan out: read or replay each tensor once, straight to where its strategy keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fabric_init.checkpoints import CheckpointReader
+from fabric_init.checkpoints.region import take
+from fabric_init.errors import CheckpointMismatchError, FabricInitError
+from fabric_init.filling.placement import Placement
+from fabric_init.filling.plan import Action, Entry, Plan, storage_groups
+from fabric_init.filling.report import InitReport, Row, describe_rule
+from fabric_init.recording.replay import real_execution, replay, view
+from fabric_init.recording.tape import Tape
+
+_SHOW_PROGRESS_AFTER_S = 2.0
+
+
+def fill(
+    plan: Plan,
+    tensors: Sequence[Tensor],
+    tapes: Mapping[int, Tape],
+    reader: CheckpointReader | None,
+    placement: Placement,
+    *,
+    exact: bool,
+) -> InitReport:
+    """Give every tensor its value. Nothing of the model changes before all values are there.
+
+    Args:
+        plan: from :func:`~fabric_init.filling.plan.make_plan`.
+        tensors: the tensors of the plan's entries, in that order; each keeps its identity.
+        tapes: the tape of each recorded storage.
+        reader: where loaded tensors come from.
+        placement: where values are to be.
+        exact: replay the random streams in order (``rng="eager"``).
+    """
+    with real_execution():
+        values: dict[int, Tensor] = {}
+        with tqdm(total=len(plan.entries), desc="filling", unit="tensor", delay=_SHOW_PROGRESS_AFTER_S) as bar:
+            for position, value in _values(plan, tensors, tapes, reader, placement, exact=exact):
+                values[position] = value
+                bar.update()
+        for position, value in values.items():
+            placement.put(plan.entries[position].slot, tensors[position], value)
+        _check(plan, tensors)
+    return make_report(plan, tapes, reader)
+
+
+def _values(
+    plan: Plan,
+    tensors: Sequence[Tensor],
+    tapes: Mapping[int, Tape],
+    reader: CheckpointReader | None,
+    placement: Placement,
+    *,
+    exact: bool,
+) -> Iterator[tuple[int, Tensor]]:
+    """Positions in the plan, and the values that this rank keeps for them."""
+    entries = plan.entries
+    to_replay: dict[int, list[int]] = {}
+    for storage, positions in storage_groups(entries).items():
+        if len(positions) == 1 and entries[positions[0]].action is Action.LOAD:
+            entry = entries[positions[0]]
+            assert entry.slot.ref is not None
+            if tapes[storage].covers(entry.slot.ref):
+                yield positions[0], _loaded(entry, reader, placement)
+                continue
+        to_replay[storage] = positions
+    for position, entry in enumerate(entries):
+        slot = entry.slot
+        if slot.ref is None:
+            if entry.action is Action.LOAD:
+                yield position, _loaded(entry, reader, placement)
+            elif slot.real and placement.device(slot) != slot.device:
+                yield position, tensors[position].detach().to(placement.device(slot))
+    yield from _replayed(entries, to_replay, tapes, reader, placement, exact=exact)
+
+
+def _loaded(entry: Entry, reader: CheckpointReader | None, placement: Placement) -> Tensor:
+    assert reader is not None
+    slot = entry.slot
+    region = placement.region(slot)
+    value = reader.read(entry.keys[0], region)
+    for key in entry.keys[1:]:
+        if not torch.equal(value, reader.read(key, region)):
+            raise CheckpointMismatchError(
+                f"{reader.path}: {entry.keys[0]} and {key} hold different values, but in the model they are one tied "
+                f"tensor ({' = '.join(slot.names)}). Build the model untied, or drop one key with rename."
+            )
+    value = value.to(device=placement.device(slot), dtype=slot.dtype)
+    if region is None and slot.ref is not None and value.stride() != slot.ref.stride:
+        laid_out = torch.empty_strided(slot.shape, slot.ref.stride, dtype=slot.dtype, device=value.device)
+        value = laid_out.copy_(value)
+    return value
+
+
+def _replayed(
+    entries: Sequence[Entry],
+    groups: Mapping[int, Sequence[int]],
+    tapes: Mapping[int, Tape],
+    reader: CheckpointReader | None,
+    placement: Placement,
+    *,
+    exact: bool,
+) -> Iterator[tuple[int, Tensor]]:
+    by_tape: dict[int, list[int]] = {}
+    for storage in groups:
+        by_tape.setdefault(id(tapes[storage]), []).append(storage)
+    for storages in by_tape.values():
+        tape = tapes[storages[0]]
+        targets = {placement.device(entries[groups[storage][0]].slot) for storage in storages}
+        for target in sorted(targets, key=str):
+            here = [s for s in storages if placement.device(entries[groups[s][0]].slot) == target]
+            wanted: Iterable[dict[int, torch.UntypedStorage]] = replay(
+                tape,
+                here,
+                exact=exact,
+                to=lambda _, target=target: target,  # type: ignore[misc]
+            )
+            for memories in wanted:
+                for storage, memory in memories.items():
+                    for position in groups[storage]:
+                        entry = entries[position]
+                        assert entry.slot.ref is not None
+                        value = view(memory, entry.slot.ref)
+                        if entry.action is Action.LOAD:  # part of a storage that others share
+                            value.copy_(_loaded(entry, reader, placement))
+                        yield position, take(value, placement.region(entry.slot))
+
+
+def _check(plan: Plan, tensors: Sequence[Tensor]) -> None:
+    left = [entry.slot.name for entry, tensor in zip(plan.entries, tensors, strict=True) if tensor.is_meta]
+    if left:
+        raise FabricInitError(f"fabric_init left these tensors on the meta device, which is a bug of its own: {left}")
+
+
+_STATUS = {
+    Action.LOAD: "loaded",
+    Action.INIT: "initialised",
+    Action.KEEP: "set when built",
+    Action.SCRATCH: "scratch",
+}
+
+
+def make_report(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader | None) -> InitReport:
+    rows = []
+    for entry in plan.entries:
+        slot = entry.slot
+        origin = ""
+        if entry.action is Action.LOAD:
+            origin = ", ".join(entry.keys)
+        elif entry.action is Action.INIT and slot.ref is not None:
+            origin = describe_rule(tapes[slot.ref.storage], slot.ref)
+        rows.append(
+            Row(
+                name=slot.name,
+                status=_STATUS[entry.action],  # type: ignore[arg-type]
+                shape=tuple(slot.shape),
+                dtype=_dtype(slot.dtype),
+                kind=slot.kind,
+                origin=origin,
+                cast_from=None if entry.cast_from is None else _dtype(entry.cast_from),
+                ties=slot.names[1:],
+            )
+        )
+    return InitReport(
+        rows, None if reader is None else str(reader.path), None if reader is None else reader.note, plan.unexpected
+    )
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

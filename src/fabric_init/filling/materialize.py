@@ -1,0 +1,100 @@
+"""From a recorded model to a usable one, in one call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fabric_init.checkpoints import CheckpointReader, open_checkpoint
+from fabric_init.checkpoints.renaming import Rename
+from fabric_init.errors import RecordingError
+from fabric_init.filling.fill import fill
+from fabric_init.filling.placement import Placement, WholeTensors
+from fabric_init.filling.plan import Wanted, make_plan
+from fabric_init.filling.report import InitReport, keep_report
+from fabric_init.filling.slots import Slot, find_slots
+from fabric_init.recording.collector import PausedCollector
+from fabric_init.recording.tape import Rng, Tape, recorded
+
+
+def materialize(
+    model: nn.Module,
+    device: torch.device | str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    strict: bool = True,
+    rename: Rename = None,
+    reinit: Sequence[str] = (),
+    rng: Rng | None = None,
+) -> InitReport:
+    """Give every tensor of a recorded ``model`` its value: from ``checkpoint``, or by the model's own init code.
+
+    Works in place; parameters and buffers stay the same Python objects, so an optimizer made earlier stays valid.
+    When it raises, the model is as it was.
+
+    Args:
+        model: built under :func:`~fabric_init.deferred_init`.
+        device: where tensors are to be; ``None`` leaves each where its constructor asked for it.
+        checkpoint: a safetensors file, a folder in Hugging Face layout, or a torch file.
+        strict: a missing or unexpected key is an error. Otherwise missing tensors get the model's own init and
+            unexpected keys are ignored; the report has both.
+        rename: regex → replacement, or a callable, from checkpoint key to tensor name; ``None`` drops a key.
+        reinit: globs of tensors to initialise afresh although the checkpoint has them.
+        rng: ``"per_op"`` or ``"eager"``, see :func:`~fabric_init.deferred_init`; default: as recorded.
+
+    Returns:
+        What every tensor got, from where; also kept for ``Fabric.init_report``.
+
+    Raises:
+        CheckpointError: the file cannot be used.
+        CheckpointMismatchError: keys, shapes or dtypes of file and model disagree.
+        UninitializedTensorError: neither the checkpoint nor the model's own code gives some tensor a value.
+        RecordingError: ``rng`` differs from what the constructor was already shown values of.
+    """
+    reader = open_checkpoint(checkpoint) if checkpoint is not None else None
+    placement = WholeTensors(None if device is None else torch.device(device))
+    return fill_model(model, reader, Wanted(strict, rename, reinit), placement, rng)
+
+
+def fill_model(
+    model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, placement: Placement, rng: Rng | None = None
+) -> InitReport:
+    """:func:`materialize`, for any placement and an open checkpoint."""
+    with PausedCollector():
+        slots, tensors, tapes = survey(model)
+        exact = _exact(set(tapes.values()), rng)
+        plan = make_plan(slots, tapes, reader, wanted)
+        report = fill(plan, tensors, tapes, reader, placement, exact=exact)
+    keep_report(model, report)
+    return report
+
+
+def survey(model: nn.Module) -> tuple[list[Slot], list[Tensor], Mapping[int, Tape]]:
+    """The model's slots, their tensors, and the tape of each recorded storage among them."""
+    slots: list[Slot] = []
+    tensors: list[Tensor] = []
+    tapes: dict[int, Tape] = {}
+    for slot, tensor in find_slots(model):
+        slots.append(slot)
+        tensors.append(tensor)
+        if slot.ref is not None:
+            with torch._C.DisableTorchFunction():
+                found = recorded(tensor)
+            assert found is not None
+            tapes[found.storage] = found.tape
+    return slots, tensors, tapes
+
+
+def _exact(tapes: set[Tape], rng: Rng | None) -> bool:
+    modes = {tape.rng for tape in tapes}
+    mode = rng or ("eager" if modes == {"eager"} else "per_op")
+    for tape in tapes:
+        if tape.sealed_rng not in (None, mode):
+            raise RecordingError(
+                f"rng={mode!r}, but the constructor has seen random values that were drawn with "
+                f"rng={tape.sealed_rng!r} (through .item(), .tolist() or the like). "
+                f"Record with deferred_init(rng={mode!r})."
+            )
+    return mode == "eager"

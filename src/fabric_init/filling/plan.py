@@ -1,0 +1,235 @@
+"""Who gets what: a pure function of the model's tensors, the tape and the checkpoint's header.
+
+Every error a user can make is raised here, before a weight is read or memory is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+
+from fabric_init.checkpoints import CheckpointReader, TensorSpec, likely_renames, rename_keys
+from fabric_init.checkpoints.renaming import Rename
+from fabric_init.errors import CheckpointMismatchError, UninitializedTensorError
+from fabric_init.filling.slots import Slot
+from fabric_init.recording.tape import Tape, TensorRef
+
+_MOST_NAMES = 40
+
+
+class Action(Enum):
+    """Where a tensor's value comes from."""
+
+    LOAD = "loaded"
+    INIT = "initialised"
+    KEEP = "set when built"
+    SCRATCH = "scratch"
+
+
+class Entry(NamedTuple):
+    """One tensor's part of the plan. ``keys`` are the checkpoint keys that hold it: several where ties were saved."""
+
+    slot: Slot
+    action: Action
+    keys: tuple[str, ...] = ()
+    spec: TensorSpec | None = None
+
+    @property
+    def cast_from(self) -> torch.dtype | None:
+        return self.spec.dtype if self.spec is not None and self.spec.dtype != self.slot.dtype else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`~fabric_init.filling.fill.fill` carries out. ``unexpected``: checkpoint keys that nothing takes."""
+
+    entries: tuple[Entry, ...]
+    unexpected: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asked of a load."""
+
+    strict: bool = True
+    rename: Rename = None
+    reinit: Sequence[str] = ()
+
+
+def make_plan(
+    slots: Sequence[Slot], tapes: Mapping[int, Tape], reader: CheckpointReader | None, wanted: Wanted
+) -> Plan:
+    """Decide for each tensor: load this key, run the model's own init, or keep what it has.
+
+    Args:
+        slots: the model's tensors.
+        tapes: the tape of each recorded storage among them.
+        reader: the checkpoint, of which only the header is asked; ``None`` to initialise everything.
+        wanted: ``strict``, ``rename`` and ``reinit``.
+
+    Raises:
+        CheckpointMismatchError: missing, unexpected or mismatched keys.
+        UninitializedTensorError: a tensor that neither the checkpoint nor the model's own code gives a value.
+    """
+    keys = rename_keys(reader.keys(), wanted.rename) if reader is not None else {}
+    key_of = {name: key for key, name in keys.items()}
+    _check_reinit(slots, wanted.reinit)
+
+    entries: list[Entry] = []
+    missing: dict[str, torch.Size] = {}
+    taken: set[str] = set()
+    problems: list[str] = []
+    for slot in slots:
+        names = [name for name in slot.names if name in key_of] if slot.saved else []
+        fresh = any(fnmatchcase(name, pattern) for pattern in wanted.reinit for name in slot.names)
+        taken.update(key_of[name] for name in names)
+        if names and not fresh:
+            assert reader is not None
+            found = tuple(key_of[name] for name in names)
+            specs = [reader.spec(key) for key in found]
+            problems.extend(
+                problem
+                for key, spec in zip(found, specs, strict=True)
+                if (problem := _mismatch(slot, key, spec)) is not None
+            )
+            entries.append(Entry(slot, Action.LOAD, found, specs[0]))
+            continue
+        if reader is not None and slot.saved and not fresh:
+            missing[slot.name] = slot.shape
+        entries.append(Entry(slot, _own_init(slot, tapes)))
+
+    unexpected = tuple(key for key in keys if key not in taken)
+    if reader is not None:
+        if missing or unexpected:
+            nothing_matches = bool(missing) and not taken
+            if wanted.strict or nothing_matches:
+                raise CheckpointMismatchError(
+                    _keys_message(reader, keys, slots, missing, unexpected, len(taken), wanted)
+                )
+        if problems:
+            raise CheckpointMismatchError(
+                f"{reader.path}: {len(problems)} of {len(taken)} tensors do not fit the model:\n"
+                + _listed(problems)
+                + "\nBuild the model from the checkpoint's own config, or name what is to be initialised afresh "
+                'instead, e.g. reinit=["' + problems[0].split(" ", 1)[0] + '"].'
+            )
+    _check_all_have_values(entries, tapes, reader)
+    return Plan(tuple(entries), unexpected)
+
+
+def _own_init(slot: Slot, tapes: Mapping[int, Tape]) -> Action:
+    if slot.real:
+        return Action.KEEP
+    if slot.ref is not None and not slot.saved and tapes[slot.ref.storage].never_written(slot.ref):
+        return Action.SCRATCH  # room that the model's own code fills when it needs it
+    return Action.INIT
+
+
+def _mismatch(slot: Slot, key: str, spec: TensorSpec) -> str | None:
+    named = slot.name if key in slot.names else f"{slot.name} (checkpoint key {key})"
+    if spec.shape != slot.shape:
+        return f"{named} is {tuple(slot.shape)} in the model and {tuple(spec.shape)} in the checkpoint"
+    if _number_kind(spec.dtype) != _number_kind(slot.dtype):
+        return f"{named} is {slot.dtype} in the model and {spec.dtype} in the checkpoint, and no cast keeps its meaning"
+    return None
+
+
+def _number_kind(dtype: torch.dtype) -> str:
+    if dtype == torch.bool:
+        return "bool"
+    if dtype.is_complex:
+        return "complex"
+    return "float" if dtype.is_floating_point else "int"
+
+
+def _check_reinit(slots: Sequence[Slot], patterns: Sequence[str]) -> None:
+    if isinstance(patterns, str):
+        raise CheckpointMismatchError(f"reinit takes a list of globs, not one string: reinit=[{patterns!r}]")
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for slot in slots for name in slot.names):
+            raise CheckpointMismatchError(
+                f"reinit={pattern!r} names no tensor of the model; names look like {slots[0].name!r}"
+                if slots
+                else f"reinit={pattern!r}: the model has no tensors"
+            )
+
+
+def _check_all_have_values(
+    entries: Sequence[Entry], tapes: Mapping[int, Tape], reader: CheckpointReader | None
+) -> None:
+    outside, garbage = [], []
+    for slot, action, *_ in entries:
+        if action is Action.INIT:
+            if slot.ref is None:
+                outside.append(slot.name)
+            elif tapes[slot.ref.storage].never_written(slot.ref):
+                garbage.append(slot.name)
+    if not outside and not garbage:
+        return
+    parts = []
+    if garbage:
+        parts.append(
+            f"the model's own code never gives {len(garbage)} tensors a value (torch.empty and no init), so they would "
+            "be garbage:\n" + _listed(garbage)
+        )
+    if outside:
+        parts.append(
+            f"{len(outside)} tensors are on the meta device but were not recorded, so there is no init to run:\n"
+            + _listed(outside)
+        )
+    where = f"{reader.path} does not hold them" if reader is not None else "no checkpoint brings them"
+    raise UninitializedTensorError(
+        "; ".join(parts) + f"\nand {where}. Initialise them in the model's constructor (inside the block), or load a "
+        "checkpoint that has them."
+    )
+
+
+def _keys_message(
+    reader: CheckpointReader,
+    keys: Mapping[str, str],
+    slots: Sequence[Slot],
+    missing: Mapping[str, torch.Size],
+    unexpected: Sequence[str],
+    matched: int,
+    wanted: Wanted,
+) -> str:
+    wanted_count = sum(slot.saved for slot in slots)
+    lines = [f"{reader.path}: {matched} of {wanted_count} tensors match."]
+    if reader.note:
+        lines.append(f"({reader.note}.)")
+    if missing:
+        lines.append(f"Missing from the checkpoint ({len(missing)}):\n" + _listed(list(missing)))
+    if unexpected:
+        lines.append(f"Not in the model ({len(unexpected)}):\n" + _listed(unexpected))
+    hints = likely_renames(missing, {keys[key]: reader.spec(key).shape for key in unexpected})
+    lines += [f"Likely: {hint}" for hint in hints]
+    if not hints:
+        if not matched:
+            lines.append("This looks like a checkpoint of another model.")
+        else:
+            lines.append(
+                "strict=False gives missing tensors the model's own init and ignores the rest; rename= maps keys."
+            )
+    return "\n".join(lines)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = [f"  {name}" for name in names[:_MOST_NAMES]]
+    if len(names) > _MOST_NAMES:
+        shown.append(f"  … and {len(names) - _MOST_NAMES} more")
+    return "\n".join(shown)
+
+
+def storage_groups(entries: Sequence[Entry]) -> dict[int, list[int]]:
+    """Which entries lie on the same recorded storage: storage number → positions in ``entries``."""
+    groups: dict[int, list[int]] = {}
+    for position, entry in enumerate(entries):
+        ref: TensorRef | None = entry.slot.ref
+        if ref is not None:
+            groups.setdefault(ref.storage, []).append(position)
+    return groups

@@ -1,0 +1,339 @@
+"""Sees every aten op of the constructor, however it was reached, moves it to the meta device and writes the tape.
+
+An op goes one of four ways:
+
+- it makes tensors, or touches recorded ones: it runs on the meta device (shapes alone) and is written down;
+- its result depends on values (``.item()``, ``nonzero``): it runs on the true values, replayed for that tensor alone;
+- it writes into a real tensor: it runs for real, now;
+- it touches real tensors only: it just runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import Self
+
+from fabric_init.errors import RecordingError
+from fabric_init.recording.operators import DRAWS_FROM_DEFAULT, INIT_FUNCTIONS, Func, is_random, traits
+from fabric_init.recording.provenance import caller, init_call
+from fabric_init.recording.replay import real_execution, storage_now, view
+from fabric_init.recording.streams import Streams
+from fabric_init.recording.tape import Constant, Draw, Recorded, Tape, TensorRef, mark, recorded, ref_of
+
+_META = torch.device("meta")
+_CPU = torch.device("cpu")
+
+
+class Recorder(TorchDispatchMode):
+    """Writes one tape. Ops on recorded tensors run on the meta device; ops on real tensors alone just run."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tape = tape
+        self.exact = tape.rng == "eager"
+        self.streams: Streams | None = None
+        self._call: FrameType | None = None  # the init function that is recorded already, while its ops come in
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nobody compiles a constructor, and torch's wrapper for it would import the whole of dynamo
+
+    def __enter__(self) -> Self:
+        with real_execution():
+            self.streams = Streams(self.tape, exact=self.exact)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        self._call = None
+        assert self.streams is not None
+        with real_execution():
+            self.streams.close()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunction():
+            return self._dispatch(func, args, dict(kwargs) if kwargs else {})
+
+    # -- ops ---------------------------------------------------------------------------------------------------------
+
+    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        does = traits(func)
+        if does.plain_fill and self.lookup(args[0]) is not None:
+            return self._fill(func, args, kwargs)
+        tensors = list(_tensors((args, kwargs.values())))
+        known = [found for tensor in tensors if (found := self.lookup(tensor)) is not None]
+        if not known:
+            if tensors:
+                return self._untracked(func, args, kwargs, tensors)
+            if not does.has_device or _is_meta(kwargs.get("device")):
+                return func(*args, **kwargs)
+        written = _written(func, args, kwargs)
+        if does.name == "aten::_cudnn_rnn_flatten_weight":
+            return args[0][0]  # a matter of real memory: done when the weights are there
+        if does.data_dependent:
+            return self._with_true_values(func, args, kwargs, known)
+        if any(self.lookup(tensor) is None for tensor in written):
+            return func(*self._real(args), **self._real(kwargs))  # into a real tensor: with true values, now
+
+        frame = sys._getframe(2)
+        call = init_call(frame) if known or does.has_device else None
+        if call is not None:
+            self.record_init_frame(call)
+        try:
+            result = self._on_meta(func, args, kwargs)
+        except NotImplementedError:
+            return self._with_true_values(func, args, kwargs, known)
+        if call is not None and call is self._call:
+            return result  # its ops are part of the recorded call
+        self._record(func, args, kwargs, known, written, result, frame)
+        return result
+
+    def _fill(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """An in-place fill: most init comes down to one, and its meta kernel has nothing to say."""
+        frame = sys._getframe(3)
+        target: torch.Tensor = args[0]
+        call = init_call(frame)
+        if call is not None:
+            self.record_init_frame(call)
+        if call is None or call is not self._call:
+            ref = self.ref(target)
+            self.add(func, (ref, *args[1:]), kwargs, (ref,), (), frame)
+        return target
+
+    def _record(
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        known: list[Recorded],
+        written: list[torch.Tensor],
+        result: Any,
+        frame: FrameType | None,
+    ) -> None:
+        does = traits(func)
+        if does.changes_geometry and does.name != "aten::resize_":
+            return
+        inputs = self._refs(args), self._refs(kwargs)  # before the outputs are known: an op does not read its result
+        device = kwargs.get("device") or (known[0].device if known else _CPU)
+        outputs = tuple(
+            self.new_storage(tensor, torch.device(device))
+            for tensor in _tensors((result,))
+            if self.lookup(tensor) is None
+        )
+        if does.unfilled or not (outputs or written):
+            return
+        default_dtype = None
+        if outputs and outputs[0].dtype.is_floating_point and kwargs.get("dtype") is None:
+            if does.takes_dtype and not known:
+                inputs[1]["dtype"] = outputs[0].dtype  # torch's default dtype may be another one at replay
+            elif not any(t.is_floating_point() or t.is_complex() for t in _tensors((args, kwargs.values()))):
+                default_dtype = torch.get_default_dtype()
+        targets = tuple(self.ref(tensor) for tensor in written)
+        if does.name == "aten::resize_":
+            for tensor in written:
+                self._grow(tensor)
+        self.add(func, *inputs, targets, outputs, frame, default_dtype)
+
+    def add(
+        self,
+        func: Func,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        targets: tuple[TensorRef, ...],
+        outputs: tuple[TensorRef, ...],
+        frame: FrameType | None,
+        default_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Write one op to the tape, with its place in the random streams. torch's modes must be off or popped."""
+        if not is_random(func):
+            self.tape.add_op(func, args, kwargs, targets, outputs, None, caller(frame), default_dtype)
+            return
+        assert self.streams is not None
+        generator = kwargs.pop("generator", None)
+        if generator is None and any(isinstance(value, torch.Generator) for value in args):
+            generator = next(value for value in args if isinstance(value, torch.Generator))
+            args = tuple(value for value in args if value is not generator)
+        with torch._C._DisableTorchDispatch():
+            streams = self.streams.of(generator)
+            draw: Draw = streams.draw()
+            index = self.tape.add_op(func, args, kwargs, targets, outputs, draw, caller(frame), default_dtype)
+            streams.drawn(index)
+
+    def add_init(self, func: Func, tensor: torch.Tensor, rest: dict[str, Any], frame: FrameType | None) -> None:
+        """Write a whole ``torch.nn.init`` call to the tape."""
+        ref = self.ref(tensor)
+        self.add(func, (ref,), rest, (ref,), (), frame)
+
+    def record_init_frame(self, frame: FrameType) -> None:
+        if frame is self._call:
+            return
+        self._call = None
+        values = dict(frame.f_locals)
+        code = frame.f_code
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        tensor = values[names[0]]
+        if code.co_name in DRAWS_FROM_DEFAULT and values.get("generator") is not None:
+            return  # two generators in one call: its ops are recorded one by one
+        if isinstance(tensor, torch.Tensor) and self.lookup(tensor) is not None:
+            self.add_init(INIT_FUNCTIONS[code.co_name], tensor, {name: values[name] for name in names[1:]}, frame)
+            self._call = frame
+
+    # -- tensors -----------------------------------------------------------------------------------------------------
+
+    def lookup(self, tensor: torch.Tensor) -> Recorded | None:
+        """The recording behind ``tensor``; a tensor of an earlier block brings its history along."""
+        found = recorded(tensor)
+        if found is not None and found.first_tape is not self.tape and (tape := found.tape) is not self.tape:
+            tape.join(self.tape)
+        return found
+
+    def ref(self, tensor: torch.Tensor) -> TensorRef:
+        found = self.lookup(tensor)
+        assert found is not None
+        return ref_of(tensor, found.storage)
+
+    def constant(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A recorded tensor whose value is the real ``tensor``'s."""
+        with torch._C._DisableTorchDispatch():
+            meta = _like_on_meta(tensor)
+        ref = self.new_storage(meta, tensor.device)
+        self.tape.add_op(
+            torch.ops.aten.clone.default, (Constant(tensor),), {}, (), (ref,), None, caller(sys._getframe(1))
+        )
+        return meta
+
+    def new_storage(self, tensor: torch.Tensor, device: torch.device) -> TensorRef:
+        """Begin the recording of a fresh meta tensor's storage."""
+        number = self.tape.add_storage(tensor.untyped_storage().nbytes(), device)
+        mark(tensor, self.tape, number)
+        return ref_of(tensor, number)
+
+    def _grow(self, tensor: torch.Tensor) -> None:
+        found = self.lookup(tensor)
+        assert found is not None
+        info = self.tape.storages[found.storage]
+        self.tape.storages[found.storage] = info._replace(nbytes=tensor.untyped_storage().nbytes())
+
+    def _refs(self, value: Any) -> Any:
+        """``value`` with tensors replaced by what the tape may hold."""
+        if isinstance(value, torch.Tensor):
+            if self.lookup(value) is not None:
+                return self.ref(value)
+            if value.is_meta:
+                raise RecordingError(
+                    f"an op reads a meta tensor of shape {tuple(value.shape)} that was made outside this block and has "
+                    "no values; build it inside the block, or give it real memory first"
+                )
+            with torch._C._DisableTorchDispatch():
+                return Constant(value.detach().clone())
+        if type(value) is dict:
+            return {name: self._refs(item) for name, item in value.items()}
+        if type(value) in (list, tuple):
+            return type(value)([self._refs(item) for item in value])
+        return value
+
+    # -- three ways to run an op -------------------------------------------------------------------------------------
+
+    def _on_meta(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def meta(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value if value.is_meta or value.dim() == 0 else _like_on_meta(value)
+            if type(value) in (list, tuple):
+                return type(value)([meta(item) for item in value])
+            return value
+
+        if traits(func).plain_factory and len(args) == 1 and kwargs.get("layout") in (None, torch.strided):
+            return torch.empty(args[0], dtype=kwargs.get("dtype"), device=_META)
+        kwargs = {name: meta(value) for name, value in kwargs.items() if name not in ("pin_memory", "generator")}
+        if traits(func).has_device:
+            kwargs["device"] = _META
+        if traits(func).takes_generator:
+            kwargs["generator"] = None
+        return func(*(meta(value) for value in args), **kwargs)
+
+    def _with_true_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], known: list[Recorded]) -> Any:
+        """Run ``func`` on the values that its arguments would have by now; tensors that come out are recorded."""
+        with real_execution():
+            real = func(*self._real(args), **self._real(kwargs))
+            if not any(True for _ in _tensors((real,))):
+                return real
+            result = _map_tensors(real, _like_on_meta)
+        self._record(func, args, kwargs, known, _written(func, args, kwargs), result, sys._getframe(2))
+        return result
+
+    def _untracked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
+        if not traits(func).random or any(tensor.is_meta for tensor in tensors) or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        # Random numbers into real memory: a recorded stand-in draws at this place of the stream, and is looked at.
+        stand_ins = {id(tensor): self.constant(tensor) for tensor in tensors}
+        swapped_args, swapped_kwargs = _map_tensors((args, kwargs), lambda tensor: stand_ins[id(tensor)])
+        result = self._dispatch(func, swapped_args, swapped_kwargs)
+        originals = {id(stand_ins[id(tensor)]): tensor for tensor in tensors}
+        for tensor in _written(func, args, kwargs):
+            with real_execution():
+                tensor.copy_(self.true_value(stand_ins[id(tensor)]))
+
+        def real(tensor: torch.Tensor) -> torch.Tensor:
+            original = originals.get(id(tensor))
+            return self.true_value(tensor) if original is None else original
+
+        return _map_tensors(result, real)
+
+    def _real(self, value: Any) -> Any:
+        return _map_tensors(value, lambda tensor: tensor if recorded(tensor) is None else self.true_value(tensor))
+
+    def true_value(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What the constructor would find in ``tensor`` at this point, as a real tensor. Replays that tensor alone."""
+        found = self.lookup(tensor)
+        assert found is not None
+        memory, random = storage_now(self.tape, found.storage, exact=self.exact)
+        if random:
+            self.tape.sealed_rng = self.tape.rng
+        with real_execution():
+            return view(memory, self.ref(tensor))
+
+
+def _is_meta(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "meta"
+
+
+def _like_on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=_META)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    return [
+        tensor
+        for position, name in traits(func).written
+        for tensor in _tensors((args[position] if position < len(args) else kwargs.get(name),))
+    ]
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)) or type(value) is type({}.values()):
+            yield from _tensors(value)
+
+
+def _map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if type(value) is dict:
+        return {name: _map_tensors(item, change) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_map_tensors(item, change) for item in value]
+        return type(value)(items) if type(value) in (list, tuple) else type(value)(*items)
+    return value

@@ -1,0 +1,101 @@
+"""Where random numbers come from while recording, so that replay can draw them again.
+
+Recording draws nothing for a recorded op, yet has to notice when the constructor seeds (``torch.manual_seed``), forks
+(``torch.random.fork_rng``) or rewinds (``set_rng_state``) a generator. So each recorded random op advances the
+generator by one plain draw, and the state that this leaves behind is a label for "after that op": a state that carries
+a known label continues that stream from there, an unknown one begins a new, exact stream. Other threads, and code
+after the block, just see a generator that was drawn from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from fabric_init.recording.tape import Draw, Stream, Tape
+
+_LAST_63_BITS = (1 << 63) - 1
+
+
+def derived_seed(seed: int, position: int) -> int:
+    """A seed for draw number ``position`` of the stream ``seed``: 63 well mixed bits of both."""
+    digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") & _LAST_63_BITS
+
+
+def _snapshot(generator: torch.Generator) -> dict[torch.device, torch.Tensor]:
+    states = {generator.device: generator.get_state()}
+    if generator is torch.default_generator and torch.cuda.is_available() and torch.cuda.is_initialized():
+        states |= {torch.device("cuda", i): g.get_state() for i, g in enumerate(torch.cuda.default_generators)}
+    return states
+
+
+def _identity(generator: torch.Generator) -> int:
+    # ops get a new Python object for the generator that they were given
+    address: int = generator._cdata  # type: ignore[attr-defined]
+    return address
+
+
+class _GeneratorStreams:
+    """The labels that one generator's states carry."""
+
+    def __init__(self, tape: Tape, generator: torch.Generator, *, exact: bool) -> None:
+        self._tape = tape
+        self.generator = generator
+        # Where per-op seeds come from: the state itself, so that a second block differs from the first, and the same
+        # seed gives the same tape.
+        states = _snapshot(generator)
+        label = bytes(states[generator.device].numpy())
+        seed = int.from_bytes(hashlib.blake2b(label, digest_size=8).digest(), "little") & _LAST_63_BITS
+        self.start = states[generator.device]
+        self.stream = tape.add_stream(Stream(exact, seed, states))
+        self.last = label
+        self._next = Draw(self.stream, 0, None)
+        self._labels: dict[int, Draw] = {hash(label): self._next}
+
+    def draw(self) -> Draw:
+        """The place of the op that is about to be recorded; :meth:`drawn` must follow with the op's number."""
+        label = bytes(self.generator.get_state().numpy())
+        if label != self.last:
+            known = self._labels.get(hash(label))
+            if known is None:
+                stream = self._tape.add_stream(Stream(True, 0, _snapshot(self.generator)))
+                known = self._labels[hash(label)] = Draw(stream, 0, None)
+            self._next = known
+        return self._next
+
+    def drawn(self, index: int) -> None:
+        """Move the generator on, and label the state it is left in as "after op ``index``"."""
+        torch.empty((), dtype=torch.int64, device=self.generator.device).random_(generator=self.generator)
+        self.last = bytes(self.generator.get_state().numpy())
+        self._next = self._labels[hash(self.last)] = Draw(self._next.stream, self._next.position + 1, index)
+
+
+class Streams:
+    """All generators of one recording. Call it with torch's modes switched off."""
+
+    def __init__(self, tape: Tape, *, exact: bool) -> None:
+        self._tape = tape
+        self._default = _GeneratorStreams(tape, torch.default_generator, exact=exact)
+        self._others: dict[int, _GeneratorStreams] = {}
+        self.default_stream = self._default.stream
+
+    def of(self, generator: torch.Generator | None) -> _GeneratorStreams:
+        """The streams of ``generator``; ``None`` is torch's default one."""
+        if generator is None or _identity(generator) == _identity(torch.default_generator):
+            return self._default
+        streams = self._others.get(_identity(generator))
+        if streams is None:
+            streams = self._others[_identity(generator)] = _GeneratorStreams(self._tape, generator, exact=True)
+        return streams
+
+    def close(self) -> None:
+        """Give every generator of the constructor's own a fresh seed.
+
+        Replay will draw on from where the generator stood; left as it is, it would later hand out the very numbers
+        that went into the weights.
+        """
+        for streams in self._others.values():
+            if bytes(streams.generator.get_state().numpy()) == streams.last:
+                streams.generator.manual_seed(derived_seed(streams.generator.initial_seed(), -1))

@@ -1,0 +1,296 @@
+"""The tape: which op wrote which storage, in order, and which of those ops still matter.
+
+A recorded tensor is named by its *storage* and its geometry on it, never by the Python object: ``nn.Parameter(t)``,
+``t.data`` and views make new objects on the same storage. So views need no ops of their own, and ties are plain to see.
+The storage's number rides on the storage object itself (torch keeps that object alive with the memory it stands for),
+which makes the look-up one attribute read and ties the recording's life to the tensors it is about.
+
+Everything here is plain frozen data; :mod:`fabric_init.recording.replay` carries it out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from fabric_init.recording.operators import Func, overwrites, written_arguments
+
+Rng = Literal["per_op", "eager"]
+"""``per_op``: each random op has its own generator. ``eager``: one stream, in order, as plain PyTorch draws it."""
+
+_numbers = itertools.count()  # storages and ops are numbered once per process, so that tapes can be joined
+
+
+class TensorRef(NamedTuple):
+    """A tensor as a place on a recorded storage. ``offset`` and ``stride`` count elements of ``dtype``."""
+
+    storage: int
+    offset: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    conj: bool = False
+    neg: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.size.numel() * self.dtype.itemsize
+
+
+class Constant(NamedTuple):
+    """A real tensor that the constructor brought in: its value at that moment."""
+
+    tensor: torch.Tensor
+
+
+class Source(NamedTuple):
+    """Where the model's own code asked for an op."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+class Draw(NamedTuple):
+    """A random op's place in its stream: the stream, how many draws came before, and which op drew last."""
+
+    stream: int
+    position: int
+    previous: int | None
+
+
+class Stream(NamedTuple):
+    """A source of random numbers as it stood before its first recorded draw.
+
+    ``exact`` streams (a seed or a generator of the constructor's own choosing) are always drawn in order, bit for bit.
+    Of the default stream each draw gets a generator of its own, seeded from ``seed`` and the draw's position, unless
+    the replay asks for ``rng="eager"``.
+    """
+
+    exact: bool
+    seed: int
+    states: Mapping[torch.device, torch.Tensor]
+
+
+class StorageInfo(NamedTuple):
+    """One recorded storage: its size in bytes and the device that the constructor meant it for."""
+
+    nbytes: int
+    device: torch.device
+
+
+class Op(NamedTuple):
+    """One recorded call. ``args`` and ``kwargs`` hold refs and constants in place of tensors.
+
+    ``outputs`` are the storages' first tensors for a call that makes new ones, in the order that the call returns them;
+    ``targets`` are the existing tensors that it writes in place.
+    """
+
+    number: int
+    func: Func
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    targets: tuple[TensorRef, ...]
+    outputs: tuple[TensorRef, ...]
+    draw: Draw | None
+    source: Source | None
+    default_dtype: torch.dtype | None = None  # set where the result's dtype came from torch's default one
+
+    def refs(self) -> Iterator[TensorRef]:
+        """Every recorded tensor among the arguments, read or written."""
+        return _refs_in(itertools.chain(self.args, self.kwargs.values()))
+
+    def reads(self) -> Iterator[TensorRef]:
+        """Every recorded tensor whose old value the call needs."""
+        if not overwrites(self.func):
+            return self.refs()
+        positions, names = written_arguments(self.func)
+        kept = [value for position, value in enumerate(self.args) if position not in positions]
+        return _refs_in(itertools.chain(kept, (value for name, value in self.kwargs.items() if name not in names)))
+
+
+def _refs_in(values: Iterable[Any]) -> Iterator[TensorRef]:
+    for value in values:
+        if isinstance(value, TensorRef):
+            yield value
+        elif type(value) in (list, tuple):
+            yield from _refs_in(value)
+
+
+class Tape:
+    """What one recording wrote. Grows while the block is open, and is only read afterwards."""
+
+    def __init__(self, rng: Rng = "per_op") -> None:
+        self.rng = rng
+        self.ops: dict[int, Op] = {}
+        self.writers: dict[int, list[int]] = {}
+        self.storages: dict[int, StorageInfo] = {}
+        self.streams: dict[int, Stream] = {}
+        self.sealed_rng: Rng | None = None  # a random value was shown to the constructor: the mode it was drawn in
+        self._joined: Tape | None = None
+
+    def current(self) -> Tape:
+        """This tape, or the later one that it was joined to."""
+        tape = self
+        while tape._joined is not None:
+            tape = tape._joined
+        return tape
+
+    def join(self, later: Tape) -> None:
+        """Continue this tape in ``later``: a model made in two blocks has one history."""
+        later.ops.update(self.ops)
+        later.writers.update(self.writers)
+        later.storages.update(self.storages)
+        later.streams.update(self.streams)
+        later.sealed_rng = later.sealed_rng or self.sealed_rng
+        self._joined = later
+
+    def add_storage(self, nbytes: int, device: torch.device) -> int:
+        number = next(_numbers)
+        self.storages[number] = StorageInfo(nbytes, device)
+        return number
+
+    def add_stream(self, stream: Stream) -> int:
+        number = next(_numbers)
+        self.streams[number] = stream
+        return number
+
+    def add_op(
+        self,
+        func: Func,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        targets: tuple[TensorRef, ...],
+        outputs: tuple[TensorRef, ...],
+        draw: Draw | None,
+        source: Source | None,
+        default_dtype: torch.dtype | None = None,
+    ) -> int:
+        index = next(_numbers)
+        self.ops[index] = Op(index, func, args, kwargs, targets, outputs, draw, source, default_dtype)
+        writers = self.writers
+        for ref in targets:
+            entry = writers.get(ref.storage)
+            if entry is None:
+                writers[ref.storage] = [index]
+            else:
+                entry.append(index)
+        for ref in outputs:
+            writers[ref.storage] = [index]
+        return index
+
+    def covers(self, ref: TensorRef) -> bool:
+        """Whether ``ref`` is the whole of its storage, every byte once."""
+        if ref.nbytes != self.storages[ref.storage].nbytes:
+            return False
+        expected = 1
+        for stride, size in sorted(zip(ref.stride, ref.size, strict=True)):
+            if size != 1:
+                if stride != expected:
+                    return False
+                expected *= size
+        return True
+
+    def writes_whole(self, op: Op, storage: int) -> bool:
+        """Whether ``op`` gives ``storage`` a value that does not depend on what was there before."""
+        if any(ref.storage == storage for ref in op.outputs):
+            return True
+        if not overwrites(op.func):
+            return False
+        if any(ref.storage == storage for ref in op.reads()):
+            return False
+        return any(ref.storage == storage and self.covers(ref) for ref in op.targets)
+
+    def live(self, storages: Iterable[int], *, exact: bool, before: int | None = None) -> set[int]:
+        """The ops that have to run so that ``storages`` hold what they held just before op ``before`` (default: now).
+
+        Of each storage that is its last full write and what came after, with everything those read. Draws from an
+        exact stream bring the draws before them along; ``exact`` makes the default stream such a one.
+        """
+        live: set[int] = set()
+        seen: set[tuple[int, int]] = set()
+        storage_work = [(storage, before) for storage in storages]
+        op_work: list[int] = []
+        while storage_work or op_work:
+            if op_work:
+                index = op_work.pop()
+                if index in live:
+                    continue
+                live.add(index)
+                op = self.ops[index]
+                storage_work.extend((ref.storage, index) for ref in op.reads())
+                draw = op.draw
+                if draw is not None and draw.previous is not None and (exact or self.streams[draw.stream].exact):
+                    op_work.append(draw.previous)
+                continue
+            storage, limit = storage_work.pop()
+            for index in reversed(self.writers.get(storage, ())):
+                if limit is not None and index >= limit:
+                    continue
+                if (storage, index) in seen:
+                    break
+                seen.add((storage, index))
+                op_work.append(index)
+                if self.writes_whole(self.ops[index], storage):
+                    break
+        return live
+
+    def never_written(self, ref: TensorRef) -> bool:
+        """Whether no op ever gave some element of ``ref`` a value: plain PyTorch would leave garbage there."""
+        writers = [self.ops[index] for index in self.writers.get(ref.storage, ())]
+        if not writers:
+            return ref.size.numel() > 0
+        if any(self.writes_whole(op, ref.storage) for op in writers):
+            return False
+        targets = [target for op in writers for target in op.targets if target.storage == ref.storage]
+        if any(target.dtype != ref.dtype for target in targets):
+            return False  # written through a view of another dtype: not told apart element by element
+        written = torch.zeros(self.storages[ref.storage].nbytes // ref.dtype.itemsize, dtype=torch.bool)
+        for target in targets:
+            written.as_strided(target.size, target.stride, target.offset).fill_(True)
+        return not bool(written.as_strided(ref.size, ref.stride, ref.offset).all())
+
+
+class Recorded(NamedTuple):
+    """What a recorded storage object carries: the tape it was first written on, and its number there."""
+
+    first_tape: Tape
+    storage: int
+
+    @property
+    def tape(self) -> Tape:
+        return self.first_tape.current()
+
+    @property
+    def device(self) -> torch.device:
+        return self.tape.storages[self.storage].device
+
+
+def recorded(tensor: torch.Tensor) -> Recorded | None:
+    """The recording behind ``tensor``, or ``None`` for any other tensor, real or meta."""
+    if not tensor.is_meta or tensor.layout != torch.strided:
+        return None
+    return getattr(tensor.untyped_storage(), "_fabric_init", None)
+
+
+def mark(tensor: torch.Tensor, tape: Tape, storage: int) -> None:
+    """Make ``tensor``'s storage known as number ``storage`` of ``tape``."""
+    tensor.untyped_storage()._fabric_init = Recorded(tape, storage)  # type: ignore[attr-defined]
+
+
+def ref_of(tensor: torch.Tensor, storage: int) -> TensorRef:
+    """Where ``tensor`` lies on recorded storage number ``storage``."""
+    complex_or_part = tensor.is_neg() or (tensor.dtype.is_complex and tensor.is_conj())
+    return TensorRef(
+        storage,
+        int(tensor.storage_offset()),
+        tensor.size(),
+        tensor.stride(),
+        tensor.dtype,
+        *((tensor.is_conj(), tensor.is_neg()) if complex_or_part else ()),
+    )

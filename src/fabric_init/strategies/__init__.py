@@ -1,0 +1,1 @@
+"""How each Lightning strategy keeps a model's tensors."""
