@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import lightning
+import torch
 from lightning.fabric.wrappers import _unwrap_objects
 from torch import nn
 
@@ -87,7 +88,8 @@ class Fabric(lightning.Fabric):
         with ExitStack() as contexts:
             built = contexts.enter_context(BuiltModules())
             contexts.enter_context(_EmptyInit())
-            contexts.enter_context(self.device)
+            if self.device != torch.get_default_device():  # a default device makes every call in the block slower
+                contexts.enter_context(self.device)
             contexts.enter_context(self.strategy.precision.module_init_context())
             yield
         _complete(built.roots(), reader, wanted, placement)

@@ -6,18 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.region import take
 from fabric_init.errors import CheckpointMismatchError, FabricInitError
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Entry, Plan, storage_groups
+from fabric_init.filling.progress import with_progress
 from fabric_init.filling.report import InitReport, Row, describe_rule
 from fabric_init.recording.replay import real_execution, replay, view
 from fabric_init.recording.tape import Tape
-
-_SHOW_PROGRESS_AFTER_S = 2.0
 
 
 def fill(
@@ -41,10 +39,9 @@ def fill(
     """
     with real_execution():
         values: dict[int, Tensor] = {}
-        with tqdm(total=len(plan.entries), desc="filling", unit="tensor", delay=_SHOW_PROGRESS_AFTER_S) as bar:
-            for position, value in _values(plan, tensors, tapes, reader, placement, exact=exact):
-                values[position] = value
-                bar.update()
+        found = _values(plan, tensors, tapes, reader, placement, exact=exact)
+        for position, value in with_progress(found, len(plan.entries)):
+            values[position] = value
         for position, value in values.items():
             placement.put(plan.entries[position].slot, tensors[position], value)
         _check(plan, tensors)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import weakref
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,7 +87,7 @@ class InitReport:
         sizes: Counter[str] = Counter()
         for row in self.rows:
             sizes[row.status] += row.nbytes
-        head = f"{len(self.rows)} tensors: " + ", ".join(
+        head = f"{len(self.rows)} tensor{'s' if len(self.rows) != 1 else ''}: " + ", ".join(
             f"{number} {status} ({_megabytes(sizes[status])})" for status, number in counts.most_common()
         )
         lines = [head]
@@ -95,7 +97,8 @@ class InitReport:
         lines += [f"cast: {number} tensors {cast}" for cast, number in casts.items()]
         if self.unexpected:
             shown = ", ".join(self.unexpected[:5]) + (" …" if len(self.unexpected) > 5 else "")
-            lines.append(f"ignored: {len(self.unexpected)} checkpoint keys that the model does not have: {shown}")
+            keys = "1 checkpoint key" if len(self.unexpected) == 1 else f"{len(self.unexpected)} checkpoint keys"
+            lines.append(f"ignored: {keys} that the model does not have: {shown}")
         # what was not loaded is what one looks for: it comes first, the rest fills the room that is left
         rows = sorted(self.rows, key=lambda row: row.status == "loaded")[:_MOST_ROWS]
         width = max((len(row.name) for row in rows), default=0)
@@ -128,7 +131,14 @@ def describe_rule(tape: Tape, ref: TensorRef) -> str:
         op = earlier
     if op is None:
         return ""
-    return f"{rule_of(op)} at {op.source}" if op.source else rule_of(op)
+    return f"{rule_of(op)} at {_short(op.source.file)}:{op.source.line}" if op.source else rule_of(op)
+
+
+@cache
+def _short(file: str) -> str:
+    """A source file as its import would find it: relative to the entry of ``sys.path`` that holds it."""
+    roots = [root for entry in sys.path if file.startswith(root := os.path.join(os.path.abspath(entry), ""))]
+    return file.removeprefix(max(roots, key=len, default=""))
 
 
 def _last_writer(tape: Tape, storage: int, before: int | None) -> Op | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
+from types import FrameType, FunctionType, TracebackType
 from typing import Any
 
 import torch
@@ -23,9 +23,13 @@ from fabric_init.recording.collector import PausedCollector
 from fabric_init.recording.operators import INIT_FUNCTIONS
 from fabric_init.recording.provenance import init_call
 from fabric_init.recording.recorder import Recorder
-from fabric_init.recording.tape import Rng, Tape, recorded
+from fabric_init.recording.tape import Rng, Tape, begin, recorded
 
 _Handler = Callable[["_EmptyInit", Any, tuple[Any, ...], dict[str, Any]], Any]
+# The init functions that hand over to a function mode; the others are known by their frame.
+_SEEN_WHOLE: dict[str, Any] = {
+    name: INIT_FUNCTIONS[name] for name in ("uniform_", "normal_", "constant_", "kaiming_uniform_")
+}
 _TRUNC_NORMAL = torch.nn.init._no_grad_trunc_normal_.__code__
 
 
@@ -64,10 +68,22 @@ class _EmptyInit(TorchFunctionMode):
         handler = _HANDLERS.get(func)
         if handler is not None:
             return handler(self, func, args, kwargs or {})
+        if type(func) is FunctionType and (original := _replaced(func, sys._getframe(2))) is not None:
+            return _init_function(self, original, args, kwargs or {})
         return func(*args, **kwargs) if kwargs else func(*args)
 
 
 # -- whole init functions ----------------------------------------------------------------------------------------------
+
+
+def _replaced(func: FunctionType, asking: FrameType) -> FunctionType | None:
+    """The init function that is asking, when it does so under another function's name.
+
+    torch.nn.init looks its own name up when it hands over, so where somebody replaced that (transformers does while it
+    initialises) the replacement arrives here, though the original was called.
+    """
+    original = _SEEN_WHOLE.get(func.__name__)
+    return original if original is not None and asking.f_code is original.__code__ else None
 
 
 def _init_function(mode: _EmptyInit, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -202,14 +218,14 @@ def _empty(mode: _EmptyInit, func: Any, args: tuple[Any, ...], kwargs: dict[str,
         return func(*args, **kwargs)
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
         tensor = func(*args, **{**kwargs, "device": "meta"})
-        mode.recorder.new_storage(tensor, device)
+        begin(tensor, mode.tape, device)
     return tensor
 
 
 _PLAIN_OPTIONS = frozenset({"size", "dtype", "device", "requires_grad", "memory_format"})
 
 _HANDLERS: dict[Any, _Handler] = {
-    **{INIT_FUNCTIONS[name]: _init_function for name in ("uniform_", "normal_", "constant_", "kaiming_uniform_")},
+    **dict.fromkeys(_SEEN_WHOLE.values(), _init_function),
     torch.empty: _empty,
     Tensor.is_meta.__get__: _is_meta,  # type: ignore[attr-defined]
     Tensor.device.__get__: _device,

@@ -70,7 +70,7 @@ _UNFILLED = frozenset(
 
 # Factories whose result is contiguous, of the size that is their first argument, in the dtype asked for or the default
 # one: no need to ask the meta kernel, which is Python and slow.
-_PLAIN_FACTORIES = frozenset({"aten::ones", "aten::zeros", "aten::rand", "aten::randn"})
+PLAIN_FACTORIES = frozenset({"aten::ones", "aten::zeros", "aten::rand", "aten::randn"})
 
 
 class Traits(NamedTuple):
@@ -82,7 +82,6 @@ class Traits(NamedTuple):
     takes_generator: bool
     takes_dtype: bool
     unfilled: bool
-    plain_factory: bool
     plain_fill: bool  # writes its first argument and needs no shape check: the meta kernel need not run
     random: bool
     data_dependent: bool
@@ -105,7 +104,6 @@ def traits(func: OpOverload) -> Traits:
         takes_generator=any(argument.name == "generator" for argument in schema.arguments),
         takes_dtype=any(argument.name == "dtype" for argument in schema.arguments),
         unfilled=schema.name in _UNFILLED,
-        plain_factory=schema.name in _PLAIN_FACTORIES,
         plain_fill=schema.name in _OVERWRITING and tensors == 1,
         random=Tag.nondeterministic_seeded in func.tags,
         data_dependent=bool({Tag.data_dependent_output, Tag.dynamic_output_shape} & set(func.tags)),

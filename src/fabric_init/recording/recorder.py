@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import Self
 
 from fabric_init.errors import RecordingError
-from fabric_init.recording.operators import DRAWS_FROM_DEFAULT, INIT_FUNCTIONS, Func, is_random, traits
+from fabric_init.recording.operators import DRAWS_FROM_DEFAULT, INIT_FUNCTIONS, PLAIN_FACTORIES, Func, is_random, traits
 from fabric_init.recording.provenance import caller, init_call
 from fabric_init.recording.replay import real_execution, storage_now, view
 from fabric_init.recording.streams import Streams
-from fabric_init.recording.tape import Constant, Draw, Recorded, Tape, TensorRef, mark, recorded, ref_of
+from fabric_init.recording.tape import Constant, Draw, Recorded, Tape, TensorRef, begin, recorded, ref_of
 
 _META = torch.device("meta")
 _CPU = torch.device("cpu")
@@ -161,9 +161,6 @@ class Recorder(TorchDispatchMode):
             return
         assert self.streams is not None
         generator = kwargs.pop("generator", None)
-        if generator is None and any(isinstance(value, torch.Generator) for value in args):
-            generator = next(value for value in args if isinstance(value, torch.Generator))
-            args = tuple(value for value in args if value is not generator)
         with torch._C._DisableTorchDispatch():
             streams = self.streams.of(generator)
             draw: Draw = streams.draw()
@@ -214,10 +211,7 @@ class Recorder(TorchDispatchMode):
         return meta
 
     def new_storage(self, tensor: torch.Tensor, device: torch.device) -> TensorRef:
-        """Begin the recording of a fresh meta tensor's storage."""
-        number = self.tape.add_storage(tensor.untyped_storage().nbytes(), device)
-        mark(tensor, self.tape, number)
-        return ref_of(tensor, number)
+        return ref_of(tensor, begin(tensor, self.tape, device))
 
     def _grow(self, tensor: torch.Tensor) -> None:
         found = self.lookup(tensor)
@@ -253,8 +247,9 @@ class Recorder(TorchDispatchMode):
                 return type(value)([meta(item) for item in value])
             return value
 
-        if traits(func).plain_factory and len(args) == 1 and kwargs.get("layout") in (None, torch.strided):
-            return torch.empty(args[0], dtype=kwargs.get("dtype"), device=_META)
+        if (shape := _plain_shape(func, args)) is not None and kwargs.get("layout") in (None, torch.strided):
+            integers = traits(func).name == "aten::arange"
+            return torch.empty(shape, dtype=kwargs.get("dtype") or (torch.int64 if integers else None), device=_META)
         kwargs = {name: meta(value) for name, value in kwargs.items() if name not in ("pin_memory", "generator")}
         if traits(func).has_device:
             kwargs["device"] = _META
@@ -310,6 +305,17 @@ def _is_meta(device: Any) -> bool:
 
 def _like_on_meta(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=_META)
+
+
+def _plain_shape(func: Any, args: tuple[Any, ...]) -> Sequence[int] | None:
+    """The shape of a plain factory's result, where it can be told without asking the meta kernel."""
+    name = traits(func).name
+    if name in PLAIN_FACTORIES and len(args) == 1:
+        shape: Sequence[int] = args[0]
+        return shape
+    if name == "aten::arange" and all(type(value) is int for value in args) and 0 not in args[2:]:
+        return (len(range(*args)),)
+    return None
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fabric_init.recording.operators import overwrites, with_generator
 from fabric_init.recording.streams import derived_seed
@@ -22,7 +21,7 @@ _default_generator_lock = threading.Lock()
 @contextmanager
 def real_execution() -> Iterator[None]:
     """No mode of anybody's between us and the kernels: whatever runs inside runs for real, and without autograd."""
-    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), torch.no_grad():
         yield
 
 

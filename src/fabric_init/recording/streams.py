@@ -10,6 +10,7 @@ after the block, just see a generator that was drawn from.
 from __future__ import annotations
 
 import hashlib
+from ctypes import string_at
 
 import torch
 
@@ -37,39 +38,56 @@ def _identity(generator: torch.Generator) -> int:
     return address
 
 
+def _label(state: torch.Tensor) -> bytes:
+    """What tells one state of a generator from another: its two ends hold the seed, the position, the first words of
+    the Mersenne twister and the saved half of the last normal pair (CUDA's whole state is shorter than that)."""
+    size = state.numel()
+    address = state.data_ptr()
+    if size <= 2 * _LABEL_BYTES:
+        return string_at(address, size)
+    return string_at(address, _LABEL_BYTES) + string_at(address + size - _LABEL_BYTES, _LABEL_BYTES)
+
+
+_LABEL_BYTES = 96
+
+
 class _GeneratorStreams:
     """The labels that one generator's states carry."""
 
     def __init__(self, tape: Tape, generator: torch.Generator, *, exact: bool) -> None:
         self._tape = tape
         self.generator = generator
+        states = _snapshot(generator)
+        state = states[generator.device]
         # Where per-op seeds come from: the state itself, so that a second block differs from the first, and the same
         # seed gives the same tape.
-        states = _snapshot(generator)
-        label = bytes(states[generator.device].numpy())
-        seed = int.from_bytes(hashlib.blake2b(label, digest_size=8).digest(), "little") & _LAST_63_BITS
-        self.start = states[generator.device]
-        self.stream = tape.add_stream(Stream(exact, seed, states))
-        self.last = label
+        digest = hashlib.blake2b(string_at(state.data_ptr(), state.numel()), digest_size=8).digest()
+        self.stream = tape.add_stream(Stream(exact, int.from_bytes(digest, "little") & _LAST_63_BITS, states))
         self._next = Draw(self.stream, 0, None)
-        self._labels: dict[int, Draw] = {hash(label): self._next}
+        self.last = _label(state)
+        self._labels = {self.last: self._next}
+        self._step = torch.empty((), dtype=torch.int64, device=generator.device)
 
     def draw(self) -> Draw:
         """The place of the op that is about to be recorded; :meth:`drawn` must follow with the op's number."""
-        label = bytes(self.generator.get_state().numpy())
+        label = _label(self.generator.get_state())
         if label != self.last:
-            known = self._labels.get(hash(label))
+            known = self._labels.get(label)
             if known is None:
                 stream = self._tape.add_stream(Stream(True, 0, _snapshot(self.generator)))
-                known = self._labels[hash(label)] = Draw(stream, 0, None)
+                known = self._labels[label] = Draw(stream, 0, None)
             self._next = known
         return self._next
 
-    def drawn(self, index: int) -> None:
-        """Move the generator on, and label the state it is left in as "after op ``index``"."""
-        torch.empty((), dtype=torch.int64, device=self.generator.device).random_(generator=self.generator)
-        self.last = bytes(self.generator.get_state().numpy())
-        self._next = self._labels[hash(self.last)] = Draw(self._next.stream, self._next.position + 1, index)
+    def drawn(self, number: int) -> None:
+        """Move the generator on, and label the state it is left in as "after op ``number``"."""
+        self._step.random_(generator=self.generator)
+        self.last = _label(self.generator.get_state())
+        self._next = self._labels[self.last] = Draw(self._next.stream, self._next.position + 1, number)
+
+    def touched(self) -> bool:
+        """Whether somebody else has used the generator since the last recorded draw."""
+        return _label(self.generator.get_state()) != self.last
 
 
 class Streams:
@@ -97,5 +115,5 @@ class Streams:
         that went into the weights.
         """
         for streams in self._others.values():
-            if bytes(streams.generator.get_state().numpy()) == streams.last:
+            if not streams.touched():
                 streams.generator.manual_seed(derived_seed(streams.generator.initial_seed(), -1))

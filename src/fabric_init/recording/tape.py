@@ -273,14 +273,21 @@ class Recorded(NamedTuple):
 
 def recorded(tensor: torch.Tensor) -> Recorded | None:
     """The recording behind ``tensor``, or ``None`` for any other tensor, real or meta."""
-    if not tensor.is_meta or tensor.layout != torch.strided:
+    if not tensor.is_meta:
         return None
-    return getattr(tensor.untyped_storage(), "_fabric_init", None)
+    try:
+        found: Recorded | None = tensor.untyped_storage()._fabric_init  # type: ignore[attr-defined]
+    except (AttributeError, NotImplementedError):  # a meta tensor from elsewhere; a sparse one
+        return None
+    return found
 
 
-def mark(tensor: torch.Tensor, tape: Tape, storage: int) -> None:
-    """Make ``tensor``'s storage known as number ``storage`` of ``tape``."""
-    tensor.untyped_storage()._fabric_init = Recorded(tape, storage)  # type: ignore[attr-defined]
+def begin(tensor: torch.Tensor, tape: Tape, device: torch.device) -> int:
+    """Begin the recording of a fresh meta tensor's storage; gives its number on ``tape``."""
+    storage = tensor.untyped_storage()
+    number = tape.add_storage(storage.nbytes(), device)
+    storage._fabric_init = Recorded(tape, number)  # type: ignore[attr-defined]
+    return number
 
 
 def ref_of(tensor: torch.Tensor, storage: int) -> TensorRef:

@@ -1,0 +1,226 @@
+"""The ways to get a Llama ready on one device. Each is a function that prepares and returns the part to be timed.
+
+What stands before the inner function is outside the clock: imports, the config, a Fabric object, warming the page
+cache with the file that this way reads. The inner function is what a user writes, and returns the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import torch
+from _verification import Expected, count_unfilled
+from _workload import INIT_SEED, Workload, default_dtype, warm
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+Build = Callable[[], nn.Module]
+TOKENS = 8
+
+
+def phases(name: str, root: str) -> Generator[tuple[str, Callable[[], Any]], Any, None]:
+    workload = Workload(Path(root))
+    expected = EXPECTED.get(name, "checkpoint")
+    build = CONTENDERS[name](workload)
+    # Another seed than the reference's, so that a tensor which was not loaded cannot look as if it were.
+    torch.manual_seed(INIT_SEED if expected != "checkpoint" else INIT_SEED + 1)
+    model = yield "ready", build
+    if model is None:
+        return
+    yield "forward", lambda: _forward(model)
+    yield "verify", lambda: count_unfilled(model, workload, expected)
+
+
+def _forward(model: nn.Module) -> None:
+    with torch.inference_mode():
+        model(torch.arange(TOKENS)[None])
+
+
+def _config(workload: Workload) -> LlamaConfig:
+    return LlamaConfig.from_pretrained(workload.folder)
+
+
+# With a checkpoint ---------------------------------------------------------------------------------------------------
+
+
+def plain(workload: Workload) -> Build:
+    from safetensors.torch import load_file
+
+    config = _config(workload)
+    warm(workload.safetensors)
+
+    def build() -> nn.Module:
+        with default_dtype(torch.bfloat16):
+            model = LlamaForCausalLM(config)
+        model.load_state_dict(load_file(workload.safetensors))
+        return model
+
+    return build
+
+
+def lightning(workload: Workload) -> Build:
+    from lightning.fabric import Fabric
+
+    config = _config(workload)
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-true")
+    warm(workload.torch_file)
+
+    def build() -> nn.Module:
+        with fabric.init_module(empty_init=True):
+            model = LlamaForCausalLM(config)
+        fabric.load_raw(workload.torch_file, model)
+        return model
+
+    return build
+
+
+def accelerate(workload: Workload) -> Build:
+    # The quickest of the documented calls here: naming the file and the one device spares it looking for both.
+    from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+
+    config = _config(workload)
+    warm(workload.safetensors)
+
+    def build() -> nn.Module:
+        with default_dtype(torch.bfloat16), init_empty_weights():
+            model = LlamaForCausalLM(config)
+        return load_checkpoint_and_dispatch(model, str(workload.safetensors), device_map={"": "cpu"})
+
+    return build
+
+
+def transformers(workload: Workload) -> Build:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = _config(workload)
+    warm(workload.safetensors)
+
+    def build() -> nn.Module:
+        return LlamaForCausalLM.from_pretrained(workload.folder, config=config, dtype=torch.bfloat16)
+
+    return build
+
+
+def hand_written(workload: Workload) -> Build:
+    from safetensors.torch import load_file
+
+    config = _config(workload)
+    warm(workload.safetensors)
+
+    def build() -> nn.Module:
+        with default_dtype(torch.bfloat16), torch.device("meta"):
+            model = LlamaForCausalLM(config)
+        model.load_state_dict(load_file(workload.safetensors), assign=True)
+        return model
+
+    return build
+
+
+def hand_written_repaired(workload: Workload) -> Build:
+    """The same by someone who knows which buffers of this very model it leaves on meta."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = _config(workload)
+    unrepaired = hand_written(workload)
+
+    def build() -> nn.Module:
+        model = unrepaired()
+        model.model.rotary_emb = LlamaRotaryEmbedding(config)
+        return model
+
+    return build
+
+
+def ours_fabric(workload: Workload) -> Build:
+    from fabric_init import Fabric
+
+    config = _config(workload)
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-true")
+    warm(workload.safetensors)
+
+    def build() -> nn.Module:
+        with fabric.init_module(checkpoint=workload.folder):
+            model = LlamaForCausalLM(config)
+        return model
+
+    return build
+
+
+def ours_core(workload: Workload) -> Build:
+    from fabric_init import deferred_init, materialize
+
+    config = _config(workload)
+    warm(workload.safetensors)
+
+    def build() -> nn.Module:
+        with default_dtype(torch.bfloat16), deferred_init():
+            model = LlamaForCausalLM(config)
+        materialize(model, checkpoint=workload.folder)
+        return model
+
+    return build
+
+
+# From scratch --------------------------------------------------------------------------------------------------------
+
+
+def eager(workload: Workload) -> Build:
+    config = _config(workload)
+
+    def build() -> nn.Module:
+        with default_dtype(torch.bfloat16):
+            return LlamaForCausalLM(config)
+
+    return build
+
+
+def ours_per_op(workload: Workload) -> Build:
+    from fabric_init import deferred_init, materialize
+
+    config = _config(workload)
+
+    def build() -> nn.Module:
+        with default_dtype(torch.bfloat16), deferred_init():
+            model = LlamaForCausalLM(config)
+        materialize(model)
+        return model
+
+    return build
+
+
+def ours_eager_stream(workload: Workload) -> Build:
+    from fabric_init import deferred_init, materialize
+
+    config = _config(workload)
+
+    def build() -> nn.Module:
+        with default_dtype(torch.bfloat16), deferred_init():
+            model = LlamaForCausalLM(config)
+        materialize(model, rng="eager")
+        return model
+
+    return build
+
+
+CONTENDERS: dict[str, Callable[[Workload], Build]] = {
+    contender.__name__: contender
+    for contender in (
+        plain,
+        lightning,
+        accelerate,
+        transformers,
+        hand_written,
+        hand_written_repaired,
+        ours_fabric,
+        ours_core,
+        eager,
+        ours_per_op,
+        ours_eager_stream,
+    )
+}
+
+EXPECTED: dict[str, Expected] = {"eager": "init", "ours_per_op": "like init", "ours_eager_stream": "init"}

@@ -1,0 +1,67 @@
+"""What a region means, held against plain indexing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fabric_init.checkpoints import Box, Span, take
+from fabric_init.checkpoints.region import Region, window
+
+
+@st.composite
+def shaped_regions(draw: st.DrawFn) -> tuple[tuple[int, ...], Region]:
+    shape = tuple(draw(st.lists(st.integers(0, 5), max_size=4)))
+    if draw(st.booleans()):
+        numel = torch.Size(shape).numel()
+        start = draw(st.integers(0, numel))
+        return shape, Span(start, draw(st.integers(start, numel)))
+    offsets = tuple(draw(st.integers(0, size)) for size in shape)
+    return shape, Box(offsets, tuple(draw(st.integers(0, size - at)) for size, at in zip(shape, offsets, strict=True)))
+
+
+def by_indexing(tensor: torch.Tensor, region: Region) -> torch.Tensor:
+    if isinstance(region, Span):
+        return tensor.flatten()[region.start : region.stop]
+    return tensor[tuple(slice(at, at + size) for at, size in zip(region.offsets, region.sizes, strict=True))]
+
+
+@given(shaped_regions())
+def test_take_and_window_agree_with_plain_indexing(case: tuple[tuple[int, ...], Region]) -> None:
+    shape, region = case
+    tensor = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    expected = by_indexing(tensor, region)
+    assert torch.equal(take(tensor, region), expected)
+    assert region.numel == expected.numel()
+    start, sizes, strides = window(shape, region)
+    assert torch.equal(tensor.flatten().as_strided(sizes, strides, start) if expected.numel() else expected, expected)
+
+
+@given(shaped_regions())
+def test_take_is_right_for_a_transposed_tensor(case: tuple[tuple[int, ...], Region]) -> None:
+    shape, region = case
+    transposed = (
+        torch.arange(torch.Size(shape).numel()).reshape(shape[::-1]).permute(tuple(reversed(range(len(shape)))))
+    )
+    assert torch.equal(take(transposed, region), by_indexing(transposed, region))
+
+
+def test_a_box_and_a_span_of_a_contiguous_tensor_are_views() -> None:
+    tensor = torch.zeros(4, 6)
+    for region in (Box((1, 2), (2, 3)), Span(3, 17)):
+        assert take(tensor, region).untyped_storage().data_ptr() == tensor.data_ptr()
+
+
+def test_a_span_of_a_transposed_tensor_copies_only_the_rows_it_touches() -> None:
+    part = take(torch.zeros(6, 1000).t(), Span(600, 612))
+    assert part.untyped_storage().nbytes() == 2 * 6 * 4
+
+
+@pytest.mark.parametrize("region", [Span(0, 25), Span(3, 2), Span(-1, 2), Box((0, 3), (4, 4)), Box((0,), (4,))])
+def test_a_region_that_sticks_out_is_an_assertion_of_ours_and_not_clipped(region: Region) -> None:
+    with pytest.raises((AssertionError, ValueError)):
+        take(torch.zeros(4, 6), region)
+    with pytest.raises((AssertionError, ValueError)):
+        window((4, 6), region)

@@ -1,0 +1,194 @@
+"""One file of torch.save: where the state dict is found, regions of any layout, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+
+from fabric_init.checkpoints import Box, Span, TensorSpec, TorchFileReader, take
+from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
+
+BOTH = pytest.mark.parametrize("mmap", [True, False], ids=["mapped", "copied"])
+
+
+def saved(path: Path, content: object) -> Path:
+    torch.save(content, path)
+    return path
+
+
+@BOTH
+def test_a_plain_state_dict_is_read(tmp_path: Path, mmap: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    reader = TorchFileReader(saved(tmp_path / "m.pt", model.state_dict()), mmap=mmap)
+    assert list(reader.keys()) == list(model.state_dict())
+    assert (reader.format, reader.note, reader.extra_state) == ("torch", None, {})
+    for key, value in model.state_dict().items():
+        assert reader.spec(key) == TensorSpec(value.shape, value.dtype)
+        assert torch.equal(reader.read(key), value)
+
+
+@pytest.mark.parametrize("wrapper", ["model", "state_dict", "module"])
+def test_a_state_dict_inside_a_training_checkpoint_is_found_and_noted(tmp_path: Path, wrapper: str) -> None:
+    content = {
+        "epoch": 3,
+        "step": torch.tensor(7),
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}},
+        wrapper: OrderedDict(w=torch.ones(2)),
+    }
+    reader = TorchFileReader(saved(tmp_path / "m.ckpt", content))
+    assert reader.keys() == ("w",)
+    assert reader.note == f"state dict found under '{wrapper}'"
+
+
+def test_two_state_dicts_are_refused_rather_than_guessed_at(tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.pt", {"model": {"w": torch.ones(1)}, "module": {"w": torch.zeros(1)}})
+    with pytest.raises(CheckpointFormatError, match=r"m\.pt holds state dicts under 'model' and 'module'"):
+        TorchFileReader(path)
+
+
+def test_a_state_dict_under_another_name_is_pointed_out(tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.pt", {"generator": {"w": torch.ones(1), "b": torch.ones(1)}, "epoch": 1})
+    with pytest.raises(CheckpointFormatError, match=r"tensors under 'generator' \(2 tensors\): save that dict"):
+        TorchFileReader(path)
+
+
+def test_extra_state_is_kept_and_other_entries_have_no_key(tmp_path: Path) -> None:
+    content = {"w": torch.ones(1), "q._extra_state": {"scale": 2}, "version": "1", "t._extra_state": torch.ones(1)}
+    reader = TorchFileReader(saved(tmp_path / "m.pt", content))
+    assert reader.keys() == ("w", "t._extra_state")
+    assert reader.extra_state == {"q._extra_state": {"scale": 2}}
+
+
+@BOTH
+def test_regions_are_right_whatever_the_layout(tmp_path: Path, mmap: bool) -> None:
+    base = torch.arange(60.0)
+    content = {
+        "plain": base.reshape(6, 10),
+        "transposed": base.reshape(10, 6).t(),
+        "offset": base[12:].reshape(6, 8),
+        "strided": base.reshape(6, 10)[:, ::3],
+        "expanded": base[:6, None].expand(6, 5),
+        "conjugate": torch.view_as_complex(torch.arange(60.0).reshape(6, 5, 2)).conj(),
+        "parameter": torch.nn.Parameter(base.reshape(6, 10)),
+    }
+    reader = TorchFileReader(saved(tmp_path / "m.pt", content), mmap=mmap)
+    for key, value in content.items():
+        for region in (None, Box((1, 1), (4, 2)), Box((2, 0), (2, value.shape[1])), Span(3, 17), Span(4, 4)):
+            part = reader.read(key, region)
+            assert torch.equal(part, take(value.detach().resolve_conj(), region)), (key, region)
+            assert not part.requires_grad
+            assert part._base is None
+
+
+def test_writing_to_a_mapped_tensor_never_reaches_the_file_and_a_tie_stays_tied(tmp_path: Path) -> None:
+    tied = torch.zeros(100)
+    path = saved(tmp_path / "m.pt", {"a": tied, "b": tied})
+    before = path.read_bytes()
+    reader = TorchFileReader(path)
+    reader.read("a").fill_(1.0)
+    assert torch.equal(reader.read("b"), torch.ones(100))
+    assert path.read_bytes() == before
+    assert torch.equal(TorchFileReader(path).read("b"), torch.zeros(100))
+
+
+def test_writing_never_reaches_the_file_although_shared_maps_are_the_default(tmp_path: Path) -> None:
+    import mmap
+
+    path = saved(tmp_path / "m.pt", {"a": torch.zeros(100)})
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        TorchFileReader(path).read("a").fill_(1.0)
+    assert torch.equal(TorchFileReader(path).read("a"), torch.zeros(100))
+
+
+def test_a_copied_tensor_does_not_depend_on_the_reader(tmp_path: Path) -> None:
+    reader = TorchFileReader(saved(tmp_path / "m.pt", {"a": torch.zeros(100)}), mmap=False)
+    reader.read("a").fill_(1.0)
+    assert torch.equal(reader.read("a", Span(0, 3)), torch.zeros(3))
+    assert reader.read("a", Span(0, 3)).untyped_storage().nbytes() == 12
+
+
+def test_a_pickle_with_code_in_it_is_not_run(tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.ckpt", {"state_dict": {"w": torch.ones(1)}, "args": argparse.Namespace(x=1)})
+    with pytest.raises(
+        CheckpointFormatError, match=r"m\.ckpt holds more than tensors: .*argparse\.Namespace"
+    ) as caught:
+        TorchFileReader(path)
+    assert "safetensors.torch.save_file" in str(caught.value)
+    assert "add_safe_globals" in str(caught.value)
+
+
+def test_code_is_not_run_even_when_the_environment_allows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(CheckpointFormatError, match=r"argparse\.Namespace"):
+        TorchFileReader(saved(tmp_path / "m.pt", {"w": torch.ones(1), "args": argparse.Namespace()}))
+
+
+def test_a_whole_module_is_refused_by_its_class(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointFormatError, match=r"torch\.nn\.modules\.linear\.Linear"):
+        TorchFileReader(saved(tmp_path / "m.pt", torch.nn.Linear(2, 2)))
+
+
+def test_the_legacy_format_says_how_to_save_it_again(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(1)}, tmp_path / "m.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(
+        CheckpointFormatError, match=r"m\.pt was written in the format of before torch 1\.6(.|\n)*torch.save"
+    ):
+        TorchFileReader(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.ones(1)], "holds a list, not a state dict"),
+        (torch.ones(1), "holds a Tensor, not a state dict"),
+        ({}, "holds no tensor"),
+        ({"epoch": 1}, "holds no tensor"),
+        ({0: torch.ones(1)}, "has the key 0, a int"),
+        ({"w": torch.ones(2, 2).to_sparse()}, "'w' is torch.sparse_coo"),
+        ({"w": torch.ones(2, device="meta")}, "'w' is on the 'meta' device"),
+    ],
+)
+def test_content_that_is_no_dense_state_dict_is_refused(tmp_path: Path, content: object, message: str) -> None:
+    with pytest.raises(CheckpointFormatError, match=message) as caught:
+        TorchFileReader(saved(tmp_path / "m.pt", content))
+    assert str(tmp_path / "m.pt") in str(caught.value)
+
+
+@pytest.mark.parametrize("part", [0.01, 0.5, 0.99])
+def test_a_truncated_file_is_refused(tmp_path: Path, part: float) -> None:
+    path = saved(tmp_path / "m.pt", {"w": torch.ones(1000)})
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * part)])
+    with pytest.raises(CheckpointFormatError, match=r"m\.pt cannot be read as a file of torch\.save"):
+        TorchFileReader(path)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "z.pt", "w") as archive:
+        archive.writestr("a.txt", "b")
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").touch()
+    (tmp_path / "p.pt").write_bytes(pickle.dumps({"w": 1}))
+    for name, message in {
+        "z.pt": "cannot be read",
+        "text.pt": "begins with b'hello'",
+        "empty.pt": "is empty",
+        "p.pt": "Save it once more",
+    }.items():
+        with pytest.raises(CheckpointFormatError, match=message):
+            TorchFileReader(tmp_path / name)
+    with pytest.raises(CheckpointNotFoundError, match="does not exist"):
+        TorchFileReader(tmp_path / "none.pt")
+
+
+def test_an_unknown_key_is_a_key_error_that_names_the_file(tmp_path: Path) -> None:
+    reader = TorchFileReader(saved(tmp_path / "m.pt", {"w": torch.ones(1)}))
+    for ask in (reader.spec, reader.read):
+        with pytest.raises(KeyError, match=r"m\.pt has no tensor 'nope'"):
+            ask("nope")

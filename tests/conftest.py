@@ -1,0 +1,74 @@
+"""Fails a test that leaves global state behind: the next test would meet it, and so would a user of the library."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.nn.modules import module as torch_module
+from torch.overrides import _len_torch_function_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+# Set by others while a test runs, and none of our business.
+FOREIGN_VARIABLES = (
+    "PYTEST_CURRENT_TEST",  # pytest
+    "TORCHINDUCTOR_CACHE_DIR",  # torch, when its compiler is first imported
+    "TRITON_CACHE_DIR",  # likewise
+    "KMP_DUPLICATE_LIB_OK",  # scikit-learn, when first imported
+    "KMP_INIT_AT_FORK",  # likewise
+)
+# Listed once: the module also gains names by itself, `__warningregistry__` for one.
+INIT_FUNCTIONS = tuple(name for name, value in vars(torch.nn.init).items() if callable(value))
+HOOK_TABLES = tuple(
+    name for name, value in vars(torch_module).items() if name.startswith("_global_") and isinstance(value, dict)
+)
+
+
+def environment() -> dict[str, str]:
+    variables = os.environ.copy()
+    for name in FOREIGN_VARIABLES:
+        variables.pop(name, None)
+    return variables
+
+
+def global_state() -> dict[str, object]:
+    """Everything a test could leave behind, in plain data that `==` can compare."""
+    return {
+        "torch function modes": _len_torch_function_stack(),
+        "torch dispatch modes": tuple(_get_current_dispatch_mode_stack()),
+        "environment variables": environment(),
+        "process group": torch.distributed.is_available() and torch.distributed.is_initialized(),
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "grad mode": torch.is_grad_enabled(),
+        "torch.nn.init functions": tuple(map(vars(torch.nn.init).get, INIT_FUNCTIONS)),
+        "global module hooks": {name: tuple(getattr(torch_module, name)) for name in HOOK_TABLES},
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "fill_uninitialized_memory": torch.utils.deterministic.fill_uninitialized_memory,
+    }
+
+
+def differing(before: object, after: object) -> str:
+    """The part that changed: a whole environment in an error message helps nobody."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+        return ", ".join(f"{name}: {before.get(name)!r} -> {after.get(name)!r}" for name in names)
+    if isinstance(before, tuple) and isinstance(after, tuple) and len(before) == len(after):
+        return ", ".join(f"{one!r} -> {other!r}" for one, other in zip(before, after, strict=True) if one != other)
+    return f"{before!r} -> {after!r}"
+
+
+@pytest.fixture(autouse=True)
+def nothing_leaks() -> Iterator[None]:
+    before = global_state()
+    yield
+    after = global_state()
+    if before != after:
+        leaks = [f"{name}: {differing(before[name], after[name])}" for name in before if before[name] != after[name]]
+        pytest.fail("this test changed global state:\n  " + "\n  ".join(leaks), pytrace=False)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--whole", action="store_true", help="fidelity tests: every architecture, not only the sample")

