@@ -108,6 +108,9 @@ def default_config(model_class: Any) -> Any:
         "AutoformerConfig": {"prediction_length": 4},
         "InformerConfig": {"prediction_length": 4},
         "TimeSeriesTransformerConfig": {"prediction_length": 4},
+        "EsmConfig": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+        "Lfm2MoeConfig": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+        "VitMatteConfig": {"fusion_hidden_sizes": [256, 128, 64, 32]},
         "Dots1Config": {"n_routed_experts": 8, "n_shared_experts": 1},
     }
     return parts[kind.__name__]() if kind.__name__ in parts else kind(**needed.get(kind.__name__, {}))
@@ -144,15 +147,22 @@ def small(config: Any, shrink: Shrink, seen: set[int] | None = None) -> Any:
                 _set(config, name, type(value)(items[:_MOST_LAYERS] if len(items) in depths else items))
         elif isinstance(value, (list, tuple)) and len(value) in depths:
             _set(config, name, value[:_MOST_LAYERS])
+    held = vars(config)
+    heads, width = held.get("num_attention_heads"), held.get("hidden_size")
+    if type(heads) is int and type(width) is int:  # defaults that some models need and their configs leave open
+        if held.get("num_key_value_heads", heads) is None:
+            _set(config, "num_key_value_heads", heads)
+        if held.get("head_dim", heads) is None:
+            _set(config, "head_dim", width // heads)
     return config
 
 
 def _set(config: Any, name: str, value: Any) -> None:
-    if getattr(config, name) != value:
-        try:
+    try:
+        if getattr(config, name) != value:
             setattr(config, name, value)
-        except Exception:  # a read-only property, or a value that the config's own checks refuse: it stays large
-            return
+    except Exception:  # a read-only property, or a value that the config's own checks refuse: it stays large
+        return
 
 
 def _smaller(name: str, value: int, shrink: Shrink) -> int:

@@ -24,7 +24,7 @@ SAMPLE = tuple(
     for name in (
         "albert bart bert big_bird blip clip convnext deberta_v2 deepseek_v3 detr dinov2 electra encodec esm falcon "
         "funnel gemma3 gpt2 gpt_neox gpt_oss hiera idefics3 jamba llama longformer mamba2 mixtral mpnet nystromformer "
-        "olmo2 owlvit patchtst perceiver phi3 qwen2_vl qwen3_moe reformer roberta rwkv sam swin t5 timesformer "
+        "olmo2 owlvit patchtst phi3 qwen2_vl qwen3_moe reformer roberta rwkv sam swin t5 timesformer "
         "univnet vit vits wav2vec2 whisper xlnet yolos zoedepth"
     ).split()
 )

@@ -40,6 +40,7 @@ def _buildable(model_class: Any) -> tuple[Any, str]:
     from architectures import configs
 
     why = ""
+    brief: list[str] = []
     for make in configs(model_class):
         signal.alarm(_EAGER_SECONDS)
         try:
@@ -47,7 +48,10 @@ def _buildable(model_class: Any) -> tuple[Any, str]:
             model_class(make())
             return make, ""
         except Exception as error:  # whatever eager code raises, the architecture cannot be built: that is the answer
-            why = why or _brief(error)
+            brief.append(_brief(error))
+            why = brief[0]
+            if brief[-3:] == [brief[-1]] * 3:  # size is not what it is about
+                break
         finally:
             signal.alarm(0)
     return None, why

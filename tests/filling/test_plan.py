@@ -118,12 +118,12 @@ def test_room_that_is_never_saved_and_never_written_is_scratch() -> None:
 
 def test_missing_and_unexpected_keys_are_all_named_with_the_coverage() -> None:
     state = Model().state_dict()
-    del state["head.weight"], state["count"]
+    del state["count"], state["head.weight"]
     with pytest.raises(CheckpointMismatchError) as caught:
         plan(recorded(Model), of_state({**state, "extra.one": torch.ones(9), "extra.two": torch.ones(9)}))
     message = str(caught.value)
     assert "folder/model.safetensors: 2 of 4 tensors match." in message
-    assert "Missing from the checkpoint (2):\n  head.weight\n  count" in message
+    assert "Missing from the checkpoint (2):\n  count\n  head.weight" in message
     assert "Not in the model (2):\n  extra.one\n  extra.two" in message
     assert "strict=False" in message
 
@@ -205,8 +205,14 @@ def test_the_reinit_that_the_message_offers_is_one_that_works() -> None:
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("count", torch.float32), ("body.bias", torch.int64), ("body.bias", torch.complex64),
-                        ("body.bias", torch.bool), ("count", torch.bool)]
+    ("name", "dtype"),
+    [
+        ("count", torch.float32),
+        ("body.bias", torch.int64),
+        ("body.bias", torch.complex64),
+        ("body.bias", torch.bool),
+        ("count", torch.bool),
+    ],
 )
 def test_a_cast_that_changes_what_numbers_mean_is_refused(strict: bool, name: str, dtype: torch.dtype) -> None:
     state = {**Model().state_dict(), name: torch.ones(2, dtype=dtype)}
@@ -267,10 +273,10 @@ def test_tensors_that_nobody_gives_a_value_are_named() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.never = nn.Parameter(torch.empty(3))
-            self.half = nn.Parameter(torch.empty(4))
+            self.partial = nn.Parameter(torch.empty(4))
             self.whole = nn.Parameter(torch.empty(4))
             with torch.no_grad():
-                self.half[:2] = 1
+                self.partial[:2] = 1
                 self.whole[:2] = 1
                 self.whole[2:] = 1
 
@@ -278,12 +284,12 @@ def test_tensors_that_nobody_gives_a_value_are_named() -> None:
         plan(recorded(Garbage), None)
     message = str(caught.value)
     assert "  never" in message
-    assert "  half" in message
+    assert "  partial" in message
     assert "  whole" not in message
-    with pytest.raises(UninitializedTensorError, match=r"(?s)  half.*folder/model\.safetensors"):
+    with pytest.raises(UninitializedTensorError, match=r"(?s)  partial.*folder/model\.safetensors"):
         plan(recorded(Garbage), header(never=(3,)), strict=False)
-    made = actions(plan(recorded(Garbage), header(never=(3,), half=(4,)), strict=False))
-    assert made == {"never": Action.LOAD, "half": Action.LOAD, "whole": Action.INIT}
+    made = actions(plan(recorded(Garbage), header(never=(3,), partial=(4,)), strict=False))
+    assert made == {"never": Action.LOAD, "partial": Action.LOAD, "whole": Action.INIT}
 
 
 def test_meta_tensors_of_others_are_told_apart() -> None:

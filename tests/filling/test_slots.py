@@ -102,8 +102,15 @@ class Holder:
 def test_no_tensor_stays_on_meta_wherever_the_constructor_put_it(hold) -> None:
     def found(value: object) -> Tensor:
         while not isinstance(value, Tensor):
-            value = next(iter(vars(value).values() if hasattr(value, "__dict__") else
-                              value.values() if isinstance(value, dict) else value))
+            value = next(
+                iter(
+                    vars(value).values()
+                    if hasattr(value, "__dict__")
+                    else value.values()
+                    if isinstance(value, dict)
+                    else value
+                )
+            )
         return value
 
     class Model(nn.Module):

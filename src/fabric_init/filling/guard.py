@@ -15,7 +15,7 @@ from fabric_init.filling.materialize import survey
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Entry, Plan, Wanted, make_plan
 from fabric_init.filling.report import InitReport, Row, keep_report, report_of
-from fabric_init.filling.slots import Slot
+from fabric_init.filling.slots import Slot, named_modules
 from fabric_init.recording.replay import real_execution
 from fabric_init.recording.tape import Tape
 
@@ -230,7 +230,7 @@ def allocate(model: nn.Module, placement: Placement) -> InitReport:
     later = [slot.saved and slot.ref is not None for slot in slots]
     now = [position for position, waits in enumerate(later) if not waits]
     plan = make_plan([slots[position] for position in now], tapes, None, Wanted())
-    owners = dict(model.named_modules(remove_duplicate=False))
+    owners = dict(named_modules(model))
     unfilled: list[_Unfilled] = []
     with real_execution():
         memory: dict[int, torch.UntypedStorage] = {}

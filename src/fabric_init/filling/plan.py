@@ -86,7 +86,7 @@ def make_plan(
     problems: list[str] = []
     for slot in slots:
         names = [name for name in slot.names if name in key_of] if slot.saved else []
-        fresh = any(fnmatchcase(name, pattern) for pattern in wanted.reinit for name in slot.names)
+        fresh = bool(wanted.reinit) and any(fnmatchcase(n, glob) for glob in wanted.reinit for n in slot.names)
         taken.update(key_of[name] for name in names)
         if names and not fresh:
             assert reader is not None

@@ -213,16 +213,20 @@ def _set_data(mode: _EmptyInit, func: Any, args: tuple[Any, ...], kwargs: dict[s
 
 def _empty(mode: _EmptyInit, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Room without values needs no op. Most parameters begin so, hence this shortcut past the dispatcher."""
-    device = torch.device(kwargs.get("device") or _default_device.CURRENT_DEVICE or "cpu")
+    device = kwargs.get("device") or _default_device.CURRENT_DEVICE or _CPU
+    if type(device) is not torch.device:
+        device = torch.device(device)
     if device.type == "meta" or not _PLAIN_OPTIONS.issuperset(kwargs):
         return func(*args, **kwargs)
     with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-        tensor = func(*args, **{**kwargs, "device": "meta"})
+        tensor = func(*args, **{**kwargs, "device": _META})
         begin(tensor, mode.tape, device)
     return tensor
 
 
 _PLAIN_OPTIONS = frozenset({"size", "dtype", "device", "requires_grad", "memory_format"})
+
+_CPU, _META = torch.device("cpu"), torch.device("meta")
 
 _HANDLERS: dict[Any, _Handler] = {
     **dict.fromkeys(_SEEN_WHOLE.values(), _init_function),

@@ -86,6 +86,7 @@ class Traits(NamedTuple):
     random: bool
     data_dependent: bool
     changes_geometry: bool
+    pointwise: bool
 
 
 @cache
@@ -108,6 +109,7 @@ def traits(func: OpOverload) -> Traits:
         random=Tag.nondeterministic_seeded in func.tags,
         data_dependent=bool({Tag.data_dependent_output, Tag.dynamic_output_shape} & set(func.tags)),
         changes_geometry=Tag.inplace_view in func.tags,
+        pointwise=Tag.pointwise in func.tags and not written and len(schema.returns) == 1,
     )
 
 

@@ -250,6 +250,8 @@ class Recorder(TorchDispatchMode):
         if (shape := _plain_shape(func, args)) is not None and kwargs.get("layout") in (None, torch.strided):
             integers = traits(func).name == "aten::arange"
             return torch.empty(shape, dtype=kwargs.get("dtype") or (torch.int64 if integers else None), device=_META)
+        if traits(func).pointwise and (result := _pointwise_result(func, args, kwargs)) is not None:
+            return result
         kwargs = {name: meta(value) for name, value in kwargs.items() if name not in ("pin_memory", "generator")}
         if traits(func).has_device:
             kwargs["device"] = _META
@@ -305,6 +307,21 @@ def _is_meta(device: Any) -> bool:
 
 def _like_on_meta(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=_META)
+
+
+def _pointwise_result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """A pointwise op's result on meta, without the meta kernel where that is plain: contiguous in, contiguous out.
+
+    Those kernels are Python, and take a hundred times as long as asking the CPU's kernel about tensors of no elements.
+    """
+    tensors = list(_tensors((args, kwargs.values())))
+    if not all(tensor.is_contiguous() for tensor in tensors) or traits(func).has_device:
+        return None
+    probe_args, probe_kwargs = _map_tensors(
+        (args, kwargs), lambda tensor: torch.ones((0,) if tensor.dim() else (), dtype=tensor.dtype)
+    )
+    probe = func(*probe_args, **probe_kwargs)
+    return torch.empty(torch.broadcast_shapes(*(t.size() for t in tensors)), dtype=probe.dtype, device=_META)
 
 
 def _plain_shape(func: Any, args: tuple[Any, ...]) -> Sequence[int] | None:

@@ -203,6 +203,8 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
+_WORTH_A_THREAD = 1 << 20  # bytes; below it, starting threads takes longer than filling
+
 Place = Callable[[torch.device], torch.device]
 """Where memory that was recorded for a device is to be."""
 
@@ -266,7 +268,8 @@ def replay(
         with real_execution():
             return _Execution(tape, group[1], group[0], to, exact=exact).run()
 
-    workers = min(threads or torch.get_num_threads(), len(groups))
+    small = sum(tape.storages[storage].nbytes for group in groups for storage in group[0]) < _WORTH_A_THREAD
+    workers = 1 if small else min(threads or torch.get_num_threads(), len(groups))
     if workers <= 1:
         yield from map(run, groups)
         return

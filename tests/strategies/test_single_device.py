@@ -1,0 +1,36 @@
+"""One device: every tensor whole, on the strategy's device, and the strategy itself as Lightning made it."""
+
+from __future__ import annotations
+
+import lightning
+import torch
+from lightning.fabric.strategies import SingleDeviceStrategy
+from torch import nn
+
+from fabric_init import Fabric
+from fabric_init.filling.slots import find_slots
+from fabric_init.recording.empty_init import deferred_init
+from fabric_init.strategies.placement import placement_of
+
+
+def test_tensors_are_whole_and_on_the_strategys_device_whatever_the_constructor_asked_for() -> None:
+    with deferred_init():
+        model = nn.Linear(2, 2, device="cuda")
+    placement = placement_of(SingleDeviceStrategy(torch.device("cpu")))
+    for slot, _ in find_slots(model):
+        assert placement.device(slot) == torch.device("cpu")
+        assert placement.region(slot) is None
+
+
+def test_the_strategy_is_lightnings_own() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    assert type(fabric.strategy) is SingleDeviceStrategy
+    assert isinstance(fabric, lightning.Fabric)
+
+
+def test_an_unchanged_lightning_fabric_still_does_what_it_did() -> None:
+    torch.manual_seed(0)
+    with lightning.Fabric(accelerator="cpu", devices=1).init_module(empty_init=True):
+        model = nn.Linear(2, 2)
+    assert not model.weight.is_meta
+    assert not model._forward_pre_hooks
