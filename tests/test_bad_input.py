@@ -285,7 +285,6 @@ def torch_state() -> dict[str, Any]:
 @contextmanager
 def no_weight_is_allocated() -> Iterator[None]:
     """Fails when the process grows by as much as a quarter of the huge weight, even for a moment."""
-    gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = psutil.Process().memory_info().rss
     yield

@@ -16,7 +16,7 @@ import fabric_init.strategies.single_device  # noqa: F401  (registers its placem
 from fabric_init.checkpoints import CheckpointReader, open_checkpoint
 from fabric_init.checkpoints.renaming import Rename
 from fabric_init.errors import FabricInitError, RecordingError
-from fabric_init.filling.guard import allocate, guards_of
+from fabric_init.filling.guard import allocate, initialise_rest, release, settle
 from fabric_init.filling.materialize import fill_model
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Wanted
@@ -71,6 +71,7 @@ class Fabric(lightning.Fabric):
             if rename is not None or reinit or not strict:
                 raise FabricInitError("strict, rename and reinit say how to load checkpoint=…, which is missing")
             if not empty_init:
+                _refuse_nesting()
                 return super().init_module(empty_init=False)
             return self._recorded_block(None, Wanted())
         if empty_init is False:
@@ -79,20 +80,20 @@ class Fabric(lightning.Fabric):
 
     @contextmanager
     def _recorded_block(self, checkpoint: str | os.PathLike[str] | None, wanted: Wanted) -> Iterator[None]:
-        if active() is not None:
-            raise RecordingError(
-                "init_module inside a recorded block: build both models in one block, or one after the other"
-            )
+        _refuse_nesting()
         placement = placement_of(self.strategy)
         reader = open_checkpoint(checkpoint) if checkpoint is not None else None  # a bad path fails before the build
         with ExitStack() as contexts:
             built = contexts.enter_context(BuiltModules())
-            contexts.enter_context(_EmptyInit())
+            recording = contexts.enter_context(_EmptyInit())
             if self.device != torch.get_default_device():  # a default device makes every call in the block slower
                 contexts.enter_context(self.device)
             contexts.enter_context(self.strategy.precision.module_init_context())
             yield
-        _complete(built.roots(), reader, wanted, placement)
+        models = built.roots()
+        if not models and (reader is not None or recording.tape.storages):
+            raise RecordingError("no module was built in this init_module block; build the model inside it")
+        _complete(models, reader, wanted, placement)
 
     def init_missing(self, model: nn.Module) -> None:
         """Run the model's own recorded init for whatever is still unfilled.
@@ -100,8 +101,7 @@ class Fabric(lightning.Fabric):
         Raises:
             UninitializedTensorError: the model's own code never gives some tensor a value.
         """
-        for guard in guards_of(_unwrap_objects(model)):
-            guard.initialise_rest()
+        initialise_rest(_unwrap_objects(model))
 
     def init_report(self, model: nn.Module) -> InitReport:
         """What every tensor of ``model`` got, from where. Also takes what :meth:`setup` returned.
@@ -110,9 +110,11 @@ class Fabric(lightning.Fabric):
             FabricInitError: the model was not built under :meth:`init_module` with a recorded block.
         """
         model = _unwrap_objects(model)
-        for guard in guards_of(model):
-            guard.settle("written by the user")
-        return report_of(model)
+        report = report_of(model)
+        waiting = {id(row) for row in settle(model)}
+        release(model)
+        report.rows = [row for row in report.rows if row.status != "unfilled" or id(row) in waiting]
+        return report
 
     def setup(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _require_values(module)
@@ -123,12 +125,16 @@ class Fabric(lightning.Fabric):
         return super().setup_module(module, *args, **kwargs)
 
 
+def _refuse_nesting() -> None:
+    if active() is not None:
+        raise RecordingError(
+            "init_module inside a recorded block: build both models in one block, or one after the other"
+        )
+
+
 def _complete(models: list[nn.Module], reader: CheckpointReader | None, wanted: Wanted, placement: Placement) -> None:
-    if not models:
-        raise RecordingError("no module was built in this init_module block; build the model inside it")
     if reader is None:
-        for model in models:
-            allocate(model, placement)
+        allocate(models, placement)
         return
     if len(models) > 1:
         names = ", ".join(sorted(type(model).__name__ for model in models))

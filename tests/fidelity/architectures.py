@@ -1,8 +1,8 @@
 """The architectures of the installed transformers, and configs of theirs that are small enough to build by the hundred.
 
 An *architecture* is one ``modeling_*.py`` file of transformers; it stands for every model class in it that has a config
-class of its own right (``*PreTrainedModel`` bases aside). All of these classes are built, so nothing depends on a choice
-of "the" class for an architecture, and the number of architectures cannot be made up by counting heads of one model.
+class (``*PreTrainedModel`` bases aside). All of these classes are built, so nothing depends on a choice of "the" class
+for an architecture, and the number of architectures cannot be made up by counting the heads of one model.
 """
 
 from __future__ import annotations
@@ -25,8 +25,16 @@ class Shrink(NamedTuple):
     lists: bool = True
 
 
-LADDER = (Shrink(8, 4, 2), Shrink(4, 4, 4), Shrink(4, 2, 4), Shrink(2, 2, 8), Shrink(1, 4, 8), Shrink(2, 1, 8),
-          Shrink(1, 1, 8), Shrink(1, 1, 1000, False))
+LADDER = (
+    Shrink(8, 4, 2),
+    Shrink(4, 4, 4),
+    Shrink(4, 2, 4),
+    Shrink(2, 2, 8),
+    Shrink(1, 4, 8),
+    Shrink(2, 1, 8),
+    Shrink(1, 1, 8),
+    Shrink(1, 1, 1000, False),
+)
 """The first of these from which eager PyTorch can build the model is taken. Layers and vocabulary always shrink."""
 
 _LAYERS = re.compile(r"(^|_)(n_|num_)?(\w*_)?(layers?|blocks|depth|n_layer|stages?_repeats|repeats|resblocks)$")
@@ -47,7 +55,9 @@ _NOT_WIDTH = re.compile(
 _EXPERTS = re.compile(r"experts$|^num_experts|_num_experts$|n_routed|n_experts")
 _PER_TOKEN = re.compile(r"per_tok|top_?k|per_token|n_shared|shared_experts")
 _POSITIONS = re.compile(r"max_position|n_positions|max_\w*positions|max_seq_len|max_sequence_length|n_ctx$")
-_VOCAB = re.compile(r"(^|_)vocab_size|^n_vocab|vocabulary_size|_vocab_size|num_embeddings$|n_words|codebook_size|emb_size$")
+_VOCAB = re.compile(
+    r"(^|_)vocab_size|^n_vocab|vocabulary_size|_vocab_size|num_embeddings$|n_words|codebook_size|emb_size$"
+)
 _TOKEN = re.compile(r"_(token_id|index|token_index|idx)$|^(pad|bos|eos)")
 _MOST_LAYERS, _MOST_POSITIONS, _VOCABULARY = 2, 64, 128  # a codebook has to be a power of two
 
@@ -132,6 +142,9 @@ def small(config: Any, shrink: Shrink, seen: set[int] | None = None) -> Any:
     depths = {
         value for name, value in vars(config).items() if type(value) is int and _LAYERS.search(name) and value > 2
     }
+    depths -= {
+        len(value) for name, value in vars(config).items() if _DEPTHS.search(name) and isinstance(value, list | tuple)
+    }
     for name, value in list(vars(config).items()):
         if isinstance(value, PretrainedConfig):
             small(value, shrink, seen)
@@ -141,10 +154,10 @@ def small(config: Any, shrink: Shrink, seen: set[int] | None = None) -> Any:
             _set(config, name, _smaller(name, value, shrink))
         elif isinstance(value, (list, tuple)) and value and all(type(item) is int for item in value):
             if _DEPTHS.search(name):
-                _set(config, name, type(value)(min(item, 1) for item in value))
+                _set(config, name, [min(item, 1) for item in value])
             elif shrink.lists and not _LAYERS.search(name):
                 items = [_smaller(name, item, shrink) for item in value]
-                _set(config, name, type(value)(items[:_MOST_LAYERS] if len(items) in depths else items))
+                _set(config, name, items[:_MOST_LAYERS] if len(items) in depths else items)
         elif isinstance(value, (list, tuple)) and len(value) in depths:
             _set(config, name, value[:_MOST_LAYERS])
     held = vars(config)

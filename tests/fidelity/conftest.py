@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # the helpers here: importlib mode does not make them importable
 
-from workers import ANSWERS  # noqa: E402
+from workers import ANSWERS
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -123,8 +123,8 @@ def _properties(tensor: Tensor) -> dict[str, Any]:
         "shape": tuple(tensor.shape),
         "dtype": tensor.dtype,
         "device": tensor.device,
-        # torch's own meta kernels disagree with its CPU kernels about dimensions of size 1, where a stride means nothing
         "layout": tensor.layout,
+        # meta kernels of torch disagree with its CPU kernels about dimensions of size 1, where a stride means nothing
         "stride": [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
         if tensor.layout == torch.strided and tensor.numel()
         else None,
@@ -167,7 +167,9 @@ def differences(eager: nn.Module, filled: nn.Module, ignore_values_of: frozenset
     for what, key in (("same object", id), ("same memory", lambda tensor: tensor.untyped_storage().data_ptr())):
         ties = _ties(expected, key), _ties(got, key)  # type: ignore[arg-type]
         if ties[0] != ties[1]:
-            found.append(f"{what}: {sorted(map(sorted, ties[0] - ties[1]))} != {sorted(map(sorted, ties[1] - ties[0]))}")
+            found.append(
+                f"{what}: {sorted(map(sorted, ties[0] - ties[1]))} != {sorted(map(sorted, ties[1] - ties[0]))}"
+            )
     return found
 
 
@@ -176,8 +178,9 @@ def first_names(model: nn.Module) -> dict[str, Tensor]:
     found: dict[int, tuple[str, Tensor]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         dot = f"{prefix}." if prefix else ""
-        saved = {name: tensor for name, tensor in module._buffers.items() if name not in
-                 module._non_persistent_buffers_set}
+        saved = {
+            name: tensor for name, tensor in module._buffers.items() if name not in module._non_persistent_buffers_set
+        }
         for name, tensor in (*module._parameters.items(), *saved.items()):
             if tensor is not None:
                 found.setdefault(id(tensor), (dot + name, tensor))
@@ -233,7 +236,8 @@ def compare(build: Callable[[], nn.Module], seed: int = 0) -> Verdict:
         scratch = {row.name for row in report.rows if row.status == "scratch"}
         everything = tensors_of(eager)
         aliases = {
-            name for name, tensor in everything.items()
+            name
+            for name, tensor in everything.items()
             if any(tensor is value for value in garbage.values()) or name in scratch
         }
         for name in scratch:

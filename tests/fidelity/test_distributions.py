@@ -107,7 +107,9 @@ def test_a_uniform_tensor_passes_a_test_against_the_exact_distribution() -> None
     assert stats.kstest(values, stats.uniform(-0.3, 1.0).cdf).pvalue > LEAST_P
 
 
-@pytest.mark.parametrize(("mean", "std", "low", "high"), [(0.1, 0.5, -0.4, 0.9), (0.0, 1.0, 1.5, 3.0), (3.0, 0.1, 2, 4)])
+@pytest.mark.parametrize(
+    ("mean", "std", "low", "high"), [(0.1, 0.5, -0.4, 0.9), (0.0, 1.0, 1.5, 3.0), (3.0, 0.1, 2, 4)]
+)
 def test_a_truncated_normal_keeps_its_bounds_and_its_shape(mean: float, std: float, low: float, high: float) -> None:
     values = per_op(lambda t: nn.init.trunc_normal_(t, mean, std, a=low, b=high))
     assert low <= float(values.min())

@@ -74,7 +74,9 @@ def test_per_op_values_do_not_depend_on_threads_or_on_what_is_loaded(
     for tensor in {id(tensor): tensor for tensor in tensors_of(model).values()}.values():
         address = tensor.untyped_storage().data_ptr()
         memory[address] = memory.get(address, 0) + 1
-    alone = [name for name, t in first_names(model).items() if t.numel() and memory[t.untyped_storage().data_ptr()] == 1]
+    alone = [
+        name for name, t in first_names(model).items() if t.numel() and memory[t.untyped_storage().data_ptr()] == 1
+    ]
     loaded = {name for position, name in enumerate(alone) if position in kept}
     if not loaded:
         return

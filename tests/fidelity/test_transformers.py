@@ -21,12 +21,58 @@ pytestmark = pytest.mark.skipif(
 
 SAMPLE = tuple(
     f"{name}/modeling_{name}"
-    for name in (
-        "albert bart bert big_bird blip clip convnext deberta_v2 deepseek_v3 detr dinov2 electra encodec esm falcon "
-        "funnel gemma3 gpt2 gpt_neox gpt_oss hiera idefics3 jamba llama longformer mamba2 mixtral mpnet nystromformer "
-        "olmo2 owlvit patchtst phi3 qwen2_vl qwen3_moe reformer roberta rwkv sam swin t5 timesformer "
-        "univnet vit vits wav2vec2 whisper xlnet yolos zoedepth"
-    ).split()
+    for name in [
+        "albert",
+        "bart",
+        "bert",
+        "big_bird",
+        "blip",
+        "clip",
+        "convnext",
+        "deberta_v2",
+        "deepseek_v3",
+        "detr",
+        "dinov2",
+        "electra",
+        "encodec",
+        "esm",
+        "falcon",
+        "funnel",
+        "gemma3",
+        "gpt2",
+        "gpt_neox",
+        "gpt_oss",
+        "hiera",
+        "idefics3",
+        "jamba",
+        "llama",
+        "longformer",
+        "mamba2",
+        "mixtral",
+        "mpnet",
+        "nystromformer",
+        "olmo2",
+        "owlvit",
+        "patchtst",
+        "phi3",
+        "qwen2_vl",
+        "qwen3_moe",
+        "reformer",
+        "roberta",
+        "rwkv",
+        "sam",
+        "swin",
+        "t5",
+        "timesformer",
+        "univnet",
+        "vit",
+        "vits",
+        "wav2vec2",
+        "whisper",
+        "xlnet",
+        "yolos",
+        "zoedepth",
+    ]
 )
 FEWEST = 500
 
@@ -43,8 +89,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="module")
 def workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
     workers = Workers()
-    asked = {getattr(item, "callspec", None) and item.callspec.params.get("architecture") for item in
-             request.session.items}
+    asked = {
+        getattr(item, "callspec", None) and item.callspec.params.get("architecture") for item in request.session.items
+    }
     workers.start([name for name in _chosen(request.config) if name in asked])
     yield workers
     workers.stop()

@@ -50,7 +50,7 @@ def _buildable(model_class: Any) -> tuple[Any, str]:
         except Exception as error:  # whatever eager code raises, the architecture cannot be built: that is the answer
             brief.append(_brief(error))
             why = brief[0]
-            if brief[-3:] == [brief[-1]] * 3:  # size is not what it is about
+            if brief[-4:] == [brief[-1]] * 4:  # size is not what it is about
                 break
         finally:
             signal.alarm(0)
@@ -80,6 +80,9 @@ def run(architecture: str) -> dict[str, Any]:
             model.update(vars(compare(lambda model_class=model_class, make=make: model_class(make()))))
         except Exception:
             model["differences"] = [traceback.format_exc()]
+        if not model["tensors"] and not model["differences"]:
+            answer["not_built"][name] = "nothing to compare: no tensors"
+            continue
         model["seconds"] = round(time.perf_counter() - start, 2)
         answer["models"].append(model)
     return answer

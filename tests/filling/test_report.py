@@ -152,19 +152,6 @@ def test_an_incomplete_report_says_so_and_completes_by_and_by() -> None:
     assert rows(report)["norm.bias"].origin.endswith(line_of("# the last word"))
 
 
-def test_a_later_load_is_in_the_report_too(path: Path) -> None:
-    fabric = Fabric(accelerator="cpu", devices=1)
-    with fabric.init_module(empty_init=True):
-        model = Model()
-    model.load_state_dict({"norm.weight": torch.full((4,), 2.0)}, strict=False)
-    model.load_state_dict({"norm.bias": torch.full((4,), 3.0)}, strict=False)
-    report = rows(fabric.init_report(model))
-    assert report["norm.weight"].status == "loaded"
-    assert torch.equal(model.norm.bias, torch.full((4,), 3.0))
-    # the first load completed the model; what is said of norm.bias must not be wrong for what is in it now
-    assert report["norm.bias"].status != "initialised"
-
-
 def test_the_report_goes_with_the_model_and_not_with_others() -> None:
     model = recorded()
     report = materialize(model)

@@ -1,4 +1,4 @@
-"""What constructors do besides calling ``torch.nn.init``: each is built eagerly and recorded, and compared bit for bit."""
+"""What constructors do besides calling ``torch.nn.init``: each is built eagerly and recorded, compared bit for bit."""
 
 from __future__ import annotations
 
@@ -108,8 +108,8 @@ def numpy_that_changes_after_it_was_copied_in(s):
 @case
 def numpy_reads_a_tensor(s):
     t = torch.arange(6.0).reshape(2, 3)
-    s.a = P(torch.tensor(np.asarray(t) * 2))
-    s.b = P(torch.from_numpy(np.array(t)))
+    s.a = P(torch.tensor(t.numpy() * 2))
+    s.b = P(torch.from_numpy(np.array(t.numpy())))
     s.values = [float(np.sum(t.numpy())), np.sqrt(t.numpy()).tolist(), np.stack([t.numpy(), t.numpy()]).tolist()]
 
 

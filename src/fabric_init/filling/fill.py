@@ -38,10 +38,12 @@ def fill(
         exact: replay the random streams in order (``rng="eager"``).
     """
     with real_execution():
+        _check_ties(plan, reader, placement)
         values: dict[int, Tensor] = {}
         found = _values(plan, tensors, tapes, reader, placement, exact=exact)
         for position, value in with_progress(found, len(plan.entries)):
             values[position] = value
+        _keep_apart(plan, values)
         for position, value in values.items():
             placement.put(plan.entries[position].slot, tensors[position], value)
         _check(plan, tensors)
@@ -78,17 +80,28 @@ def _values(
     yield from _replayed(entries, to_replay, tapes, reader, placement, exact=exact)
 
 
+def _check_ties(plan: Plan, reader: CheckpointReader | None, placement: Placement) -> None:
+    """Before any memory is taken: what the model ties has the same value under each of its keys."""
+    for entry in plan.entries:
+        if entry.action is not Action.LOAD or len(entry.keys) < 2:
+            continue
+        assert reader is not None
+        region = placement.region(entry.slot)
+        value = reader.read(entry.keys[0], region)
+        for key in entry.keys[1:]:
+            if not torch.allclose(value, reader.read(key, region), rtol=0, atol=0, equal_nan=True):
+                raise CheckpointMismatchError(
+                    f"{reader.path}: {entry.keys[0]} and {key} hold different values, but in the model they are one "
+                    f"tied tensor ({' = '.join(entry.slot.names)}). Build the model untied, or drop one key with "
+                    "rename."
+                )
+
+
 def _loaded(entry: Entry, reader: CheckpointReader | None, placement: Placement) -> Tensor:
     assert reader is not None
     slot = entry.slot
     region = placement.region(slot)
     value = reader.read(entry.keys[0], region)
-    for key in entry.keys[1:]:
-        if not torch.equal(value, reader.read(key, region)):
-            raise CheckpointMismatchError(
-                f"{reader.path}: {entry.keys[0]} and {key} hold different values, but in the model they are one tied "
-                f"tensor ({' = '.join(slot.names)}). Build the model untied, or drop one key with rename."
-            )
     value = value.to(device=placement.device(slot), dtype=slot.dtype)
     if region is None and slot.ref is not None and value.stride() != slot.ref.stride:
         laid_out = torch.empty_strided(slot.shape, slot.ref.stride, dtype=slot.dtype, device=value.device)
@@ -130,6 +143,21 @@ def _replayed(
                         yield position, take(value, placement.region(entry.slot))
 
 
+def _keep_apart(plan: Plan, values: dict[int, Tensor]) -> None:
+    """A torch file keeps ties and views; tensors that are not tied in the model must not share memory either."""
+    loaded = [
+        (value.data_ptr(), position)
+        for position, value in values.items()
+        if plan.entries[position].action is Action.LOAD and value.numel()
+    ]
+    end = 0
+    for start, position in sorted(loaded):
+        value = values[position]
+        if start < end:
+            values[position] = value.clone()
+        end = max(end, start + value.nbytes)
+
+
 def _check(plan: Plan, tensors: Sequence[Tensor]) -> None:
     left = [entry.slot.name for entry, tensor in zip(plan.entries, tensors, strict=True) if tensor.is_meta]
     if left:
@@ -158,10 +186,10 @@ def make_report(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader 
                 name=slot.name,
                 status=_STATUS[entry.action],  # type: ignore[arg-type]
                 shape=tuple(slot.shape),
-                dtype=_dtype(slot.dtype),
+                dtype=dtype_name(slot.dtype),
                 kind=slot.kind,
                 origin=origin,
-                cast_from=None if entry.cast_from is None else _dtype(entry.cast_from),
+                cast_from=None if entry.cast_from is None else dtype_name(entry.cast_from),
                 ties=slot.names[1:],
             )
         )
@@ -170,5 +198,6 @@ def make_report(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader 
     )
 
 
-def _dtype(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` as ``float32``."""
     return str(dtype).removeprefix("torch.")

@@ -1,20 +1,26 @@
-"""A tensor that has memory but no values cannot be used or saved."""
+"""A tensor that has memory but no values cannot be used or saved.
+
+Each module keeps the list of its own tensors that wait for values, and every read that matters passes a hook:
+``forward`` and ``state_dict`` raise while anything under the module waits, ``load_state_dict`` takes note of what has
+come. What waits hangs on the modules themselves, so parts can be taken out, replaced, copied and put into other models.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from fabric_init.errors import UninitializedTensorError
-from fabric_init.filling.fill import fill, make_report
+from fabric_init.filling.fill import dtype_name, fill, make_report
 from fabric_init.filling.materialize import survey
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Entry, Plan, Wanted, make_plan
-from fabric_init.filling.report import InitReport, Row, keep_report, report_of
+from fabric_init.filling.report import Row, Status, keep_report
 from fabric_init.filling.slots import Slot, named_modules
 from fabric_init.recording.replay import real_execution
 from fabric_init.recording.tape import Tape
@@ -23,50 +29,224 @@ _THREE_WAYS = (
     "Load them (fabric.load, fabric.load_raw or load_state_dict), or declare the load so that it is done for you "
     "(init_module(checkpoint=…)), or give them the model's own init (fabric.init_missing(model))."
 )
-_MOST_NAMES = 40
+_ATTRIBUTE = "_fabric_init_unfilled"
 
 
-class _Unfilled(NamedTuple):
-    """One tensor that is waiting for values, and what tells whether they have come."""
+@dataclass(frozen=True)
+class _Unfilled:
+    """One tensor of one module that waits for values, and what tells whether they have come.
 
-    entry: Entry
-    owner: nn.Module
+    ``tensor`` and ``version`` say what was there when it got its memory; ``None`` in a copy of the model.
+    """
+
     attribute: str
-    tensor: Tensor
+    slot: Slot
+    tape: Tape
+    placement: Placement
+    row: Row
+    tensor: Tensor | None
     version: int
 
-    def now(self) -> Tensor | None:
-        """Whatever is in the tensor's place in the model today."""
-        return getattr(self.owner, self.attribute, None)
+    def written(self, now: Tensor | None) -> bool:
+        """Whether somebody has put values into ``now``, which is in the tensor's place today.
 
-    def written(self) -> bool:
-        """Whether somebody has put values there: in place, through ``.data``, or by putting another tensor there."""
-        tensor = self.now()
-        if tensor is None:
-            return True  # the model does without it now
-        if tensor is self.tensor and tensor._version != self.version:
+        In place, which the version counter shows; through ``.data`` or by putting another tensor there, which removes
+        the marks. A cast or another memory layout keeps the marks.
+        """
+        if now is None:
+            return True  # the model does without it
+        if now is self.tensor and _version(now) != self.version:
             return True
-        if tensor.is_meta:
+        if now.is_meta:
             return False
-        samples = _samples(tensor)
+        samples = _samples(now)
         if samples is None:
-            return tensor is not self.tensor
+            return now is not self.tensor
         return not _is_mark(samples)
 
 
+class _Waiting:
+    """A module's own tensors that wait for values. Guards a deep copy too, and refuses to be pickled."""
+
+    def __init__(self, module: nn.Module | None = None, items: Iterable[_Unfilled] = (), model: str = "") -> None:
+        self.items = list(items)
+        self.model = model  # the class of the model that was built
+        self.everywhere: list[_Waiting] = [self]  # in all modules of that model
+        self._module = None if module is None else weakref.ref(module)
+
+    def refuse(self, use: str) -> NoReturn:
+        """Raise with the names of all that waits, here and elsewhere in the model: one round to mend it all."""
+        for waiting in self.everywhere:
+            waiting.settle()
+        names = dict.fromkeys(item.slot.name for waiting in self.everywhere for item in waiting.items)
+        listed = "\n".join(f"  {name}" for name in names)
+        raise UninitializedTensorError(
+            f"{self.model} cannot {use}: {len(names)} of its tensors were neither loaded nor initialised:\n{listed}\n"
+            + _THREE_WAYS
+        )
+
+    def settle(self) -> None:
+        module = None if self._module is None else self._module()
+        if module is not None:
+            _settle(module, self, "written by the user")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Waiting:
+        return _Waiting(None, (replace(item, tensor=None) for item in self.items), self.model)
+
+    def __reduce__(self) -> tuple[type[_Waiting], tuple[()]]:
+        self.settle()
+        if self.items:
+            self.refuse("be pickled")
+        return _Waiting, ()
+
+
+def _waiting_under(model: nn.Module) -> Iterator[tuple[nn.Module, _Waiting]]:
+    for module in model.modules():
+        waiting = vars(module).get(_ATTRIBUTE)
+        if waiting is not None:
+            yield module, waiting
+
+
+# -- what hooks do -----------------------------------------------------------------------------------------------------
+
+
+def _before_forward(module: nn.Module, args: Any) -> None:
+    require(module, "run")
+    _unhook(module)
+
+
+def _before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    require(module, "be saved")
+    _unhook(module, running=module._state_dict_pre_hooks)
+
+
+def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
+    waiting = vars(module).get(_ATTRIBUTE)
+    if waiting is not None:
+        _settle(module, waiting, "loaded")
+        # What a load does not bring keeps the model's own init, as in plain PyTorch, also where a strict load raises.
+        can = [item for item in waiting.items if not item.tape.never_written(_ref(item))]
+        _initialise([(module, item) for item in can])
+        _settle(module, waiting, "initialised")
+    if not any(True for _ in _waiting_under(module)):
+        _unhook(module, running=module._load_state_dict_post_hooks)
+
+
+def _hook(module: nn.Module) -> None:
+    if _before_forward not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_before_forward)
+        module.register_state_dict_pre_hook(_before_state_dict)
+        module.register_load_state_dict_post_hook(_after_load)
+
+
+def _unhook(model: nn.Module, running: Mapping[int, Any] | None = None) -> None:
+    """Take the hooks off ``model`` and all in it; of those that are ``running``, torch allows taking off the last."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._state_dict_pre_hooks, module._load_state_dict_post_hooks):
+            ours = [key for key, hook in hooks.items() if hook in (_before_forward, _before_state_dict, _after_load)]
+            for key in ours:
+                if hooks is not running or key == next(reversed(hooks)):
+                    del hooks[key]
+
+
+# -- what Fabric calls -------------------------------------------------------------------------------------------------
+
+
+def require(model: nn.Module, use: str) -> None:
+    """Raise unless every tensor under ``model`` has its values.
+
+    Raises:
+        UninitializedTensorError: naming every tensor without values, and the ways to give it some.
+    """
+    settle(model)
+    for _, waiting in _waiting_under(model):
+        waiting.refuse(use)
+
+
+def settle(model: nn.Module) -> list[Row]:
+    """Take note of what has been written since the last look; gives the report's rows of what still waits."""
+    for module, waiting in list(_waiting_under(model)):
+        _settle(module, waiting, "written by the user")
+    return [item.row for _, waiting in _waiting_under(model) for item in waiting.items]
+
+
+def release(model: nn.Module) -> None:
+    """Take the guard's hooks off a model in which nothing waits. Not to be called from one of torch's hooks."""
+    if not any(True for _ in _waiting_under(model)):
+        _unhook(model)
+
+
+def initialise_rest(model: nn.Module) -> None:
+    """Run the model's own recorded init for every tensor under ``model`` that still waits.
+
+    Raises:
+        UninitializedTensorError: the model's own code never gives some tensor a value.
+    """
+    settle(model)
+    _initialise([(module, item) for module, waiting in _waiting_under(model) for item in waiting.items])
+    for module, waiting in list(_waiting_under(model)):
+        _settle(module, waiting, "initialised")
+    release(model)
+
+
+def _settle(module: nn.Module, waiting: _Waiting, status: Status) -> None:
+    with real_execution():
+        left = []
+        for item in waiting.items:
+            now = getattr(module, item.attribute, None)
+            if not item.written(now):
+                left.append(item)
+            elif item.row.status == "unfilled":
+                item.row.status = status
+                item.row.dtype = item.row.dtype if now is None else dtype_name(now.dtype)
+    waiting.items = left
+    if not left:
+        vars(module).pop(_ATTRIBUTE, None)
+
+
+def _initialise(waiting: Sequence[tuple[nn.Module, _Unfilled]]) -> None:
+    by_tensor = {id(tensor := getattr(module, item.attribute)): (item, tensor) for module, item in waiting}
+    items = [item for item, _ in by_tensor.values()]
+    if not items:
+        return
+    tapes = {_ref(item).storage: item.tape for item in items}
+    plan = make_plan([item.slot for item in items], tapes, None, Wanted())
+    tensors = [tensor for _, tensor in by_tensor.values()]
+    report = fill(plan, tensors, tapes, None, _AsTheyAreNow(items[0].placement), exact=False)
+    for item, tensor, row in zip(items, tensors, report.rows, strict=True):
+        item.row.status, item.row.origin, item.row.dtype = "initialised", row.origin, dtype_name(tensor.dtype)
+
+
+def _ref(item: _Unfilled) -> Any:
+    assert item.slot.ref is not None
+    return item.slot.ref
+
+
+class _AsTheyAreNow:
+    """A placement for tensors that may have been moved, cast or laid out anew since they were given memory."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.device = placement.device
+        self.region = placement.region
+
+    def put(self, slot: Slot, tensor: Tensor, value: Tensor) -> None:
+        tensor.detach().copy_(value)  # in place: layout, views and ties stay
+
+
+# -- marks -------------------------------------------------------------------------------------------------------------
+
+
+def _positions(shape: torch.Size) -> list[tuple[int, ...]]:
+    """The first, middle and last element, by index: a change of memory layout moves their values along."""
+    count = shape.numel()
+    return [tuple(int(i) for i in torch.unravel_index(torch.tensor(n), shape)) for n in (0, count // 2, count - 1)]
+
+
 def _samples(tensor: Tensor) -> Tensor | None:
-    """The first, middle and last element; ``None`` where no value is improbable enough to tell marks from data."""
-    count = tensor.numel()
-    if count == 0 or tensor.dtype == torch.bool:
+    """Where marks were placed; ``None`` where no value is improbable enough to tell marks from data."""
+    if tensor.numel() == 0 or tensor.dtype == torch.bool:
         return None
-    flat = tensor.detach()
-    if not flat.is_contiguous():
-        order = sorted(range(flat.dim()), key=flat.stride, reverse=True)
-        flat = flat.permute(order)
-        if not flat.is_contiguous():
-            return None
-    flat = flat.view(-1)
-    return flat[torch.tensor([0, count // 2, count - 1], device=flat.device)]
+    return torch.stack([tensor.detach()[index] for index in _positions(tensor.shape)])
 
 
 def _mark_value(dtype: torch.dtype) -> float | int:
@@ -84,171 +264,72 @@ def _is_mark(samples: Tensor) -> bool:
 
 def _place_mark(tensor: Tensor) -> None:
     if tensor.numel() and tensor.dtype != torch.bool:
-        flat = tensor.as_strided((tensor.numel(),), (1,))
-        flat[0] = flat[tensor.numel() // 2] = flat[-1] = _mark_value(tensor.dtype)
+        for index in _positions(tensor.shape):
+            tensor[index] = _mark_value(tensor.dtype)
 
 
-class _AsTheyAreNow:
-    """A placement for tensors that may have been moved or cast since they were given memory."""
-
-    def __init__(self, placement: Placement) -> None:
-        self.device = placement.device
-        self.region = placement.region
-        self._put = placement.put
-
-    def put(self, slot: Slot, tensor: Tensor, value: Tensor) -> None:
-        self._put(slot, tensor, value.to(device=tensor.device, dtype=tensor.dtype))
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
-class Guard:
-    """Watches one model whose tensors have memory but no values yet; goes away by itself when all are filled.
-
-    Every read of the model that matters passes one of its hooks: ``forward`` and ``state_dict`` raise while a tensor is
-    unfilled; ``load_state_dict`` tells what has come. A tensor counts as filled once somebody wrote it: its version
-    counter says so, or the marks that lie in its first, middle and last element are gone (``.data`` writes bypass the
-    counter; a cast keeps the marks).
-    """
-
-    def __init__(
-        self, model: nn.Module, unfilled: Iterable[_Unfilled], tapes: Mapping[int, Tape], placement: Placement
-    ) -> None:
-        self._model = weakref.ref(model)
-        self._tapes = tapes
-        self._placement = placement
-        self._unfilled = {item.entry.slot.name: item for item in unfilled}
-        self._skipped_by_load: set[str] = set()
-        self._handles: list[Any] = []
-        owners = {id(module): module for item in self._unfilled.values() for module in (item.owner,)}
-        owners[id(model)] = model
-        for module in owners.values():
-            self._handles += [
-                module.register_forward_pre_hook(self._before_forward),
-                module.register_state_dict_pre_hook(self._before_state_dict),
-                module.register_load_state_dict_post_hook(self._after_load),
-            ]
-
-    def __reduce__(self) -> NoReturn:
-        self.raise_unfilled("be pickled")
-
-    def _before_forward(self, module: nn.Module, args: Any) -> None:
-        self.require("run")
-
-    def _before_state_dict(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        self.require("be saved")
-
-    def _after_load(self, module: nn.Module, incompatible_keys: Any) -> None:
-        self.settle("loaded", under=module)
-        mine = {name for name, item in self._unfilled.items() if item.owner is module}
-        self._skipped_by_load |= mine
-        if module is self._model():
-            self._initialise(self._skipped_by_load & set(self._unfilled))
-
-    def require(self, use: str) -> None:
-        """Raise unless every tensor has its values.
-
-        Raises:
-            UninitializedTensorError: naming every tensor without values, and the ways to give it some.
-        """
-        self.settle("written by the user")
-        self._initialise(self._skipped_by_load & set(self._unfilled))
-        if self._unfilled:
-            self.raise_unfilled(use)
-
-    def raise_unfilled(self, use: str) -> NoReturn:
-        names = list(self._unfilled)
-        listed = "\n".join(f"  {name}" for name in names[:_MOST_NAMES])
-        more = f"\n  … and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-        raise UninitializedTensorError(
-            f"{type(self._model()).__name__} cannot {use}: {len(names)} of its tensors were neither loaded nor "
-            f"initialised:\n{listed}{more}\n{_THREE_WAYS}"
-        )
-
-    def settle(self, status: str, under: nn.Module | None = None) -> None:
-        """Take note of the tensors that have been written since the last look."""
-        with real_execution():
-            done = [
-                name
-                for name, item in self._unfilled.items()
-                if (under is None or item.owner is under or under is self._model()) and item.written()
-            ]
-        self._note(done, status)
-
-    def initialise_rest(self) -> None:
-        """Run the model's own recorded init for every tensor that nobody has written."""
-        self.settle("written by the user")
-        self._initialise(set(self._unfilled))
-
-    def unfilled(self) -> list[Tensor]:
-        """The tensors without values."""
-        return [item.tensor for item in self._unfilled.values()]
-
-    def _initialise(self, names: set[str]) -> None:
-        items = [item for name, item in self._unfilled.items() if name in names]
-        if not items:
-            return
-        slots = [item.entry.slot for item in items]
-        plan = make_plan(slots, self._tapes, None, Wanted())
-        tensors = [tensor for item in items if (tensor := item.now()) is not None]
-        fill(plan, tensors, self._tapes, None, _AsTheyAreNow(self._placement), exact=False)
-        self._note([slot.name for slot in slots], "initialised", make_report(plan, self._tapes, None).rows)
-
-    def _note(self, names: Iterable[str], status: str, rows: Iterable[Row] = ()) -> None:
-        origins = {row.name: row.origin for row in rows}
-        model = self._model()
-        report = _report_rows(model)
-        for name in names:
-            self._unfilled.pop(name, None)
-            if name in report:
-                report[name].status = status  # type: ignore[assignment]
-                report[name].origin = origins.get(name, "")
-        if not self._unfilled:
-            for handle in self._handles:
-                handle.remove()
-            self._handles.clear()
-            if model is not None:
-                _guards.pop(model, None)
+# -- memory without values ---------------------------------------------------------------------------------------------
 
 
-def _report_rows(model: nn.Module | None) -> dict[str, Row]:
-    return {} if model is None else {row.name: row for row in report_of(model).rows}
-
-
-_guards: weakref.WeakKeyDictionary[nn.Module, Guard] = weakref.WeakKeyDictionary()
-
-
-def guards_of(model: nn.Module) -> list[Guard]:
-    """The guards of ``model`` and of models built into it."""
-    return [_guards[module] for module in model.modules() if module in _guards] if _guards else []
-
-
-def allocate(model: nn.Module, placement: Placement) -> InitReport:
-    """Give a recorded model memory without values, and guard it until they have come.
+def allocate(models: Sequence[nn.Module], placement: Placement) -> None:
+    """Give recorded models memory without values, and guard them until those have come.
 
     What no checkpoint brings (non-persistent buffers, plain tensor attributes) gets the model's own init at once.
+    Models of one call may share tensors.
     """
-    slots, tensors, tapes = survey(model)
-    later = [slot.saved and slot.ref is not None for slot in slots]
-    now = [position for position, waits in enumerate(later) if not waits]
-    plan = make_plan([slots[position] for position in now], tapes, None, Wanted())
+    placed: dict[int, int] = {}
+    memory: dict[int, torch.UntypedStorage] = {}
+    plans = []
+    for model in models:
+        slots, tensors, tapes = survey(model)
+        both = list(zip(slots, tensors, strict=True))
+        later = [(slot, tensor) for slot, tensor in both if slot.saved and slot.ref is not None]
+        now = [(slot, tensor) for slot, tensor in both if not (slot.saved and slot.ref is not None)]
+        plans.append((model, later, now, tapes, make_plan([slot for slot, _ in now], tapes, None, Wanted())))
+    for model, later, now, tapes, plan in plans:
+        with real_execution():
+            for slot, tensor in later:
+                if id(tensor) not in placed:
+                    placement.put(slot, tensor, _room(slot, tapes, memory, placement.device(slot)))
+                    placed[id(tensor)] = _version(tensor)
+        report = fill(plan, [tensor for _, tensor in now], tapes, None, placement, exact=False)
+        rows = make_report(Plan(tuple(Entry(slot, Action.INIT) for slot, _ in later)), tapes, None).rows
+        report.rows += rows
+        keep_report(model, report)
+        _guard(model, later, rows, tapes, placement, placed)
+
+
+def _guard(
+    model: nn.Module,
+    unfilled: Sequence[tuple[Slot, Tensor]],
+    rows: Sequence[Row],
+    tapes: Mapping[int, Tape],
+    placement: Placement,
+    versions: Mapping[int, int],
+) -> None:
     owners = dict(named_modules(model))
-    unfilled: list[_Unfilled] = []
-    with real_execution():
-        memory: dict[int, torch.UntypedStorage] = {}
-        for slot, tensor, waits in zip(slots, tensors, later, strict=True):
-            if waits:
-                placement.put(slot, tensor, _room(slot, tapes, memory, placement.device(slot)))
-                owner, _, attribute = slot.name.rpartition(".")
-                entry = Entry(slot, Action.INIT)
-                unfilled.append(_Unfilled(entry, owners[owner], attribute, tensor, tensor._version))
-    report = fill(plan, [tensors[position] for position in now], tapes, None, placement, exact=False)
-    waiting = make_report(Plan(tuple(item.entry for item in unfilled)), tapes, None)
-    for row in waiting.rows:
+    everywhere: list[_Waiting] = []
+    for (slot, tensor), row in zip(unfilled, rows, strict=True):
         row.status, row.origin = "unfilled", ""
-    report.rows += waiting.rows
-    keep_report(model, report)
+        assert slot.ref is not None
+        for name in slot.names:  # under each: a tie may be used through any of its modules
+            prefix, _, attribute = name.rpartition(".")
+            owner = owners[prefix]
+            waiting = vars(owner).setdefault(_ATTRIBUTE, _Waiting(owner, model=type(model).__name__))
+            if waiting.everywhere is not everywhere:
+                everywhere.append(waiting)
+                waiting.everywhere = everywhere
+            if all(item.attribute != attribute for item in waiting.items):
+                waiting.items.append(
+                    _Unfilled(attribute, slot, tapes[slot.ref.storage], placement, row, tensor, versions[id(tensor)])
+                )
     if unfilled:
-        _guards[model] = Guard(model, unfilled, tapes, placement)
-    return report
+        for module in owners.values():  # all: a parent may use its child's weight without calling the child
+            _hook(module)
 
 
 def _room(
@@ -262,6 +343,5 @@ def _room(
         room = torch.empty(tapes[ref.storage].storages[ref.storage].nbytes, dtype=torch.uint8, device=device)
         storage = memory[ref.storage] = room.untyped_storage()
     tensor = torch.empty(0, dtype=ref.dtype, device=device).set_(storage, ref.offset, ref.size, ref.stride)
-    if tapes[ref.storage].covers(ref):
-        _place_mark(tensor)
+    _place_mark(tensor)
     return tensor

@@ -83,11 +83,13 @@ def make_plan(
     entries: list[Entry] = []
     missing: dict[str, torch.Size] = {}
     taken: set[str] = set()
+    loadable = 0
     problems: list[str] = []
     for slot in slots:
         names = [name for name in slot.names if name in key_of] if slot.saved else []
         fresh = bool(wanted.reinit) and any(fnmatchcase(n, glob) for glob in wanted.reinit for n in slot.names)
         taken.update(key_of[name] for name in names)
+        loadable += bool(names)
         if names and not fresh:
             assert reader is not None
             found = tuple(key_of[name] for name in names)
@@ -108,12 +110,10 @@ def make_plan(
         if missing or unexpected:
             nothing_matches = bool(missing) and not taken
             if wanted.strict or nothing_matches:
-                raise CheckpointMismatchError(
-                    _keys_message(reader, keys, slots, missing, unexpected, len(taken), wanted)
-                )
+                raise CheckpointMismatchError(_keys_message(reader, keys, slots, missing, unexpected, loadable, wanted))
         if problems:
             raise CheckpointMismatchError(
-                f"{reader.path}: {len(problems)} of {len(taken)} tensors do not fit the model:\n"
+                f"{reader.path}: {len(problems)} of {loadable} tensors do not fit the model:\n"
                 + _listed(problems)
                 + "\nBuild the model from the checkpoint's own config, or name what is to be initialised afresh "
                 'instead, e.g. reinit=["' + problems[0].split(" ", 1)[0] + '"].'
@@ -219,10 +219,7 @@ def _keys_message(
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = [f"  {name}" for name in names[:_MOST_NAMES]]
-    if len(names) > _MOST_NAMES:
-        shown.append(f"  … and {len(names) - _MOST_NAMES} more")
-    return "\n".join(shown)
+    return "\n".join(f"  {name}" for name in names)
 
 
 def storage_groups(entries: Sequence[Entry]) -> dict[int, list[int]]:

@@ -42,27 +42,47 @@ class Slot(NamedTuple):
         return self.kind in ("parameter", "buffer")
 
 
-def _in_containers(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
+_PLAIN = (str, bytes, int, float, bool, complex, type(None), type, torch.dtype, torch.device, torch.Size)
+_DEPTH = 5
+
+
+def _tensors_in(value: Any, path: str, seen: set[int], depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in an attribute of a module: itself, or in containers and plain objects behind it."""
+    kind = type(value)  # not isinstance(): that asks objects for their __class__, which some (configs) compute
+    if issubclass(kind, Tensor):
         yield path, value
-    elif depth < 4:
-        if isinstance(value, dict):
-            for key, item in value.items():
-                yield from _in_containers(item, f"{path}[{key!r}]", depth + 1)
-        elif isinstance(value, (list, tuple, set)):
-            for index, item in enumerate(value):
-                yield from _in_containers(item, f"{path}[{index}]", depth + 1)
+        return
+    if issubclass(kind, (*_PLAIN, nn.Module)) or depth == _DEPTH or id(value) in seen:
+        return
+    seen.add(id(value))
+    if issubclass(kind, dict):
+        for key, item in list(value.items()):
+            yield from _tensors_in(item, f"{path}[{key!r}]", seen, depth + 1)
+    elif issubclass(kind, (list, tuple, set, frozenset)):
+        for index, item in enumerate(value):
+            yield from _tensors_in(item, f"{path}[{index}]", seen, depth + 1)
+    elif not callable(value):
+        for name, item in list(getattr(value, "__dict__", {}).items()):
+            yield from _tensors_in(item, f"{path}.{name}", seen, depth + 1)
 
 
 def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every module under every name it has, in module order. ``Module.named_modules`` does the same, but slower."""
     found: list[tuple[str, nn.Module]] = []
-    todo: list[tuple[str, nn.Module]] = [("", model)]
-    while todo:
-        prefix, module = todo.pop()
+    above: set[int] = set()
+
+    def visit(prefix: str, module: nn.Module) -> None:
+        if id(module) in above:
+            return  # a cycle: the module has its names already
+        above.add(id(module))
         found.append((prefix, module))
         dot = f"{prefix}." if prefix else ""
-        todo.extend((dot + name, child) for name, child in reversed(module._modules.items()) if child is not None)
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(dot + name, child)
+        above.remove(id(module))
+
+    visit("", model)
     return found
 
 
@@ -77,18 +97,18 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:
             if buffer is not None:
                 temporary = name in module._non_persistent_buffers_set
                 yield dot + name, "non-persistent buffer" if temporary else "buffer", buffer
+    seen: set[int] = set()
     for prefix, module in modules:
         for name, value in vars(module).items():
-            # by type(): isinstance would ask objects for their __class__, which some (configs) compute
-            if name not in _MODULE_INTERNALS and issubclass(type(value), (Tensor, dict, list, tuple, set)):
-                for path, tensor in _in_containers(value, f"{prefix}.{name}" if prefix else name):
+            if name not in _MODULE_INTERNALS and type(value) not in _PLAIN:
+                for path, tensor in _tensors_in(value, f"{prefix}.{name}" if prefix else name, seen):
                     yield path, "attribute", tensor
 
 
 def find_slots(model: nn.Module) -> list[tuple[Slot, Tensor]]:
     """Every parameter, buffer and plain tensor attribute of ``model``, with the tensor itself.
 
-    Plain attributes are looked for in the modules' own attributes and in lists, tuples, sets and dicts there.
+    Plain attributes are looked for in the modules' own attributes, and in containers and plain objects there.
     """
     names: dict[int, list[str]] = {}
     first: dict[int, tuple[Kind, Tensor]] = {}

@@ -70,7 +70,12 @@ class _EmptyInit(TorchFunctionMode):
             return handler(self, func, args, kwargs or {})
         if type(func) is FunctionType and (original := _replaced(func, sys._getframe(2))) is not None:
             return _init_function(self, original, args, kwargs or {})
-        return func(*args, **kwargs) if kwargs else func(*args)
+        if not kwargs:
+            return func(*args)
+        if (device := kwargs.get("device")) is not None and torch.device(device).type == "meta":
+            with torch._C._DisableTorchDispatch():  # the model wants this one to stay on meta
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
 # -- whole init functions ----------------------------------------------------------------------------------------------

@@ -73,6 +73,13 @@ _UNFILLED = frozenset(
 PLAIN_FACTORIES = frozenset({"aten::ones", "aten::zeros", "aten::rand", "aten::randn"})
 
 
+# Factories that look at a tensor's shape, dtype and device, but at none of its values.
+_SHAPE_ONLY = frozenset(
+    {f"aten::{name}_like" for name in ("zeros", "ones", "full", "rand", "randn", "randint")}
+    | {f"aten::new_{name}" for name in ("zeros", "ones", "full")}
+)
+
+
 class Traits(NamedTuple):
     """What an aten operator does, as far as recording cares."""
 
@@ -120,6 +127,18 @@ def overwrites(func: Func) -> bool:
         return True  # an init function
     schema = func._schema
     return schema.name in _OVERWRITING or any(argument.is_out for argument in schema.arguments)
+
+
+@cache
+def pointwise(func: Func) -> bool:
+    """Whether each element that ``func`` gives depends on the same element of what it reads."""
+    return isinstance(func, OpOverload) and Tag.pointwise in func.tags
+
+
+@cache
+def asks_shape_only(func: Func) -> bool:
+    """Whether ``func`` takes tensors without needing their values."""
+    return isinstance(func, OpOverload) and func._schema.name in _SHAPE_ONLY
 
 
 @cache

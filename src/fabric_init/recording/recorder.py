@@ -76,8 +76,12 @@ class Recorder(TorchDispatchMode):
         if not known:
             if tensors:
                 return self._untracked(func, args, kwargs, tensors)
-            if not does.has_device or _is_meta(kwargs.get("device")):
+            if not does.has_device:
                 return func(*args, **kwargs)
+        if does.has_device and kwargs.get("device") == _META:
+            # torch's own code asking for memory beside a tensor that it takes to be on meta; what model code makes on
+            # the meta device by name does not come here
+            kwargs["device"] = known[0].device if known else torch.get_default_device()
         written = _written(func, args, kwargs)
         if does.name == "aten::_cudnn_rnn_flatten_weight":
             return args[0][0]  # a matter of real memory: done when the weights are there
@@ -299,10 +303,6 @@ class Recorder(TorchDispatchMode):
             self.tape.sealed_rng = self.tape.rng
         with real_execution():
             return view(memory, self.ref(tensor))
-
-
-def _is_meta(device: Any) -> bool:
-    return device is not None and torch.device(device).type == "meta"
 
 
 def _like_on_meta(tensor: torch.Tensor) -> torch.Tensor:

@@ -38,16 +38,6 @@ def _identity(generator: torch.Generator) -> int:
     return address
 
 
-def _label(state: torch.Tensor) -> bytes:
-    """What tells one state of a generator from another: its two ends hold the seed, the position, the first words of
-    the Mersenne twister and the saved half of the last normal pair (CUDA's whole state is shorter than that)."""
-    size = state.numel()
-    address = state.data_ptr()
-    if size <= 2 * _LABEL_BYTES:
-        return string_at(address, size)
-    return string_at(address, _LABEL_BYTES) + string_at(address + size - _LABEL_BYTES, _LABEL_BYTES)
-
-
 _LABEL_BYTES = 96
 
 
@@ -59,18 +49,28 @@ class _GeneratorStreams:
         self.generator = generator
         states = _snapshot(generator)
         state = states[generator.device]
+        self._size = state.numel()
         # Where per-op seeds come from: the state itself, so that a second block differs from the first, and the same
         # seed gives the same tape.
         digest = hashlib.blake2b(string_at(state.data_ptr(), state.numel()), digest_size=8).digest()
         self.stream = tape.add_stream(Stream(exact, int.from_bytes(digest, "little") & _LAST_63_BITS, states))
         self._next = Draw(self.stream, 0, None)
-        self.last = _label(state)
+        self.last = self._label()
         self._labels = {self.last: self._next}
         self._step = torch.empty((), dtype=torch.int64, device=generator.device)
 
+    def _label(self) -> bytes:
+        """What tells one state from another: its two ends hold the seed, the position, the first words of the Mersenne
+        twister and the saved half of the last normal pair (CUDA's whole state is shorter than that)."""
+        state = self.generator.get_state()
+        start, size = state.data_ptr(), self._size
+        if size <= 2 * _LABEL_BYTES:
+            return string_at(start, size)
+        return string_at(start, _LABEL_BYTES) + string_at(start + size - _LABEL_BYTES, _LABEL_BYTES)
+
     def draw(self) -> Draw:
         """The place of the op that is about to be recorded; :meth:`drawn` must follow with the op's number."""
-        label = _label(self.generator.get_state())
+        label = self._label()
         if label != self.last:
             known = self._labels.get(label)
             if known is None:
@@ -82,12 +82,12 @@ class _GeneratorStreams:
     def drawn(self, number: int) -> None:
         """Move the generator on, and label the state it is left in as "after op ``number``"."""
         self._step.random_(generator=self.generator)
-        self.last = _label(self.generator.get_state())
+        self.last = self._label()
         self._next = self._labels[self.last] = Draw(self._next.stream, self._next.position + 1, number)
 
     def touched(self) -> bool:
         """Whether somebody else has used the generator since the last recorded draw."""
-        return _label(self.generator.get_state()) != self.last
+        return self._label() != self.last
 
 
 class Streams:

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from fabric_init.recording.operators import Func, overwrites, written_arguments
+from fabric_init.recording.operators import Func, asks_shape_only, overwrites, pointwise, written_arguments
 
 Rng = Literal["per_op", "eager"]
 """``per_op``: each random op has its own generator. ``eager``: one stream, in order, as plain PyTorch draws it."""
@@ -107,6 +107,8 @@ class Op(NamedTuple):
 
     def reads(self) -> Iterator[TensorRef]:
         """Every recorded tensor whose old value the call needs."""
+        if asks_shape_only(self.func):
+            return iter(())
         if not overwrites(self.func):
             return self.refs()
         positions, names = written_arguments(self.func)
@@ -241,15 +243,30 @@ class Tape:
         return live
 
     def never_written(self, ref: TensorRef) -> bool:
-        """Whether no op ever gave some element of ``ref`` a value: plain PyTorch would leave garbage there."""
-        writers = [self.ops[index] for index in self.writers.get(ref.storage, ())]
-        if not writers:
-            return ref.size.numel() > 0
+        """Whether some of ``ref``'s value goes back to memory that no op wrote: plain PyTorch leaves garbage there."""
+        if self._unwritten(ref, None):
+            return True
+        for number in self.live([ref.storage], exact=False):
+            op = self.ops[number]
+            for read in op.reads():
+                # an op that scatters values into its target needs its old ones only where it puts no new ones, and
+                # which those are cannot be told; one that computes on its target keeps garbage garbage
+                if (read not in op.targets or pointwise(op.func)) and self._unwritten(read, number):
+                    return True
+        return False
+
+    def _unwritten(self, ref: TensorRef, before: int | None) -> bool:
+        """Whether no op before number ``before`` wrote some element of ``ref``."""
+        if ref.size.numel() == 0:
+            return False
+        writers = [
+            self.ops[number] for number in self.writers.get(ref.storage, ()) if before is None or number < before
+        ]
         if any(self.writes_whole(op, ref.storage) for op in writers):
             return False
         targets = [target for op in writers for target in op.targets if target.storage == ref.storage]
-        if any(target.dtype != ref.dtype for target in targets):
-            return False  # written through a view of another dtype: not told apart element by element
+        if any(target == ref or target.dtype != ref.dtype for target in targets):
+            return False  # through a view of another dtype, elements cannot be told apart
         written = torch.zeros(self.storages[ref.storage].nbytes // ref.dtype.itemsize, dtype=torch.bool)
         for target in targets:
             written.as_strided(target.size, target.stride, target.offset).fill_(True)

@@ -1,0 +1,120 @@
+"""What is written on the tape, and which of it still matters."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fabric_init.recording.empty_init import _EmptyInit
+from fabric_init.recording.tape import Tape, TensorRef, recorded, ref_of
+
+
+def number(tensor: torch.Tensor) -> int:
+    with torch._C.DisableTorchFunction():  # inside the block, is_meta is answered for the user
+        found = recorded(tensor)
+    assert found is not None
+    return found.storage
+
+
+def names(tape: Tape, *tensors: torch.Tensor, exact: bool = False) -> list[str]:
+    live = tape.live([number(tensor) for tensor in tensors], exact=exact)
+    return [tape.ops[index].func.__name__.split(".")[0] for index in sorted(live)]
+
+
+def test_of_several_full_writes_the_last_one_alone_is_live() -> None:
+    with _EmptyInit() as mode:
+        layer = nn.Linear(4, 4)
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.normal_(layer.weight)
+    assert names(mode.tape, layer.weight) == ["normal_"]
+
+
+def test_a_partial_write_keeps_what_it_does_not_cover_alive() -> None:
+    with _EmptyInit() as mode:
+        weight = torch.ones(4, 4)
+        weight.zero_()
+        weight[:2].normal_()
+    assert names(mode.tape, weight) == ["zero_", "normal_"]
+
+
+def test_arithmetic_in_place_keeps_the_old_value_alive() -> None:
+    with _EmptyInit() as mode:
+        weight = torch.ones(4)
+        weight.normal_()
+        weight.mul_(2)
+    assert names(mode.tape, weight) == ["normal_", "mul_"]
+
+
+def test_a_copy_brings_its_source_as_it_was_then() -> None:
+    with _EmptyInit() as mode:
+        source, target = torch.ones(4), torch.zeros(4)
+        target.copy_(source)
+        source.normal_()
+    assert names(mode.tape, target) == ["ones", "copy_"]
+
+
+def test_a_write_that_reads_its_own_target_is_not_a_full_write() -> None:
+    with _EmptyInit() as mode:
+        weight = torch.arange(4.0)
+        weight.copy_(weight.flip(0))
+    assert names(mode.tape, weight) == ["arange", "flip", "copy_"]
+
+
+def test_in_exact_mode_dead_draws_stay_live_and_in_per_op_mode_they_do_not() -> None:
+    with _EmptyInit() as mode:
+        dead, alive = torch.randn(3), torch.randn(4)
+    assert len(dead) == 3
+    assert names(mode.tape, alive, exact=True) == ["randn", "randn"]
+    assert names(mode.tape, alive, exact=False) == ["randn"]
+
+
+def test_views_need_no_ops_and_tied_tensors_are_one_storage() -> None:
+    with _EmptyInit() as mode:
+        base = torch.ones(4, 6)
+        count = len(mode.tape.ops)
+        others = [base.t(), base[1:, ::2], base.view(-1), base.detach(), nn.Parameter(base), base.data]
+    assert len(mode.tape.ops) == count
+    assert {number(tensor) for tensor in others} == {number(base)}
+    assert ref_of(base[1:, ::2], number(base)) == TensorRef(number(base), 6, torch.Size([3, 3]), (6, 2), torch.float32)
+
+
+def test_covers_is_true_of_every_dense_layout_of_the_whole_and_of_nothing_else() -> None:
+    with _EmptyInit() as mode:
+        base = torch.ones(2, 3, 4)
+    storage = number(base)
+
+    def covers(tensor: torch.Tensor) -> bool:
+        return mode.tape.covers(ref_of(tensor, storage))
+
+    assert all(map(covers, (base, base.permute(2, 0, 1), base.view(-1), base.view(6, 1, 4), base.view(torch.int32))))
+    assert not any(map(covers, (base[:1], base[..., ::2], base[0].expand(2, 3, 4), base.as_strided((24,), (0,)))))
+
+
+def test_never_written_sees_each_element() -> None:
+    with _EmptyInit() as mode:
+        table = torch.empty(4, 2)
+        table[:, 0::2].fill_(1)
+        half = mode.tape.never_written(ref_of(table, number(table)))
+        written_half = mode.tape.never_written(ref_of(table[:, 0], number(table)))
+        table[:, 1::2].fill_(2)
+        whole = mode.tape.never_written(ref_of(table, number(table)))
+    assert (half, written_half, whole) == (True, False, False)
+
+
+def test_the_tape_holds_no_live_modules_and_no_parameters() -> None:
+    with _EmptyInit() as mode:
+        model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    held = [value for op in mode.tape.ops.values() for value in (*op.args, *op.kwargs.values())]
+    assert held
+    assert len(model) == 2
+    assert not any(isinstance(value, (nn.Module, torch.Tensor)) for value in held)
+
+
+def test_a_constant_holds_the_value_of_that_moment() -> None:
+    real = torch.ones(3)
+    with _EmptyInit() as mode:
+        target = torch.zeros(3)
+        target.copy_(real)
+        real.fill_(9)
+        assert target.tolist() == [1, 1, 1]
+    assert names(mode.tape, target) == ["copy_"]
