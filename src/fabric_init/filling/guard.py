@@ -140,13 +140,20 @@ def _hook(module: nn.Module) -> None:
 
 
 def _unhook(model: nn.Module, running: Mapping[int, Any] | None = None) -> None:
-    """Take the hooks off ``model`` and all in it; of those that are ``running``, torch allows taking off the last."""
+    """Take the hooks off ``model`` and all in it.
+
+    Of hooks that are ``running``, torch allows taking off the last alone; where ours is not, the next forward does it.
+    """
     for module in model.modules():
-        for hooks in (module._forward_pre_hooks, module._state_dict_pre_hooks, module._load_state_dict_post_hooks):
-            ours = [key for key, hook in hooks.items() if hook in (_before_forward, _before_state_dict, _after_load)]
-            for key in ours:
-                if hooks is not running or key == next(reversed(hooks)):
-                    del hooks[key]
+        tables = (module._forward_pre_hooks, module._state_dict_pre_hooks, module._load_state_dict_post_hooks)
+        if any(table is running and next(reversed(table.values())) not in _HOOKS for table in tables):
+            continue
+        for table in tables:
+            for key in [key for key, hook in table.items() if hook in _HOOKS]:
+                del table[key]
+
+
+_HOOKS = (_before_forward, _before_state_dict, _after_load)
 
 
 # -- what Fabric calls -------------------------------------------------------------------------------------------------
