@@ -160,6 +160,8 @@ def differences(eager: nn.Module, filled: nn.Module, ignore_values_of: frozenset
     for name in expected.keys() & got.keys():
         one, other = expected[name], got[name]
         before, after = _properties(one), _properties(other)
+        if not one.is_leaf:  # computed from parameters: it comes back with its values, but without its graph
+            after |= {"requires_grad": one.requires_grad, "is_leaf": False}
         wrong = [f"{name}: {what} {before[what]} != {after[what]}" for what in before if before[what] != after[what]]
         if not wrong and not other.is_meta and name not in ignore_values_of and not _same_bits(one, other):
             wrong = [f"{name}: values differ"]

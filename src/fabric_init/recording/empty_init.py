@@ -8,24 +8,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, FunctionType, TracebackType
 from typing import Any
 
 import torch
-import torch.utils._device as _default_device
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
+from fabric_init.recording import devices, values
 from fabric_init.recording.collector import PausedCollector
+from fabric_init.recording.devices import Handler
 from fabric_init.recording.operators import INIT_FUNCTIONS
 from fabric_init.recording.provenance import init_call
 from fabric_init.recording.recorder import Recorder
-from fabric_init.recording.tape import Rng, Tape, begin, recorded
+from fabric_init.recording.tape import Rng, Tape, recorded
 
-_Handler = Callable[["_EmptyInit", Any, tuple[Any, ...], dict[str, Any]], Any]
 # The init functions that hand over to a function mode; the others are known by their frame.
 _SEEN_WHOLE: dict[str, Any] = {
     name: INIT_FUNCTIONS[name] for name in ("uniform_", "normal_", "constant_", "kaiming_uniform_")
@@ -67,14 +67,13 @@ class _EmptyInit(TorchFunctionMode):
     ) -> Any:
         handler = _HANDLERS.get(func)
         if handler is not None:
-            return handler(self, func, args, kwargs or {})
+            return handler(self.recorder, func, args, kwargs or {})
         if type(func) is FunctionType and (original := _replaced(func, sys._getframe(2))) is not None:
-            return _init_function(self, original, args, kwargs or {})
+            return _init_function(self.recorder, original, args, kwargs or {})
         if not kwargs:
             return func(*args)
-        if (device := kwargs.get("device")) is not None and torch.device(device).type == "meta":
-            with torch._C._DisableTorchDispatch():  # the model wants this one to stay on meta
-                return func(*args, **kwargs)
+        if kwargs.get("device") is not None:
+            return devices.on_device_by_name(self.recorder, func, args, kwargs)
         return func(*args, **kwargs)
 
 
@@ -91,13 +90,13 @@ def _replaced(func: FunctionType, asking: FrameType) -> FunctionType | None:
     return original if original is not None and asking.f_code is original.__code__ else None
 
 
-def _init_function(mode: _EmptyInit, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _init_function(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     rest = dict(kwargs)
     tensor: Tensor = rest.pop("tensor", None) if "tensor" in rest else args[0]
     with torch._C.DisableTorchFunction():
         if recorded(tensor) is None or not _recordable(func, tensor):
             return func(tensor, **rest)  # eager code's own warnings and errors
-        mode.recorder.add_init(func, tensor, rest, sys._getframe(2))
+        recorder.add_init(func, tensor, rest, sys._getframe(2))
     return tensor
 
 
@@ -109,146 +108,23 @@ def _recordable(func: Any, tensor: Tensor) -> bool:
     )
 
 
-def _is_meta(mode: _EmptyInit, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _is_meta(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     with torch._C.DisableTorchFunction():
         if recorded(args[0]) is None:
             return bool(args[0].is_meta)
         caller = sys._getframe(2)
         if caller.f_code is _TRUNC_NORMAL and (call := init_call(caller)) is not None:
             # torch skips sampling on meta, and could not run its rejection loop there: take the call as a whole
-            mode.recorder.record_init_frame(call)
+            recorder.record_init_frame(call)
             return True
     return False
 
 
-# -- questions about where a tensor lives ------------------------------------------------------------------------------
-
-
-def _device(mode: _EmptyInit, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-    with torch._C.DisableTorchFunction():
-        found = recorded(args[0])
-        return args[0].device if found is None else found.device
-
-
-def _is_device_type(kind: str) -> _Handler:
-    def handler(mode: _EmptyInit, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return _device(mode, func, args, kwargs).type == kind
-
-    return handler
-
-
-def _get_device(mode: _EmptyInit, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    device = _device(mode, func, args, kwargs)
-    return -1 if device.type == "cpu" else device.index or 0
-
-
-def _data_ptr(mode: _EmptyInit, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    # code compares addresses to find shared memory, so they must differ exactly where the memory will
-    with torch._C.DisableTorchFunction():
-        tensor = args[0]
-        if recorded(tensor) is None:
-            return int(tensor.data_ptr())
-        return int(tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size())
-
-
-def _to(mode: _EmptyInit, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``tensor.to(device)`` is the tensor itself when that is where it lives already."""
-    with torch._C.DisableTorchFunction():
-        found = recorded(args[0])
-        if found is None:
-            return func(*args, **kwargs)
-        rest = dict(kwargs)
-        positional = list(args[1:])
-        other = rest.pop("other", positional[0] if positional else None)
-        copy_at = 2 if isinstance(other, (Tensor, torch.dtype)) else 3
-        copy = positional.pop(copy_at) if len(positional) > copy_at else rest.pop("copy", False)
-        memory_format = rest.pop("memory_format", None)
-        if isinstance(other, Tensor):
-            like = recorded(other)
-            device = other.device if like is None else like.device
-            dtype = other.dtype
-            non_blocking = positional[1] if len(positional) > 1 else rest.get("non_blocking", False)
-        else:
-            parsed: tuple[Any, ...] = torch._C._nn._parse_to(*positional, **rest)
-            device, dtype, non_blocking, _ = parsed
-        same = device in (None, found.device, torch.device(found.device.type))
-        options: dict[str, Any] = {"dtype": dtype or args[0].dtype, "non_blocking": non_blocking, "copy": copy}
-        if not same:
-            options["device"] = device
-        if memory_format is not None:
-            options["memory_format"] = memory_format
-        return Tensor.to(args[0], **options)
-
-
-def _cpu(mode: _EmptyInit, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return _to(mode, Tensor.to, (args[0], torch.device("cpu")), kwargs)
-
-
-def _cuda(mode: _EmptyInit, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    rest = dict(kwargs)
-    where = rest.pop("device", args[1] if len(args) > 1 else None)
-    device = torch.device("cuda", where) if isinstance(where, int) else torch.device(where or "cuda")
-    return _to(mode, Tensor.to, (args[0], device), rest)
-
-
-# -- values that leave or enter torch ----------------------------------------------------------------------------------
-
-
-def _with_true_value(mode: _EmptyInit, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with torch._C.DisableTorchFunction():
-        if recorded(args[0]) is None:
-            return func(*args, **kwargs)
-        real = mode.recorder.true_value(args[0])
-    result = func(real, *args[1:], **kwargs)
-    if hasattr(result, "flags"):
-        result.flags.writeable = False  # a write to this array could not reach the recorded tensor: numpy refuses it
-    return result
-
-
-def _set_data(mode: _EmptyInit, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """``p.data = t``. torch refuses to mix meta with real memory, so a real ``t`` enters the tape as a constant."""
-    target, value = args
-    with torch._C.DisableTorchFunction():
-        if recorded(target) is not None and not value.is_meta:
-            value = mode.recorder.constant(value.detach())
-        elif recorded(target) is None and recorded(value) is not None:
-            value = mode.recorder.true_value(value)
-        func(target, value)
-
-
-def _empty(mode: _EmptyInit, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Room without values needs no op. Most parameters begin so, hence this shortcut past the dispatcher."""
-    device = kwargs.get("device") or _default_device.CURRENT_DEVICE or _CPU
-    if type(device) is not torch.device:
-        device = torch.device(device)
-    if device.type == "meta" or not _PLAIN_OPTIONS.issuperset(kwargs):
-        return func(*args, **kwargs)
-    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
-        tensor = func(*args, **{**kwargs, "device": _META})
-        begin(tensor, mode.tape, device)
-    return tensor
-
-
-_PLAIN_OPTIONS = frozenset({"size", "dtype", "device", "requires_grad", "memory_format"})
-
-_CPU, _META = torch.device("cpu"), torch.device("meta")
-
-_HANDLERS: dict[Any, _Handler] = {
+_HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys(_SEEN_WHOLE.values(), _init_function),
-    torch.empty: _empty,
     Tensor.is_meta.__get__: _is_meta,  # type: ignore[attr-defined]
-    Tensor.device.__get__: _device,
-    Tensor.is_cpu.__get__: _is_device_type("cpu"),  # type: ignore[attr-defined]
-    Tensor.is_cuda.__get__: _is_device_type("cuda"),  # type: ignore[attr-defined]
-    Tensor.get_device: _get_device,
-    Tensor.data_ptr: _data_ptr,
-    Tensor.to: _to,
-    Tensor.cpu: _cpu,
-    Tensor.cuda: _cuda,
-    Tensor.tolist: _with_true_value,
-    Tensor.numpy: _with_true_value,
-    Tensor.__array__: _with_true_value,
-    Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    **devices.HANDLERS,
+    **values.HANDLERS,
 }
 
 

@@ -80,6 +80,19 @@ _SHAPE_ONLY = frozenset(
 )
 
 
+# Written, though the schemas do not say so.
+_WRITTEN_UNSAID = {
+    name: ((3, "running_mean"), (4, "running_var"))
+    for name in ("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm")
+}
+
+
+# What autocast would run in a lower precision; on meta it does not see them.
+_AUTOCAST = frozenset(
+    {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "linear", "convolution", "dot")}
+)
+
+
 class Traits(NamedTuple):
     """What an aten operator does, as far as recording cares."""
 
@@ -94,6 +107,7 @@ class Traits(NamedTuple):
     data_dependent: bool
     changes_geometry: bool
     pointwise: bool
+    autocast: bool
 
 
 @cache
@@ -104,6 +118,7 @@ def traits(func: OpOverload) -> Traits:
         for position, argument in enumerate(schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     )
+    written += _WRITTEN_UNSAID.get(schema.name, ())
     tensors = sum("Tensor" in str(argument.type) for argument in schema.arguments)
     return Traits(
         name=schema.name,
@@ -116,6 +131,7 @@ def traits(func: OpOverload) -> Traits:
         random=Tag.nondeterministic_seeded in func.tags,
         data_dependent=bool({Tag.data_dependent_output, Tag.dynamic_output_shape} & set(func.tags)),
         changes_geometry=Tag.inplace_view in func.tags,
+        autocast=schema.name in _AUTOCAST,
         pointwise=Tag.pointwise in func.tags and not written and len(schema.returns) == 1,
     )
 

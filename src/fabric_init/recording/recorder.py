@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -38,6 +39,7 @@ class Recorder(TorchDispatchMode):
         self.tape = tape
         self.exact = tape.rng == "eager"
         self.streams: Streams | None = None
+        self._asked: torch.device | None = None  # a device that has to be named to torch as meta
         self._call: FrameType | None = None  # the init function that is recorded already, while its ops come in
 
     @classmethod
@@ -65,6 +67,15 @@ class Recorder(TorchDispatchMode):
         with torch._C.DisableTorchFunction():
             return self._dispatch(func, args, dict(kwargs) if kwargs else {})
 
+    @contextmanager
+    def asked_for(self, device: torch.device) -> Iterator[None]:
+        """In it, memory that is asked for on meta is meant for ``device``."""
+        before, self._asked = self._asked, device
+        try:
+            yield
+        finally:
+            self._asked = before
+
     # -- ops ---------------------------------------------------------------------------------------------------------
 
     def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -74,14 +85,21 @@ class Recorder(TorchDispatchMode):
         tensors = list(_tensors((args, kwargs.values())))
         known = [found for tensor in tensors if (found := self.lookup(tensor)) is not None]
         if not known:
-            if tensors:
+            if tensors and not (does.unfilled and kwargs.get("device") is not None):
                 return self._untracked(func, args, kwargs, tensors)
             if not does.has_device:
                 return func(*args, **kwargs)
         if does.has_device and kwargs.get("device") == _META:
             # torch's own code asking for memory beside a tensor that it takes to be on meta; what model code makes on
             # the meta device by name does not come here
-            kwargs["device"] = known[0].device if known else torch.get_default_device()
+            kwargs["device"] = self._asked or (known[0].device if known else torch.get_default_device())
+        if does.name == "aten::set_" and len(args) > 1 and isinstance(args[1], torch.UntypedStorage):
+            return self._set_storage(args)
+        if does.autocast and known and torch.is_autocast_enabled(known[0].device.type):
+            raise RecordingError(
+                f"{does.name} under torch.autocast in a recorded constructor: autocast does not see recorded tensors, "
+                "so the result would be of another dtype. Run the model after the block instead."
+            )
         written = _written(func, args, kwargs)
         if does.name == "aten::_cudnn_rnn_flatten_weight":
             return args[0][0]  # a matter of real memory: done when the weights are there
@@ -96,8 +114,11 @@ class Recorder(TorchDispatchMode):
             self.record_init_frame(call)
         try:
             result = self._on_meta(func, args, kwargs)
-        except NotImplementedError:
+        except (NotImplementedError, RuntimeError):  # if it is a real error, torch raises it again on true values
             return self._with_true_values(func, args, kwargs, known)
+        if not all(_is_dense(tensor) for tensor in _tensors((result,))):
+            with real_execution():  # the tape knows dense memory alone: this one is real from the start
+                return func(*self._real(args), **self._real(kwargs))
         if call is not None and call is self._call:
             return result  # its ops are part of the recorded call
         self._record(func, args, kwargs, known, written, result, frame)
@@ -127,6 +148,10 @@ class Recorder(TorchDispatchMode):
     ) -> None:
         does = traits(func)
         if does.changes_geometry and does.name != "aten::resize_":
+            return
+        if does.unfilled and not known:  # module.to_empty(device), of a module that was made on meta
+            for tensor in _tensors((result,)):
+                begin(tensor, self.tape, torch.device(kwargs.get("device") or _CPU))
             return
         inputs = self._refs(args), self._refs(kwargs)  # before the outputs are known: an op does not read its result
         device = kwargs.get("device") or (known[0].device if known else _CPU)
@@ -207,7 +232,7 @@ class Recorder(TorchDispatchMode):
     def constant(self, tensor: torch.Tensor) -> torch.Tensor:
         """A recorded tensor whose value is the real ``tensor``'s."""
         with torch._C._DisableTorchDispatch():
-            meta = _like_on_meta(tensor)
+            meta = _dense(_like_on_meta(tensor))
         ref = self.new_storage(meta, tensor.device)
         self.tape.add_op(
             torch.ops.aten.clone.default, (Constant(tensor),), {}, (), (ref,), None, caller(sys._getframe(1))
@@ -261,17 +286,26 @@ class Recorder(TorchDispatchMode):
             kwargs["device"] = _META
         if traits(func).takes_generator:
             kwargs["generator"] = None
-        return func(*(meta(value) for value in args), **kwargs)
+        result = func(*(meta(value) for value in args), **kwargs)
+        return _map_tensors(result, lambda tensor: _dense(tensor) if recorded(tensor) is None else tensor)
 
     def _with_true_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], known: list[Recorded]) -> Any:
         """Run ``func`` on the values that its arguments would have by now; tensors that come out are recorded."""
-        with real_execution():
+        with real_execution(), _generator_kept(func, kwargs):  # a recorded draw is made by replay, not here
             real = func(*self._real(args), **self._real(kwargs))
-            if not any(True for _ in _tensors((real,))):
+            if not any(True for _ in _tensors((real,))) or not all(_is_dense(t) for t in _tensors((real,))):
                 return real
             result = _map_tensors(real, _like_on_meta)
         self._record(func, args, kwargs, known, _written(func, args, kwargs), result, sys._getframe(2))
         return result
+
+    def _set_storage(self, args: tuple[Any, ...]) -> Any:
+        """``t.set_(storage, …)``: how ``torch.load`` puts tensors together."""
+        if args[1].device.type == "meta":
+            return torch.ops.aten.set_.source_Storage_storage_offset(*args)
+        with real_execution():
+            real = torch.empty(0, dtype=args[0].dtype, device=args[1].device).set_(*args[1:])
+        return torch.ops.aten.set_.source_Tensor(args[0], self.constant(real))
 
     def _untracked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
         if not traits(func).random or any(tensor.is_meta for tensor in tensors) or kwargs.get("generator") is not None:
@@ -303,6 +337,30 @@ class Recorder(TorchDispatchMode):
             self.tape.sealed_rng = self.tape.rng
         with real_execution():
             return view(memory, self.ref(tensor))
+
+
+@contextmanager
+def _generator_kept(func: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+    if not traits(func).random:
+        yield
+        return
+    generator = kwargs.get("generator") or torch.default_generator
+    before = generator.get_state()
+    try:
+        yield
+    finally:
+        generator.set_state(before)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_quantized
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Memory of its own for what has stride 0: an expanded tensor, and what meta kernels make of one."""
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.size(), strict=True)):
+        return torch.empty(tensor.size(), dtype=tensor.dtype, device=_META)
+    return tensor
 
 
 def _like_on_meta(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,136 @@
+"""Recorded tensors answer for the device that they were asked for, though torch keeps them on meta."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._device as _default_device
+from torch import Tensor
+
+from fabric_init.recording.recorder import Recorder
+from fabric_init.recording.tape import begin, recorded
+
+Handler = Callable[[Recorder, Any, tuple[Any, ...], dict[str, Any]], Any]
+"""Stands in for one function that a function mode was shown: (recorder, function, args, kwargs) → its result."""
+
+_CPU, _META = torch.device("cpu"), torch.device("meta")
+_PLAIN_OPTIONS = frozenset({"size", "dtype", "device", "requires_grad", "memory_format"})
+
+
+def on_device_by_name(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call with ``device=…``. On meta it is none of our business; on any other, torch must not start its driver."""
+    device = kwargs["device"]
+    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if device.type == "meta":
+        with torch._C._DisableTorchDispatch():
+            return func(*args, **kwargs)
+    if device.type == "cpu":
+        return func(*args, **kwargs)
+    with recorder.asked_for(device):
+        return func(*args, **{**kwargs, "device": _META})
+
+
+def _empty(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Room without values needs no op. Most parameters begin so, hence this shortcut past the dispatcher."""
+    device = kwargs.get("device") or _default_device.CURRENT_DEVICE or _CPU
+    if type(device) is not torch.device:
+        device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if device.type == "meta":
+        return on_device_by_name(recorder, func, args, {**kwargs, "device": device})
+    if not _PLAIN_OPTIONS.issuperset(kwargs):
+        return func(*args, **kwargs)
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        tensor = func(*args, **{**kwargs, "device": _META})
+        begin(tensor, recorder.tape, device)
+    return tensor
+
+
+def _device(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
+    with torch._C.DisableTorchFunction():
+        found = recorded(args[0])
+        return args[0].device if found is None else found.device
+
+
+def _is_device_type(kind: str) -> Handler:
+    def handler(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return _device(recorder, func, args, kwargs).type == kind
+
+    return handler
+
+
+def _get_device(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    device = _device(recorder, func, args, kwargs)
+    return -1 if device.type == "cpu" else device.index or 0
+
+
+def _type(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with torch._C.DisableTorchFunction():
+        found = recorded(args[0])
+        if found is None or len(args) > 1 or kwargs:
+            return func(*args, **kwargs)
+        where = "torch." if found.device.type == "cpu" else f"torch.{found.device.type}."
+        return func(args[0]).replace("torch.meta.", where)
+
+
+def _data_ptr(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    # code compares addresses to find shared memory, so they must differ exactly where the memory will
+    with torch._C.DisableTorchFunction():
+        tensor = args[0]
+        if recorded(tensor) is None:
+            return int(tensor.data_ptr())
+        return int(tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size())
+
+
+def _to(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``tensor.to(device)`` is the tensor itself when that is where it lives already."""
+    with torch._C.DisableTorchFunction():
+        found = recorded(args[0])
+        if found is None:
+            return func(*args, **kwargs)
+        rest = dict(kwargs)
+        positional = list(args[1:])
+        other = rest.pop("other", positional[0] if positional else None)
+        copy_at = 2 if isinstance(other, (Tensor, torch.dtype)) else 3
+        copy = positional.pop(copy_at) if len(positional) > copy_at else rest.pop("copy", False)
+        memory_format = rest.pop("memory_format", None)
+        if isinstance(other, Tensor):
+            like = recorded(other)
+            device = other.device if like is None else like.device
+            dtype = other.dtype
+            non_blocking = positional[1] if len(positional) > 1 else rest.get("non_blocking", False)
+        else:
+            parsed: tuple[Any, ...] = torch._C._nn._parse_to(*positional, **rest)
+            device, dtype, non_blocking, _ = parsed
+        options: dict[str, Any] = {"dtype": dtype or args[0].dtype, "non_blocking": non_blocking}
+        if memory_format is not None:
+            options["memory_format"] = memory_format
+        if device in (None, found.device, torch.device(found.device.type)):
+            return Tensor.to(args[0], copy=copy, **options)
+        return torch.ops.aten._to_copy.default(args[0], device=device, **options)  # Tensor.to would start a driver
+
+
+def _cpu(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _to(recorder, Tensor.to, (args[0], _CPU), kwargs)
+
+
+def _cuda(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    rest = dict(kwargs)
+    where = rest.pop("device", args[1] if len(args) > 1 else None)
+    device = torch.device("cuda", where) if isinstance(where, int) else torch.device(where or "cuda")
+    return _to(recorder, Tensor.to, (args[0], device), rest)
+
+
+HANDLERS: dict[Any, Handler] = {
+    torch.empty: _empty,
+    Tensor.device.__get__: _device,
+    Tensor.is_cpu.__get__: _is_device_type("cpu"),  # type: ignore[attr-defined]
+    Tensor.is_cuda.__get__: _is_device_type("cuda"),  # type: ignore[attr-defined]
+    Tensor.get_device: _get_device,
+    Tensor.type: _type,
+    Tensor.data_ptr: _data_ptr,
+    Tensor.to: _to,
+    Tensor.cpu: _cpu,
+    Tensor.cuda: _cuda,
+}
