@@ -70,7 +70,8 @@ def run_contender(module: str, *arguments: str, limit_s: float = 900) -> dict[st
 
 
 def _keep_step(child: subprocess.Popen[str], phases: dict[str, Phase]) -> None:
-    assert child.stdin is not None and child.stdout is not None
+    assert child.stdin is not None
+    assert child.stdout is not None
     baseline = None
     while line := child.stdout.readline():
         message = json.loads(line)

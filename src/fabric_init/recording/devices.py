@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 import torch.utils._device as _default_device
+import torch.nn.functional as F
 from torch import Tensor
 
+from fabric_init.errors import RecordingError
 from fabric_init.recording.recorder import Recorder
 from fabric_init.recording.tape import begin, recorded
 
@@ -122,7 +124,22 @@ def _cuda(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str
     return _to(recorder, Tensor.to, (args[0], device), rest)
 
 
+def _autocast(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with torch._C.DisableTorchFunction():
+        known = [found for arg in args if isinstance(arg, Tensor) and (found := recorded(arg)) is not None]
+        if known and torch.is_autocast_enabled(known[0].device.type):
+            raise RecordingError(
+                f"{func.__name__} under torch.autocast in a recorded constructor: autocast does not see recorded "
+                "tensors, so the result would be of another dtype. Run the model after the block instead."
+            )
+        return func(*args, **kwargs)
+
+
+_AUTOCAST = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm, torch.addmm, torch.einsum, F.linear)
+_AUTOCAST += (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.scaled_dot_product_attention)
+
 HANDLERS: dict[Any, Handler] = {
+    **dict.fromkeys(_AUTOCAST, _autocast),
     torch.empty: _empty,
     Tensor.device.__get__: _device,
     Tensor.is_cpu.__get__: _is_device_type("cpu"),  # type: ignore[attr-defined]

@@ -87,12 +87,6 @@ _WRITTEN_UNSAID = {
 }
 
 
-# What autocast would run in a lower precision; on meta it does not see them.
-_AUTOCAST = frozenset(
-    {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "linear", "convolution", "dot")}
-)
-
-
 class Traits(NamedTuple):
     """What an aten operator does, as far as recording cares."""
 
@@ -107,7 +101,6 @@ class Traits(NamedTuple):
     data_dependent: bool
     changes_geometry: bool
     pointwise: bool
-    autocast: bool
 
 
 @cache
@@ -131,7 +124,6 @@ def traits(func: OpOverload) -> Traits:
         random=Tag.nondeterministic_seeded in func.tags,
         data_dependent=bool({Tag.data_dependent_output, Tag.dynamic_output_shape} & set(func.tags)),
         changes_geometry=Tag.inplace_view in func.tags,
-        autocast=schema.name in _AUTOCAST,
         pointwise=Tag.pointwise in func.tags and not written and len(schema.returns) == 1,
     )
 

@@ -95,11 +95,6 @@ class Recorder(TorchDispatchMode):
             kwargs["device"] = self._asked or (known[0].device if known else torch.get_default_device())
         if does.name == "aten::set_" and len(args) > 1 and isinstance(args[1], torch.UntypedStorage):
             return self._set_storage(args)
-        if does.autocast and known and torch.is_autocast_enabled(known[0].device.type):
-            raise RecordingError(
-                f"{does.name} under torch.autocast in a recorded constructor: autocast does not see recorded tensors, "
-                "so the result would be of another dtype. Run the model after the block instead."
-            )
         written = _written(func, args, kwargs)
         if does.name == "aten::_cudnn_rnn_flatten_weight":
             return args[0][0]  # a matter of real memory: done when the weights are there
