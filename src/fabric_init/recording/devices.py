@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._device as _default_device
 import torch.nn.functional as F
+import torch.utils._device as _default_device
 from torch import Tensor
 
 from fabric_init.errors import RecordingError
@@ -135,7 +135,16 @@ def _autocast(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
         return func(*args, **kwargs)
 
 
-_AUTOCAST = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, torch.bmm, torch.addmm, torch.einsum, F.linear)
+_AUTOCAST: tuple[Any, ...] = (
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.mm,
+    torch.bmm,
+    torch.addmm,
+    torch.einsum,
+    F.linear,
+)
 _AUTOCAST += (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.scaled_dot_product_attention)
 
 HANDLERS: dict[Any, Handler] = {
