@@ -16,6 +16,7 @@ import fabric_init.strategies.single_device  # noqa: F401  (registers its placem
 from fabric_init.checkpoints import CheckpointReader, open_checkpoint
 from fabric_init.checkpoints.renaming import Rename
 from fabric_init.errors import FabricInitError, RecordingError
+from fabric_init.filling.agreement import Agreement, header_digest
 from fabric_init.filling.guard import allocate, initialise_rest, release, settle
 from fabric_init.filling.materialize import fill_model
 from fabric_init.filling.placement import Placement
@@ -23,7 +24,8 @@ from fabric_init.filling.plan import Wanted
 from fabric_init.filling.report import InitReport, report_of
 from fabric_init.recording.empty_init import _EmptyInit, active
 from fabric_init.recording.modules import BuiltModules
-from fabric_init.strategies.placement import placement_of
+from fabric_init.strategies.ddp import without_first_broadcast
+from fabric_init.strategies.placement import agreement_of, placement_of
 
 
 class Fabric(lightning.Fabric):
@@ -81,11 +83,14 @@ class Fabric(lightning.Fabric):
     @contextmanager
     def _recorded_block(self, checkpoint: str | os.PathLike[str] | None, wanted: Wanted) -> Iterator[None]:
         _refuse_nesting()
-        placement = placement_of(self.strategy)
-        reader = open_checkpoint(checkpoint) if checkpoint is not None else None  # a bad path fails before the build
+        placement, agreement = placement_of(self.strategy), agreement_of(self.strategy)
+        reader = None
+        if checkpoint is not None:  # a bad path fails before the build
+            path = checkpoint
+            reader = agreement.same("opening the checkpoint", lambda: open_checkpoint(path), header_digest)
         with ExitStack() as contexts:
             built = contexts.enter_context(BuiltModules())
-            recording = contexts.enter_context(_EmptyInit())
+            recording = contexts.enter_context(_EmptyInit(agree=agreement.from_rank_zero))
             if self.device != torch.get_default_device():  # a default device makes every call in the block slower
                 contexts.enter_context(self.device)
             contexts.enter_context(self.strategy.precision.module_init_context())
@@ -93,7 +98,7 @@ class Fabric(lightning.Fabric):
         models = built.roots()
         if not models and (reader is not None or recording.tape.storages):
             raise RecordingError("no module was built in this init_module block; build the model inside it")
-        _complete(models, reader, wanted, placement)
+        _complete(models, reader, wanted, placement, agreement)
 
     def init_missing(self, model: nn.Module) -> None:
         """Run the model's own recorded init for whatever is still unfilled.
@@ -117,12 +122,14 @@ class Fabric(lightning.Fabric):
         return report
 
     def setup(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _require_values(module)
-        return super().setup(module, *args, **kwargs)
+        _require_recorded_to_be_filled(module)
+        with without_first_broadcast(self.strategy, module):
+            return super().setup(module, *args, **kwargs)
 
     def setup_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _require_values(module)
-        return super().setup_module(module, *args, **kwargs)
+        _require_recorded_to_be_filled(module)
+        with without_first_broadcast(self.strategy, module):
+            return super().setup_module(module, *args, **kwargs)
 
 
 def _refuse_nesting() -> None:
@@ -132,7 +139,13 @@ def _refuse_nesting() -> None:
         )
 
 
-def _complete(models: list[nn.Module], reader: CheckpointReader | None, wanted: Wanted, placement: Placement) -> None:
+def _complete(
+    models: list[nn.Module],
+    reader: CheckpointReader | None,
+    wanted: Wanted,
+    placement: Placement,
+    agreement: Agreement,
+) -> None:
     if reader is None:
         allocate(models, placement)
         return
@@ -142,10 +155,10 @@ def _complete(models: list[nn.Module], reader: CheckpointReader | None, wanted: 
             f"{len(models)} models were built in one init_module(checkpoint={str(reader.path)!r}) block: {names}. "
             "Give each its own block, so that it is clear which one the checkpoint is for."
         )
-    fill_model(models[0], reader, wanted, placement)
+    fill_model(models[0], reader, wanted, placement, agreement=agreement)
 
 
-def _require_values(module: nn.Module) -> None:
+def _require_recorded_to_be_filled(module: nn.Module) -> None:
     """A recorded model that is still on the meta device cannot be set up; torch's own message does not say why."""
     waiting = [name for name, tensor in module.named_parameters() if tensor.is_meta]
     if waiting:

@@ -31,7 +31,7 @@ def fill(
 
     Args:
         plan: from :func:`~fabric_init.filling.plan.make_plan`.
-        tensors: the tensors of the plan's entries, in that order; each keeps its identity.
+        tensors: the tensors of the plan's entries, in that order.
         tapes: the tape of each recorded storage.
         reader: where loaded tensors come from.
         placement: where values are to be.
@@ -44,9 +44,10 @@ def fill(
         for position, value in with_progress(found, len(plan.entries)):
             values[position] = value
         _keep_apart(plan, values)
+        filled = list(tensors)
         for position, value in values.items():
-            placement.put(plan.entries[position].slot, tensors[position], value)
-        _check(plan, tensors)
+            filled[position] = placement.put(plan.entries[position].slot, tensors[position], value)
+        _check(plan, filled)
     return make_report(plan, tapes, reader)
 
 
@@ -140,7 +141,8 @@ def _replayed(
                         value = view(memory, entry.slot.ref)
                         if entry.action is Action.LOAD:  # part of a storage that others share
                             value.copy_(_loaded(entry, reader, placement))
-                        yield position, take(value, placement.region(entry.slot))
+                        region = placement.region(entry.slot)
+                        yield position, value if region is None else take(value, region).clone()
 
 
 def _keep_apart(plan: Plan, values: dict[int, Tensor]) -> None:

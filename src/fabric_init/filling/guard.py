@@ -236,8 +236,9 @@ class _AsTheyAreNow:
         self.device = placement.device
         self.region = placement.region
 
-    def put(self, slot: Slot, tensor: Tensor, value: Tensor) -> None:
+    def put(self, slot: Slot, tensor: Tensor, value: Tensor) -> Tensor:
         tensor.detach().copy_(value)  # in place: layout, views and ties stay
+        return tensor
 
 
 # -- marks -------------------------------------------------------------------------------------------------------------

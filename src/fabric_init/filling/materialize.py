@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 from fabric_init.checkpoints import CheckpointReader, open_checkpoint
 from fabric_init.checkpoints.renaming import Rename
 from fabric_init.errors import RecordingError
+from fabric_init.filling.agreement import Agreement, Alone, plan_digest
 from fabric_init.filling.fill import fill
 from fabric_init.filling.placement import Placement, WholeTensors
-from fabric_init.filling.plan import Wanted, make_plan
+from fabric_init.filling.plan import Plan, Wanted, make_plan
 from fabric_init.filling.report import InitReport, keep_report
 from fabric_init.filling.slots import Slot, find_slots
 from fabric_init.recording.collector import PausedCollector
 from fabric_init.recording.tape import Rng, Tape, recorded
+
+_ALONE = Alone()
 
 
 def materialize(
@@ -59,14 +63,54 @@ def materialize(
 
 
 def fill_model(
-    model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, placement: Placement, rng: Rng | None = None
+    model: nn.Module,
+    reader: CheckpointReader | None,
+    wanted: Wanted,
+    placement: Placement,
+    rng: Rng | None = None,
+    agreement: Agreement = _ALONE,
 ) -> InitReport:
-    """:func:`materialize`, for any placement and an open checkpoint."""
+    """:func:`materialize`, for any placement, an open checkpoint and ranks that agree."""
     with PausedCollector():
+        prepared = prepare(model, reader, wanted, rng, agreement)
+        return carry_out(prepared, model, prepared.tensors, placement, agreement)
+
+
+class Prepared(NamedTuple):
+    """A plan for one model, and all that it takes to carry it out."""
+
+    plan: Plan
+    tensors: list[Tensor]
+    tapes: Mapping[int, Tape]
+    reader: CheckpointReader | None
+    exact: bool
+
+
+def prepare(
+    model: nn.Module,
+    reader: CheckpointReader | None,
+    wanted: Wanted,
+    rng: Rng | None = None,
+    agreement: Agreement = _ALONE,
+) -> Prepared:
+    """Plan for ``model``, while its tensors are still recorded and whole. Raises all that is the user's to mend."""
+
+    def plan() -> Prepared:
         slots, tensors, tapes = survey(model)
         exact = _exact(set(tapes.values()), rng)
-        plan = make_plan(slots, tapes, reader, wanted)
-        report = fill(plan, tensors, tapes, reader, placement, exact=exact)
+        return Prepared(make_plan(slots, tapes, reader, wanted), tensors, tapes, reader, exact)
+
+    return agreement.same("planning the initialisation", plan, lambda prepared: plan_digest(prepared.plan))
+
+
+def carry_out(
+    prepared: Prepared, model: nn.Module, tensors: Sequence[Tensor], placement: Placement, agreement: Agreement = _ALONE
+) -> InitReport:
+    """Fill ``tensors``: the plan's own, or what a strategy has made of them."""
+    plan, _, tapes, reader, exact = prepared
+    report = agreement.same(
+        "filling the model", lambda: fill(plan, tensors, tapes, reader, placement, exact=exact), lambda report: ""
+    )
     keep_report(model, report)
     return report
 

@@ -26,8 +26,11 @@ class Placement(Protocol):
         """The part of the full tensor that this rank owns; ``None`` for all of it."""
         ...
 
-    def put(self, slot: Slot, tensor: Tensor, value: Tensor) -> None:
-        """Make ``tensor``, which keeps its identity, hold ``value``: the region's values, on ``device(slot)``."""
+    def put(self, slot: Slot, tensor: Tensor, value: Tensor) -> Tensor:
+        """Make the model hold ``value`` (the region's values, on ``device(slot)``) where it holds ``tensor``.
+
+        Gives what the model holds now: ``tensor`` itself, unless the strategy has made tensors of its own anyway.
+        """
         ...
 
 
@@ -47,8 +50,9 @@ class WholeTensors:
     def region(self, slot: Slot) -> Region | None:
         return None
 
-    def put(self, slot: Slot, tensor: Tensor, value: Tensor) -> None:
+    def put(self, slot: Slot, tensor: Tensor, value: Tensor) -> Tensor:
         become(tensor, value)
+        return tensor
 
 
 def become(tensor: Tensor, value: Tensor) -> None:

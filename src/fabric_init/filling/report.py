@@ -167,6 +167,12 @@ def keep_report(model: nn.Module, report: InitReport) -> None:
     _reports[model] = report
 
 
+def filled_by_us(model: nn.Module) -> bool:
+    """Whether fabric_init gave ``model`` its values: nothing is unfilled, and nothing was put there by other code."""
+    report = _reports.get(model)
+    return report is not None and not any(row.status in ("unfilled", "written by the user") for row in report.rows)
+
+
 def report_of(model: nn.Module) -> InitReport:
     """The report of a model that fabric_init built.
 

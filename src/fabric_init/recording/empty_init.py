@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, FunctionType, TracebackType
 from typing import Any
@@ -41,12 +41,13 @@ class _EmptyInit(TorchFunctionMode):
 
     Args:
         rng: how random numbers will be drawn at replay; see :func:`deferred_init`.
+        agree: makes the seed of this process the one that all ranks use.
     """
 
-    def __init__(self, rng: Rng = "per_op") -> None:
+    def __init__(self, rng: Rng = "per_op", agree: Callable[[int], int] = int) -> None:
         super().__init__()
         self.tape = Tape(rng)
-        self.recorder = Recorder(self.tape)
+        self.recorder = Recorder(self.tape, agree)
         self._collector = PausedCollector()
 
     def __enter__(self) -> Self:

@@ -34,10 +34,11 @@ _CPU = torch.device("cpu")
 class Recorder(TorchDispatchMode):
     """Writes one tape. Ops on recorded tensors run on the meta device; ops on real tensors alone just run."""
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Tape, agree: Callable[[int], int] = int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape = tape
         self.exact = tape.rng == "eager"
+        self._agree = agree
         self.streams: Streams | None = None
         self._asked: torch.device | None = None  # a device that has to be named to torch as meta
         self._call: FrameType | None = None  # the init function that is recorded already, while its ops come in
@@ -48,7 +49,7 @@ class Recorder(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         with real_execution():
-            self.streams = Streams(self.tape, exact=self.exact)
+            self.streams = Streams(self.tape, exact=self.exact, agree=self._agree)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 

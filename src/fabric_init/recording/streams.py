@@ -10,6 +10,7 @@ after the block, just see a generator that was drawn from.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from ctypes import string_at
 
 import torch
@@ -44,7 +45,9 @@ _LABEL_BYTES = 96
 class _GeneratorStreams:
     """The labels that one generator's states carry."""
 
-    def __init__(self, tape: Tape, generator: torch.Generator, *, exact: bool) -> None:
+    def __init__(
+        self, tape: Tape, generator: torch.Generator, *, exact: bool, agree: Callable[[int], int] = int
+    ) -> None:
         self._tape = tape
         self.generator = generator
         states = _snapshot(generator)
@@ -53,7 +56,8 @@ class _GeneratorStreams:
         # Where per-op seeds come from: the state itself, so that a second block differs from the first, and the same
         # seed gives the same tape.
         digest = hashlib.blake2b(string_at(state.data_ptr(), state.numel()), digest_size=8).digest()
-        self.stream = tape.add_stream(Stream(exact, int.from_bytes(digest, "little") & _LAST_63_BITS, states))
+        seed = agree(int.from_bytes(digest, "little") & _LAST_63_BITS)
+        self.stream = tape.add_stream(Stream(exact, seed, states))
         self._next = Draw(self.stream, 0, None)
         self.last = self._label()
         self._labels = {self.last: self._next}
@@ -93,9 +97,9 @@ class _GeneratorStreams:
 class Streams:
     """All generators of one recording. Call it with torch's modes switched off."""
 
-    def __init__(self, tape: Tape, *, exact: bool) -> None:
+    def __init__(self, tape: Tape, *, exact: bool, agree: Callable[[int], int] = int) -> None:
         self._tape = tape
-        self._default = _GeneratorStreams(tape, torch.default_generator, exact=exact)
+        self._default = _GeneratorStreams(tape, torch.default_generator, exact=exact, agree=agree)
         self._others: dict[int, _GeneratorStreams] = {}
         self.default_stream = self._default.stream
 

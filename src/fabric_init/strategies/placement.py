@@ -8,6 +8,7 @@ from typing import Any
 from lightning.fabric.strategies.strategy import Strategy
 
 from fabric_init.errors import FabricInitError
+from fabric_init.filling.agreement import Agreement, AllRanks, Alone
 from fabric_init.filling.placement import Placement
 
 _factories: dict[type[Strategy], Callable[[Any], Placement]] = {}
@@ -19,6 +20,11 @@ def register_placement(strategy: type[Strategy], factory: Callable[[Any], Placem
     Holds for exactly this class: a subclass may well place tensors elsewhere, and registers for itself.
     """
     _factories[strategy] = factory
+
+
+def agreement_of(strategy: Strategy) -> Agreement:
+    """How the ranks of a strategy keep in step while a model is built and filled."""
+    return AllRanks() if getattr(strategy, "world_size", 1) > 1 else Alone()
 
 
 def placement_of(strategy: Strategy) -> Placement:
