@@ -1,10 +1,10 @@
 """Where random numbers come from while recording, so that replay can draw them again.
 
 Recording draws nothing for a recorded op, yet has to notice when the constructor seeds (``torch.manual_seed``), forks
-(``torch.random.fork_rng``) or rewinds (``set_rng_state``) a generator. So each recorded random op advances the
-generator by one plain draw, and the state that this leaves behind is a label for "after that op": a state that carries
-a known label continues that stream from there, an unknown one begins a new, exact stream. Other threads, and code
-after the block, just see a generator that was drawn from.
+(``torch.random.fork_rng``) or rewinds (``set_rng_state``) a generator. So after each recorded random op the generator
+is given a seed of ours, a label for "after that op": a state that carries a known label continues that stream from
+there, any other begins a new, exact stream. When the block ends the generator is put back to where it was, one draw
+on, so that a second block differs from the first.
 """
 
 from __future__ import annotations
@@ -39,9 +39,6 @@ def _identity(generator: torch.Generator) -> int:
     return address
 
 
-_LABEL_BYTES = 96
-
-
 class _GeneratorStreams:
     """The labels that one generator's states carry."""
 
@@ -51,47 +48,38 @@ class _GeneratorStreams:
         self._tape = tape
         self.generator = generator
         states = _snapshot(generator)
-        state = states[generator.device]
-        self._size = state.numel()
-        # Where per-op seeds come from: the state itself, so that a second block differs from the first, and the same
-        # seed gives the same tape.
-        digest = hashlib.blake2b(string_at(state.data_ptr(), state.numel()), digest_size=8).digest()
-        seed = agree(int.from_bytes(digest, "little") & _LAST_63_BITS)
-        self.stream = tape.add_stream(Stream(exact, seed, states))
+        self.start = states[generator.device]
+        digest = hashlib.blake2b(string_at(self.start.data_ptr(), self.start.numel()), digest_size=8).digest()
+        seed = int.from_bytes(digest, "little") & _LAST_63_BITS
+        self.stream = tape.add_stream(Stream(exact, agree(seed), states))
         self._next = Draw(self.stream, 0, None)
-        self.last = self._label()
-        self._labels = {self.last: self._next}
-        self._step = torch.empty((), dtype=torch.int64, device=generator.device)
+        self._labels: dict[int, Draw] = {}
+        self._label = seed
+        self._mark()
 
-    def _label(self) -> bytes:
-        """What tells one state from another: its two ends hold the seed, the position, the first words of the Mersenne
-        twister and the saved half of the last normal pair (CUDA's whole state is shorter than that)."""
-        state = self.generator.get_state()
-        start, size = state.data_ptr(), self._size
-        if size <= 2 * _LABEL_BYTES:
-            return string_at(start, size)
-        return string_at(start, _LABEL_BYTES) + string_at(start + size - _LABEL_BYTES, _LABEL_BYTES)
+    def _mark(self) -> None:
+        self._label += 1
+        self._labels[self._label] = self._next
+        self.generator.manual_seed(self._label)
 
     def draw(self) -> Draw:
         """The place of the op that is about to be recorded; :meth:`drawn` must follow with the op's number."""
-        label = self._label()
-        if label != self.last:
-            known = self._labels.get(label)
+        seed = self.generator.initial_seed()
+        if seed != self._label:
+            known = self._labels.get(seed)
             if known is None:
-                stream = self._tape.add_stream(Stream(True, 0, _snapshot(self.generator)))
-                known = self._labels[label] = Draw(stream, 0, None)
+                known = Draw(self._tape.add_stream(Stream(True, 0, _snapshot(self.generator))), 0, None)
             self._next = known
         return self._next
 
     def drawn(self, number: int) -> None:
-        """Move the generator on, and label the state it is left in as "after op ``number``"."""
-        self._step.random_(generator=self.generator)
-        self.last = self._label()
-        self._next = self._labels[self.last] = Draw(self._next.stream, self._next.position + 1, number)
+        """Label the generator's state as "after op ``number``"."""
+        self._next = Draw(self._next.stream, self._next.position + 1, number)
+        self._mark()
 
     def touched(self) -> bool:
-        """Whether somebody else has used the generator since the last recorded draw."""
-        return self._label() != self.last
+        """Whether the constructor has left the generator in a state of its own choosing."""
+        return self.generator.initial_seed() not in self._labels
 
 
 class Streams:
@@ -113,11 +101,15 @@ class Streams:
         return streams
 
     def close(self) -> None:
-        """Give every generator of the constructor's own a fresh seed.
+        """Put the default generator back, one draw on; give the constructor's own ones a fresh seed.
 
-        Replay will draw on from where the generator stood; left as it is, it would later hand out the very numbers
-        that went into the weights.
+        Replay will draw on from where those stood; put back, they would later hand out the very numbers that went into
+        the weights.
         """
+        if not self._default.touched():
+            self._default.generator.set_state(self._default.start)
+            torch.empty((), dtype=torch.int64).random_(generator=self._default.generator)
         for streams in self._others.values():
             if not streams.touched():
-                streams.generator.manual_seed(derived_seed(streams.generator.initial_seed(), -1))
+                seed = self._tape.streams[streams.stream].seed
+                streams.generator.manual_seed(derived_seed(seed, -1))
