@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.strategies.model_parallel import ModelParallelStrategy as LightningModelParallelStrategy
 from lightning.fabric.wrappers import _unwrap_objects
 from torch import nn
 
@@ -25,7 +26,9 @@ from fabric_init.filling.report import InitReport, report_of
 from fabric_init.recording.empty_init import _EmptyInit, active
 from fabric_init.recording.modules import BuiltModules
 from fabric_init.strategies.ddp import without_first_broadcast
+from fabric_init.strategies.fsdp2 import FSDP2Strategy, ModelParallelStrategy
 from fabric_init.strategies.placement import agreement_of, placement_of
+from fabric_init.strategies.sharded import bind, is_bound
 
 
 class Fabric(lightning.Fabric):
@@ -33,6 +36,13 @@ class Fabric(lightning.Fabric):
 
     Takes the same arguments. See :meth:`init_module` for what is new.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("strategy") == "fsdp2":
+            kwargs["strategy"] = FSDP2Strategy()
+        super().__init__(*args, **kwargs)
+        if type(self._strategy) is LightningModelParallelStrategy:
+            self._strategy.__class__ = ModelParallelStrategy  # the same state, and knows how to fill shards
 
     def init_module(
         self,
@@ -83,7 +93,9 @@ class Fabric(lightning.Fabric):
     @contextmanager
     def _recorded_block(self, checkpoint: str | os.PathLike[str] | None, wanted: Wanted) -> Iterator[None]:
         _refuse_nesting()
-        placement, agreement = placement_of(self.strategy), agreement_of(self.strategy)
+        sharded = isinstance(self.strategy, ModelParallelStrategy)
+        placement = None if sharded else placement_of(self.strategy)
+        agreement = agreement_of(self.strategy)
         reader = None
         if checkpoint is not None:  # a bad path fails before the build
             path = checkpoint
@@ -143,23 +155,35 @@ def _complete(
     models: list[nn.Module],
     reader: CheckpointReader | None,
     wanted: Wanted,
-    placement: Placement,
+    placement: Placement | None,
     agreement: Agreement,
 ) -> None:
+    if placement is None:
+        for model in models:
+            bind(model, reader, wanted)
+        if reader is not None:
+            _one_model(models, reader)
+        return
     if reader is None:
         allocate(models, placement)
         return
+    _one_model(models, reader)
+    fill_model(models[0], reader, wanted, placement, agreement=agreement)
+
+
+def _one_model(models: list[nn.Module], reader: CheckpointReader) -> None:
     if len(models) > 1:
         names = ", ".join(sorted(type(model).__name__ for model in models))
         raise RecordingError(
             f"{len(models)} models were built in one init_module(checkpoint={str(reader.path)!r}) block: {names}. "
             "Give each its own block, so that it is clear which one the checkpoint is for."
         )
-    fill_model(models[0], reader, wanted, placement, agreement=agreement)
 
 
 def _require_recorded_to_be_filled(module: nn.Module) -> None:
     """A recorded model that is still on the meta device cannot be set up; torch's own message does not say why."""
+    if is_bound(module):
+        return
     waiting = [name for name, tensor in module.named_parameters() if tensor.is_meta]
     if waiting:
         raise RecordingError(

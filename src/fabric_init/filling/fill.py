@@ -44,6 +44,7 @@ def fill(
         for position, value in with_progress(found, len(plan.entries)):
             values[position] = value
         _keep_apart(plan, values)
+    with torch.no_grad(), torch._C.DisableTorchFunction():  # tensor subclasses (DTensor) need their own dispatch
         filled = list(tensors)
         for position, value in values.items():
             filled[position] = placement.put(plan.entries[position].slot, tensors[position], value)

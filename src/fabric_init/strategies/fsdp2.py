@@ -1,0 +1,166 @@
+"""FSDP2 (``torch.distributed.fsdp.fully_shard``), and Lightning's ``ModelParallelStrategy`` with a user's own sharding.
+
+Both shard the model in ``setup`` while it is still recorded, and then fill each rank's shards.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import lightning.fabric.strategies.model_parallel as lightning_model_parallel
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.optim import Optimizer
+
+from fabric_init.errors import FabricInitError
+from fabric_init.strategies.placement import agreement_of
+from fabric_init.strategies.sharded import is_bound, parameters_by_name, remap, shard_and_fill
+
+Units = Literal["blocks"] | int | type[nn.Module] | Sequence[type[nn.Module]] | Callable[[nn.Module], bool]
+
+
+class ModelParallelStrategy(lightning_model_parallel.ModelParallelStrategy):
+    """Lightning's strategy of the same name; models built without values are filled shard by shard in ``setup``."""
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        if not is_bound(module):
+            return super().setup_module(module)
+        return shard_and_fill(module, self._shard, self._shards_on(), agreement_of(self))
+
+    def _shards_on(self) -> torch.device:
+        return self.root_device
+
+    def _shard(self, module: nn.Module) -> nn.Module:
+        sharded = self._parallelize_fn(module, self.device_mesh)  # type: ignore[arg-type]
+        if not isinstance(sharded, nn.Module):
+            raise FabricInitError(f"parallelize_fn must return a module, but returned {type(sharded).__name__}")
+        return sharded
+
+    def setup_module_and_optimizers(
+        self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
+    ) -> tuple[nn.Module, list[Optimizer], Any]:
+        before = parameters_by_name(module)
+        module = self.setup_module(module)
+        after = parameters_by_name(module)
+        for optimizer in optimizers:
+            remap(optimizer, before, after)
+        return module, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Fully sharded data parallel over all ranks, with ``torch.distributed.fsdp.fully_shard``.
+
+    Args:
+        units: which modules are gathered as one. ``"blocks"``: the entries of the model's lists of layers
+            (``nn.ModuleList`` and ``nn.Sequential`` with at least two entries of one class). A number: modules of at
+            least so many parameters, innermost first. A class, or several: their instances. A callable: the modules
+            for which it is true. The model itself is always the outermost unit.
+        mp_policy: ``fully_shard``'s mixed precision.
+        cpu_offload: keep shards in host memory between uses.
+        reshard_after_forward: free a unit's gathered parameters between forward and backward.
+        **kwargs: as for Lightning's ``ModelParallelStrategy`` (``save_distributed_checkpoint``, ``timeout``, …).
+    """
+
+    def __init__(
+        self,
+        units: Units = "blocks",
+        mp_policy: MixedPrecisionPolicy | None = None,
+        cpu_offload: bool = False,
+        reshard_after_forward: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            parallelize_fn=self._fully_shard,
+            tensor_parallel_size=1,
+            **kwargs,
+        )
+        self._units = units
+        self._mp_policy = mp_policy or MixedPrecisionPolicy()
+        self._offload_policy = (
+            CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
+        )
+        self._reshard_after_forward = reshard_after_forward
+
+    def setup_environment(self) -> None:
+        if self._data_parallel_size == "auto":
+            assert self.cluster_environment is not None
+            self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def _shards_on(self) -> torch.device:
+        return torch.device("cpu") if isinstance(self._offload_policy, CPUOffloadPolicy) else self.root_device
+
+    def _fully_shard(self, model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        options: dict[str, Any] = {
+            "mesh": mesh["data_parallel"],
+            "mp_policy": self._mp_policy,
+            "offload_policy": self._offload_policy,
+            "reshard_after_forward": self._reshard_after_forward,
+        }
+        for module in units_of(model, self._units):
+            fully_shard(module, **options)
+        fully_shard(model, **options)
+        return model
+
+
+def units_of(model: nn.Module, units: Units) -> list[nn.Module]:
+    """The modules of ``model`` that ``units`` names, inner before outer, without ``model`` itself.
+
+    A module that shares a parameter with another part of the model is left to the unit around both: FSDP2 would untie
+    them.
+    """
+    chosen: Callable[[nn.Module], bool]
+    if units == "blocks":
+        blocks = {
+            id(child)
+            for module in model.modules()
+            if isinstance(module, (nn.ModuleList, nn.Sequential))
+            for child in module
+            if sum(type(other) is type(child) for other in module) > 1 and len(list(child.children())) > 0
+        }
+        chosen = lambda module: id(module) in blocks  # noqa: E731
+    elif isinstance(units, int) and not isinstance(units, bool):
+        return _without_split_ties(model, _units_by_size(model, units))
+    elif isinstance(units, type) and issubclass(units, nn.Module):
+        kind = units
+        chosen = lambda module: isinstance(module, kind)  # noqa: E731
+    elif isinstance(units, (list, tuple)):
+        kinds = tuple(units)
+        chosen = lambda module: isinstance(module, kinds)  # noqa: E731
+    elif callable(units):
+        chosen = units  # type: ignore[assignment]
+    else:
+        raise FabricInitError(
+            f"units={units!r}: give 'blocks', a number of parameters, one or more module classes, or a callable"
+        )
+    named = [module for module in reversed(list(model.modules())) if module is not model and chosen(module)]
+    return _without_split_ties(model, named)
+
+
+def _without_split_ties(model: nn.Module, units: list[nn.Module]) -> list[nn.Module]:
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+
+    def holds_all_uses(unit: nn.Module) -> bool:
+        inside = Counter(id(p) for module in unit.modules() for p in module._parameters.values() if p is not None)
+        return all(uses[parameter] == count for parameter, count in inside.items())
+
+    return [unit for unit in units if holds_all_uses(unit)]
+
+
+def _units_by_size(model: nn.Module, least: int) -> list[nn.Module]:
+    units: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> int:
+        """Make units below ``module``; gives the number of its parameters that are in none of them."""
+        left = sum(p.numel() for p in module.parameters(recurse=False)) + sum(map(visit, module.children()))
+        if left >= least and module is not model and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            units.append(module)
+            return 0
+        return left
+
+    visit(model)
+    return units
