@@ -10,14 +10,15 @@ from typing import Any
 import lightning
 import torch
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy as LightningModelParallelStrategy
-from lightning.fabric.wrappers import _unwrap_objects
+from lightning.fabric.wrappers import _FabricModule
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import fabric_init.strategies.single_device  # noqa: F401  (registers its placement)
 from fabric_init.checkpoints import CheckpointReader, open_checkpoint
 from fabric_init.checkpoints.renaming import Rename
 from fabric_init.errors import FabricInitError, RecordingError
-from fabric_init.filling.agreement import Agreement, header_digest
+from fabric_init.filling.agreement import Agreement, checkpoint_digest
 from fabric_init.filling.guard import allocate, initialise_rest, release, settle
 from fabric_init.filling.materialize import fill_model
 from fabric_init.filling.placement import Placement
@@ -52,6 +53,7 @@ class Fabric(lightning.Fabric):
         strict: bool = True,
         rename: Rename = None,
         reinit: Sequence[str] = (),
+        mmap: bool = True,
     ) -> AbstractContextManager[None]:
         """Context in which a model is built on the right device and in the right precision.
 
@@ -71,6 +73,8 @@ class Fabric(lightning.Fabric):
                 unexpected keys are ignored; :meth:`init_report` has both.
             rename: regex → replacement, or a callable, from checkpoint key to tensor name; ``None`` drops a key.
             reinit: globs of tensors to initialise afresh although the checkpoint has them (a new head, say).
+            mmap: on the CPU, let the mapped file be the parameters: nothing is copied. ``False`` copies, for a file
+                that may be overwritten in place while the model lives.
 
         Raises:
             CheckpointError: when entered, if the file cannot be used.
@@ -79,6 +83,8 @@ class Fabric(lightning.Fabric):
             RecordingError: for a block in a recorded block, one that builds no model, or several for one checkpoint.
         """
         self._validate_launched()
+        if isinstance(empty_init, (str, os.PathLike)):
+            raise TypeError(f"a path goes in by name: init_module(checkpoint={str(empty_init)!r})")
         if checkpoint is None:
             if rename is not None or reinit or not strict:
                 raise FabricInitError("strict, rename and reinit say how to load checkpoint=…, which is missing")
@@ -88,10 +94,12 @@ class Fabric(lightning.Fabric):
             return self._recorded_block(None, Wanted())
         if empty_init is False:
             raise FabricInitError("empty_init=False contradicts checkpoint=…: a declared load never runs init first")
-        return self._recorded_block(checkpoint, Wanted(strict, rename, reinit))
+        return self._recorded_block(checkpoint, Wanted(strict, rename, reinit), mmap)
 
     @contextmanager
-    def _recorded_block(self, checkpoint: str | os.PathLike[str] | None, wanted: Wanted) -> Iterator[None]:
+    def _recorded_block(
+        self, checkpoint: str | os.PathLike[str] | None, wanted: Wanted, mmap: bool = True
+    ) -> Iterator[None]:
         _refuse_nesting()
         sharded = isinstance(self.strategy, ModelParallelStrategy)
         placement = None if sharded else placement_of(self.strategy)
@@ -99,7 +107,9 @@ class Fabric(lightning.Fabric):
         reader = None
         if checkpoint is not None:  # a bad path fails before the build
             path = checkpoint
-            reader = agreement.same("opening the checkpoint", lambda: open_checkpoint(path), header_digest)
+            reader = agreement.same(
+                "opening the checkpoint", lambda: open_checkpoint(path, mmap=mmap), checkpoint_digest
+            )
         with ExitStack() as contexts:
             built = contexts.enter_context(BuiltModules())
             recording = contexts.enter_context(_EmptyInit(agree=agreement.from_rank_zero))
@@ -118,7 +128,7 @@ class Fabric(lightning.Fabric):
         Raises:
             UninitializedTensorError: the model's own code never gives some tensor a value.
         """
-        initialise_rest(_unwrap_objects(model))
+        initialise_rest(_original(model))
 
     def init_report(self, model: nn.Module) -> InitReport:
         """What every tensor of ``model`` got, from where. Also takes what :meth:`setup` returned.
@@ -126,7 +136,7 @@ class Fabric(lightning.Fabric):
         Raises:
             FabricInitError: the model was not built under :meth:`init_module` with a recorded block.
         """
-        model = _unwrap_objects(model)
+        model = _original(model)
         report = report_of(model)
         waiting = {id(row) for row in settle(model)}
         release(model)
@@ -134,14 +144,36 @@ class Fabric(lightning.Fabric):
         return report
 
     def setup(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _require_recorded_to_be_filled(module)
+        self._before_setup(module)
         with without_first_broadcast(self.strategy, module):
             return super().setup(module, *args, **kwargs)
 
     def setup_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _require_recorded_to_be_filled(module)
+        self._before_setup(module)
         with without_first_broadcast(self.strategy, module):
             return super().setup_module(module, *args, **kwargs)
+
+    def _before_setup(self, module: nn.Module) -> None:
+        if active() is not None:
+            raise RecordingError("setup inside a recorded block: the model has no values yet. Call it after the block.")
+        settle(module)
+        release(module)
+        if is_bound(module):
+            with _EmptyInit():  # setup casts the model to the precision: that belongs to its recording, too
+                self.strategy.precision.convert_module(module)
+        else:
+            _require_recorded_to_be_filled(module)
+
+
+def _original(model: nn.Module) -> nn.Module:
+    """The module that the user built, without what Fabric, DDP and torch.compile put around it."""
+    while True:
+        if isinstance(model, (_FabricModule, DistributedDataParallel)):
+            model = model.module
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            return model
 
 
 def _refuse_nesting() -> None:
@@ -182,8 +214,6 @@ def _one_model(models: list[nn.Module], reader: CheckpointReader) -> None:
 
 def _require_recorded_to_be_filled(module: nn.Module) -> None:
     """A recorded model that is still on the meta device cannot be set up; torch's own message does not say why."""
-    if is_bound(module):
-        return
     waiting = [name for name, tensor in module.named_parameters() if tensor.is_meta]
     if waiting:
         raise RecordingError(

@@ -37,14 +37,18 @@ def fill(
         placement: where values are to be.
         exact: replay the random streams in order (``rng="eager"``).
     """
-    with real_execution():
+    with torch.inference_mode(False), real_execution():
         _check_ties(plan, reader, placement)
         values: dict[int, Tensor] = {}
         found = _values(plan, tensors, tapes, reader, placement, exact=exact)
         for position, value in with_progress(found, len(plan.entries)):
             values[position] = value
         _keep_apart(plan, values)
-    with torch.no_grad(), torch._C.DisableTorchFunction():  # tensor subclasses (DTensor) need their own dispatch
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch._C.DisableTorchFunction(),
+    ):  # tensor subclasses (DTensor) need their own dispatch
         filled = list(tensors)
         for position, value in values.items():
             filled[position] = placement.put(plan.entries[position].slot, tensors[position], value)

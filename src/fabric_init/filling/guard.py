@@ -7,6 +7,7 @@ come. What waits hangs on the modules themselves, so parts can be taken out, rep
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,22 +48,29 @@ class _Unfilled:
     tensor: Tensor | None
     version: int
 
-    def written(self, now: Tensor | None) -> bool:
+    def written(self, now: Tensor | None, *, by_load: bool = False) -> bool:
         """Whether somebody has put values into ``now``, which is in the tensor's place today.
 
-        In place, which the version counter shows; through ``.data`` or by putting another tensor there, which removes
-        the marks. A cast or another memory layout keeps the marks.
+        In place, which the version counter shows, unless marks are left: then it was written in part, or only computed
+        with. Through ``.data``, or by putting another tensor there, which removes the marks. A cast or another memory
+        layout keeps them.
         """
         if now is None:
             return True  # the model does without it
-        if now is self.tensor and _version(now) != self.version:
-            return True
         if now.is_meta:
             return False
+        if by_load and now is not self.tensor:
+            return True  # load_state_dict(assign=True)
+        changed = self.changed(now)
         samples = _samples(now)
         if samples is None:
-            return now is not self.tensor
+            return changed or now is not self.tensor
+        if changed:
+            return by_load or not _is_float(samples) or not bool(samples.isnan().any())
         return not _is_mark(samples)
+
+    def changed(self, now: Tensor) -> bool:
+        return now is self.tensor and _version(now) != self.version
 
 
 class _Waiting:
@@ -74,11 +82,11 @@ class _Waiting:
         self.everywhere: list[_Waiting] = [self]  # in all modules of that model
         self._module = None if module is None else weakref.ref(module)
 
-    def refuse(self, use: str) -> NoReturn:
+    def refuse(self, use: str, others: Sequence[_Waiting] = ()) -> NoReturn:
         """Raise with the names of all that waits, here and elsewhere in the model: one round to mend it all."""
         for waiting in self.everywhere:
             waiting.settle()
-        names = dict.fromkeys(item.slot.name for waiting in self.everywhere for item in waiting.items)
+        names = dict.fromkeys(item.slot.name for waiting in (*self.everywhere, *others) for item in waiting.items)
         listed = "\n".join(f"  {name}" for name in names)
         raise UninitializedTensorError(
             f"{self.model} cannot {use}: {len(names)} of its tensors were neither loaded nor initialised:\n{listed}\n"
@@ -89,6 +97,14 @@ class _Waiting:
         module = None if self._module is None else self._module()
         if module is not None:
             _settle(module, self, "written by the user")
+
+    def before_load(self) -> None:
+        """What was written until now is not this load's doing."""
+        self.settle()
+        module = None if self._module is None else self._module()
+        if module is not None:
+            now = [(item, getattr(module, item.attribute, None)) for item in self.items]
+            self.items = [item if t is None else replace(item, tensor=t, version=_version(t)) for item, t in now]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Waiting:
         return _Waiting(None, (replace(item, tensor=None) for item in self.items), self.model)
@@ -111,8 +127,19 @@ def _waiting_under(model: nn.Module) -> Iterator[tuple[nn.Module, _Waiting]]:
 
 
 def _before_forward(module: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling():
+        _check_outside_the_graph(module)
+    else:
+        _check_forward(module)
+
+
+def _check_forward(module: nn.Module) -> None:
     require(module, "run")
     _unhook(module)
+
+
+def _check_outside_the_graph(module: nn.Module) -> None:
+    torch.compiler.disable(_check_forward)(module)
 
 
 def _before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -120,14 +147,49 @@ def _before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     _unhook(module, running=module._state_dict_pre_hooks)
 
 
+class _Load(threading.local):
+    """The call of ``load_state_dict`` that this thread is in."""
+
+    errors: Any = None  # its list of error messages, which goes through the whole call and tells it from another
+    top: nn.Module | None = None  # the outermost guarded module that it reaches
+    waiting = 0  # how many tensors waited under that before
+
+
+_load = _Load()
+
+
+def _before_load(
+    module: nn.Module,
+    state_dict: Any,
+    prefix: str,
+    local_metadata: Any,
+    strict: bool,
+    missing_keys: Any,
+    unexpected_keys: Any,
+    error_msgs: Any,
+) -> None:
+    waiting = vars(module).get(_ATTRIBUTE)
+    if waiting is not None:
+        waiting.before_load()
+    if _load.errors is not error_msgs:
+        _load.errors, _load.top = error_msgs, module
+        _load.waiting = sum(len(waiting.items) for _, waiting in _waiting_under(module))
+
+
 def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
     waiting = vars(module).get(_ATTRIBUTE)
     if waiting is not None:
         _settle(module, waiting, "loaded")
+    if _load.top is not module:
+        return
+    before, _load.errors, _load.top = _load.waiting, None, None
+    left = [(owner, item) for owner, waiting in _waiting_under(module) for item in waiting.items]
+    if 0 < len(left) < before:
         # What a load does not bring keeps the model's own init, as in plain PyTorch, also where a strict load raises.
-        can = [item for item in waiting.items if not item.tape.never_written(_ref(item))]
-        _initialise([(module, item) for item in can])
-        _settle(module, waiting, "initialised")
+        # A load that brought nothing of what waits (another prefix, an adapter alone) completes nothing.
+        _initialise([(owner, item) for owner, item in left if not item.tape.never_written(_ref(item))])
+        for owner, waiting in list(_waiting_under(module)):
+            _settle(owner, waiting, "initialised")
     if not any(True for _ in _waiting_under(module)):
         _unhook(module, running=module._load_state_dict_post_hooks)
 
@@ -136,24 +198,32 @@ def _hook(module: nn.Module) -> None:
     if _before_forward not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(_before_forward)
         module.register_state_dict_pre_hook(_before_state_dict)
+        module.register_load_state_dict_pre_hook(_before_load)
         module.register_load_state_dict_post_hook(_after_load)
 
 
-def _unhook(model: nn.Module, running: Mapping[int, Any] | None = None) -> None:
+def _unhook(model: nn.Module, running: Any = None) -> None:
     """Take the hooks off ``model`` and all in it.
 
     Of hooks that are ``running``, torch allows taking off the last alone; where ours is not, the next forward does it.
     """
     for module in model.modules():
-        tables = (module._forward_pre_hooks, module._state_dict_pre_hooks, module._load_state_dict_post_hooks)
-        if any(table is running and next(reversed(table.values())) not in _HOOKS for table in tables):
+        tables: tuple[Any, ...] = (
+            module._forward_pre_hooks,
+            module._state_dict_pre_hooks,
+            module._load_state_dict_pre_hooks,
+            module._load_state_dict_post_hooks,
+        )
+        if any(table is running and not _is_ours(table[next(reversed(table))]) for table in tables):
             continue
         for table in tables:
-            for key in [key for key, hook in table.items() if hook in _HOOKS]:
+            for key in [key for key, hook in table.items() if _is_ours(hook)]:
                 del table[key]
 
 
-_HOOKS = (_before_forward, _before_state_dict, _after_load)
+def _is_ours(hook: Any) -> bool:
+    # torch keeps a hook that runs before loading in a wrapper
+    return getattr(hook, "hook", hook) in (_before_forward, _before_state_dict, _before_load, _after_load)
 
 
 # -- what Fabric calls -------------------------------------------------------------------------------------------------
@@ -166,8 +236,9 @@ def require(model: nn.Module, use: str) -> None:
         UninitializedTensorError: naming every tensor without values, and the ways to give it some.
     """
     settle(model)
-    for _, waiting in _waiting_under(model):
-        waiting.refuse(use)
+    under = [waiting for _, waiting in _waiting_under(model)]
+    if under:
+        under[0].refuse(use, under)
 
 
 def settle(model: nn.Module) -> list[Row]:
@@ -190,7 +261,14 @@ def initialise_rest(model: nn.Module) -> None:
         UninitializedTensorError: the model's own code never gives some tensor a value.
     """
     settle(model)
-    _initialise([(module, item) for module, waiting in _waiting_under(model) for item in waiting.items])
+    waits = [(module, item) for module, waiting in _waiting_under(model) for item in waiting.items]
+    partly = [item.slot.name for module, item in waits if item.changed(getattr(module, item.attribute))]
+    if partly:
+        raise UninitializedTensorError(
+            f"the model's own init would overwrite what was written into a part of {', '.join(partly)}. Call "
+            "fabric.init_missing(model) first and write afterwards, or write the whole tensor."
+        )
+    _initialise(waits)
     for module, waiting in list(_waiting_under(model)):
         _settle(module, waiting, "initialised")
     release(model)
@@ -201,7 +279,7 @@ def _settle(module: nn.Module, waiting: _Waiting, status: Status) -> None:
         left = []
         for item in waiting.items:
             now = getattr(module, item.attribute, None)
-            if not item.written(now):
+            if not item.written(now, by_load=status == "loaded"):
                 left.append(item)
             elif item.row.status == "unfilled":
                 item.row.status = status
@@ -262,6 +340,10 @@ def _mark_value(dtype: torch.dtype) -> float | int:
         return float("nan")
     limits = torch.iinfo(dtype)
     return limits.max - 90 if limits.min == 0 else limits.min + 90
+
+
+def _is_float(samples: Tensor) -> bool:
+    return samples.is_floating_point() or samples.is_complex()
 
 
 def _is_mark(samples: Tensor) -> bool:

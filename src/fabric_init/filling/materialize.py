@@ -19,7 +19,7 @@ from fabric_init.filling.plan import Plan, Wanted, make_plan
 from fabric_init.filling.report import InitReport, keep_report
 from fabric_init.filling.slots import Slot, find_slots
 from fabric_init.recording.collector import PausedCollector
-from fabric_init.recording.tape import Rng, Tape, recorded
+from fabric_init.recording.tape import Rng, Tape, check_rng, recorded
 
 _ALONE = Alone()
 
@@ -32,6 +32,7 @@ def materialize(
     rename: Rename = None,
     reinit: Sequence[str] = (),
     rng: Rng | None = None,
+    mmap: bool = True,
 ) -> InitReport:
     """Give every tensor of a recorded ``model`` its value: from ``checkpoint``, or by the model's own init code.
 
@@ -47,6 +48,8 @@ def materialize(
         rename: regex → replacement, or a callable, from checkpoint key to tensor name; ``None`` drops a key.
         reinit: globs of tensors to initialise afresh although the checkpoint has them.
         rng: ``"per_op"`` or ``"eager"``, see :func:`~fabric_init.deferred_init`; default: as recorded.
+        mmap: on the CPU, let the mapped file be the parameters: nothing is copied. ``False`` copies, for a file that
+            may be overwritten in place while the model lives.
 
     Returns:
         What every tensor got, from where; also kept for ``Fabric.init_report``.
@@ -57,7 +60,11 @@ def materialize(
         UninitializedTensorError: neither the checkpoint nor the model's own code gives some tensor a value.
         RecordingError: ``rng`` differs from what the constructor was already shown values of.
     """
-    reader = open_checkpoint(checkpoint) if checkpoint is not None else None
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"materialize takes a module, not {type(model).__name__}")
+    if rng is not None:
+        check_rng(rng)
+    reader = open_checkpoint(checkpoint, mmap=mmap) if checkpoint is not None else None
     placement = WholeTensors(None if device is None else torch.device(device))
     return fill_model(model, reader, Wanted(strict, rename, reinit), placement, rng)
 

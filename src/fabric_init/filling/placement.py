@@ -45,7 +45,9 @@ class WholeTensors:
         self._target = target
 
     def device(self, slot: Slot) -> torch.device:
-        return self._target or slot.device
+        if self._target is not None:
+            return self._target
+        return slot.device if slot.device.type != "meta" else torch.device("cpu")  # built on meta, by the user
 
     def region(self, slot: Slot) -> Region | None:
         return None

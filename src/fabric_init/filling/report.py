@@ -123,6 +123,13 @@ _COPIES = frozenset({"aten::clone", "aten::copy_", "aten::_to_copy", "aten::deta
 def describe_rule(tape: Tape, ref: TensorRef) -> str:
     """The op that had the last word on a tensor, and the model's line that asked for it. Copies are seen through."""
     op = _last_writer(tape, ref.storage, None)
+    while op is not None and not tape.writes_whole(op, ref.storage):
+        earlier = _last_writer(tape, ref.storage, op.number)
+        if earlier is None:
+            break
+        part, op = op, earlier
+        if tape.writes_whole(op, ref.storage):
+            return f"{_at(op)}, then {rule_of(part)} in a part"
     while op is not None and _schema_name(op) in _COPIES:
         sources = [read.storage for read in op.reads()]
         earlier = _last_writer(tape, sources[0], op.number) if sources else None
@@ -131,6 +138,10 @@ def describe_rule(tape: Tape, ref: TensorRef) -> str:
         op = earlier
     if op is None:
         return ""
+    return _at(op)
+
+
+def _at(op: Op) -> str:
     return f"{rule_of(op)} at {_short(op.source.file)}:{op.source.line}" if op.source else rule_of(op)
 
 

@@ -24,7 +24,7 @@ from fabric_init.recording.devices import Handler
 from fabric_init.recording.operators import INIT_FUNCTIONS
 from fabric_init.recording.provenance import init_call
 from fabric_init.recording.recorder import Recorder
-from fabric_init.recording.tape import Rng, Tape, recorded
+from fabric_init.recording.tape import Rng, Tape, check_rng, recorded
 
 # The init functions that hand over to a function mode; the others are known by their frame.
 _SEEN_WHOLE: dict[str, Any] = {
@@ -157,6 +157,7 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
     Raises:
         RecordingError: in the block, when a constructor does something that cannot be recorded.
     """
+    check_rng(rng)
     if active() is not None:
         yield
         return

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -20,6 +20,13 @@ from fabric_init.recording.operators import Func, asks_shape_only, overwrites, p
 
 Rng = Literal["per_op", "eager"]
 """``per_op``: each random op has its own generator. ``eager``: one stream, in order, as plain PyTorch draws it."""
+
+
+def check_rng(rng: str) -> None:
+    """Raise ``ValueError`` unless ``rng`` is one of the two modes."""
+    if rng not in get_args(Rng):
+        raise ValueError(f"rng={rng!r}: give one of {', '.join(map(repr, get_args(Rng)))}")
+
 
 _numbers = itertools.count()  # storages and ops are numbered once per process, so that tapes can be joined
 
