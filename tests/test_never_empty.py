@@ -316,6 +316,11 @@ def test_empty_init_is_completed_by_a_partial_load_and_by_init_missing(tmp_path:
     build, run = EVERY[name]
     state = checkpoint_of(build, tmp_path / "m.pt", 0.5, seed=2)
     fabric = Fabric(accelerator="cpu", devices=1)
+    with fabric.init_module(empty_init=True):
+        probe = build()
+    waiting = [row.name for row in fabric.init_report(probe).rows if row.status == "unfilled"]
+    if not set(state) & set(waiting):  # a load that brings nothing of what waits completes nothing
+        state[waiting[0]] = torch.ones_like(build().state_dict()[waiting[0]])
     with poisoned_memory():
         for complete in (
             lambda model: model.load_state_dict(state, strict=False),

@@ -13,6 +13,7 @@ from lightning.fabric.strategies.model_parallel import ModelParallelStrategy as 
 from lightning.fabric.wrappers import _FabricModule
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 import fabric_init.strategies.single_device  # noqa: F401  (registers its placement)
 from fabric_init.checkpoints import CheckpointReader, open_checkpoint
@@ -145,15 +146,22 @@ class Fabric(lightning.Fabric):
 
     def setup(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         self._before_setup(module)
-        with without_first_broadcast(self.strategy, module):
+        with without_first_broadcast(self.strategy, _original(module)):
             return super().setup(module, *args, **kwargs)
 
     def setup_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         self._before_setup(module)
-        with without_first_broadcast(self.strategy, module):
+        with without_first_broadcast(self.strategy, _original(module)):
             return super().setup_module(module, *args, **kwargs)
 
+    def setup_optimizers(self, *optimizers: Optimizer) -> Any:
+        if isinstance(self.strategy, ModelParallelStrategy):
+            for optimizer in optimizers:
+                self.strategy.adopt(optimizer)
+        return super().setup_optimizers(*optimizers)
+
     def _before_setup(self, module: nn.Module) -> None:
+        module = _original(module)
         if active() is not None:
             raise RecordingError("setup inside a recorded block: the model has no values yet. Call it after the block.")
         settle(module)

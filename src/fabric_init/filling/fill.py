@@ -44,11 +44,9 @@ def fill(
         for position, value in with_progress(found, len(plan.entries)):
             values[position] = value
         _keep_apart(plan, values)
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch._C.DisableTorchFunction(),
-    ):  # tensor subclasses (DTensor) need their own dispatch
+    as_built = any(tensor.is_inference() for tensor in tensors)
+    # tensor subclasses (DTensor) need their own dispatch here
+    with torch.inference_mode(as_built), torch.no_grad(), torch._C.DisableTorchFunction():
         filled = list(tensors)
         for position, value in values.items():
             filled[position] = placement.put(plan.entries[position].slot, tensors[position], value)

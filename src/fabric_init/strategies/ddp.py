@@ -13,6 +13,7 @@ from lightning.fabric.strategies.strategy import Strategy
 from torch import nn
 
 from fabric_init.filling.agreement import AllRanks
+from fabric_init.filling.guard import settle
 from fabric_init.filling.placement import Placement, WholeTensors
 from fabric_init.filling.report import filled_by_us
 from fabric_init.strategies.placement import register_placement
@@ -30,13 +31,16 @@ def without_first_broadcast(strategy: Strategy, module: nn.Module) -> Iterator[N
     """Let DDP not send all weights from rank 0 when it wraps a model that the ranks have filled alike.
 
     They agreed on seed, checkpoint and plan; what a constructor took from elsewhere (numpy's random numbers, say)
-    shows in a sample of each tensor. Every rank has to come here.
+    shows in a sample of each tensor. Every rank has to come here. A model that waits for values has nothing to send,
+    and receiving would look like somebody had written it.
     """
-    if not isinstance(strategy, DDPStrategy) or strategy.world_size < 2:
+    if not isinstance(strategy, DDPStrategy):
         yield
         return
     before = dict(strategy._ddp_kwargs)
-    if AllRanks().alike(_sample(module) if filled_by_us(module) else None):
+    waits = bool(settle(module))
+    mine = _sample(module, values=not waits) if waits or filled_by_us(module) else None
+    if AllRanks().alike(mine):
         strategy._ddp_kwargs.setdefault("init_sync", False)
     try:
         yield
@@ -44,11 +48,13 @@ def without_first_broadcast(strategy: Strategy, module: nn.Module) -> Iterator[N
         strategy._ddp_kwargs = before
 
 
-def _sample(module: nn.Module) -> str:
-    """The two ends of every tensor, hashed."""
+def _sample(module: nn.Module, *, values: bool) -> str:
+    """Name and shape of every tensor, and the values at its two ends, hashed."""
     digest = hashlib.sha256()
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
-        flat = tensor.detach().reshape(-1)
-        ends = torch.cat([flat[:64], flat[-64:]]).cpu().contiguous()
-        digest.update(name.encode() + bytes(ends.view(torch.uint8).numpy()))
+        digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
+        if values:
+            flat = tensor.detach().reshape(-1)
+            ends = torch.cat([flat[:64], flat[-64:]]).cpu().contiguous()
+            digest.update(bytes(ends.view(torch.uint8).numpy()))
     return digest.hexdigest()

@@ -29,7 +29,15 @@ class ModelParallelStrategy(lightning_model_parallel.ModelParallelStrategy):
     def setup_module(self, module: nn.Module) -> nn.Module:
         if not is_bound(module):
             return super().setup_module(module)
-        return shard_and_fill(module, self._shard, self._shards_on(), agreement_of(self))
+        before = parameters_by_name(module)
+        sharded = shard_and_fill(module, self._shard, self._shards_on(), agreement_of(self))
+        self._sharded = [*getattr(self, "_sharded", ()), (before, parameters_by_name(sharded))]
+        return sharded
+
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Make an optimizer that was made before ``setup`` hold the sharded parameters."""
+        for before, after in getattr(self, "_sharded", ()):
+            remap(optimizer, before, after)
 
     def _shards_on(self) -> torch.device:
         return self.root_device
@@ -43,11 +51,9 @@ class ModelParallelStrategy(lightning_model_parallel.ModelParallelStrategy):
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
     ) -> tuple[nn.Module, list[Optimizer], Any]:
-        before = parameters_by_name(module)
         module = self.setup_module(module)
-        after = parameters_by_name(module)
         for optimizer in optimizers:
-            remap(optimizer, before, after)
+            self.adopt(optimizer)
         return module, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
 
 

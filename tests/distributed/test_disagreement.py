@@ -1,0 +1,161 @@
+"""Ranks that would not do the same: an error on every one of them, within seconds, and no hang."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks, try_ranks
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from zoo import STRATEGIES, Uneven, build, launch, write_checkpoint
+
+from fabric_init import CheckpointNotFoundError, FabricInitError
+
+SECONDS = 15.0
+FILE = "model.safetensors"
+in_every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+
+
+def _each_with_a_folder(folder: Path, world_size: int = 2) -> list[Path]:
+    """A folder for each rank, with the same file in it: as on machines that share no disk."""
+    folders = [folder / f"machine {rank}" for rank in range(world_size)]
+    for each in folders:
+        each.mkdir()
+        write_checkpoint(each / FILE, "uneven")
+    return folders
+
+
+def load_own_file(strategy: str, folders: list[Path], strict: bool = True) -> bool:
+    fabric = launch(strategy)
+    os.chdir(folders[fabric.global_rank])
+    fabric.setup(build(fabric, "uneven", checkpoint=FILE, strict=strict))
+    return True
+
+
+def fail_to_load(strategy: str, folders: list[Path], strict: bool = True) -> tuple[str, str, float]:
+    start = time.monotonic()
+    with pytest.raises(FabricInitError) as raised:
+        load_own_file(strategy, folders, strict)
+    return raised.type.__name__, str(raised.value), time.monotonic() - start
+
+
+@in_every_strategy
+def test_copies_of_one_file_are_fine(strategy: str, tmp_path: Path) -> None:
+    assert run_ranks(2, load_own_file, strategy=strategy, folders=_each_with_a_folder(tmp_path)) == [True, True]
+
+
+@pytest.mark.parametrize("without", [0, 1])
+@in_every_strategy
+def test_a_path_that_one_rank_does_not_have(strategy: str, without: int, tmp_path: Path) -> None:
+    folders = _each_with_a_folder(tmp_path)
+    (folders[without] / FILE).unlink()
+    found = run_ranks(2, fail_to_load, strategy=strategy, folders=folders)
+    assert found[without][0] == CheckpointNotFoundError.__name__
+    for _, message, seconds in found:
+        assert FILE in message, "every rank says what is wrong, wherever it is"
+        assert seconds < SECONDS
+    assert re.search(rf"\branks? \[?{without}\b", found[1 - without][1]), found[1 - without][1]
+
+
+def _other_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {("unknown" if key == "mix" else key): value for key, value in state.items()}
+
+
+def _other_dtypes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.bfloat16() for key, value in state.items()}
+
+
+def _other_values(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value + 1 for key, value in state.items()}
+
+
+@pytest.mark.parametrize("change", [_other_keys, _other_dtypes, _other_values])
+@pytest.mark.parametrize("odd", [0, 1])
+@in_every_strategy
+def test_another_file_on_one_rank(
+    strategy: str, odd: int, change: Callable[[dict[str, Tensor]], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    folders = _each_with_a_folder(tmp_path)
+    save_file(change(load_file(folders[odd] / FILE)), folders[odd] / FILE)
+    for _, message, seconds in run_ranks(2, fail_to_load, strategy=strategy, folders=folders, strict=False):
+        assert "rank" in message
+        assert seconds < SECONDS
+
+
+class _Wider(Uneven):
+    """As ``Uneven`` under the same names, one tensor larger."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Linear(7, 2)
+
+
+def build_different_models(strategy: str) -> float:
+    fabric = launch(strategy)
+    start = time.monotonic()
+    with pytest.raises((FabricInitError, RuntimeError)):  # DDP compares shapes itself
+        torch.manual_seed(0)
+        with fabric.init_module(empty_init=True):
+            model = Uneven() if fabric.global_rank == 0 else _Wider()
+        model = fabric.setup(model)
+        fabric.init_missing(model)
+    return time.monotonic() - start
+
+
+@in_every_strategy
+def test_different_models(strategy: str) -> None:
+    assert max(run_ranks(2, build_different_models, strategy=strategy)) < SECONDS
+
+
+# -- a rank that raises or dies ----------------------------------------------------------------------------------------
+
+
+def raise_in_the_block(strategy: str, path: Path) -> tuple[str, str, float]:
+    fabric = launch(strategy)
+    start = time.monotonic()
+    with pytest.raises((FabricInitError, LookupError)) as raised:
+        with fabric.init_module(checkpoint=path):
+            model = Uneven()
+            if fabric.global_rank == 1:
+                raise LookupError("the user's own mistake")
+        fabric.setup(model)
+    return raised.type.__name__, str(raised.value), time.monotonic() - start
+
+
+@in_every_strategy
+def test_a_constructor_that_raises_on_one_rank(strategy: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model.safetensors", "uneven")
+    healthy, failed = run_ranks(2, raise_in_the_block, strategy=strategy, path=path)
+    assert failed[:2] == ("LookupError", "the user's own mistake")
+    assert healthy[0] != "LookupError"
+    assert "rank" in healthy[1]
+    assert max(healthy[2], failed[2]) < SECONDS
+
+
+def die_in_the_block(strategy: str, path: Path) -> tuple[str, float]:
+    fabric = launch(strategy)
+    start = time.monotonic()
+    with pytest.raises(FabricInitError) as raised:
+        with fabric.init_module(checkpoint=path):
+            model = Uneven()
+            if fabric.global_rank == 1:
+                os._exit(13)
+        fabric.setup(model)
+    return str(raised.value), time.monotonic() - start
+
+
+@in_every_strategy
+def test_a_rank_that_dies(strategy: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model.safetensors", "uneven")
+    alive, dead = try_ranks(2, die_in_the_block, strategy=strategy, path=path)
+    assert dead.error == "no result: exit status 13"
+    assert not alive.error, alive.error + alive.output
+    message, seconds = alive.value
+    assert "rank" in message
+    assert seconds < SECONDS

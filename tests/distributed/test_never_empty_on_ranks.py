@@ -1,0 +1,146 @@
+"""``init_module(empty_init=True)`` on several ranks: loading, initialising, and forgetting to do either."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import Tensor
+from zoo import STRATEGIES, assert_same, build, launch, loss_of, one_device, tokens, weights, write_checkpoint
+
+from fabric_init import CheckpointMismatchError, UninitializedTensorError
+
+in_every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+# a sharded model gets its own init in setup, so there is nothing to guard after it
+where_tensors_wait = pytest.mark.parametrize("strategy", ["ddp"])
+
+
+def load_after_setup(strategy: str, path: Path, how: str, strict: bool) -> tuple[dict[str, Tensor], set[str]]:
+    fabric = launch(strategy)
+    model = fabric.setup(build(fabric, "transformerish", empty_init=True))
+    if how == "load_raw":
+        fabric.load_raw(path, model, strict=strict)
+    else:
+        fabric.load(path, {"model": model}, strict=strict)
+    loss = loss_of(model, tokens(0))
+    assert loss.isfinite()
+    return weights(model), {row.status for row in fabric.init_report(model).rows}
+
+
+@pytest.mark.parametrize("how", ["load", "load_raw"])
+@in_every_strategy
+def test_a_full_load_after_setup(strategy: str, how: str, tmp_path: Path) -> None:
+    raw = write_checkpoint(tmp_path / "raw.pt", "transformerish")
+    expected = weights(one_device("transformerish", checkpoint=raw))
+    path = raw
+    if how == "load":
+        path = tmp_path / "state.pt"
+        torch.save({"model": torch.load(raw)}, path)
+    for found, statuses in run_ranks(2, load_after_setup, strategy=strategy, path=path, how=how, strict=True):
+        assert_same(found, expected)
+        assert "unfilled" not in statuses
+
+
+@where_tensors_wait
+def test_a_partial_load_after_setup_leaves_the_rest_to_the_models_own_init(strategy: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "raw.pt", "transformerish", partial=True)
+    expected = weights(one_device("transformerish", checkpoint=path, strict=False))
+    for found, statuses in run_ranks(2, load_after_setup, strategy=strategy, path=path, how="load_raw", strict=False):
+        assert_same(found, expected)
+        assert {"loaded", "initialised"} <= statuses
+
+
+USES: dict[str, Callable[[Any, Any, Path], Any]] = {
+    "forward": lambda fabric, model, folder: model(tokens(0)),
+    "state_dict": lambda fabric, model, folder: model.state_dict(),
+    "save": lambda fabric, model, folder: fabric.save(folder / "state", {"model": model}),
+}
+
+
+def forget(strategy: str, use: str, folder: Path) -> tuple[str, float, bool]:
+    fabric = launch(strategy)
+    model = fabric.setup(build(fabric, "transformerish", empty_init=True))
+    start = time.monotonic()
+    with pytest.raises(UninitializedTensorError) as raised:
+        USES[use](fabric, model, folder)
+    seconds = time.monotonic() - start
+    fabric.init_missing(model)
+    USES[use](fabric, model, folder)  # nothing is broken by it
+    return str(raised.value), seconds, bool(loss_of(model, tokens(0)).isfinite())
+
+
+@pytest.mark.parametrize("use", USES)
+@where_tensors_wait
+def test_a_forgotten_load_is_an_error_on_every_rank(strategy: str, use: str, tmp_path: Path) -> None:
+    for message, seconds, finite in run_ranks(2, forget, strategy=strategy, use=use, folder=tmp_path):
+        for name in ("embed_tokens.weight", "layers.2.down.weight", "norm.bias"):
+            assert name in message
+        assert "_forward_module" not in message, "names are those of the user's model"
+        assert "FSDP" not in message, "so are the names of classes"
+        assert "init_missing" in message
+        assert seconds < 5
+        assert finite
+
+
+def use_one_part(strategy: str) -> list[str]:
+    fabric = launch(strategy)
+    model = build(fabric, "transformerish", empty_init=True)
+    model = fabric.setup(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layers.1" not in name:
+                parameter.fill_(0.5)
+    with pytest.raises(UninitializedTensorError) as raised:
+        model(tokens(0))
+    fabric.init_missing(model)
+    filled = {name for name, value in weights(model).items() if (value == 0.5).all()}
+    return [*sorted(line.strip() for line in str(raised.value).splitlines() if line.startswith("  ")), *sorted(filled)]
+
+
+@where_tensors_wait
+def test_what_the_user_wrote_is_neither_missed_nor_overwritten(strategy: str) -> None:
+    block = [f"layers.1.{name}" for name in ("down.weight", "norm.bias", "norm.weight", "up.bias", "up.weight")]
+    state = weights(one_device("transformerish"))
+    parameters = [name for name in state if not name.endswith(("inv_freq", "scale")) and "layers.1" not in name]
+    for found in run_ranks(2, use_one_part, strategy=strategy):
+        assert found == sorted(block) + sorted(parameters)
+
+
+def mismatch(strategy: str, path: Path) -> tuple[str, float]:
+    fabric = launch(strategy)
+    start = time.monotonic()
+    with pytest.raises(CheckpointMismatchError) as raised:
+        fabric.setup(build(fabric, "transformerish", checkpoint=path))
+    return str(raised.value), time.monotonic() - start
+
+
+@in_every_strategy
+def test_a_strict_load_with_missing_keys_fails_alike_on_every_rank(strategy: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model.safetensors", "transformerish", partial=True)
+    found = run_ranks(2, mismatch, strategy=strategy, path=path)
+    for message, seconds in found:
+        assert "layers.1.down.weight" in message
+        assert seconds < 10
+
+
+def forget_on_shards(strategy: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
+    fabric = launch(strategy)
+    model = fabric.setup(build(fabric, "transformerish", empty_init=True))
+    own = weights(model)
+    statuses = {row.status for row in fabric.init_report(model).rows}
+    fabric.load_raw(path, model)
+    return own, weights(model), statuses
+
+
+def test_a_sharded_model_gets_its_own_init_in_setup_and_a_load_overwrites_it(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "raw.pt", "transformerish")
+    loaded = weights(one_device("transformerish", checkpoint=path))
+    for own, after, statuses in run_ranks(2, forget_on_shards, strategy="fsdp2", path=path):
+        assert_same(own, weights(one_device("transformerish")))
+        assert_same(after, loaded)
+        assert "unfilled" not in statuses

@@ -1,0 +1,135 @@
+"""Every Python block of the documentation runs, and so do the examples.
+
+The blocks of one file run in order and share their names. An HTML comment right above a block says what is special:
+
+    <!-- raises: ErrorName -->   the block ends in that error
+    <!-- not run: needs … -->    the block cannot run here
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import fabric_init
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in ROOT.glob("docs/*.md"))]
+EXAMPLES = sorted(example.name for example in ROOT.glob("examples/*.py"))
+
+_BLOCK = re.compile(r"^(?:<!-- (?P<mark>.+?) -->\n+)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    line: int  # of its first line of code
+    code: str
+    raises: str | None = None
+    run: bool = True
+
+
+def blocks_of(text: str) -> Iterator[Block]:
+    for match in _BLOCK.finditer(text):
+        kind, _, detail = (match["mark"] or "").partition(": ")
+        assert kind in ("", "raises", "not run"), f"unknown mark above a block: {match['mark']}"
+        line = text.count("\n", 0, match.start("code")) + 1
+        yield Block(line, match["code"], detail if kind == "raises" else None, kind != "not run")
+
+
+def run(block: Block, page: str, names: dict[str, Any]) -> None:
+    code = compile("\n" * (block.line - 1) + block.code, str(ROOT / page), "exec")  # tracebacks name the page's line
+    if block.raises is None:
+        exec(code, names)
+        return
+    with pytest.raises(Exception) as caught:  # noqa: PT011  (the block names it)
+        exec(code, names)
+    assert type(caught.value).__name__ == block.raises, f"{page}:{block.line} raised {caught.value!r}"
+
+
+@pytest.fixture
+def names_of_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the README takes for granted: a model, a config, and the checkpoints that it names."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    llama = tmp_path / "Llama-3.2-1B"
+    llama.mkdir()
+    save_file(LlamaForCausalLM(config).state_dict(), llama / "model.safetensors")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+    save_file(Model().state_dict(), tmp_path / "model.safetensors")
+    return {
+        "__name__": "documentation",
+        "LlamaForCausalLM": LlamaForCausalLM,
+        "Model": Model,
+        "config": config,
+        "fabric_init": fabric_init,
+    }
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_runs(page: str, names_of_a_reader: dict[str, Any]) -> None:
+    blocks = list(blocks_of((ROOT / page).read_text(encoding="utf-8")))
+    assert blocks, "a page without a block: is the pattern still right?"
+    state = torch.get_rng_state()
+    try:
+        for block in blocks:
+            if block.run:
+                run(block, page, names_of_a_reader)
+    finally:
+        torch.set_rng_state(state)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_block_escapes_the_pattern(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert len(re.findall(r"^\s*(?:```|~~~) *(?:python|py)\b", text, re.MULTILINE)) == len(list(blocks_of(text)))
+
+
+def test_a_failing_block_fails_and_names_its_line() -> None:
+    page = "Text.\n\n```python\nvalue = 1\nvalue.missing\n```\n"
+    (block,) = blocks_of(page)
+    with pytest.raises(AttributeError) as caught:
+        run(block, "page.md", {})
+    assert caught.traceback[-1].lineno + 1 == 5
+    assert Path(caught.traceback[-1].path) == ROOT / "page.md"
+
+
+@pytest.mark.parametrize("code", ["pass", "raise TypeError"])
+def test_a_block_that_does_not_end_in_its_error_fails(code: str) -> None:
+    (block,) = blocks_of(f"<!-- raises: KeyError -->\n```python\n{code}\n```\n")
+    with pytest.raises((AssertionError, pytest.fail.Exception)):
+        run(block, "page.md", {})
+
+
+def test_a_block_that_cannot_run_says_what_it_needs() -> None:
+    (block,) = blocks_of("<!-- not run: needs a GPU -->\n```python\nraise TypeError\n```\n")
+    assert not block.run
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_example_runs(example: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / example)]
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # on a busy machine torch's threads mostly wait for each other
+    done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "loaded" in done.stdout
+    assert "initialised" in done.stdout
