@@ -181,6 +181,12 @@ def accuracy(model: torch.nn.Module, sentences: Sentences, device: torch.device)
     return hits.float().mean().item()
 
 
+def _not_negative(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
 def measure_start(way: str, device: str, folder: Path) -> Start:
     """Start the model in this process, which must not have built one before."""
     config, sentences = load_config(folder), load_sentences(folder, "test")
@@ -252,8 +258,12 @@ def format_starts(starts: Sequence[Start]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=int, default=3, help="passes over the training messages (default: 3)")
-    parser.add_argument("--seed", type=int, default=0, help="seed for the head, dropout and shuffling (default: 0)")
+    parser.add_argument(
+        "--epochs", type=_not_negative, default=3, help="passes over the training messages (default: 3)"
+    )
+    parser.add_argument(
+        "--seed", type=_not_negative, default=0, help="seed for the head, dropout and shuffling (default: 0)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     parser.add_argument(
         "--start", choices=tuple(STARTS), help="only start the model in this one way, and print time and memory as JSON"
@@ -266,6 +276,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(asdict(measure_start(arguments.start, arguments.device, folder))))
         return 0
 
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise CommandError("--device cuda: torch finds no CUDA device here; leave it out to run on the CPU")
     fabric = Fabric(accelerator=arguments.device, devices=1)
     fabric.seed_everything(arguments.seed, verbose=False)
     model = build(fabric, folder, load_config(folder))

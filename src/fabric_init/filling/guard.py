@@ -88,9 +88,9 @@ class _Waiting:
             waiting.settle()
         names = dict.fromkeys(item.slot.name for waiting in (*self.everywhere, *others) for item in waiting.items)
         listed = "\n".join(f"  {name}" for name in names)
+        which = "one of its tensors was" if len(names) == 1 else f"{len(names)} of its tensors were"
         raise UninitializedTensorError(
-            f"{self.model} cannot {use}: {len(names)} of its tensors were neither loaded nor initialised:\n{listed}\n"
-            + _THREE_WAYS
+            f"{self.model} cannot {use}: {which} neither loaded nor initialised:\n{listed}\n" + _THREE_WAYS
         )
 
     def settle(self) -> None:
