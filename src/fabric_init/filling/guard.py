@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.fill import dtype_name, fill, make_report
+from fabric_init.filling.marks import is_float, is_mark, marked_elements, place_mark, version_of
 from fabric_init.filling.materialize import survey
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Entry, Plan, Wanted, make_plan
@@ -62,15 +63,15 @@ class _Unfilled:
         if by_load and now is not self.tensor:
             return True  # load_state_dict(assign=True)
         changed = self.changed(now)
-        samples = _samples(now)
-        if samples is None:
+        found = marked_elements(now)
+        if found is None:
             return changed or now is not self.tensor
         if changed:
-            return by_load or not _is_float(samples) or not bool(samples.isnan().any())
-        return not _is_mark(samples)
+            return by_load or not is_float(found) or not bool(found.isnan().any())
+        return not is_mark(found)
 
     def changed(self, now: Tensor) -> bool:
-        return now is self.tensor and _version(now) != self.version
+        return now is self.tensor and version_of(now) != self.version
 
 
 class _Waiting:
@@ -104,7 +105,7 @@ class _Waiting:
         module = None if self._module is None else self._module()
         if module is not None:
             now = [(item, getattr(module, item.attribute, None)) for item in self.items]
-            self.items = [item if t is None else replace(item, tensor=t, version=_version(t)) for item, t in now]
+            self.items = [item if t is None else replace(item, tensor=t, version=version_of(t)) for item, t in now]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Waiting:
         return _Waiting(None, (replace(item, tensor=None) for item in self.items), self.model)
@@ -319,49 +320,6 @@ class _AsTheyAreNow:
         return tensor
 
 
-# -- marks -------------------------------------------------------------------------------------------------------------
-
-
-def _positions(shape: torch.Size) -> list[tuple[int, ...]]:
-    """The first, middle and last element, by index: a change of memory layout moves their values along."""
-    count = shape.numel()
-    return [tuple(int(i) for i in torch.unravel_index(torch.tensor(n), shape)) for n in (0, count // 2, count - 1)]
-
-
-def _samples(tensor: Tensor) -> Tensor | None:
-    """Where marks were placed; ``None`` where no value is improbable enough to tell marks from data."""
-    if tensor.numel() == 0 or tensor.dtype == torch.bool:
-        return None
-    return torch.stack([tensor.detach()[index] for index in _positions(tensor.shape)])
-
-
-def _mark_value(dtype: torch.dtype) -> float | int:
-    if dtype.is_floating_point or dtype.is_complex:
-        return float("nan")
-    limits = torch.iinfo(dtype)
-    return limits.max - 90 if limits.min == 0 else limits.min + 90
-
-
-def _is_float(samples: Tensor) -> bool:
-    return samples.is_floating_point() or samples.is_complex()
-
-
-def _is_mark(samples: Tensor) -> bool:
-    if samples.is_floating_point() or samples.is_complex():
-        return bool((samples.float() if samples.is_floating_point() else samples).isnan().all())
-    return bool((samples == _mark_value(samples.dtype)).all())
-
-
-def _place_mark(tensor: Tensor) -> None:
-    if tensor.numel() and tensor.dtype != torch.bool:
-        for index in _positions(tensor.shape):
-            tensor[index] = _mark_value(tensor.dtype)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
 # -- memory without values ---------------------------------------------------------------------------------------------
 
 
@@ -385,7 +343,7 @@ def allocate(models: Sequence[nn.Module], placement: Placement) -> None:
             for slot, tensor in later:
                 if id(tensor) not in placed:
                     placement.put(slot, tensor, _room(slot, tapes, memory, placement.device(slot)))
-                    placed[id(tensor)] = _version(tensor)
+                    placed[id(tensor)] = version_of(tensor)
         report = fill(plan, [tensor for _, tensor in now], tapes, None, placement, exact=False)
         rows = make_report(Plan(tuple(Entry(slot, Action.INIT) for slot, _ in later)), tapes, None).rows
         report.rows += rows
@@ -433,5 +391,5 @@ def _room(
         room = torch.empty(tapes[ref.storage].storages[ref.storage].nbytes, dtype=torch.uint8, device=device)
         storage = memory[ref.storage] = room.untyped_storage()
     tensor = torch.empty(0, dtype=ref.dtype, device=device).set_(storage, ref.offset, ref.size, ref.stride)
-    _place_mark(tensor)
+    place_mark(tensor)
     return tensor

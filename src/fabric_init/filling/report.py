@@ -123,13 +123,12 @@ _COPIES = frozenset({"aten::clone", "aten::copy_", "aten::_to_copy", "aten::deta
 def describe_rule(tape: Tape, ref: TensorRef) -> str:
     """The op that had the last word on a tensor, and the model's line that asked for it. Copies are seen through."""
     op = _last_writer(tape, ref.storage, None)
-    while op is not None and not tape.writes_whole(op, ref.storage):
-        earlier = _last_writer(tape, ref.storage, op.number)
-        if earlier is None:
-            break
-        part, op = op, earlier
-        if tape.writes_whole(op, ref.storage):
-            return f"{_at(op)}, then {rule_of(part)} in a part"
+    if op is not None and not any(tape.covers(target) for target in (*op.targets, *op.outputs)):
+        whole = op
+        while (before := _last_writer(tape, ref.storage, whole.number)) is not None:
+            whole = before
+            if tape.writes_whole(whole, ref.storage):
+                return f"{_at(whole)}, then {rule_of(op)} in a part"
     while op is not None and _schema_name(op) in _COPIES:
         sources = [read.storage for read in op.reads()]
         earlier = _last_writer(tape, sources[0], op.number) if sources else None

@@ -21,13 +21,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import Self
 
 from fabric_init.errors import RecordingError
-from fabric_init.recording.operators import DRAWS_FROM_DEFAULT, INIT_FUNCTIONS, PLAIN_FACTORIES, Func, is_random, traits
+from fabric_init.recording.meta import (
+    META,
+    dense,
+    is_dense,
+    like_on_meta,
+    map_tensors,
+    plain_shape,
+    pointwise_result,
+    tensors_in,
+    written_tensors,
+)
+from fabric_init.recording.operators import DRAWS_FROM_DEFAULT, INIT_FUNCTIONS, Func, is_random, traits
 from fabric_init.recording.provenance import caller, init_call
 from fabric_init.recording.replay import real_execution, storage_now, view
 from fabric_init.recording.streams import Streams
 from fabric_init.recording.tape import Constant, Draw, Recorded, Tape, TensorRef, begin, recorded, ref_of
 
-_META = torch.device("meta")
 _CPU = torch.device("cpu")
 
 
@@ -83,20 +93,20 @@ class Recorder(TorchDispatchMode):
         does = traits(func)
         if does.plain_fill and self.lookup(args[0]) is not None:
             return self._fill(func, args, kwargs)
-        tensors = list(_tensors((args, kwargs.values())))
+        tensors = list(tensors_in((args, kwargs.values())))
         known = [found for tensor in tensors if (found := self.lookup(tensor)) is not None]
         if not known:
             if tensors and not (does.unfilled and kwargs.get("device") is not None):
                 return self._untracked(func, args, kwargs, tensors)
             if not does.has_device:
                 return func(*args, **kwargs)
-        if does.has_device and kwargs.get("device") == _META:
+        if does.has_device and kwargs.get("device") == META:
             # torch's own code asking for memory beside a tensor that it takes to be on meta; what model code makes on
             # the meta device by name does not come here
             kwargs["device"] = self._asked or (known[0].device if known else torch.get_default_device())
         if does.name == "aten::set_" and len(args) > 1 and isinstance(args[1], torch.UntypedStorage):
             return self._set_storage(args)
-        written = _written(func, args, kwargs)
+        written = written_tensors(func, args, kwargs)
         if does.name == "aten::_cudnn_rnn_flatten_weight":
             return args[0][0]  # a matter of real memory: done when the weights are there
         if does.data_dependent:
@@ -112,7 +122,7 @@ class Recorder(TorchDispatchMode):
             result = self._on_meta(func, args, kwargs)
         except (NotImplementedError, RuntimeError):  # if it is a real error, torch raises it again on true values
             return self._with_true_values(func, args, kwargs, known)
-        if not all(_is_dense(tensor) for tensor in _tensors((result,))):
+        if not all(is_dense(tensor) for tensor in tensors_in((result,))):
             with real_execution():  # the tape knows dense memory alone: this one is real from the start
                 return func(*self._real(args), **self._real(kwargs))
         if call is not None and call is self._call:
@@ -146,14 +156,14 @@ class Recorder(TorchDispatchMode):
         if does.changes_geometry and does.name != "aten::resize_":
             return
         if does.unfilled and not known:  # module.to_empty(device), of a module that was made on meta
-            for tensor in _tensors((result,)):
+            for tensor in tensors_in((result,)):
                 begin(tensor, self.tape, torch.device(kwargs.get("device") or _CPU))
             return
         inputs = self._refs(args), self._refs(kwargs)  # before the outputs are known: an op does not read its result
         device = kwargs.get("device") or (known[0].device if known else _CPU)
         outputs = tuple(
             self.new_storage(tensor, torch.device(device))
-            for tensor in _tensors((result,))
+            for tensor in tensors_in((result,))
             if self.lookup(tensor) is None
         )
         if does.unfilled or not (outputs or written):
@@ -162,7 +172,7 @@ class Recorder(TorchDispatchMode):
         if outputs and outputs[0].dtype.is_floating_point and kwargs.get("dtype") is None:
             if does.takes_dtype and not known:
                 inputs[1]["dtype"] = outputs[0].dtype  # torch's default dtype may be another one at replay
-            elif not any(t.is_floating_point() or t.is_complex() for t in _tensors((args, kwargs.values()))):
+            elif not any(t.is_floating_point() or t.is_complex() for t in tensors_in((args, kwargs.values()))):
                 default_dtype = torch.get_default_dtype()
         targets = tuple(self.ref(tensor) for tensor in written)
         if does.name == "aten::resize_":
@@ -228,7 +238,7 @@ class Recorder(TorchDispatchMode):
     def constant(self, tensor: torch.Tensor) -> torch.Tensor:
         """A recorded tensor whose value is the real ``tensor``'s."""
         with torch._C._DisableTorchDispatch():
-            meta = _dense(_like_on_meta(tensor))
+            meta = dense(like_on_meta(tensor))
         ref = self.new_storage(meta, tensor.device)
         self.tape.add_op(
             torch.ops.aten.clone.default, (Constant(tensor),), {}, (), (ref,), None, caller(sys._getframe(1))
@@ -267,32 +277,32 @@ class Recorder(TorchDispatchMode):
     def _on_meta(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def meta(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
-                return value if value.is_meta or value.dim() == 0 else _like_on_meta(value)
+                return value if value.is_meta or value.dim() == 0 else like_on_meta(value)
             if type(value) in (list, tuple):
                 return type(value)([meta(item) for item in value])
             return value
 
-        if (shape := _plain_shape(func, args)) is not None and kwargs.get("layout") in (None, torch.strided):
+        if (shape := plain_shape(func, args)) is not None and kwargs.get("layout") in (None, torch.strided):
             integers = traits(func).name == "aten::arange"
-            return torch.empty(shape, dtype=kwargs.get("dtype") or (torch.int64 if integers else None), device=_META)
-        if traits(func).pointwise and (result := _pointwise_result(func, args, kwargs)) is not None:
+            return torch.empty(shape, dtype=kwargs.get("dtype") or (torch.int64 if integers else None), device=META)
+        if traits(func).pointwise and (result := pointwise_result(func, args, kwargs)) is not None:
             return result
         kwargs = {name: meta(value) for name, value in kwargs.items() if name not in ("pin_memory", "generator")}
         if traits(func).has_device:
-            kwargs["device"] = _META
+            kwargs["device"] = META
         if traits(func).takes_generator:
             kwargs["generator"] = None
         result = func(*(meta(value) for value in args), **kwargs)
-        return _map_tensors(result, lambda tensor: _dense(tensor) if recorded(tensor) is None else tensor)
+        return map_tensors(result, lambda tensor: dense(tensor) if recorded(tensor) is None else tensor)
 
     def _with_true_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], known: list[Recorded]) -> Any:
         """Run ``func`` on the values that its arguments would have by now; tensors that come out are recorded."""
         with real_execution(), _generator_kept(func, kwargs):  # a recorded draw is made by replay, not here
             real = func(*self._real(args), **self._real(kwargs))
-            if not any(True for _ in _tensors((real,))) or not all(_is_dense(t) for t in _tensors((real,))):
+            if not any(True for _ in tensors_in((real,))) or not all(is_dense(t) for t in tensors_in((real,))):
                 return real
-            result = _map_tensors(real, _like_on_meta)
-        self._record(func, args, kwargs, known, _written(func, args, kwargs), result, sys._getframe(2))
+            result = map_tensors(real, like_on_meta)
+        self._record(func, args, kwargs, known, written_tensors(func, args, kwargs), result, sys._getframe(2))
         return result
 
     def _set_storage(self, args: tuple[Any, ...]) -> Any:
@@ -308,10 +318,10 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         # Random numbers into real memory: a recorded stand-in draws at this place of the stream, and is looked at.
         stand_ins = {id(tensor): self.constant(tensor) for tensor in tensors}
-        swapped_args, swapped_kwargs = _map_tensors((args, kwargs), lambda tensor: stand_ins[id(tensor)])
+        swapped_args, swapped_kwargs = map_tensors((args, kwargs), lambda tensor: stand_ins[id(tensor)])
         result = self._dispatch(func, swapped_args, swapped_kwargs)
         originals = {id(stand_ins[id(tensor)]): tensor for tensor in tensors}
-        for tensor in _written(func, args, kwargs):
+        for tensor in written_tensors(func, args, kwargs):
             with real_execution():
                 tensor.copy_(self.true_value(stand_ins[id(tensor)]))
 
@@ -319,10 +329,10 @@ class Recorder(TorchDispatchMode):
             original = originals.get(id(tensor))
             return self.true_value(tensor) if original is None else original
 
-        return _map_tensors(result, real)
+        return map_tensors(result, real)
 
     def _real(self, value: Any) -> Any:
-        return _map_tensors(value, lambda tensor: tensor if recorded(tensor) is None else self.true_value(tensor))
+        return map_tensors(value, lambda tensor: tensor if recorded(tensor) is None else self.true_value(tensor))
 
     def true_value(self, tensor: torch.Tensor) -> torch.Tensor:
         """What the constructor would find in ``tensor`` at this point, as a real tensor. Replays that tensor alone."""
@@ -346,71 +356,3 @@ def _generator_kept(func: Any, kwargs: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         generator.set_state(before)
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_quantized
-
-
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    """Memory of its own for what has stride 0: an expanded tensor, and what meta kernels make of one."""
-    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.size(), strict=True)):
-        return torch.empty(tensor.size(), dtype=tensor.dtype, device=_META)
-    return tensor
-
-
-def _like_on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=_META)
-
-
-def _pointwise_result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """A pointwise op's result on meta, without the meta kernel where that is plain: contiguous in, contiguous out.
-
-    Those kernels are Python, and take a hundred times as long as asking the CPU's kernel about tensors of no elements.
-    """
-    tensors = list(_tensors((args, kwargs.values())))
-    if not all(tensor.is_contiguous() for tensor in tensors) or traits(func).has_device:
-        return None
-    probe_args, probe_kwargs = _map_tensors(
-        (args, kwargs), lambda tensor: torch.ones((0,) if tensor.dim() else (), dtype=tensor.dtype)
-    )
-    probe = func(*probe_args, **probe_kwargs)
-    return torch.empty(torch.broadcast_shapes(*(t.size() for t in tensors)), dtype=probe.dtype, device=_META)
-
-
-def _plain_shape(func: Any, args: tuple[Any, ...]) -> Sequence[int] | None:
-    """The shape of a plain factory's result, where it can be told without asking the meta kernel."""
-    name = traits(func).name
-    if name in PLAIN_FACTORIES and len(args) == 1:
-        shape: Sequence[int] = args[0]
-        return shape
-    if name == "aten::arange" and all(type(value) is int for value in args) and 0 not in args[2:]:
-        return (len(range(*args)),)
-    return None
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    return [
-        tensor
-        for position, name in traits(func).written
-        for tensor in _tensors((args[position] if position < len(args) else kwargs.get(name),))
-    ]
-
-
-def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)) or type(value) is type({}.values()):
-            yield from _tensors(value)
-
-
-def _map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if type(value) is dict:
-        return {name: _map_tensors(item, change) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [_map_tensors(item, change) for item in value]
-        return type(value)(items) if type(value) in (list, tuple) else type(value)(*items)
-    return value
