@@ -285,3 +285,20 @@ def test_load_state_dict_with_assign_fills_a_recorded_model_and_materialize_does
     assert torch.equal(model.norm.weight, torch.ones(6))
     assert {row.name: row.status for row in report.rows}["first.weight"] == "set when built"
     assert model(torch.ones(1, 6)).isfinite().all()
+
+
+def test_recurrent_layers_lay_their_weights_out_once_they_are_filled() -> None:
+    class Counting(nn.LSTM):
+        calls = 0
+
+        def flatten_parameters(self) -> None:
+            type(self).calls += 1
+            super().flatten_parameters()
+
+    with deferred_init():
+        model = nn.Sequential(Counting(3, 4, num_layers=2))
+    before = Counting.calls
+    materialize(model)
+    assert Counting.calls == before + 1
+    assert model[0]._flat_weights[0] is model[0].weight_ih_l0
+    assert model(torch.ones(1, 2, 3))[0].isfinite().all()
