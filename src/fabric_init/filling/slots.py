@@ -43,6 +43,7 @@ class Slot(NamedTuple):
 
 
 _PLAIN = (str, bytes, int, float, bool, complex, type(None), type, torch.dtype, torch.device, torch.Size)
+_PLAIN_TYPES = frozenset(_PLAIN)
 _DEPTH = 5
 
 
@@ -100,7 +101,7 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:
     seen: set[int] = set()
     for prefix, module in modules:
         for name, value in vars(module).items():
-            if name not in _MODULE_INTERNALS and type(value) not in _PLAIN:
+            if type(value) not in _PLAIN_TYPES and name not in _MODULE_INTERNALS:
                 for path, tensor in _tensors_in(value, f"{prefix}.{name}" if prefix else name, seen):
                     yield path, "attribute", tensor
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,26 @@ def _empty(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[st
         tensor = func(*args, **{**kwargs, "device": _META})
         begin(tensor, recorder.tape, device)
     return tensor
+
+
+def _filled(op: Any) -> Handler:
+    """The same shortcut for memory of one value, whose op goes straight to the tape."""
+
+    def handler(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        device = kwargs.get("device") or _default_device.CURRENT_DEVICE or _CPU
+        if type(device) is not torch.device or device.type != "cpu" or not _PLAIN_OPTIONS.issuperset(kwargs):
+            return (
+                func(*args, **kwargs)
+                if kwargs.get("device") is None
+                else on_device_by_name(recorder, func, args, kwargs)
+            )
+        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+            tensor = torch.empty(*args, **{**kwargs, "device": _META})
+            ref = recorder.new_storage(tensor, device)
+            recorder.add(op, (tensor.size(),), {"dtype": tensor.dtype, "device": device}, (), (ref,), sys._getframe(2))
+        return tensor
+
+    return handler
 
 
 def _device(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
@@ -150,6 +171,8 @@ _AUTOCAST += (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose
 HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys(_AUTOCAST, _autocast),
     torch.empty: _empty,
+    torch.ones: _filled(torch.ops.aten.ones.default),
+    torch.zeros: _filled(torch.ops.aten.zeros.default),
     Tensor.device.__get__: _device,
     Tensor.is_cpu.__get__: _is_device_type("cpu"),  # type: ignore[attr-defined]
     Tensor.is_cuda.__get__: _is_device_type("cuda"),  # type: ignore[attr-defined]

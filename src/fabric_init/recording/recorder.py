@@ -196,11 +196,10 @@ class Recorder(TorchDispatchMode):
             return
         assert self.streams is not None
         generator = kwargs.pop("generator", None)
-        with torch._C._DisableTorchDispatch():
-            streams = self.streams.of(generator)
-            draw: Draw = streams.draw()
-            index = self.tape.add_op(func, args, kwargs, targets, outputs, draw, caller(frame), default_dtype)
-            streams.drawn(index)
+        streams = self.streams.of(generator)
+        draw: Draw = streams.draw()
+        number = self.tape.add_op(func, args, kwargs, targets, outputs, draw, caller(frame), default_dtype)
+        streams.drawn(number)
 
     def add_init(self, func: Func, tensor: torch.Tensor, rest: dict[str, Any], frame: FrameType | None) -> None:
         """Write a whole ``torch.nn.init`` call to the tape."""
