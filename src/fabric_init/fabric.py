@@ -118,9 +118,16 @@ class Fabric(lightning.Fabric):
                 contexts.enter_context(self.device)
             contexts.enter_context(self.strategy.precision.module_init_context())
             yield
-        models = built.roots()
-        if not models and (reader is not None or recording.tape.storages):
-            raise RecordingError("no module was built in this init_module block; build the model inside it")
+
+        def built_models() -> list[nn.Module]:
+            models = built.roots()
+            if not models and (reader is not None or recording.tape.storages):
+                raise RecordingError("no module was built in this init_module block; build the model inside it")
+            if reader is not None:
+                _one_model(models, reader)
+            return models
+
+        models = agreement.same("building the model", built_models, lambda models: f"{len(models)} models")
         _complete(models, reader, wanted, placement, agreement)
 
     def init_missing(self, model: nn.Module) -> None:
@@ -201,13 +208,10 @@ def _complete(
     if placement is None:
         for model in models:
             bind(model, reader, wanted)
-        if reader is not None:
-            _one_model(models, reader)
         return
     if reader is None:
         allocate(models, placement)
         return
-    _one_model(models, reader)
     fill_model(models[0], reader, wanted, placement, agreement=agreement)
 
 

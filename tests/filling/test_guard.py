@@ -270,7 +270,6 @@ def test_a_value_that_was_given_is_taken_whatever_it_is(
 @pytest.mark.parametrize(
     "dtype",
     [
-        torch.bool,
         torch.int8,
         torch.uint8,
         torch.int32,
@@ -402,3 +401,22 @@ def test_asking_for_the_report_of_a_part_says_whom_to_ask(fabric: Fabric) -> Non
         model = Model()
     with pytest.raises(FabricInitError, match="outermost"):
         fabric.init_report(model.body)
+
+
+def test_a_part_written_through_data_fills_nothing(fabric: Fabric) -> None:
+    with fabric.init_module(empty_init=True):
+        model = nn.Embedding(100, 8, padding_idx=0)
+    model.weight.data[0].zero_()
+    with pytest.raises(UninitializedTensorError, match="weight"):
+        model(torch.tensor([1]))
+
+
+def test_a_bool_buffer_gets_its_own_init_at_once_for_nothing_can_mark_it(fabric: Fabric) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.ones(3, dtype=torch.bool))
+
+    with fabric.init_module(empty_init=True):
+        model = Masked()
+    assert copy.deepcopy(model).mask.tolist() == [True, True, True]

@@ -754,3 +754,20 @@ def test_autocast_in_a_constructor_is_refused_with_the_reason() -> None:
         layer = nn.Linear(3, 3)
         with pytest.raises(RecordingError, match="autocast"), torch.autocast("cpu", dtype=torch.bfloat16):
             layer(torch.ones(1, 3))
+
+
+def test_a_tensor_given_to_an_init_function_counts_with_its_value_at_that_moment() -> None:
+    def build() -> nn.Module:
+        model = nn.Module()
+        model.a, model.b = nn.Parameter(torch.empty(50)), nn.Parameter(torch.empty(50))
+        std = torch.tensor(1.0)
+        nn.init.normal_(model.a, 0.0, std)
+        std.mul_(0.01)
+        nn.init.normal_(model.b, 0.0, std)
+        bound = torch.ones(1).sum() * 0.5
+        model.c = nn.Parameter(torch.empty(50))
+        nn.init.uniform_(model.c, -bound, bound)
+        return model
+
+    verdict = compare(build)
+    assert verdict.differences == []

@@ -142,9 +142,9 @@ def _replayed(
                         entry = entries[position]
                         assert entry.slot.ref is not None
                         value = view(memory, entry.slot.ref)
-                        if entry.action is Action.LOAD:  # part of a storage that others share
-                            value.copy_(_loaded(entry, reader, placement))
                         region = placement.region(entry.slot)
+                        if entry.action is Action.LOAD:  # part of a storage that others share
+                            take(value, region).copy_(_loaded(entry, reader, placement))
                         yield position, value if region is None else take(value, region).clone()
 
 

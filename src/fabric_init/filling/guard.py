@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.fill import dtype_name, fill, make_report
-from fabric_init.filling.marks import is_float, is_mark, marked_elements, place_mark, version_of
+from fabric_init.filling.marks import has_mark, is_float, is_mark, marked_elements, place_mark, version_of
 from fabric_init.filling.materialize import survey
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Entry, Plan, Wanted, make_plan
@@ -53,8 +53,8 @@ class _Unfilled:
         """Whether somebody has put values into ``now``, which is in the tensor's place today.
 
         In place, which the version counter shows, unless marks are left: then it was written in part, or only computed
-        with. Through ``.data``, or by putting another tensor there, which removes the marks. A cast or another memory
-        layout keeps them.
+        with. Through ``.data``, or by putting another tensor there, which removes the marks: for floats all of them
+        have to go. A cast or another memory layout keeps them.
         """
         if now is None:
             return True  # the model does without it
@@ -67,8 +67,8 @@ class _Unfilled:
         if found is None:
             return changed or now is not self.tensor
         if changed:
-            return by_load or not is_float(found) or not bool(found.isnan().any())
-        return not is_mark(found)
+            return by_load or not is_float(found) or not has_mark(found)
+        return not (has_mark(found) if is_float(found) else is_mark(found))
 
     def changed(self, now: Tensor) -> bool:
         return now is self.tensor and version_of(now) != self.version
@@ -335,8 +335,8 @@ def allocate(models: Sequence[nn.Module], placement: Placement) -> None:
     for model in models:
         slots, tensors, tapes = survey(model)
         both = list(zip(slots, tensors, strict=True))
-        later = [(slot, tensor) for slot, tensor in both if slot.saved and slot.ref is not None]
-        now = [(slot, tensor) for slot, tensor in both if not (slot.saved and slot.ref is not None)]
+        later = [(slot, tensor) for slot, tensor in both if _waits(slot, tapes)]
+        now = [(slot, tensor) for slot, tensor in both if not _waits(slot, tapes)]
         plans.append((model, later, now, tapes, make_plan([slot for slot, _ in now], tapes, None, Wanted())))
     for model, later, now, tapes, plan in plans:
         with real_execution():
@@ -349,6 +349,13 @@ def allocate(models: Sequence[nn.Module], placement: Placement) -> None:
         report.rows += rows
         keep_report(model, report)
         _guard(model, later, rows, tapes, placement, placed)
+
+
+def _waits(slot: Slot, tapes: Mapping[int, Tape]) -> bool:
+    if not slot.saved or slot.ref is None:
+        return False
+    # no mark can be put into bools: they get the model's own init at once, where it has one
+    return slot.dtype != torch.bool or tapes[slot.ref.storage].never_written(slot.ref)
 
 
 def _guard(

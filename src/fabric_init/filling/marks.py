@@ -34,6 +34,11 @@ def is_float(samples: Tensor) -> bool:
     return samples.is_floating_point() or samples.is_complex()
 
 
+def has_mark(samples: Tensor) -> bool:
+    """Whether any of ``samples``, which are floats, is a mark."""
+    return bool((samples.float() if samples.is_floating_point() else samples).isnan().any())
+
+
 def is_mark(samples: Tensor) -> bool:
     """Whether all of ``samples`` are marks."""
     if samples.is_floating_point() or samples.is_complex():

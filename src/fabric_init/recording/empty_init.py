@@ -51,8 +51,8 @@ class _EmptyInit(TorchFunctionMode):
         self._collector = PausedCollector()
 
     def __enter__(self) -> Self:
-        self._collector.__enter__()
         self.recorder.__enter__()
+        self._collector.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 

@@ -204,6 +204,8 @@ class Recorder(TorchDispatchMode):
     def add_init(self, func: Func, tensor: torch.Tensor, rest: dict[str, Any], frame: FrameType | None) -> None:
         """Write a whole ``torch.nn.init`` call to the tape."""
         ref = self.ref(tensor)
+        if any(isinstance(value, torch.Tensor) for value in rest.values()):  # eager code reads their values now
+            rest = {name: self._real(v).item() if isinstance(v, torch.Tensor) else v for name, v in rest.items()}
         self.add(func, (ref,), rest, (ref,), (), frame)
 
     def record_init_frame(self, frame: FrameType) -> None:
@@ -316,7 +318,7 @@ class Recorder(TorchDispatchMode):
         if not traits(func).random or any(tensor.is_meta for tensor in tensors) or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
         # Random numbers into real memory: a recorded stand-in draws at this place of the stream, and is looked at.
-        stand_ins = {id(tensor): self.constant(tensor) for tensor in tensors}
+        stand_ins = {id(tensor): self.constant(tensor.detach().clone()) for tensor in tensors}
         swapped_args, swapped_kwargs = map_tensors((args, kwargs), lambda tensor: stand_ins[id(tensor)])
         result = self._dispatch(func, swapped_args, swapped_kwargs)
         originals = {id(stand_ins[id(tensor)]): tensor for tensor in tensors}

@@ -68,7 +68,7 @@ class _GeneratorStreams:
         if seed != self._label:
             known = self._labels.get(seed)
             if known is None:
-                known = Draw(self._tape.add_stream(Stream(True, 0, _snapshot(self.generator))), 0, None)
+                known = Draw(self._tape.add_stream(Stream(True, seed, _snapshot(self.generator))), 0, None)
             self._next = known
         return self._next
 

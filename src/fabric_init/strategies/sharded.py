@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from fabric_init.checkpoints import Box, CheckpointReader, Region
-from fabric_init.errors import FabricInitError
+from fabric_init.errors import FabricInitError, UninitializedTensorError
 from fabric_init.filling.agreement import Agreement
 from fabric_init.filling.materialize import carry_out, prepare
 from fabric_init.filling.placement import become
@@ -28,11 +29,27 @@ class _Bound(NamedTuple):
 
     reader: CheckpointReader | None
     wanted: Wanted
+    hooks: tuple[RemovableHandle, ...]
+
+
+def _refuse(*_: Any) -> NoReturn:
+    raise UninitializedTensorError(
+        "this model has no memory before fabric.setup(model), which shards and fills it: run, load and save it after"
+    )
 
 
 def bind(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted) -> None:
     """Remember what ``model`` is to be filled from, until it is sharded."""
-    vars(model)[_ATTRIBUTE] = _Bound(reader, wanted)
+    hooks = [
+        hook
+        for module in model.modules()
+        for hook in (
+            module.register_forward_pre_hook(_refuse),
+            module.register_state_dict_pre_hook(_refuse),
+            module.register_load_state_dict_pre_hook(_refuse),
+        )
+    ]
+    vars(model)[_ATTRIBUTE] = _Bound(reader, wanted, tuple(hooks))
 
 
 def is_bound(model: nn.Module) -> bool:
@@ -45,16 +62,21 @@ def shard_and_fill(
 ) -> nn.Module:
     """Plan for the recorded ``model``, let ``shard`` put DTensors in its parameters' places, and fill those."""
     bound: _Bound = vars(model).pop(_ATTRIBUTE)
+    for hook in bound.hooks:
+        hook.remove()
     try:
         prepared = prepare(model, bound.reader, bound.wanted, agreement=agreement)
     except BaseException:
-        bind(model, *bound)  # as it was: the user may mend it and set up once more
+        bind(model, bound.reader, bound.wanted)  # as it was: the user may mend it and set up once more
         raise
-    sharded = shard(model)
+    sharded = agreement.same("sharding the model", lambda: shard(model), lambda _: "")
     placement = ShardedTensors(sharded, device)
     slots = [entry.slot for entry in prepared.plan.entries]
     tensors = [placement.current(slot, tensor) for slot, tensor in zip(slots, prepared.tensors, strict=True)]
     carry_out(prepared, sharded, tensors, placement, agreement)
+    left = [name for name, tensor in parameters_by_name(sharded).items() if tensor.is_meta]
+    if left:
+        raise FabricInitError(f"sharding split a tie or made parameters of its own, which have no values: {left}")
     return sharded
 
 
