@@ -178,7 +178,7 @@ def keep_report(model: nn.Module, report: InitReport) -> None:
 
 
 def filled_by_us(model: nn.Module) -> bool:
-    """Whether fabric_init gave ``model`` its values: nothing is unfilled, and nothing was put there by other code."""
+    """Whether fabric_init filled ``model``: no tensor is unfilled, or was written by the user before it was filled."""
     report = _reports.get(model)
     return report is not None and not any(row.status in ("unfilled", "written by the user") for row in report.rows)
 

@@ -151,14 +151,8 @@ class _Execution:
             result = op.func(*args, **kwargs) if op.draw is None else self._draw(op, args, kwargs)
         if op.outputs:
             results = [item for item in _flat(result) if isinstance(item, torch.Tensor)]
-            fresh = iter(op.outputs)
-            ref = next(fresh)
-            seen = {ref.storage for ref in op.refs()}
-            for tensor in results:
-                if ref.storage in seen:
-                    continue
+            for tensor, ref in zip(results, op.outputs, strict=False):
                 self._adopt(tensor, ref)
-                ref = next(fresh, ref)
 
     def _draw(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device = self._device(op, args, kwargs)
