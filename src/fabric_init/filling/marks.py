@@ -1,7 +1,7 @@
 """Marks in memory without values: as long as they lie there, nobody has filled it.
 
-Three elements (first, middle, last) hold NaN, or for integers a value that is improbable in all three places. Bits of
-the NaN are set that no arithmetic sets, which tells a mark that was copied onto itself from a NaN that was loaded. A cast
+Three elements (first, middle, last) hold NaN, or for integers a value that is improbable in all three places. The NaN
+has bits set that no arithmetic sets: so a mark that was copied onto itself is told from a NaN that was loaded. A cast
 makes it a plain NaN.
 """
 
