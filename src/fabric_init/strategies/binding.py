@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from fabric_init.checkpoints import CheckpointReader
-from fabric_init.errors import FabricInitError, UninitializedTensorError
+from fabric_init.errors import FabricInitError
 from fabric_init.filling.agreement import Agreement
+from fabric_init.filling.deferred import guard_recorded, loaded_since
 from fabric_init.filling.materialize import Prepared, carry_out, prepare
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Wanted
@@ -35,27 +35,12 @@ class Bound(NamedTuple):
     reader: CheckpointReader | None
     wanted: Wanted
     own_init: bool
-    hooks: tuple[RemovableHandle, ...]
-
-
-def _refuse(*_: Any) -> NoReturn:
-    raise UninitializedTensorError(
-        "this model has no memory before fabric.setup(model), which shards and fills it: run, load and save it after"
-    )
 
 
 def bind(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, *, own_init: bool = False) -> None:
     """Remember what ``model`` is to be filled from, until it is sharded."""
-    hooks = [
-        hook
-        for module in model.modules()
-        for hook in (
-            module.register_forward_pre_hook(_refuse),
-            module.register_state_dict_pre_hook(_refuse),
-            module.register_load_state_dict_pre_hook(_refuse),
-        )
-    ]
-    vars(model)[_ATTRIBUTE] = Bound(reader, wanted, own_init, tuple(hooks))
+    guard_recorded(model, "fabric.setup(model) shards and fills it: call that first")
+    vars(model)[_ATTRIBUTE] = Bound(reader, wanted, own_init)
 
 
 def is_bound(model: nn.Module) -> bool:
@@ -66,8 +51,6 @@ def is_bound(model: nn.Module) -> bool:
 def unbind(model: nn.Module) -> Bound:
     """What :func:`bind` remembered, which is forgotten with this."""
     bound: Bound = vars(model).pop(_ATTRIBUTE)
-    for hook in bound.hooks:
-        hook.remove()
     return bound
 
 
@@ -81,7 +64,7 @@ def plan_bound(model: nn.Module, agreement: Agreement) -> Prepared | Rooms:
     """The plan for a bound model, which with this is bound no longer; when it raises, the model is as it was."""
     bound = unbind(model)
     try:
-        if bound.reader is None and not bound.own_init:
+        if bound.reader is None and not bound.own_init and loaded_since(model) is None:
             return agreement.same("planning the model", lambda: plan_rooms(model), rooms_digest)
         return prepare(model, bound.reader, bound.wanted, agreement=agreement)
     except BaseException:
