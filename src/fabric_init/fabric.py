@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning
+from lightning.fabric.wrappers import _FabricOptimizer
 from torch import nn
 from torch.optim import Optimizer
 
@@ -109,6 +110,11 @@ class Fabric(lightning.Fabric):
     def setup_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         _require_tensors(module)
         return super().setup_module(module, *args, **kwargs)
+
+    def _validate_setup(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        if is_bound(original(module)):  # an optimizer's parameters are filled in place, or replaced in the optimizer
+            optimizers = [optimizer for optimizer in optimizers if isinstance(optimizer, _FabricOptimizer)]
+        super()._validate_setup(module, optimizers)
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
         if isinstance(self.strategy, RecordedInit):

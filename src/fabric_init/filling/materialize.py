@@ -14,7 +14,7 @@ from fabric_init.checkpoints.renaming import Rename
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.agreement import Agreement, Alone, plan_digest
 from fabric_init.filling.deferred import loaded_since, release_recorded, written_since
-from fabric_init.filling.fill import fill
+from fabric_init.filling.fill import check_ties, fill
 from fabric_init.filling.placement import Placement, WholeTensors
 from fabric_init.filling.plan import Plan, Wanted, make_plan
 from fabric_init.filling.report import InitReport, keep_report
@@ -117,9 +117,12 @@ def carry_out(
 ) -> InitReport:
     """Fill ``tensors``: the plan's own, or what a strategy has made of them."""
     plan, _, tapes, reader, exact = prepared
-    report = agreement.same(
-        "filling the model", lambda: fill(plan, tensors, tapes, reader, placement, exact=exact), lambda report: ""
-    )
+
+    def check_and_fill() -> InitReport:
+        check_ties(plan, reader, placement)
+        return fill(plan, tensors, tapes, reader, placement, exact=exact)
+
+    report = agreement.same("filling the model", check_and_fill, lambda report: "")
     release_recorded(model)
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
