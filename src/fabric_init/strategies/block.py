@@ -82,7 +82,7 @@ def refuse_nesting() -> None:
 def _complete(models: list[nn.Module], reader: CheckpointReader | None, wanted: Wanted, strategy: RecordedInit) -> None:
     if strategy.fills_in_setup:
         for model in models:
-            bind(model, reader, wanted)
+            bind(model, reader, wanted, strategy.agreement)
     elif reader is None:
         allocate(models, strategy.placement)
     else:
