@@ -16,12 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import fabric_init.strategies.single_device  # noqa: F401  (registers its placement)
-from fabric_init.checkpoints import CheckpointReader, open_checkpoint
+from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.renaming import Rename
 from fabric_init.errors import FabricInitError, RecordingError
-from fabric_init.filling.agreement import Agreement, checkpoint_digest
+from fabric_init.filling.agreement import Agreement
 from fabric_init.filling.guard import allocate, initialise_rest, release, settle
 from fabric_init.filling.materialize import fill_model
+from fabric_init.filling.opening import Io, check_io, open_on_all_ranks
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Wanted
 from fabric_init.filling.report import InitReport, report_of
@@ -36,10 +37,17 @@ from fabric_init.strategies.sharded import bind, is_bound
 class Fabric(lightning.Fabric):
     """:class:`lightning.Fabric`, whose :meth:`init_module` builds models without running init kernels.
 
-    Takes the same arguments. See :meth:`init_module` for what is new.
+    Takes the same arguments, and one more. See :meth:`init_module` for what is new.
+
+    Args:
+        io: how the ranks read a checkpoint. ``"local"``: each reads what it keeps. ``"broadcast"``: rank 0 reads each
+            tensor once and sends it to the others, a few hundred megabytes at a time; they need not have the file.
+            ``"auto"``: broadcast where every rank keeps the whole model, there are several machines, and the file is
+            on a network file system; else local.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, io: Io = "auto", **kwargs: Any) -> None:
+        self._io: Io = check_io(io)
         if kwargs.get("strategy") == "fsdp2":
             kwargs["strategy"] = FSDP2Strategy()
         super().__init__(*args, **kwargs)
@@ -107,9 +115,9 @@ class Fabric(lightning.Fabric):
         agreement = agreement_of(self.strategy)
         reader = None
         if checkpoint is not None:  # a bad path fails before the build
-            path = checkpoint
-            reader = agreement.same(
-                "opening the checkpoint", lambda: open_checkpoint(path, mmap=mmap), checkpoint_digest
+            machines = getattr(self.strategy, "num_nodes", 1)
+            reader = open_on_all_ranks(
+                checkpoint, self._io, whole=not sharded, machines=machines, mmap=mmap, agreement=agreement
             )
         with ExitStack() as contexts:
             built = contexts.enter_context(BuiltModules())
