@@ -19,6 +19,8 @@ from fabric_init.filling.loading import Load, check_tie, loads
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Plan
 
+_READ_AT_ONCE = 4 << 20  # bytes
+
 
 class _Header(NamedTuple):
     """What a checkpoint says of itself."""
@@ -117,7 +119,7 @@ class OneReader:
         ``check`` gets, on rank 0, what has been read: index in ``keys``, elements of that tensor, and their values.
         """
         specs = [self.spec(key) for key in keys]
-        chunk = max(ALIGNMENT, self._budget // 16)
+        chunk = max(ALIGNMENT, min(_READ_AT_ONCE, self._budget // 16))
         room = min(self._budget - chunk, sum(aligned(spec.shape.numel() * spec.dtype.itemsize) for spec in specs))
         begun: dict[int, Tensor] = {}
         with InStep(f"reading {self.path}") as ranks:

@@ -10,7 +10,7 @@ from fabric_init.checkpoints.file_system import file_system_of, is_network
 from fabric_init.filling.agreement import Agreement, Alone, checkpoint_digest
 from fabric_init.filling.one_reader import OneReader
 
-BUDGET = 256 << 20  # bytes
+BUDGET = 64 << 20  # bytes; with more, reading took as long
 
 Io = Literal["auto", "local", "broadcast"]
 
