@@ -48,6 +48,8 @@ class InStep:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._group is not None and (kind is None or issubclass(kind, Exception)):
+            self._missing("done")  # a connection that closes early can take the last words with it
         self._close()
 
     def _close(self) -> None:
@@ -85,8 +87,12 @@ class InStep:
 
     def broadcast(self, tensor: Tensor) -> None:
         """Make ``tensor``, on :attr:`device`, on every rank what it is on rank 0."""
-        group = None if self.device.type == "cuda" else self._group
-        self._together(lambda: dist.broadcast(tensor, src=0, group=group))
+        if self.device.type == "cpu":
+            self._together(lambda: dist.broadcast(tensor, src=0, group=self._group))
+            return
+        self._together(lambda: dist.broadcast(tensor, src=0))
+        # NCCL notices nothing: before this rank waits for the GPU, see that all ranks have come as far as this
+        self._together(lambda: dist.barrier(group=self._group))
 
     def _together(self, collective: Callable[[], Any]) -> None:
         try:
@@ -96,23 +102,23 @@ class InStep:
             reason = str(error)
         # outside of the handler: its traceback would keep the connections open
         self._close()
-        gone = self._gone()
+        gone = self._missing("lost")
         which = f"rank {', '.join(map(str, gone))} is gone" if gone else "the ranks lost touch with one another"
         raise RanksLostError(f"{self._what}: {which}, so no rank goes on. The output of what died says why. ({reason})")
 
-    def _gone(self) -> list[int]:
-        """The ranks that do not answer: in torch's key-value store, which needs no connections between ranks."""
-        others = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
-        store = PrefixStore(f"fabric_init/{self._name}", _get_default_store())
+    def _missing(self, word: str) -> list[int]:
+        """The ranks that do not say ``word`` in time. They say it in torch's key-value store, not to one another."""
+        rank, ranks = dist.get_rank(), range(dist.get_world_size())
+        store = PrefixStore(f"fabric_init/{self._name}/{word}", _get_default_store())
         end = time.monotonic() + _SECONDS_TO_ANSWER
-        gone = []
+        missing = []
         try:
-            store.set(str(dist.get_rank()), "here")
-            for rank in others:
+            store.set(str(rank), "")
+            for other in ranks:
                 try:
-                    store.wait([str(rank)], timedelta(seconds=max(0.1, end - time.monotonic())))
+                    store.wait([str(other)], timedelta(seconds=max(0.1, end - time.monotonic())))
                 except dist.DistStoreError:
-                    gone.append(rank)
+                    missing.append(other)
         except RuntimeError:  # the store's own process is gone: rank 0's, unless a launcher keeps it
-            return [0] if dist.get_rank() else []
-        return gone
+            return [0] if rank else []
+        return missing
