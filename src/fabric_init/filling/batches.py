@@ -29,22 +29,24 @@ class Piece(NamedTuple):
 
 
 def batches(specs: Sequence[TensorSpec], room: int) -> Iterator[list[Piece]]:
-    """All elements of all tensors, in order, in batches of at most ``room`` bytes; tensors without elements, too."""
+    """All elements of all tensors, in order, in batches of at most ``room`` bytes; tensors without elements, too.
+
+    ``room`` is a multiple of :data:`ALIGNMENT`, as every piece's offset is.
+    """
+    assert room % ALIGNMENT == 0
     batch: list[Piece] = []
     used = 0
-    for index, spec in enumerate(specs):
+    for tensor, spec in enumerate(specs):
         start, numel, size = 0, spec.shape.numel(), spec.dtype.itemsize
-        while start < numel or not numel:
+        while True:
             stop = min(numel, start + (room - used) // size)
             if stop > start or not numel:
-                batch.append(Piece(index, start, stop, used, spec.dtype, stop == numel))
+                batch.append(Piece(tensor, start, stop, used, spec.dtype, stop == numel))
                 used = aligned(batch[-1].end)
-                start = stop
-            if start < numel:
-                yield batch
-                batch, used = [], 0
-            if not numel:
+            if stop == numel:
                 break
+            yield batch
+            batch, used, start = [], 0, stop
     if batch:
         yield batch
 

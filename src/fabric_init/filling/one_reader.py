@@ -120,7 +120,8 @@ class OneReader:
         """
         specs = [self.spec(key) for key in keys]
         chunk = max(ALIGNMENT, min(_READ_AT_ONCE, self._budget // 16))
-        room = min(self._budget - chunk, sum(aligned(spec.shape.numel() * spec.dtype.itemsize) for spec in specs))
+        room = (self._budget - chunk) // ALIGNMENT * ALIGNMENT
+        room = min(room, sum(aligned(spec.shape.numel() * spec.dtype.itemsize) for spec in specs))
         begun: dict[int, Tensor] = {}
         with InStep(f"reading {self.path}") as ranks:
             with ranks.mine():
