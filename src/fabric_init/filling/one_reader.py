@@ -19,7 +19,7 @@ from fabric_init.filling.loading import Load, check_tie, loads
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Plan
 
-_READ_AT_ONCE = 4 << 20  # bytes
+_READ_AT_ONCE = 1 << 20  # bytes; what is larger and freed between tensors that stay leaves holes in the heap
 
 
 class _Header(NamedTuple):
