@@ -16,8 +16,8 @@ from zoo import STRATEGIES, assert_same, build, launch, loss_of, one_device, tok
 from fabric_init import CheckpointMismatchError, UninitializedTensorError
 
 in_every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
-# a sharded model gets its own init in setup, so there is nothing to guard after it
-where_tensors_wait = pytest.mark.parametrize("strategy", ["ddp"])
+# FSDP's models get their own init in setup, so there nothing waits (test_fsdp.py)
+where_tensors_wait = pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "fsdp"])
 
 
 def load_after_setup(strategy: str, path: Path, how: str, strict: bool) -> tuple[dict[str, Tensor], set[str]]:
@@ -128,19 +128,43 @@ def test_a_strict_load_with_missing_keys_fails_alike_on_every_rank(strategy: str
         assert seconds < 10
 
 
-def forget_on_shards(strategy: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
+def run_with_one_left(strategy: str, left: str) -> tuple[str, float]:
     fabric = launch(strategy)
-    model = fabric.setup(build(fabric, "transformerish", empty_init=True))
-    own = weights(model)
-    statuses = {row.status for row in fabric.init_report(model).rows}
+    model = fabric.setup(build(fabric, "uneven", empty_init=True))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith(left):
+                parameter.fill_(0.5)
+    start = time.monotonic()
+    with pytest.raises(UninitializedTensorError) as raised:
+        model(tokens(0))
+    return str(raised.value), time.monotonic() - start
+
+
+@pytest.mark.parametrize("left", ["second.bias", "second.weight"])
+@where_tensors_wait
+def test_a_tensor_of_which_some_ranks_have_nothing_is_missed_on_all(strategy: str, left: str) -> None:
+    for message, seconds in run_ranks(4, run_with_one_left, strategy=strategy, left=left):
+        assert left in message
+        assert "first.weight" not in message
+        assert seconds < 10
+
+
+def memory_before_a_load(strategy: str, path: Path) -> tuple[set[str], set[str], dict[str, Tensor]]:
+    fabric = launch(strategy)
+    model = fabric.setup(build(fabric, "uneven", empty_init=True))
+    before = {row.status for row in fabric.init_report(model).rows if row.kind == "parameter"}
     fabric.load_raw(path, model)
-    return own, weights(model), statuses
+    after = {row.status for row in fabric.init_report(model).rows if row.kind == "parameter"}
+    return before, after, weights(model)
 
 
-def test_a_sharded_model_gets_its_own_init_in_setup_and_a_load_overwrites_it(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / "raw.pt", "transformerish")
-    loaded = weights(one_device("transformerish", checkpoint=path))
-    for own, after, statuses in run_ranks(2, forget_on_shards, strategy="fsdp2", path=path):
-        assert_same(own, weights(one_device("transformerish")))
-        assert_same(after, loaded)
-        assert "unfilled" not in statuses
+@pytest.mark.parametrize("world_size", [2, 4])
+@where_tensors_wait
+def test_setup_runs_no_init_and_the_load_brings_all(strategy: str, world_size: int, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "raw.pt", "uneven")
+    loaded = weights(one_device("uneven", checkpoint=path))
+    for before, after, found in run_ranks(world_size, memory_before_a_load, strategy=strategy, path=path):
+        assert before == {"unfilled"}
+        assert after == {"loaded"}
+        assert_same(found, loaded)

@@ -31,6 +31,10 @@ class Agreement(Protocol):
         """Rank 0's ``value``."""
         ...
 
+    def from_all(self, names: Sequence[str]) -> list[str]:
+        """The ``names`` of all ranks, each once."""
+        ...
+
 
 class Alone:
     """One process, or one that is not to wait for others."""
@@ -40,6 +44,9 @@ class Alone:
 
     def from_rank_zero(self, value: Any) -> Any:
         return value
+
+    def from_all(self, names: Sequence[str]) -> list[str]:
+        return list(names)
 
 
 class AllRanks:
@@ -77,7 +84,11 @@ class AllRanks:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def _gather(self, what: str, mine: tuple[str, str]) -> list[tuple[str, str]]:
+    def from_all(self, names: Sequence[str]) -> list[str]:
+        everyone = self._gather("asking what still waits for values", list(names))
+        return list(dict.fromkeys(name for each in everyone for name in each))
+
+    def _gather(self, what: str, mine: Any) -> list[Any]:
         outcomes: list[Any] = [None] * dist.get_world_size()
         try:
             dist.all_gather_object(outcomes, mine)

@@ -11,14 +11,25 @@ from torch import Tensor
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.region import take
 from fabric_init.errors import FabricInitError
-from fabric_init.filling.loading import load_by_itself
+from fabric_init.filling import loading
 from fabric_init.filling.one_reader import OneReader
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Entry, Plan, storage_groups
 from fabric_init.filling.progress import with_progress
-from fabric_init.filling.report import InitReport, Row, describe_rule
+from fabric_init.filling.report import InitReport, Row, describe_rule, dtype_name
 from fabric_init.recording.replay import real_execution, replay, view
 from fabric_init.recording.tape import Tape
+
+
+def check_ties(plan: Plan, reader: CheckpointReader | None, placement: Placement) -> None:
+    """Before any memory is taken: tied tensors have one value in the file. One reader sees to that while it reads.
+
+    Raises:
+        CheckpointMismatchError: they have not.
+    """
+    if reader is not None and not isinstance(reader, OneReader):
+        with torch.inference_mode(False), real_execution():
+            loading.check_ties(plan, reader, placement)
 
 
 def fill(
@@ -75,7 +86,7 @@ def _values(
     shared = {position for positions in to_replay.values() for position in positions}
     parts: dict[int, Tensor] = {}  # loaded into memory that other tensors share
     if reader is not None:
-        load = reader.load if isinstance(reader, OneReader) else partial(load_by_itself, reader=reader)
+        load = reader.load if isinstance(reader, OneReader) else partial(loading.load_by_itself, reader=reader)
         for position, value in load(plan, placement=placement):
             if position in shared:
                 parts[position] = value
@@ -185,8 +196,3 @@ def make_report(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader 
     return InitReport(
         rows, None if reader is None else str(reader.path), None if reader is None else reader.note, plan.unexpected
     )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float32`` as ``float32``."""
-    return str(dtype).removeprefix("torch.")

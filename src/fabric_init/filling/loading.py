@@ -32,13 +32,21 @@ def loads(plan: Plan, placement: Placement) -> Iterator[Load]:
             yield Load(position, entry, placement.region(entry.slot), device)
 
 
+def check_ties(plan: Plan, reader: CheckpointReader, placement: Placement) -> None:
+    """Before any memory is taken: what the model ties has the same value under each of its keys.
+
+    Raises:
+        CheckpointMismatchError: it has not.
+    """
+    for load in loads(plan, placement):
+        if len(load.entry.keys) > 1:
+            value = reader.read(load.entry.keys[0], load.region)
+            for key in load.entry.keys[1:]:
+                check_tie(reader.path, load.entry, key, value, reader.read(key, load.region))
+
+
 def load_by_itself(plan: Plan, reader: CheckpointReader, placement: Placement) -> Iterator[tuple[int, Tensor]]:
     """Positions in the plan, and the values that this rank keeps for them: it reads its own regions alone."""
-    for load in loads(plan, placement):  # before any memory is taken
-        value = reader.read(load.entry.keys[0], load.region) if len(load.entry.keys) > 1 else None
-        for key in load.entry.keys[1:]:
-            assert value is not None
-            check_tie(reader.path, load.entry, key, value, reader.read(key, load.region))
     for load in loads(plan, placement):
         slot = load.entry.slot
         value = reader.read(load.entry.keys[0], load.region)

@@ -93,6 +93,8 @@ class OneReader:
         """
         in_file = {key: index for index, key in enumerate(self._specs)}
         entries = [(position, entry) for position, entry in enumerate(plan.entries) if entry.action is Action.LOAD]
+        if not entries:
+            return  # a strategy that fills piece by piece may have pieces without
         entries.sort(key=lambda item: in_file[item[1].keys[0]])  # slow storage likes to be read from front to back
 
         def targets() -> list[_Target]:
