@@ -16,6 +16,10 @@ from fabric_init.filling.plan import Plan
 _T = TypeVar("_T")
 
 
+class RanksLostError(FabricInitError):
+    """A rank has died, or cannot be reached."""
+
+
 class Agreement(Protocol):
     """How the ranks that fill one model keep in step."""
 
@@ -54,6 +58,8 @@ class AllRanks:
         try:
             value = make()
             mine = ("is", digest(value))
+        except RanksLostError:  # nobody is left to tell
+            raise
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
             failure = error
             mine = ("failed", f"{type(error).__name__}: {error}")
@@ -87,7 +93,7 @@ class AllRanks:
         try:
             dist.all_gather_object(outcomes, mine)
         except RuntimeError as error:
-            raise FabricInitError(
+            raise RanksLostError(
                 f"{what}: rank {dist.get_rank()} lost touch with the other ranks; one of them has probably died, and "
                 f"its own output says why. ({error})"
             ) from error

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fabric_init.checkpoints import CheckpointReader, open_checkpoint
+from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import RecordingError
-from fabric_init.filling.agreement import checkpoint_digest
 from fabric_init.filling.materialize import fill_model
+from fabric_init.filling.opening import open_on_all_ranks
 from fabric_init.filling.plan import Wanted
 from fabric_init.filling.rooms import allocate
 from fabric_init.recording.empty_init import _EmptyInit, active
@@ -43,8 +43,9 @@ def recorded_block(
     agreement = strategy.agreement
     reader = None
     if checkpoint is not None:  # a bad path fails before the build
-        reader = agreement.same(
-            "opening the checkpoint", lambda: open_checkpoint(checkpoint, mmap=mmap), checkpoint_digest
+        machines, whole = getattr(strategy, "num_nodes", 1), not strategy.fills_in_setup
+        reader = open_on_all_ranks(
+            checkpoint, strategy.io, whole=whole, machines=machines, mmap=mmap, agreement=agreement
         )
     with ExitStack() as contexts:
         built = contexts.enter_context(BuiltModules())
