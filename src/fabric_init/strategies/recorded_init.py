@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.agreement import Agreement, AllRanks, Alone
 from fabric_init.filling.guard import loading, release, require, settle
-from fabric_init.filling.opening import Io
+from fabric_init.filling.opening import Io, check_io
 from fabric_init.filling.placement import Placement
 from fabric_init.strategies.binding import ShardedPlacement, is_bound, shard_and_fill
 from fabric_init.strategies.block import recorded_block
@@ -40,7 +40,11 @@ class RecordedInit(Strategy):
     """Whether models stay recorded until they are set up: ``shard`` is called there, and before ``placement``."""
 
     io: Io = "auto"
-    """How the ranks read a checkpoint, see :class:`fabric_init.Fabric`."""
+    """How the ranks read a checkpoint, see :class:`fabric_init.Fabric`; also an argument of every strategy of ours."""
+
+    def __init__(self, *args: Any, io: Io = "auto", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.io = check_io(io)
 
     def placement(self, model: nn.Module) -> Placement:
         """Where this rank keeps the tensors of ``model``; a ``ShardedPlacement`` where it ``fills_in_setup``."""
