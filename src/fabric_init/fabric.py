@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ from lightning.fabric.strategies.model_parallel import ModelParallelStrategy as 
 from lightning.fabric.wrappers import _FabricModule
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 import fabric_init.strategies.single_device  # noqa: F401  (registers its placement)
@@ -111,15 +112,21 @@ class Fabric(lightning.Fabric):
             reader = agreement.same(
                 "opening the checkpoint", lambda: open_checkpoint(path, mmap=mmap), checkpoint_digest
             )
-        with ExitStack() as contexts:
-            built = contexts.enter_context(BuiltModules())
-            recording = contexts.enter_context(_EmptyInit(agree=agreement.from_rank_zero))
-            if self.device != torch.get_default_device():  # a default device makes every call in the block slower
-                contexts.enter_context(self.device)
-            contexts.enter_context(self.strategy.precision.module_init_context())
-            yield
+        failure: Exception | None = None
+        try:
+            with ExitStack() as contexts:
+                built = contexts.enter_context(BuiltModules())
+                recording = contexts.enter_context(_EmptyInit(agree=agreement.from_rank_zero))
+                if self.device != torch.get_default_device():  # a default device makes every call in the block slower
+                    contexts.enter_context(self.device)
+                contexts.enter_context(self.strategy.precision.module_init_context())
+                yield
+        except Exception as error:  # the other ranks have to hear of it
+            failure = error
 
         def built_models() -> list[nn.Module]:
+            if failure is not None:
+                raise failure
             models = built.roots()
             if not models and (reader is not None or recording.tape.storages):
                 raise RecordingError("no module was built in this init_module block; build the model inside it")
@@ -127,7 +134,7 @@ class Fabric(lightning.Fabric):
                 _one_model(models, reader)
             return models
 
-        models = agreement.same("building the model", built_models, lambda models: f"{len(models)} models")
+        models = agreement.same("building the model", built_models, _described)
         _complete(models, reader, wanted, placement, agreement)
 
     def init_missing(self, model: nn.Module) -> None:
@@ -152,20 +159,24 @@ class Fabric(lightning.Fabric):
         return report
 
     def setup(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        self._before_setup(module)
-        with without_first_broadcast(self.strategy, _original(module)):
-            return super().setup(module, *args, **kwargs)
+        return self._set_up_together(super().setup, module, *args, **kwargs)
 
     def setup_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        self._before_setup(module)
-        with without_first_broadcast(self.strategy, _original(module)):
-            return super().setup_module(module, *args, **kwargs)
+        return self._set_up_together(super().setup_module, module, *args, **kwargs)
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
         if isinstance(self.strategy, ModelParallelStrategy):
             for optimizer in optimizers:
                 self.strategy.adopt(optimizer)
         return super().setup_optimizers(*optimizers)
+
+    def _set_up_together(self, set_up: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def whole_setup() -> Any:
+            self._before_setup(module)
+            with without_first_broadcast(self.strategy, _original(module)):
+                return set_up(module, *args, **kwargs)
+
+        return agreement_of(self.strategy).same("setting the model up", whole_setup, lambda _: "")
 
     def _before_setup(self, module: nn.Module) -> None:
         module = _original(module)
@@ -222,6 +233,16 @@ def _one_model(models: list[nn.Module], reader: CheckpointReader) -> None:
             f"{len(models)} models were built in one init_module(checkpoint={str(reader.path)!r}) block: {names}. "
             "Give each its own block, so that it is clear which one the checkpoint is for."
         )
+
+
+def _described(models: list[nn.Module]) -> str:
+    """What tells models that differ between ranks apart."""
+    described = []
+    for model in models:
+        shapes = [p.shape for p in model.parameters() if not is_lazy(p)]
+        elements = sum(shape.numel() for shape in shapes)
+        described.append(f"{type(model).__name__} with {len(shapes)} parameters of {elements:,} elements")
+    return ", ".join(described) or "no model"
 
 
 def _require_recorded_to_be_filled(module: nn.Module) -> None:
