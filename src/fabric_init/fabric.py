@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy as LightningModelParallelStrategy
 from lightning.fabric.wrappers import _FabricModule
 from torch import nn
@@ -41,8 +42,8 @@ class Fabric(lightning.Fabric):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("strategy") == "fsdp2":
-            kwargs["strategy"] = FSDP2Strategy()
+        if "fsdp2" not in STRATEGY_REGISTRY:  # by name also from LT_STRATEGY, where `fabric run` puts it
+            STRATEGY_REGISTRY.register("fsdp2", FSDP2Strategy)
         super().__init__(*args, **kwargs)
         if type(self._strategy) is LightningModelParallelStrategy:
             self._strategy.__class__ = ModelParallelStrategy  # the same state, and knows how to fill shards
