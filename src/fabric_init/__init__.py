@@ -13,6 +13,7 @@ from fabric_init.fabric import Fabric
 from fabric_init.filling.materialize import materialize
 from fabric_init.filling.report import InitReport
 from fabric_init.recording.empty_init import deferred_init
+from fabric_init.strategies.wrappers import init_missing, init_report
 
 __version__ = "0.1.0"
 
@@ -27,5 +28,7 @@ __all__ = [
     "RecordingError",
     "UninitializedTensorError",
     "deferred_init",
+    "init_missing",
+    "init_report",
     "materialize",
 ]

@@ -16,8 +16,6 @@ from zoo import STRATEGIES, assert_same, build, launch, loss_of, one_device, tok
 from fabric_init import CheckpointMismatchError, UninitializedTensorError
 
 in_every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
-# a sharded model gets its own init in setup, so there is nothing to guard after it
-where_tensors_wait = pytest.mark.parametrize("strategy", ["ddp"])
 
 
 def load_after_setup(strategy: str, path: Path, how: str, strict: bool) -> tuple[dict[str, Tensor], set[str]]:
@@ -46,7 +44,7 @@ def test_a_full_load_after_setup(strategy: str, how: str, tmp_path: Path) -> Non
         assert "unfilled" not in statuses
 
 
-@where_tensors_wait
+@in_every_strategy
 def test_a_partial_load_after_setup_leaves_the_rest_to_the_models_own_init(strategy: str, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "raw.pt", "transformerish", partial=True)
     expected = weights(one_device("transformerish", checkpoint=path, strict=False))
@@ -75,7 +73,7 @@ def forget(strategy: str, use: str, folder: Path) -> tuple[str, float, bool]:
 
 
 @pytest.mark.parametrize("use", USES)
-@where_tensors_wait
+@in_every_strategy
 def test_a_forgotten_load_is_an_error_on_every_rank(strategy: str, use: str, tmp_path: Path) -> None:
     for message, seconds, finite in run_ranks(2, forget, strategy=strategy, use=use, folder=tmp_path):
         for name in ("embed_tokens.weight", "layers.2.down.weight", "norm.bias"):
@@ -102,7 +100,7 @@ def use_one_part(strategy: str) -> list[str]:
     return [*sorted(line.strip() for line in str(raised.value).splitlines() if line.startswith("  ")), *sorted(filled)]
 
 
-@where_tensors_wait
+@in_every_strategy
 def test_what_the_user_wrote_is_neither_missed_nor_overwritten(strategy: str) -> None:
     block = [f"layers.1.{name}" for name in ("down.weight", "norm.bias", "norm.weight", "up.bias", "up.weight")]
     state = weights(one_device("transformerish"))
@@ -128,19 +126,43 @@ def test_a_strict_load_with_missing_keys_fails_alike_on_every_rank(strategy: str
         assert seconds < 10
 
 
-def forget_on_shards(strategy: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
+def run_with_one_left(strategy: str, left: str) -> tuple[str, float]:
     fabric = launch(strategy)
-    model = fabric.setup(build(fabric, "transformerish", empty_init=True))
-    own = weights(model)
-    statuses = {row.status for row in fabric.init_report(model).rows}
+    model = fabric.setup(build(fabric, "uneven", empty_init=True))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith(left):
+                parameter.fill_(0.5)
+    start = time.monotonic()
+    with pytest.raises(UninitializedTensorError) as raised:
+        model(tokens(0))
+    return str(raised.value), time.monotonic() - start
+
+
+@pytest.mark.parametrize("left", ["second.bias", "second.weight"])
+@in_every_strategy
+def test_a_tensor_of_which_some_ranks_have_nothing_is_missed_on_all(strategy: str, left: str) -> None:
+    for message, seconds in run_ranks(4, run_with_one_left, strategy=strategy, left=left):
+        assert left in message
+        assert "first.weight" not in message
+        assert seconds < 10
+
+
+def memory_before_a_load(strategy: str, path: Path) -> tuple[set[str], set[str], dict[str, Tensor]]:
+    fabric = launch(strategy)
+    model = fabric.setup(build(fabric, "uneven", empty_init=True))
+    before = {row.status for row in fabric.init_report(model).rows if row.kind == "parameter"}
     fabric.load_raw(path, model)
-    return own, weights(model), statuses
+    after = {row.status for row in fabric.init_report(model).rows if row.kind == "parameter"}
+    return before, after, weights(model)
 
 
-def test_a_sharded_model_gets_its_own_init_in_setup_and_a_load_overwrites_it(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / "raw.pt", "transformerish")
-    loaded = weights(one_device("transformerish", checkpoint=path))
-    for own, after, statuses in run_ranks(2, forget_on_shards, strategy="fsdp2", path=path):
-        assert_same(own, weights(one_device("transformerish")))
-        assert_same(after, loaded)
-        assert "unfilled" not in statuses
+@pytest.mark.parametrize("world_size", [2, 4])
+@in_every_strategy
+def test_setup_runs_no_init_and_the_load_brings_all(strategy: str, world_size: int, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "raw.pt", "uneven")
+    loaded = weights(one_device("uneven", checkpoint=path))
+    for before, after, found in run_ranks(world_size, memory_before_a_load, strategy=strategy, path=path):
+        assert before == {"unfilled"}
+        assert after == {"loaded"}
+        assert_same(found, loaded)

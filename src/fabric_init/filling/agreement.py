@@ -31,6 +31,10 @@ class Agreement(Protocol):
         """Rank 0's ``value``."""
         ...
 
+    def from_all(self, names: Sequence[str]) -> list[str]:
+        """The ``names`` of all ranks, each once."""
+        ...
+
 
 class Alone:
     """One process, or one that is not to wait for others."""
@@ -40,6 +44,9 @@ class Alone:
 
     def from_rank_zero(self, value: Any) -> Any:
         return value
+
+    def from_all(self, names: Sequence[str]) -> list[str]:
+        return list(names)
 
 
 _PATIENCE = timedelta(seconds=30)
@@ -74,7 +81,11 @@ class AllRanks:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def _hear(self, what: str, mine: str) -> list[str]:
+    def from_all(self, names: Sequence[str]) -> list[str]:
+        everyone = self._hear("asking what still waits for values", list(names))
+        return list(dict.fromkeys(name for each in everyone for name in each))
+
+    def _hear(self, what: str, mine: Any) -> list[Any]:
         """What every rank says, if all are well."""
         try:
             self._come()
@@ -110,7 +121,7 @@ class AllRanks:
         return store, meeting
 
 
-def _gather(mine: tuple[str | None, str]) -> list[tuple[str | None, str]]:
+def _gather(mine: tuple[str | None, Any]) -> list[tuple[str | None, Any]]:
     """From every rank: what it failed in, or ``None``, and what it has to say."""
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, mine)

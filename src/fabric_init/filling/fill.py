@@ -13,7 +13,7 @@ from fabric_init.errors import CheckpointMismatchError, FabricInitError
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Entry, Plan, storage_groups
 from fabric_init.filling.progress import with_progress
-from fabric_init.filling.report import InitReport, Row, describe_rule
+from fabric_init.filling.report import InitReport, Row, describe_rule, dtype_name
 from fabric_init.recording.replay import real_execution, replay, view
 from fabric_init.recording.tape import Tape
 
@@ -201,8 +201,3 @@ def make_report(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader 
     return InitReport(
         rows, None if reader is None else str(reader.path), None if reader is None else reader.note, plan.unexpected
     )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float32`` as ``float32``."""
-    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,126 @@
+"""A model that stays recorded until its strategy shards it, bound to what it will then be filled from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fabric_init.checkpoints import CheckpointReader
+from fabric_init.errors import FabricInitError, UninitializedTensorError
+from fabric_init.filling.agreement import Agreement
+from fabric_init.filling.materialize import Prepared, carry_out, prepare
+from fabric_init.filling.placement import Placement
+from fabric_init.filling.plan import Wanted
+from fabric_init.filling.rooms import Rooms, move_in, plan_rooms, rooms_digest
+from fabric_init.filling.slots import Slot
+from fabric_init.strategies.optimizers import parameters_by_name
+
+_ATTRIBUTE = "_fabric_init_bound"
+
+
+class ShardedPlacement(Placement, Protocol):
+    """A placement for a model that has been sharded since it was planned for."""
+
+    def current(self, slot: Slot, tensor: Tensor) -> Tensor:
+        """What the sharded model holds where it held ``tensor``."""
+        ...
+
+
+class Bound(NamedTuple):
+    """What a recorded model gets when it is set up. Without a checkpoint: its own init, or room until a later load."""
+
+    reader: CheckpointReader | None
+    wanted: Wanted
+    own_init: bool
+    hooks: tuple[RemovableHandle, ...]
+
+
+def _refuse(*_: Any) -> NoReturn:
+    raise UninitializedTensorError(
+        "this model has no memory before fabric.setup(model), which shards and fills it: run, load and save it after"
+    )
+
+
+def bind(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, *, own_init: bool = False) -> None:
+    """Remember what ``model`` is to be filled from, until it is sharded."""
+    hooks = [
+        hook
+        for module in model.modules()
+        for hook in (
+            module.register_forward_pre_hook(_refuse),
+            module.register_state_dict_pre_hook(_refuse),
+            module.register_load_state_dict_pre_hook(_refuse),
+        )
+    ]
+    vars(model)[_ATTRIBUTE] = Bound(reader, wanted, own_init, tuple(hooks))
+
+
+def is_bound(model: nn.Module) -> bool:
+    """Whether ``model`` waits to be sharded and filled."""
+    return _ATTRIBUTE in vars(model)
+
+
+def unbind(model: nn.Module) -> Bound:
+    """What :func:`bind` remembered, which is forgotten with this."""
+    bound: Bound = vars(model).pop(_ATTRIBUTE)
+    for hook in bound.hooks:
+        hook.remove()
+    return bound
+
+
+def choose_own_init(model: nn.Module) -> None:
+    """Let a bound model without a checkpoint run its own init when it is sharded."""
+    bound = unbind(model)
+    bind(model, bound.reader, bound.wanted, own_init=True)
+
+
+def plan_bound(model: nn.Module, agreement: Agreement) -> Prepared | Rooms:
+    """The plan for a bound model, which with this is bound no longer; when it raises, the model is as it was."""
+    bound = unbind(model)
+    try:
+        if bound.reader is None and not bound.own_init:
+            return agreement.same("planning the model", lambda: plan_rooms(model), rooms_digest)
+        return prepare(model, bound.reader, bound.wanted, agreement=agreement)
+    except BaseException:
+        bind(model, bound.reader, bound.wanted, own_init=bound.own_init)  # the user may mend it and set up once more
+        raise
+
+
+def shard_and_fill(
+    model: nn.Module,
+    shard: Callable[[nn.Module], nn.Module],
+    placement_for: Callable[[nn.Module], ShardedPlacement],
+    agreement: Agreement,
+) -> nn.Module:
+    """Plan for the bound ``model``, let ``shard`` put the strategy's tensors in its parameters' places, fill those.
+
+    Args:
+        model: bound by :func:`bind`.
+        shard: gives the model with the strategy's own tensors, which have no memory yet.
+        placement_for: where this rank keeps the tensors of what ``shard`` gave.
+        agreement: how the ranks keep in step.
+
+    Raises:
+        CheckpointMismatchError: keys, shapes or dtypes of file and model disagree.
+        FabricInitError: a rank failed, or ``shard`` made parameters that were not in the plan.
+    """
+    planned = plan_bound(model, agreement)
+    sharded = agreement.same("sharding the model", lambda: shard(model), lambda _: "")
+    placement = placement_for(sharded)
+    if isinstance(planned, Rooms):
+        agreement.same(
+            "giving the model memory",
+            lambda: move_in(sharded, planned, placement, agreement, placement.current),
+            lambda _: "",
+        )
+    else:
+        slots = [entry.slot for entry in planned.plan.entries]
+        tensors = [placement.current(slot, tensor) for slot, tensor in zip(slots, planned.tensors, strict=True)]
+        carry_out(planned, sharded, tensors, placement, agreement)
+    left = [name for name, tensor in parameters_by_name(sharded).items() if tensor.is_meta]
+    if left:
+        raise FabricInitError(f"sharding split a tie or made parameters of its own, which have no values: {left}")
+    return sharded
