@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning
 from lightning.fabric.strategies import STRATEGY_REGISTRY
+from lightning.fabric.wrappers import _FabricOptimizer
 from torch import nn
 from torch.optim import Optimizer
 
@@ -108,6 +109,11 @@ class Fabric(lightning.Fabric):
 
     def setup_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self._set_up_together(super().setup_module, module, *args, **kwargs)
+
+    def _validate_setup(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        if is_bound(original(module)):  # an optimizer's parameters are filled in place, or replaced in the optimizer
+            optimizers = [optimizer for optimizer in optimizers if isinstance(optimizer, _FabricOptimizer)]
+        super()._validate_setup(module, optimizers)
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
         if isinstance(self.strategy, RecordedInit):

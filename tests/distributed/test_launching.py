@@ -14,14 +14,14 @@ import torch
 from launched import train
 from processes import Done, run_to_the_end
 from torch import Tensor
-from zoo import STRATEGIES, assert_same, one_device, weights, write_checkpoint
+from zoo import assert_same, one_device, weights, write_checkpoint
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "launched.py"
 BIN = Path(sys.executable).parent
 _TORCHRUN = [BIN / "torchrun", "--standalone", "--nproc_per_node=2"]
 CLASSES = {"ddp": "DDPStrategy", "fsdp2": "FSDP2Strategy"}
-in_every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+in_every_strategy = pytest.mark.parametrize("strategy", list(CLASSES))
 
 
 def _free_port() -> str:

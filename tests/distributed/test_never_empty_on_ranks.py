@@ -16,6 +16,8 @@ from zoo import STRATEGIES, assert_same, build, launch, loss_of, one_device, tok
 from fabric_init import CheckpointMismatchError, UninitializedTensorError
 
 in_every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+# FSDP's models get their own init in setup, so there nothing waits (test_fsdp.py)
+where_tensors_wait = pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "fsdp"])
 
 
 def load_after_setup(strategy: str, path: Path, how: str, strict: bool) -> tuple[dict[str, Tensor], set[str]]:
@@ -44,7 +46,7 @@ def test_a_full_load_after_setup(strategy: str, how: str, tmp_path: Path) -> Non
         assert "unfilled" not in statuses
 
 
-@in_every_strategy
+@where_tensors_wait
 def test_a_partial_load_after_setup_leaves_the_rest_to_the_models_own_init(strategy: str, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "raw.pt", "transformerish", partial=True)
     expected = weights(one_device("transformerish", checkpoint=path, strict=False))
@@ -73,7 +75,7 @@ def forget(strategy: str, use: str, folder: Path) -> tuple[str, float, bool]:
 
 
 @pytest.mark.parametrize("use", USES)
-@in_every_strategy
+@where_tensors_wait
 def test_a_forgotten_load_is_an_error_on_every_rank(strategy: str, use: str, tmp_path: Path) -> None:
     for message, seconds, finite in run_ranks(2, forget, strategy=strategy, use=use, folder=tmp_path):
         for name in ("embed_tokens.weight", "layers.2.down.weight", "norm.bias"):
@@ -100,7 +102,7 @@ def use_one_part(strategy: str) -> list[str]:
     return [*sorted(line.strip() for line in str(raised.value).splitlines() if line.startswith("  ")), *sorted(filled)]
 
 
-@in_every_strategy
+@where_tensors_wait
 def test_what_the_user_wrote_is_neither_missed_nor_overwritten(strategy: str) -> None:
     block = [f"layers.1.{name}" for name in ("down.weight", "norm.bias", "norm.weight", "up.bias", "up.weight")]
     state = weights(one_device("transformerish"))
@@ -140,7 +142,7 @@ def run_with_one_left(strategy: str, left: str) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize("left", ["second.bias", "second.weight"])
-@in_every_strategy
+@where_tensors_wait
 def test_a_tensor_of_which_some_ranks_have_nothing_is_missed_on_all(strategy: str, left: str) -> None:
     for message, seconds in run_ranks(4, run_with_one_left, strategy=strategy, left=left):
         assert left in message
@@ -158,7 +160,7 @@ def memory_before_a_load(strategy: str, path: Path) -> tuple[set[str], set[str],
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-@in_every_strategy
+@where_tensors_wait
 def test_setup_runs_no_init_and_the_load_brings_all(strategy: str, world_size: int, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "raw.pt", "uneven")
     loaded = weights(one_device("uneven", checkpoint=path))

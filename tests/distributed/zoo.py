@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from fabric_init import Fabric, deferred_init, materialize
+from fabric_init.strategies import FSDPStrategy
 
 VOCABULARY = 11
-STRATEGIES = ["ddp", "fsdp2"]
+STRATEGIES = ["ddp", "fsdp", "fsdp2"]
 
 
 class Uneven(nn.Module):
@@ -206,6 +208,8 @@ def write_checkpoint(
 def launch(strategy: Any, precision: Any = "32-true", **options: Any) -> Fabric:
     """The Fabric of this rank, launched."""
     world_size = int(os.environ["WORLD_SIZE"])
+    if strategy == "fsdp":  # by name, Lightning refuses it on the CPU
+        strategy = FSDPStrategy(auto_wrap_policy={Block})
     fabric = Fabric(accelerator="cpu", devices=world_size, strategy=strategy, precision=precision, **options)
     fabric.launch()
     assert fabric.world_size == world_size
@@ -219,9 +223,12 @@ def build(fabric: Fabric, name: str, *, seed: int = 1, **options: Any) -> nn.Mod
         return MODELS[name]()
 
 
+_WRAPPERS = ("_FabricModule", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
+
+
 def inner(model: nn.Module) -> nn.Module:
-    """The user's model, out of what ``fabric.setup`` and DDP put around it."""
-    while type(model).__name__ in ("_FabricModule", "DistributedDataParallel", "OptimizedModule"):
+    """The user's model, out of what ``fabric.setup``, DDP and FSDP put around it."""
+    while type(model).__name__ in _WRAPPERS:
         model = model._orig_mod if type(model).__name__ == "OptimizedModule" else model.module
     return model
 
@@ -232,18 +239,24 @@ def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
 
 
+def named(model: nn.Module, kind: str) -> Iterator[tuple[str, Any]]:
+    """``named_parameters`` or ``named_buffers`` with ties under all their names, names as the user knows them."""
+    for name, value in getattr(inner(model), kind)(remove_duplicate=False):
+        yield name.replace("_fsdp_wrapped_module.", ""), value
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer under each of its names, whole."""
-    model = inner(model)
-    found = {name: whole(value) for name, value in model.named_parameters(remove_duplicate=False)}
-    found.update((name, whole(value)) for name, value in model.named_buffers(remove_duplicate=False))
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):  # concerns the modules of FSDP alone
+        found = {name: whole(value) for name, value in named(model, "named_parameters")}
+        found.update((name, whole(value)) for name, value in named(model, "named_buffers"))
     return found
 
 
 def ties(model: nn.Module) -> set[frozenset[str]]:
     """Which names mean one parameter."""
     names: dict[int, set[str]] = {}
-    for name, value in inner(model).named_parameters(remove_duplicate=False):
+    for name, value in named(model, "named_parameters"):
         names.setdefault(id(value), set()).add(name)
     return {frozenset(group) for group in names.values() if len(group) > 1}
 

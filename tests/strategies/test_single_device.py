@@ -7,9 +7,8 @@ import torch
 from lightning.fabric.strategies import SingleDeviceStrategy
 from torch import nn
 
-from fabric_init import Fabric
+from fabric_init import Fabric, deferred_init
 from fabric_init.filling.slots import find_slots
-from fabric_init.recording.empty_init import deferred_init
 from fabric_init.strategies import SingleDeviceStrategy as Ours
 
 

@@ -18,6 +18,28 @@ from fabric_init.recording.replay import real_execution, replay, view
 from fabric_init.recording.tape import Tape
 
 
+def check_ties(plan: Plan, reader: CheckpointReader | None, placement: Placement) -> None:
+    """Before any memory is taken: what the model ties has the same value under each of its keys.
+
+    Raises:
+        CheckpointMismatchError: it has not.
+    """
+    with torch.inference_mode(False), real_execution():
+        for entry in plan.entries:
+            if entry.action is not Action.LOAD or len(entry.keys) < 2:
+                continue
+            assert reader is not None
+            region = placement.region(entry.slot)
+            value = reader.read(entry.keys[0], region)
+            for key in entry.keys[1:]:
+                if not torch.allclose(value, reader.read(key, region), rtol=0, atol=0, equal_nan=True):
+                    raise CheckpointMismatchError(
+                        f"{reader.path}: {entry.keys[0]} and {key} hold different values, but in the model they are "
+                        f"one tied tensor ({' = '.join(entry.slot.names)}). Build the model untied, or drop one key "
+                        "with rename."
+                    )
+
+
 def fill(
     plan: Plan,
     tensors: Sequence[Tensor],
@@ -38,7 +60,6 @@ def fill(
         exact: replay the random streams in order (``rng="eager"``).
     """
     with torch.inference_mode(False), real_execution():
-        _check_ties(plan, reader, placement)
         values: dict[int, Tensor] = {}
         found = _values(plan, tensors, tapes, reader, placement, exact=exact)
         for position, value in with_progress(found, len(plan.entries)):
@@ -82,23 +103,6 @@ def _values(
             elif slot.real and placement.device(slot) != slot.device:
                 yield position, tensors[position].detach().to(placement.device(slot))
     yield from _replayed(entries, to_replay, tapes, reader, placement, exact=exact)
-
-
-def _check_ties(plan: Plan, reader: CheckpointReader | None, placement: Placement) -> None:
-    """Before any memory is taken: what the model ties has the same value under each of its keys."""
-    for entry in plan.entries:
-        if entry.action is not Action.LOAD or len(entry.keys) < 2:
-            continue
-        assert reader is not None
-        region = placement.region(entry.slot)
-        value = reader.read(entry.keys[0], region)
-        for key in entry.keys[1:]:
-            if not torch.allclose(value, reader.read(key, region), rtol=0, atol=0, equal_nan=True):
-                raise CheckpointMismatchError(
-                    f"{reader.path}: {entry.keys[0]} and {key} hold different values, but in the model they are one "
-                    f"tied tensor ({' = '.join(entry.slot.names)}). Build the model untied, or drop one key with "
-                    "rename."
-                )
 
 
 def _loaded(entry: Entry, reader: CheckpointReader | None, placement: Placement) -> Tensor:

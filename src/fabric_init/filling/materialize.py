@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from fabric_init.checkpoints import CheckpointReader, open_checkpoint
 from fabric_init.checkpoints.renaming import Rename
-from fabric_init.errors import RecordingError
+from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.agreement import Agreement, Alone, plan_digest
-from fabric_init.filling.fill import fill
+from fabric_init.filling.deferred import loaded_since, release_recorded, written_since
+from fabric_init.filling.fill import check_ties, fill
 from fabric_init.filling.placement import Placement, WholeTensors
 from fabric_init.filling.plan import Plan, Wanted, make_plan
 from fabric_init.filling.report import InitReport, keep_report
@@ -103,9 +104,10 @@ def prepare(
     """Plan for ``model``, while its tensors are still recorded and whole. Raises all that is the user's to mend."""
 
     def plan() -> Prepared:
+        source, asked = _with_earlier_load(model, reader, wanted)
         slots, tensors, tapes = survey(model)
         exact = _exact(set(tapes.values()), rng)
-        return Prepared(make_plan(slots, tapes, reader, wanted), tensors, tapes, reader, exact)
+        return Prepared(make_plan(slots, tapes, source, asked), tensors, tapes, source, exact)
 
     return agreement.same("planning the initialisation", plan, lambda prepared: plan_digest(prepared.plan))
 
@@ -115,9 +117,13 @@ def carry_out(
 ) -> InitReport:
     """Fill ``tensors``: the plan's own, or what a strategy has made of them."""
     plan, _, tapes, reader, exact = prepared
-    report = agreement.same(
-        "filling the model", lambda: fill(plan, tensors, tapes, reader, placement, exact=exact), lambda report: ""
-    )
+
+    def check_and_fill() -> InitReport:
+        check_ties(plan, reader, placement)
+        return fill(plan, tensors, tapes, reader, placement, exact=exact)
+
+    report = agreement.same("filling the model", check_and_fill, lambda report: "")
+    release_recorded(model)
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()  # cuDNN's layout: the constructor's own call came before there was memory
@@ -139,6 +145,27 @@ def survey(model: nn.Module) -> tuple[list[Slot], list[Tensor], Mapping[int, Tap
             assert found is not None
             tapes[found.storage] = found.tape
     return slots, tensors, tapes
+
+
+def _with_earlier_load(
+    model: nn.Module, reader: CheckpointReader | None, wanted: Wanted
+) -> tuple[CheckpointReader | None, Wanted]:
+    """The checkpoint to fill from, where ``load_state_dict`` was called on the recorded model before."""
+    lost = written_since(model)
+    if lost:
+        raise RecordingError(
+            f"{', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}: written after the recorded block, when there "
+            "was no memory to write to. Do it inside the block, where it is recorded, or once the model has values."
+        )
+    earlier = loaded_since(model)
+    if earlier is None or (reader is not None and wanted.strict):
+        return reader, wanted  # a strict load brings everything anyway
+    if reader is not None:
+        raise FabricInitError(
+            f"load_state_dict has brought {len(earlier.keys())} tensors into this recorded model, and {reader.path} "
+            "is to fill it as well, not strictly. Load the second one once the model has values."
+        )
+    return earlier, Wanted(strict=False)
 
 
 def _exact(tapes: set[Tape], rng: Rng | None) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fabric_init.checkpoints.region import Box
 from fabric_init.filling.agreement import Agreement, plan_digest
+from fabric_init.filling.deferred import release_recorded
 from fabric_init.filling.fill import fill, make_report
 from fabric_init.filling.guard import hook
 from fabric_init.filling.marks import place_mark
@@ -83,6 +84,7 @@ def move_in(
         if id(tensor) not in shared:
             with torch.inference_mode(tensor.is_inference()), torch.no_grad(), torch._C.DisableTorchFunction():
                 shared[id(tensor)] = placement.put(slot, tensor, values.pop(id(tensor)))
+    release_recorded(model)
     report = fill(rooms.plan, now, rooms.tapes, None, placement, exact=False)
     rows = make_report(_plan_of(rooms.later), rooms.tapes, None).rows
     report.rows += rows

@@ -6,6 +6,7 @@ from fabric_init.filling.slots import Slot
 from fabric_init.strategies.binding import ShardedPlacement
 from fabric_init.strategies.ddp import DDPStrategy
 from fabric_init.strategies.dtensors import ShardedTensors
+from fabric_init.strategies.fsdp import FSDPStrategy
 from fabric_init.strategies.fsdp2 import FSDP2Strategy, ModelParallelStrategy
 from fabric_init.strategies.recorded_init import RecordedInit, register_strategy
 from fabric_init.strategies.single_device import SingleDeviceStrategy
@@ -14,6 +15,7 @@ __all__ = [
     "Box",
     "DDPStrategy",
     "FSDP2Strategy",
+    "FSDPStrategy",
     "ModelParallelStrategy",
     "Placement",
     "RecordedInit",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from fabric_init.checkpoints import CheckpointReader
-from fabric_init.errors import FabricInitError, UninitializedTensorError
+from fabric_init.errors import FabricInitError
 from fabric_init.filling.agreement import Agreement
+from fabric_init.filling.deferred import guard_recorded, loaded_since
 from fabric_init.filling.materialize import Prepared, carry_out, prepare
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Wanted
@@ -35,27 +36,12 @@ class Bound(NamedTuple):
     reader: CheckpointReader | None
     wanted: Wanted
     own_init: bool
-    hooks: tuple[RemovableHandle, ...]
-
-
-def _refuse(*_: Any) -> NoReturn:
-    raise UninitializedTensorError(
-        "this model has no memory before fabric.setup(model), which shards and fills it: run, load and save it after"
-    )
 
 
 def bind(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, *, own_init: bool = False) -> None:
     """Remember what ``model`` is to be filled from, until it is sharded."""
-    hooks = [
-        hook
-        for module in model.modules()
-        for hook in (
-            module.register_forward_pre_hook(_refuse),
-            module.register_state_dict_pre_hook(_refuse),
-            module.register_load_state_dict_pre_hook(_refuse),
-        )
-    ]
-    vars(model)[_ATTRIBUTE] = Bound(reader, wanted, own_init, tuple(hooks))
+    guard_recorded(model, "fabric.setup(model) shards and fills it: call that first")
+    vars(model)[_ATTRIBUTE] = Bound(reader, wanted, own_init)
 
 
 def is_bound(model: nn.Module) -> bool:
@@ -66,8 +52,6 @@ def is_bound(model: nn.Module) -> bool:
 def unbind(model: nn.Module) -> Bound:
     """What :func:`bind` remembered, which is forgotten with this."""
     bound: Bound = vars(model).pop(_ATTRIBUTE)
-    for hook in bound.hooks:
-        hook.remove()
     return bound
 
 
@@ -77,15 +61,20 @@ def choose_own_init(model: nn.Module) -> None:
     bind(model, bound.reader, bound.wanted, own_init=True)
 
 
-def plan_bound(model: nn.Module, agreement: Agreement) -> Prepared | Rooms:
-    """The plan for a bound model, which with this is bound no longer; when it raises, the model is as it was."""
+@contextmanager
+def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[Prepared | Rooms]:
+    """Context in which the bound ``model`` is sharded and filled after the plan that it gives.
+
+    If planning fails, the model is as it was. If the rest fails, it stays bound, so that nobody can use it.
+    """
     bound = unbind(model)
     try:
-        if bound.reader is None and not bound.own_init:
-            return agreement.same("planning the model", lambda: plan_rooms(model), rooms_digest)
-        return prepare(model, bound.reader, bound.wanted, agreement=agreement)
+        if bound.reader is None and not bound.own_init and loaded_since(model) is None:
+            yield agreement.same("planning the model", lambda: plan_rooms(model), rooms_digest)
+        else:
+            yield prepare(model, bound.reader, bound.wanted, agreement=agreement)
     except BaseException:
-        bind(model, bound.reader, bound.wanted, own_init=bound.own_init)  # the user may mend it and set up once more
+        bind(model, bound.reader, bound.wanted, own_init=bound.own_init)
         raise
 
 
@@ -107,20 +96,20 @@ def shard_and_fill(
         CheckpointMismatchError: keys, shapes or dtypes of file and model disagree.
         FabricInitError: a rank failed, or ``shard`` made parameters that were not in the plan.
     """
-    planned = plan_bound(model, agreement)
-    sharded = agreement.same("sharding the model", lambda: shard(model), lambda _: "")
-    placement = placement_for(sharded)
-    if isinstance(planned, Rooms):
-        agreement.same(
-            "giving the model memory",
-            lambda: move_in(sharded, planned, placement, agreement, placement.current),
-            lambda _: "",
-        )
-    else:
-        slots = [entry.slot for entry in planned.plan.entries]
-        tensors = [placement.current(slot, tensor) for slot, tensor in zip(slots, planned.tensors, strict=True)]
-        carry_out(planned, sharded, tensors, placement, agreement)
-    left = [name for name, tensor in parameters_by_name(sharded).items() if tensor.is_meta]
-    if left:
-        raise FabricInitError(f"sharding split a tie or made parameters of its own, which have no values: {left}")
-    return sharded
+    with planned_for(model, agreement) as planned:
+        sharded = agreement.same("sharding the model", lambda: shard(model), lambda _: "")
+        placement = placement_for(sharded)
+        if isinstance(planned, Rooms):
+            agreement.same(
+                "giving the model memory",
+                lambda: move_in(sharded, planned, placement, agreement, placement.current),
+                lambda _: "",
+            )
+        else:
+            slots = [entry.slot for entry in planned.plan.entries]
+            tensors = [placement.current(slot, tensor) for slot, tensor in zip(slots, planned.tensors, strict=True)]
+            carry_out(planned, sharded, tensors, placement, agreement)
+        left = [name for name, tensor in parameters_by_name(sharded).items() if tensor.is_meta]
+        if left:
+            raise FabricInitError(f"sharding split a tie or made parameters of its own, which have no values: {left}")
+        return sharded

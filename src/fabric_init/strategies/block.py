@@ -56,6 +56,7 @@ def recorded_block(
             if device != torch.get_default_device():  # a default device makes every call in the block slower
                 contexts.enter_context(device)
             contexts.enter_context(strategy.precision.module_init_context())
+            contexts.enter_context(strategy.while_recording())
             yield
             if strategy.fills_in_setup:
                 for model in built.roots():  # setup casts to the precision: that belongs to the recording, too

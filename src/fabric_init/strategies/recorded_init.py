@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 from lightning.fabric.strategies.strategy import Strategy
@@ -49,6 +49,10 @@ class RecordedInit(Strategy):
     def sharded_placement(self, model: nn.Module) -> ShardedPlacement:
         """:meth:`placement`, of a strategy that ``fills_in_setup``."""
         return self.placement(model)  # type: ignore[return-value]
+
+    def while_recording(self) -> AbstractContextManager[Any]:
+        """What else a constructor that is recorded runs in."""
+        return nullcontext()
 
     @property
     def agreement(self) -> Agreement:
