@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from fabric_init.checkpoints.renaming import Rename
 from fabric_init.errors import FabricInitError, RecordingError
+from fabric_init.filling.opening import Io, check_io
 from fabric_init.filling.plan import Wanted
 from fabric_init.filling.report import InitReport
 from fabric_init.recording.empty_init import active
@@ -28,14 +29,23 @@ from fabric_init.strategies.wrappers import init_missing, init_report, original
 class Fabric(lightning.Fabric):
     """:class:`lightning.Fabric`, whose :meth:`init_module` builds models without running init kernels.
 
-    Takes the same arguments. See :meth:`init_module` for what is new.
+    Takes the same arguments, and one more. See :meth:`init_module` for what is new.
+
+    Args:
+        io: how the ranks read a checkpoint. ``"local"``: each reads what it keeps. ``"broadcast"``: rank 0 reads each
+            tensor once and sends it to the others, 64 MiB at a time; they need not have the file.
+            ``"auto"``: broadcast where every rank keeps the whole model, there are several machines, and the file is
+            on a network file system; else local.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, io: Io = "auto", **kwargs: Any) -> None:
+        check_io(io)
         if "fsdp2" not in STRATEGY_REGISTRY:  # there it is found by name, also in LT_STRATEGY under `fabric run`
             STRATEGY_REGISTRY.register("fsdp2", FSDP2Strategy)
         super().__init__(**kwargs)
         with_recorded_init(self._strategy)
+        if io != "auto" and isinstance(self._strategy, RecordedInit):
+            self._strategy.io = io
 
     def init_module(
         self,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
-from zoo import build, inner, one_device, weights, write_checkpoint
+from zoo import MODELS, build, inner, one_device, weights, write_checkpoint
 
 from fabric_init import FabricInitError, UninitializedTensorError
 
@@ -85,10 +85,14 @@ def values_of(path: Path) -> dict[str, Tensor]:
 
 def expected_after(done: list[str], how: str, files: Files) -> dict[str, Tensor] | None:
     """What plain PyTorch would hold after these calls; ``None`` where nothing has given the model values."""
-    found = weights(one_device(NAME))
     complete = how != "empty"
-    if how == "checkpoint":
+    if how == "eager":
+        torch.manual_seed(1)
+        found = weights(MODELS[NAME]())
+    elif how == "checkpoint":
         found = weights(one_device(NAME, checkpoint=files.declared))
+    else:
+        found = weights(one_device(NAME))
     for action in done:
         complete = True
         file = ACTIONS[action][1] if action in ACTIONS else None

@@ -20,6 +20,10 @@ _T = TypeVar("_T")
 _Error = TypeVar("_Error", bound=Exception)
 
 
+class RanksLostError(FabricInitError):
+    """A rank has died, or cannot be reached."""
+
+
 class Agreement(Protocol):
     """How the ranks that fill one model keep in step."""
 
@@ -65,6 +69,8 @@ class AllRanks:
         try:
             value = make()
             mine = digest(value)
+        except RanksLostError:  # nobody is left to tell
+            raise
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
             self._tell(what, error)
             raise
@@ -91,11 +97,9 @@ class AllRanks:
             self._come()
             outcomes = _gather((None, mine))
         except RuntimeError as error:
-            raise _known(
-                FabricInitError(
-                    f"{what}: rank {dist.get_rank()} lost touch with the other ranks; one of them has probably died, "
-                    f"and its own output says why. ({error})"
-                )
+            raise RanksLostError(
+                f"{what}: rank {dist.get_rank()} lost touch with the other ranks; one of them has probably died, and "
+                f"its own output says why. ({error})"
             ) from error
         failed = [(rank, failing, text) for rank, (failing, text) in enumerate(outcomes) if failing is not None]
         if failed:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fabric_init.checkpoints import Region, TensorSpec
+from fabric_init.checkpoints import CheckpointReader, Region, TensorSpec
 from fabric_init.checkpoints.region import take
 from fabric_init.errors import FabricInitError, RecordingError, UninitializedTensorError
+from fabric_init.filling.marks import version_of
 from fabric_init.filling.slots import named_modules
 from fabric_init.recording.empty_init import active, recorded_build
 from fabric_init.recording.modules import BuiltModules
@@ -59,12 +60,13 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
 class _Recorded:
     """What a module that was recorded remembers until it has memory."""
 
-    __slots__ = ("loaded", "mend", "versions")
+    __slots__ = ("loaded", "mend", "real", "versions")
 
-    def __init__(self, mend: str, versions: dict[str, int]) -> None:
+    def __init__(self, mend: str) -> None:
         self.mend = mend
-        self.versions = versions  # of its own tensors, when the block ended
-        self.loaded: dict[str, Tensor] = {}  # what load_state_dict brought since
+        self.versions: dict[str, int] = {}  # of its own recorded tensors, when the block ended
+        self.real: dict[str, tuple[Tensor, int]] = {}  # its tensors that had memory then, and their versions
+        self.loaded: dict[str, Tensor] = {}  # what load_state_dict has brought for the recorded ones since
 
     def refuse(self, module: nn.Module, use: str) -> NoReturn:
         name = type(module).__name__
@@ -80,22 +82,26 @@ class _Recorded:
 def guard_recorded(model: nn.Module, mend: str) -> None:
     """Let ``model`` refuse to run, be saved or copied, and keep what is loaded into it; ``mend`` says what to do."""
     for module in model.modules():
-        own = {**module._parameters, **module._buffers}
+        record = vars(module).get(_ATTRIBUTE)
+        if record is not None:
+            record.mend = mend
+            continue
+        vars(module)[_ATTRIBUTE] = record = _Recorded(mend)
         with torch._C.DisableTorchFunction():
-            versions = {
-                name: tensor._version
-                for name, tensor in own.items()
-                if tensor is not None and not tensor.is_inference() and recorded(tensor) is not None
-            }
-        before = vars(module).get(_ATTRIBUTE)
-        vars(module)[_ATTRIBUTE] = now = _Recorded(mend, versions if before is None else before.versions)
-        if before is None:
-            module.register_forward_pre_hook(_before_forward)
-            module.register_state_dict_pre_hook(_before_state_dict)
-            module.register_load_state_dict_pre_hook(_before_load)
-            module.register_load_state_dict_post_hook(_after_load)
-        else:
-            now.loaded = before.loaded
+            for name, tensor in _own(module).items():
+                if recorded(tensor) is not None:
+                    record.versions[name] = version_of(tensor)
+                elif not tensor.is_meta:
+                    record.real[name] = tensor, version_of(tensor)
+        module.register_forward_pre_hook(_before_forward)
+        module.register_state_dict_pre_hook(_before_state_dict)
+        module.register_load_state_dict_pre_hook(_before_load)
+        module.register_load_state_dict_post_hook(_after_load)
+
+
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    both = {**module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in both.items() if tensor is not None}
 
 
 def release_recorded(model: nn.Module) -> None:
@@ -128,9 +134,9 @@ def _before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 def _before_load(module: nn.Module, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
     mend, kept = _of(module).mend, _of(module).loaded
-    for name, tensor in {**module._parameters, **module._buffers}.items():
+    for name, tensor in _own(module).items():
         value = state_dict.get(prefix + name)
-        if tensor is None or not tensor.is_meta or not isinstance(value, Tensor) or value.shape != tensor.shape:
+        if not tensor.is_meta or not isinstance(value, Tensor) or value.shape != tensor.shape:
             continue  # torch itself loads what has memory, and says what does not fit
         kept.pop(name, None)
         if local_metadata.get("assign_to_params_buffers"):
@@ -146,30 +152,61 @@ def _before_load(module: nn.Module, state_dict: Any, prefix: str, local_metadata
 def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
     record = _of(module)
     for name in record.loaded.keys() & record.versions.keys():
-        record.versions[name] = getattr(module, name)._version  # torch has counted its copy
+        record.versions[name] = version_of(getattr(module, name))  # torch has counted its copy
 
 
 _HOOKS = (_before_forward, _before_state_dict, _before_load, _after_load)
 
 
-def written_since(model: nn.Module) -> list[str]:
-    """Names of recorded tensors that were written in place since their block ended: without memory, so in vain."""
-    return [
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in named_modules(model)
-        if (record := vars(module).get(_ATTRIBUTE)) is not None
+def _records(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Recorded | None]]:
+    for prefix, module in named_modules(model):
+        yield f"{prefix}." if prefix else "", module, vars(module).get(_ATTRIBUTE)
+
+
+def refuse_lost_writes(model: nn.Module) -> None:
+    """Raise if recorded tensors were written in place since their block ended: without memory, so in vain.
+
+    Raises:
+        RecordingError: naming them.
+    """
+    lost = [
+        prefix + name
+        for prefix, module, record in _records(model)
+        if record is not None
         for name, version in record.versions.items()
-        if (tensor := getattr(module, name, None)) is not None and tensor.is_meta and tensor._version != version
+        if (tensor := _own(module).get(name)) is not None and tensor.is_meta and version_of(tensor) != version
     ]
+    if lost:
+        raise RecordingError(
+            f"{', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}: written after the recorded block, when there "
+            "was no memory to write to. Do it inside the block, where it is recorded, or once the model has values."
+        )
+
+
+def given_since(model: nn.Module) -> set[str]:
+    """Names of tensors with memory that the user has put into ``model``, or written, since its block ended."""
+    return {
+        prefix + name
+        for prefix, module, record in _records(model)
+        for name, tensor in _own(module).items()
+        if not tensor.is_meta
+        and (
+            record is None
+            or (was := record.real.get(name)) is None
+            or was[0] is not tensor
+            or was[1] != version_of(tensor)
+        )
+    }
 
 
 def loaded_since(model: nn.Module) -> LoadedReader | None:
     """What ``load_state_dict`` has brought for the recorded ``model``, as a checkpoint; ``None`` for nothing."""
     found = {
-        f"{prefix}.{name}" if prefix else name: tensor
-        for prefix, module in named_modules(model)
-        if (record := vars(module).get(_ATTRIBUTE)) is not None
+        prefix + name: tensor
+        for prefix, module, record in _records(model)
+        if record is not None
         for name, tensor in record.loaded.items()
+        if (now := _own(module).get(name)) is not None and now.is_meta
     }
     return LoadedReader(found) if found else None
 
@@ -194,3 +231,27 @@ class LoadedReader:
         """A copy on the CPU: what the user has loaded stays the user's."""
         part = take(self._state[key], region)
         return part.to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+class Overlaid:
+    """A checkpoint, and what was loaded over it, under keys of its own; a ``CheckpointReader``."""
+
+    def __init__(self, below: CheckpointReader, above: LoadedReader) -> None:
+        self.path, self.format, self.note = below.path, below.format, below.note
+        self._below = below
+        self._above = above
+        self._loaded = {self.key(name): name for name in above.keys()}
+
+    @staticmethod
+    def key(name: str) -> str:
+        """The key of what was loaded for the tensor ``name``."""
+        return f"load_state_dict: {name}"
+
+    def keys(self) -> Sequence[str]:
+        return (*self._below.keys(), *self._loaded)
+
+    def spec(self, key: str) -> TensorSpec:
+        return self._above.spec(self._loaded[key]) if key in self._loaded else self._below.spec(key)
+
+    def read(self, key: str, region: Region | None = None) -> Tensor:
+        return self._above.read(self._loaded[key], region) if key in self._loaded else self._below.read(key, region)

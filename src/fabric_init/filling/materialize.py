@@ -13,7 +13,7 @@ from fabric_init.checkpoints import CheckpointReader, open_checkpoint
 from fabric_init.checkpoints.renaming import Rename
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.agreement import Agreement, Alone, plan_digest
-from fabric_init.filling.deferred import loaded_since, release_recorded, written_since
+from fabric_init.filling.deferred import loaded_since, refuse_lost_writes, release_recorded
 from fabric_init.filling.fill import check_ties, fill
 from fabric_init.filling.placement import Placement, WholeTensors
 from fabric_init.filling.plan import Plan, Wanted, make_plan
@@ -23,6 +23,7 @@ from fabric_init.recording.collector import PausedCollector
 from fabric_init.recording.tape import Rng, Tape, check_rng, recorded
 
 _ALONE = Alone()
+_PLANNING = "planning the initialisation"
 
 
 def materialize(
@@ -79,8 +80,13 @@ def fill_model(
     agreement: Agreement = _ALONE,
 ) -> InitReport:
     """:func:`materialize`, for any placement, an open checkpoint and ranks that agree."""
+
+    def plan() -> Prepared:
+        source, asked = _with_earlier_load(model, reader, wanted)
+        return plan_for(model, source, asked, rng)
+
     with PausedCollector():
-        prepared = prepare(model, reader, wanted, rng, agreement)
+        prepared = agreement.same(_PLANNING, plan, prepared_digest)
         return carry_out(prepared, model, prepared.tensors, placement, agreement)
 
 
@@ -94,22 +100,26 @@ class Prepared(NamedTuple):
     exact: bool
 
 
+def plan_for(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, rng: Rng | None = None) -> Prepared:
+    """Plan for ``model``, while its tensors are still recorded and whole. Raises all that is the user's to mend."""
+    slots, tensors, tapes = survey(model)
+    exact = _exact(set(tapes.values()), rng)
+    return Prepared(make_plan(slots, tapes, reader, wanted), tensors, tapes, reader, exact)
+
+
 def prepare(
     model: nn.Module,
     reader: CheckpointReader | None,
     wanted: Wanted,
-    rng: Rng | None = None,
     agreement: Agreement = _ALONE,
 ) -> Prepared:
-    """Plan for ``model``, while its tensors are still recorded and whole. Raises all that is the user's to mend."""
+    """:func:`plan_for`, on ranks that agree."""
+    return agreement.same(_PLANNING, lambda: plan_for(model, reader, wanted), prepared_digest)
 
-    def plan() -> Prepared:
-        source, asked = _with_earlier_load(model, reader, wanted)
-        slots, tensors, tapes = survey(model)
-        exact = _exact(set(tapes.values()), rng)
-        return Prepared(make_plan(slots, tapes, source, asked), tensors, tapes, source, exact)
 
-    return agreement.same("planning the initialisation", plan, lambda prepared: plan_digest(prepared.plan))
+def prepared_digest(prepared: Prepared) -> str:
+    """What tells one plan from another."""
+    return plan_digest(prepared.plan)
 
 
 def carry_out(
@@ -151,12 +161,7 @@ def _with_earlier_load(
     model: nn.Module, reader: CheckpointReader | None, wanted: Wanted
 ) -> tuple[CheckpointReader | None, Wanted]:
     """The checkpoint to fill from, where ``load_state_dict`` was called on the recorded model before."""
-    lost = written_since(model)
-    if lost:
-        raise RecordingError(
-            f"{', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}: written after the recorded block, when there "
-            "was no memory to write to. Do it inside the block, where it is recorded, or once the model has values."
-        )
+    refuse_lost_writes(model)
     earlier = loaded_since(model)
     if earlier is None or (reader is not None and wanted.strict):
         return reader, wanted  # a strict load brings everything anyway

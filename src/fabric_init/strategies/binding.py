@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.agreement import Agreement
-from fabric_init.filling.deferred import guard_recorded, loaded_since
-from fabric_init.filling.materialize import Prepared, carry_out, prepare
+from fabric_init.filling.deferred import guard_recorded, loaded_since, refuse_lost_writes
+from fabric_init.filling.materialize import Prepared, carry_out, plan_for, prepare, prepared_digest
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Wanted
+from fabric_init.filling.revise import revised
 from fabric_init.filling.rooms import Rooms, move_in, plan_rooms, rooms_digest
 from fabric_init.filling.slots import Slot
 from fabric_init.strategies.optimizers import parameters_by_name
@@ -33,15 +34,23 @@ class ShardedPlacement(Placement, Protocol):
 class Bound(NamedTuple):
     """What a recorded model gets when it is set up. Without a checkpoint: its own init, or room until a later load."""
 
-    reader: CheckpointReader | None
-    wanted: Wanted
+    prepared: Prepared | None
     own_init: bool
 
 
-def bind(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, *, own_init: bool = False) -> None:
-    """Remember what ``model`` is to be filled from, until it is sharded."""
+def bind(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, agreement: Agreement) -> None:
+    """Plan for ``model``, if there is a checkpoint, and remember that until it is sharded.
+
+    Raises:
+        CheckpointMismatchError: keys, shapes or dtypes of file and model disagree.
+    """
+    prepared = prepare(model, reader, wanted, agreement) if reader is not None else None
+    _keep(model, Bound(prepared, own_init=False))
+
+
+def _keep(model: nn.Module, bound: Bound) -> None:
     guard_recorded(model, "fabric.setup(model) shards and fills it: call that first")
-    vars(model)[_ATTRIBUTE] = Bound(reader, wanted, own_init)
+    vars(model)[_ATTRIBUTE] = bound
 
 
 def is_bound(model: nn.Module) -> bool:
@@ -49,16 +58,10 @@ def is_bound(model: nn.Module) -> bool:
     return _ATTRIBUTE in vars(model)
 
 
-def unbind(model: nn.Module) -> Bound:
-    """What :func:`bind` remembered, which is forgotten with this."""
-    bound: Bound = vars(model).pop(_ATTRIBUTE)
-    return bound
-
-
 def choose_own_init(model: nn.Module) -> None:
     """Let a bound model without a checkpoint run its own init when it is sharded."""
-    bound = unbind(model)
-    bind(model, bound.reader, bound.wanted, own_init=True)
+    bound: Bound = vars(model)[_ATTRIBUTE]
+    vars(model)[_ATTRIBUTE] = bound._replace(own_init=True)
 
 
 @contextmanager
@@ -67,15 +70,26 @@ def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[Prepared | R
 
     If planning fails, the model is as it was. If the rest fails, it stays bound, so that nobody can use it.
     """
-    bound = unbind(model)
+    bound: Bound = vars(model).pop(_ATTRIBUTE)
     try:
-        if bound.reader is None and not bound.own_init and loaded_since(model) is None:
-            yield agreement.same("planning the model", lambda: plan_rooms(model), rooms_digest)
-        else:
-            yield prepare(model, bound.reader, bound.wanted, agreement=agreement)
+        yield agreement.same("planning for the model as it is now", lambda: _plan(model, bound), _digest)
     except BaseException:
-        bind(model, bound.reader, bound.wanted, own_init=bound.own_init)
+        _keep(model, bound)
         raise
+
+
+def _plan(model: nn.Module, bound: Bound) -> Prepared | Rooms:
+    if bound.prepared is not None:
+        return revised(bound.prepared, model)
+    refuse_lost_writes(model)
+    earlier = loaded_since(model)
+    if earlier is not None:
+        return plan_for(model, earlier, Wanted(strict=False))
+    return plan_for(model, None, Wanted()) if bound.own_init else plan_rooms(model)
+
+
+def _digest(planned: Prepared | Rooms) -> str:
+    return rooms_digest(planned) if isinstance(planned, Rooms) else prepared_digest(planned)
 
 
 def shard_and_fill(

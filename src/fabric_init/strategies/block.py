@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fabric_init.checkpoints import CheckpointReader, open_checkpoint
+from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import RecordingError
-from fabric_init.filling.agreement import checkpoint_digest
 from fabric_init.filling.materialize import fill_model
+from fabric_init.filling.opening import open_on_all_ranks
 from fabric_init.filling.plan import Wanted
 from fabric_init.filling.rooms import allocate
 from fabric_init.recording.empty_init import _EmptyInit, active
@@ -44,8 +44,9 @@ def recorded_block(
     agreement = strategy.agreement
     reader = None
     if checkpoint is not None:  # a bad path fails before the build
-        reader = agreement.same(
-            "opening the checkpoint", lambda: open_checkpoint(checkpoint, mmap=mmap), checkpoint_digest
+        machines, whole = getattr(strategy, "num_nodes", 1), not strategy.fills_in_setup
+        reader = open_on_all_ranks(
+            checkpoint, strategy.io, whole=whole, machines=machines, mmap=mmap, agreement=agreement
         )
     failure: Exception | None = None
     try:
@@ -89,7 +90,7 @@ def refuse_nesting() -> None:
 def _complete(models: list[nn.Module], reader: CheckpointReader | None, wanted: Wanted, strategy: RecordedInit) -> None:
     if strategy.fills_in_setup:
         for model in models:
-            bind(model, reader, wanted)
+            bind(model, reader, wanted, strategy.agreement)
     elif reader is None:
         allocate(models, strategy.placement)
     else:

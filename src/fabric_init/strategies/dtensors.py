@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
 from fabric_init.checkpoints import Box, Region
+from fabric_init.checkpoints.region import take
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.placement import become
 from fabric_init.filling.slots import Slot, named_modules
@@ -95,3 +97,24 @@ def region_of(tensor: DTensor) -> Box:
     if tuple(computed) != sizes:
         raise FabricInitError(f"{placements} on {mesh}: torch says {tuple(computed)}, the local tensor is {sizes}")
     return Box(tuple(offsets), sizes)
+
+
+def accept_whole_tensors(model: nn.Module) -> None:
+    """Let ``load_state_dict`` take whole tensors for sharded parameters, too: each rank takes its part of them."""
+    for module in model.modules():
+        if any(isinstance(parameter, DTensor) for parameter in module._parameters.values()):
+            module.register_load_state_dict_pre_hook(_take_parts)
+
+
+def _take_parts(module: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:
+    parameters: dict[str, Any] = dict(module._parameters)
+    for name, parameter in parameters.items():
+        value: Any = state_dict.get(prefix + name)
+        if not isinstance(parameter, DTensor) or type(value) not in (Tensor, nn.Parameter):
+            continue
+        if value.shape == parameter.shape:  # otherwise torch says so
+            part = take(value.detach(), region_of(parameter))
+            part = part.to(parameter._local_tensor.device, copy=True, memory_format=torch.contiguous_format)
+            meta = TensorMeta(parameter.shape, parameter.stride(), value.dtype)
+            spec = DTensorSpec(parameter.device_mesh, parameter.placements, tensor_meta=meta)
+            state_dict[prefix + name] = DTensor(part, spec, requires_grad=False)  # in this call's own copy

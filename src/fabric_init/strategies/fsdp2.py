@@ -17,7 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.placement import Placement
-from fabric_init.strategies.dtensors import ShardedTensors
+from fabric_init.strategies.dtensors import ShardedTensors, accept_whole_tensors
 from fabric_init.strategies.recorded_init import RecordedInit, register_strategy
 
 Units = Literal["blocks"] | int | type[nn.Module] | Sequence[type[nn.Module]] | Callable[[nn.Module], bool]
@@ -30,6 +30,11 @@ class ModelParallelStrategy(RecordedInit, lightning_strategies.ModelParallelStra
 
     def placement(self, model: nn.Module) -> Placement:
         return ShardedTensors(model, self._shards_on())
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        sharded = super().setup_module(module)
+        accept_whole_tensors(sharded)
+        return sharded
 
     def _shards_on(self) -> torch.device:
         return self.root_device

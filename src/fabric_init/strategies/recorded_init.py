@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.agreement import Agreement, AllRanks, Alone
 from fabric_init.filling.guard import loading, release, require, settle
+from fabric_init.filling.opening import Io
 from fabric_init.filling.placement import Placement
 from fabric_init.strategies.binding import ShardedPlacement, is_bound, shard_and_fill
 from fabric_init.strategies.block import recorded_block
@@ -37,6 +38,9 @@ class RecordedInit(Strategy):
 
     fills_in_setup: bool = False
     """Whether models stay recorded until they are set up: ``shard`` is called there, and before ``placement``."""
+
+    io: Io = "auto"
+    """How the ranks read a checkpoint, see :class:`fabric_init.Fabric`."""
 
     def placement(self, model: nn.Module) -> Placement:
         """Where this rank keeps the tensors of ``model``; a ``ShardedPlacement`` where it ``fills_in_setup``."""
