@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import lightning
+from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.fabric.wrappers import _FabricOptimizer
 from torch import nn
 from torch.optim import Optimizer
@@ -37,11 +38,11 @@ class Fabric(lightning.Fabric):
             on a network file system; else local.
     """
 
-    def __init__(self, *, strategy: Any = "auto", io: Io = "auto", **kwargs: Any) -> None:
+    def __init__(self, *, io: Io = "auto", **kwargs: Any) -> None:
         check_io(io)
-        if strategy == "fsdp2":
-            strategy = FSDP2Strategy()
-        super().__init__(strategy=strategy, **kwargs)
+        if "fsdp2" not in STRATEGY_REGISTRY:  # there it is found by name, also in LT_STRATEGY under `fabric run`
+            STRATEGY_REGISTRY.register("fsdp2", FSDP2Strategy)
+        super().__init__(**kwargs)
         with_recorded_init(self._strategy)
         if io != "auto" and isinstance(self._strategy, RecordedInit):
             self._strategy.io = io
@@ -114,12 +115,10 @@ class Fabric(lightning.Fabric):
         return init_report(model)
 
     def setup(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _require_tensors(module)
-        return super().setup(module, *args, **kwargs)
+        return self._set_up_together(super().setup, module, *args, **kwargs)
 
     def setup_module(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        _require_tensors(module)
-        return super().setup_module(module, *args, **kwargs)
+        return self._set_up_together(super().setup_module, module, *args, **kwargs)
 
     def _validate_setup(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         if is_bound(original(module)):  # an optimizer's parameters are filled in place, or replaced in the optimizer
@@ -131,6 +130,15 @@ class Fabric(lightning.Fabric):
             for optimizer in optimizers:
                 self.strategy.adopt(optimizer)
         return super().setup_optimizers(*optimizers)
+
+    def _set_up_together(self, set_up: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        def whole_setup() -> Any:
+            _require_tensors(module)
+            return set_up(module, *args, **kwargs)
+
+        if not isinstance(self.strategy, RecordedInit):
+            return whole_setup()
+        return self.strategy.agreement.same("setting the model up", whole_setup, lambda _: "")
 
 
 def _require_tensors(module: nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import RecordingError
@@ -47,20 +48,26 @@ def recorded_block(
         reader = open_on_all_ranks(
             checkpoint, strategy.io, whole=whole, machines=machines, mmap=mmap, agreement=agreement
         )
-    with ExitStack() as contexts:
-        built = contexts.enter_context(BuiltModules())
-        recording = contexts.enter_context(_EmptyInit(agree=agreement.from_rank_zero))
-        device = strategy.root_device
-        if device != torch.get_default_device():  # a default device makes every call in the block slower
-            contexts.enter_context(device)
-        contexts.enter_context(strategy.precision.module_init_context())
-        contexts.enter_context(strategy.while_recording())
-        yield
-        if strategy.fills_in_setup:
-            for model in built.roots():  # setup casts to the precision: that belongs to the recording, too
-                strategy.precision.convert_module(model)
+    failure: Exception | None = None
+    try:
+        with ExitStack() as contexts:
+            built = contexts.enter_context(BuiltModules())
+            recording = contexts.enter_context(_EmptyInit(agree=agreement.from_rank_zero))
+            device = strategy.root_device
+            if device != torch.get_default_device():  # a default device makes every call in the block slower
+                contexts.enter_context(device)
+            contexts.enter_context(strategy.precision.module_init_context())
+            contexts.enter_context(strategy.while_recording())
+            yield
+            if strategy.fills_in_setup:
+                for model in built.roots():  # setup casts to the precision: that belongs to the recording, too
+                    strategy.precision.convert_module(model)
+    except Exception as error:  # the other ranks have to hear of it
+        failure = error
 
     def built_models() -> list[nn.Module]:
+        if failure is not None:
+            raise failure
         models = built.roots()
         if not models and (reader is not None or recording.tape.storages):
             raise RecordingError("no module was built in this init_module block; build the model inside it")
@@ -68,7 +75,7 @@ def recorded_block(
             _one_model(models, reader)
         return models
 
-    models = agreement.same("building the model", built_models, lambda models: f"{len(models)} models")
+    models = agreement.same("building the model", built_models, _described)
     _complete(models, reader, wanted, strategy)
 
 
@@ -97,3 +104,13 @@ def _one_model(models: list[nn.Module], reader: CheckpointReader) -> None:
             f"{len(models)} models were built in one init_module(checkpoint={str(reader.path)!r}) block: {names}. "
             "Give each its own block, so that it is clear which one the checkpoint is for."
         )
+
+
+def _described(models: list[nn.Module]) -> str:
+    """What tells models that differ between ranks apart."""
+    described = []
+    for model in models:
+        shapes = [p.shape for p in model.parameters() if not is_lazy(p)]
+        elements = sum(shape.numel() for shape in shapes)
+        described.append(f"{type(model).__name__} with {len(shapes)} parameters of {elements:,} elements")
+    return ", ".join(described) or "no model"
