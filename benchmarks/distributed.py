@@ -52,14 +52,17 @@ HEADERS = (
     "read MB",
     "x shard",
     "host MB",
-    "device MB",
     "on meta",
     "wrong",
 )
 
 
+DEVICE = "device MB"
+
+
 def main() -> int:
     options = _options()
+    headers = HEADERS if options.accelerator == "cpu" else (*HEADERS, DEVICE)
     with workload_of(options) as workload:
         results = _run(workload, options)
         manifest = json.loads(workload.manifest.read_text())
@@ -71,7 +74,7 @@ def main() -> int:
     for strategy, labels in GROUPS.items():
         if shown := [results[name] for name in labels if name in results]:
             print(f"\n{strategy}\n")
-            print(table(HEADERS, [_row(result, results.get(OURS[strategy])) for result in shown]))
+            print(table(headers, [_row(result, results.get(OURS[strategy]))[: len(headers)] for result in shown]))
     for note in _notes(results.values()):
         print(f"\n{note}", end="")
     targets = _targets(results, manifest["bytes"], shape_of(options).largest_bytes)
@@ -135,7 +138,7 @@ def _environments(ranks: int, accelerator: str) -> list[dict[str, str]]:
 
 def _row(result: GroupResult, ours: GroupResult | None) -> list[str]:
     if result.error:
-        return [result.label, "error", *["-"] * (len(HEADERS) - 2)]
+        return [result.label, "error", *["-"] * (len(HEADERS) - 1)]
     return [
         result.label,
         number(result.seconds, ".3f"),
@@ -148,9 +151,9 @@ def _row(result: GroupResult, ours: GroupResult | None) -> list[str]:
         megabytes(result.read),
         number(ratio(result.read, result.shard), ".2f"),
         megabytes(result.host),
-        megabytes(result.device),
         str(len(result.on_meta)),
         str(len(result.wrong)),
+        megabytes(result.device),
     ]
 
 
@@ -181,6 +184,9 @@ def _targets(results: dict[str, GroupResult], model_bytes: int, largest_bytes: i
                 Target(f"{strategy}, ours, private over shard + largest", ratio(ours.private, room), "at most", 1.05),
                 Target(f"{strategy}, ours, RSS over shard + largest", ratio(ours.total, room), "at most", 1.05),
             ]
+            if ours.device is not None:
+                used = ratio(ours.device, room)
+                targets.append(Target(f"{strategy}, ours, device memory over the same", used, "at most", 1.05))
     for peer, bound in {"fsdp2_lightning": 5, "fsdp2_dcp": 3}.items():
         if peer in results and (ours := results.get("fsdp2_ours")):
             name = f"FSDP2, times faster than {results[peer].label.split(':')[0]}"
