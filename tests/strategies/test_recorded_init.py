@@ -70,9 +70,9 @@ def test_a_strategy_that_forgot_to_say_where_tensors_live_is_told_so() -> None:
 
 
 def test_how_ranks_read_is_the_strategys_to_say_or_fabrics() -> None:
-    strategy = ours.FSDP2Strategy(io="broadcast")
-    assert Fabric(accelerator="cpu", strategy=strategy).strategy.io == "broadcast"
-    assert Fabric(accelerator="cpu", strategy=strategy, io="local").strategy.io == "local"
+    for given, expected in (("auto", "broadcast"), ("local", "local")):
+        fabric = Fabric(accelerator="cpu", devices=2, strategy=ours.FSDP2Strategy(io="broadcast"), io=given)
+        assert fabric.strategy.io == expected
     assert Fabric(accelerator="cpu", devices=2, strategy="ddp", io="broadcast").strategy.io == "broadcast"
     for make in (lambda: ours.DDPStrategy(io="fast"), lambda: Fabric(accelerator="cpu", io="fast")):
         with pytest.raises(ValueError, match=r"io='fast': give 'local' .* 'broadcast'"):
