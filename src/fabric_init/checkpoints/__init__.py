@@ -6,6 +6,7 @@ bytes a file holds, what is wrong with it is a :class:`~fabric_init.errors.Check
 
 from __future__ import annotations
 
+from fabric_init.checkpoints.dcp import DCPReader
 from fabric_init.checkpoints.opening import open_checkpoint
 from fabric_init.checkpoints.reader import CheckpointReader, TensorSpec
 from fabric_init.checkpoints.region import Box, Region, Span, take
@@ -17,6 +18,7 @@ from fabric_init.checkpoints.torch_file import TorchFileReader
 __all__ = [
     "Box",
     "CheckpointReader",
+    "DCPReader",
     "Region",
     "SafetensorsReader",
     "ShardedReader",

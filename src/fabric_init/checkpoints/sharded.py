@@ -48,7 +48,7 @@ class ShardedReader:
         weight_map = _read_index(index)
         counts = Counter(weight_map.values())
         for name, count in counts.items():
-            _check_shard(index, name, count)
+            check_shard(index, name, count)
         self._shards = {name: _open_shard(index.parent / name, mmap) for name in counts}
         known = {name: frozenset(shard.keys()) for name, shard in self._shards.items()}
         self._where: dict[str, CheckpointReader] = {}
@@ -126,7 +126,8 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_shard(index: Path, name: str, count: int) -> None:
+def check_shard(index: Path, name: str, count: int) -> None:
+    """Refuse a file name in ``index`` (of ``count`` keys) that leaves its folder, or that no file there has."""
     # By the letters of the name, not by resolving it: the Hub's cache keeps shards as symbolic links out of the folder.
     parts = (*PurePosixPath(name).parts, *PureWindowsPath(name).parts)
     if not name or ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
