@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import tracemalloc
 from collections import OrderedDict
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -31,14 +32,14 @@ def test_calls_are_put_down_and_not_made() -> None:
     assert isinstance(found[0], Record)
     assert (found[0].name, found[0].arguments) == ("torch.Size", ((2, 3),))
     assert found[1] is torch.float16
-    assert found[2].name == ORDERED
+    assert found[2] == {"a": 1}
 
 
 ORDERED = "collections.OrderedDict"
 
 
 def test_a_name_that_is_not_expected_is_refused(harmful: object, marker: Path) -> None:
-    for value, name in ((harmful, r"posix\.mkdir"), (PurePosixPath("a"), "PurePosixPath"), (eval, r"builtins\.eval")):
+    for value, name in ((harmful, r"posix\.mkdir"), (PurePosixPath("a"), "PurePosixPath"), (eval, "eval")):
         for protocol in (2, 4):
             with pytest.raises(InertPickleError, match=f"it names .*{name}, which is not expected"):
                 load_inert(pickle.dumps({"a": value}, protocol), [ORDERED])
@@ -81,7 +82,5 @@ def test_wrong_instructions_are_refused_in_little_memory(data: bytes) -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes_at_all(data: bytes) -> None:
-    try:
+    with suppress(InertPickleError):
         load_inert(b"\x80\x04" + data, ["torch.Size"])
-    except InertPickleError:
-        pass

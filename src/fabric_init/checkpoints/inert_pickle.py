@@ -87,7 +87,8 @@ class _Reader(pickle._Unpickler):
         name = self.stack[-1]
         if not isinstance(name, Name) or not isinstance(arguments, tuple):
             raise InertPickleError(f"it calls {name!r:.80}, which is no class")
-        self.stack[-1] = Record(name.full, arguments)
+        empty_dict = name.full == "collections.OrderedDict" and not arguments  # as all dicts are by now
+        self.stack[-1] = {} if empty_dict else Record(name.full, arguments)
 
     def _build(self) -> None:
         state = self.stack.pop()
