@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,10 +134,29 @@ def test_a_checkpoint_without_the_planners_data_has_its_keys_as_they_are(tmp_pat
 
 
 def test_extra_state_is_loaded_when_asked_for(tmp_path: Path) -> None:
-    state = {"w": torch.ones(1), "q._extra_state": 7, "t._extra_state": torch.ones(1), "version": "1"}
-    reader = DCPReader(save_alone({"model": state}, tmp_path))
-    assert set(reader.keys()) == {"w", "t._extra_state"}
-    assert reader.extra_state == {"q._extra_state": 7}
+    state = {
+        "w": torch.ones(1),
+        "q._extra_state": 7,
+        "r._extra_state": {"scale": 2, "history": {"amax": torch.arange(3)}},
+        "t._extra_state": torch.ones(1),
+        "version": "1",
+    }
+    for folder, content in (tmp_path / "flat", state), (tmp_path / "inside", {"net": state, "_extra_state": 3}):
+        reader = DCPReader(save_alone(content, folder))
+        assert set(reader.keys()) == {"w", "t._extra_state"}
+        amax = reader.extra_state["r._extra_state"]["history"].pop("amax")
+        assert torch.equal(amax, torch.arange(3))
+        assert reader.extra_state == {"q._extra_state": 7, "r._extra_state": {"scale": 2, "history": {}}}
+
+
+def test_metadata_of_older_versions_of_torch_is_read(tmp_path: Path) -> None:
+    from torch.distributed._shard.sharded_tensor.metadata import TensorProperties
+
+    metadata = pickle.loads((save_alone({"w": torch.ones(3)}, tmp_path) / ".metadata").read_bytes())
+    metadata.state_dict_metadata["w"].properties = TensorProperties(torch.float32)
+    del metadata.storage_meta, metadata.version
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert torch.equal(DCPReader(tmp_path).read("w"), torch.ones(3))
 
 
 @BOTH

@@ -99,6 +99,11 @@ def test_extra_state_is_kept_and_other_entries_have_no_key(tmp_path: Path) -> No
     assert reader.extra_state == {"q._extra_state": {"scale": 2}}
 
 
+def test_tensors_in_extra_state_are_no_weights(tmp_path: Path) -> None:
+    content = {"net": {"w": torch.ones(1), "q._extra_state": {"amax": torch.ones(3)}}}
+    assert TorchFileReader(saved(tmp_path / "m.pt", content)).keys() == ("w",)
+
+
 @BOTH
 def test_regions_are_right_whatever_the_layout(tmp_path: Path, mmap: bool) -> None:
     base = torch.arange(60.0)

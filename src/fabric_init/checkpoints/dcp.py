@@ -17,14 +17,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from fabric_init.checkpoints.dcp_metadata import Chunk, Contents, Item, Tensor, read_metadata
+from fabric_init.checkpoints.dcp_metadata import Chunk, Contents, Tensor, read_metadata
 from fabric_init.checkpoints.file_bytes import FileBytes, open_bytes
 from fabric_init.checkpoints.reader import TensorSpec
 from fabric_init.checkpoints.region import Box, Region, Span, boxes_of, overlap, whole
 from fabric_init.checkpoints.safetensors import SafetensorsReader
 from fabric_init.checkpoints.saved_tensor import find_saved_tensor
 from fabric_init.checkpoints.sharded import check_shard
-from fabric_init.checkpoints.state_dicts import OPTIMIZER_PARTS, Location, choose_state_dict, describe
+from fabric_init.checkpoints.state_dicts import EXTRA_STATE, OPTIMIZER_PARTS, Location, choose_state_dict, describe
 from fabric_init.errors import CheckpointFormatError
 
 # A map holds a descriptor, and a process may often have no more than 1,024. Ranks write a file each; it takes
@@ -59,7 +59,7 @@ class DCPReader:
         self._tensors = {t.name: (key, t) for key, t in contents.tensors.items() if t.location == location}
         if len(self._tensors) < sum(t.location == location for t in contents.tensors.values()):
             raise CheckpointFormatError(f"{metadata}: two keys are of one name. Save the checkpoint again.")
-        self._objects = {n: item for at, n, item in contents.objects.values() if at == location}
+        self._contents, self._location = contents, location
         self.note = _note(location, contents, len(self._tensors))
         items = [chunk.item for _, tensor in self._tensors.values() for chunk in tensor.chunks]
         counts = Counter(item.file for item in items)
@@ -82,8 +82,15 @@ class DCPReader:
 
         Raises :class:`~fabric_init.errors.CheckpointFormatError` when one cannot be loaded with ``weights_only=True``.
         """
-        names = [name for name in self._objects if name.endswith("_extra_state")]
-        return {name: self._object(name, self._objects[name]) for name in names}
+        found: dict[str, Any] = {}
+        for path, key in _extra_state(self._contents, self._location):
+            inner = found
+            for name in path[:-1]:  # the writer has flattened dicts
+                inner = inner.setdefault(name, {})
+                if not isinstance(inner, dict):
+                    raise CheckpointFormatError(f"{self.path}: {key!r} lies in {name!r}, which is no dict.")
+            inner[path[-1]] = self._value(key)
+        return found
 
     def keys(self) -> Sequence[str]:
         """Every tensor's key, in the order of the metadata."""
@@ -152,7 +159,14 @@ class DCPReader:
             self._files[name] = SafetensorsReader(self.path / name, mmap=self._mmap) if is_safetensors else file
         return self._files[name]
 
-    def _object(self, name: str, item: Item) -> Any:
+    def _value(self, key: str) -> Any:
+        """What lies under a key that is not of the state dict."""
+        if key in self._contents.tensors:
+            tensor = self._contents.tensors[key]
+            for chunk in tensor.chunks:
+                check_shard(self.path / ".metadata", chunk.item.file, 1)
+            return self._box(key, tensor, whole(tensor.spec.shape))
+        item = self._contents.objects[key][2]
         check_shard(self.path / ".metadata", item.file, 1)
         file = open_bytes(self.path / item.file, mmap=False)
         try:
@@ -161,7 +175,7 @@ class DCPReader:
             data = io.BytesIO(file.part(item.offset, item.offset + item.length))
             return torch.load(data, weights_only=True, map_location="cpu")
         except Exception as error:
-            raise CheckpointFormatError(f"{file.path}: {name!r} cannot be loaded as plain data: {error}") from error
+            raise CheckpointFormatError(f"{file.path}: {key!r} cannot be loaded as plain data: {error}") from error
 
     def _find(self, key: str) -> tuple[str, Tensor]:
         try:
@@ -208,17 +222,27 @@ def _relative(box: Box, offsets: tuple[int, ...]) -> Box:
     return Box(tuple(at - offset for at, offset in zip(box.offsets, offsets, strict=True)), box.sizes)
 
 
-def _paths(contents: Contents) -> Iterator[Location]:
-    for tensor in contents.tensors.values():
-        yield (*tensor.location, tensor.name)
-    for location, name, _ in contents.objects.values():
-        yield (*location, name)
+def _paths(contents: Contents) -> Iterator[tuple[Location, str]]:
+    """The keys that lead to each entry, and its own."""
+    for key, tensor in contents.tensors.items():
+        yield (*tensor.location, tensor.name), key
+    for key, (location, name, _) in contents.objects.items():
+        yield (*location, name), key
+
+
+def _extra_state(contents: Contents, location: Location) -> Iterator[tuple[Location, str]]:
+    """Path within the state dict, and key, of what is extra state and not a tensor of the state dict."""
+    depth = len(location)
+    for path, key in _paths(contents):
+        is_weight = key in contents.tensors and len(path) == depth + 1
+        if path[:depth] == location and path[depth].endswith(EXTRA_STATE) and not is_weight:
+            yield path[depth:], key
 
 
 def _state_dicts(contents: Contents) -> Mapping[Location, int]:
     """How many tensors each dict has; not those in what has the parts of an optimizer's state dict."""
     parts: defaultdict[Location, set[str]] = defaultdict(set)
-    for path in _paths(contents):
+    for path, _ in _paths(contents):
         for depth, key in enumerate(path):
             parts[path[:depth]].add(key.partition(".")[0])  # an optimizer's may be flattened to "state.0.exp_avg"
     optimizers = {location for location, names in parts.items() if names >= OPTIMIZER_PARTS}
@@ -227,6 +251,7 @@ def _state_dicts(contents: Contents) -> Mapping[Location, int]:
         location: count
         for location, count in counts.items()
         if not any(location[:depth] in optimizers for depth in range(len(location) + 1))
+        and not any(key.endswith(EXTRA_STATE) for key in location)
     }
 
 

@@ -27,11 +27,14 @@ _METADATA_BYTES = 1 << 30
 _CLASSES = "torch.distributed.checkpoint.metadata."
 _METADATA, _TENSOR, _BYTES = (f"{_CLASSES}{n}" for n in ("Metadata", "TensorStorageMetadata", "BytesStorageMetadata"))
 _CHUNK, _INDEX = f"{_CLASSES}ChunkStorageMetadata", f"{_CLASSES}MetadataIndex"
-_PROPERTIES, _FILE = f"{_CLASSES}TensorProperties", "torch.distributed.checkpoint.filesystem._StorageInfo"
+_FILE = "torch.distributed.checkpoint.filesystem._StorageInfo"
+_BEFORE_2_3 = "torch.distributed._shard.sharded_tensor.metadata."
+_PROPERTIES = f"{_CLASSES}TensorProperties", f"{_BEFORE_2_3}TensorProperties"
 _STRIDED = "torch.serialization._get_layout", ("torch.strided",)
 _NAMES = frozenset(
-    {_METADATA, _TENSOR, _BYTES, _CHUNK, _INDEX, _PROPERTIES, _FILE, _STRIDED[0], "torch.Size"}
-    | {f"{_CLASSES}StorageMeta", f"{_CLASSES}_MEM_FORMAT_ENCODING", "collections.OrderedDict"}
+    {_METADATA, _TENSOR, _BYTES, _CHUNK, _INDEX, *_PROPERTIES, _FILE, _STRIDED[0], "torch.Size"}
+    | {f"{_CLASSES}StorageMeta", f"{_CLASSES}_MEM_FORMAT_ENCODING", f"{_BEFORE_2_3}MEM_FORMAT_ENCODING"}
+    | {"collections.OrderedDict"}
     | {f"{m}.{kind}Path" for m in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows", "PurePosix", "")}
 )
 
@@ -129,7 +132,7 @@ def _tensor(
 ) -> tuple[TensorSpec, tuple[Chunk, ...]]:
     # TensorProperties has the state (dtype, layout, requires_grad, memory format, pinned).
     properties = fields.get("properties")
-    state = properties.state if isinstance(properties, Record) and properties.name == _PROPERTIES else None
+    state = properties.state if isinstance(properties, Record) and properties.name in _PROPERTIES else None
     dtype, layout = state[:2] if isinstance(state, tuple) and len(state) > 1 else (None, None)
     if not isinstance(dtype, torch.dtype):
         raise _WrongError(f"tensor {key!r} has no dtype")

@@ -13,6 +13,9 @@ WRAPPERS = ("model", "state_dict", "module")
 OPTIMIZER_PARTS = frozenset({"state", "param_groups"})
 """What the state dict of an optimizer consists of; its tensors are no weights."""
 
+EXTRA_STATE = "_extra_state"
+"""How the name ends of what ``nn.Module.get_extra_state`` returned; tensors in it are no weights either."""
+
 Location = tuple[str, ...]
 """The keys that lead from what was saved to a dict in it; ``()`` is the outermost dict."""
 

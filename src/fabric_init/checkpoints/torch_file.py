@@ -19,7 +19,7 @@ import torch
 from fabric_init.checkpoints.file_bytes import open_bytes
 from fabric_init.checkpoints.reader import TensorSpec
 from fabric_init.checkpoints.region import Region, take
-from fabric_init.checkpoints.state_dicts import OPTIMIZER_PARTS, Location, choose_state_dict, describe
+from fabric_init.checkpoints.state_dicts import EXTRA_STATE, OPTIMIZER_PARTS, Location, choose_state_dict, describe
 from fabric_init.errors import CheckpointFormatError
 
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -77,7 +77,7 @@ class TorchFileReader:
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
                 self._tensors[_checked_key(self.path, key, value)] = value.detach()
-            elif isinstance(key, str) and key.endswith("_extra_state"):
+            elif isinstance(key, str) and key.endswith(EXTRA_STATE):
                 self.extra_state[key] = value
         self._specs = {key: TensorSpec(value.shape, value.dtype) for key, value in self._tensors.items()}
 
@@ -148,7 +148,8 @@ def _state_dicts(loaded: dict[object, object]) -> Iterator[tuple[Location, dict[
         seen.add(id(state))
         if _count_tensors(state):
             yield location, state
-        waiting += [((*location, str(key)), value) for key, value in state.items() if isinstance(value, dict)]
+        inner = [(str(key), value) for key, value in state.items() if isinstance(value, dict)]
+        waiting += [((*location, key), value) for key, value in inner if not key.endswith(EXTRA_STATE)]
 
 
 def _count_tensors(state: dict[object, object]) -> int:
