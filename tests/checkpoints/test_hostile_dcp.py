@@ -128,6 +128,15 @@ def test_a_file_that_is_cut_short_after_opening_is_an_error_and_no_crash(folder:
             reader.read("layers.0.weight")
 
 
+@pytest.mark.parametrize("mmap", [True, False])
+def test_a_file_that_is_replaced_before_it_is_first_read_is_seen(folder: Path, mmap: bool) -> None:
+    reader = open_checkpoint(folder, mmap=mmap)
+    other = save_alone({**STATE, "layers.0.weight": torch.zeros(6, 4)}, folder.parent / "other")
+    (other / "__0_0.distcp").rename(folder / "__0_0.distcp")
+    with pytest.raises(CheckpointFormatError, match=r"__0_0\.distcp changed after it was opened"):
+        reader.read("layers.0.weight")
+
+
 @pytest.mark.parametrize("name", ["../__0_0.distcp", "/etc/passwd", "..\\b", "C:b", ""])
 def test_a_file_outside_the_folder_is_refused(folder: Path, name: str) -> None:
     metadata = metadata_of(folder)

@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import io
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from fabric_init.checkpoints.dcp_metadata import Chunk, Contents, Tensor, read_metadata
-from fabric_init.checkpoints.file_bytes import FileBytes, open_bytes
+from fabric_init.checkpoints.dcp_contents import Chunk, Contents, Tensor
+from fabric_init.checkpoints.dcp_metadata import read_metadata
+from fabric_init.checkpoints.file_bytes import FileBytes, changed, identity, open_bytes
 from fabric_init.checkpoints.reader import TensorSpec
 from fabric_init.checkpoints.region import Box, Region, Span, boxes_of, overlap, whole
 from fabric_init.checkpoints.safetensors import SafetensorsReader
 from fabric_init.checkpoints.saved_tensor import find_saved_tensor
 from fabric_init.checkpoints.sharded import check_shard
-from fabric_init.checkpoints.state_dicts import EXTRA_STATE, OPTIMIZER_PARTS, Location, choose_state_dict, describe
+from fabric_init.checkpoints.state_dicts import Location, choose_state_dict, describe
 from fabric_init.errors import CheckpointFormatError
 
 # A map holds a descriptor, and a process may often have no more than 1,024. Ranks write a file each; it takes
@@ -38,7 +39,7 @@ class DCPReader:
     Opening reads ``.metadata`` and asks each file for its size. A region is put together from the chunks that it
     touches, and no others are read. What lies in one chunk comes as a view of a private copy-on-write map, unless its
     bytes are not aligned to its dtype: nothing in the format sees to that, so it is a matter of luck, and what is not
-    aligned is copied, region by region. With ``mmap=False`` all is copied.
+    aligned is copied, region by region. With ``mmap=False``, and of more files than can be mapped, all is copied.
 
     The state dict is found as in torch files: under ``entry`` (``"generator"``, ``"app.model"``), or else under
     ``model``, ``state_dict`` or ``module``, or at the top level, or the only one; the state of optimizers is left out.
@@ -55,7 +56,7 @@ class DCPReader:
         self.path = Path(folder)
         metadata = self.path / ".metadata"
         contents = read_metadata(metadata)
-        location = choose_state_dict(self.path, _state_dicts(contents), entry)
+        location = choose_state_dict(self.path, contents.state_dicts(), entry)
         self._tensors = {t.name: (key, t) for key, t in contents.tensors.items() if t.location == location}
         if len(self._tensors) < sum(t.location == location for t in contents.tensors.values()):
             raise CheckpointFormatError(f"{metadata}: two keys are of one name. Save the checkpoint again.")
@@ -63,13 +64,12 @@ class DCPReader:
         self.note = _note(location, contents, len(self._tensors))
         items = [chunk.item for _, tensor in self._tensors.values() for chunk in tensor.chunks]
         counts = Counter(item.file for item in items)
-        for name, count in counts.items():
-            check_shard(metadata, name, count)
-        sizes = {name: os.stat(self.path / name).st_size for name in counts}
+        self._stats = {name: check_shard(metadata, name, count) for name, count in counts.items()}
         for item in items:
-            if item.offset + item.length > sizes[item.file]:
+            size = self._stats[item.file].st_size
+            if item.offset + item.length > size:
                 raise CheckpointFormatError(
-                    f"{self.path / item.file} has {sizes[item.file]:,} bytes, and .metadata looks for "
+                    f"{self.path / item.file} has {size:,} bytes, and .metadata looks for "
                     f"{item.length:,} at {item.offset:,}. If a copy was cut short, make it again."
                 )
         self._mmap = mmap and len(counts) <= _MAPPED_FILES
@@ -83,7 +83,7 @@ class DCPReader:
         Raises :class:`~fabric_init.errors.CheckpointFormatError` when one cannot be loaded with ``weights_only=True``.
         """
         found: dict[str, Any] = {}
-        for path, key in _extra_state(self._contents, self._location):
+        for path, key in self._contents.extra_state(self._location):
             inner = found
             for name in path[:-1]:  # the writer has flattened dicts
                 inner = inner.setdefault(name, {})
@@ -154,6 +154,9 @@ class DCPReader:
     def _file(self, name: str) -> FileBytes | SafetensorsReader:
         if name not in self._files:
             file = open_bytes(self.path / name, mmap=self._mmap)
+            then = self._stats[name]
+            if identity(os.stat(self.path / name)) != identity(then):
+                raise CheckpointFormatError(changed(self.path / name, then.st_size))
             # FileSystemWriter(serialization_format=SerializationFormat.SAFETENSORS) writes these under the same name.
             is_safetensors = file.head(9)[8:] == b"{"
             self._files[name] = SafetensorsReader(self.path / name, mmap=self._mmap) if is_safetensors else file
@@ -164,7 +167,7 @@ class DCPReader:
         if key in self._contents.tensors:
             tensor = self._contents.tensors[key]
             for chunk in tensor.chunks:
-                check_shard(self.path / ".metadata", chunk.item.file, 1)
+                self._stats.setdefault(chunk.item.file, check_shard(self.path / ".metadata", chunk.item.file, 1))
             return self._box(key, tensor, whole(tensor.spec.shape))
         item = self._contents.objects[key][2]
         check_shard(self.path / ".metadata", item.file, 1)
@@ -213,46 +216,17 @@ def _find_in_safetensors(file: SafetensorsReader, key: str, tensor: Tensor, chun
             f"Save the checkpoint again without SerializationFormat.SAFETENSORS."
         )
     expected = TensorSpec(torch.Size(chunk.box.sizes), tensor.spec.dtype)
-    if key not in file.keys() or file.spec(key) != expected:
-        raise CheckpointFormatError(f"{file.path} has no tensor {key!r} with {expected}, as .metadata says.")
+    try:
+        found = file.spec(key)
+    except KeyError:
+        found = None
+    if found != expected:
+        raise CheckpointFormatError(f"{file.path}: .metadata says that {key!r} is {expected}; there is {found}.")
     return _InSafetensors(file, key)
 
 
 def _relative(box: Box, offsets: tuple[int, ...]) -> Box:
     return Box(tuple(at - offset for at, offset in zip(box.offsets, offsets, strict=True)), box.sizes)
-
-
-def _paths(contents: Contents) -> Iterator[tuple[Location, str]]:
-    """The keys that lead to each entry, and its own."""
-    for key, tensor in contents.tensors.items():
-        yield (*tensor.location, tensor.name), key
-    for key, (location, name, _) in contents.objects.items():
-        yield (*location, name), key
-
-
-def _extra_state(contents: Contents, location: Location) -> Iterator[tuple[Location, str]]:
-    """Path within the state dict, and key, of what is extra state and not a tensor of the state dict."""
-    depth = len(location)
-    for path, key in _paths(contents):
-        is_weight = key in contents.tensors and len(path) == depth + 1
-        if path[:depth] == location and path[depth].endswith(EXTRA_STATE) and not is_weight:
-            yield path[depth:], key
-
-
-def _state_dicts(contents: Contents) -> Mapping[Location, int]:
-    """How many tensors each dict has; not those in what has the parts of an optimizer's state dict."""
-    parts: defaultdict[Location, set[str]] = defaultdict(set)
-    for path, _ in _paths(contents):
-        for depth, key in enumerate(path):
-            parts[path[:depth]].add(key.partition(".")[0])  # an optimizer's may be flattened to "state.0.exp_avg"
-    optimizers = {location for location, names in parts.items() if names >= OPTIMIZER_PARTS}
-    counts = Counter(tensor.location for tensor in contents.tensors.values())
-    return {
-        location: count
-        for location, count in counts.items()
-        if not any(location[:depth] in optimizers for depth in range(len(location) + 1))
-        and not any(key.endswith(EXTRA_STATE) for key in location)
-    }
 
 
 def _note(location: Location, contents: Contents, taken: int) -> str | None:

@@ -8,12 +8,12 @@ class of torch is made from it, so that its version does not matter either.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fabric_init.checkpoints.dcp_contents import Chunk, Contents, Item, Tensor
 from fabric_init.checkpoints.file_bytes import open_bytes
 from fabric_init.checkpoints.inert_pickle import InertPickleError, Record, load_inert
 from fabric_init.checkpoints.reader import TensorSpec
@@ -37,42 +37,6 @@ _NAMES = frozenset(
     | {"collections.OrderedDict"}
     | {f"{m}.{kind}Path" for m in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows", "PurePosix", "")}
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """Where one saved object lies: ``length`` bytes of a file of the folder."""
-
-    file: str
-    offset: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A box of a tensor, and where it lies."""
-
-    box: Box
-    item: Item
-
-
-@dataclass(frozen=True, slots=True)
-class Tensor:
-    """One tensor of the checkpoint; its chunks fill it and do not overlap."""
-
-    location: Location
-    name: str
-    spec: TensorSpec
-    chunks: tuple[Chunk, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """All of a checkpoint, under the keys that it was flattened to."""
-
-    tensors: dict[str, Tensor]
-    objects: dict[str, tuple[Location, str, Item]]
-    """What are no tensors: location, name and place."""
 
 
 def read_metadata(path: Path) -> Contents:

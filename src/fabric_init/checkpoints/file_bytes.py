@@ -119,7 +119,7 @@ class _Mapped:
     def _check(self, stop: int) -> None:
         if self._map.size() < max(stop, self.size):
             # Touching a page past the end would kill the process with SIGBUS.
-            raise CheckpointFormatError(_changed(self.path, self.size))
+            raise CheckpointFormatError(changed(self.path, self.size))
 
 
 class _Plain:
@@ -128,7 +128,7 @@ class _Plain:
     def __init__(self, path: Path, found: os.stat_result) -> None:
         self.path = path
         self.size = found.st_size
-        self._identity = _identity(found)
+        self._identity = identity(found)
 
     def head(self, stop: int) -> bytes:
         with FileIO(self.path) as file:
@@ -153,8 +153,8 @@ class _Plain:
             # Opened anew each time: no lock between threads, no descriptor held open.
             with FileIO(self.path) as file:
                 self._gather(file, out, offset, window)
-                if _identity(os.fstat(file.fileno())) != self._identity:
-                    raise CheckpointFormatError(_changed(self.path, self.size))
+                if identity(os.fstat(file.fileno())) != self._identity:
+                    raise CheckpointFormatError(changed(self.path, self.size))
         except OSError as error:
             raise CheckpointFormatError(f"{self.path} can no longer be read: {error}.") from error
         return out
@@ -181,7 +181,7 @@ def _read_into(file: FileIO, start: int, target: memoryview, source: FileBytes) 
         # One call returns at most about 2 GiB.
         got = file.readinto(target)
         if not got:
-            raise CheckpointFormatError(_changed(source.path, source.size))
+            raise CheckpointFormatError(changed(source.path, source.size))
         target = target[got:]
 
 
@@ -190,11 +190,13 @@ def _memory(tensor: torch.Tensor) -> memoryview:
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
-def _identity(found: os.stat_result) -> tuple[int, ...]:
+def identity(found: os.stat_result) -> tuple[int, ...]:
+    """What differs once a file was replaced or written to."""
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _changed(path: Path, size: int) -> str:
+def changed(path: Path, size: int) -> str:
+    """The message for a file that did."""
     return (
         f"{path} changed after it was opened (it held {size:,} bytes then). Open it again; save a new checkpoint "
         f"beside the old one and rename it, rather than over it."
