@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
+from fabric_init.checkpoints.dcp import DCPReader
 from fabric_init.checkpoints.file_bytes import open_bytes
 from fabric_init.checkpoints.reader import CheckpointReader
 from fabric_init.checkpoints.safetensors import SafetensorsReader
@@ -25,8 +26,8 @@ _NOT_WEIGHTS = frozenset(
 )
 
 _LOOKED_FOR = """\
-*.safetensors.index.json, model.safetensors or a single *.safetensors, *.bin.index.json, pytorch_model.bin or a single \
-*.bin, *.pt, *.pth or *.ckpt"""
+*.safetensors.index.json, model.safetensors or a single *.safetensors, .metadata of torch.distributed.checkpoint, \
+*.bin.index.json, pytorch_model.bin or a single *.bin, *.pt, *.pth or *.ckpt"""
 
 _KNOWN_ELSEWHERE = {
     b"GGUF": "a GGUF file (llama.cpp)",
@@ -39,32 +40,49 @@ _KNOWN_ELSEWHERE = {
 }
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, mmap: bool = True) -> CheckpointReader:
+def open_checkpoint(path: str | os.PathLike[str], *, mmap: bool = True, entry: str | None = None) -> CheckpointReader:
     """Open a checkpoint file, the folder it lies in, or its ``*.index.json``; no weight is read.
 
     Files are told apart by their first bytes. In a folder a safetensors index is preferred, then a single safetensors
-    file, then a torch index, then a single torch file. With ``mmap=True`` what is read later is a view of a private
-    copy-on-write map; ``mmap=False`` copies, for files that may be overwritten in place.
+    file, then the metadata of ``torch.distributed.checkpoint`` (which is what sharded strategies save), then a torch
+    index, then a single torch file.
+
+    Args:
+        path: file, folder or index.
+        mmap: what is read later is a view of a private copy-on-write map. ``False`` copies, for files that may be
+            overwritten in place.
+        entry: the state dict that is meant, by its key (``"generator"``, or ``"app.model"`` for one in a dict in it),
+            for a torch file or distributed checkpoint that holds several.
 
     Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when there is nothing at ``path``, or a folder has no
     checkpoint in it, and :class:`~fabric_init.errors.CheckpointFormatError` when what is there cannot be read, or
-    several unrelated files could be meant.
+    several unrelated files, or state dicts in it, could be meant.
     """
     path = Path(path)
     try:
         if path.is_dir():
-            return _open_file(_choose(path), asked=path, mmap=mmap)
+            return _open_file(_choose(path), asked=path, mmap=mmap, entry=entry)
         if not path.exists():
             raise CheckpointNotFoundError(f"{path} does not exist.{_nearby(path)}")
     except (OSError, ValueError) as error:
         if isinstance(error, (CheckpointFormatError, CheckpointNotFoundError)):
             raise
         raise CheckpointFormatError(f"{path} cannot be opened: {error}. Check the path and permissions.") from error
-    return _open_file(path, asked=path, mmap=mmap)
+    return _open_file(path, asked=path, mmap=mmap, entry=entry)
 
 
-def _open_file(path: Path, *, asked: Path, mmap: bool) -> CheckpointReader:
+def _open_file(path: Path, *, asked: Path, mmap: bool, entry: str | None) -> CheckpointReader:
+    if path.name == ".metadata":
+        return DCPReader(path.parent, mmap=mmap, entry=entry)
     head = open_bytes(path, mmap=False).head(64)
+    if path.suffix == ".distcp":
+        raise CheckpointFormatError(
+            f"{path} is one rank's part of a torch.distributed.checkpoint: give the folder, {path.parent}."
+        )
+    if head.startswith((b"PK\x03\x04", b"\x80")) and head[5:9] != b"\0\0\0{" and path.suffix != ".safetensors":
+        return TorchFileReader(path, mmap=mmap, entry=entry)
+    if entry is not None:
+        raise CheckpointFormatError(f"{path} has no entries, so entry={entry!r} names nothing in it. Leave it out.")
     if path.name.endswith(".index.json"):
         return ShardedReader(path, path=asked, mmap=mmap)
     # A header length leaves its upper bytes zero, then comes the JSON object.
@@ -73,8 +91,6 @@ def _open_file(path: Path, *, asked: Path, mmap: bool) -> CheckpointReader:
             if head.startswith(magic) and head[5:9] != b"\0\0\0{":
                 raise CheckpointFormatError(f"{path} is {what}.")
         return SafetensorsReader(path, mmap=mmap)
-    if head.startswith((b"PK\x03\x04", b"\x80")):
-        return TorchFileReader(path, mmap=mmap)
     for magic, what in _KNOWN_ELSEWHERE.items():
         if head.startswith(magic):
             raise CheckpointFormatError(f"{path} is {what}.")
@@ -93,10 +109,7 @@ def _choose(folder: Path) -> Path:
     chosen = chosen or _prefer(folder, weights, "model.safetensors")
     if chosen is None and ".metadata" in names:
         # Before looking for torch files: Lightning puts a meta.pt beside it, with everything but the weights.
-        raise CheckpointFormatError(
-            f"{folder} is a checkpoint of torch.distributed.checkpoint, which is not read here. Convert it:\n"
-            f"    python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} model.pt"
-        )
+        return folder / ".metadata"
     chosen = chosen or _prefer(folder, [n for n in indices if ".safetensors." not in n], "pytorch_model.bin.index.json")
     torch_files = [name for name in names if name.endswith(_TORCH_SUFFIXES) and name not in _NOT_WEIGHTS]
     chosen = chosen or _prefer(folder, torch_files, "pytorch_model.bin")

@@ -30,7 +30,7 @@ class CheckpointReader(Protocol):
     path: Path
     """The file or folder that was asked for; error messages name it."""
     format: str
-    """The format, in words, for reports: ``"safetensors"``, ``"sharded safetensors"``, ``"torch"``."""
+    """The format, in words, for reports: ``"safetensors"``, ``"sharded safetensors"``, ``"torch"``, and so on."""
     note: str | None
     """Anything the user should know of how it was read (``"state dict found under 'model'"``), else ``None``."""
 

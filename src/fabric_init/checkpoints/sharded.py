@@ -48,7 +48,7 @@ class ShardedReader:
         weight_map = _read_index(index)
         counts = Counter(weight_map.values())
         for name, count in counts.items():
-            _check_shard(index, name, count)
+            check_shard(index, name, count)
         self._shards = {name: _open_shard(index.parent / name, mmap) for name in counts}
         known = {name: frozenset(shard.keys()) for name, shard in self._shards.items()}
         self._where: dict[str, CheckpointReader] = {}
@@ -126,19 +126,24 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_shard(index: Path, name: str, count: int) -> None:
+def check_shard(index: Path, name: str, count: int) -> os.stat_result:
+    """Refuse a file name in ``index`` (of ``count`` keys) that leaves its folder, or that no file there has.
+
+    Returns what the system knows of the file.
+    """
     # By the letters of the name, not by resolving it: the Hub's cache keeps shards as symbolic links out of the folder.
     parts = (*PurePosixPath(name).parts, *PureWindowsPath(name).parts)
     if not name or ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
         raise CheckpointFormatError(f"{index} names the shard {name!r}, outside its folder; that is refused as unsafe.")
     try:
-        is_file = stat.S_ISREG(os.stat(index.parent / name).st_mode)
+        found = os.stat(index.parent / name)
     except PermissionError as error:
         raise CheckpointFormatError(f"{index}: shard {name!r} cannot be reached: {error}.") from error
     except (OSError, ValueError):  # ValueError: a null byte
-        is_file = False
-    if not is_file:
+        found = None
+    if found is None or not stat.S_ISREG(found.st_mode):
         raise CheckpointNotFoundError(
             f"{index} names the shard {name!r}, which holds {count} of its keys, but there is no such file in "
             f"{index.parent}. Is the download complete?"
         )
+    return found

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,8 @@ import torch
 from fabric_init.checkpoints.file_bytes import open_bytes
 from fabric_init.checkpoints.reader import TensorSpec
 from fabric_init.checkpoints.region import Region, take
+from fabric_init.checkpoints.state_dicts import EXTRA_STATE, OPTIMIZER_PARTS, Location, choose_state_dict, describe
 from fabric_init.errors import CheckpointFormatError
-
-WRAPPERS = ("model", "state_dict", "module")
-"""Where training checkpoints keep the state dict: Fabric and most scripts, Lightning's Trainer, DeepSpeed."""
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _MAP_PRIVATE = 2  # mmap.MAP_PRIVATE on every POSIX system; the name is missing on Windows
@@ -33,45 +32,52 @@ If you trust the file, convert it once:
     safetensors.torch.save_file(state_dict_of(state), "model.safetensors")
 or allow harmless classes beforehand: torch.serialization.add_safe_globals([...])."""
 
-_LEGACY = """\
-{path} was written in the format of before torch 1.6 (or with _use_new_zipfile_serialization=False), which cannot be
-read in parts. Save it once more:
-    torch.save(torch.load({name!r}, map_location="cpu", weights_only=True), "new.pt")"""
+_LEGACY_NOTE = "legacy format of before torch 1.6: all of the file is in memory"
 
 
 class TorchFileReader:
-    """One open zip file of ``torch.save``; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`.
+    """One open file of ``torch.save``; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`.
 
-    The state dict is the dict found under ``model``, ``state_dict`` or ``module`` (one level down; ``note`` says
-    which), else the file's own dict. Entries that are no tensors have no key; those whose name ends in
+    The state dict is what ``entry`` names (``"generator"``, ``"app.model"``), or else the dict found under ``model``,
+    ``state_dict`` or ``module``, else the file's own dict, else the only one in it that has tensors; ``note`` says
+    where. The state of optimizers is not looked at. Entries that are no tensors have no key; those whose name ends in
     ``_extra_state`` are kept in ``extra_state``.
 
     ``read`` returns a view of a private copy-on-write map. With ``mmap=False`` it copies the region out of that map, so
     what was read no longer depends on the file; the file must stay unchanged while the reader lives. Tensors that share
-    storage in the file share it here too, unless copied.
+    storage in the file share it here too, unless copied. A file in the legacy format (of before torch 1.6, or with
+    ``_use_new_zipfile_serialization=False``) cannot be mapped: opening reads all of it into memory, once.
 
     Raises :class:`~fabric_init.errors.CheckpointNotFoundError` for a missing file and
-    :class:`~fabric_init.errors.CheckpointFormatError` for one that is truncated, corrupt, in the legacy format, carries
-    code, or holds no state dict of dense tensors.
+    :class:`~fabric_init.errors.CheckpointFormatError` for one that is truncated, corrupt, carries code, or holds no
+    state dict of dense tensors, or several of which none is named.
     """
 
     format = "torch"
     note: str | None = None
 
-    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True, entry: str | None = None) -> None:
         self.path = Path(path)
         # torch.serialization.set_default_mmap_options may have asked for shared maps; writes would reach the file.
         self._copy = not mmap or torch.serialization.get_default_mmap_options() not in (None, _MAP_PRIVATE)
-        state, wrapper = _find_state_dict(self.path, _load(self.path))
-        if wrapper is not None:
-            self.note = f"state dict found under {wrapper!r}"
+        loaded, legacy = _load(self.path)
+        if not isinstance(loaded, dict):
+            raise CheckpointFormatError(
+                f"{path} holds a {type(loaded).__name__}, not a state dict. Save model.state_dict() instead."
+            )
+        found = dict(_state_dicts(loaded))
+        counts = {location: _count_tensors(state) for location, state in found.items()}
+        location = choose_state_dict(self.path, counts, entry)
+        state = found[location]
+        notes = [note for note in (describe(location), _LEGACY_NOTE if legacy else None) if note]
+        self.note = "; ".join(notes) or None
         self._tensors: dict[str, torch.Tensor] = {}
         self.extra_state: dict[str, Any] = {}
         """Entries ``*_extra_state`` (``nn.Module.get_extra_state``) that are not tensors."""
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
                 self._tensors[_checked_key(self.path, key, value)] = value.detach()
-            elif isinstance(key, str) and key.endswith("_extra_state"):
+            elif isinstance(key, str) and key.endswith(EXTRA_STATE):
                 self.extra_state[key] = value
         self._specs = {key: TensorSpec(value.shape, value.dtype) for key, value in self._tensors.items()}
 
@@ -95,19 +101,19 @@ class TorchFileReader:
         return part.detach()
 
 
-def _load(path: Path) -> object:
-    """What ``torch.save`` was given, with its tensors still in the file."""
+def _load(path: Path) -> tuple[object, bool]:
+    """What ``torch.save`` was given, with its tensors still in the file; or, if in the legacy format, in memory."""
     head = open_bytes(path, mmap=False).head(64)
-    if not head.startswith(_ZIP_MAGIC):
-        if head.startswith(b"\x80"):  # a pickle of protocol 2 or later, as legacy torch files begin
-            raise CheckpointFormatError(_LEGACY.format(path=path, name=path.name))
+    # A legacy file begins as a pickle of protocol 2 or later does.
+    if not head.startswith((_ZIP_MAGIC, b"\x80")):
         raise CheckpointFormatError(
             f"{path} is not a file of torch.save: it begins with {head[:8]!r}, not with a zip header. Wrong file?"
         )
+    legacy = not head.startswith(_ZIP_MAGIC)
     try:
-        return torch.load(os.fspath(path), mmap=True, weights_only=True, map_location="cpu")
+        return torch.load(os.fspath(path), mmap=not legacy, weights_only=True, map_location="cpu"), legacy
     except pickle.UnpicklingError as error:
-        blocked = _unsafe_globals(path)
+        blocked = _unsafe_globals(path, error)
         if blocked:
             named = ", ".join(blocked[:5]) + (f" and {len(blocked) - 5} more" if len(blocked) > 5 else "")
             raise CheckpointFormatError(_CODE_IN_PICKLE.format(path=path, name=path.name, globals=named)) from None
@@ -117,11 +123,11 @@ def _load(path: Path) -> object:
         raise CheckpointFormatError(_corrupt(path, error)) from error
 
 
-def _unsafe_globals(path: Path) -> list[str]:
+def _unsafe_globals(path: Path, error: Exception) -> list[str]:
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(os.fspath(path)))
-    except Exception:  # corrupt as well: the caller reports the first error
-        return []
+    except Exception:  # in the legacy format, for which torch names the first one; or corrupt as well
+        return re.findall(r" GLOBAL (\S+) ", str(error))
 
 
 def _corrupt(path: Path, error: Exception) -> str:
@@ -132,31 +138,22 @@ def _corrupt(path: Path, error: Exception) -> str:
     )
 
 
-def _find_state_dict(path: Path, loaded: object) -> tuple[dict[object, object], str | None]:
-    """The dict with the tensors, and the entry of the outer dict it was found under."""
-    if not isinstance(loaded, dict):
-        raise CheckpointFormatError(
-            f"{path} holds a {type(loaded).__name__}, not a state dict. Save model.state_dict() instead."
-        )
-    holders = {key: _count_tensors(value) for key, value in loaded.items() if _count_tensors(value)}
-    wrapped = [name for name in WRAPPERS if name in holders]
-    if len(wrapped) > 1:
-        raise CheckpointFormatError(
-            f"{path} holds state dicts under {' and '.join(map(repr, wrapped))}. Save the one you mean to its own file."
-        )
-    if wrapped:
-        return loaded[wrapped[0]], wrapped[0]
-    if _count_tensors(loaded):
-        return loaded, None
-    inside = ", ".join(f"{key!r} ({count} tensors)" for key, count in holders.items())
-    raise CheckpointFormatError(
-        f"{path} holds no tensor at the top level, nor in a dict under {', '.join(map(repr, WRAPPERS))}. "
-        + (f"There are tensors under {inside}: save that dict to its own file." if inside else "Is it the right file?")
-    )
+def _state_dicts(loaded: dict[object, object]) -> Iterator[tuple[Location, dict[object, object]]]:
+    """Each dict that has tensors, and the keys that lead to it; the state of optimizers is left out."""
+    waiting: list[tuple[Location, dict[object, object]]] = [((), loaded)]
+    seen = set()  # a pickle can make dicts that hold themselves
+    for location, state in waiting:
+        if id(state) in seen or state.keys() >= OPTIMIZER_PARTS:
+            continue
+        seen.add(id(state))
+        if _count_tensors(state):
+            yield location, state
+        inner = [(str(key), value) for key, value in state.items() if isinstance(value, dict)]
+        waiting += [((*location, key), value) for key, value in inner if not key.endswith(EXTRA_STATE)]
 
 
-def _count_tensors(value: object) -> int:
-    return sum(isinstance(entry, torch.Tensor) for entry in value.values()) if isinstance(value, dict) else 0
+def _count_tensors(state: dict[object, object]) -> int:
+    return sum(isinstance(value, torch.Tensor) for value in state.values())
 
 
 def _checked_key(path: Path, key: object, value: torch.Tensor) -> str:
