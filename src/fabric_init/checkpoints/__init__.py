@@ -13,6 +13,7 @@ from fabric_init.checkpoints.manifest import write_manifest
 from fabric_init.checkpoints.opening import open_checkpoint
 from fabric_init.checkpoints.reader import CheckpointReader, TensorSpec
 from fabric_init.checkpoints.region import Box, Region, Span, take
+from fabric_init.checkpoints.remote import RemotePath
 from fabric_init.checkpoints.renaming import Suggestion, likely_renames, rename_keys
 from fabric_init.checkpoints.safetensors import SafetensorsReader
 from fabric_init.checkpoints.sharded import ShardedReader
@@ -24,6 +25,7 @@ __all__ = [
     "CheckpointReader",
     "DeepSpeedFolderReader",
     "Region",
+    "RemotePath",
     "SafetensorsReader",
     "ShardedReader",
     "Span",

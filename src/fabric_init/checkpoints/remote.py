@@ -91,13 +91,16 @@ class RemotePath:
 
     def exists(self) -> bool:
         """Whether there is anything."""
-        with _errors_of(self):
-            return bool(self.filesystem.exists(self.location)) or self.is_dir()
+        return self.is_file() or self.is_dir()
 
     def is_file(self) -> bool:
         """Whether there is a file; of a web server: whether it answers."""
         with _errors_of(self):
-            return bool((self.filesystem.isfile if self.lists_folders else self.filesystem.exists)(self.location))
+            try:
+                # Not exists(): of a web server that asks for the whole file.
+                return bool(self.filesystem.info(self.location)["type"] == "file")
+            except FileNotFoundError:
+                return False
 
     def is_dir(self) -> bool:
         """Whether there is a folder; of a web server: whether the usual files of a checkpoint are under this URL."""
