@@ -44,6 +44,7 @@ class Fabric(lightning.Fabric):
         rename: Rename = None,
         reinit: Sequence[str] = (),
         mmap: bool = True,
+        entry: str | None = None,
     ) -> AbstractContextManager[None]:
         """Context in which a model is built on the right device and in the right precision.
 
@@ -58,13 +59,15 @@ class Fabric(lightning.Fabric):
 
         Args:
             empty_init: skip the model's own init. ``None`` means: only if ``checkpoint`` declares a load.
-            checkpoint: a safetensors file, a folder in Hugging Face layout, or a torch file, that fills the model.
+            checkpoint: a safetensors file, a folder in Hugging Face layout, a torch file, or a folder of
+                ``torch.distributed.checkpoint`` (what sharded strategies save), that fills the model.
             strict: a missing or unexpected key is an error. Otherwise missing tensors get the model's own init and
                 unexpected keys are ignored; :meth:`init_report` has both.
             rename: regex → replacement, or a callable, from checkpoint key to tensor name; ``None`` drops a key.
             reinit: globs of tensors to initialise afresh although the checkpoint has them (a new head, say).
             mmap: on the CPU, let the mapped file be the parameters: nothing is copied. ``False`` copies, for a file
                 that may be overwritten in place while the model lives.
+            entry: the state dict that is meant, by its key, where a torch file or distributed checkpoint holds several.
 
         Raises:
             CheckpointError: when entered, if the file cannot be used.
@@ -84,7 +87,9 @@ class Fabric(lightning.Fabric):
             return recorded_block(require_recorded_init(self.strategy))
         if empty_init is False:
             raise FabricInitError("empty_init=False contradicts checkpoint=…: a declared load never runs init first")
-        return recorded_block(require_recorded_init(self.strategy), checkpoint, Wanted(strict, rename, reinit), mmap)
+        return recorded_block(
+            require_recorded_init(self.strategy), checkpoint, Wanted(strict, rename, reinit), mmap, entry
+        )
 
     def init_missing(self, model: nn.Module) -> None:
         """Run the model's own recorded init for whatever is still unfilled.

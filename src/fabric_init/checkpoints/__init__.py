@@ -7,6 +7,7 @@ name in it.
 
 from __future__ import annotations
 
+from fabric_init.checkpoints.dcp import DCPReader
 from fabric_init.checkpoints.deepspeed_folder import DeepSpeedFolderReader
 from fabric_init.checkpoints.formats import Candidate, register_reader, unregister_reader
 from fabric_init.checkpoints.manifest import write_manifest
@@ -23,6 +24,7 @@ __all__ = [
     "Box",
     "Candidate",
     "CheckpointReader",
+    "DCPReader",
     "DeepSpeedFolderReader",
     "Region",
     "RemotePath",

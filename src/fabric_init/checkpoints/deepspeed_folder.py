@@ -72,8 +72,8 @@ class DeepSpeedFolderReader:
         self._copy = not mmap or not maps_privately()
         folder = _tag_folder(self.path)
         names = sorted(entry.name for entry in folder.iterdir())
-        states = [load_mapped(file, _STAND_INS) for file in _by_rank(folder, names, _MODEL_STATES)]
-        optimizers = [load_mapped(file, _STAND_INS) for file in _by_rank(folder, names, _OPTIM_STATES)]
+        states = [load_mapped(file, _STAND_INS)[0] for file in _by_rank(folder, names, _MODEL_STATES)]
+        optimizers = [load_mapped(file, _STAND_INS)[0] for file in _by_rank(folder, names, _OPTIM_STATES)]
         if not states:
             raise CheckpointNotFoundError(f"{folder} has no file *_model_states.pt. Is the copy complete?")
         try:

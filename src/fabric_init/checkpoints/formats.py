@@ -12,6 +12,7 @@ from fabric_init.checkpoints.file_bytes import Opener, open_bytes
 from fabric_init.checkpoints.manifest import Manifest
 from fabric_init.checkpoints.reader import CheckpointReader
 from fabric_init.checkpoints.remote import AnyPath, RemotePath, as_path, is_url
+from fabric_init.errors import CheckpointFormatError
 
 _HEAD_BYTES = 64
 
@@ -20,17 +21,24 @@ class Candidate:
     """What is to be opened. Nothing is asked of the disk or the network before someone looks at it."""
 
     def __init__(
-        self, given: str | os.PathLike[str] | RemotePath, *, mmap: bool = True, manifest: Manifest | None = None
+        self,
+        given: str | os.PathLike[str] | RemotePath,
+        *,
+        mmap: bool = True,
+        manifest: Manifest | None = None,
+        entry: str | None = None,
     ) -> None:
         self.given = given
         self.asked = str(given) if isinstance(given, RemotePath) else os.fspath(given)
         """What the user gave, as text."""
         self.mmap = mmap
         self.manifest = manifest
+        self.entry = entry
+        """The state dict that is meant, where there are several."""
 
     def at(self, path: AnyPath) -> Candidate:
         """The same for another path: the file to open in a folder, say."""
-        return Candidate(path, mmap=self.mmap, manifest=self.manifest)
+        return Candidate(path, mmap=self.mmap, manifest=self.manifest, entry=self.entry)
 
     @property
     def opener(self) -> Opener | None:
@@ -65,6 +73,13 @@ class Candidate:
     def head(self) -> bytes:
         """The first 64 bytes of the file; none of a folder."""
         return b"" if self.is_dir else open_bytes(self.path, mmap=False).head(_HEAD_BYTES)
+
+    def refuse_entry(self) -> None:
+        """For formats with one state dict."""
+        if self.entry is not None:
+            raise CheckpointFormatError(
+                f"{self.path} has no entries, so entry={self.entry!r} names nothing in it. Leave it out."
+            )
 
     def check_whole(self) -> None:
         """Compare every file with the manifest, if there is one: for readers that open files by themselves."""
@@ -106,6 +121,7 @@ def register_reader(name: str, recognises: Callable[[Candidate], bool], opens: C
         raise TypeError("register_reader needs two functions: recognises(candidate) and opens(path, mmap=...)")
 
     def open_own(candidate: Candidate) -> CheckpointReader:
+        candidate.refuse_entry()
         candidate.check_whole()
         return opens(candidate.asked if candidate.is_url else candidate.path, mmap=candidate.mmap)
 

@@ -126,7 +126,12 @@ class _CheckedBytes:
         self._lock = threading.Lock()
 
     def head(self, stop: int) -> bytes:
-        return bytes(self.tensor(torch.uint8, 0, Window(0, (min(stop, self.size),), (1,))).numpy().data)
+        return self.part(0, min(stop, self.size))
+
+    def part(self, start: int, stop: int) -> bytes:
+        data = bytearray(stop - start)
+        self._copy(memoryview(data), start)
+        return bytes(data)
 
     def tensor(self, dtype: torch.dtype, offset: int, window: Window) -> torch.Tensor:
         out = torch.empty(window.sizes, dtype=dtype, device="cpu")

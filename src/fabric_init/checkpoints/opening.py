@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from fabric_init.checkpoints import hub
+from fabric_init.checkpoints.dcp import DCPReader
 from fabric_init.checkpoints.deepspeed_folder import DeepSpeedFolderReader, is_deepspeed_folder
 from fabric_init.checkpoints.formats import Candidate, Format, registered_formats
 from fabric_init.checkpoints.manifest import Manifest
@@ -29,8 +30,8 @@ _NOT_WEIGHTS = frozenset(
 )
 
 _LOOKED_FOR = """\
-*.safetensors.index.json, model.safetensors or a single *.safetensors, a DeepSpeed checkpoint, *.bin.index.json, \
-pytorch_model.bin or a single *.bin, *.pt, *.pth or *.ckpt"""
+*.safetensors.index.json, model.safetensors or a single *.safetensors, .metadata of torch.distributed.checkpoint, \
+latest of DeepSpeed, *.bin.index.json, pytorch_model.bin or a single *.bin, *.pt, *.pth or *.ckpt"""
 
 _KNOWN_ELSEWHERE = {
     b"GGUF": "a GGUF file (llama.cpp)",
@@ -47,12 +48,14 @@ def open_checkpoint(
     path: str | os.PathLike[str] | RemotePath,
     *,
     mmap: bool = True,
+    entry: str | None = None,
     manifest: str | os.PathLike[str] | None = None,
 ) -> CheckpointReader:
     """Open a checkpoint; no weight is read.
 
     Files are told apart by their first bytes. In a folder a safetensors index is preferred, then a single safetensors
-    file, then a DeepSpeed checkpoint, then a torch index, then a single torch file. Formats of
+    file, then the metadata of ``torch.distributed.checkpoint`` (which is what sharded strategies save), then a
+    DeepSpeed checkpoint, then a torch index, then a single torch file. Formats of
     :func:`~fabric_init.checkpoints.register_reader` are asked first.
 
     Args:
@@ -61,15 +64,18 @@ def open_checkpoint(
             that name.
         mmap: what is read later is a view of a private copy-on-write map. ``False`` copies, for files that may be
             overwritten in place. What is remote, or checked block by block, is always copied.
+        entry: the state dict that is meant, by its key (``"generator"``, or ``"app.model"`` for one in a dict in it),
+            for a torch file or distributed checkpoint that holds several.
         manifest: SHA-256 digests to compare with: a file as ``sha256sum`` or
             :func:`~fabric_init.checkpoints.write_manifest` writes it.
 
     Raises:
         CheckpointNotFoundError: nothing is there, or a folder has no checkpoint in it.
-        CheckpointFormatError: what is there cannot be read, is not what the manifest says, or several unrelated files
-            could be meant.
+        CheckpointFormatError: what is there cannot be read, is not what the manifest says, or several unrelated files,
+            or state dicts in it, could be meant.
     """
-    candidate = Candidate(path, mmap=mmap, manifest=None if manifest is None else Manifest(manifest))
+    sums = None if manifest is None else Manifest(manifest)
+    candidate = Candidate(path, mmap=mmap, manifest=sums, entry=entry)
     try:
         formats = (*registered_formats(), *_KNOWN)
         return next(one for one in formats if one.recognises(candidate)).open(candidate)
@@ -102,18 +108,29 @@ def _open_chosen(candidate: Candidate) -> CheckpointReader:
     return _open_first(candidate.at(candidate.path / chosen))
 
 
-def _refuse_distributed(candidate: Candidate) -> CheckpointReader:
+def _open_distributed(candidate: Candidate) -> CheckpointReader:
+    folder = _local(candidate, "a torch.distributed.checkpoint")
+    return DCPReader(folder if candidate.is_dir else folder.parent, mmap=candidate.mmap, entry=candidate.entry)
+
+
+def _refuse_part(candidate: Candidate) -> CheckpointReader:
     raise CheckpointFormatError(
-        f"{candidate.path} is a checkpoint of torch.distributed.checkpoint, which is not read here. Convert it:\n"
-        f"    python -m torch.distributed.checkpoint.format_utils dcp_to_torch {candidate.path} model.pt"
+        f"{candidate.path} is one rank's part of a torch.distributed.checkpoint: give the folder, "
+        f"{candidate.path.parent}."
     )
 
 
 def _open_deepspeed(candidate: Candidate) -> CheckpointReader:
+    candidate.refuse_entry()
+    return DeepSpeedFolderReader(_local(candidate, "a DeepSpeed checkpoint"), mmap=candidate.mmap)
+
+
+def _local(candidate: Candidate, what: str) -> Path:
+    """The path, for readers that open files by themselves."""
     if not isinstance(candidate.path, Path):
-        raise CheckpointFormatError(f"{candidate.path} is a DeepSpeed checkpoint; these are read from a local folder.")
+        raise CheckpointFormatError(f"{candidate.path} is {what}, which is read from a local folder: download it.")
     candidate.check_whole()
-    return DeepSpeedFolderReader(candidate.path, mmap=candidate.mmap)
+    return candidate.path
 
 
 def _refuse_folder(candidate: Candidate) -> CheckpointReader:
@@ -126,6 +143,7 @@ def _refuse_folder(candidate: Candidate) -> CheckpointReader:
 
 
 def _open_index(candidate: Candidate) -> CheckpointReader:
+    candidate.refuse_entry()
     return ShardedReader(candidate.path, mmap=candidate.mmap, opener=candidate.opener)
 
 
@@ -137,11 +155,12 @@ def _is_safetensors(candidate: Candidate) -> bool:
 
 
 def _open_safetensors(candidate: Candidate) -> CheckpointReader:
+    candidate.refuse_entry()
     return SafetensorsReader(candidate.path, mmap=candidate.mmap, opener=candidate.opener)
 
 
 def _open_torch(candidate: Candidate) -> CheckpointReader:
-    return TorchFileReader(candidate.path, mmap=candidate.mmap, opener=candidate.opener)
+    return TorchFileReader(candidate.path, mmap=candidate.mmap, entry=candidate.entry, opener=candidate.opener)
 
 
 def _refuse_unknown(candidate: Candidate) -> CheckpointReader:
@@ -161,7 +180,8 @@ _KNOWN = (
     Format("Hugging Face cache", lambda it: isinstance(it.path, Path) and hub.is_cache_folder(it.path), _open_cached),
     Format("folder of safetensors", lambda it: _safetensors_in(it.asked, it.names) is not None, _open_chosen),
     # Before looking for torch files: Lightning puts a meta.pt beside it, with everything but the weights.
-    Format("torch.distributed.checkpoint", lambda it: ".metadata" in it.names, _refuse_distributed),
+    Format("torch.distributed.checkpoint", lambda it: ".metadata" in (it.path.name, *it.names), _open_distributed),
+    Format("part of that", lambda it: it.path.suffix == ".distcp", _refuse_part),
     Format("DeepSpeed", lambda it: is_deepspeed_folder(it.names), _open_deepspeed),
     Format("folder of torch files", lambda it: _torch_in(it.asked, it.names) is not None, _open_chosen),
     Format("other folder", lambda it: it.is_dir, _refuse_folder),

@@ -33,7 +33,7 @@ class CheckpointReader(Protocol):
         ...
 
     format: str
-    """The format, in words, for reports: ``"safetensors"``, ``"sharded safetensors"``, ``"torch"``."""
+    """The format, in words, for reports: ``"safetensors"``, ``"sharded safetensors"``, ``"torch"``, and so on."""
     note: str | None
     """Anything the user should know of how it was read (``"state dict found under 'model'"``), else ``None``."""
 

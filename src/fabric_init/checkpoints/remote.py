@@ -153,6 +153,9 @@ class RemoteBytes:
     def head(self, stop: int) -> bytes:
         return self._fetch([(0, min(stop, self.size))])[0]
 
+    def part(self, start: int, stop: int) -> bytes:
+        return self._fetch([(start, stop)])[0]
+
     def tensor(self, dtype: torch.dtype, offset: int, window: Window) -> torch.Tensor:
         out = torch.empty(window.sizes, dtype=dtype, device="cpu")
         if not out.numel():

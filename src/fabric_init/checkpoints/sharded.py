@@ -11,7 +11,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ import torch
 from fabric_init.checkpoints.file_bytes import Opener, open_bytes
 from fabric_init.checkpoints.reader import CheckpointReader, TensorSpec
 from fabric_init.checkpoints.region import Region
-from fabric_init.checkpoints.remote import AnyPath, RemotePath, as_path
+from fabric_init.checkpoints.remote import AnyPath, as_path
 from fabric_init.checkpoints.safetensors import SafetensorsReader
 from fabric_init.checkpoints.torch_file import TorchFileReader
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
@@ -54,7 +54,12 @@ class ShardedReader:
         weight_map = read_weight_map(index, opener)
         counts = Counter(weight_map.values())
         for name, count in counts.items():
-            _check_shard(index, name, count)
+            if isinstance(index, Path):
+                check_shard(index, name, count)
+            else:
+                _refuse_outside(index, name)
+                if not (index.parent / name).is_file():
+                    raise _missing(index, name, count)
         self._shards = {name: _open_shard(index.parent / name, mmap, opener) for name in counts}
         known = {name: frozenset(shard.keys()) for name, shard in self._shards.items()}
         self._where: dict[str, CheckpointReader] = {}
@@ -134,23 +139,32 @@ def read_weight_map(index: AnyPath, opener: Opener | None = None) -> dict[str, s
     return weight_map
 
 
-def _check_shard(index: AnyPath, name: str, count: int) -> None:
+def check_shard(index: Path, name: str, count: int) -> os.stat_result:
+    """Refuse a file name in ``index`` (of ``count`` keys) that leaves its folder, or that no file there has.
+
+    Returns what the system knows of the file.
+    """
+    _refuse_outside(index, name)
+    try:
+        found = os.stat(index.parent / name)
+    except PermissionError as error:
+        raise CheckpointFormatError(f"{index}: shard {name!r} cannot be reached: {error}.") from error
+    except (OSError, ValueError):  # ValueError: a null byte
+        raise _missing(index, name, count) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise _missing(index, name, count)
+    return found
+
+
+def _refuse_outside(index: AnyPath, name: str) -> None:
     # By the letters of the name, not by resolving it: the Hub's cache keeps shards as symbolic links out of the folder.
     parts = (*PurePosixPath(name).parts, *PureWindowsPath(name).parts)
     if not name or ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
         raise CheckpointFormatError(f"{index} names the shard {name!r}, outside its folder; that is refused as unsafe.")
-    try:
-        is_file = _is_file(index.parent / name)
-    except PermissionError as error:
-        raise CheckpointFormatError(f"{index}: shard {name!r} cannot be reached: {error}.") from error
-    except (OSError, ValueError):  # ValueError: a null byte
-        is_file = False
-    if not is_file:
-        raise CheckpointNotFoundError(
-            f"{index} names the shard {name!r}, which holds {count} of its keys, but there is no such file in "
-            f"{index.parent}. Is the download complete?"
-        )
 
 
-def _is_file(path: AnyPath) -> bool:
-    return path.is_file() if isinstance(path, RemotePath) else stat.S_ISREG(os.stat(path).st_mode)
+def _missing(index: AnyPath, name: str, count: int) -> CheckpointNotFoundError:
+    return CheckpointNotFoundError(
+        f"{index} names the shard {name!r}, which holds {count} of its keys, but there is no such file in "
+        f"{index.parent}. Is the download complete?"
+    )

@@ -91,7 +91,7 @@ class TorchArchive:
     def _start(self, record: zipfile.ZipInfo) -> int:
         """The first byte of a record; its own header says how long it is itself, the directory does not."""
         if record.filename not in self._starts:
-            header = _bytes(self._file, record.header_offset, record.header_offset + _LOCAL_HEADER_BYTES)
+            header = _part(self._file, record.header_offset, record.header_offset + _LOCAL_HEADER_BYTES)
             if len(header) < _LOCAL_HEADER_BYTES or not header.startswith(b"PK\3\4"):
                 raise zipfile.BadZipFile(f"there is no header of the record {record.filename} where it should be")
             lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
@@ -151,7 +151,7 @@ class _Readable(io.RawIOBase):
     def __init__(self, file: FileBytes) -> None:
         self._file, self._at = file, 0
         self._tail_start = max(0, file.size - _TAIL_BYTES)
-        self._tail = _bytes(file, self._tail_start, file.size)
+        self._tail = file.part(self._tail_start, file.size)
 
     def readable(self) -> bool:
         return True
@@ -174,12 +174,11 @@ class _Readable(io.RawIOBase):
         if self._at >= self._tail_start:
             data = self._tail[self._at - self._tail_start : stop - self._tail_start]
         else:
-            data = _bytes(self._file, self._at, stop)
+            data = _part(self._file, self._at, stop)
         self._at += len(data)
         return data
 
 
-def _bytes(file: FileBytes, start: int, stop: int) -> bytes:
-    count = max(0, min(stop, file.size) - start)
-    raw = file.tensor(torch.uint8, 0, Window(start, (count,), (1,)))
-    return bytes(raw.numpy().data)
+def _part(file: FileBytes, start: int, stop: int) -> bytes:
+    stop = min(stop, file.size)
+    return file.part(start, stop) if start < stop else b""

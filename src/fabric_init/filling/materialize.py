@@ -33,6 +33,7 @@ def materialize(
     reinit: Sequence[str] = (),
     rng: Rng | None = None,
     mmap: bool = True,
+    entry: str | None = None,
 ) -> InitReport:
     """Give every tensor of a recorded ``model`` its value: from ``checkpoint``, or by the model's own init code.
 
@@ -42,7 +43,8 @@ def materialize(
     Args:
         model: built under :func:`~fabric_init.deferred_init`.
         device: where tensors are to be; ``None`` leaves each where its constructor asked for it.
-        checkpoint: a safetensors file, a folder in Hugging Face layout, or a torch file.
+        checkpoint: a safetensors file, a folder in Hugging Face layout, a torch file, or a folder of
+            ``torch.distributed.checkpoint`` (what sharded strategies save).
         strict: a missing or unexpected key is an error. Otherwise missing tensors get the model's own init and
             unexpected keys are ignored; the report has both.
         rename: regex → replacement, or a callable, from checkpoint key to tensor name; ``None`` drops a key.
@@ -50,6 +52,7 @@ def materialize(
         rng: ``"per_op"`` or ``"eager"``, see :func:`~fabric_init.deferred_init`; default: as recorded.
         mmap: on the CPU, let the mapped file be the parameters: nothing is copied. ``False`` copies, for a file that
             may be overwritten in place while the model lives.
+        entry: the state dict that is meant, by its key, where a torch file or distributed checkpoint holds several.
 
     Returns:
         What every tensor got, from where; also kept for ``Fabric.init_report``.
@@ -64,7 +67,7 @@ def materialize(
         raise TypeError(f"materialize takes a module, not {type(model).__name__}")
     if rng is not None:
         check_rng(rng)
-    reader = open_checkpoint(checkpoint, mmap=mmap) if checkpoint is not None else None
+    reader = open_checkpoint(checkpoint, mmap=mmap, entry=entry) if checkpoint is not None else None
     placement = WholeTensors(None if device is None else torch.device(device))
     return fill_model(model, reader, Wanted(strict, rename, reinit), placement, rng)
 
