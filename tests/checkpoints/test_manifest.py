@@ -14,6 +14,7 @@ from regions import regions
 from safetensors.torch import save_file
 from web_server import serving
 
+from fabric_init import Fabric
 from fabric_init.checkpoints import Span, open_checkpoint, take, write_manifest
 from fabric_init.errors import CheckpointError, CheckpointFormatError, CheckpointNotFoundError
 
@@ -105,6 +106,22 @@ def test_a_file_written_over_after_it_was_opened_is_noticed_at_the_next_read(fil
         target.write(b"\xff\xff")
     with pytest.raises(CheckpointFormatError, match=r"changed"):
         reader.read("a")
+
+
+def test_a_changed_byte_is_an_error_of_the_block_that_builds_the_model(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(30, 20).state_dict(), tmp_path / "m.pt")
+    sums = write_manifest(tmp_path / "m.pt", block_bytes=BLOCK)
+    good = (tmp_path / "m.pt").read_bytes()
+    fabric = Fabric(accelerator="cpu", devices=1)
+    with fabric.init_module(checkpoint=tmp_path / "m.pt", manifest=sums):
+        model = torch.nn.Linear(30, 20)
+    at = good.index(model.weight.detach().numpy().tobytes()) + 1000
+    (tmp_path / "m.pt").write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+    with (
+        pytest.raises(CheckpointFormatError, match=r"m\.pt has not the SHA-256 that .*m\.pt\.sha256 lists"),
+        fabric.init_module(checkpoint=tmp_path / "m.pt", manifest=sums),
+    ):
+        model = torch.nn.Linear(30, 20)
 
 
 def test_a_sharded_checkpoint_is_checked_with_its_index(tmp_path: Path) -> None:

@@ -82,6 +82,14 @@ def test_every_format_reads_the_same_from_a_url(server: Server, memory: str, whe
         assert torch.equal(reader.read(key), value), key
 
 
+def test_a_file_in_the_legacy_format_is_read_whole(memory: str) -> None:
+    with fsspec.open(f"{memory}/old.pt", "wb") as file:
+        torch.save(STRIDED, file, _use_new_zipfile_serialization=False)
+    reader = open_checkpoint(f"{memory}/old.pt")
+    assert "legacy" in str(reader.note)
+    assert all(torch.equal(reader.read(key), value) for key, value in STRIDED.items())
+
+
 def test_a_url_of_a_folder_opens_what_is_preferred_in_it(server: Server, memory: str) -> None:
     assert open_checkpoint(memory).format == "sharded safetensors"
     assert open_checkpoint(f"{server.url}/").format == "sharded safetensors"

@@ -109,8 +109,8 @@ def _open_chosen(candidate: Candidate) -> CheckpointReader:
 
 
 def _open_distributed(candidate: Candidate) -> CheckpointReader:
-    folder = _local(candidate, "a torch.distributed.checkpoint")
-    return DCPReader(folder if candidate.is_dir else folder.parent, mmap=candidate.mmap, entry=candidate.entry)
+    whole = candidate if candidate.is_dir else candidate.at(candidate.path.parent)
+    return DCPReader(_local(whole, "a torch.distributed.checkpoint"), mmap=whole.mmap, entry=whole.entry)
 
 
 def _refuse_part(candidate: Candidate) -> CheckpointReader:

@@ -33,6 +33,7 @@ def recorded_block(
     wanted: Wanted = _NOTHING_WANTED,
     mmap: bool = True,
     entry: str | None = None,
+    manifest: str | os.PathLike[str] | None = None,
 ) -> Iterator[None]:
     """Record the model that is built in the block, and fill it, give it room, or bind it until it is sharded.
 
@@ -45,7 +46,9 @@ def recorded_block(
     reader = None
     if checkpoint is not None:  # a bad path fails before the build
         reader = agreement.same(
-            "opening the checkpoint", lambda: open_checkpoint(checkpoint, mmap=mmap, entry=entry), checkpoint_digest
+            "opening the checkpoint",
+            lambda: open_checkpoint(checkpoint, mmap=mmap, entry=entry, manifest=manifest),
+            checkpoint_digest,
         )
     with ExitStack() as contexts:
         built = contexts.enter_context(BuiltModules())
