@@ -108,20 +108,22 @@ def test_a_file_written_over_after_it_was_opened_is_noticed_at_the_next_read(fil
         reader.read("a")
 
 
-def test_a_changed_byte_is_an_error_of_the_block_that_builds_the_model(tmp_path: Path) -> None:
-    torch.save(torch.nn.Linear(30, 20).state_dict(), tmp_path / "m.pt")
+def test_a_changed_byte_leaves_no_model_that_could_be_used(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(300, 200).state_dict(), tmp_path / "m.pt")
     sums = write_manifest(tmp_path / "m.pt", block_bytes=BLOCK)
     good = (tmp_path / "m.pt").read_bytes()
     fabric = Fabric(accelerator="cpu", devices=1)
     with fabric.init_module(checkpoint=tmp_path / "m.pt", manifest=sums):
-        model = torch.nn.Linear(30, 20)
+        model = torch.nn.Linear(300, 200)
     at = good.index(model.weight.detach().numpy().tobytes()) + 1000
+    del model
     (tmp_path / "m.pt").write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
     with (
         pytest.raises(CheckpointFormatError, match=r"m\.pt has not the SHA-256 that .*m\.pt\.sha256 lists"),
         fabric.init_module(checkpoint=tmp_path / "m.pt", manifest=sums),
     ):
-        model = torch.nn.Linear(30, 20)
+        model = torch.nn.Linear(300, 200)
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def test_a_sharded_checkpoint_is_checked_with_its_index(tmp_path: Path) -> None:
