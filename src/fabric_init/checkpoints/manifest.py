@@ -76,15 +76,17 @@ class Manifest:
 
     def opener(self, *, mmap: bool) -> Opener:
         """How to open files so that what is read is checked."""
-        return lambda path: self._checked(open_bytes(path, mmap=mmap))
+        return lambda path: self._checked(path, mmap)
 
     def check(self, path: AnyPath) -> None:
         """Read a whole file and compare. Raises :class:`~fabric_init.errors.CheckpointFormatError` if it differs."""
         file = open_bytes(path, mmap=False)
         self._check_whole(file, self._find(path))
 
-    def _checked(self, file: FileBytes) -> FileBytes:
-        digests = self._find(file.path)
+    def _checked(self, path: AnyPath, mmap: bool) -> FileBytes:
+        digests = self._find(path)
+        # Blocks are copied anyway: a map would show later changes of the file.
+        file = open_bytes(path, mmap=mmap and not digests.blocks)
         if not digests.blocks:
             self._check_whole(file, digests)
             return file
@@ -172,8 +174,7 @@ class _CheckedBytes:
                 return self._kept[index]
         size = self._manifest.block_bytes
         first, stop = index * size, min((index + 1) * size, self.size)
-        # A copy: a map would show later changes of the file.
-        block = self._file.tensor(torch.uint8, 0, Window(first, (max(0, stop - first),), (1,))).clone()
+        block = self._file.tensor(torch.uint8, 0, Window(first, (max(0, stop - first),), (1,)))
         if index >= len(self._blocks) or hashlib.sha256(block.numpy().data).hexdigest() != self._blocks[index]:
             raise CheckpointFormatError(
                 f"{self.path} has not the SHA-256 that {self._manifest.path} lists for its bytes {first:,} to "
