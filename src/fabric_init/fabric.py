@@ -58,6 +58,7 @@ class Fabric(lightning.Fabric):
         reinit: Sequence[str] = (),
         mmap: bool = True,
         entry: str | None = None,
+        manifest: str | os.PathLike[str] | None = None,
     ) -> AbstractContextManager[None]:
         """Context in which a model is built on the right device and in the right precision.
 
@@ -72,8 +73,9 @@ class Fabric(lightning.Fabric):
 
         Args:
             empty_init: skip the model's own init. ``None`` means: only if ``checkpoint`` declares a load.
-            checkpoint: a safetensors file, a folder in Hugging Face layout, a torch file, or a folder of
-                ``torch.distributed.checkpoint`` (what sharded strategies save), that fills the model.
+            checkpoint: what fills the model: a safetensors file, a folder in Hugging Face layout, a torch file, a
+                folder of ``torch.distributed.checkpoint`` (what sharded strategies save) or of DeepSpeed, a URL, or the
+                id of a model on the Hugging Face Hub: all that :func:`~fabric_init.checkpoints.open_checkpoint` takes.
             strict: a missing or unexpected key is an error. Otherwise missing tensors get the model's own init and
                 unexpected keys are ignored; :meth:`init_report` has both.
             rename: regex → replacement, or a callable, from checkpoint key to tensor name; ``None`` drops a key.
@@ -81,6 +83,8 @@ class Fabric(lightning.Fabric):
             mmap: on the CPU, let the mapped file be the parameters: nothing is copied. ``False`` copies, for a file
                 that may be overwritten in place while the model lives.
             entry: the state dict that is meant, by its key, where a torch file or distributed checkpoint holds several.
+            manifest: SHA-256 digests that the checkpoint is compared with while it is read: a file as ``sha256sum`` or
+                :func:`~fabric_init.checkpoints.write_manifest` writes it.
 
         Raises:
             CheckpointError: when entered, if the file cannot be used.
@@ -100,7 +104,7 @@ class Fabric(lightning.Fabric):
             return recorded_block(require_recorded_init(self.strategy))
         if empty_init is False:
             raise FabricInitError("empty_init=False contradicts checkpoint=…: a declared load never runs init first")
-        source, wanted = Source(checkpoint, mmap, entry), Wanted(strict, rename, reinit)
+        source, wanted = Source(checkpoint, mmap, entry, manifest), Wanted(strict, rename, reinit)
         return recorded_block(require_recorded_init(self.strategy), source, wanted)
 
     def init_missing(self, model: nn.Module) -> None:

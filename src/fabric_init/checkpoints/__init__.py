@@ -1,15 +1,20 @@
 """Reading checkpoints: plan from the header, then read each tensor, or a region of it, once.
 
-:func:`open_checkpoint` turns a path into a :class:`CheckpointReader`. Nothing here runs code from a file, and whatever
-bytes a file holds, what is wrong with it is a :class:`~fabric_init.errors.CheckpointError` with its name in it.
+:func:`open_checkpoint` turns a path, URL or model id into a :class:`CheckpointReader`. Nothing here runs code from a
+file, and whatever bytes a file holds, what is wrong with it is a :class:`~fabric_init.errors.CheckpointError` with its
+name in it.
 """
 
 from __future__ import annotations
 
 from fabric_init.checkpoints.dcp import DCPReader
+from fabric_init.checkpoints.deepspeed_folder import DeepSpeedFolderReader
+from fabric_init.checkpoints.formats import Candidate, register_reader, unregister_reader
+from fabric_init.checkpoints.manifest import write_manifest
 from fabric_init.checkpoints.opening import open_checkpoint
 from fabric_init.checkpoints.reader import CheckpointReader, TensorSpec
 from fabric_init.checkpoints.region import Box, Region, Span, take
+from fabric_init.checkpoints.remote import RemotePath
 from fabric_init.checkpoints.renaming import Suggestion, likely_renames, rename_keys
 from fabric_init.checkpoints.safetensors import SafetensorsReader
 from fabric_init.checkpoints.sharded import ShardedReader
@@ -18,9 +23,12 @@ from fabric_init.checkpoints.torch_file import TorchFileReader
 
 __all__ = [
     "Box",
+    "Candidate",
     "CheckpointReader",
     "DCPReader",
+    "DeepSpeedFolderReader",
     "Region",
+    "RemotePath",
     "SafetensorsReader",
     "ShardedReader",
     "Source",
@@ -30,6 +38,9 @@ __all__ = [
     "TorchFileReader",
     "likely_renames",
     "open_checkpoint",
+    "register_reader",
     "rename_keys",
     "take",
+    "unregister_reader",
+    "write_manifest",
 ]

@@ -1,6 +1,6 @@
-"""The bytes of one file as tensors: mapped into memory, or copied out by plain reads.
+"""The bytes of one file as tensors: mapped into memory, copied out by plain reads, or fetched from a URL.
 
-Both know nothing of formats. A format's reader finds out where a tensor lies and asks for a window of it.
+All know nothing of formats. A format's reader finds out where a tensor lies and asks for a window of it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import mmap as _mmap
 import os
 import stat
 import sys
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +18,7 @@ from typing import Protocol
 import torch
 
 from fabric_init.checkpoints.region import Window
+from fabric_init.checkpoints.remote import AnyPath, RemoteBytes, RemotePath
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
 
 # Without it Linux refuses a private writable map larger than memory plus swap, although most of it is never written.
@@ -30,7 +32,11 @@ _GATHER_BYTES = 1 << 20
 class FileBytes(Protocol):
     """The bytes of one open file; every method may be called from any thread."""
 
-    path: Path
+    @property
+    def path(self) -> AnyPath:
+        """Where it is; error messages name it."""
+        ...
+
     size: int
     """Bytes in the file when it was opened."""
 
@@ -50,12 +56,20 @@ class FileBytes(Protocol):
         ...
 
 
-def open_bytes(path: Path, *, mmap: bool) -> FileBytes:
+Opener = Callable[[AnyPath], FileBytes]
+"""How a reader gets at the bytes of a file: :func:`open_bytes`, or one that checks them on the way."""
+
+
+def open_bytes(path: AnyPath, *, mmap: bool) -> FileBytes:
     """Open a regular file: mapped privately (zero copy, copy on write), or for plain reads that copy.
+
+    One at a URL is read by requests for the parts wanted.
 
     Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when it is missing and
     :class:`~fabric_init.errors.CheckpointFormatError` when it is a folder, a pipe, empty or not readable.
     """
+    if isinstance(path, RemotePath):
+        return RemoteBytes(path)
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
@@ -164,10 +178,10 @@ class _Plain:
         size, start = out.element_size(), offset + window.start * out.element_size()
         extent = window.extent
         if extent == out.numel():
-            _read_into(file, start, _memory(out), self)
+            _read_into(file, start, memory(out), self)
         elif extent * size <= _GATHER_BYTES:
             scratch = torch.empty(extent, dtype=out.dtype, device="cpu")
-            _read_into(file, start, _memory(scratch), self)
+            _read_into(file, start, memory(scratch), self)
             out.copy_(scratch.as_strided(window.sizes, window.strides))
         else:
             for row in range(window.sizes[0]):
@@ -185,7 +199,7 @@ def _read_into(file: FileIO, start: int, target: memoryview, source: FileBytes) 
         target = target[got:]
 
 
-def _memory(tensor: torch.Tensor) -> memoryview:
+def memory(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, writable; ``Tensor.numpy`` knows neither bfloat16 nor fp8."""
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
@@ -195,7 +209,7 @@ def identity(found: os.stat_result) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def changed(path: Path, size: int) -> str:
+def changed(path: AnyPath, size: int) -> str:
     """The message for a file that did."""
     return (
         f"{path} changed after it was opened (it held {size:,} bytes then). Open it again; save a new checkpoint "

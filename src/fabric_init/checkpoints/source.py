@@ -16,7 +16,8 @@ class Source:
     path: str | os.PathLike[str]
     mmap: bool = True
     entry: str | None = None
+    manifest: str | os.PathLike[str] | None = None
 
     def open(self, *, copy: bool = False) -> CheckpointReader:
         """Open it; with ``copy``, not mapped in any case."""
-        return open_checkpoint(self.path, mmap=self.mmap and not copy, entry=self.entry)
+        return open_checkpoint(self.path, mmap=self.mmap and not copy, entry=self.entry, manifest=self.manifest)

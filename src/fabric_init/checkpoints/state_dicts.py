@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
+from fabric_init.checkpoints.remote import AnyPath
 from fabric_init.errors import CheckpointFormatError
 
 WRAPPERS = ("model", "state_dict", "module")
@@ -20,7 +20,7 @@ Location = tuple[str, ...]
 """The keys that lead from what was saved to a dict in it; ``()`` is the outermost dict."""
 
 
-def choose_state_dict(path: Path, counts: Mapping[Location, int], entry: str | None) -> Location:
+def choose_state_dict(path: AnyPath, counts: Mapping[Location, int], entry: str | None) -> Location:
     """The location of the model's state dict.
 
     Asked for by ``entry`` (keys joined by dots), or else: what is under a usual name, the least deep; what lies at the
