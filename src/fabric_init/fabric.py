@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy as LightningDeepSpeedStrategy
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy as LightningModelParallelStrategy
 from lightning.fabric.wrappers import _FabricModule
 from torch import nn
@@ -28,6 +29,7 @@ from fabric_init.filling.report import InitReport, report_of
 from fabric_init.recording.empty_init import _EmptyInit, active
 from fabric_init.recording.modules import BuiltModules
 from fabric_init.strategies.ddp import without_first_broadcast
+from fabric_init.strategies.deepspeed import DeepSpeedStrategy, refresh_masters, user_module
 from fabric_init.strategies.fsdp2 import FSDP2Strategy, ModelParallelStrategy
 from fabric_init.strategies.placement import agreement_of, placement_of
 from fabric_init.strategies.sharded import bind, is_bound
@@ -45,6 +47,8 @@ class Fabric(lightning.Fabric):
         super().__init__(*args, **kwargs)
         if type(self._strategy) is LightningModelParallelStrategy:
             self._strategy.__class__ = ModelParallelStrategy  # the same state, and knows how to fill shards
+        elif type(self._strategy) is LightningDeepSpeedStrategy:
+            self._strategy.__class__ = DeepSpeedStrategy
 
     def init_module(
         self,
@@ -102,7 +106,9 @@ class Fabric(lightning.Fabric):
         self, checkpoint: str | os.PathLike[str] | None, wanted: Wanted, mmap: bool = True
     ) -> Iterator[None]:
         _refuse_nesting()
-        sharded = isinstance(self.strategy, ModelParallelStrategy)
+        sharded = isinstance(self.strategy, ModelParallelStrategy) or (
+            isinstance(self.strategy, DeepSpeedStrategy) and self.strategy.zero_stage_3
+        )
         placement = None if sharded else placement_of(self.strategy)
         agreement = agreement_of(self.strategy)
         reader = None
@@ -137,6 +143,8 @@ class Fabric(lightning.Fabric):
             UninitializedTensorError: the model's own code never gives some tensor a value.
         """
         initialise_rest(_original(model))
+        if isinstance(model, _FabricModule):
+            refresh_masters(model._forward_module)
 
     def init_report(self, model: nn.Module) -> InitReport:
         """What every tensor of ``model`` got, from where. Also takes what :meth:`setup` returned.
@@ -187,6 +195,8 @@ def _original(model: nn.Module) -> nn.Module:
             model = model.module
         elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
             model = compiled
+        elif (inner := user_module(model)) is not model:
+            model = inner
         else:
             return model
 

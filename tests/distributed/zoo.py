@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from fabric_init import Fabric, deferred_init, materialize
+from fabric_init.strategies import DeepSpeedStrategy
 
 VOCABULARY = 11
-STRATEGIES = ["ddp", "fsdp2"]
+STRATEGIES = ["ddp", "fsdp2", "deepspeed_stage_2", "deepspeed_stage_3"]
+WHOLE_ON_EACH_RANK = ["ddp", "deepspeed_stage_2"]
 
 
 class Uneven(nn.Module):
@@ -206,10 +209,29 @@ def write_checkpoint(
 def launch(strategy: Any, precision: Any = "32-true", **options: Any) -> Fabric:
     """The Fabric of this rank, launched."""
     world_size = int(os.environ["WORLD_SIZE"])
+    if "deepspeed" in str(strategy):
+        _without_optional_operators()
     fabric = Fabric(accelerator="cpu", devices=world_size, strategy=strategy, precision=precision, **options)
+    if isinstance(fabric.strategy, DeepSpeedStrategy):
+        fabric.strategy.config["zero_force_ds_cpu_optimizer"] = False  # offloading would want its own Adam, compiled
     fabric.launch()
     assert fabric.world_size == world_size
     return fabric
+
+
+def _without_optional_operators() -> None:
+    """DeepSpeed would call the compiler for a minute, for an operator that gloo does well without."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def set_up(fabric: Fabric, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]) -> tuple[Any, Any]:
+    """The model, then an optimizer for it, where the strategy takes one after the other; else both together."""
+    if isinstance(fabric.strategy, DeepSpeedStrategy):
+        return fabric.setup(model, make_optimizer(model))
+    model = fabric.setup_module(model)
+    return model, fabric.setup_optimizers(make_optimizer(model))
 
 
 def build(fabric: Fabric, name: str, *, seed: int = 1, **options: Any) -> nn.Module:
@@ -221,15 +243,24 @@ def build(fabric: Fabric, name: str, *, seed: int = 1, **options: Any) -> nn.Mod
 
 def inner(model: nn.Module) -> nn.Module:
     """The user's model, out of what ``fabric.setup`` and DDP put around it."""
-    while type(model).__name__ in ("_FabricModule", "DistributedDataParallel", "OptimizedModule"):
+    while type(model).__name__ in ("_FabricModule", "DistributedDataParallel", "DeepSpeedEngine", "OptimizedModule"):
         model = model._orig_mod if type(model).__name__ == "OptimizedModule" else model.module
     return model
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, put together from all ranks: each must ask for it."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().clone()
+    with gathered(tensor), torch.no_grad():
+        return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
+
+
+def gathered(tensor: Tensor) -> AbstractContextManager[Any]:
+    """While ``tensor`` is whole, if DeepSpeed has partitioned it."""
+    if not hasattr(tensor, "ds_tensor"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(tensor)
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from fabric_init.errors import FabricInitError
 from fabric_init.strategies.placement import agreement_of
-from fabric_init.strategies.sharded import is_bound, parameters_by_name, remap, shard_and_fill
+from fabric_init.strategies.sharded import ShardedTensors, is_bound, parameters_by_name, remap, shard_and_fill
 
 Units = Literal["blocks"] | int | type[nn.Module] | Sequence[type[nn.Module]] | Callable[[nn.Module], bool]
 
@@ -30,7 +30,9 @@ class ModelParallelStrategy(lightning_model_parallel.ModelParallelStrategy):
         if not is_bound(module):
             return super().setup_module(module)
         before = parameters_by_name(module)
-        sharded = shard_and_fill(module, self._shard, self._shards_on(), agreement_of(self))
+        sharded = shard_and_fill(
+            module, self._shard, lambda sharded: ShardedTensors(sharded, self._shards_on()), agreement_of(self)
+        )
         self._sharded = [*getattr(self, "_sharded", ()), (before, parameters_by_name(sharded))]
         return sharded
 

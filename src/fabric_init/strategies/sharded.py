@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from fabric_init.checkpoints import Box, CheckpointReader, Region
 from fabric_init.errors import FabricInitError, UninitializedTensorError
 from fabric_init.filling.agreement import Agreement
 from fabric_init.filling.materialize import carry_out, prepare
-from fabric_init.filling.placement import become
+from fabric_init.filling.placement import Placement, become
 from fabric_init.filling.plan import Wanted
 from fabric_init.filling.slots import Slot, named_modules
 
@@ -58,9 +58,12 @@ def is_bound(model: nn.Module) -> bool:
 
 
 def shard_and_fill(
-    model: nn.Module, shard: Callable[[nn.Module], nn.Module], device: torch.device, agreement: Agreement
+    model: nn.Module,
+    shard: Callable[[nn.Module], nn.Module],
+    placement_for: Callable[[nn.Module], ShardPlacement],
+    agreement: Agreement,
 ) -> nn.Module:
-    """Plan for the recorded ``model``, let ``shard`` put DTensors in its parameters' places, and fill those."""
+    """Plan for the recorded ``model``, let ``shard`` put shards in its parameters' places, and fill those."""
     bound: _Bound = vars(model).pop(_ATTRIBUTE)
     for hook in bound.hooks:
         hook.remove()
@@ -70,7 +73,7 @@ def shard_and_fill(
         bind(model, bound.reader, bound.wanted)  # as it was: the user may mend it and set up once more
         raise
     sharded = agreement.same("sharding the model", lambda: shard(model), lambda _: "")
-    placement = ShardedTensors(sharded, device)
+    placement = placement_for(sharded)
     slots = [entry.slot for entry in prepared.plan.entries]
     tensors = [placement.current(slot, tensor) for slot, tensor in zip(slots, prepared.tensors, strict=True)]
     carry_out(prepared, sharded, tensors, placement, agreement)
@@ -78,6 +81,14 @@ def shard_and_fill(
     if left:
         raise FabricInitError(f"sharding split a tie or made parameters of its own, which have no values: {left}")
     return sharded
+
+
+class ShardPlacement(Placement, Protocol):
+    """A placement that knows what sharding has made of each tensor. ``current`` comes first, once for each slot."""
+
+    def current(self, slot: Slot, tensor: Tensor) -> Tensor:
+        """What the sharded model holds where it held ``tensor``."""
+        ...
 
 
 class ShardedTensors:

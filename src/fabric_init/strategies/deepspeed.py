@@ -1,0 +1,268 @@
+"""DeepSpeed: ZeRO-1 and 2 keep every parameter whole on each rank; ZeRO-3 keeps a flat slice of each.
+
+A model for ZeRO-3 is not built under ``deepspeed.zero.Init``, which initialises each layer whole and sends it around.
+It is recorded, partitioned in ``setup`` while it has no values, and each rank then fills its own slices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import lightning.fabric.strategies.deepspeed as lightning_deepspeed
+import torch
+from lightning.fabric.accelerators import CUDAAccelerator
+from lightning.fabric.strategies.ddp import DDPStrategy
+from lightning.fabric.utilities.seed import reset_seed
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fabric_init.checkpoints import Region, Span
+from fabric_init.errors import CheckpointMismatchError, FabricInitError
+from fabric_init.filling.placement import Placement, WholeTensors, become
+from fabric_init.filling.slots import Slot
+from fabric_init.recording.empty_init import _EmptyInit
+from fabric_init.strategies.placement import agreement_of, register_placement
+from fabric_init.strategies.sharded import is_bound, shard_and_fill
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+class DeepSpeedStrategy(lightning_deepspeed.DeepSpeedStrategy):
+    """Lightning's strategy of the same name, for every device that DeepSpeed itself runs on.
+
+    With ZeRO-3, models built without values are partitioned in ``setup``, where each rank fills its own slices.
+    """
+
+    def setup_environment(self) -> None:
+        from deepspeed.accelerator import get_accelerator
+
+        ours, theirs = self.root_device.type, get_accelerator().device_name()
+        if ours != theirs:
+            raise FabricInitError(
+                f"this Fabric runs on {ours}, but DeepSpeed has chosen {theirs}. Set the environment variable "
+                f"DS_ACCELERATOR={ours} before DeepSpeed is imported."
+            )
+        if isinstance(self.accelerator, CUDAAccelerator):
+            super().setup_environment()
+        else:  # Lightning's own refuses
+            DDPStrategy.setup_environment(self)
+
+    def _setup_distributed(self) -> None:
+        if self.root_device.type == "cuda":
+            super()._setup_distributed()
+            return
+        reset_seed()  # as Lightning does, but for the indices of devices, which CPUs have not
+        self._set_world_ranks()
+        self._init_deepspeed_distributed()
+        if not self._config_initialized:
+            self._format_config()
+            self._config_initialized = True
+
+    def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[None]:
+        # Lightning's builds under zero.Init for ZeRO-3: the model's own init finds no weights there and does nothing
+        return DDPStrategy.module_init_context(self, empty_init)
+
+    def module_to_device(self, module: nn.Module) -> None:
+        if not is_bound(module):
+            super().module_to_device(module)
+
+    def setup_module(self, module: nn.Module) -> DeepSpeedEngine:
+        self._partition_and_fill(module)
+        return super().setup_module(module)
+
+    def setup_module_and_optimizers(
+        self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
+    ) -> tuple[DeepSpeedEngine, list[Optimizer], Any]:
+        self._partition_and_fill(module)
+        engine, optimizers, scheduler = super().setup_module_and_optimizers(module, optimizers, scheduler)
+        if not self.zero_stage_3:
+            module.register_load_state_dict_post_hook(lambda *_: refresh_masters(engine))
+        return engine, optimizers, scheduler
+
+    def _initialize_engine(
+        self, model: nn.Module, optimizer: Optimizer | None = None, scheduler: Any = None
+    ) -> tuple[DeepSpeedEngine, Optimizer, Any]:
+        """As Lightning's, which gives DeepSpeed the index of a CUDA device."""
+        import deepspeed
+
+        engine, made, _, scheduler = deepspeed.initialize(
+            args=argparse.Namespace(device_rank=self.local_rank),
+            config=self.config,
+            model=model,
+            model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            dist_init_required=False,
+        )
+        return engine, made, scheduler
+
+    def load_module_state_dict(self, module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the whole tensors of ``state_dict`` into what each rank keeps, the optimizer's masters included."""
+        inner = user_module(module)
+        if self.zero_stage_3:
+            _load_gathered(inner, state_dict, strict)
+            refresh_masters(module)
+        else:
+            inner.load_state_dict(state_dict, strict=strict)
+
+    def _partition_and_fill(self, module: nn.Module) -> None:
+        if not is_bound(module):
+            return
+        dtype = self._parameter_dtype()
+        if dtype is not None:
+            with _EmptyInit():  # the cast belongs to the recording, too
+                for parameter in module.parameters():
+                    if parameter.is_floating_point():
+                        parameter.data = parameter.data.to(dtype)
+        shard_and_fill(module, self._partition, lambda _: ZeroPartitions(self.root_device), agreement_of(self))
+
+    def _parameter_dtype(self) -> torch.dtype | None:
+        """What DeepSpeed casts parameters to; under ZeRO-3 it expects to find them so."""
+        assert isinstance(self.config, dict)
+        for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+            if self.config.get(name, {}).get("enabled"):
+                return dtype
+        return None
+
+    def _partition(self, module: nn.Module) -> nn.Module:
+        assert isinstance(self.config, dict)
+        offload = self.config.get("zero_optimization", {}).get("offload_param") or {}
+        if "nvme" in (offload.get("device"), self.remote_device):
+            raise FabricInitError(
+                "fabric_init cannot fill parameters that DeepSpeed offloads to NVMe: their partitions are in files of "
+                "its own. Offload them to the CPU, or build with init_module() without empty_init and checkpoint."
+            )
+        _partition_without_values(module, self.config, self.remote_device)
+        return module
+
+
+def _placement(strategy: DeepSpeedStrategy) -> Placement:
+    return WholeTensors(strategy.root_device)
+
+
+register_placement(DeepSpeedStrategy, _placement)
+
+
+def _partition_without_values(module: nn.Module, config: Any, remote_device: str | None) -> None:
+    """Turn each parameter of ``module``, which stays the same object, into one that DeepSpeed has partitioned.
+
+    At any time one full tensor has memory. No bytes go between ranks.
+    """
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import is_zero_param
+
+    class Partitions(deepspeed.zero.Init):  # type: ignore[misc]
+        def _convert_to_zero_parameters(self, param_list: Iterable[Any]) -> None:
+            """As DeepSpeed's, but for parameters without values: from a meta tensor, and without the broadcast."""
+            for parameter in param_list:
+                if not is_zero_param(parameter):
+                    become(parameter, torch.empty(parameter.shape, dtype=parameter.dtype, device=self.local_device))
+                    self._convert_to_deepspeed_param(parameter)
+                    parameter.partition()
+                    if not parameter.ds_tensor.is_pinned():
+                        parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)  # until its values are there
+
+    Partitions(module=module, config_dict_or_path=config, remote_device=remote_device)
+
+
+class ZeroPartitions:
+    """A placement for parameters that DeepSpeed has partitioned (ZeRO-3), beside whole tensors.
+
+    Args:
+        device: where whole tensors, buffers for example, are to be.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._parameters: dict[str, Any] = {}
+
+    def current(self, slot: Slot, tensor: Tensor) -> Tensor:
+        """What the model holds where it held ``tensor``: the same object still."""
+        if hasattr(tensor, "ds_tensor"):
+            self._parameters[slot.name] = tensor
+        return tensor
+
+    def held(self, tensor: Tensor) -> Tensor:
+        """This rank's own memory of ``tensor``: 1-D and with padding at its end, if it is partitioned."""
+        part: Tensor | None = getattr(tensor, "ds_tensor", None)
+        return tensor if part is None else part
+
+    def device(self, slot: Slot) -> torch.device:
+        parameter = self._parameters.get(slot.name)
+        if parameter is not None:
+            part: Tensor = parameter.ds_tensor
+            return part.device
+        return slot.device if slot.real else self._device
+
+    def region(self, slot: Slot) -> Region | None:
+        parameter = self._parameters.get(slot.name)
+        if parameter is None:
+            return None
+        start = parameter.ds_zero_partition_rank * parameter.partition_numel()
+        stop = start + parameter.partition_numel()
+        return Span(min(start, parameter.ds_numel), min(stop, parameter.ds_numel))
+
+    def put(self, slot: Slot, tensor: Tensor, value: Tensor) -> Tensor:
+        parameter = self._parameters.get(slot.name)
+        if parameter is None:
+            become(tensor, value)
+            return tensor
+        part, size = parameter.ds_tensor, parameter.partition_numel()
+        if part.numel() == size:  # pinned memory
+            part[: value.numel()].copy_(value)
+            part[value.numel() :].zero_()
+        else:
+            part.data = value if value.numel() == size else nn.functional.pad(value, (0, size - value.numel()))
+        return tensor
+
+
+# -- after setup -------------------------------------------------------------------------------------------------------
+
+
+def user_module(module: nn.Module) -> nn.Module:
+    """The user's own module in a DeepSpeed engine, or ``module`` itself."""
+    deepspeed = sys.modules.get("deepspeed")  # if nobody has imported it, there can be no engine
+    if deepspeed is None or not isinstance(module, deepspeed.DeepSpeedEngine):
+        return module
+    inner: nn.Module = module.module
+    return inner
+
+
+def refresh_masters(engine: Any) -> None:
+    """Make the optimizer's fp32 masters equal the weights, after these were written."""
+    refresh = getattr(getattr(engine, "optimizer", None), "refresh_fp32_params", None)
+    if refresh is not None:  # not so without ZeRO, or without an optimizer
+        refresh()
+
+
+def _load_gathered(model: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> None:
+    """``model.load_state_dict``, with one module's parameters gathered at a time. Every rank has to come here."""
+    import deepspeed
+
+    metadata = getattr(state_dict, "_metadata", {})
+    missing: list[str] = []
+    unexpected: list[str] = []
+    errors: list[str] = []
+
+    def load(module: nn.Module, own: dict[str, Any], prefix: str) -> None:
+        with deepspeed.zero.GatheredParameters(list(module.parameters(recurse=False)), modifier_rank=0):
+            local_metadata = metadata.get(prefix[:-1], {})
+            module._load_from_state_dict(own, prefix, local_metadata, True, missing, unexpected, errors)
+        for name, child in module._modules.items():
+            if child is not None:
+                inside = f"{prefix}{name}."
+                load(child, {key: value for key, value in own.items() if key.startswith(inside)}, inside)
+
+    load(model, dict(state_dict), "")
+    if strict:
+        errors += [f"missing: {key}" for key in missing] + [f"not in the model: {key}" for key in unexpected]
+    if errors:
+        raise CheckpointMismatchError(
+            f"the state dict does not fit {type(model).__name__}, of which the rest is loaded:\n  "
+            + "\n  ".join(errors)
+        )
