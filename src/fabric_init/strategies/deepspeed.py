@@ -7,6 +7,7 @@ It is recorded, partitioned in ``setup`` while it has no values, and each rank t
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -72,13 +73,13 @@ class DeepSpeedStrategy(lightning_deepspeed.DeepSpeedStrategy):
             super().module_to_device(module)
 
     def setup_module(self, module: nn.Module) -> DeepSpeedEngine:
-        self._partition_and_fill(module)
+        self._prepare(module)
         return super().setup_module(module)
 
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
     ) -> tuple[DeepSpeedEngine, list[Optimizer], Any]:
-        self._partition_and_fill(module)
+        self._prepare(module)
         engine, optimizers, scheduler = super().setup_module_and_optimizers(module, optimizers, scheduler)
         if not self.zero_stage_3:
             module.register_load_state_dict_post_hook(lambda *_: refresh_masters(engine))
@@ -87,12 +88,17 @@ class DeepSpeedStrategy(lightning_deepspeed.DeepSpeedStrategy):
     def _initialize_engine(
         self, model: nn.Module, optimizer: Optimizer | None = None, scheduler: Any = None
     ) -> tuple[DeepSpeedEngine, Optimizer, Any]:
-        """As Lightning's, which gives DeepSpeed the index of a CUDA device."""
+        """As Lightning's, but for any device, and for ZeRO-1 and 2 without an optimizer, too."""
         import deepspeed
 
+        config = self.config
+        assert isinstance(config, dict)
+        if optimizer is None and not self.zero_stage_3 and "optimizer" not in config:
+            # They partition what belongs to the optimizer, and refuse to be without one.
+            config = {key: value for key, value in config.items() if key != "zero_optimization"}
         engine, made, _, scheduler = deepspeed.initialize(
             args=argparse.Namespace(device_rank=self.local_rank),
-            config=self.config,
+            config=config,
             model=model,
             model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
             optimizer=optimizer,
@@ -110,8 +116,10 @@ class DeepSpeedStrategy(lightning_deepspeed.DeepSpeedStrategy):
         else:
             inner.load_state_dict(state_dict, strict=strict)
 
-    def _partition_and_fill(self, module: nn.Module) -> None:
+    def _prepare(self, module: nn.Module) -> None:
+        """Partition and fill a recorded model; of any other, make sure that it has one shape on all ranks."""
         if not is_bound(module):
+            agreement_of(self).same("the model to set up", lambda: module, _shapes_digest)
             return
         dtype = self._parameter_dtype()
         if dtype is not None:
@@ -139,6 +147,11 @@ class DeepSpeedStrategy(lightning_deepspeed.DeepSpeedStrategy):
             )
         _partition_without_values(module, self.config, self.remote_device)
         return module
+
+
+def _shapes_digest(module: nn.Module) -> str:
+    shapes = [f"{name} {tuple(value.shape)} {value.dtype}" for name, value in module.named_parameters()]
+    return f"{len(shapes)} parameters, digest {hashlib.sha256(' '.join(shapes).encode()).hexdigest()[:12]}"
 
 
 def _placement(strategy: DeepSpeedStrategy) -> Placement:
