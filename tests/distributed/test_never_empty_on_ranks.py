@@ -11,13 +11,24 @@ import pytest
 import torch
 from ranks import run_ranks
 from torch import Tensor
-from zoo import STRATEGIES, assert_same, build, launch, loss_of, one_device, tokens, weights, write_checkpoint
+from zoo import (
+    STRATEGIES,
+    WHOLE_ON_EACH_RANK,
+    assert_same,
+    build,
+    launch,
+    loss_of,
+    one_device,
+    tokens,
+    weights,
+    write_checkpoint,
+)
 
 from fabric_init import CheckpointMismatchError, UninitializedTensorError
 
 in_every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 # a sharded model gets its own init in setup, so there is nothing to guard after it
-where_tensors_wait = pytest.mark.parametrize("strategy", ["ddp"])
+where_tensors_wait = pytest.mark.parametrize("strategy", WHOLE_ON_EACH_RANK)
 
 
 def load_after_setup(strategy: str, path: Path, how: str, strict: bool) -> tuple[dict[str, Tensor], set[str]]:

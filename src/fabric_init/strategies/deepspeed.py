@@ -9,14 +9,17 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
+import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.fabric.strategies.deepspeed as lightning_deepspeed
 import torch
 from lightning.fabric.accelerators import CUDAAccelerator
 from lightning.fabric.strategies.ddp import DDPStrategy
+from lightning.fabric.strategies.strategy import Strategy
 from lightning.fabric.utilities.seed import reset_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -105,7 +108,25 @@ class DeepSpeedStrategy(lightning_deepspeed.DeepSpeedStrategy):
             lr_scheduler=scheduler,
             dist_init_required=False,
         )
+        self._engines.add(engine)
         return engine, made, scheduler
+
+    @property
+    def _engines(self) -> weakref.WeakSet[Any]:
+        found: weakref.WeakSet[Any] = vars(self).setdefault("_engines_made", weakref.WeakSet())
+        return found
+
+    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
+        # Lightning means to, but does not see that an engine can step. It is the engine that counts micro-batches.
+        for engine in self._engines:
+            if optimizer is engine.optimizer:
+                return engine.step(**kwargs)
+        return super().optimizer_step(optimizer, **kwargs)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if Path(path).is_file():  # DeepSpeed's own checkpoints are folders: it is one that any other strategy saved
+            return Strategy.load_checkpoint(self, path, *args, **kwargs)
+        return super().load_checkpoint(path, *args, **kwargs)
 
     def load_module_state_dict(self, module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         """Load the whole tensors of ``state_dict`` into what each rank keeps, the optimizer's masters included."""
