@@ -264,6 +264,54 @@ def test_a_rank_of_zero_3_reads_and_keeps_its_own_slices_alone(world_size: int, 
         assert found["same objects"]
 
 
+# -- checkpoints of DeepSpeed's own ------------------------------------------------------------------------------------
+
+
+def save_and_load_the_model_alone(
+    strategy: str, path: Path, folder: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    fabric = launch(strategy)
+
+    def frozen_in_part(**options: Any) -> Any:
+        model = build(fabric, "transformerish", **options)
+        for parameter in model.layers[0].parameters():
+            parameter.requires_grad_(False)
+        return fabric.setup(model, torch.optim.AdamW(model.parameters()))[0]
+
+    fabric.save(folder, {"model": frozen_in_part(checkpoint=path)})
+    model = frozen_in_part(empty_init=True)
+    fabric.load(folder, {"model": model})
+    trained = {name for name, value in inner(model).named_parameters() if value.requires_grad}
+    expected = {name: value for name, value in weights(model).items() if name in trained}
+    return weights(model), masters(model), expected
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "deepspeed_stage_3"])
+def test_a_model_is_loaded_without_its_optimizer_and_with_its_masters(strategy: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model.safetensors", "transformerish")
+    saved = weights(one_device("transformerish", checkpoint=path))
+    arguments = {"strategy": strategy, "path": path, "folder": tmp_path / "saved"}
+    for loaded, fp32, expected in run_ranks(2, save_and_load_the_model_alone, **arguments):
+        assert_same(loaded, saved)
+        assert_same(fp32, expected)
+
+
+def save_without_an_optimizer(strategy: str, path: Path, folder: Path) -> str:
+    fabric = launch(strategy)
+    model = fabric.setup(build(fabric, "transformerish", checkpoint=path))
+    with pytest.raises(FabricInitError) as raised:
+        fabric.save(folder, {"model": model})
+    return str(raised.value)
+
+
+def test_zero_3_says_that_it_saves_nothing_without_an_optimizer(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model.safetensors", "transformerish")
+    arguments = {"strategy": "deepspeed_stage_3", "path": path, "folder": tmp_path / "saved"}
+    for message in run_ranks(2, save_without_an_optimizer, **arguments):
+        assert "fabric.setup(model, optimizer)" in message
+    assert not (tmp_path / "saved").exists()
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 

@@ -123,10 +123,15 @@ class DeepSpeedStrategy(lightning_deepspeed.DeepSpeedStrategy):
                 return engine.step(**kwargs)
         return super().optimizer_step(optimizer, **kwargs)
 
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def save_checkpoint(self, path: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        _require_checkpointing(state)
+        super().save_checkpoint(path, state, *args, **kwargs)
+
+    def load_checkpoint(self, path: Any, state: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if Path(path).is_file():  # DeepSpeed's own checkpoints are folders: it is one that any other strategy saved
-            return Strategy.load_checkpoint(self, path, *args, **kwargs)
-        return super().load_checkpoint(path, *args, **kwargs)
+            return Strategy.load_checkpoint(self, path, state, *args, **kwargs)
+        _require_checkpointing(state)
+        return super().load_checkpoint(path, state, *args, **kwargs)
 
     def load_module_state_dict(self, module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         """Load the whole tensors of ``state_dict`` into what each rank keeps, the optimizer's masters included."""
@@ -272,6 +277,16 @@ def refresh_masters(engine: Any) -> None:
     refresh = getattr(getattr(engine, "optimizer", None), "refresh_fp32_params", None)
     if refresh is not None:  # not so without ZeRO, or without an optimizer
         refresh()
+
+
+def _require_checkpointing(state: Any) -> None:
+    engines = lightning_deepspeed._get_deepspeed_engines_from_state(state) if isinstance(state, dict) else []
+    if any(engine.checkpoint_engine is None for engine in engines):
+        raise FabricInitError(
+            "DeepSpeed keeps the weights of a ZeRO-3 checkpoint with the optimizer's, and neither saves nor loads one "
+            "without an optimizer. Set both up together: fabric.setup(model, optimizer). A single file with a state "
+            "dict can be loaded all the same: fabric.load_raw(path, model)."
+        )
 
 
 def _load_gathered(model: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> None:
