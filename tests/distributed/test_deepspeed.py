@@ -11,6 +11,7 @@ from ranks import run_ranks
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from zoo import (
+    VOCABULARY,
     Transformerish,
     assert_close,
     assert_same,
@@ -155,6 +156,42 @@ def test_gradients_accumulate_by_deepspeeds_own_setting(strategy: str, tmp_path:
     expected = one_device_steps(one_device("transformerish", checkpoint=path), 2, count=1)
     for found in run_ranks(2, accumulate, strategy=strategy, path=path):
         assert_close(found, expected)
+
+
+class Classifier(nn.Module):
+    """A pretrained body, and a new head with an init that no default gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Transformerish()
+        self.head = nn.Linear(VOCABULARY, 3)
+        self._init_weights(self.head)
+
+    def _init_weights(self, module: nn.Linear) -> None:
+        nn.init.constant_(module.bias, 0.125)
+        module.weight.data.normal_(mean=5.0, std=0.01)
+
+
+def give_it_a_head(strategy: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    fabric = launch(strategy)
+    torch.manual_seed(1)
+    with fabric.init_module(checkpoint=path, strict=False):
+        model = Classifier()
+    model, _ = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    return weights(model), masters(model)
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "deepspeed_stage_3"])
+def test_a_new_head_gets_the_models_own_init(strategy: str, tmp_path: Path) -> None:
+    path = tmp_path / "body.safetensors"
+    body = one_device("transformerish", seed=5).state_dict()
+    save_file({f"body.{name}": value.clone() for name, value in body.items()}, path)
+    for found, fp32 in run_ranks(2, give_it_a_head, strategy=strategy, path=path):
+        assert (found["head.bias"] == 0.125).all()
+        assert abs(found["head.weight"].mean() - 5.0) < 0.05
+        for name in ("head.bias", "head.weight", "body.layers.1.up.weight"):
+            assert torch.equal(fp32[name], found[name])
+        assert_same({name: found[f"body.{name}"] for name in body}, body)
 
 
 # -- the optimizer's masters -------------------------------------------------------------------------------------------
