@@ -104,14 +104,21 @@ def test_other_stages_and_offloads_are_filled_and_train_as_one_device(
         assert_close(trained, after)
 
 
-@pytest.mark.parametrize("zero", [NOTHING_STAYS_GATHERED, {"sub_group_size": 50}], ids=["partitioned", "sub-groups"])
+ZERO_OPTIONS: dict[str, dict[str, Any]] = {
+    "partitioned": NOTHING_STAYS_GATHERED,
+    "sub-groups": {"sub_group_size": 50},
+    "second copy in pairs": NOTHING_STAYS_GATHERED | {"zero_hpz_partition_size": 2},
+}
+
+
+@pytest.mark.parametrize("option", ZERO_OPTIONS)
 @pytest.mark.parametrize("strategy", ["deepspeed_stage_3", "deepspeed_stage_3_offload"])
-def test_partitions_that_do_not_stay_gathered(strategy: str, zero: dict[str, Any], tmp_path: Path) -> None:
+def test_zero_3_by_other_settings(strategy: str, option: str, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "model.safetensors", "transformerish", partial=True)
     expected = one_device("transformerish", checkpoint=path, strict=False)
-    before, after = weights(expected), one_device_steps(expected, 2)
-    arguments = {"strategy": strategy, "name": "transformerish", "path": path, "zero": zero}
-    for filled, trained in run_ranks(2, fill_and_train, **arguments):
+    before, after = weights(expected), one_device_steps(expected, 4)
+    arguments = {"strategy": strategy, "name": "transformerish", "path": path, "zero": ZERO_OPTIONS[option]}
+    for filled, trained in run_ranks(4, fill_and_train, **arguments):
         assert_same(filled, before)
         assert_close(trained, after)
 

@@ -165,8 +165,13 @@ class DeepSpeedStrategy(lightning_deepspeed.DeepSpeedStrategy):
 
     def _partition(self, module: nn.Module) -> nn.Module:
         assert isinstance(self.config, dict)
-        offload = self.config.get("zero_optimization", {}).get("offload_param") or {}
-        if "nvme" in (offload.get("device"), self.remote_device):
+        zero = self.config["zero_optimization"]
+        if zero.get("zero_quantized_nontrainable_weights"):
+            raise FabricInitError(
+                "fabric_init cannot fill weights that DeepSpeed quantizes when it partitions them. Turn "
+                "zero_quantized_nontrainable_weights off, or build with init_module() alone."
+            )
+        if "nvme" in ((zero.get("offload_param") or {}).get("device"), self.remote_device):
             raise FabricInitError(
                 "fabric_init cannot fill parameters that DeepSpeed offloads to NVMe: their partitions are in files of "
                 "its own. Offload them to the CPU, or build with init_module() without empty_init and checkpoint."
@@ -203,6 +208,7 @@ def _partition_without_values(module: nn.Module, config: Any, remote_device: str
                     become(parameter, torch.empty(parameter.shape, dtype=parameter.dtype, device=self.local_device))
                     self._convert_to_deepspeed_param(parameter)
                     parameter.partition()
+                    parameter.ds_secondary_tensor = None  # hpZeRO's copy within a node: made anew after the next gather
                     if not parameter.ds_tensor.is_pinned():
                         parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)  # until its values are there
 
