@@ -6,7 +6,7 @@ import os
 import platform
 from importlib import metadata
 
-PACKAGES = ("fabric_init", "torch", "lightning", "transformers", "accelerate", "safetensors")
+PACKAGES = ("fabric_init", "torch", "lightning", "transformers", "accelerate", "deepspeed", "safetensors")
 
 
 def environment() -> dict[str, str]:

@@ -18,3 +18,11 @@ def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 def _aligned(text: str, width: int, column: int) -> str:
     return text.ljust(width) if column == 0 else text.rjust(width)
+
+
+def number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def megabytes(value: int | None) -> str:
+    return "-" if value is None else f"{value / 1e6:,.0f}"

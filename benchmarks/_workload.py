@@ -1,4 +1,4 @@
-"""The model and the files that every contender of ``single_device.py`` gets: the same weights in each format.
+"""The model and the files that every contender for a Llama gets: the same weights in each format.
 
 The checkpoint holds *half* of what eager init from seed 0 gives. Halving is exact in bf16, so one file is the reference
 for both groups, and a tensor that was initialised but never loaded (a norm's ones, say) does not pass for loaded.
@@ -7,6 +7,7 @@ for both groups, and a tensor that was initialised but never loaded (a norm's on
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,11 @@ class Shape:
     kv_heads: int = 4
     intermediate: int = 5632
     vocab: int = 32000
+
+    @property
+    def largest_bytes(self) -> int:
+        """Of the largest tensor."""
+        return max(self.vocab, self.intermediate, self.hidden) * self.hidden * 2
 
     def config(self) -> LlamaConfig:
         from transformers import LlamaConfig
@@ -88,8 +94,29 @@ def make_workload(root: Path, shape: Shape) -> Workload:
 
 def warm(path: Path) -> None:
     """Read a file through, so that its pages are in the page cache; holds one small buffer."""
+    _read_through(path)
+
+
+def warm_in_small_pages(path: Path) -> None:
+    """The same, with a cache entry for each page by itself, as reads in random order leave it.
+
+    Reading through makes entries of up to 2 MB, and who touches one byte of a mapped entry gets all of it.
+    """
+    cool(path)
+    _read_through(path, os.POSIX_FADV_RANDOM)
+
+
+def cool(path: Path) -> None:
+    """Take a file out of the page cache."""
+    with path.open("rb", buffering=0) as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _read_through(path: Path, advice: int = os.POSIX_FADV_NORMAL) -> None:
     buffer = bytearray(1 << 24)
     with path.open("rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, advice)
         while file.readinto(buffer):
             pass
 

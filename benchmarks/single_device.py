@@ -9,17 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, fields
-from pathlib import Path
+from dataclasses import asdict
 
 from _environment import environment
 from _fresh_process import run_contender
+from _options import llama_parser, workload_of
 from _result import Result, summarize
-from _table import markdown_table, plain_table
+from _table import markdown_table, megabytes, number, plain_table
 from _target import Target, ratio
-from _workload import Shape, Workload, make_workload
+from _workload import Workload
 
 LOADED = {
     "plain": "plain: eager + load_state_dict",
@@ -54,13 +53,9 @@ HEADERS = (
 
 
 def main() -> int:
-    options = _options()
-    shape = Shape(**{field.name: getattr(options, field.name) for field in fields(Shape)})
-    if options.workdir:
-        results, manifest = _run(make_workload(options.workdir, shape), options)
-    else:
-        with tempfile.TemporaryDirectory(prefix="fabric-init-bench-") as folder:
-            results, manifest = _run(make_workload(Path(folder), shape), options)
+    options = llama_parser(__doc__.splitlines()[0], [*LOADED, *FROM_SCRATCH]).parse_args()
+    with workload_of(options) as workload:
+        results, manifest = _run(workload, options)
 
     table = markdown_table if options.markdown else plain_table
     print(f"Llama, {manifest['parameters'] / 1e9:.3g} B parameters, bf16, {manifest['bytes'] / 1e6:,.0f} MB;", end=" ")
@@ -99,12 +94,12 @@ def _row(result: Result, ours: Result | None) -> list[str]:
         result.label,
         f"{result.seconds:.3f}",
         f"{result.least_seconds:.3f}",
-        _number(ratio(result.seconds, ours.seconds if ours else None), ".2f"),
-        _megabytes(result.private),
-        _megabytes(result.total),
-        "error" if result.forward_error else _number(result.forward_seconds, ".3f"),
-        _megabytes(result.forward_private),
-        _megabytes(result.forward_total),
+        number(ratio(result.seconds, ours.seconds if ours else None), ".2f"),
+        megabytes(result.private),
+        megabytes(result.total),
+        "error" if result.forward_error else number(result.forward_seconds, ".3f"),
+        megabytes(result.forward_private),
+        megabytes(result.forward_total),
         str(found.get("on_meta", "-")),
         str(found.get("wrong", "-")),
     ]
@@ -155,26 +150,6 @@ def _as_json(manifest: dict, results: dict[str, Result], targets: Sequence[Targe
         "results": [asdict(result) for result in results.values()],
         "targets": [asdict(target) | {"met": target.met} for target in targets],
     }
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _megabytes(value: int | None) -> str:
-    return "-" if value is None else f"{value / 1e6:,.0f}"
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in fields(Shape):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
-    parser.add_argument("--repeats", type=int, default=3, help="fresh processes a contender")
-    parser.add_argument("--only", nargs="+", choices=[*LOADED, *FROM_SCRATCH], help="run these contenders alone")
-    parser.add_argument("--workdir", type=Path, help="make the files here and keep them for the next run")
-    parser.add_argument("--markdown", action="store_true", help="print Markdown tables")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there too")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ The blocks of one file run in order and share their names. An HTML comment right
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -125,11 +127,39 @@ def test_a_block_that_cannot_run_says_what_it_needs() -> None:
     assert not block.run
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_example_runs(example: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "examples" / example)]
+ON_TWO_RANKS = ["--accelerator=cpu", "--devices=2"]
+COMMANDS = {
+    "from_scratch_fsdp2.py": [*ON_TWO_RANKS, "--width=32", "--depth=2", "--steps=2"],
+    "new_head_ddp.py": [*ON_TWO_RANKS, "--steps=2"],
+}
+"""How the tests start an example, where it takes options."""
+
+
+def run_example(example: str, arguments: list[str], folder: Path, seconds: float = 120.0) -> str:
+    command = [sys.executable, str(ROOT / "examples" / example), *arguments]
     alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # on a busy machine torch's threads mostly wait for each other
-    done = subprocess.run(command, cwd=tmp_path, env=alone, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "loaded" in done.stdout
-    assert "initialised" in done.stdout
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=folder, env=alone, start_new_session=True, **streams)
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # with the other ranks, should they hang
+        process.wait()
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.mark.parametrize("example", [example for example in EXAMPLES if example != "finetune_fsdp2.py"])
+def test_example_runs(example: str, tmp_path: Path) -> None:
+    output = run_example(example, COMMANDS.get(example, []), tmp_path)
+    assert "initialised" in output
+    assert ("loaded" in output) == (example != "from_scratch_fsdp2.py")
+
+
+def test_the_finetuning_recipe_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    first = run_example("finetune_fsdp2.py", [*ON_TWO_RANKS, "--demo", "--steps=2"], tmp_path)
+    assert "21 loaded" in first
+    resume = first.split()[-1]
+    second = run_example("finetune_fsdp2.py", [*ON_TWO_RANKS, "--resume", resume, "--steps=1"], tmp_path)
+    assert re.search(r"21 loaded .*\nstep 2  loss ", second), second

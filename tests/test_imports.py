@@ -118,7 +118,7 @@ def test_the_check_sees_every_kind_of_wrong_import(tmp_path: Path) -> None:
         "__init__.py": "from fabric_init.fabric import Fabric",
         "recording/streams.py": "from fabric_init.errors import RecordingError\nfrom .tape import Op",
         "filling/fill.py": "from fabric_init.filling.plan import Plan\nfrom fabric_init import errors",
-        "strategies/placement.py": "import lightning.fabric.strategies.deepspeed",
+        "strategies/binding.py": "import lightning.fabric.strategies.deepspeed",
         "cli/demo.py": "import fabric_init\ndef later():\n    import transformers",
     }
     for name, source in (wrong | right).items():

@@ -10,9 +10,10 @@ from fabric_init.errors import (
     UninitializedTensorError,
 )
 from fabric_init.fabric import Fabric
+from fabric_init.filling.deferred import deferred_init
 from fabric_init.filling.materialize import materialize
 from fabric_init.filling.report import InitReport
-from fabric_init.recording.empty_init import deferred_init
+from fabric_init.strategies.wrappers import init_missing, init_report
 
 __version__ = "0.1.0"
 
@@ -27,5 +28,7 @@ __all__ = [
     "RecordingError",
     "UninitializedTensorError",
     "deferred_init",
+    "init_missing",
+    "init_report",
     "materialize",
 ]

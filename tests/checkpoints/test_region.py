@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fabric_init.checkpoints import Box, Span, take
-from fabric_init.checkpoints.region import Region, window
+from fabric_init.checkpoints.region import Region, copy_part, window
 
 
 @st.composite
@@ -65,3 +65,24 @@ def test_a_region_that_sticks_out_is_an_assertion_of_ours_and_not_clipped(region
         take(torch.zeros(4, 6), region)
     with pytest.raises((AssertionError, ValueError)):
         window((4, 6), region)
+
+
+@given(shaped_regions(), st.integers(1, 9))
+def test_a_region_is_put_together_from_parts_of_the_full_tensor(
+    shaped: tuple[tuple[int, ...], Region], step: int
+) -> None:
+    shape, region = shaped
+    full = torch.arange(torch.Size(shape).numel(), dtype=torch.int32).view(shape)
+    expected = by_indexing(full, region)
+    out = torch.full(expected.shape, -1, dtype=torch.int64)
+    for start in range(0, full.numel(), step):
+        copy_part(full.flatten()[start : start + step], start, shape, region, out)
+    assert torch.equal(out, expected.long())
+
+
+def test_parts_go_into_memory_of_any_layout() -> None:
+    full = torch.arange(24.0).view(2, 3, 2, 2)
+    out = torch.empty(2, 3, 2, 2).to(memory_format=torch.channels_last)
+    for start in range(0, 24, 5):
+        copy_part(full.flatten()[start : start + 5], start, (2, 3, 2, 2), None, out)
+    assert torch.equal(out, full)

@@ -7,9 +7,11 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.wrappers import _FabricOptimizer
 from ranks import run_ranks, try_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -99,12 +101,11 @@ class _Wider(Uneven):
 def build_different_models(strategy: str) -> float:
     fabric = launch(strategy)
     start = time.monotonic()
-    with pytest.raises((FabricInitError, RuntimeError)):  # DDP compares shapes itself
-        torch.manual_seed(0)
+    kind = Uneven if fabric.global_rank == 0 else _Wider
+    with pytest.raises(FabricInitError, match=r"Uneven with .*; .*_Wider with"):
         with fabric.init_module(empty_init=True):
-            model = Uneven() if fabric.global_rank == 0 else _Wider()
-        model = fabric.setup(model)
-        fabric.init_missing(model)
+            model = kind()
+        fabric.setup(model)
     return time.monotonic() - start
 
 
@@ -116,26 +117,59 @@ def test_different_models(strategy: str) -> None:
 # -- a rank that raises or dies ----------------------------------------------------------------------------------------
 
 
-def raise_in_the_block(strategy: str, path: Path) -> tuple[str, str, float]:
+def raise_in_the_block(strategy: str, path: Path, odd: int) -> tuple[str, str, float]:
+    """What the first attempt ends in. Both ranks live on, and try again."""
     fabric = launch(strategy)
     start = time.monotonic()
-    with pytest.raises((FabricInitError, LookupError)) as raised:
-        with fabric.init_module(checkpoint=path):
-            model = Uneven()
-            if fabric.global_rank == 1:
-                raise LookupError("the user's own mistake")
-        fabric.setup(model)
-    return raised.type.__name__, str(raised.value), time.monotonic() - start
+    with pytest.raises((FabricInitError, LookupError)) as raised, fabric.init_module(checkpoint=path):
+        if fabric.global_rank == odd:
+            raise LookupError("the user's own mistake")
+        model = Uneven()
+    seconds = time.monotonic() - start
+    with fabric.init_module(checkpoint=path):
+        model = Uneven()
+    fabric.setup(model)
+    return raised.type.__name__, str(raised.value), seconds
 
 
+@pytest.mark.parametrize("odd", [0, 1])
 @in_every_strategy
-def test_a_constructor_that_raises_on_one_rank(strategy: str, tmp_path: Path) -> None:
+def test_a_constructor_that_raises_on_one_rank(strategy: str, odd: int, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "model.safetensors", "uneven")
-    healthy, failed = run_ranks(2, raise_in_the_block, strategy=strategy, path=path)
-    assert failed[:2] == ("LookupError", "the user's own mistake")
-    assert healthy[0] != "LookupError"
-    assert "rank" in healthy[1]
-    assert max(healthy[2], failed[2]) < SECONDS
+    found = run_ranks(2, raise_in_the_block, strategy=strategy, path=path, odd=odd)
+    assert found[odd][:2] == ("LookupError", "the user's own mistake")
+    assert found[1 - odd][0] == "FabricInitError"
+    assert found[1 - odd][1].startswith(f"building the model failed on rank {odd}, ")
+    assert found[1 - odd][1].endswith(f"Rank {odd}: LookupError: the user's own mistake")
+    assert max(seconds for _, _, seconds in found) < SECONDS
+
+
+def raise_in_setup(strategy: str, path: Path, odd: int, mistake: str) -> tuple[str, str, float]:
+    fabric = launch(strategy)
+    model = build(fabric, "uneven", checkpoint=path)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.1)
+    if fabric.global_rank == odd:
+        optimizer = _FabricOptimizer(optimizer, fabric.strategy) if mistake == "seen at once" else "no optimizer"
+    start = time.monotonic()
+    with pytest.raises(Exception) as raised:  # noqa: PT011  (what it is, the test looks at)
+        fabric.setup(model, optimizer)
+    seconds = time.monotonic() - start
+    fabric.setup(build(fabric, "uneven", checkpoint=path))
+    return raised.type.__name__, str(raised.value), seconds
+
+
+@pytest.mark.parametrize("mistake", ["seen at once", "seen when the model is filled"])
+@pytest.mark.parametrize("odd", [0, 1])
+@in_every_strategy
+def test_a_setup_that_raises_on_one_rank(strategy: str, odd: int, mistake: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model.safetensors", "uneven")
+    found = run_ranks(2, raise_in_setup, strategy=strategy, path=path, odd=odd, mistake=mistake)
+    own, message = found[odd][:2]
+    assert own != "FabricInitError"
+    assert found[1 - odd][0] == "FabricInitError"
+    assert found[1 - odd][1].startswith(f"setting the model up failed on rank {odd}, ")
+    assert found[1 - odd][1].endswith(f"Rank {odd}: {own}: {message}")
+    assert max(seconds for _, _, seconds in found) < SECONDS
 
 
 def die_in_the_block(strategy: str, path: Path) -> tuple[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,8 +38,9 @@ def fill(fabric: Fabric, name: str, path: Path | None) -> nn.Module:
     return model
 
 
-def filled(data: int, tensor: int, path: Path | None) -> tuple[dict[str, Tensor], set[str]]:
-    fabric = launch(ModelParallelStrategy(tensor_parallel, data_parallel_size=data, tensor_parallel_size=tensor))
+def filled(data: int, tensor: int, path: Path | None, **options: Any) -> tuple[dict[str, Tensor], set[str]]:
+    strategy = ModelParallelStrategy(tensor_parallel, data_parallel_size=data, tensor_parallel_size=tensor)
+    fabric = launch(strategy, **options)
     model = fill(fabric, "transformerish", path)
     return weights(model), {str(value.placements) for value in model.parameters() if isinstance(value, DTensor)}
 
@@ -52,6 +54,13 @@ def test_a_region_is_what_the_dtensor_says(data: int, tensor: int, checkpoint: b
         assert_same(found, expected)
         assert any("Shard(dim=1)" in placement for placement in placements), placements
         assert ("_StridedShard" in str(placements)) == (data == 2 and tensor == 2)
+
+
+def test_one_rank_may_read_for_all_of_a_two_dimensional_mesh(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model.safetensors", "transformerish", partial=True)
+    expected = weights(one_device("transformerish", checkpoint=path, strict=False))
+    for found, _ in run_ranks(4, filled, data=2, tensor=2, path=path, io="broadcast"):
+        assert_same(found, expected)
 
 
 def step(model: nn.Module) -> float:

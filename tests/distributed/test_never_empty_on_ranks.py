@@ -11,24 +11,16 @@ import pytest
 import torch
 from ranks import run_ranks
 from torch import Tensor
-from zoo import (
-    STRATEGIES,
-    WHOLE_ON_EACH_RANK,
-    assert_same,
-    build,
-    launch,
-    loss_of,
-    one_device,
-    tokens,
-    weights,
-    write_checkpoint,
-)
+from zoo import STRATEGIES, assert_same, build, launch, loss_of, one_device, set_up, tokens, weights, write_checkpoint
 
 from fabric_init import CheckpointMismatchError, UninitializedTensorError
 
 in_every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
-# a sharded model gets its own init in setup, so there is nothing to guard after it
-where_tensors_wait = pytest.mark.parametrize("strategy", WHOLE_ON_EACH_RANK)
+# FSDP's models get their own init in setup, so there nothing waits (test_fsdp.py)
+GUARDED = [name for name in STRATEGIES if name != "fsdp"]
+where_tensors_wait = pytest.mark.parametrize("strategy", GUARDED)
+# what ZeRO-3 has partitioned is not there to be written
+where_parameters_can_be_written = pytest.mark.parametrize("strategy", [s for s in GUARDED if "stage_3" not in s])
 
 
 def load_after_setup(strategy: str, path: Path, how: str, strict: bool) -> tuple[dict[str, Tensor], set[str]]:
@@ -75,7 +67,8 @@ USES: dict[str, Callable[[Any, Any, Path], Any]] = {
 
 def forget(strategy: str, use: str, folder: Path) -> tuple[str, float, bool]:
     fabric = launch(strategy)
-    model = fabric.setup(build(fabric, "transformerish", empty_init=True))
+    model = build(fabric, "transformerish", empty_init=True)
+    model, _ = set_up(fabric, model, lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
     start = time.monotonic()
     with pytest.raises(UninitializedTensorError) as raised:
         USES[use](fabric, model, folder)
@@ -113,7 +106,7 @@ def use_one_part(strategy: str) -> list[str]:
     return [*sorted(line.strip() for line in str(raised.value).splitlines() if line.startswith("  ")), *sorted(filled)]
 
 
-@where_tensors_wait
+@where_parameters_can_be_written
 def test_what_the_user_wrote_is_neither_missed_nor_overwritten(strategy: str) -> None:
     block = [f"layers.1.{name}" for name in ("down.weight", "norm.bias", "norm.weight", "up.bias", "up.weight")]
     state = weights(one_device("transformerish"))
@@ -139,19 +132,43 @@ def test_a_strict_load_with_missing_keys_fails_alike_on_every_rank(strategy: str
         assert seconds < 10
 
 
-def forget_on_shards(strategy: str, path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], set[str]]:
+def run_with_one_left(strategy: str, left: str) -> tuple[str, float]:
     fabric = launch(strategy)
-    model = fabric.setup(build(fabric, "transformerish", empty_init=True))
-    own = weights(model)
-    statuses = {row.status for row in fabric.init_report(model).rows}
+    model = fabric.setup(build(fabric, "uneven", empty_init=True))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.endswith(left):
+                parameter.fill_(0.5)
+    start = time.monotonic()
+    with pytest.raises(UninitializedTensorError) as raised:
+        model(tokens(0))
+    return str(raised.value), time.monotonic() - start
+
+
+@pytest.mark.parametrize("left", ["second.bias", "second.weight"])
+@where_parameters_can_be_written
+def test_a_tensor_of_which_some_ranks_have_nothing_is_missed_on_all(strategy: str, left: str) -> None:
+    for message, seconds in run_ranks(4, run_with_one_left, strategy=strategy, left=left):
+        assert left in message
+        assert "first.weight" not in message
+        assert seconds < 10
+
+
+def memory_before_a_load(strategy: str, path: Path) -> tuple[set[str], set[str], dict[str, Tensor]]:
+    fabric = launch(strategy)
+    model = fabric.setup(build(fabric, "uneven", empty_init=True))
+    before = {row.status for row in fabric.init_report(model).rows if row.kind == "parameter"}
     fabric.load_raw(path, model)
-    return own, weights(model), statuses
+    after = {row.status for row in fabric.init_report(model).rows if row.kind == "parameter"}
+    return before, after, weights(model)
 
 
-def test_a_sharded_model_gets_its_own_init_in_setup_and_a_load_overwrites_it(tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / "raw.pt", "transformerish")
-    loaded = weights(one_device("transformerish", checkpoint=path))
-    for own, after, statuses in run_ranks(2, forget_on_shards, strategy="fsdp2", path=path):
-        assert_same(own, weights(one_device("transformerish")))
-        assert_same(after, loaded)
-        assert "unfilled" not in statuses
+@pytest.mark.parametrize("world_size", [2, 4])
+@where_tensors_wait
+def test_setup_runs_no_init_and_the_load_brings_all(strategy: str, world_size: int, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "raw.pt", "uneven")
+    loaded = weights(one_device("uneven", checkpoint=path))
+    for before, after, found in run_ranks(world_size, memory_before_a_load, strategy=strategy, path=path):
+        assert before == {"unfilled"}
+        assert after == {"loaded"}
+        assert_same(found, loaded)

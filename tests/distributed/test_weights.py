@@ -20,6 +20,7 @@ from zoo import (
     build,
     inner,
     launch,
+    named,
     one_device,
     ties,
     weights,
@@ -45,7 +46,7 @@ def load_declared(
     return {
         "weights": weights(model),
         "ties": ties(model),
-        "trained": {key for key, value in inner(model).named_parameters() if value.requires_grad},
+        "trained": {key for key, value in named(model, "named_parameters") if value.requires_grad},
         "statuses": {row.name: row.status for row in fabric.init_report(model).rows},
         "not sharded": [] if strategy in WHOLE_ON_EACH_RANK else plain,
         "local elements": sharded,
@@ -63,7 +64,7 @@ def check(found: list[dict[str, Any]], expected: nn.Module) -> None:
     for rank in found:
         assert_same(rank["weights"], weights(expected))
         assert rank["ties"] == ties(expected)
-        assert rank["trained"] == {key for key, value in expected.named_parameters() if value.requires_grad}
+        assert rank["trained"] == {key for key, value in named(expected, "named_parameters") if value.requires_grad}
         assert rank["not sharded"] == []
 
 

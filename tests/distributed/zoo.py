@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from fabric_init import Fabric, deferred_init, materialize
-from fabric_init.strategies import DeepSpeedStrategy
+from fabric_init.strategies import DeepSpeedStrategy, FSDPStrategy
 
 VOCABULARY = 11
-STRATEGIES = ["ddp", "fsdp2", "deepspeed_stage_2", "deepspeed_stage_3"]
+STRATEGIES = ["ddp", "fsdp", "fsdp2", "deepspeed_stage_2", "deepspeed_stage_3"]
 WHOLE_ON_EACH_RANK = ["ddp", "deepspeed_stage_2"]
 
 
@@ -217,22 +218,24 @@ def write_checkpoint(
 def launch(strategy: Any, precision: Any = "32-true", **options: Any) -> Fabric:
     """The Fabric of this rank, launched."""
     world_size = int(os.environ["WORLD_SIZE"])
-    if "deepspeed" in str(strategy):
-        _without_optional_operators()
+    if strategy == "fsdp":  # by name, Lightning refuses it on the CPU
+        strategy = FSDPStrategy(auto_wrap_policy={Block})
     fabric = Fabric(accelerator="cpu", devices=world_size, strategy=strategy, precision=precision, **options)
     if isinstance(fabric.strategy, DeepSpeedStrategy):
-        fabric.strategy.config["zero_force_ds_cpu_optimizer"] = False  # offloading would want its own Adam, compiled
-        fabric.strategy.config["gradient_clipping"] = 0.0  # to 1.0 by default, unlike everybody else
+        prepare_deepspeed(fabric.strategy)
     fabric.launch()
     assert fabric.world_size == world_size
     return fabric
 
 
-def _without_optional_operators() -> None:
-    """DeepSpeed would call the compiler for a minute, for an operator that gloo does well without."""
+def prepare_deepspeed(strategy: DeepSpeedStrategy) -> None:
+    """Let DeepSpeed do as the others, and without its operators, for which it would call the compiler for minutes."""
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does as well
+    assert isinstance(strategy.config, dict)
+    strategy.config["zero_force_ds_cpu_optimizer"] = False  # offloading would want an Adam of its own
+    strategy.config["gradient_clipping"] = 0.0  # 1.0 by default
 
 
 def set_up(fabric: Fabric, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]) -> tuple[Any, Any]:
@@ -250,9 +253,18 @@ def build(fabric: Fabric, name: str, *, seed: int = 1, **options: Any) -> nn.Mod
         return MODELS[name]()
 
 
+_WRAPPERS = (
+    "_FabricModule",
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "DeepSpeedEngine",
+    "OptimizedModule",
+)
+
+
 def inner(model: nn.Module) -> nn.Module:
-    """The user's model, out of what ``fabric.setup`` and DDP put around it."""
-    while type(model).__name__ in ("_FabricModule", "DistributedDataParallel", "DeepSpeedEngine", "OptimizedModule"):
+    """The user's model, out of what ``fabric.setup``, DDP, FSDP and DeepSpeed put around it."""
+    while type(model).__name__ in _WRAPPERS:
         model = model._orig_mod if type(model).__name__ == "OptimizedModule" else model.module
     return model
 
@@ -272,18 +284,24 @@ def gathered(tensor: Tensor) -> AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters(tensor)
 
 
+def named(model: nn.Module, kind: str) -> Iterator[tuple[str, Any]]:
+    """``named_parameters`` or ``named_buffers`` with ties under all their names, names as the user knows them."""
+    for name, value in getattr(inner(model), kind)(remove_duplicate=False):
+        yield name.replace("_fsdp_wrapped_module.", ""), value
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer under each of its names, whole."""
-    model = inner(model)
-    found = {name: whole(value) for name, value in model.named_parameters(remove_duplicate=False)}
-    found.update((name, whole(value)) for name, value in model.named_buffers(remove_duplicate=False))
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):  # concerns the modules of FSDP alone
+        found = {name: whole(value) for name, value in named(model, "named_parameters")}
+        found.update((name, whole(value)) for name, value in named(model, "named_buffers"))
     return found
 
 
 def ties(model: nn.Module) -> set[frozenset[str]]:
     """Which names mean one parameter."""
     names: dict[int, set[str]] = {}
-    for name, value in inner(model).named_parameters(remove_duplicate=False):
+    for name, value in named(model, "named_parameters"):
         names.setdefault(id(value), set()).add(name)
     return {frozenset(group) for group in names.values() if len(group) > 1}
 

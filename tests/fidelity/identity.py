@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fabric_init import deferred_init
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.materialize import materialize
-from fabric_init.recording.empty_init import deferred_init
 
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)

@@ -14,8 +14,8 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from fabric_init import deferred_init
 from fabric_init.filling.materialize import materialize
-from fabric_init.recording.empty_init import deferred_init
 
 LEAST_P = 1e-3
 SHAPE = (160, 240)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from identity import compare, differences, first_names, tensors_of
 from programs import STEPS, Built
 
+from fabric_init import deferred_init
 from fabric_init.filling.materialize import materialize
-from fabric_init.recording.empty_init import deferred_init
 
 Program = list[tuple[str, int]]
 PROGRAMS = st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 1 << 16)), min_size=1, max_size=10)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from fabric_init import deferred_init
 from fabric_init.filling.placement import WholeTensors, become
 from fabric_init.filling.slots import find_slots
-from fabric_init.recording.empty_init import deferred_init
 
 
 def recorded_parameter(**options: bool) -> nn.Parameter:

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fabric_init import materialize
+from fabric_init import deferred_init, materialize
 from fabric_init.filling.slots import Slot, find_slots
-from fabric_init.recording.empty_init import deferred_init
 
 
 def slots(model: nn.Module) -> dict[str, Slot]:

@@ -18,9 +18,9 @@ from identity import compare
 from torch import distributions, nn
 from torch.nn.utils import parametrizations, prune
 
+from fabric_init import deferred_init
 from fabric_init.errors import RecordingError
 from fabric_init.filling.materialize import materialize
-from fabric_init.recording.empty_init import deferred_init
 
 P = nn.Parameter
 Constructor = Callable[[nn.Module], None]

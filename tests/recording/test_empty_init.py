@@ -15,8 +15,9 @@ from torch.nn import init
 from torch.nn.init import trunc_normal_, xavier_uniform_  # captured references, as model code has them
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fabric_init import deferred_init
 from fabric_init.filling.materialize import materialize
-from fabric_init.recording.empty_init import active, deferred_init
+from fabric_init.recording.empty_init import active
 from fabric_init.recording.tape import recorded
 
 INIT: dict[str, Callable[[torch.Tensor], object]] = {

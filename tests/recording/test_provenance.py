@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.nn.init import kaiming_normal_, orthogonal_, trunc_normal_, xavier_uniform_
 
+from fabric_init import deferred_init
 from fabric_init.filling.materialize import materialize
-from fabric_init.recording.empty_init import deferred_init
 
 HERE = Path(__file__).name
 

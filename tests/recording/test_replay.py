@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fabric_init.recording.empty_init import deferred_init
+from fabric_init import deferred_init
 from fabric_init.recording.replay import _Execution, real_execution, replay, view
 from fabric_init.recording.tape import Op, Tape, recorded, ref_of
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from fabric_init import deferred_init
 from fabric_init.errors import RecordingError
 from fabric_init.filling.materialize import materialize
-from fabric_init.recording.empty_init import deferred_init
 from fabric_init.recording.streams import derived_seed
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from fabric_init.errors import FabricInitError
 from fabric_init.strategies.fsdp2 import FSDP2Strategy, units_of
-from fabric_init.strategies.sharded import remap
+from fabric_init.strategies.optimizers import remap
 
 
 class Block(nn.Module):

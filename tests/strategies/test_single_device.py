@@ -7,24 +7,24 @@ import torch
 from lightning.fabric.strategies import SingleDeviceStrategy
 from torch import nn
 
-from fabric_init import Fabric
+from fabric_init import Fabric, deferred_init
 from fabric_init.filling.slots import find_slots
-from fabric_init.recording.empty_init import deferred_init
-from fabric_init.strategies.placement import placement_of
+from fabric_init.strategies import SingleDeviceStrategy as Ours
 
 
 def test_tensors_are_whole_and_on_the_strategys_device_whatever_the_constructor_asked_for() -> None:
     with deferred_init():
         model = nn.Linear(2, 2, device="cuda")
-    placement = placement_of(SingleDeviceStrategy(torch.device("cpu")))
+    placement = Ours(torch.device("cpu")).placement(model)
     for slot, _ in find_slots(model):
         assert placement.device(slot) == torch.device("cpu")
         assert placement.region(slot) is None
 
 
-def test_the_strategy_is_lightnings_own() -> None:
+def test_the_strategy_is_lightnings_but_for_what_it_builds() -> None:
     fabric = Fabric(accelerator="cpu", devices=1)
-    assert type(fabric.strategy) is SingleDeviceStrategy
+    assert type(fabric.strategy) is Ours
+    assert isinstance(fabric.strategy, SingleDeviceStrategy)
     assert isinstance(fabric, lightning.Fabric)
 
 

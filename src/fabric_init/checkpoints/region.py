@@ -96,6 +96,55 @@ def take(tensor: torch.Tensor, region: Region | None) -> torch.Tensor:
     return tensor
 
 
+def copy_part(
+    values: torch.Tensor, start: int, shape: tuple[int, ...], region: Region | None, out: torch.Tensor
+) -> None:
+    """Of a full tensor that comes in parts, copy what the region has in common with one part.
+
+    Args:
+        values: 1-D, contiguous: the elements ``start`` and on of the full tensor, flattened in row-major order.
+        start: an element's number.
+        shape: of the full tensor.
+        region: the part that is kept.
+        out: of the region's sizes.
+    """
+    if isinstance(region, Span):
+        first, last = max(start, region.start), min(start + len(values), region.stop)
+        if first < last:
+            out[first - region.start : last - region.start].copy_(values[first - start : last - start])
+    elif region is None:
+        _copy_rows(values, start, Box((0,) * len(shape), tuple(shape)), tuple(shape), out)
+    else:
+        _assert_inside(shape, region)
+        _copy_rows(values, start, region, tuple(shape), out)
+
+
+def _copy_rows(values: torch.Tensor, start: int, box: Box, shape: tuple[int, ...], out: torch.Tensor) -> None:
+    if not len(values) or not box.numel:
+        return
+    if not shape:
+        out.copy_(values[0])
+        return
+    row = math.prod(shape[1:])
+    low, high = box.offsets[0], box.offsets[0] + box.sizes[0]
+    inner = Box(box.offsets[1:], box.sizes[1:])
+    at = 0
+    while at < len(values):
+        index, skipped = divmod(start + at, row)
+        count = 0 if skipped else (len(values) - at) // row
+        if count:  # whole rows
+            first, last = max(low, index), min(high, index + count)
+            if first < last:
+                rows = values[at : at + count * row].view(count, *shape[1:])[first - index : last - index]
+                out[first - low : last - low].copy_(take(rows, Box((0, *inner.offsets), (last - first, *inner.sizes))))
+            at += count * row
+        else:  # a part of one row
+            count = min(row - skipped, len(values) - at)
+            if low <= index < high:
+                _copy_rows(values[at : at + count], skipped, inner, shape[1:], out[index - low])
+            at += count
+
+
 def _assert_inside(shape: tuple[int, ...], box: Box) -> None:
     extents = zip(box.offsets, box.sizes, shape, strict=True)
     inside = all(offset >= 0 and size >= 0 and offset + size <= full for offset, size, full in extents)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -14,6 +17,11 @@ from fabric_init.errors import CheckpointMismatchError, FabricInitError
 from fabric_init.filling.plan import Plan
 
 _T = TypeVar("_T")
+_Error = TypeVar("_Error", bound=Exception)
+
+
+class RanksLostError(FabricInitError):
+    """A rank has died, or cannot be reached."""
 
 
 class Agreement(Protocol):
@@ -27,6 +35,10 @@ class Agreement(Protocol):
         """Rank 0's ``value``."""
         ...
 
+    def from_all(self, names: Sequence[str]) -> list[str]:
+        """The ``names`` of all ranks, each once."""
+        ...
+
 
 class Alone:
     """One process, or one that is not to wait for others."""
@@ -37,33 +49,37 @@ class Alone:
     def from_rank_zero(self, value: Any) -> Any:
         return value
 
+    def from_all(self, names: Sequence[str]) -> list[str]:
+        return list(names)
+
+
+_PATIENCE = timedelta(seconds=30)
+"""How long a rank that cannot go on waits for the others to come and hear of it. They may be building still."""
+
+_meetings = itertools.count()
+
 
 class AllRanks:
-    """The ranks of torch's default process group. Every rank has to make the same calls in the same order."""
+    """The ranks of torch's default process group. Every rank has to make the same calls in the same order.
+
+    Calls may lie in one another. What goes wrong in the outer one meets the others in whichever they have come to.
+    """
 
     def same(self, what: str, make: Callable[[], _T], digest: Callable[[_T], str]) -> _T:
-        value: _T | None = None
-        failure: Exception | None = None
         try:
             value = make()
-            mine = ("is", digest(value))
+            mine = digest(value)
+        except RanksLostError:  # nobody is left to tell
+            raise
         except Exception as error:  # whatever it is, the other ranks must not wait for this one
-            failure = error
-            mine = ("failed", f"{type(error).__name__}: {error}")
-        outcomes = self._gather(what, mine)
-        if failure is not None:
-            raise failure
-        failed = [(rank, text) for rank, (kind, text) in enumerate(outcomes) if kind == "failed"]
-        if failed:
-            rank, text = failed[0]
-            ranks = ", ".join(str(rank) for rank, _ in failed)
-            raise FabricInitError(f"{what} failed on rank {ranks}, so no rank goes on. Rank {rank}: {text}")
-        _check_same(what, [text for _, text in outcomes])
-        return value  # type: ignore[return-value]
+            self._tell(what, error)
+            raise
+        _check_same(what, self._hear(what, mine))
+        return value
 
     def alike(self, digest: str | None) -> bool:
         """Whether every rank has this digest, and none has ``None``."""
-        outcomes = self._gather("comparing the filled models", ("is" if digest else "unknown", digest or ""))
+        outcomes = self._hear("comparing the filled models", digest or "")
         return len(set(outcomes)) == 1 and digest is not None
 
     def from_rank_zero(self, value: Any) -> Any:
@@ -71,16 +87,59 @@ class AllRanks:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
-    def _gather(self, what: str, mine: tuple[str, str]) -> list[tuple[str, str]]:
-        outcomes: list[Any] = [None] * dist.get_world_size()
+    def from_all(self, names: Sequence[str]) -> list[str]:
+        everyone = self._hear("asking what still waits for values", list(names))
+        return list(dict.fromkeys(name for each in everyone for name in each))
+
+    def _hear(self, what: str, mine: Any) -> list[Any]:
+        """What every rank says, if all are well."""
         try:
-            dist.all_gather_object(outcomes, mine)
+            self._come()
+            outcomes = _gather((None, mine))
         except RuntimeError as error:
-            raise FabricInitError(
+            raise RanksLostError(
                 f"{what}: rank {dist.get_rank()} lost touch with the other ranks; one of them has probably died, and "
                 f"its own output says why. ({error})"
             ) from error
-        return outcomes
+        failed = [(rank, failing, text) for rank, (failing, text) in enumerate(outcomes) if failing is not None]
+        if failed:
+            rank, failing, text = failed[0]
+            ranks = ", ".join(str(rank) for rank, _, _ in failed)
+            raise _known(FabricInitError(f"{failing} failed on rank {ranks}, so no rank goes on. Rank {rank}: {text}"))
+        return [text for _, text in outcomes]
+
+    def _tell(self, what: str, error: Exception) -> None:
+        """Let the other ranks know why this one goes no further."""
+        if _is_known(error):
+            return
+        _known(error)
+        with suppress(RuntimeError):  # they do not come, or are no more: this rank's own error is what matters
+            store, meeting = self._come()
+            store.wait([f"{meeting}/{rank}" for rank in range(dist.get_world_size())], _PATIENCE)
+            _gather((what, f"{type(error).__name__}: {error}"))
+
+    def _come(self) -> tuple[Any, str]:
+        """Leave word in the store that this rank is about to gather, so that one that failed knows whom it reaches."""
+        store, meeting = dist.distributed_c10d._get_default_store(), f"fabric_init/{next(_meetings)}"
+        store.set(f"{meeting}/{dist.get_rank()}", "")
+        return store, meeting
+
+
+def _gather(mine: tuple[str | None, Any]) -> list[tuple[str | None, Any]]:
+    """From every rank: what it failed in, or ``None``, and what it has to say."""
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, mine)
+    return outcomes
+
+
+def _known(error: _Error) -> _Error:
+    """Mark an error that no rank has to be told of any more."""
+    error.__dict__["_fabric_init_known"] = True
+    return error
+
+
+def _is_known(error: Exception) -> bool:
+    return "_fabric_init_known" in error.__dict__
 
 
 def _check_same(what: str, digests: Sequence[str]) -> None:
@@ -89,7 +148,7 @@ def _check_same(what: str, digests: Sequence[str]) -> None:
         for rank, digest in enumerate(digests):
             groups.setdefault(digest, []).append(rank)
         listed = "; ".join(f"ranks {ranks}: {digest}" for digest, ranks in groups.items())
-        raise CheckpointMismatchError(f"{what} is not the same on every rank, so no rank goes on. {listed}")
+        raise _known(CheckpointMismatchError(f"{what} is not the same on every rank, so no rank goes on. {listed}"))
 
 
 def checkpoint_digest(reader: CheckpointReader | None) -> str:

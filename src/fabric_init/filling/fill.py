@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.region import take
-from fabric_init.errors import CheckpointMismatchError, FabricInitError
+from fabric_init.errors import FabricInitError
+from fabric_init.filling import loading
+from fabric_init.filling.one_reader import OneReader
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Entry, Plan, storage_groups
 from fabric_init.filling.progress import with_progress
-from fabric_init.filling.report import InitReport, Row, describe_rule
+from fabric_init.filling.report import InitReport, Row, describe_rule, dtype_name
 from fabric_init.recording.replay import real_execution, replay, view
 from fabric_init.recording.tape import Tape
+
+
+def check_ties(plan: Plan, reader: CheckpointReader | None, placement: Placement) -> None:
+    """Before any memory is taken: tied tensors have one value in the file. One reader sees to that while it reads.
+
+    Raises:
+        CheckpointMismatchError: they have not.
+    """
+    if reader is not None and not isinstance(reader, OneReader):
+        with torch.inference_mode(False), real_execution():
+            loading.check_ties(plan, reader, placement)
 
 
 def fill(
@@ -38,7 +52,6 @@ def fill(
         exact: replay the random streams in order (``rng="eager"``).
     """
     with torch.inference_mode(False), real_execution():
-        _check_ties(plan, reader, placement)
         values: dict[int, Tensor] = {}
         found = _values(plan, tensors, tapes, reader, placement, exact=exact)
         for position, value in with_progress(found, len(plan.entries)):
@@ -65,59 +78,41 @@ def _values(
 ) -> Iterator[tuple[int, Tensor]]:
     """Positions in the plan, and the values that this rank keeps for them."""
     entries = plan.entries
-    to_replay: dict[int, list[int]] = {}
-    for storage, positions in storage_groups(entries).items():
-        if len(positions) == 1 and entries[positions[0]].action is Action.LOAD:
-            entry = entries[positions[0]]
-            assert entry.slot.ref is not None
-            if tapes[storage].covers(entry.slot.ref):
-                yield positions[0], _loaded(entry, reader, placement)
-                continue
-        to_replay[storage] = positions
+    to_replay = {
+        storage: positions
+        for storage, positions in storage_groups(entries).items()
+        if not _is_loaded_whole(entries, positions, tapes[storage])
+    }
+    shared = {position for positions in to_replay.values() for position in positions}
+    parts: dict[int, Tensor] = {}  # loaded into memory that other tensors share
+    if reader is not None:
+        load = reader.load if isinstance(reader, OneReader) else partial(loading.load_by_itself, reader=reader)
+        for position, value in load(plan, placement=placement):
+            if position in shared:
+                parts[position] = value
+            else:
+                yield position, value
     for position, entry in enumerate(entries):
         slot = entry.slot
-        if slot.ref is None:
-            if entry.action is Action.LOAD:
-                yield position, _loaded(entry, reader, placement)
-            elif slot.real and placement.device(slot) != slot.device:
-                yield position, tensors[position].detach().to(placement.device(slot))
-    yield from _replayed(entries, to_replay, tapes, reader, placement, exact=exact)
+        if slot.ref is None and entry.action is not Action.LOAD and slot.real:
+            device = placement.device(slot)
+            if device != slot.device:
+                yield position, tensors[position].detach().to(device)
+    yield from _replayed(entries, to_replay, tapes, parts, placement, exact=exact)
 
 
-def _check_ties(plan: Plan, reader: CheckpointReader | None, placement: Placement) -> None:
-    """Before any memory is taken: what the model ties has the same value under each of its keys."""
-    for entry in plan.entries:
-        if entry.action is not Action.LOAD or len(entry.keys) < 2:
-            continue
-        assert reader is not None
-        region = placement.region(entry.slot)
-        value = reader.read(entry.keys[0], region)
-        for key in entry.keys[1:]:
-            if not torch.allclose(value, reader.read(key, region), rtol=0, atol=0, equal_nan=True):
-                raise CheckpointMismatchError(
-                    f"{reader.path}: {entry.keys[0]} and {key} hold different values, but in the model they are one "
-                    f"tied tensor ({' = '.join(entry.slot.names)}). Build the model untied, or drop one key with "
-                    "rename."
-                )
-
-
-def _loaded(entry: Entry, reader: CheckpointReader | None, placement: Placement) -> Tensor:
-    assert reader is not None
-    slot = entry.slot
-    region = placement.region(slot)
-    value = reader.read(entry.keys[0], region)
-    value = value.to(device=placement.device(slot), dtype=slot.dtype)
-    if region is None and slot.ref is not None and value.stride() != slot.ref.stride:
-        laid_out = torch.empty_strided(slot.shape, slot.ref.stride, dtype=slot.dtype, device=value.device)
-        value = laid_out.copy_(value)
-    return value
+def _is_loaded_whole(entries: Sequence[Entry], positions: Sequence[int], tape: Tape) -> bool:
+    """Whether a storage is all one tensor, which is loaded: then nothing of it has to be replayed."""
+    slot, action, *_ = entries[positions[0]]
+    assert slot.ref is not None
+    return len(positions) == 1 and action is Action.LOAD and tape.covers(slot.ref)
 
 
 def _replayed(
     entries: Sequence[Entry],
     groups: Mapping[int, Sequence[int]],
     tapes: Mapping[int, Tape],
-    reader: CheckpointReader | None,
+    parts: dict[int, Tensor],
     placement: Placement,
     *,
     exact: bool,
@@ -143,8 +138,8 @@ def _replayed(
                         assert entry.slot.ref is not None
                         value = view(memory, entry.slot.ref)
                         region = placement.region(entry.slot)
-                        if entry.action is Action.LOAD:  # part of a storage that others share
-                            take(value, region).copy_(_loaded(entry, reader, placement))
+                        if position in parts:
+                            take(value, region).copy_(parts.pop(position))
                         yield position, value if region is None else take(value, region).clone()
 
 
@@ -201,8 +196,3 @@ def make_report(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader 
     return InitReport(
         rows, None if reader is None else str(reader.path), None if reader is None else reader.note, plan.unexpected
     )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float32`` as ``float32``."""
-    return str(dtype).removeprefix("torch.")

@@ -1,9 +1,13 @@
 """Marks in memory without values: as long as they lie there, nobody has filled it.
 
-Three elements (first, middle, last) hold NaN, or for integers a value that is improbable in all three places.
+Three elements (first, middle, last) hold NaN, or for integers a value that is improbable in all three places. The NaN
+has bits set that no arithmetic sets: so a mark that was copied onto itself is told from a NaN that was loaded. A cast
+makes it a plain NaN.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,9 +26,22 @@ def marked_elements(tensor: Tensor) -> Tensor | None:
     return torch.stack([tensor.detach()[index] for index in _positions(tensor.shape)])
 
 
-def _mark_value(dtype: torch.dtype) -> float | int:
-    if dtype.is_floating_point or dtype.is_complex:
-        return float("nan")
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The memory of ``tensor`` as integers of the same size; of complex numbers, their parts."""
+    tensor = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    return tensor.view(_INTEGERS[tensor.itemsize]) if tensor.is_floating_point() else tensor
+
+
+@cache
+def _mark_bits(dtype: torch.dtype) -> int:
+    if dtype.is_floating_point:
+        nan = int(_bits(torch.tensor(float("nan")).to(dtype)).item())
+        odd = nan ^ 0x15 if dtype.itemsize > 1 else nan ^ 0x02
+        is_nan = torch.tensor(odd, dtype=_INTEGERS[dtype.itemsize]).view(dtype).float().isnan()
+        return odd if is_nan else nan  # some types of 8 bits have one NaN only
     limits = torch.iinfo(dtype)
     return limits.max - 90 if limits.min == 0 else limits.min + 90
 
@@ -41,16 +58,26 @@ def has_mark(samples: Tensor) -> bool:
 
 def is_mark(samples: Tensor) -> bool:
     """Whether all of ``samples`` are marks."""
-    if samples.is_floating_point() or samples.is_complex():
+    if is_float(samples):
         return bool((samples.float() if samples.is_floating_point() else samples).isnan().all())
-    return bool((samples == _mark_value(samples.dtype)).all())
+    return is_exact_mark(samples)
+
+
+def is_exact_mark(samples: Tensor) -> bool:
+    """Whether all of ``samples`` are marks to the bit, as they were placed."""
+    return bool((_bits(samples) == _mark_bits(_real(samples.dtype))).all())
+
+
+def _real(dtype: torch.dtype) -> torch.dtype:
+    return dtype.to_real() if dtype.is_complex else dtype
 
 
 def place_mark(tensor: Tensor) -> None:
     """Put marks into fresh memory."""
     if tensor.numel() and tensor.dtype != torch.bool:
+        bits = _bits(tensor)
         for index in _positions(tensor.shape):
-            tensor[index] = _mark_value(tensor.dtype)
+            bits[index] = _mark_bits(_real(tensor.dtype))
 
 
 def version_of(tensor: Tensor) -> int:

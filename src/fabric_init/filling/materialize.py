@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from fabric_init.checkpoints import CheckpointReader, open_checkpoint
 from fabric_init.checkpoints.renaming import Rename
-from fabric_init.errors import RecordingError
+from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.agreement import Agreement, Alone, plan_digest
-from fabric_init.filling.fill import fill
+from fabric_init.filling.deferred import loaded_since, refuse_lost_writes, release_recorded
+from fabric_init.filling.fill import check_ties, fill
 from fabric_init.filling.placement import Placement, WholeTensors
 from fabric_init.filling.plan import Plan, Wanted, make_plan
 from fabric_init.filling.report import InitReport, keep_report
@@ -22,6 +23,7 @@ from fabric_init.recording.collector import PausedCollector
 from fabric_init.recording.tape import Rng, Tape, check_rng, recorded
 
 _ALONE = Alone()
+_PLANNING = "planning the initialisation"
 
 
 def materialize(
@@ -78,8 +80,13 @@ def fill_model(
     agreement: Agreement = _ALONE,
 ) -> InitReport:
     """:func:`materialize`, for any placement, an open checkpoint and ranks that agree."""
+
+    def plan() -> Prepared:
+        source, asked = _with_earlier_load(model, reader, wanted)
+        return plan_for(model, source, asked, rng)
+
     with PausedCollector():
-        prepared = prepare(model, reader, wanted, rng, agreement)
+        prepared = agreement.same(_PLANNING, plan, prepared_digest)
         return carry_out(prepared, model, prepared.tensors, placement, agreement)
 
 
@@ -93,21 +100,26 @@ class Prepared(NamedTuple):
     exact: bool
 
 
+def plan_for(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, rng: Rng | None = None) -> Prepared:
+    """Plan for ``model``, while its tensors are still recorded and whole. Raises all that is the user's to mend."""
+    slots, tensors, tapes = survey(model)
+    exact = _exact(set(tapes.values()), rng)
+    return Prepared(make_plan(slots, tapes, reader, wanted), tensors, tapes, reader, exact)
+
+
 def prepare(
     model: nn.Module,
     reader: CheckpointReader | None,
     wanted: Wanted,
-    rng: Rng | None = None,
     agreement: Agreement = _ALONE,
 ) -> Prepared:
-    """Plan for ``model``, while its tensors are still recorded and whole. Raises all that is the user's to mend."""
+    """:func:`plan_for`, on ranks that agree."""
+    return agreement.same(_PLANNING, lambda: plan_for(model, reader, wanted), prepared_digest)
 
-    def plan() -> Prepared:
-        slots, tensors, tapes = survey(model)
-        exact = _exact(set(tapes.values()), rng)
-        return Prepared(make_plan(slots, tapes, reader, wanted), tensors, tapes, reader, exact)
 
-    return agreement.same("planning the initialisation", plan, lambda prepared: plan_digest(prepared.plan))
+def prepared_digest(prepared: Prepared) -> str:
+    """What tells one plan from another."""
+    return plan_digest(prepared.plan)
 
 
 def carry_out(
@@ -115,9 +127,13 @@ def carry_out(
 ) -> InitReport:
     """Fill ``tensors``: the plan's own, or what a strategy has made of them."""
     plan, _, tapes, reader, exact = prepared
-    report = agreement.same(
-        "filling the model", lambda: fill(plan, tensors, tapes, reader, placement, exact=exact), lambda report: ""
-    )
+
+    def check_and_fill() -> InitReport:
+        check_ties(plan, reader, placement)
+        return fill(plan, tensors, tapes, reader, placement, exact=exact)
+
+    report = agreement.same("filling the model", check_and_fill, lambda report: "")
+    release_recorded(model)
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()  # cuDNN's layout: the constructor's own call came before there was memory
@@ -139,6 +155,22 @@ def survey(model: nn.Module) -> tuple[list[Slot], list[Tensor], Mapping[int, Tap
             assert found is not None
             tapes[found.storage] = found.tape
     return slots, tensors, tapes
+
+
+def _with_earlier_load(
+    model: nn.Module, reader: CheckpointReader | None, wanted: Wanted
+) -> tuple[CheckpointReader | None, Wanted]:
+    """The checkpoint to fill from, where ``load_state_dict`` was called on the recorded model before."""
+    refuse_lost_writes(model)
+    earlier = loaded_since(model)
+    if earlier is None or (reader is not None and wanted.strict):
+        return reader, wanted  # a strict load brings everything anyway
+    if reader is not None:
+        raise FabricInitError(
+            f"load_state_dict has brought {len(earlier.keys())} tensors into this recorded model, and {reader.path} "
+            "is to fill it as well, not strictly. Load the second one once the model has values."
+        )
+    return earlier, Wanted(strict=False)
 
 
 def _exact(tapes: set[Tape], rng: Rng | None) -> bool:

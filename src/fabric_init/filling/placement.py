@@ -33,6 +33,10 @@ class Placement(Protocol):
         """
         ...
 
+    def held(self, tensor: Tensor) -> Tensor:
+        """This rank's own memory of ``tensor``, after ``put``: the tensor itself, unless only a part of it is here."""
+        ...
+
 
 class WholeTensors:
     """Every rank keeps every tensor whole: one device, DDP.
@@ -54,6 +58,9 @@ class WholeTensors:
 
     def put(self, slot: Slot, tensor: Tensor, value: Tensor) -> Tensor:
         become(tensor, value)
+        return tensor
+
+    def held(self, tensor: Tensor) -> Tensor:
         return tensor
 
 

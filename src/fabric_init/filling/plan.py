@@ -103,7 +103,7 @@ def make_plan(
             continue
         if reader is not None and slot.saved and not fresh:
             missing[slot.name] = slot.shape
-        entries.append(Entry(slot, _own_init(slot, tapes)))
+        entries.append(Entry(slot, own_init(slot, tapes)))
 
     unexpected = tuple(key for key in keys if key not in taken)
     if reader is not None:
@@ -118,11 +118,12 @@ def make_plan(
                 + "\nBuild the model from the checkpoint's own config, or name what is to be initialised afresh "
                 'instead, e.g. reinit=["' + problems[0].split(" ", 1)[0] + '"].'
             )
-    _check_all_have_values(entries, tapes, reader)
+    check_all_have_values(entries, tapes, reader)
     return Plan(tuple(entries), unexpected)
 
 
-def _own_init(slot: Slot, tapes: Mapping[int, Tape]) -> Action:
+def own_init(slot: Slot, tapes: Mapping[int, Tape]) -> Action:
+    """What becomes of a tensor that nothing is loaded into."""
     if slot.real:
         return Action.KEEP
     if slot.ref is not None and not slot.saved and tapes[slot.ref.storage].never_written(slot.ref):
@@ -159,9 +160,12 @@ def _check_reinit(slots: Sequence[Slot], patterns: Sequence[str]) -> None:
             )
 
 
-def _check_all_have_values(
-    entries: Sequence[Entry], tapes: Mapping[int, Tape], reader: CheckpointReader | None
-) -> None:
+def check_all_have_values(entries: Sequence[Entry], tapes: Mapping[int, Tape], reader: CheckpointReader | None) -> None:
+    """Raise if neither a checkpoint nor the model's own code gives some tensor a value.
+
+    Raises:
+        UninitializedTensorError: naming all of them.
+    """
     outside, garbage = [], []
     for slot, action, *_ in entries:
         if action is Action.INIT:

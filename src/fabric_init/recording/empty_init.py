@@ -40,7 +40,7 @@ class _EmptyInit(TorchFunctionMode):
     needs a value (``.item()``, ``.tolist()``, ``if t.any()``) gets the true one, by replaying just that tensor.
 
     Args:
-        rng: how random numbers will be drawn at replay; see :func:`deferred_init`.
+        rng: how random numbers will be drawn at replay; see :func:`fabric_init.deferred_init`.
         agree: makes the seed of this process the one that all ranks use.
     """
 
@@ -142,17 +142,11 @@ def _function_modes() -> list[TorchFunctionMode]:
 
 
 @contextmanager
-def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
-    """Build models in this block without running init kernels or taking memory for weights.
-
-    What the constructors would have done is recorded; :func:`fabric_init.materialize` does it afterwards, once for
-    each tensor, or loads the tensor instead. A block inside another one continues the outer recording.
+def recorded_build(rng: Rng = "per_op") -> Iterator[None]:
+    """Record what is built in this block; a block inside another one continues the outer recording.
 
     Args:
-        rng: where random numbers will come from. ``"per_op"``: each random op has a generator of its own, so a tensor
-            gets the same values whatever else is loaded, on every rank, and tensors can be filled in parallel.
-            ``"eager"``: all ops draw from one stream in order, dead ones too: bit-identical to plain PyTorch from the
-            same seed. Both depend on the seed that torch's default generator has when the block opens.
+        rng: how random numbers will be drawn at replay; see :func:`fabric_init.deferred_init`.
 
     Raises:
         RecordingError: in the block, when a constructor does something that cannot be recorded.

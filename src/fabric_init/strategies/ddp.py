@@ -4,48 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
+import lightning.fabric.strategies as lightning_strategies
 import torch
-from lightning.fabric.strategies.ddp import DDPStrategy
-from lightning.fabric.strategies.strategy import Strategy
 from torch import nn
 
 from fabric_init.filling.agreement import AllRanks
 from fabric_init.filling.guard import settle
 from fabric_init.filling.placement import Placement, WholeTensors
 from fabric_init.filling.report import filled_by_us
-from fabric_init.strategies.placement import register_placement
+from fabric_init.strategies.recorded_init import RecordedInit, register_strategy
 
 
-def _placement(strategy: DDPStrategy) -> Placement:
-    return WholeTensors(strategy.root_device)
+class DDPStrategy(RecordedInit, lightning_strategies.DDPStrategy):
+    """Lightning's strategy of the same name; models built without values are filled on every rank, in its own memory.
 
-
-register_placement(DDPStrategy, _placement)
-
-
-@contextmanager
-def without_first_broadcast(strategy: Strategy, module: nn.Module) -> Iterator[None]:
-    """Let DDP not send all weights from rank 0 when it wraps a model that the ranks have filled alike.
-
-    They agreed on seed, checkpoint and plan; what a constructor took from elsewhere (numpy's random numbers, say)
-    shows in a sample of each tensor. Every rank has to come here. A model that waits for values has nothing to send,
-    and receiving would look like somebody had written it.
+    ``setup_module`` does without DDP's first broadcast of all weights where the ranks have filled the model alike: they
+    agreed on seed, checkpoint and plan, and what a constructor took from elsewhere (numpy's random numbers, say) shows
+    in a sample of each tensor. A model that waits for values has nothing to send, and receiving would look like
+    somebody had written it.
     """
-    if not isinstance(strategy, DDPStrategy):
-        yield
-        return
-    before = dict(strategy._ddp_kwargs)
-    waits = bool(settle(module))
-    mine = _sample(module, values=not waits) if waits or filled_by_us(module) else None
-    if AllRanks().alike(mine):
-        strategy._ddp_kwargs.setdefault("init_sync", False)
-    try:
-        yield
-    finally:
-        strategy._ddp_kwargs = before
+
+    def placement(self, model: nn.Module) -> Placement:
+        return WholeTensors(self.root_device)
+
+    def setup_module(self, module: nn.Module) -> Any:
+        given = self._ddp_kwargs
+        waits = bool(settle(module))
+        mine = _sample(module, values=not waits) if waits or filled_by_us(module) else None
+        if AllRanks().alike(mine):
+            self._ddp_kwargs = {"init_sync": False} | given
+        try:
+            return super().setup_module(module)
+        finally:
+            self._ddp_kwargs = given
 
 
 def _sample(module: nn.Module, *, values: bool) -> str:
@@ -58,3 +51,6 @@ def _sample(module: nn.Module, *, values: bool) -> str:
             ends = torch.cat([flat[:64], flat[-64:]]).cpu().contiguous()
             digest.update(bytes(ends.view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+register_strategy(DDPStrategy, instead_of=lightning_strategies.DDPStrategy)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import sys
 import weakref
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,21 +25,31 @@ from torch.optim import Optimizer
 
 from fabric_init.checkpoints import Region, Span
 from fabric_init.errors import CheckpointMismatchError, FabricInitError
+from fabric_init.filling.guard import loading, release, require, settle
 from fabric_init.filling.placement import Placement, WholeTensors, become
 from fabric_init.filling.slots import Slot
 from fabric_init.recording.empty_init import _EmptyInit
-from fabric_init.strategies.placement import agreement_of, register_placement
-from fabric_init.strategies.sharded import is_bound, shard_and_fill
+from fabric_init.strategies.binding import is_bound, shard_and_fill
+from fabric_init.strategies.block import recorded_block
+from fabric_init.strategies.recorded_init import RecordedInit, register_strategy
+from fabric_init.strategies.wrappers import original, register_wrapper
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-class DeepSpeedStrategy(lightning_deepspeed.DeepSpeedStrategy):
+class DeepSpeedStrategy(RecordedInit, lightning_deepspeed.DeepSpeedStrategy):
     """Lightning's strategy of the same name, for every device that DeepSpeed itself runs on.
 
     With ZeRO-3, models built without values are partitioned in ``setup``, where each rank fills its own slices.
     """
+
+    @property
+    def fills_in_setup(self) -> bool:  # type: ignore[override]
+        return self.zero_stage_3
+
+    def placement(self, model: nn.Module) -> Placement:
+        return ZeroPartitions(self.root_device) if self.zero_stage_3 else WholeTensors(self.root_device)
 
     def setup_environment(self) -> None:
         from deepspeed.accelerator import get_accelerator
@@ -67,9 +76,9 @@ class DeepSpeedStrategy(lightning_deepspeed.DeepSpeedStrategy):
             self._format_config()
             self._config_initialized = True
 
-    def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[None]:
+    def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
         # Lightning's builds under zero.Init for ZeRO-3: the model's own init finds no weights there and does nothing
-        return DDPStrategy.module_init_context(self, empty_init)
+        return recorded_block(self) if empty_init else Strategy.module_init_context(self, empty_init=False)
 
     def module_to_device(self, module: nn.Module) -> None:
         if not is_bound(module):
@@ -82,10 +91,13 @@ class DeepSpeedStrategy(lightning_deepspeed.DeepSpeedStrategy):
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
     ) -> tuple[DeepSpeedEngine, list[Optimizer], Any]:
-        self._prepare(module)
-        engine, optimizers, scheduler = super().setup_module_and_optimizers(module, optimizers, scheduler)
+        self._prepare(module)  # parameters stay the same objects: optimizers need not be told
+        theirs = lightning_deepspeed.DeepSpeedStrategy.setup_module_and_optimizers
+        engine, optimizers, scheduler = theirs(self, module, optimizers, scheduler)
         if not self.zero_stage_3:
             module.register_load_state_dict_post_hook(lambda *_: refresh_masters(engine))
+        if settle(module):
+            _refresh_when_filled(engine, module)
         return engine, optimizers, scheduler
 
     def _initialize_engine(
@@ -94,6 +106,7 @@ class DeepSpeedStrategy(lightning_deepspeed.DeepSpeedStrategy):
         """As Lightning's, but for any device, and for ZeRO-1 and 2 without an optimizer, too."""
         import deepspeed
 
+        register_wrapper(deepspeed.DeepSpeedEngine)
         config = self.config
         assert isinstance(config, dict)
         if optimizer is None and not self.zero_stage_3 and "optimizer" not in config:
@@ -124,18 +137,25 @@ class DeepSpeedStrategy(lightning_deepspeed.DeepSpeedStrategy):
         return super().optimizer_step(optimizer, **kwargs)
 
     def save_checkpoint(self, path: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        _require_checkpointing(state)
+        for engine in _require_checkpointing(state):
+            if (refresh := vars(engine).get(_WAITS)) is not None:
+                refresh(use="be saved")
         super().save_checkpoint(path, state, *args, **kwargs)
 
     def load_checkpoint(self, path: Any, state: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if Path(path).is_file():  # DeepSpeed's own checkpoints are folders: it is one that any other strategy saved
-            return Strategy.load_checkpoint(self, path, state, *args, **kwargs)
+            modules = [state] if isinstance(state, nn.Module) else (state or {}).values()
+            with ExitStack() as stack:
+                for module in modules:
+                    if isinstance(module, nn.Module):
+                        stack.enter_context(loading(module))
+                return Strategy.load_checkpoint(self, path, state, *args, **kwargs)
         _require_checkpointing(state)
         return super().load_checkpoint(path, state, *args, **kwargs)
 
     def load_module_state_dict(self, module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         """Load the whole tensors of ``state_dict`` into what each rank keeps, the optimizer's masters included."""
-        inner = user_module(module)
+        inner = original(module)
         if self.zero_stage_3:
             _load_gathered(inner, state_dict, strict)
             refresh_masters(module)
@@ -144,8 +164,10 @@ class DeepSpeedStrategy(lightning_deepspeed.DeepSpeedStrategy):
 
     def _prepare(self, module: nn.Module) -> None:
         """Partition and fill a recorded model; of any other, make sure that it has one shape on all ranks."""
+        settle(module)
+        release(module)
         if not is_bound(module):
-            agreement_of(self).same("the model to set up", lambda: module, _shapes_digest)
+            self.agreement.same("the model to set up", lambda: module, _shapes_digest)
             return
         dtype = self._parameter_dtype()
         if dtype is not None:
@@ -153,7 +175,7 @@ class DeepSpeedStrategy(lightning_deepspeed.DeepSpeedStrategy):
                 for parameter in module.parameters():
                     if parameter.is_floating_point():
                         parameter.data = parameter.data.to(dtype)
-        shard_and_fill(module, self._partition, lambda _: ZeroPartitions(self.root_device), agreement_of(self))
+        shard_and_fill(module, self.shard, self.sharded_placement, self.agreement)
 
     def _parameter_dtype(self) -> torch.dtype | None:
         """What DeepSpeed casts parameters to; under ZeRO-3 it expects to find them so."""
@@ -163,7 +185,7 @@ class DeepSpeedStrategy(lightning_deepspeed.DeepSpeedStrategy):
                 return dtype
         return None
 
-    def _partition(self, module: nn.Module) -> nn.Module:
+    def shard(self, model: nn.Module) -> nn.Module:
         assert isinstance(self.config, dict)
         zero = self.config["zero_optimization"]
         if zero.get("zero_quantized_nontrainable_weights"):
@@ -176,8 +198,8 @@ class DeepSpeedStrategy(lightning_deepspeed.DeepSpeedStrategy):
                 "fabric_init cannot fill parameters that DeepSpeed offloads to NVMe: their partitions are in files of "
                 "its own. Offload them to the CPU, or build with init_module() without empty_init and checkpoint."
             )
-        _partition_without_values(module, self.config, self.remote_device)
-        return module
+        _partition_without_values(model, self.config, self.remote_device)
+        return model
 
 
 def _shapes_digest(module: nn.Module) -> str:
@@ -185,11 +207,7 @@ def _shapes_digest(module: nn.Module) -> str:
     return f"{len(shapes)} parameters, digest {hashlib.sha256(' '.join(shapes).encode()).hexdigest()[:12]}"
 
 
-def _placement(strategy: DeepSpeedStrategy) -> Placement:
-    return WholeTensors(strategy.root_device)
-
-
-register_placement(DeepSpeedStrategy, _placement)
+register_strategy(DeepSpeedStrategy, instead_of=lightning_deepspeed.DeepSpeedStrategy)
 
 
 def _partition_without_values(module: nn.Module, config: Any, remote_device: str | None) -> None:
@@ -233,9 +251,9 @@ class ZeroPartitions:
         return tensor
 
     def held(self, tensor: Tensor) -> Tensor:
-        """This rank's own memory of ``tensor``: 1-D and with padding at its end, if it is partitioned."""
-        part: Tensor | None = getattr(tensor, "ds_tensor", None)
-        return tensor if part is None else part
+        """This rank's own memory of ``tensor``: 1-D and without padding, if it is partitioned."""
+        parameter: Any = tensor
+        return parameter.ds_tensor[: _span(parameter).numel] if hasattr(parameter, "ds_tensor") else tensor
 
     def device(self, slot: Slot) -> torch.device:
         parameter = self._parameters.get(slot.name)
@@ -246,11 +264,7 @@ class ZeroPartitions:
 
     def region(self, slot: Slot) -> Region | None:
         parameter = self._parameters.get(slot.name)
-        if parameter is None:
-            return None
-        start = parameter.ds_zero_partition_rank * parameter.partition_numel()
-        stop = start + parameter.partition_numel()
-        return Span(min(start, parameter.ds_numel), min(stop, parameter.ds_numel))
+        return None if parameter is None else _span(parameter)
 
     def put(self, slot: Slot, tensor: Tensor, value: Tensor) -> Tensor:
         parameter = self._parameters.get(slot.name)
@@ -266,16 +280,14 @@ class ZeroPartitions:
         return tensor
 
 
+def _span(parameter: Any) -> Span:
+    """This rank's slice of a partitioned parameter; the last one, or several, may be shorter than the others."""
+    start = parameter.ds_zero_partition_rank * parameter.partition_numel()
+    stop = start + parameter.partition_numel()
+    return Span(min(start, parameter.ds_numel), min(stop, parameter.ds_numel))
+
+
 # -- after setup -------------------------------------------------------------------------------------------------------
-
-
-def user_module(module: nn.Module) -> nn.Module:
-    """The user's own module in a DeepSpeed engine, or ``module`` itself."""
-    deepspeed = sys.modules.get("deepspeed")  # if nobody has imported it, there can be no engine
-    if deepspeed is None or not isinstance(module, deepspeed.DeepSpeedEngine):
-        return module
-    inner: nn.Module = module.module
-    return inner
 
 
 def refresh_masters(engine: Any) -> None:
@@ -285,7 +297,27 @@ def refresh_masters(engine: Any) -> None:
         refresh()
 
 
-def _require_checkpointing(state: Any) -> None:
+def _refresh_when_filled(engine: Any, model: nn.Module) -> None:
+    """DeepSpeed has made the masters of a model that waits for values: make them anew once those are there."""
+
+    def refresh(*_: Any, use: str = "run") -> None:
+        require(model, use)
+        handle.remove()
+        del vars(engine)[_WAITS]
+        parameters: list[Any] = list(model.parameters())
+        for parameter in parameters:
+            if hasattr(parameter, "ds_tensor") and parameter.ds_status.name == "AVAILABLE":
+                parameter.partition()  # it was gathered when there were no values
+        refresh_masters(engine)
+
+    handle = engine.register_forward_pre_hook(refresh)
+    vars(engine)[_WAITS] = refresh
+
+
+_WAITS = "_fabric_init_refresh"
+
+
+def _require_checkpointing(state: Any) -> list[Any]:
     engines = lightning_deepspeed._get_deepspeed_engines_from_state(state) if isinstance(state, dict) else []
     if any(engine.checkpoint_engine is None for engine in engines):
         raise FabricInitError(
@@ -293,6 +325,7 @@ def _require_checkpointing(state: Any) -> None:
             "without an optimizer. Set both up together: fabric.setup(model, optimizer). A single file with a state "
             "dict can be loaded all the same: fabric.load_raw(path, model)."
         )
+    return engines
 
 
 def _load_gathered(model: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> None:

@@ -9,54 +9,41 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import lightning.fabric.strategies.model_parallel as lightning_model_parallel
+import lightning.fabric.strategies as lightning_strategies
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.optim import Optimizer
 
 from fabric_init.errors import FabricInitError
-from fabric_init.strategies.placement import agreement_of
-from fabric_init.strategies.sharded import ShardedTensors, is_bound, parameters_by_name, remap, shard_and_fill
+from fabric_init.filling.placement import Placement
+from fabric_init.strategies.dtensors import ShardedTensors, accept_whole_tensors
+from fabric_init.strategies.recorded_init import RecordedInit, register_strategy
 
 Units = Literal["blocks"] | int | type[nn.Module] | Sequence[type[nn.Module]] | Callable[[nn.Module], bool]
 
 
-class ModelParallelStrategy(lightning_model_parallel.ModelParallelStrategy):
+class ModelParallelStrategy(RecordedInit, lightning_strategies.ModelParallelStrategy):
     """Lightning's strategy of the same name; models built without values are filled shard by shard in ``setup``."""
 
-    def setup_module(self, module: nn.Module) -> nn.Module:
-        if not is_bound(module):
-            return super().setup_module(module)
-        before = parameters_by_name(module)
-        sharded = shard_and_fill(
-            module, self._shard, lambda sharded: ShardedTensors(sharded, self._shards_on()), agreement_of(self)
-        )
-        self._sharded = [*getattr(self, "_sharded", ()), (before, parameters_by_name(sharded))]
-        return sharded
+    fills_in_setup = True
 
-    def adopt(self, optimizer: Optimizer) -> None:
-        """Make an optimizer that was made before ``setup`` hold the sharded parameters."""
-        for before, after in getattr(self, "_sharded", ()):
-            remap(optimizer, before, after)
+    def placement(self, model: nn.Module) -> Placement:
+        return ShardedTensors(model, self._shards_on())
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        sharded = super().setup_module(module)
+        accept_whole_tensors(sharded)
+        return sharded
 
     def _shards_on(self) -> torch.device:
         return self.root_device
 
-    def _shard(self, module: nn.Module) -> nn.Module:
-        sharded = self._parallelize_fn(module, self.device_mesh)  # type: ignore[arg-type]
+    def shard(self, model: nn.Module) -> nn.Module:
+        sharded = self._parallelize_fn(model, self.device_mesh)  # type: ignore[arg-type]
         if not isinstance(sharded, nn.Module):
             raise FabricInitError(f"parallelize_fn must return a module, but returned {type(sharded).__name__}")
         return sharded
-
-    def setup_module_and_optimizers(
-        self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
-    ) -> tuple[nn.Module, list[Optimizer], Any]:
-        module = self.setup_module(module)
-        for optimizer in optimizers:
-            self.adopt(optimizer)
-        return module, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -172,3 +159,6 @@ def _units_by_size(model: nn.Module, least: int) -> list[nn.Module]:
 
     visit(model)
     return units
+
+
+register_strategy(ModelParallelStrategy, instead_of=lightning_strategies.ModelParallelStrategy)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from lightning.fabric.strategies.single_device import SingleDeviceStrategy
+import lightning.fabric.strategies as lightning_strategies
+from torch import nn
 
 from fabric_init.filling.placement import Placement, WholeTensors
-from fabric_init.strategies.placement import register_placement
+from fabric_init.strategies.recorded_init import RecordedInit, register_strategy
 
 
-def _placement(strategy: SingleDeviceStrategy) -> Placement:
-    return WholeTensors(strategy.root_device)
+class SingleDeviceStrategy(RecordedInit, lightning_strategies.SingleDeviceStrategy):
+    """Lightning's strategy of the same name; models built without values are filled when their block ends."""
+
+    def placement(self, model: nn.Module) -> Placement:
+        return WholeTensors(self.root_device)
 
 
-register_placement(SingleDeviceStrategy, _placement)
+register_strategy(SingleDeviceStrategy, instead_of=lightning_strategies.SingleDeviceStrategy)

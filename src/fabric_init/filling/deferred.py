@@ -1,0 +1,257 @@
+"""The public block without Fabric, and the guard of recorded models until they are materialised.
+
+A recorded model has no memory: it cannot run or be saved. What is loaded into it is kept, and read when it gets memory,
+as a checkpoint would be; torch alone would answer "all keys matched" and lose it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fabric_init.checkpoints import CheckpointReader, Region, TensorSpec
+from fabric_init.checkpoints.region import take
+from fabric_init.errors import FabricInitError, RecordingError, UninitializedTensorError
+from fabric_init.filling.marks import version_of
+from fabric_init.filling.slots import named_modules
+from fabric_init.recording.empty_init import active, recorded_build
+from fabric_init.recording.modules import BuiltModules
+from fabric_init.recording.tape import Rng, recorded
+
+_ATTRIBUTE = "_fabric_init_recorded"
+
+
+@contextmanager
+def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
+    """Build models in this block without running init kernels or taking memory for weights.
+
+    What the constructors would have done is recorded; :func:`fabric_init.materialize` does it afterwards, once for
+    each tensor, or loads the tensor instead. Until then the models cannot run or be saved; ``load_state_dict`` is kept
+    for when they have memory. A block inside another one continues the outer recording.
+
+    Args:
+        rng: where random numbers will come from. ``"per_op"``: each random op has a generator of its own, so a tensor
+            gets the same values whatever else is loaded, on every rank, and tensors can be filled in parallel.
+            ``"eager"``: all ops draw from one stream in order, dead ones too: bit-identical to plain PyTorch from the
+            same seed. Both depend on the seed that torch's default generator has when the block opens.
+
+    Raises:
+        RecordingError: in the block, when a constructor does something that cannot be recorded.
+    """
+    if active() is not None:
+        with recorded_build(rng):
+            yield
+        return
+    with BuiltModules() as built:
+        try:
+            with recorded_build(rng):
+                yield
+        finally:
+            for model in built.roots():
+                guard_recorded(model, "fabric_init.materialize(model) gives it memory and values: call that first")
+
+
+class _Recorded:
+    """What a module that was recorded remembers until it has memory."""
+
+    __slots__ = ("loaded", "mend", "real", "versions")
+
+    def __init__(self, mend: str) -> None:
+        self.mend = mend
+        self.versions: dict[str, int] = {}  # of its own recorded tensors, when the block ended
+        self.real: dict[str, tuple[Tensor, int]] = {}  # its tensors that had memory then, and their versions
+        self.loaded: dict[str, Tensor] = {}  # what load_state_dict has brought for the recorded ones since
+
+    def refuse(self, module: nn.Module, use: str) -> NoReturn:
+        name = type(module).__name__
+        raise UninitializedTensorError(f"{name} cannot {use}: it was recorded, and has no memory. {self.mend}.")
+
+    def __deepcopy__(self, memo: Any) -> _Recorded:
+        raise RecordingError(f"a recorded model cannot be copied: copy it once it has values. {self.mend}.")
+
+    def __reduce__(self) -> NoReturn:
+        raise UninitializedTensorError(f"a recorded model cannot be pickled: it has no memory. {self.mend}.")
+
+
+def guard_recorded(model: nn.Module, mend: str) -> None:
+    """Let ``model`` refuse to run, be saved or copied, and keep what is loaded into it; ``mend`` says what to do."""
+    for module in model.modules():
+        record = vars(module).get(_ATTRIBUTE)
+        if record is not None:
+            record.mend = mend
+            continue
+        vars(module)[_ATTRIBUTE] = record = _Recorded(mend)
+        with torch._C.DisableTorchFunction():
+            for name, tensor in _own(module).items():
+                if recorded(tensor) is not None:
+                    record.versions[name] = version_of(tensor)
+                elif not tensor.is_meta:
+                    record.real[name] = tensor, version_of(tensor)
+        module.register_forward_pre_hook(_before_forward)
+        module.register_state_dict_pre_hook(_before_state_dict)
+        module.register_load_state_dict_pre_hook(_before_load)
+        module.register_load_state_dict_post_hook(_after_load)
+
+
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    both = {**module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in both.items() if tensor is not None}
+
+
+def release_recorded(model: nn.Module) -> None:
+    """Take that guard away again."""
+    for module in model.modules():
+        if vars(module).pop(_ATTRIBUTE, None) is not None:
+            tables: tuple[Any, ...] = (
+                module._forward_pre_hooks,
+                module._state_dict_pre_hooks,
+                module._load_state_dict_pre_hooks,
+                module._load_state_dict_post_hooks,
+            )
+            for table in tables:
+                for key in [key for key, hook in table.items() if getattr(hook, "hook", hook) in _HOOKS]:
+                    del table[key]
+
+
+def _of(module: nn.Module) -> _Recorded:
+    found: _Recorded = vars(module)[_ATTRIBUTE]
+    return found
+
+
+def _before_forward(module: nn.Module, args: Any) -> None:
+    _of(module).refuse(module, "run")
+
+
+def _before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    _of(module).refuse(module, "be saved")
+
+
+def _before_load(module: nn.Module, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+    mend, kept = _of(module).mend, _of(module).loaded
+    for name, tensor in _own(module).items():
+        value = state_dict.get(prefix + name)
+        if not tensor.is_meta or not isinstance(value, Tensor) or value.shape != tensor.shape:
+            continue  # torch itself loads what has memory, and says what does not fit
+        kept.pop(name, None)
+        if local_metadata.get("assign_to_params_buffers"):
+            continue
+        if isinstance(value, DTensor):
+            raise FabricInitError(f"{prefix}{name}: shards cannot be loaded before the model is sharded. {mend}.")
+        if value.is_meta:
+            raise UninitializedTensorError(f"{prefix}{name} has no values in the state dict: its model had no memory.")
+        kept[name] = value.detach()
+        state_dict[prefix + name] = kept[name].to("meta")  # in this call's own copy: checks, no warning
+
+
+def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
+    record = _of(module)
+    for name in record.loaded.keys() & record.versions.keys():
+        record.versions[name] = version_of(getattr(module, name))  # torch has counted its copy
+
+
+_HOOKS = (_before_forward, _before_state_dict, _before_load, _after_load)
+
+
+def _records(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Recorded | None]]:
+    for prefix, module in named_modules(model):
+        yield f"{prefix}." if prefix else "", module, vars(module).get(_ATTRIBUTE)
+
+
+def refuse_lost_writes(model: nn.Module) -> None:
+    """Raise if recorded tensors were written in place since their block ended: without memory, so in vain.
+
+    Raises:
+        RecordingError: naming them.
+    """
+    lost = [
+        prefix + name
+        for prefix, module, record in _records(model)
+        if record is not None
+        for name, version in record.versions.items()
+        if (tensor := _own(module).get(name)) is not None and tensor.is_meta and version_of(tensor) != version
+    ]
+    if lost:
+        raise RecordingError(
+            f"{', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}: written after the recorded block, when there "
+            "was no memory to write to. Do it inside the block, where it is recorded, or once the model has values."
+        )
+
+
+def given_since(model: nn.Module) -> set[str]:
+    """Names of tensors with memory that the user has put into ``model``, or written, since its block ended."""
+    return {
+        prefix + name
+        for prefix, module, record in _records(model)
+        for name, tensor in _own(module).items()
+        if not tensor.is_meta
+        and (
+            record is None
+            or (was := record.real.get(name)) is None
+            or was[0] is not tensor
+            or was[1] != version_of(tensor)
+        )
+    }
+
+
+def loaded_since(model: nn.Module) -> LoadedReader | None:
+    """What ``load_state_dict`` has brought for the recorded ``model``, as a checkpoint; ``None`` for nothing."""
+    found = {
+        prefix + name: tensor
+        for prefix, module, record in _records(model)
+        if record is not None
+        for name, tensor in record.loaded.items()
+        if (now := _own(module).get(name)) is not None and now.is_meta
+    }
+    return LoadedReader(found) if found else None
+
+
+class LoadedReader:
+    """A state dict in memory, as a :class:`~fabric_init.checkpoints.reader.CheckpointReader`."""
+
+    path = Path("load_state_dict")
+    format = "state dict"
+    note: str | None = "loaded before the model had memory"
+
+    def __init__(self, state: dict[str, Tensor]) -> None:
+        self._state = state
+
+    def keys(self) -> Sequence[str]:
+        return tuple(self._state)
+
+    def spec(self, key: str) -> TensorSpec:
+        return TensorSpec(self._state[key].shape, self._state[key].dtype)
+
+    def read(self, key: str, region: Region | None = None) -> Tensor:
+        """A copy on the CPU: what the user has loaded stays the user's."""
+        part = take(self._state[key], region)
+        return part.to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+class Overlaid:
+    """A checkpoint, and what was loaded over it, under keys of its own; a ``CheckpointReader``."""
+
+    def __init__(self, below: CheckpointReader, above: LoadedReader) -> None:
+        self.path, self.format, self.note = below.path, below.format, below.note
+        self._below = below
+        self._above = above
+        self._loaded = {self.key(name): name for name in above.keys()}
+
+    @staticmethod
+    def key(name: str) -> str:
+        """The key of what was loaded for the tensor ``name``."""
+        return f"load_state_dict: {name}"
+
+    def keys(self) -> Sequence[str]:
+        return (*self._below.keys(), *self._loaded)
+
+    def spec(self, key: str) -> TensorSpec:
+        return self._above.spec(self._loaded[key]) if key in self._loaded else self._below.spec(key)
+
+    def read(self, key: str, region: Region | None = None) -> Tensor:
+        return self._above.read(self._loaded[key], region) if key in self._loaded else self._below.read(key, region)

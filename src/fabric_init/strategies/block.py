@@ -1,0 +1,116 @@
+"""The block in which a model is recorded, and what becomes of it at the block's end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from fabric_init.checkpoints import CheckpointReader
+from fabric_init.errors import RecordingError
+from fabric_init.filling.materialize import fill_model
+from fabric_init.filling.opening import open_on_all_ranks
+from fabric_init.filling.plan import Wanted
+from fabric_init.filling.rooms import allocate
+from fabric_init.recording.empty_init import _EmptyInit, active
+from fabric_init.recording.modules import BuiltModules
+from fabric_init.strategies.binding import bind
+
+if TYPE_CHECKING:
+    from fabric_init.strategies.recorded_init import RecordedInit
+
+_NOTHING_WANTED = Wanted()
+
+
+@contextmanager
+def recorded_block(
+    strategy: RecordedInit,
+    checkpoint: str | os.PathLike[str] | None = None,
+    wanted: Wanted = _NOTHING_WANTED,
+    mmap: bool = True,
+) -> Iterator[None]:
+    """Record the model that is built in the block, and fill it, give it room, or bind it until it is sharded.
+
+    Raises:
+        RecordingError: a block in a block, or one that builds no model, or several for one checkpoint.
+        FabricInitError: a rank failed.
+    """
+    refuse_nesting()
+    agreement = strategy.agreement
+    reader = None
+    if checkpoint is not None:  # a bad path fails before the build
+        machines, whole = getattr(strategy, "num_nodes", 1), not strategy.fills_in_setup
+        reader = open_on_all_ranks(
+            checkpoint, strategy.io, whole=whole, machines=machines, mmap=mmap, agreement=agreement
+        )
+    failure: Exception | None = None
+    try:
+        with ExitStack() as contexts:
+            built = contexts.enter_context(BuiltModules())
+            recording = contexts.enter_context(_EmptyInit(agree=agreement.from_rank_zero))
+            device = strategy.root_device
+            if device != torch.get_default_device():  # a default device makes every call in the block slower
+                contexts.enter_context(device)
+            contexts.enter_context(strategy.precision.module_init_context())
+            contexts.enter_context(strategy.while_recording())
+            yield
+            if strategy.fills_in_setup:
+                for model in built.roots():  # setup casts to the precision: that belongs to the recording, too
+                    strategy.precision.convert_module(model)
+    except Exception as error:  # the other ranks have to hear of it
+        failure = error
+
+    def built_models() -> list[nn.Module]:
+        if failure is not None:
+            raise failure
+        models = built.roots()
+        if not models and (reader is not None or recording.tape.storages):
+            raise RecordingError("no module was built in this init_module block; build the model inside it")
+        if reader is not None:
+            _one_model(models, reader)
+        return models
+
+    models = agreement.same("building the model", built_models, _described)
+    _complete(models, reader, wanted, strategy)
+
+
+def refuse_nesting() -> None:
+    """Raise if a recorded block is open."""
+    if active() is not None:
+        raise RecordingError(
+            "init_module inside a recorded block: build both models in one block, or one after the other"
+        )
+
+
+def _complete(models: list[nn.Module], reader: CheckpointReader | None, wanted: Wanted, strategy: RecordedInit) -> None:
+    if strategy.fills_in_setup:
+        for model in models:
+            bind(model, reader, wanted, strategy.agreement)
+    elif reader is None:
+        allocate(models, strategy.placement)
+    else:
+        fill_model(models[0], reader, wanted, strategy.placement(models[0]), agreement=strategy.agreement)
+
+
+def _one_model(models: list[nn.Module], reader: CheckpointReader) -> None:
+    if len(models) > 1:
+        names = ", ".join(sorted(type(model).__name__ for model in models))
+        raise RecordingError(
+            f"{len(models)} models were built in one init_module(checkpoint={str(reader.path)!r}) block: {names}. "
+            "Give each its own block, so that it is clear which one the checkpoint is for."
+        )
+
+
+def _described(models: list[nn.Module]) -> str:
+    """What tells models that differ between ranks apart."""
+    described = []
+    for model in models:
+        shapes = [p.shape for p in model.parameters() if not is_lazy(p)]
+        elements = sum(shape.numel() for shape in shapes)
+        described.append(f"{type(model).__name__} with {len(shapes)} parameters of {elements:,} elements")
+    return ", ".join(described) or "no model"

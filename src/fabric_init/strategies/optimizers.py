@@ -1,0 +1,44 @@
+"""Optimizers that were made before their parameters were sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from fabric_init.errors import FabricInitError
+from fabric_init.filling.slots import named_modules
+
+
+def remap(optimizer: Optimizer, old: Mapping[str, nn.Parameter], new: Mapping[str, nn.Parameter]) -> None:
+    """Make an optimizer that was given ``old`` parameters hold their ``new`` selves, by name.
+
+    Raises:
+        FabricInitError: the optimizer has taken steps, so its state is of the old parameters' shape.
+    """
+    names = {id(parameter): name for name, parameter in old.items() if new.get(name) is not parameter}
+    if any(id(parameter) in names for parameter in optimizer.state):
+        raise FabricInitError(
+            f"this {type(optimizer).__name__} has taken steps with parameters that setup now shards. Make it after "
+            "setup, or call setup before the first step."
+        )
+    for group in optimizer.param_groups:
+        group["params"][:] = [new.get(names.get(id(parameter), ""), parameter) for parameter in group["params"]]
+
+
+def plain_name(name: str) -> str:
+    """A module's name without what wrappers for compiling and activation checkpointing put in between."""
+    parts = [part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module")]
+    return ".".join(parts)
+
+
+def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter under every name it has, names as before any wrapping."""
+    found: dict[str, Any] = {}
+    for prefix, module in named_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found[f"{plain_name(prefix)}.{name}" if prefix else name] = parameter
+    return found

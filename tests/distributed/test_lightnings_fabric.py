@@ -1,0 +1,81 @@
+"""Our strategies in an unchanged ``lightning.Fabric``: what is built without values is guarded and can be completed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from ranks import run_ranks
+from test_training import OPTIMIZERS, one_device_steps, rank_steps
+from torch import Tensor, nn
+from zoo import MODELS, assert_close, assert_same, one_device, prepare_deepspeed, tokens, weights, write_checkpoint
+
+from fabric_init import UninitializedTensorError, init_missing, init_report, strategies
+
+STRATEGIES = {
+    "ddp": strategies.DDPStrategy,
+    "fsdp2": strategies.FSDP2Strategy,
+    "fsdp2 by size": lambda: strategies.FSDP2Strategy(units=100),
+    "ZeRO-2": lambda: strategies.DeepSpeedStrategy(stage=2),
+    "ZeRO-3": lambda: strategies.DeepSpeedStrategy(stage=3),
+}
+with_every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
+
+
+def launched(strategy: str) -> lightning.Fabric:
+    made = STRATEGIES[strategy]()
+    if isinstance(made, strategies.DeepSpeedStrategy):
+        prepare_deepspeed(made)
+    fabric = lightning.Fabric(accelerator="cpu", devices=2, strategy=made)
+    fabric.launch()
+    return fabric
+
+
+def build(fabric: lightning.Fabric, name: str) -> nn.Module:
+    torch.manual_seed(1)
+    with fabric.init_module(empty_init=True):
+        return MODELS[name]()
+
+
+def complete(strategy: str, name: str, how: str, path: Path) -> tuple[str, set[str], dict[str, Tensor]]:
+    fabric = launched(strategy)
+    model = fabric.setup(build(fabric, name))
+    with pytest.raises(UninitializedTensorError) as raised:
+        model(tokens(0))
+    if how == "load":
+        fabric.load_raw(path, model, strict=False)
+    else:
+        init_missing(model)
+    return str(raised.value), {row.status for row in init_report(model).rows}, weights(model)
+
+
+@pytest.mark.parametrize("name", ["transformerish", "uneven"])
+@pytest.mark.parametrize("how", ["load", "own init"])
+@with_every_strategy
+def test_a_model_is_guarded_until_it_is_complete(strategy: str, how: str, name: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "raw.pt", name, partial=True)
+    expected = one_device(name, checkpoint=path, strict=False) if how == "load" else one_device(name)
+    for message, statuses, found in run_ranks(2, complete, strategy=strategy, name=name, how=how, path=path):
+        assert "init_missing" in message
+        assert "unfilled" not in statuses
+        assert ("loaded" in statuses) == (how == "load")
+        assert_same(found, weights(expected))
+
+
+def train(strategy: str) -> dict[str, Tensor]:
+    fabric = launched(strategy)
+    model: Any = build(fabric, "transformerish")
+    model, optimizer = fabric.setup(model, OPTIMIZERS["adamw in two groups"](model))
+    init_missing(model)
+    rank_steps(fabric, model, optimizer, 3)
+    return weights(model)
+
+
+@with_every_strategy
+def test_an_optimizer_made_before_setup_trains_the_model(strategy: str) -> None:
+    expected, _ = one_device_steps(one_device("transformerish"), 2, 3, "adamw in two groups")
+    for found in run_ranks(2, train, strategy=strategy):
+        assert_close(found, expected, rtol=1e-4, atol=1e-5)

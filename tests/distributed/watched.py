@@ -1,0 +1,39 @@
+"""See what a rank reads, and let things happen at a certain read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from fabric_init.checkpoints import CheckpointReader, Region, open_checkpoint
+from fabric_init.filling import opening
+
+
+class Watched:
+    """A reader that keeps a list of what was read, and may do something first."""
+
+    def __init__(self, reader: CheckpointReader, before_read: Callable[[int], None] = lambda count: None) -> None:
+        self._reader = reader
+        self._before_read = before_read
+        self.parts: list[tuple[str, Region | None]] = []
+        self.path, self.format, self.note = reader.path, reader.format, reader.note
+        self.keys, self.spec = reader.keys, reader.spec
+
+    def read(self, key: str, region: Region | None = None) -> Tensor:
+        self._before_read(len(self.parts))
+        self.parts.append((key, region))
+        return self._reader.read(key, region)
+
+
+def watched(before_read: Callable[[int], None] = lambda count: None) -> list[Watched]:
+    """From now on this process opens checkpoints like that; gives those that it has open."""
+    opened: list[Watched] = []
+
+    def open_it(path: Path, *, mmap: bool) -> Watched:
+        opened.append(Watched(open_checkpoint(path, mmap=mmap), before_read))
+        return opened[-1]
+
+    opening.open_checkpoint = open_it  # type: ignore[assignment]
+    return opened
