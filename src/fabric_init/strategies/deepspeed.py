@@ -91,6 +91,8 @@ class DeepSpeedStrategy(RecordedInit, lightning_deepspeed.DeepSpeedStrategy):
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
     ) -> tuple[DeepSpeedEngine, list[Optimizer], Any]:
+        # DeepSpeed itself would leave the other ranks waiting for one that it refuses
+        self.agreement.same("setting the model up", lambda: _require_one_optimizer(optimizers), lambda _: "")
         self._prepare(module)  # parameters stay the same objects: optimizers need not be told
         theirs = lightning_deepspeed.DeepSpeedStrategy.setup_module_and_optimizers
         engine, optimizers, scheduler = theirs(self, module, optimizers, scheduler)
@@ -200,6 +202,12 @@ class DeepSpeedStrategy(RecordedInit, lightning_deepspeed.DeepSpeedStrategy):
             )
         _partition_without_values(model, self.config, self.remote_device)
         return model
+
+
+def _require_one_optimizer(optimizers: list[Optimizer]) -> None:
+    if len(optimizers) != 1 or not isinstance(optimizers[0], Optimizer):
+        given = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
+        raise TypeError(f"DeepSpeed takes one optimizer: fabric.setup(model, optimizer); this call gave {given}")
 
 
 def _shapes_digest(module: nn.Module) -> str:
