@@ -6,7 +6,9 @@ bytes a file holds, what is wrong with it is a :class:`~fabric_init.errors.Check
 
 from __future__ import annotations
 
+from fabric_init.checkpoints.conversions import Conversion, Fuse, Split, Stack, Transpose, Unstack
 from fabric_init.checkpoints.opening import open_checkpoint
+from fabric_init.checkpoints.parts import Layers, Part
 from fabric_init.checkpoints.reader import CheckpointReader, TensorSpec
 from fabric_init.checkpoints.region import Box, Region, Span, take
 from fabric_init.checkpoints.renaming import Suggestion, likely_renames, rename_keys
@@ -17,13 +19,21 @@ from fabric_init.checkpoints.torch_file import TorchFileReader
 __all__ = [
     "Box",
     "CheckpointReader",
+    "Conversion",
+    "Fuse",
+    "Layers",
+    "Part",
     "Region",
     "SafetensorsReader",
     "ShardedReader",
     "Span",
+    "Split",
+    "Stack",
     "Suggestion",
     "TensorSpec",
     "TorchFileReader",
+    "Transpose",
+    "Unstack",
     "likely_renames",
     "open_checkpoint",
     "rename_keys",

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import islice
 
 import torch
 
+from fabric_init.checkpoints.parts import Layers, Part
 from fabric_init.errors import CheckpointMismatchError
 
-Rename = Mapping[str, str] | Callable[[str], str | None] | None
+_OneRename = Mapping[str, str] | Callable[[str], str | None]
+Rename = _OneRename | Sequence[_OneRename] | None
 
 _Shapes = dict[str, torch.Size]
 _Rule = tuple[str, str]
@@ -32,34 +34,47 @@ def rename_keys(keys: Iterable[str], rename: Rename) -> dict[str, str]:
     """Checkpoint key -> tensor name, in the order of ``keys``.
 
     ``rename`` is a mapping of regex -> replacement (each applied with ``re.sub``, in order), or a callable that is
-    given a key and returns the name, or ``None`` to drop it; dropped keys are absent. ``None`` keeps every key.
+    given a key and returns the name, or ``None`` to drop it, or a list of these, applied in order; dropped keys are
+    absent. ``None`` keeps every key.
 
     Raises :class:`~fabric_init.errors.CheckpointMismatchError` for an invalid regex or replacement, a callable that
-    returns something else than a name, and two keys that land on one name. What the callable raises goes through.
+    returns something else than a name, a part or layer that is not there, and two keys that land on one name. What the
+    callable raises goes through.
     """
-    apply = _as_function(rename)
-    names: dict[str, str] = {}
+    names = {key: key for key in keys}
+    for one in _as_list(rename):
+        if isinstance(one, (Part, Layers)):
+            one.check(names.values())
+        apply = _as_function(one)
+        names = {key: new for key, name in names.items() if (new := _checked(name, apply(name))) is not None}
     taken: dict[str, str] = {}
-    for key in keys:
-        name = apply(key)
-        if name is None:
-            continue
-        if not isinstance(name, str):
-            raise CheckpointMismatchError(f"rename({key!r}) returned {name!r}, not a name (or None to drop the key).")
-        if name in taken:
+    for key, name in names.items():
+        if taken.setdefault(name, key) != key:
             raise CheckpointMismatchError(
                 f"rename takes both {taken[name]!r} and {key!r} to {name!r}. Make the rename more specific, or drop "
                 f"one of them: a callable that returns None drops a key."
             )
-        taken[name] = key
-        names[key] = name
     return names
 
 
-def _as_function(rename: Rename) -> Callable[[str], str | None]:
+def _as_list(rename: Rename) -> Sequence[_OneRename]:
     if rename is None:
-        return lambda key: key
+        return []
+    return rename if isinstance(rename, Sequence) else [rename]
+
+
+def _checked(key: str, name: str | None) -> str | None:
+    if name is not None and not isinstance(name, str):
+        raise CheckpointMismatchError(f"rename({key!r}) returned {name!r}, not a name (or None to drop the key).")
+    return name
+
+
+def _as_function(rename: _OneRename) -> Callable[[str], str | None]:
     if not isinstance(rename, Mapping):
+        if not callable(rename):
+            raise CheckpointMismatchError(
+                f"rename: {rename!r} is neither a mapping of regex to replacement nor a callable"
+            )
         return rename
     rules = [(_compiled(pattern, replacement), replacement) for pattern, replacement in rename.items()]
 

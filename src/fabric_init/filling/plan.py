@@ -133,8 +133,9 @@ def own_init(slot: Slot, tapes: Mapping[int, Tape]) -> Action:
 
 def _mismatch(slot: Slot, key: str, spec: TensorSpec) -> str | None:
     named = slot.name if key in slot.names else f"{slot.name} (checkpoint key {key})"
+    made = f", {spec.made}" if spec.made else ""
     if spec.shape != slot.shape:
-        return f"{named} is {tuple(slot.shape)} in the model and {tuple(spec.shape)} in the checkpoint"
+        return f"{named} is {tuple(slot.shape)} in the model and {tuple(spec.shape)} in the checkpoint{made}"
     if _number_kind(spec.dtype) != _number_kind(slot.dtype):
         return f"{named} is {slot.dtype} in the model and {spec.dtype} in the checkpoint, and no cast keeps its meaning"
     return None

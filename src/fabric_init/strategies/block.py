@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fabric_init.checkpoints import CheckpointReader
+from fabric_init.checkpoints import CheckpointReader, Conversion
 from fabric_init.errors import RecordingError
 from fabric_init.filling.materialize import fill_model
 from fabric_init.filling.opening import open_on_all_ranks
@@ -33,6 +33,7 @@ def recorded_block(
     checkpoint: str | os.PathLike[str] | None = None,
     wanted: Wanted = _NOTHING_WANTED,
     mmap: bool = True,
+    convert: Sequence[Conversion] = (),
 ) -> Iterator[None]:
     """Record the model that is built in the block, and fill it, give it room, or bind it until it is sharded.
 
@@ -46,7 +47,7 @@ def recorded_block(
     if checkpoint is not None:  # a bad path fails before the build
         machines, whole = getattr(strategy, "num_nodes", 1), not strategy.fills_in_setup
         reader = open_on_all_ranks(
-            checkpoint, strategy.io, whole=whole, machines=machines, mmap=mmap, agreement=agreement
+            checkpoint, strategy.io, whole=whole, machines=machines, mmap=mmap, agreement=agreement, convert=convert
         )
     failure: Exception | None = None
     try:
