@@ -161,6 +161,8 @@ class Stack:
         for key, (head, blanks) in _matching(specs, self.source):
             if blanks[-1].isdecimal():
                 stacks.setdefault(Match(head, blanks[:-1]), {})[int(blanks[-1])] = key
+        if not stacks:
+            raise CheckpointMismatchError(f"no key ends in {self.source!r} with a number for the last {{}}")
         into = KeyPattern(self.into)
         return {into.key(match): self._stacked(match, keys, specs) for match, keys in stacks.items()}
 

@@ -23,7 +23,7 @@ def converted(reader: CheckpointReader, conversions: Sequence[Conversion]) -> Ch
     if not isinstance(conversions, Sequence):
         raise TypeError(f"convert takes a list of conversions, not {conversions!r}: convert=[Split(…), …]")
     for conversion in conversions:
-        if not callable(getattr(conversion, "made", None)):
+        if isinstance(conversion, type) or not callable(getattr(conversion, "made", None)):
             raise TypeError(f"convert takes a list of conversions (Split, Fuse, …), and {conversion!r} is none")
         reader = ConvertedReader(reader, conversion)
     return reader
