@@ -280,3 +280,51 @@ def test_a_converted_tensor_of_the_wrong_shape_is_named_with_its_sources_before_
     ):
         materialize(phi3, checkpoint=tmp_path, convert=twice, rename=lambda key: None if ".v_proj" in key else key)
     assert all(parameter.is_meta for parameter in phi3.parameters())
+
+
+def refused(model_class: Any, *arguments: Any, **options: Any) -> str:
+    with pytest.raises(CheckpointMismatchError) as caught:
+        loaded(model_class, *arguments, **options)
+    return str(caught.value)
+
+
+def test_the_error_proposes_the_conversion_that_then_works(tmp_path: Path) -> None:
+    saved(tmp_path, LlamaForCausalLM, llama_config())
+    said = refused(Phi3ForCausalLM, phi3_config(), checkpoint=tmp_path)
+    fuse = "convert=[Fuse(['q_proj.weight', 'k_proj.weight', 'v_proj.weight'], into='qkv_proj.weight')]"
+    assert fuse in said
+    assert "makes 2 of 4 missing tensors" in said
+    fused = [Fuse([f"{name}_proj.weight" for name in "qkv"], into="qkv_proj.weight")]
+    said = refused(Phi3ForCausalLM, phi3_config(), checkpoint=tmp_path, convert=fused)
+    assert "into='gate_up_proj.weight')] makes all 2 missing tensors" in said
+
+
+def test_the_error_proposes_the_conversion_under_a_prefix_that_is_missing_too(tmp_path: Path) -> None:
+    phi3 = saved(tmp_path, Phi3ForCausalLM, phi3_config())
+    save_file(phi3.model.state_dict(prefix="net.language."), tmp_path / "model.safetensors")
+    said = refused(LlamaModel, llama_config(), checkpoint=tmp_path)
+    assert r'rename={r"^net\.language\.": ""} would match' in said
+    assert "into=['q_proj.weight', 'k_proj.weight', 'v_proj.weight'], sizes=[8, 4, 4])]" in said
+
+
+def test_the_error_proposes_the_part_where_the_rest_belongs_to_another_model(tmp_path: Path) -> None:
+    saved(tmp_path, LlamaForCausalLM, llama_config())
+    said = refused(LlamaModel, llama_config(), checkpoint=tmp_path)
+    assert r'rename={r"^model\.": ""} would match all 20 missing keys' in said
+    assert "rename=fabric_init.checkpoints.Part('model.') takes that part alone, without the rest (1)" in said
+
+
+def test_the_error_proposes_to_transpose(tmp_path: Path) -> None:
+    gpt2 = saved(tmp_path, GPT2LMHeadModel, GPT2Config(vocab_size=11, n_positions=9, n_embd=8, n_layer=1, n_head=2))
+    names = {
+        "c_fc.weight": "up.weight",
+        "c_fc.bias": "up.bias",
+        "c_proj.weight": "down.weight",
+        "c_proj.bias": "down.bias",
+    }
+    mlp = {names[name]: tensor for name, tensor in gpt2.transformer.h[0].mlp.state_dict().items()}
+    save_file(mlp, tmp_path / "model.safetensors")
+    said = refused(Mlp, checkpoint=tmp_path)
+    assert "Likely: convert=[Transpose(['up.weight', 'down.weight'])], in the names of the checkpoint." in said
+    turned = loaded(Mlp, checkpoint=tmp_path, convert=[Transpose(["up.weight", "down.weight"])])
+    assert torch.equal(turned.up.weight, mlp["up.weight"].t())

@@ -7,11 +7,12 @@ bytes a file holds, what is wrong with it is a :class:`~fabric_init.errors.Check
 from __future__ import annotations
 
 from fabric_init.checkpoints.conversions import Conversion, Fuse, Split, Stack, Transpose, Unstack
+from fabric_init.checkpoints.likely_renames import Suggestion, likely_renames
 from fabric_init.checkpoints.opening import open_checkpoint
 from fabric_init.checkpoints.parts import Layers, Part
 from fabric_init.checkpoints.reader import CheckpointReader, TensorSpec
 from fabric_init.checkpoints.region import Box, Region, Span, take
-from fabric_init.checkpoints.renaming import Suggestion, likely_renames, rename_keys
+from fabric_init.checkpoints.renaming import rename_keys
 from fabric_init.checkpoints.safetensors import SafetensorsReader
 from fabric_init.checkpoints.sharded import ShardedReader
 from fabric_init.checkpoints.torch_file import TorchFileReader

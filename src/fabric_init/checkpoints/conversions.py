@@ -11,18 +11,26 @@ Wrong arguments are a ``ValueError``; what does not fit the checkpoint is a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
-from difflib import get_close_matches
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Protocol
 
 import torch
 
+from fabric_init.checkpoints.conversion_checks import (
+    Specs,
+    check_alike,
+    check_blanks,
+    check_groups,
+    dimension,
+    listed,
+    matching,
+    shape_of,
+    share,
+)
 from fabric_init.checkpoints.key_pattern import KeyPattern, Match
 from fabric_init.checkpoints.made import Joined, Made, Run, Stacked, Transposed, Unstacked, swapped
 from fabric_init.checkpoints.reader import TensorSpec
 from fabric_init.errors import CheckpointMismatchError
-
-Specs = Mapping[str, TensorSpec]
 
 
 class Conversion(Protocol):
@@ -57,34 +65,32 @@ class Split:
     groups: int = 1
 
     def __post_init__(self) -> None:
-        _check_blanks(self, [self.source], _listed(self, "into", self.into))
-        _check_groups(self, self.groups)
+        check_blanks(self, [self.source], listed(self, "into", self.into))
+        check_groups(self, self.groups)
         if self.sizes is not None and (len(self.sizes) != len(self.into) or min(self.sizes) < 0):
             raise ValueError(f"{self}: sizes={list(self.sizes)} should be one size for each of {len(self.into)} parts")
 
     def __str__(self) -> str:
-        return f"Split({self.source!r}, into={list(self.into)})"
+        return _said(self, self.source)
 
     def made(self, specs: Specs) -> Mapping[str, Made]:
-        return dict(
-            part for key, match in _matching(specs, self.source) for part in self._parts(key, match, specs[key])
-        )
+        return dict(part for key, match in matching(specs, self.source) for part in self._parts(key, match, specs[key]))
 
     def _parts(self, key: str, match: Match, spec: TensorSpec) -> Iterator[tuple[str, Made]]:
-        dim = _dim(key, spec, self.dim)
+        dim = dimension(key, spec, self.dim)
         full, count = spec.shape[dim], len(self.into)
         sizes = [full // count] * count if self.sizes is None else list(self.sizes)
         if sum(sizes) != full:
             how = f"{count} equal parts" if self.sizes is None else f"sizes={sizes}, together {sum(sizes)},"
             raise CheckpointMismatchError(
-                f"{key} is {_shape(spec)}: {how} do not make up the {full} of dimension {dim}"
+                f"{key} is {shape_of(spec)}: {how} do not make up the {full} of dimension {dim}"
             )
-        turns = [_share(key, spec, size, self.groups) for size in sizes]
+        turns = [share(key, spec, size, self.groups) for size in sizes]
         start = 0
         for name, size, turn in zip(self.into, sizes, turns, strict=True):
             shape = torch.Size((*spec.shape[:dim], size, *spec.shape[dim + 1 :]))
             runs = [Run(key, start + group * sum(turns), turn) for group in range(self.groups)]
-            yield KeyPattern(name).key(match), Joined(_spec(shape, spec, f"part of {key} {_shape(spec)}"), dim, runs)
+            yield KeyPattern(name).key(match), Joined(_spec(shape, spec, f"part of {key} {shape_of(spec)}"), dim, runs)
             start += turn
 
 
@@ -106,16 +112,16 @@ class Fuse:
     groups: int = 1
 
     def __post_init__(self) -> None:
-        _check_blanks(self, _listed(self, "the first argument", self.sources), [self.into])
-        _check_groups(self, self.groups)
+        check_blanks(self, listed(self, "the first argument", self.sources), [self.into])
+        check_groups(self, self.groups)
 
     def __str__(self) -> str:
-        return f"Fuse({list(self.sources)}, into={self.into!r})"
+        return _said(self, list(self.sources))
 
     def made(self, specs: Specs) -> Mapping[str, Made]:
         parts: dict[Match, dict[str, str]] = {}
         for source in self.sources:
-            for key, match in _matching(specs, source):
+            for key, match in matching(specs, source):
                 parts.setdefault(match, {})[source] = key
         into = KeyPattern(self.into)
         return {into.key(match): self._joined(match, keys, specs) for match, keys in parts.items()}
@@ -126,16 +132,16 @@ class Fuse:
             raise CheckpointMismatchError(f"there is {', '.join(found.values())}, but no {', '.join(lacking)}")
         keys = [found[source] for source in self.sources]
         first = specs[keys[0]]
-        dim = _dim(keys[0], first, self.dim)
+        dim = dimension(keys[0], first, self.dim)
         for key in keys[1:]:
-            _check_alike(keys[0], first, key, specs[key], but_for=dim)
+            check_alike(keys[0], first, key, specs[key], but_for=dim)
         sizes = [specs[key].shape[dim] for key in keys]
-        turns = [_share(key, specs[key], size, self.groups) for key, size in zip(keys, sizes, strict=True)]
+        turns = [share(key, specs[key], size, self.groups) for key, size in zip(keys, sizes, strict=True)]
         runs = [
             Run(key, group * turn, turn) for group in range(self.groups) for key, turn in zip(keys, turns, strict=True)
         ]
         shape = torch.Size((*first.shape[:dim], sum(sizes), *first.shape[dim + 1 :]))
-        made = "made of " + ", ".join(f"{key} {_shape(specs[key])}" for key in keys)
+        made = "made of " + ", ".join(f"{key} {shape_of(specs[key])}" for key in keys)
         return Joined(_spec(shape, first, made), dim, runs)
 
 
@@ -151,14 +157,14 @@ class Stack:
     into: str
 
     def __post_init__(self) -> None:
-        _check_blanks(self, [self.source], [self.into], more=-1)
+        check_blanks(self, [self.source], [self.into], more=-1)
 
     def __str__(self) -> str:
-        return f"Stack({self.source!r}, into={self.into!r})"
+        return _said(self, self.source)
 
     def made(self, specs: Specs) -> Mapping[str, Made]:
         stacks: dict[Match, dict[int, str]] = {}
-        for key, (head, blanks) in _matching(specs, self.source):
+        for key, (head, blanks) in matching(specs, self.source):
             if blanks[-1].isdecimal():
                 stacks.setdefault(Match(head, blanks[:-1]), {})[int(blanks[-1])] = key
         if not stacks:
@@ -174,8 +180,8 @@ class Stack:
         keys = [found[number] for number in range(len(found))]
         first = specs[keys[0]]
         for key in keys[1:]:
-            _check_alike(keys[0], first, key, specs[key])
-        made = f"{len(keys)} tensors {_shape(first)} stacked, {keys[0]} and on"
+            check_alike(keys[0], first, key, specs[key])
+        made = f"{len(keys)} tensors {shape_of(first)} stacked, {keys[0]} and on"
         return Stacked(_spec(torch.Size((len(keys), *first.shape)), first, made), keys)
 
 
@@ -191,18 +197,18 @@ class Unstack:
     into: str
 
     def __post_init__(self) -> None:
-        _check_blanks(self, [self.source], [self.into], more=1)
+        check_blanks(self, [self.source], [self.into], more=1)
 
     def __str__(self) -> str:
-        return f"Unstack({self.source!r}, into={self.into!r})"
+        return _said(self, self.source)
 
     def made(self, specs: Specs) -> Mapping[str, Made]:
         made: dict[str, Made] = {}
         into = KeyPattern(self.into)
-        for key, (head, blanks) in _matching(specs, self.source):
+        for key, (head, blanks) in matching(specs, self.source):
             spec = specs[key]
-            for index in range(spec.shape[_dim(key, spec, 0)]):
-                one = _spec(spec.shape[1:], spec, f"number {index} of {key} {_shape(spec)}")
+            for index in range(spec.shape[dimension(key, spec, 0)]):
+                one = _spec(spec.shape[1:], spec, f"number {index} of {key} {shape_of(spec)}")
                 made[into.key(Match(head, (*blanks, str(index))))] = Unstacked(one, key, index)
         return made
 
@@ -214,93 +220,30 @@ class Transpose:
     names: Sequence[str]
 
     def __post_init__(self) -> None:
-        _check_blanks(self, _listed(self, "the argument", self.names), [])
+        for name in listed(self, "the argument", self.names):
+            KeyPattern(name)
 
     def __str__(self) -> str:
-        return f"Transpose({list(self.names)})"
+        return _said(self, list(self.names))
 
     def made(self, specs: Specs) -> Mapping[str, Made]:
         made: dict[str, Made] = {}
         for name in self.names:
-            for key, _ in _matching(specs, name):
+            for key, _ in matching(specs, name):
                 spec = specs[key]
                 if len(spec.shape) < 2:
-                    raise CheckpointMismatchError(f"{key} is {_shape(spec)}: there are no two dimensions to swap")
+                    raise CheckpointMismatchError(f"{key} is {shape_of(spec)}: there are no two dimensions to swap")
                 shape = torch.Size(swapped(spec.shape))
-                made[key] = Transposed(_spec(shape, spec, f"transposed from {_shape(spec)}"), key)
+                made[key] = Transposed(_spec(shape, spec, f"transposed from {shape_of(spec)}"), key)
         return made
 
 
-# -- wrong declarations ------------------------------------------------------------------------------------------------
-
-
-def _listed(of: object, what: str, names: Sequence[str]) -> Sequence[str]:
-    if isinstance(names, str) or not names:
-        raise ValueError(f"{type(of).__name__}: {what} should be a list of names, not {names!r}")
-    if len(set(names)) < len(names):
-        raise ValueError(f"{type(of).__name__}: {what} has a name twice: {list(names)}")
-    return names
-
-
-def _check_blanks(of: object, sources: Sequence[str], into: Sequence[str], more: int = 0) -> None:
-    """Every name is one, all on a side have as many ``{}``, and ``into`` has ``more`` of them than the sources."""
-    old = [KeyPattern(name).blanks for name in sources]
-    new = [KeyPattern(name).blanks for name in into]
-    if isinstance(of, Transpose):
-        return  # its names have nothing to do with one another
-    if len(set(old)) > 1 or any(count != old[0] + more for count in new):
-        expected = {0: "as many {} in each name", 1: "one {} more in into", -1: "one {} less in into"}[more]
-        raise ValueError(f"{of}: there should be {expected}")
-
-
-def _check_groups(of: object, groups: int) -> None:
-    if groups < 1:
-        raise ValueError(f"{of}: groups={groups} should be 1 or more")
-
-
-# -- checkpoints that are not as declared ------------------------------------------------------------------------------
-
-
-def _matching(specs: Specs, name: str) -> list[tuple[str, Match]]:
-    """Keys that ``name`` stands for, with what is around it; at least one."""
-    pattern = KeyPattern(name)
-    found = [(key, match) for key in specs if (match := pattern.match(key)) is not None]
-    if not found:
-        depth = name.count(".") + 1
-        ends = {".".join("{}" if part.isdecimal() else part for part in key.split(".")[-depth:]) for key in specs}
-        close = get_close_matches(name, sorted(ends)[:10_000], n=3)
-        hint = f"; there is {', '.join(map(repr, close))}" if close else ""
-        raise CheckpointMismatchError(f"no key ends in {name!r}{hint}")
-    return found
-
-
-def _dim(key: str, spec: TensorSpec, dim: int) -> int:
-    if not -len(spec.shape) <= dim < len(spec.shape):
-        raise CheckpointMismatchError(f"{key} is {_shape(spec)}: it has no dimension {dim}")
-    return dim % len(spec.shape)
-
-
-def _share(key: str, spec: TensorSpec, size: int, groups: int) -> int:
-    if size % groups:
-        raise CheckpointMismatchError(f"{key} is {_shape(spec)}: a size of {size} cannot be in {groups} equal groups")
-    return size // groups
-
-
-def _check_alike(key: str, spec: TensorSpec, other: str, other_spec: TensorSpec, but_for: int | None = None) -> None:
-    one, two = list(spec.shape), list(other_spec.shape)
-    if but_for is not None and but_for < len(two):
-        one[but_for] = two[but_for] = 0
-    if one != two:
-        raise CheckpointMismatchError(
-            f"{key} is {_shape(spec)} and {other} is {_shape(other_spec)}: they cannot be put together"
-        )
-    if spec.dtype != other_spec.dtype:
-        raise CheckpointMismatchError(f"{key} is {spec.dtype} and {other} is {other_spec.dtype}: they should be alike")
+def _said(conversion: Split | Fuse | Stack | Unstack | Transpose, first: object) -> str:
+    """The declaration as it would be written."""
+    others = [one for one in fields(conversion)[1:] if getattr(conversion, one.name) != one.default]
+    named = [f"{one.name}={getattr(conversion, one.name)!r}" for one in others]
+    return f"{type(conversion).__name__}({', '.join([repr(first), *named])})"
 
 
 def _spec(shape: torch.Size, source: TensorSpec, made: str) -> TensorSpec:
     return TensorSpec(shape, source.dtype, made)
-
-
-def _shape(spec: TensorSpec) -> str:
-    return str(tuple(spec.shape))
