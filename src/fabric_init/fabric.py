@@ -13,7 +13,7 @@ from lightning.fabric.wrappers import _FabricOptimizer
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_init.checkpoints import Conversion
+from fabric_init.checkpoints import Conversion, Source
 from fabric_init.checkpoints.renaming import Rename
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.opening import Io, check_io
@@ -57,6 +57,8 @@ class Fabric(lightning.Fabric):
         rename: Rename = None,
         reinit: Sequence[str] = (),
         mmap: bool = True,
+        entry: str | None = None,
+        manifest: str | os.PathLike[str] | None = None,
         convert: Sequence[Conversion] = (),
     ) -> AbstractContextManager[None]:
         """Context in which a model is built on the right device and in the right precision.
@@ -72,7 +74,9 @@ class Fabric(lightning.Fabric):
 
         Args:
             empty_init: skip the model's own init. ``None`` means: only if ``checkpoint`` declares a load.
-            checkpoint: a safetensors file, a folder in Hugging Face layout, or a torch file, that fills the model.
+            checkpoint: what fills the model: a safetensors file, a folder in Hugging Face layout, a torch file, a
+                folder of ``torch.distributed.checkpoint`` (what sharded strategies save) or of DeepSpeed, a URL, or the
+                id of a model on the Hugging Face Hub: all that :func:`~fabric_init.checkpoints.open_checkpoint` takes.
             strict: a missing or unexpected key is an error. Otherwise missing tensors get the model's own init and
                 unexpected keys are ignored; :meth:`init_report` has both.
             rename: regex → replacement, or a callable, from checkpoint key to tensor name; ``None`` drops a key. Or a
@@ -81,6 +85,9 @@ class Fabric(lightning.Fabric):
             reinit: globs of tensors to initialise afresh although the checkpoint has them (a new head, say).
             mmap: on the CPU, let the mapped file be the parameters: nothing is copied. ``False`` copies, for a file
                 that may be overwritten in place while the model lives.
+            entry: the state dict that is meant, by its key, where a torch file or distributed checkpoint holds several.
+            manifest: SHA-256 digests that the checkpoint is compared with while it is read: a file as ``sha256sum`` or
+                :func:`~fabric_init.checkpoints.write_manifest` writes it.
             convert: what lies otherwise in the checkpoint than in the model: :class:`~fabric_init.checkpoints.Split`,
                 ``Fuse``, ``Stack``, ``Unstack``, ``Transpose``, in the checkpoint's own names, before ``rename``.
 
@@ -103,8 +110,8 @@ class Fabric(lightning.Fabric):
             return recorded_block(require_recorded_init(self.strategy))
         if empty_init is False:
             raise FabricInitError("empty_init=False contradicts checkpoint=…: a declared load never runs init first")
-        strategy = require_recorded_init(self.strategy)
-        return recorded_block(strategy, checkpoint, Wanted(strict, rename, reinit), mmap, convert)
+        source, wanted = Source(checkpoint, mmap, entry, manifest, convert), Wanted(strict, rename, reinit)
+        return recorded_block(require_recorded_init(self.strategy), source, wanted)
 
     def init_missing(self, model: nn.Module) -> None:
         """Run the model's own recorded init for whatever is still unfilled.

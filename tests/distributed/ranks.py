@@ -16,6 +16,7 @@ from __future__ import annotations
 import faulthandler
 import importlib.util
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import signal
@@ -48,6 +49,8 @@ _PRELOADED = [
     "lightning.fabric",
     "fabric_init",
     "pytest",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # what its setup imports, and torch's compiler with it
 ]
 _start = multiprocessing.get_context("forkserver")
 _start.set_forkserver_preload(_PRELOADED)
@@ -98,6 +101,7 @@ def try_ranks(
     world_size: int, function: Callable[..., Any], *, seconds: float = SECONDS, **kwargs: Any
 ) -> list[Outcome]:
     """As :func:`run_ranks`, but failures are for the caller to look at."""
+    _ensure_server()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         # As under torchrun, the store lives outside the ranks. It picks a port itself, so none can be taken meanwhile.
         store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
@@ -111,6 +115,19 @@ def try_ranks(
             processes.append(process)
         took = _wait(processes, seconds)
         return [_outcome(Path(folder), rank, process, took[rank]) for rank, process in enumerate(processes)]
+
+
+def _ensure_server() -> None:
+    """DeepSpeed decides on import what it runs on, and would take a GPU where there is one."""
+    before = os.environ.get("DS_ACCELERATOR")
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["DS_ACCELERATOR"]
+        else:
+            os.environ["DS_ACCELERATOR"] = before
 
 
 def _wait(processes: list[BaseProcess], seconds: float) -> list[float]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from watched import watched
 from zoo import NAMES, STRATEGIES, assert_same, build, launch, one_device, ties, weights, write_checkpoint
 
-from fabric_init.checkpoints import Box, Region, Span, open_checkpoint
+from fabric_init.checkpoints import Box, Region, Source, Span, open_checkpoint
 from fabric_init.filling import opening
 from fabric_init.filling.agreement import AllRanks
 from fabric_init.filling.one_reader import OneReader
@@ -174,7 +174,7 @@ def how_it_is_opened(path: Path) -> list[str]:
     opening.file_system_of = lambda path: "nfs4" if network else "ext4"
     agreement = AllRanks()
     return [
-        type(open_on_all_ranks(path, "auto", whole=whole, machines=2, mmap=True, agreement=agreement)).__name__
+        type(open_on_all_ranks(Source(path), "auto", whole=whole, machines=2, agreement=agreement)).__name__
         for whole in (True, False)
     ]
 

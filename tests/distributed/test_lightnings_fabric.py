@@ -11,7 +11,7 @@ import torch
 from ranks import run_ranks
 from test_training import OPTIMIZERS, one_device_steps, rank_steps
 from torch import Tensor, nn
-from zoo import MODELS, assert_close, assert_same, one_device, tokens, weights, write_checkpoint
+from zoo import MODELS, assert_close, assert_same, one_device, prepare_deepspeed, tokens, weights, write_checkpoint
 
 from fabric_init import UninitializedTensorError, init_missing, init_report, strategies
 
@@ -19,12 +19,17 @@ STRATEGIES = {
     "ddp": strategies.DDPStrategy,
     "fsdp2": strategies.FSDP2Strategy,
     "fsdp2 by size": lambda: strategies.FSDP2Strategy(units=100),
+    "ZeRO-2": lambda: strategies.DeepSpeedStrategy(stage=2),
+    "ZeRO-3": lambda: strategies.DeepSpeedStrategy(stage=3),
 }
 with_every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 
 
 def launched(strategy: str) -> lightning.Fabric:
-    fabric = lightning.Fabric(accelerator="cpu", devices=2, strategy=STRATEGIES[strategy]())
+    made = STRATEGIES[strategy]()
+    if isinstance(made, strategies.DeepSpeedStrategy):
+        prepare_deepspeed(made)
+    fabric = lightning.Fabric(accelerator="cpu", devices=2, strategy=made)
     fabric.launch()
     return fabric
 

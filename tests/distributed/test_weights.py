@@ -15,6 +15,7 @@ from zoo import (
     MODELS,
     NAMES,
     STRATEGIES,
+    WHOLE_ON_EACH_RANK,
     assert_same,
     build,
     inner,
@@ -37,19 +38,26 @@ def load_declared(
 ) -> dict[str, Any]:
     fabric = launch(strategy, precision)
     model = build(fabric, name, seed=seed, **options)
-    if strategy == "ddp":
+    if strategy in WHOLE_ON_EACH_RANK:
         assert not any(tensor.is_meta for tensor in model.parameters()), "filled when the block ends"
     model = fabric.setup(model)
-    plain = [key for key, value in inner(model).named_parameters() if not isinstance(value, DTensor)]
-    sharded = sum(p.to_local().numel() for p in inner(model).parameters() if isinstance(p, DTensor))
+    plain = [key for key, value in inner(model).named_parameters() if part_of(value) is value]
+    sharded = sum(part_of(p).numel() for p in inner(model).parameters())
     return {
         "weights": weights(model),
         "ties": ties(model),
         "trained": {key for key, value in named(model, "named_parameters") if value.requires_grad},
         "statuses": {row.name: row.status for row in fabric.init_report(model).rows},
-        "not sharded": plain if strategy == "fsdp2" else [],
+        "not sharded": [] if strategy in WHOLE_ON_EACH_RANK else plain,
         "local elements": sharded,
     }
+
+
+def part_of(parameter: Tensor) -> Tensor:
+    """What this rank keeps of a parameter; ZeRO-3 pads it to the same size on each."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    return getattr(parameter, "ds_tensor", parameter)
 
 
 def check(found: list[dict[str, Any]], expected: nn.Module) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from fabric_init.checkpoints.region import Region
+from fabric_init.checkpoints.remote import AnyPath
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +29,13 @@ class CheckpointReader(Protocol):
     ``keys`` and ``spec`` answer without touching a byte of weight; then ``read`` as often as wanted, from any thread.
     """
 
-    path: Path
-    """The file or folder that was asked for; error messages name it."""
+    @property
+    def path(self) -> AnyPath:
+        """The file, folder or URL that was asked for; error messages name it."""
+        ...
+
     format: str
-    """The format, in words, for reports: ``"safetensors"``, ``"sharded safetensors"``, ``"torch"``."""
+    """The format, in words, for reports: ``"safetensors"``, ``"sharded safetensors"``, ``"torch"``, and so on."""
     note: str | None
     """Anything the user should know of how it was read (``"state dict found under 'model'"``), else ``None``."""
 

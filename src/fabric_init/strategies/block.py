@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fabric_init.checkpoints import CheckpointReader, Conversion
+from fabric_init.checkpoints import CheckpointReader, Source
 from fabric_init.errors import RecordingError
 from fabric_init.filling.materialize import fill_model
 from fabric_init.filling.opening import open_on_all_ranks
@@ -30,10 +29,8 @@ _NOTHING_WANTED = Wanted()
 @contextmanager
 def recorded_block(
     strategy: RecordedInit,
-    checkpoint: str | os.PathLike[str] | None = None,
+    source: Source | None = None,
     wanted: Wanted = _NOTHING_WANTED,
-    mmap: bool = True,
-    convert: Sequence[Conversion] = (),
 ) -> Iterator[None]:
     """Record the model that is built in the block, and fill it, give it room, or bind it until it is sharded.
 
@@ -44,11 +41,9 @@ def recorded_block(
     refuse_nesting()
     agreement = strategy.agreement
     reader = None
-    if checkpoint is not None:  # a bad path fails before the build
+    if source is not None:  # a bad path fails before the build
         machines, whole = getattr(strategy, "num_nodes", 1), not strategy.fills_in_setup
-        reader = open_on_all_ranks(
-            checkpoint, strategy.io, whole=whole, machines=machines, mmap=mmap, agreement=agreement, convert=convert
-        )
+        reader = open_on_all_ranks(source, strategy.io, whole=whole, machines=machines, agreement=agreement)
     failure: Exception | None = None
     try:
         with ExitStack() as contexts:
