@@ -248,6 +248,8 @@ def header(**shapes: Any) -> CheckpointReader:
         (Stack("e.{}.w", into="w"), header(e__0__w=(2,), e__2__w=(2,)), r"there is e\.2\.w, but no e\.1\.w"),
         (Stack("e.{}.w", into="w"), header(e__0__w=(2,), e__1__w=(3,)), r"e\.0\.w is \(2,\) and e\.1\.w is \(3,\)"),
         (Stack("e.{}.w", into="w"), header(e__x__w=(2,)), r"no key ends in 'e\.\{\}\.w' with a number"),
+        (Stack("{}.w", into="w"), header(**{"9" * 5000 + "__w": (2,)}), r"no key ends in '\{\}\.w' with a number"),
+        (Unstack("w", into="{}.w"), header(w=(2**50, 0)), r"w is \(1125899906842624, 0\): there is nothing in it"),
         (Unstack("w", into="{}.w"), header(w=()), r"w is \(\): it has no dimension 0"),
         (Transpose(["b"]), header(b=(3,)), r"b is \(3,\): there are no two dimensions to swap"),
         (

@@ -118,11 +118,12 @@ def test_every_rank_holds_what_one_device_holds(
 
 @both_ways
 @pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_stage_3"])
 def test_ranks_with_shards_read_each_element_of_the_part_once_in_all(
-    world_size: int, into: str, tmp_path: Path
+    strategy: str, world_size: int, into: str, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "model.safetensors", into)
-    found = run_ranks(world_size, load, strategy="fsdp2", into=into, io="local", path=path)
+    found = run_ranks(world_size, load, strategy=strategy, into=into, io="local", path=path)
     assert sum(rank["elements"] for rank in found) == sum(value.numel() for value in expected(into, path).values())
     for key in set().union(*(rank["keys"] for rank in found)):
         assert key.startswith(("model.embedding.", "model.layers.0.", "model.layers.3."))

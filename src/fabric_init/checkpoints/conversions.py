@@ -165,7 +165,7 @@ class Stack:
     def made(self, specs: Specs) -> Mapping[str, Made]:
         stacks: dict[Match, dict[int, str]] = {}
         for key, (head, blanks) in matching(specs, self.source):
-            if blanks[-1].isdecimal():
+            if blanks[-1].isdecimal() and len(blanks[-1]) < 10:
                 stacks.setdefault(Match(head, blanks[:-1]), {})[int(blanks[-1])] = key
         if not stacks:
             raise CheckpointMismatchError(f"no key ends in {self.source!r} with a number for the last {{}}")
@@ -207,7 +207,10 @@ class Unstack:
         into = KeyPattern(self.into)
         for key, (head, blanks) in matching(specs, self.source):
             spec = specs[key]
-            for index in range(spec.shape[dimension(key, spec, 0)]):
+            count = spec.shape[dimension(key, spec, 0)]
+            if not spec.shape.numel():  # a header may then claim any count
+                raise CheckpointMismatchError(f"{key} is {shape_of(spec)}: there is nothing in it")
+            for index in range(count):
                 one = _spec(spec.shape[1:], spec, f"number {index} of {key} {shape_of(spec)}")
                 made[into.key(Match(head, (*blanks, str(index))))] = Unstacked(one, key, index)
         return made

@@ -62,7 +62,7 @@ class Layers:
         if not blank or "{}" in after:
             raise ValueError(f"{self}: at should have one {{}} where the number is, as in 'layers.{{}}'")
         object.__setattr__(self, "_onto", dict(zip(old, new, strict=True)))
-        pattern = rf"((?:^|\.){re.escape(before)})(\d+)(?={re.escape(after)}(?:\.|$))"
+        pattern = rf"((?:^|\.){re.escape(before)})(\d{{1,9}})(?={re.escape(after)}(?:\.|$))"
         object.__setattr__(self, "_pattern", re.compile(pattern))
 
     def __str__(self) -> str:
