@@ -43,6 +43,7 @@ class Counting:
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
         self.elements = 0
+        self.largest = 0
 
     def keys(self) -> Sequence[str]:
         return tuple(self.tensors)
@@ -53,6 +54,7 @@ class Counting:
     def read(self, key: str, region: Region | None = None) -> Tensor:
         part = take(self.tensors[key], region)
         self.elements += part.numel()
+        self.largest = max(self.largest, part.nbytes)
         return part
 
 
@@ -188,6 +190,16 @@ def test_rows_of_one_tensor_are_a_view_of_the_mapped_file(region: Region | None,
     rows = 0 if region is None else 1
     assert reader.read("k", region).data_ptr() == below.read("qkv")[4 + rows :].data_ptr()
     assert reader.read("experts.2", region).data_ptr() == below.read("experts")[2, rows:].data_ptr()
+
+
+def test_what_is_put_together_is_read_a_little_at_a_time() -> None:
+    state = {f"{i}.{name}": torch.rand(5, 200_000) for i in range(2) for name in "ab"}  # rows of 0.8 MB
+    below = Counting(state)
+    reader = converted(below, [Fuse(["{}.a", "{}.b"], into="{}.ab"), Stack("{}.ab", into="ab")])
+    expected = torch.stack([torch.cat([state[f"{i}.a"], state[f"{i}.b"]]) for i in range(2)])
+    assert torch.equal(reader.read("ab"), expected)
+    assert torch.equal(reader.read("ab", Box((0, 3, 5), (2, 4, 199_000))), expected[:, 3:7, 5:199_005])
+    assert below.largest <= 1 << 20
 
 
 def test_a_torch_file_and_plain_reads_give_the_same(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ import torch
 from fabric_init.checkpoints.reader import TensorSpec
 from fabric_init.checkpoints.region import Box
 
+_READ_AT_ONCE = 1 << 20  # bytes; what is larger and freed between tensors that stay leaves holes in the heap
+
 ReadBox = Callable[[str, Box], torch.Tensor]
 
 
@@ -55,7 +57,7 @@ class Joined:
         at = 0
         for key, part in pieces:
             size = part.sizes[self._dim]
-            out.narrow(self._dim, at, size).copy_(read(key, part))
+            _copy_in(out.narrow(self._dim, at, size), read, key, part)
             at += size
         return out
 
@@ -83,7 +85,7 @@ class Stacked:
         inner = Box(box.offsets[1:], box.sizes[1:])
         first = box.offsets[0]
         for source, into in zip(self.sources[first : first + box.sizes[0]], out.unbind(), strict=True):
-            into.copy_(read(source, inner))
+            _copy_in(into, read, source, inner)
         return out
 
 
@@ -114,6 +116,18 @@ def swapped(numbers: Sequence[int]) -> tuple[int, ...]:
     """With the last two in each other's place."""
     *others, last, final = numbers
     return (*others, final, last)
+
+
+def _copy_in(out: torch.Tensor, read: ReadBox, key: str, box: Box) -> None:
+    """Fill ``out`` with a box of a source, some rows at a time."""
+    if out.nbytes <= _READ_AT_ONCE:
+        out.copy_(read(key, box))
+        return
+    rows = max(1, _READ_AT_ONCE // out[0].nbytes)
+    for first in range(0, len(out), rows):
+        some = out[first : first + rows]
+        offsets, sizes = _replaced(box.offsets, 0, box.offsets[0] + first), _replaced(box.sizes, 0, len(some))
+        some.copy_(read(key, Box(offsets, sizes)))
 
 
 def _replaced(numbers: tuple[int, ...], index: int, number: int) -> tuple[int, ...]:
