@@ -231,7 +231,7 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 def _module_of(file: str) -> ModuleType:
     """Test files are no modules that can be imported by name."""
-    sys.path.insert(0, str(Path(file).parent))
+    sys.path[:0] = [str(Path(file).parent), str(Path(__file__).parent)]
     name = f"_in_rank_{Path(file).stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None

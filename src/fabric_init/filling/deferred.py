@@ -22,7 +22,7 @@ from fabric_init.filling.marks import version_of
 from fabric_init.filling.slots import named_modules
 from fabric_init.recording.empty_init import active, recorded_build
 from fabric_init.recording.modules import BuiltModules
-from fabric_init.recording.tape import Rng, recorded
+from fabric_init.recording.tape import Rng
 
 _ATTRIBUTE = "_fabric_init_recorded"
 
@@ -60,13 +60,17 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
 class _Recorded:
     """What a module that was recorded remembers until it has memory."""
 
-    __slots__ = ("loaded", "mend", "real", "versions")
+    __slots__ = ("loaded", "mend", "seen")
 
-    def __init__(self, mend: str) -> None:
+    def __init__(self, mend: str, seen: dict[int, tuple[Tensor, int]]) -> None:
         self.mend = mend
-        self.versions: dict[str, int] = {}  # of its own recorded tensors, when the block ended
-        self.real: dict[str, tuple[Tensor, int]] = {}  # its tensors that had memory then, and their versions
-        self.loaded: dict[str, Tensor] = {}  # what load_state_dict has brought for the recorded ones since
+        self.seen = seen  # the model's tensors when the block ended, by identity, with their versions
+        self.loaded: dict[str, Tensor] = {}  # what load_state_dict has brought for its own recorded ones since
+
+    def written(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` was written in place since, or is new."""
+        was = self.seen.get(id(tensor))
+        return was is None or was[1] != version_of(tensor)
 
     def refuse(self, module: nn.Module, use: str) -> NoReturn:
         name = type(module).__name__
@@ -81,18 +85,16 @@ class _Recorded:
 
 def guard_recorded(model: nn.Module, mend: str) -> None:
     """Let ``model`` refuse to run, be saved or copied, and keep what is loaded into it; ``mend`` says what to do."""
+    seen: dict[int, tuple[Tensor, int]] = {}
     for module in model.modules():
         record = vars(module).get(_ATTRIBUTE)
         if record is not None:
             record.mend = mend
             continue
-        vars(module)[_ATTRIBUTE] = record = _Recorded(mend)
+        vars(module)[_ATTRIBUTE] = _Recorded(mend, seen)
         with torch._C.DisableTorchFunction():
-            for name, tensor in _own(module).items():
-                if recorded(tensor) is not None:
-                    record.versions[name] = version_of(tensor)
-                elif not tensor.is_meta:
-                    record.real[name] = tensor, version_of(tensor)
+            for tensor in _own(module).values():
+                seen[id(tensor)] = tensor, version_of(tensor)
         module.register_forward_pre_hook(_before_forward)
         module.register_state_dict_pre_hook(_before_state_dict)
         module.register_load_state_dict_pre_hook(_before_load)
@@ -151,8 +153,9 @@ def _before_load(module: nn.Module, state_dict: Any, prefix: str, local_metadata
 
 def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
     record = _of(module)
-    for name in record.loaded.keys() & record.versions.keys():
-        record.versions[name] = version_of(getattr(module, name))  # torch has counted its copy
+    for name in record.loaded:
+        if (tensor := _own(module).get(name)) is not None and tensor.is_meta:
+            record.seen[id(tensor)] = tensor, version_of(tensor)  # torch has counted its copy
 
 
 _HOOKS = (_before_forward, _before_state_dict, _before_load, _after_load)
@@ -173,8 +176,8 @@ def refuse_lost_writes(model: nn.Module) -> None:
         prefix + name
         for prefix, module, record in _records(model)
         if record is not None
-        for name, version in record.versions.items()
-        if (tensor := _own(module).get(name)) is not None and tensor.is_meta and version_of(tensor) != version
+        for name, tensor in _own(module).items()
+        if tensor.is_meta and id(tensor) in record.seen and record.written(tensor)
     ]
     if lost:
         raise RecordingError(
@@ -189,13 +192,7 @@ def given_since(model: nn.Module) -> set[str]:
         prefix + name
         for prefix, module, record in _records(model)
         for name, tensor in _own(module).items()
-        if not tensor.is_meta
-        and (
-            record is None
-            or (was := record.real.get(name)) is None
-            or was[0] is not tensor
-            or was[1] != version_of(tensor)
-        )
+        if not tensor.is_meta and (record is None or record.written(tensor))
     }
 
 

@@ -23,7 +23,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_init.errors import CheckpointMismatchError, FabricInitError
+from fabric_init.errors import FabricInitError
 from fabric_init.filling.guard import loading, release, require, settle
 from fabric_init.filling.placement import Placement, WholeTensors
 from fabric_init.recording.empty_init import _EmptyInit
@@ -31,7 +31,7 @@ from fabric_init.strategies.binding import is_bound, shard_and_fill
 from fabric_init.strategies.block import recorded_block
 from fabric_init.strategies.recorded_init import RecordedInit, register_strategy
 from fabric_init.strategies.wrappers import original, register_wrapper
-from fabric_init.strategies.zero3 import ZeroPartitions, partition_without_values
+from fabric_init.strategies.zero3 import ZeroPartitions, accept_whole_tensors, partition_without_values
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -123,6 +123,8 @@ class DeepSpeedStrategy(RecordedInit, lightning_deepspeed.DeepSpeedStrategy):
             dist_init_required=False,
         )
         self._engines.add(engine)
+        if self.zero_stage_3:
+            accept_whole_tensors(model, lambda: _refresh_when_filled(engine, model))
         return engine, made, scheduler
 
     @property
@@ -156,12 +158,8 @@ class DeepSpeedStrategy(RecordedInit, lightning_deepspeed.DeepSpeedStrategy):
 
     def load_module_state_dict(self, module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
         """Load the whole tensors of ``state_dict`` into what each rank keeps, the optimizer's masters included."""
-        inner = original(module)
-        if self.zero_stage_3:
-            _load_gathered(inner, state_dict, strict)
-            refresh_masters(module)
-        else:
-            inner.load_state_dict(state_dict, strict=strict)
+        original(module).load_state_dict(state_dict, strict=strict)
+        refresh_masters(module)
 
     def _prepare(self, module: nn.Module) -> None:
         """Partition and fill a recorded model; of any other, make sure that it has one shape on all ranks."""
@@ -228,7 +226,9 @@ def refresh_masters(engine: Any) -> None:
 
 
 def _refresh_when_filled(engine: Any, model: nn.Module) -> None:
-    """DeepSpeed has made the masters of a model that waits for values: make them anew once those are there."""
+    """DeepSpeed has made its masters from other values than ``model`` has, or will have: make them anew in time."""
+    if _WAITS in vars(engine):
+        return
 
     def refresh(*_: Any, use: str = "run") -> None:
         require(model, use)
@@ -256,31 +256,3 @@ def _require_checkpointing(state: Any) -> list[Any]:
             "dict can be loaded all the same: fabric.load_raw(path, model)."
         )
     return engines
-
-
-def _load_gathered(model: nn.Module, state_dict: Mapping[str, Any], strict: bool) -> None:
-    """``model.load_state_dict``, with one module's parameters gathered at a time. Every rank has to come here."""
-    import deepspeed
-
-    metadata = getattr(state_dict, "_metadata", {})
-    missing: list[str] = []
-    unexpected: list[str] = []
-    errors: list[str] = []
-
-    def load(module: nn.Module, own: dict[str, Any], prefix: str) -> None:
-        with deepspeed.zero.GatheredParameters(list(module.parameters(recurse=False)), modifier_rank=0):
-            local_metadata = metadata.get(prefix[:-1], {})
-            module._load_from_state_dict(own, prefix, local_metadata, True, missing, unexpected, errors)
-        for name, child in module._modules.items():
-            if child is not None:
-                inside = f"{prefix}{name}."
-                load(child, {key: value for key, value in own.items() if key.startswith(inside)}, inside)
-
-    load(model, dict(state_dict), "")
-    if strict:
-        errors += [f"missing: {key}" for key in missing] + [f"not in the model: {key}" for key in unexpected]
-    if errors:
-        raise CheckpointMismatchError(
-            f"the state dict does not fit {type(model).__name__}, of which the rest is loaded:\n  "
-            + "\n  ".join(errors)
-        )

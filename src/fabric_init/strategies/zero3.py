@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fabric_init.checkpoints import Region, Span
+from fabric_init.checkpoints.region import take
+from fabric_init.errors import FabricInitError
 from fabric_init.filling.placement import become
 from fabric_init.filling.slots import Slot
 
@@ -16,8 +18,9 @@ from fabric_init.filling.slots import Slot
 def partition_without_values(module: nn.Module, config: Any, remote_device: str | None) -> None:
     """Turn each parameter of ``module``, which stays the same object, into one that DeepSpeed has partitioned.
 
-    No memory is taken, and no bytes go between ranks. Each ``ds_tensor`` is on the meta device, and keeps as
-    ``fabric_init_place`` the device that it is to be on, and whether pinned.
+    Where it has no memory yet, none is taken, and ``ds_tensor`` is on the meta device; what has values keeps them. No
+    bytes go between ranks. As ``fabric_init_place`` each ``ds_tensor`` has the device that it is to be on, and whether
+    pinned.
     """
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import is_zero_param
@@ -29,23 +32,25 @@ def partition_without_values(module: nn.Module, config: Any, remote_device: str 
 
         def _convert_to_zero_parameters(self, param_list: Iterable[Any]) -> None:
             """As DeepSpeed's, but for parameters without values: from a meta tensor, and without the broadcast."""
-            local, remote, pinned = self.local_device, self.remote_device, self.pin_memory
-            self.local_device = self.remote_device = torch.device("meta")
-            self.pin_memory = False
-            try:
-                for parameter in param_list:
-                    if not is_zero_param(parameter):
-                        self._convert_to_deepspeed_param(parameter)
-                        parameter.partition()
-                        stays = parameter.ds_persist
-                        parameter.ds_tensor.fabric_init_place = (
-                            torch.device(local if stays else remote),
-                            pinned and not stays,
-                        )
-                        parameter.ds_secondary_tensor = None  # hpZeRO's copy in a node: made anew after the next gather
-                        become(parameter, torch.empty(0, dtype=parameter.dtype, device=local))
-            finally:
-                self.local_device, self.remote_device, self.pin_memory = local, remote, pinned
+            real = (self.local_device, self.remote_device, self.pin_memory)
+            for parameter in param_list:
+                if is_zero_param(parameter):
+                    continue
+                recorded = parameter.is_meta
+                if recorded:
+                    self.local_device = self.remote_device = torch.device("meta")
+                    self.pin_memory = False
+                try:
+                    self._convert_to_deepspeed_param(parameter)
+                    parameter.partition()
+                finally:
+                    self.local_device, self.remote_device, self.pin_memory = real
+                local, remote, pinned = real
+                place = (local, False) if parameter.ds_persist else (torch.device(remote), pinned)
+                parameter.ds_tensor.fabric_init_place = place
+                parameter.ds_secondary_tensor = None  # hpZeRO's copy within a node: made anew after the next gather
+                if recorded:
+                    become(parameter, torch.empty(0, dtype=parameter.dtype, device=local))
 
     Partitions(module=module, config_dict_or_path=config, remote_device=remote_device)
 
@@ -107,3 +112,47 @@ def _pinned(value: Tensor) -> Tensor:
 
     pinned: Tensor = get_accelerator().pin_memory(value)
     return pinned
+
+
+def accept_whole_tensors(model: nn.Module, loaded: Callable[[], None]) -> None:
+    """Let ``load_state_dict`` take whole tensors for partitioned parameters: each rank takes its slice of them.
+
+    Args:
+        model: partitioned.
+        loaded: called when slices have been written.
+    """
+
+    def take_slices(
+        module: nn.Module,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: Any,
+        missing: Any,
+        extra: Any,
+        errors: Any,
+    ) -> None:
+        parameters: dict[str, Any] = dict(module._parameters)
+        for name, parameter in parameters.items():
+            value = state_dict.get(prefix + name)
+            if not isinstance(value, Tensor) or not hasattr(parameter, "ds_tensor"):
+                continue
+            if metadata.get("assign_to_params_buffers"):
+                raise FabricInitError(
+                    f"{prefix}{name} is partitioned by DeepSpeed, and assign=True would put a tensor of yours in its "
+                    "place. Load without assign."
+                )
+            if value.shape != parameter.ds_shape:
+                shapes = f"{tuple(value.shape)} in the state dict and {tuple(parameter.ds_shape)} in the model"
+                errors.append(f"size mismatch for {prefix}{name}: {shapes}.")
+            else:
+                span = _span(parameter)
+                with torch.no_grad():
+                    parameter.ds_tensor[: span.numel].copy_(take(value.detach(), span))
+                loaded()
+            if parameter.shape != value.shape:
+                state_dict[prefix + name] = value.new_empty(parameter.shape)  # it is not gathered: nothing else to copy
+
+    for module in model.modules():
+        if any(hasattr(parameter, "ds_tensor") for parameter in module._parameters.values()):
+            module.register_load_state_dict_pre_hook(take_slices)
