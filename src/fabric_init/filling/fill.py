@@ -179,6 +179,8 @@ def make_report(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader 
         origin = ""
         if entry.action is Action.LOAD:
             origin = ", ".join(entry.keys)
+            if entry.spec is not None and entry.spec.made:
+                origin += f" ({entry.spec.made})"
         elif entry.action is Action.INIT and slot.ref is not None:
             origin = describe_rule(tapes[slot.ref.storage], slot.ref)
         rows.append(
