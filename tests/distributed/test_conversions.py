@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks, try_ranks
+from ranks import run_ranks, run_ranks_each, try_ranks
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from watched import watched
@@ -103,17 +103,16 @@ def expected(into: str, path: Path) -> dict[str, Tensor]:
     return weights(model)
 
 
-@both_ways
-@pytest.mark.parametrize("io", ["local", "broadcast"])
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_rank_holds_what_one_device_holds(
-    strategy: str, world_size: int, io: str, into: str, tmp_path: Path
-) -> None:
-    path = write(tmp_path / "model.safetensors", into)
-    found = run_ranks(world_size, load, strategy=strategy, into=into, io=io, path=path)
-    for rank in found:
-        assert_same(rank["weights"], expected(into, path))
+def test_every_rank_holds_what_one_device_holds(strategy: str, world_size: int, tmp_path: Path) -> None:
+    paths = {into: write(tmp_path / f"{into}.safetensors", into) for into in BLOCKS}
+    cases = {
+        (into, io): {"into": into, "io": io, "path": paths[into]} for into in BLOCKS for io in ("local", "broadcast")
+    }
+    for (into, _), ranks in run_ranks_each(world_size, load, cases, strategy=strategy).items():
+        for rank in ranks:
+            assert_same(rank["weights"], expected(into, paths[into]))
 
 
 @both_ways
