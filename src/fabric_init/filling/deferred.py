@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fabric_init.checkpoints import CheckpointReader, Region, TensorSpec
+from fabric_init.checkpoints import Region, TensorSpec
 from fabric_init.checkpoints.region import take
 from fabric_init.errors import FabricInitError, RecordingError, UninitializedTensorError
 from fabric_init.filling.marks import version_of
@@ -150,9 +150,13 @@ def _before_load(module: nn.Module, state_dict: Any, prefix: str, local_metadata
 
 
 def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
-    record = _of(module)
-    for name in record.loaded.keys() & record.versions.keys():
-        record.versions[name] = version_of(getattr(module, name))  # torch has counted its copy
+    """torch has counted its copies. The outermost module hears last, when a tie was loaded under all its names."""
+    records = [(part, record) for part in module.modules() if (record := vars(part).get(_ATTRIBUTE)) is not None]
+    loaded = {id(getattr(part, name, None)) for part, record in records for name in record.loaded}
+    for part, record in records:
+        for name in record.versions:
+            if id(tensor := getattr(part, name, None)) in loaded and tensor is not None:
+                record.versions[name] = version_of(tensor)
 
 
 _HOOKS = (_before_forward, _before_state_dict, _before_load, _after_load)
@@ -231,27 +235,3 @@ class LoadedReader:
         """A copy on the CPU: what the user has loaded stays the user's."""
         part = take(self._state[key], region)
         return part.to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-class Overlaid:
-    """A checkpoint, and what was loaded over it, under keys of its own; a ``CheckpointReader``."""
-
-    def __init__(self, below: CheckpointReader, above: LoadedReader) -> None:
-        self.path, self.format, self.note = below.path, below.format, below.note
-        self._below = below
-        self._above = above
-        self._loaded = {self.key(name): name for name in above.keys()}
-
-    @staticmethod
-    def key(name: str) -> str:
-        """The key of what was loaded for the tensor ``name``."""
-        return f"load_state_dict: {name}"
-
-    def keys(self) -> Sequence[str]:
-        return (*self._below.keys(), *self._loaded)
-
-    def spec(self, key: str) -> TensorSpec:
-        return self._above.spec(self._loaded[key]) if key in self._loaded else self._below.spec(key)
-
-    def read(self, key: str, region: Region | None = None) -> Tensor:
-        return self._above.read(self._loaded[key], region) if key in self._loaded else self._below.read(key, region)

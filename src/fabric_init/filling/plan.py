@@ -38,6 +38,8 @@ class Entry(NamedTuple):
     action: Action
     keys: tuple[str, ...] = ()
     spec: TensorSpec | None = None
+    since: int | None = None
+    """Ops recorded after this number are later than the load: a block had ended, the next one was open."""
 
     @property
     def cast_from(self) -> torch.dtype | None:

@@ -1,43 +1,81 @@
-"""A plan that was made when the recorded block ended, brought up to what the user has done to the model since."""
+"""Plans that were made when recorded blocks ended, brought up to what the user has done to the model since."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from torch import nn
 
-from fabric_init.filling.deferred import Overlaid, given_since, loaded_since, refuse_lost_writes
+from fabric_init.checkpoints import CheckpointReader
+from fabric_init.errors import RecordingError
+from fabric_init.filling.computed import computed_since
+from fabric_init.filling.deferred import given_since, loaded_since, refuse_lost_writes
 from fabric_init.filling.materialize import Prepared, survey
 from fabric_init.filling.plan import Action, Entry, Plan, check_all_have_values, own_init
+from fabric_init.filling.several import Several
+from fabric_init.recording.tape import Tape
 
 
-def revised(prepared: Prepared, model: nn.Module) -> Prepared:
-    """The plan for ``model`` as it is today: as if it had been filled when the block ended, and changed afterwards.
+def revised(plans: Sequence[Prepared], model: nn.Module) -> Prepared:
+    """One plan for ``model`` as it is today: as if it had been filled when each block ended, and changed afterwards.
 
-    Tensors are known by identity, so modules may have been moved, wrapped or renamed. What the user has loaded, written
-    or put into the model since stands; a recorded tensor of another block gets its own init.
+    Tensors are known by identity, so modules may have been moved, wrapped or renamed, and models of several blocks put
+    together. What the user has loaded, written or put into the model since stands; a recorded tensor of another block
+    gets its own init.
+
+    Args:
+        plans: in the order of their blocks; a later load wins.
+        model: whose tensors they are about.
 
     Raises:
-        RecordingError: recorded tensors were written in place, without memory.
+        RecordingError: recorded tensors were written in place, without memory, or in a later block than their load.
         UninitializedTensorError: a tensor that came since has neither values nor a recorded init.
     """
     refuse_lost_writes(model)
     slots, tensors, tapes = survey(model)
-    planned = {id(tensor): entry for entry, tensor in zip(prepared.plan.entries, prepared.tensors, strict=True)}
     given, earlier = given_since(model), loaded_since(model)
+    readers: list[CheckpointReader] = [plan.reader for plan in plans if plan.reader is not None]
+    reader = Several([*readers, earlier] if earlier is not None else readers)
+    planned = _by_tensor(plans, reader)
     loaded = frozenset(earlier.keys()) if earlier is not None else frozenset()
     entries = []
     for slot, tensor in zip(slots, tensors, strict=True):
         over = next((name for name in slot.names if name in loaded), None)
         if over is not None and earlier is not None:
-            entries.append(Entry(slot, Action.LOAD, (Overlaid.key(over),), earlier.spec(over)))
+            entries.append(Entry(slot, Action.LOAD, (reader.key(earlier, over),), earlier.spec(over)))
         elif slot.real and any(name in given for name in slot.names):
             entries.append(Entry(slot, Action.KEEP))
         elif (entry := planned.get(id(tensor))) is not None:
             entries.append(entry._replace(slot=slot))
         else:
             entries.append(Entry(slot, own_init(slot, tapes)))
-    check_all_have_values(entries, tapes, prepared.reader)
-    reader = prepared.reader
-    if earlier is not None and reader is not None:
-        reader = Overlaid(reader, earlier)
-    plan = Plan(tuple(entries), prepared.plan.unexpected)
-    return Prepared(plan, tensors, tapes, reader, prepared.exact)
+    check_all_have_values(entries, tapes, reader)
+    _refuse_changes_of_what_is_loaded(entries, tapes)
+    unexpected = tuple(key for plan in plans for key in plan.plan.unexpected)
+    return Prepared(Plan(tuple(entries), unexpected), tensors, tapes, reader, any(plan.exact for plan in plans))
+
+
+def planned_tensors(plans: Sequence[Prepared]) -> set[int]:
+    """Ids of the tensors that the plans are about."""
+    return {id(tensor) for plan in plans for tensor in plan.tensors}
+
+
+def _by_tensor(plans: Sequence[Prepared], reader: Several) -> dict[int, Entry]:
+    found: dict[int, Entry] = {}
+    for plan in plans:
+        for entry, tensor in zip(plan.plan.entries, plan.tensors, strict=True):
+            if entry.action is Action.LOAD:
+                assert plan.reader is not None
+                found[id(tensor)] = entry._replace(keys=tuple(reader.key(plan.reader, key) for key in entry.keys))
+            else:
+                found.setdefault(id(tensor), entry)
+    return found
+
+
+def _refuse_changes_of_what_is_loaded(entries: Sequence[Entry], tapes: Mapping[int, Tape]) -> None:
+    changed = [entry.slot.name for entry in entries if entry.action is Action.LOAD and computed_since(entry, tapes)]
+    if changed:
+        raise RecordingError(
+            f"{', '.join(changed[:5])}{' …' if len(changed) > 5 else ''}: changed in a recorded block after the one "
+            "that declared the load, and this strategy loads in setup. Change it once the model has values."
+        )
