@@ -7,38 +7,29 @@ was copied from, as in plain PyTorch, unless it was made after the block that de
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError
-from fabric_init.filling.plan import Action, Entry, storage_groups
+from fabric_init.filling.plan import Action, Entry, Plan, Source, storage_groups
 from fabric_init.filling.slots import Slot
 from fabric_init.recording.operators import is_cast, only_copies
 from fabric_init.recording.replay import real_execution, replay_with
 from fabric_init.recording.tape import Tape, TensorRef
 
 
-class Source(NamedTuple):
-    """A tensor that is all of its recorded storage, and the checkpoint key that holds its last value."""
-
-    ref: TensorRef
-    key: str
-    since: int | None = None
-
-
-def loaded_storages(entries: Sequence[Entry], tapes: Mapping[int, Tape]) -> dict[int, Source]:
+def loaded_storages(plan: Plan, tapes: Mapping[int, Tape]) -> dict[int, Source]:
     """Storages that are loaded whole, and those that they were cast from."""
-    found: dict[int, Source] = {}
-    for storage, positions in storage_groups(entries).items():
-        entry, ref = entries[positions[0]], entries[positions[0]].slot.ref
+    found = dict(plan.sources)
+    for storage, positions in storage_groups(plan.entries).items():
+        entry, ref = plan.entries[positions[0]], plan.entries[positions[0]].slot.ref
         assert ref is not None
         if len(positions) == 1 and entry.action is Action.LOAD and tapes[storage].covers(ref):
             found[storage] = Source(ref, entry.keys[0], entry.since)
     for storage, source in list(found.items()):
-        for earlier in _cast_from(storage, tapes[storage]):
+        for earlier in _cast_from(storage, tapes[storage]) if storage in tapes else ():
             found.setdefault(earlier.storage, source._replace(ref=earlier))
     return found
 
@@ -118,7 +109,8 @@ def check_nothing_is_undone(entries: Sequence[Entry], tapes: Mapping[int, Tape])
         here = {storage for storage in fresh if storage in tape.storages}
         computed = _computed_out_of(here, tape)
         for slot, action, *_ in entries:
-            if action is Action.LOAD and slot.ref is not None and slot.ref.storage in computed:
+            # buffers may follow one another in a circle, as spectral_norm's do
+            if action is Action.LOAD and slot.kind == "parameter" and slot.ref and slot.ref.storage in computed:
                 beside = tape.live([slot.ref.storage], exact=False, given=here)  # what it has not from those
                 if any(beside & tape.live([storage], exact=False) for storage in here):
                     undone.append(slot.name)
@@ -130,8 +122,16 @@ def check_nothing_is_undone(entries: Sequence[Entry], tapes: Mapping[int, Tape])
         )
 
 
-def computed_since(entry: Entry, tapes: Mapping[int, Tape]) -> bool:
-    """Whether a later block has computed on a tensor whose load was declared before. A cast does not count."""
+def replaced_since(entry: Entry, slot: Slot, tapes: Mapping[int, Tape]) -> bool:
+    """Whether the tensor that ``entry`` was planned for has been given other memory since, and not only been cast."""
+    was, ref = entry.slot.ref, slot.ref
+    if was is None or ref is None or ref.storage == was.storage:
+        return False
+    return all(cast.storage != was.storage for cast in _cast_from(ref.storage, tapes[ref.storage]))
+
+
+def written_since(entry: Entry, tapes: Mapping[int, Tape]) -> bool:
+    """Whether a later block has written in place to a tensor whose load was declared before."""
     ref, since = entry.slot.ref, entry.since
     if ref is None or since is None:
         return False

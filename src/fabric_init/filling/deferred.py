@@ -6,8 +6,10 @@ as a checkpoint would be; torch alone would answer "all keys matched" and lose i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -87,6 +89,7 @@ def guard_recorded(model: nn.Module, mend: str) -> None:
             record.mend = mend
             continue
         vars(module)[_ATTRIBUTE] = record = _Recorded(mend)
+        vars(module)["_apply"] = partial(_apply, weakref.ref(module))
         with torch._C.DisableTorchFunction():
             for name, tensor in _own(module).items():
                 if recorded(tensor) is not None:
@@ -108,6 +111,7 @@ def release_recorded(model: nn.Module) -> None:
     """Take that guard away again."""
     for module in model.modules():
         if vars(module).pop(_ATTRIBUTE, None) is not None:
+            del vars(module)["_apply"]
             tables: tuple[Any, ...] = (
                 module._forward_pre_hooks,
                 module._state_dict_pre_hooks,
@@ -122,6 +126,21 @@ def release_recorded(model: nn.Module) -> None:
 def _of(module: nn.Module) -> _Recorded:
     found: _Recorded = vars(module)[_ATTRIBUTE]
     return found
+
+
+def _apply(itself: weakref.ref[nn.Module], fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """In the place of ``Module._apply``, under ``to``, ``share_memory`` and ``to_empty``: a cast alone is fine."""
+    module = itself()
+    assert module is not None
+    if any(recorded(tensor) is not None for tensor in _own(module).values()):
+        try:
+            stays = fn(torch.empty(0, device="meta")).is_meta
+        except (NotImplementedError, RuntimeError):
+            stays = False
+        if not stays:
+            _of(module).refuse(module, "be moved, shared or given memory")
+    type(module)._apply(module, fn, recurse)
+    return module
 
 
 def _before_forward(module: nn.Module, args: Any) -> None:
@@ -182,8 +201,8 @@ def refuse_lost_writes(model: nn.Module) -> None:
     ]
     if lost:
         raise RecordingError(
-            f"{', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}: written after the recorded block, when there "
-            "was no memory to write to. Do it inside the block, where it is recorded, or once the model has values."
+            f"{', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}: written or cast after the recorded block, when "
+            "there was no memory to write to. Do it in the block, where it is recorded, or once the model has values."
         )
 
 

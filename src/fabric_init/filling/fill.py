@@ -12,10 +12,10 @@ from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.region import take
 from fabric_init.errors import FabricInitError
 from fabric_init.filling import loading
-from fabric_init.filling.computed import Source, compute, loaded_storages, sources_of
+from fabric_init.filling.computed import compute, loaded_storages, sources_of
 from fabric_init.filling.one_reader import OneReader
 from fabric_init.filling.placement import Placement
-from fabric_init.filling.plan import Action, Entry, Plan, storage_groups
+from fabric_init.filling.plan import Action, Entry, Plan, Source, storage_groups
 from fabric_init.filling.progress import with_progress
 from fabric_init.filling.report import InitReport, Row, describe_rule, dtype_name
 from fabric_init.recording.replay import real_execution, replay, view
@@ -54,7 +54,7 @@ def fill(
         exact: replay the random streams in order (``rng="eager"``).
         loaded: what others may be computed from, if the plan is only a part of one.
     """
-    loaded = loaded if loaded is not None else loaded_storages(plan.entries, tapes)
+    loaded = loaded if loaded is not None else loaded_storages(plan, tapes)
     with torch.inference_mode(False), real_execution():
         values: dict[int, Tensor] = {}
         found = _values(plan, tensors, tapes, reader, placement, loaded, exact=exact)

@@ -255,8 +255,9 @@ def initialise_rest(model: nn.Module) -> None:
         sources = _sources([item for _, item in waits])
         if lost := dict.fromkeys(item.slot.name for _, item in waits if sources.get(id(item), ()) is None):
             raise UninitializedTensorError(
-                f"the model's own init computes {', '.join(lost)} from tensors that have been loaded since, and of which "
-                "no rank has all. Load it as well, or load before setup, or declare the load: init_module(checkpoint=…)."
+                f"the model's own init computes {', '.join(lost)} from tensors that have been loaded since, and of "
+                "which no rank has all. Load it as well, or load before setup, or declare the load: "
+                "init_module(checkpoint=…)."
             )
         _initialise(waits, sources)
 

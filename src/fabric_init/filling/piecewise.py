@@ -28,7 +28,7 @@ class Piecewise:
         self._together = {
             position: group for group in storage_groups(prepared.plan.entries).values() for position in group
         }
-        self._loaded = loaded_storages(prepared.plan.entries, prepared.tapes)
+        self._loaded = loaded_storages(prepared.plan, prepared.tapes)
         self._rows: dict[int, Row] = {}
 
     def begin(self) -> None:

@@ -6,7 +6,7 @@ Every error a user can make is raised here, before a weight is read or memory is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -46,12 +46,22 @@ class Entry(NamedTuple):
         return self.spec.dtype if self.spec is not None and self.spec.dtype != self.slot.dtype else None
 
 
+class Source(NamedTuple):
+    """A tensor that is all of its recorded storage, the checkpoint key for its value, and :attr:`Entry.since`."""
+
+    ref: TensorRef
+    key: str
+    since: int | None = None
+
+
 @dataclass(frozen=True)
 class Plan:
     """What :func:`~fabric_init.filling.fill.fill` carries out. ``unexpected``: checkpoint keys that nothing takes."""
 
     entries: tuple[Entry, ...]
     unexpected: tuple[str, ...] = ()
+    sources: Mapping[int, Source] = field(default_factory=dict)
+    """By storage: what the model does not hold any more, but others may have been computed from."""
 
 
 @dataclass(frozen=True)

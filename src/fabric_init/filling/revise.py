@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import RecordingError
-from fabric_init.filling.computed import computed_since
+from fabric_init.filling.computed import replaced_since, written_since
 from fabric_init.filling.deferred import given_since, loaded_since, refuse_lost_writes
 from fabric_init.filling.materialize import Prepared, survey
-from fabric_init.filling.plan import Action, Entry, Plan, check_all_have_values, own_init
+from fabric_init.filling.plan import Action, Entry, Plan, Source, check_all_have_values, own_init
 from fabric_init.filling.several import Several
 from fabric_init.recording.tape import Tape
 
@@ -45,14 +45,15 @@ def revised(plans: Sequence[Prepared], model: nn.Module) -> Prepared:
             entries.append(Entry(slot, Action.LOAD, (reader.key(earlier, over),), earlier.spec(over)))
         elif slot.real and any(name in given for name in slot.names):
             entries.append(Entry(slot, Action.KEEP))
-        elif (entry := planned.get(id(tensor))) is not None:
+        elif (entry := planned.get(id(tensor))) is not None and not replaced_since(entry, slot, tapes):
             entries.append(entry._replace(slot=slot))
         else:
             entries.append(Entry(slot, own_init(slot, tapes)))
     check_all_have_values(entries, tapes, reader)
-    _refuse_changes_of_what_is_loaded(entries, tapes)
+    _refuse_lost_changes(entries, tapes)
     unexpected = tuple(key for plan in plans for key in plan.plan.unexpected)
-    return Prepared(Plan(tuple(entries), unexpected), tensors, tapes, reader, any(plan.exact for plan in plans))
+    plan = Plan(tuple(entries), unexpected, _sources(planned.values(), plans))
+    return Prepared(plan, tensors, tapes, reader, any(plan.exact for plan in plans))
 
 
 def planned_tensors(plans: Sequence[Prepared]) -> set[int]:
@@ -72,10 +73,26 @@ def _by_tensor(plans: Sequence[Prepared], reader: Several) -> dict[int, Entry]:
     return found
 
 
-def _refuse_changes_of_what_is_loaded(entries: Sequence[Entry], tapes: Mapping[int, Tape]) -> None:
-    changed = [entry.slot.name for entry in entries if entry.action is Action.LOAD and computed_since(entry, tapes)]
-    if changed:
-        raise RecordingError(
-            f"{', '.join(changed[:5])}{' …' if len(changed) > 5 else ''}: changed in a recorded block after the one "
-            "that declared the load, and this strategy loads in setup. Change it once the model has values."
-        )
+def _sources(entries: Iterable[Entry], plans: Sequence[Prepared]) -> dict[int, Source]:
+    """What was to be loaded when the blocks ended, also where the model holds something else by now."""
+    tapes = {storage: tape for plan in plans for storage, tape in plan.tapes.items()}
+    return {
+        ref.storage: Source(ref, entry.keys[0], entry.since)
+        for entry in entries
+        if entry.action is Action.LOAD and (ref := entry.slot.ref) is not None
+        if tapes[ref.storage].current().covers(ref)
+    }
+
+
+def _refuse_lost_changes(entries: Sequence[Entry], tapes: Mapping[int, Tape]) -> None:
+    loads = [entry for entry in entries if entry.action is Action.LOAD]
+    written = [entry for entry in loads if written_since(entry, tapes)]
+    resized = [entry for entry in loads if entry.spec is not None and entry.spec.shape != entry.slot.shape]
+    for what, changed in (("written", written), ("of another shape", resized)):
+        if changed:
+            names = ", ".join(entry.slot.name for entry in changed[:5])
+            raise RecordingError(
+                f"{names}{' …' if len(changed) > 5 else ''}: {what} since the block that declared the load, and this "
+                "strategy loads in setup. Change it once the model has values, or put something else in its place in "
+                "a second block: with fabric.init_module(empty_init=True): …"
+            )

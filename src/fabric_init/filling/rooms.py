@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ def with_rooms(prepared: Prepared, model: nn.Module, planned: Collection[int]) -
     What is computed from loaded tensors does not: it has all that it takes.
     """
     plan, tensors, tapes, reader, exact = prepared
-    loaded = {storage: source.since for storage, source in loaded_storages(plan.entries, tapes).items()}
+    loaded = {storage: source.since for storage, source in loaded_storages(plan, tapes).items()}
     later: list[tuple[Slot, Tensor]] = []
     now: list[tuple[Entry, Tensor]] = []
     for entry, tensor in zip(plan.entries, tensors, strict=True):
@@ -67,7 +68,7 @@ def with_rooms(prepared: Prepared, model: nn.Module, planned: Collection[int]) -
         return prepared
     entries = tuple(entry for entry, _ in now)
     both = [(entry.slot, tensor) for entry, tensor in now]
-    return Rooms(later, both, Plan(entries, plan.unexpected), tapes, type(model).__name__, reader)
+    return Rooms(later, both, replace(plan, entries=entries), tapes, type(model).__name__, reader)
 
 
 def allocate(models: Sequence[nn.Module], placement_for: Callable[[nn.Module], Placement]) -> None:
