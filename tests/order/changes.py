@@ -47,7 +47,9 @@ def write(path: Path, seed: int = 77) -> Path:
 
 
 def adapted(model: nn.Module, kind: str) -> Any:
-    return get_peft_model(model, LoraConfig(r=4, target_modules=list(TARGETS), use_dora=kind == "dora"))
+    how = "pissa" if kind == "pissa" else True
+    config = LoraConfig(r=4, target_modules=list(TARGETS), use_dora=kind == "dora", init_lora_weights=how)
+    return get_peft_model(model, config)
 
 
 def _peft_name(key: str) -> str:
@@ -276,6 +278,23 @@ def check_adapters(found: Expected, state: Expected) -> list[str]:
 EMBEDDINGS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
+def check_pissa(found: Expected, state: Expected) -> list[str]:
+    """What peft has taken out of the base weights is in the adapters."""
+    wrong = []
+    for key, value in state.items():
+        name = _peft_name(key)
+        layer = name.removesuffix("base_layer.weight")
+        whole = found[name]
+        if layer != name:
+            taken = found[f"{layer}lora_B.default.weight"] @ found[f"{layer}lora_A.default.weight"]
+            whole = whole + 2 * taken  # lora_alpha / r
+            if taken.norm() < 0.1 * value.norm():
+                wrong.append(f"{key}: nothing was taken")
+        if not torch.allclose(whole, value, atol=1e-5):
+            wrong.append(key)
+    return wrong
+
+
 def check_resized(found: Expected, state: Expected) -> list[str]:
     wrong = _base(found, state, str, EMBEDDINGS)
     for name in EMBEDDINGS:
@@ -321,6 +340,8 @@ def cells() -> Iterator[Cell]:
     for way, make in ADAPTERS.items():
         for kind in ("lora", "dora"):
             yield Cell(f"{kind}, {way}", lambda f, c, m=make, k=kind: m(f, c, k), check_adapters, "lora_")
+    for way in ("in the block, reinit", "second block"):
+        yield Cell(f"pissa, {way}", lambda f, c, m=ADAPTERS[way]: m(f, c, "pissa"), check_pissa, "lora_")
     for where in ("in the block", "second block", "after"):
         for mean in (False, True):
             name = f"resized {where}, mean={mean}"
