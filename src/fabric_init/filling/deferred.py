@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from fabric_init.checkpoints import Region, TensorSpec
 from fabric_init.checkpoints.region import take
 from fabric_init.errors import FabricInitError, RecordingError, UninitializedTensorError
-from fabric_init.filling.marks import version_of
+from fabric_init.filling.marks import is_exact_mark, marked_elements, place_mark, version_of
 from fabric_init.filling.slots import named_modules
 from fabric_init.recording.empty_init import active, recorded_build
 from fabric_init.recording.modules import BuiltModules
@@ -62,12 +62,13 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
 class _Recorded:
     """What a module that was recorded remembers until it has memory."""
 
-    __slots__ = ("loaded", "mend", "real", "versions")
+    __slots__ = ("emptied", "loaded", "mend", "real", "versions")
 
     def __init__(self, mend: str) -> None:
         self.mend = mend
         self.versions: dict[str, int] = {}  # of its own recorded tensors, when the block ended
         self.real: dict[str, tuple[Tensor, int]] = {}  # its tensors that had memory then, and their versions
+        self.emptied: set[str] = set()  # those that to_empty has given memory
         self.loaded: dict[str, Tensor] = {}  # what load_state_dict has brought for the recorded ones since
 
     def refuse(self, module: nn.Module, use: str) -> NoReturn:
@@ -129,17 +130,25 @@ def _of(module: nn.Module) -> _Recorded:
 
 
 def _apply(itself: weakref.ref[nn.Module], fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """In the place of ``Module._apply``, under ``to``, ``share_memory`` and ``to_empty``: a cast alone is fine."""
+    """In the place of ``Module._apply``, under ``to``, ``share_memory`` and ``to_empty``.
+
+    A cast is fine. What ``to_empty`` gives memory has to be written by the user.
+    """
     module = itself()
     assert module is not None
-    if any(recorded(tensor) is not None for tensor in _own(module).values()):
+    own = [name for name, tensor in _own(module).items() if recorded(tensor) is not None]
+    if own:
         try:
-            stays = fn(torch.empty(0, device="meta")).is_meta
+            fn(torch.empty(0, device="meta"))
         except (NotImplementedError, RuntimeError):
-            stays = False
-        if not stays:
-            _of(module).refuse(module, "be moved, shared or given memory")
+            _of(module).refuse(module, "be moved or shared")
     type(module)._apply(module, fn, recurse)
+    for name in own:
+        tensor = getattr(module, name)
+        if not tensor.is_meta:
+            with torch.no_grad():
+                place_mark(tensor)
+            _of(module).emptied.add(name)
     return module
 
 
@@ -191,7 +200,21 @@ def refuse_lost_writes(model: nn.Module) -> None:
 
     Raises:
         RecordingError: naming them.
+        UninitializedTensorError: ``to_empty`` has given some memory, and nobody has written that.
     """
+    garbage = [
+        prefix + name
+        for prefix, module, record in _records(model)
+        if record is not None
+        for name in record.emptied
+        if (tensor := _own(module).get(name)) is not None and not tensor.is_meta
+        if (marks := marked_elements(tensor)) is not None and is_exact_mark(marks)
+    ]
+    if garbage:
+        raise UninitializedTensorError(
+            f"{', '.join(garbage[:5])}{' …' if len(garbage) > 5 else ''}: to_empty() has given memory, and nothing has "
+            "written values there. Leave to_empty() out: recorded tensors get memory and values together."
+        )
     lost = [
         prefix + name
         for prefix, module, record in _records(model)

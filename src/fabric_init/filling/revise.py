@@ -35,14 +35,16 @@ def revised(plans: Sequence[Prepared], model: nn.Module) -> Prepared:
     slots, tensors, tapes = survey(model)
     given, earlier = given_since(model), loaded_since(model)
     readers: list[CheckpointReader] = [plan.reader for plan in plans if plan.reader is not None]
-    reader = Several([*readers, earlier] if earlier is not None else readers)
-    planned = _by_tensor(plans, reader)
+    readers += [earlier] if earlier is not None else []
+    several = Several(readers)
+    reader = several if len(several) > 1 else readers[0]  # which may have a way of its own to load all
+    planned = _by_tensor(plans, several)
     loaded = frozenset(earlier.keys()) if earlier is not None else frozenset()
     entries = []
     for slot, tensor in zip(slots, tensors, strict=True):
         over = next((name for name in slot.names if name in loaded), None)
         if over is not None and earlier is not None:
-            entries.append(Entry(slot, Action.LOAD, (reader.key(earlier, over),), earlier.spec(over)))
+            entries.append(Entry(slot, Action.LOAD, (several.key(earlier, over),), earlier.spec(over)))
         elif slot.real and any(name in given for name in slot.names):
             entries.append(Entry(slot, Action.KEEP))
         elif (entry := planned.get(id(tensor))) is not None and not replaced_since(entry, slot, tapes):

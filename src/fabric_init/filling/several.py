@@ -24,6 +24,10 @@ class Several:
         self.path, self.format = Path(" + ".join(paths)), self._readers[0].format
         self.note = "; ".join(notes) or None
 
+    def __len__(self) -> int:
+        """How many readers."""
+        return len(self._readers)
+
     def key(self, reader: CheckpointReader, key: str) -> str:
         """What ``key`` of one of the readers is called here."""
         return key if reader is self._readers[0] else f"{reader.path}: {key}"
