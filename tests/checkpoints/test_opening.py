@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dcp_writers import save_alone
 from safetensors.torch import save_file
 
 from fabric_init.checkpoints import CheckpointReader, open_checkpoint
@@ -99,11 +100,31 @@ def test_several_unrelated_files_are_named_rather_than_guessed_at(tmp_path: Path
         open_checkpoint(tmp_path)
 
 
-def test_a_distributed_checkpoint_says_how_to_convert_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mmap", [True, False])
+@pytest.mark.parametrize("asked", ["", ".metadata"])
+def test_a_distributed_checkpoint_is_preferred_to_the_torch_file_that_lightning_puts_beside_it(
+    tmp_path: Path, asked: str, mmap: bool
+) -> None:
+    save_alone({"model": W}, tmp_path)
     put(tmp_path, "meta.pt")
-    (tmp_path / ".metadata").touch()
-    with pytest.raises(CheckpointFormatError, match="dcp_to_torch"):
-        open_checkpoint(tmp_path)
+    reader = open_checkpoint(tmp_path / asked, mmap=mmap)
+    assert reader.format == "torch.distributed.checkpoint"
+    assert torch.equal(reader.read("w"), W["w"])
+    with pytest.raises(CheckpointFormatError, match=rf"give the folder, {tmp_path}"):
+        open_checkpoint(tmp_path / "__0_0.distcp")
+
+
+def test_a_state_dict_can_be_named_where_there_are_several(tmp_path: Path) -> None:
+    content = {"generator": W, "critic": {"w": torch.zeros(2)}}
+    torch.save(content, tmp_path / "m.ckpt")
+    save_alone(content, tmp_path / "folder")
+    for path in (tmp_path / "m.ckpt", tmp_path / "folder"):
+        with pytest.raises(CheckpointFormatError, match="entry='generator'"):
+            open_checkpoint(path)
+        assert torch.equal(open_checkpoint(path, entry="critic").read("w"), torch.zeros(2))
+    put(tmp_path, "m.safetensors")
+    with pytest.raises(CheckpointFormatError, match=r"m\.safetensors has no entries, so entry='critic' names nothing"):
+        open_checkpoint(tmp_path / "m.safetensors", entry="critic")
 
 
 @pytest.mark.parametrize("name", ["m.safetensors", "m.bin"])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fabric_init.checkpoints import Box, Span, take
-from fabric_init.checkpoints.region import Region, copy_part, window
+from fabric_init.checkpoints.region import Region, boxes_of, copy_part, overlap, whole, window
 
 
 @st.composite
@@ -46,6 +46,33 @@ def test_take_is_right_for_a_transposed_tensor(case: tuple[tuple[int, ...], Regi
         torch.arange(torch.Size(shape).numel()).reshape(shape[::-1]).permute(tuple(reversed(range(len(shape)))))
     )
     assert torch.equal(take(transposed, region), by_indexing(transposed, region))
+
+
+@given(shaped_regions())
+def test_the_boxes_of_a_span_are_that_span_in_its_order(case: tuple[tuple[int, ...], Region]) -> None:
+    shape, region = case
+    tensor = torch.arange(torch.Size(shape).numel()).reshape(shape)
+    span = region if isinstance(region, Span) else Span(0, tensor.numel())
+    boxes = list(boxes_of(shape, span))
+    assert len(boxes) <= max(1, 2 * len(shape) - 1)
+    parts = [by_indexing(tensor, box).flatten() for box in boxes]
+    assert torch.equal(torch.cat([tensor.flatten()[:0], *parts]), by_indexing(tensor, span))
+
+
+@given(shaped_regions(), st.data())
+def test_the_overlap_of_two_boxes_is_what_they_have_in_common(
+    case: tuple[tuple[int, ...], Region], data: st.DataObject
+) -> None:
+    shape, one = case
+    one = one if isinstance(one, Box) else whole(shape)
+    offsets = tuple(data.draw(st.integers(0, size)) for size in shape)
+    sizes = tuple(data.draw(st.integers(0, size - at)) for size, at in zip(shape, offsets, strict=True))
+    found = overlap(one, Box(offsets, sizes))
+    marks = torch.zeros(shape, dtype=torch.int64)
+    for box in (one, Box(offsets, sizes)):
+        by_indexing(marks, box).add_(1)
+    assert (found.numel if found else 0) == int((marks == 2).sum())
+    assert found is None or bool((by_indexing(marks, found) == 2).all())
 
 
 def test_a_box_and_a_span_of_a_contiguous_tensor_are_views() -> None:

@@ -132,6 +132,14 @@ def test_extra_state_and_notes_of_torch_shards_are_passed_on(tmp_path: Path) -> 
     assert reader.note == "a.bin: state dict found under 'model'"
 
 
+def test_shards_in_the_legacy_format_are_read(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(3)}, tmp_path / "a.bin", _use_new_zipfile_serialization=False)
+    (tmp_path / "x.bin.index.json").write_text(json.dumps({"weight_map": {"w": "a.bin"}}))
+    reader = ShardedReader(tmp_path / "x.bin.index.json")
+    assert torch.equal(reader.read("w", Span(1, 3)), torch.ones(2))
+    assert reader.note == "a.bin: legacy format of before torch 1.6: all of the file is in memory"
+
+
 def test_an_unknown_key_is_a_key_error(tmp_path: Path) -> None:
     reader = ShardedReader(write(tmp_path))
     for ask in (reader.spec, reader.read):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fabric_init.checkpoints import Box, Span, TensorSpec, TorchFileReader, take
+from fabric_init.checkpoints import Box, Span, TensorSpec, TorchFileReader, open_checkpoint, take
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
 
 BOTH = pytest.mark.parametrize("mmap", [True, False], ids=["mapped", "copied"])
@@ -48,14 +48,48 @@ def test_a_state_dict_inside_a_training_checkpoint_is_found_and_noted(tmp_path: 
 
 def test_two_state_dicts_are_refused_rather_than_guessed_at(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.pt", {"model": {"w": torch.ones(1)}, "module": {"w": torch.zeros(1)}})
-    with pytest.raises(CheckpointFormatError, match=r"m\.pt holds state dicts under 'model' and 'module'"):
+    with pytest.raises(
+        CheckpointFormatError, match=r"m\.pt holds 2 state dicts: 'model' \(1 tensors\), 'module' .*entry='model'"
+    ):
         TorchFileReader(path)
+    assert torch.equal(TorchFileReader(path, entry="module").read("w"), torch.zeros(1))
 
 
-def test_a_state_dict_under_another_name_is_pointed_out(tmp_path: Path) -> None:
-    path = saved(tmp_path / "m.pt", {"generator": {"w": torch.ones(1), "b": torch.ones(1)}, "epoch": 1})
-    with pytest.raises(CheckpointFormatError, match=r"tensors under 'generator' \(2 tensors\): save that dict"):
+OPTIMIZER = {"state": {0: {"exp_avg": torch.ones(1)}}, "param_groups": [{"params": [0]}]}
+
+
+def test_the_only_state_dict_is_found_under_any_name(tmp_path: Path) -> None:
+    content = {"net": {"w": torch.ones(1), "b": torch.ones(1)}, "epoch": 1, "adam": OPTIMIZER}
+    reader = TorchFileReader(saved(tmp_path / "m.pt", content))
+    assert reader.keys() == ("w", "b")
+    assert reader.note == "state dict found under 'net'"
+
+
+def test_a_state_dict_is_found_in_a_dict_in_a_dict(tmp_path: Path) -> None:
+    content = {"app": {"model": {"w": torch.ones(1)}, "optim": OPTIMIZER}, "other": {"w": torch.zeros(1)}}
+    reader = TorchFileReader(saved(tmp_path / "m.pt", content))
+    assert reader.note == "state dict found under 'app.model'"
+    assert torch.equal(reader.read("w"), torch.ones(1))
+
+
+def test_of_several_state_dicts_one_has_to_be_named(tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.pt", {"generator": {"w": torch.ones(1)}, "critic": {"w": torch.zeros(1)}})
+    with pytest.raises(CheckpointFormatError, match=r"'generator' \(1 tensors\), 'critic' .*entry='generator'"):
         TorchFileReader(path)
+    with pytest.raises(CheckpointFormatError, match=r"no state dict 'model'\. There are tensors under 'generator'"):
+        TorchFileReader(path, entry="model")
+    assert torch.equal(TorchFileReader(path, entry="critic").read("w"), torch.zeros(1))
+
+
+def test_the_state_of_an_optimizer_is_no_state_dict(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointFormatError, match="other than the state of optimizers"):
+        TorchFileReader(saved(tmp_path / "m.pt", OPTIMIZER))
+
+
+def test_a_dict_that_holds_itself_is_looked_at_once(tmp_path: Path) -> None:
+    content: dict[str, object] = {"step": 1}
+    content["again"] = [content] and {"self": content, "w": torch.ones(1)}
+    assert TorchFileReader(saved(tmp_path / "m.pt", content)).keys() == ("w",)
 
 
 def test_extra_state_is_kept_and_other_entries_have_no_key(tmp_path: Path) -> None:
@@ -63,6 +97,11 @@ def test_extra_state_is_kept_and_other_entries_have_no_key(tmp_path: Path) -> No
     reader = TorchFileReader(saved(tmp_path / "m.pt", content))
     assert reader.keys() == ("w", "t._extra_state")
     assert reader.extra_state == {"q._extra_state": {"scale": 2}}
+
+
+def test_tensors_in_extra_state_are_no_weights(tmp_path: Path) -> None:
+    content = {"net": {"w": torch.ones(1), "q._extra_state": {"amax": torch.ones(3)}}}
+    assert TorchFileReader(saved(tmp_path / "m.pt", content)).keys() == ("w",)
 
 
 @BOTH
@@ -134,12 +173,47 @@ def test_a_whole_module_is_refused_by_its_class(tmp_path: Path) -> None:
         TorchFileReader(saved(tmp_path / "m.pt", torch.nn.Linear(2, 2)))
 
 
-def test_the_legacy_format_says_how_to_save_it_again(tmp_path: Path) -> None:
-    torch.save({"w": torch.ones(1)}, tmp_path / "m.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(
-        CheckpointFormatError, match=r"m\.pt was written in the format of before torch 1\.6(.|\n)*torch.save"
-    ):
-        TorchFileReader(tmp_path / "m.pt")
+def legacy(path: Path, content: object) -> Path:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    return path
+
+
+@BOTH
+def test_the_legacy_format_is_read_into_memory_and_noted(tmp_path: Path, mmap: bool) -> None:
+    base = torch.arange(60.0)
+    content = {"w": base.reshape(6, 10), "t": base.reshape(10, 6).t(), "h": base[:7].bfloat16(), "n": torch.tensor(3)}
+    reader = TorchFileReader(legacy(tmp_path / "m.pt", {"model": content, "step": 3}), mmap=mmap)
+    assert (
+        reader.note == "state dict found under 'model'; legacy format of before torch 1.6: all of the file is in memory"
+    )
+    for key, value in content.items():
+        assert reader.spec(key) == TensorSpec(value.shape, value.dtype)
+        assert torch.equal(reader.read(key), value)
+        span = Span(value.numel() // 3, value.numel())
+        assert torch.equal(reader.read(key, span), take(value, span))
+
+
+def test_code_in_a_legacy_file_is_not_run(tmp_path: Path, harmful: object, marker: Path) -> None:
+    path = legacy(tmp_path / "m.pt", {"w": torch.ones(1), "x": harmful})
+    with pytest.raises(CheckpointFormatError, match=r"m\.pt holds more than tensors: its pickle names .*mkdir"):
+        TorchFileReader(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("part", [0.01, 0.3, 0.6, 0.99])
+def test_a_truncated_legacy_file_is_refused(tmp_path: Path, part: float) -> None:
+    path = legacy(tmp_path / "m.pt", {"w": torch.ones(1000)})
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * part)])
+    with pytest.raises(CheckpointFormatError, match=r"m\.pt cannot be read as a file of torch\.save"):
+        TorchFileReader(path)
+
+
+@pytest.mark.parametrize("content", [{"model": {"w": torch.ones(2)}}, {"w": torch.ones(2)}], ids=["wrapped", "plain"])
+def test_litgpts_checkpoint_folder_is_read(tmp_path: Path, content: object) -> None:
+    saved(tmp_path / "lit_model.pth", content)
+    (tmp_path / "model_config.yaml").write_text("n_layer: 2")
+    assert torch.equal(open_checkpoint(tmp_path).read("w"), torch.ones(2))
 
 
 @pytest.mark.parametrize(
@@ -179,7 +253,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         "z.pt": "cannot be read",
         "text.pt": "begins with b'hello'",
         "empty.pt": "is empty",
-        "p.pt": "Save it once more",
+        "p.pt": "cannot be read as a file of torch",
     }.items():
         with pytest.raises(CheckpointFormatError, match=message):
             TorchFileReader(tmp_path / name)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import faulthandler
 import importlib.util
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import signal
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -48,6 +49,8 @@ _PRELOADED = [
     "lightning.fabric",
     "fabric_init",
     "pytest",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # what its setup imports, and torch's compiler with it
 ]
 _start = multiprocessing.get_context("forkserver")
 _start.set_forkserver_preload(_PRELOADED)
@@ -94,10 +97,43 @@ def run_ranks(
     return [outcome.value for outcome in outcomes]
 
 
+def run_ranks_each(
+    world_size: int, function: Callable[..., Result], cases: Mapping[Any, Mapping[str, Any]], **kwargs: Any
+) -> dict[Any, list[Result]]:
+    """:func:`run_ranks` for each of ``cases``, one after the other in one group: to start one takes longer.
+
+    Args:
+        world_size: how many processes.
+        function: called with the keyword arguments of a case, and with ``kwargs``.
+        cases: what they are called, and their arguments.
+
+    Returns:
+        For each case, what each rank returned.
+    """
+    __tracebackhide__ = True
+    file, name = function.__code__.co_filename, function.__qualname__
+    calls = {case: {**kwargs, **arguments} for case, arguments in cases.items()}
+    ranks = run_ranks(world_size, _call_each, seconds=SECONDS + 5 * len(calls), file=file, name=name, calls=calls)
+    return {case: [rank[case] for rank in ranks] for case in calls}
+
+
+def _call_each(file: str, name: str, calls: dict[Any, dict[str, Any]]) -> dict[Any, Any]:
+    function = getattr(_module_of(file), name)
+    results = {}
+    for case, arguments in calls.items():
+        try:
+            results[case] = function(**arguments)
+        except Exception as error:
+            error.add_note(f"in the case {case!r}")
+            raise
+    return results
+
+
 def try_ranks(
     world_size: int, function: Callable[..., Any], *, seconds: float = SECONDS, **kwargs: Any
 ) -> list[Outcome]:
     """As :func:`run_ranks`, but failures are for the caller to look at."""
+    _ensure_server()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         # As under torchrun, the store lives outside the ranks. It picks a port itself, so none can be taken meanwhile.
         store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
@@ -111,6 +147,19 @@ def try_ranks(
             processes.append(process)
         took = _wait(processes, seconds)
         return [_outcome(Path(folder), rank, process, took[rank]) for rank, process in enumerate(processes)]
+
+
+def _ensure_server() -> None:
+    """DeepSpeed decides on import what it runs on, and would take a GPU where there is one."""
+    before = os.environ.get("DS_ACCELERATOR")
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["DS_ACCELERATOR"]
+        else:
+            os.environ["DS_ACCELERATOR"] = before
 
 
 def _wait(processes: list[BaseProcess], seconds: float) -> list[float]:
@@ -214,7 +263,7 @@ def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 def _module_of(file: str) -> ModuleType:
     """Test files are no modules that can be imported by name."""
-    sys.path.insert(0, str(Path(file).parent))
+    sys.path[:0] = [str(Path(file).parent), str(Path(__file__).parent)]
     name = f"_in_rank_{Path(file).stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from fabric_init.checkpoints import CheckpointReader, Region, open_checkpoint
-from fabric_init.filling import opening
+from fabric_init.checkpoints import CheckpointReader, Region, open_checkpoint, source
 
 
 class Watched:
@@ -31,9 +31,9 @@ def watched(before_read: Callable[[int], None] = lambda count: None) -> list[Wat
     """From now on this process opens checkpoints like that; gives those that it has open."""
     opened: list[Watched] = []
 
-    def open_it(path: Path, *, mmap: bool) -> Watched:
-        opened.append(Watched(open_checkpoint(path, mmap=mmap), before_read))
+    def open_it(path: Path, **options: Any) -> Watched:
+        opened.append(Watched(open_checkpoint(path, **options), before_read))
         return opened[-1]
 
-    opening.open_checkpoint = open_it  # type: ignore[assignment]
+    source.open_checkpoint = open_it  # type: ignore[assignment]
     return opened

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from zoo import MODELS, build, one_device, weights, write_checkpoint
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-
-from zoo import MODELS, build, inner, one_device, weights, write_checkpoint
-
-from fabric_init import FabricInitError, UninitializedTensorError
+from fabric_init import UninitializedTensorError
 
 NAME = "transformerish"
 BUILDS = ["eager", "empty", "checkpoint"]
@@ -85,24 +81,29 @@ def values_of(path: Path) -> dict[str, Tensor]:
 
 def expected_after(done: list[str], how: str, files: Files) -> dict[str, Tensor] | None:
     """What plain PyTorch would hold after these calls; ``None`` where nothing has given the model values."""
-    complete = how != "empty"
-    if how == "eager":
-        torch.manual_seed(1)
-        found = weights(MODELS[NAME]())
-    elif how == "checkpoint":
-        found = weights(one_device(NAME, checkpoint=files.declared))
-    else:
-        found = weights(one_device(NAME))
+    if how == "empty" and not done:
+        return None
+    found = first_values(how, files)
     for action in done:
-        complete = True
-        file = ACTIONS[action][1] if action in ACTIONS else None
+        file = ACTIONS[action][1]
         if file is not None:
             found.update(values_of(file(files)))
-    return found if complete else None
+    return found
 
 
-def run_cell(fabric: Any, cell: Cell, files: Files) -> tuple[str, str]:
-    """``("right", "")``, ``("refused", the call and its error)``, or ``("WRONG", why)``."""
+def first_values(how: str, files: Files) -> dict[str, Tensor]:
+    """What the model holds before anything is loaded after the block, or would hold."""
+    if how == "eager":
+        torch.manual_seed(1)
+        return weights(MODELS[NAME]())
+    return weights(one_device(NAME, checkpoint=files.declared if how == "checkpoint" else None))
+
+
+def run_cell(fabric: Any, cell: Cell, files: Files, *, waits: bool = True) -> tuple[str, str]:
+    """``("right", "")``, ``("refused", the call and its error)``, or ``("WRONG", why)``.
+
+    ``waits``: whether a model without values is one still after ``setup``.
+    """
     options = {"eager": {}, "empty": {"empty_init": True}, "checkpoint": {"checkpoint": files.declared}}[cell.build]
     model: Any = build(fabric, NAME, **options)
     done: list[str] = []
@@ -110,26 +111,21 @@ def run_cell(fabric: Any, cell: Cell, files: Files) -> tuple[str, str]:
         try:
             if action == "setup":
                 model = fabric.setup(model)
+                done += [] if waits or cell.build != "empty" or done else ["init_missing"]
             else:
                 ACTIONS[action][0](fabric, model, files)
                 done.append(action)
         except Exception as error:
             refused = f"{action}: {type(error).__name__}: {error}"
-            verdict, why = _verdict(model, done, cell, files, after_refusal=True)
-            return ("refused", refused) if verdict == "right" else (verdict, f"{refused}\nand then {why}")
-    return _verdict(model, done, cell, files, after_refusal=False)
-
-
-def _verdict(model: Any, done: list[str], cell: Cell, files: Files, *, after_refusal: bool) -> tuple[str, str]:
+            left = _left_after_refusal(model, cell, files)
+            return ("WRONG", f"{refused}\nand then {left}") if left else ("refused", refused)
     expected = expected_after(done, cell.build, files)
     try:
-        inner(model)(torch.zeros(1, 6, dtype=torch.long))
+        model(torch.zeros(1, 6, dtype=torch.long))
     except UninitializedTensorError as error:
-        if expected is None or after_refusal:
-            return "right", ""
-        return "WRONG", f"it will not run: {error}"
-    except FabricInitError as error:
-        return "WRONG", f"{type(error).__name__}: {error}"
+        return ("WRONG", f"it will not run: {error}") if expected is not None else ("right", "")
+    except Exception as error:
+        return "WRONG", f"running it: {type(error).__name__}: {error}"
     if expected is None:
         return "WRONG", "it runs, and nothing has given it values"
     found = weights(model)
@@ -137,6 +133,21 @@ def _verdict(model: Any, done: list[str], cell: Cell, files: Files, *, after_ref
     return ("WRONG", f"these tensors have other values: {wrong}") if wrong else ("right", "")
 
 
-def run_table(fabric: Any, files: Files) -> dict[str, tuple[str, str]]:
+def _left_after_refusal(model: Any, cell: Cell, files: Files) -> str:
+    """What is wrong with the model after a call that was refused; torch's own loads what it can before it raises."""
+    try:
+        model(torch.zeros(1, 6, dtype=torch.long))
+    except Exception:
+        return ""  # it cannot be used, and says so
+    sources = [first_values(cell.build, files), *(values_of(file) for file in (files.raw, files.state, files.part))]
+    wrong = [
+        name
+        for name, value in weights(model).items()
+        if not any(name in source and torch.equal(source[name], value) for source in sources)
+    ]
+    return f"these tensors have values from nowhere: {wrong}" if wrong else ""
+
+
+def run_table(fabric: Any, files: Files, **options: Any) -> dict[str, tuple[str, str]]:
     """Every cell's outcome."""
-    return {str(cell): run_cell(fabric, cell, files) for cell in cells()}
+    return {str(cell): run_cell(fabric, cell, files, **options) for cell in cells()}

@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from sequences import Files, run_table, write_files
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-
 from ranks import run_ranks
+from sequences import Files, run_table, write_files
 from zoo import launch
 
 from fabric_init import Fabric
 
+REFUSED = {
+    "ddp": (),
+    "fsdp": (
+        # Lightning hands load_state_dict to the model under FSDP's wrapper, whose parameters are flat
+        "load_state_dict: RuntimeError: Error(s) in loading state_dict",
+        "assign: RuntimeError: Error(s) in loading state_dict",
+        "load: ValueError: Could not find a FSDP model",  # Lightning's, before setup
+    ),
+    "fsdp2": ("load: ValueError: Could not find a distributed model",),  # Lightning's, before setup
+    "deepspeed_stage_2": (),
+    "deepspeed_stage_3": ("assign: FabricInitError: embed_tokens.weight is partitioned by DeepSpeed",),
+}
+"""What may be refused, and how it is said."""
+
 
 def in_ranks(strategy: str, files: Files) -> dict[str, tuple[str, str]]:
-    return run_table(launch(strategy), files)
+    return run_table(launch(strategy), files, waits=strategy != "fsdp")
 
 
-def check(table: dict[str, tuple[str, str]]) -> None:
-    wrong = [f"{cell}: {why}" for cell, (verdict, why) in table.items() if verdict == "WRONG"]
+def check(table: dict[str, tuple[str, str]], refused: tuple[str, ...]) -> None:
+    assert len(table) > 200
+    wrong = [
+        f"{cell}: {why}"
+        for cell, (verdict, why) in table.items()
+        if verdict != "right" and not (verdict == "refused" and why.startswith(refused or ("nothing",)))
+    ]
     assert not wrong, f"{len(wrong)} of {len(table)} cells\n" + "\n".join(wrong[:20])
 
 
 def test_on_one_device(tmp_path: Path) -> None:
-    table = run_table(Fabric(accelerator="cpu", devices=1), write_files(tmp_path))
-    check(table)
-    print(Counter(verdict for verdict, _ in table.values()), {why for v, why in table.values() if v == "refused"})
+    check(run_table(Fabric(accelerator="cpu", devices=1), write_files(tmp_path)), ())
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", REFUSED)
 def test_on_two_ranks(strategy: str, tmp_path: Path) -> None:
     files = write_files(tmp_path)
     for table in run_ranks(2, in_ranks, strategy=strategy, files=files, seconds=300):
-        check(table)
-        print(Counter(verdict for verdict, _ in table.values()), {why for v, why in table.values() if v == "refused"})
+        check(table, REFUSED[strategy])

@@ -1,6 +1,6 @@
-"""The bytes of one file as tensors: mapped into memory, or copied out by plain reads.
+"""The bytes of one file as tensors: mapped into memory, copied out by plain reads, or fetched from a URL.
 
-Both know nothing of formats. A format's reader finds out where a tensor lies and asks for a window of it.
+All know nothing of formats. A format's reader finds out where a tensor lies and asks for a window of it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import mmap as _mmap
 import os
 import stat
 import sys
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +18,7 @@ from typing import Protocol
 import torch
 
 from fabric_init.checkpoints.region import Window
+from fabric_init.checkpoints.remote import AnyPath, RemoteBytes, RemotePath
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
 
 # Without it Linux refuses a private writable map larger than memory plus swap, although most of it is never written.
@@ -30,12 +32,20 @@ _GATHER_BYTES = 1 << 20
 class FileBytes(Protocol):
     """The bytes of one open file; every method may be called from any thread."""
 
-    path: Path
+    @property
+    def path(self) -> AnyPath:
+        """Where it is; error messages name it."""
+        ...
+
     size: int
     """Bytes in the file when it was opened."""
 
     def head(self, stop: int) -> bytes:
         """The first ``stop`` bytes; fewer when the file is shorter."""
+        ...
+
+    def part(self, start: int, stop: int) -> bytes:
+        """Bytes ``start:stop``. Raises :class:`~fabric_init.errors.CheckpointFormatError` when they are not there."""
         ...
 
     def tensor(self, dtype: torch.dtype, offset: int, window: Window) -> torch.Tensor:
@@ -46,12 +56,20 @@ class FileBytes(Protocol):
         ...
 
 
-def open_bytes(path: Path, *, mmap: bool) -> FileBytes:
+Opener = Callable[[AnyPath], FileBytes]
+"""How a reader gets at the bytes of a file: :func:`open_bytes`, or one that checks them on the way."""
+
+
+def open_bytes(path: AnyPath, *, mmap: bool) -> FileBytes:
     """Open a regular file: mapped privately (zero copy, copy on write), or for plain reads that copy.
+
+    One at a URL is read by requests for the parts wanted.
 
     Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when it is missing and
     :class:`~fabric_init.errors.CheckpointFormatError` when it is a folder, a pipe, empty or not readable.
     """
+    if isinstance(path, RemotePath):
+        return RemoteBytes(path)
     try:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
@@ -90,22 +108,32 @@ class _Mapped:
     def head(self, stop: int) -> bytes:
         return self._map[:stop]
 
+    def part(self, start: int, stop: int) -> bytes:
+        self._check(stop)
+        return self._map[start:stop]
+
     def tensor(self, dtype: torch.dtype, offset: int, window: Window) -> torch.Tensor:
         count = window.extent
         if not count:
             return torch.empty(window.sizes, dtype=dtype, device="cpu")
-        if self._map.size() < self.size:
-            # Touching a page past the end would kill the process with SIGBUS.
-            raise CheckpointFormatError(_changed(self.path, self.size))
-        start = offset + window.start * dtype.itemsize
-        if start % dtype.itemsize:
-            # Legal in old files whose header was not padded; kernels may assume alignment, so this one is a copy.
-            raw = torch.frombuffer(self._map, dtype=torch.uint8, count=count * dtype.itemsize, offset=start)
-            flat = raw.clone().view(dtype)
-        else:
-            flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=start)
+        size = dtype.itemsize
+        start = offset + window.start * size
+        self._check(start + count * size)
+        if start % size:
+            # Legal in old safetensors files and usual in those of torch.distributed.checkpoint. Kernels may assume
+            # alignment, so this one is a copy, of no more than the window.
+            raw = torch.frombuffer(self._map, dtype=torch.uint8, count=count * size, offset=start)
+            strides = (*(stride * size for stride in window.strides), 1)
+            copy = raw.as_strided((*window.sizes, size), strides).clone(memory_format=torch.contiguous_format)
+            return copy.view(dtype).view(window.sizes).detach()
+        flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=start)
         # detach() drops the autograd view record: what is returned becomes a parameter and should be nobody's view.
         return flat.as_strided(window.sizes, window.strides).detach()
+
+    def _check(self, stop: int) -> None:
+        if self._map.size() < max(stop, self.size):
+            # Touching a page past the end would kill the process with SIGBUS.
+            raise CheckpointFormatError(changed(self.path, self.size))
 
 
 class _Plain:
@@ -114,13 +142,22 @@ class _Plain:
     def __init__(self, path: Path, found: os.stat_result) -> None:
         self.path = path
         self.size = found.st_size
-        self._identity = _identity(found)
+        self._identity = identity(found)
 
     def head(self, stop: int) -> bytes:
         with FileIO(self.path) as file:
             data = bytearray(min(stop, self.size))
             _read_into(file, 0, memoryview(data), self)
             return bytes(data)
+
+    def part(self, start: int, stop: int) -> bytes:
+        data = bytearray(stop - start)
+        try:
+            with FileIO(self.path) as file:
+                _read_into(file, start, memoryview(data), self)
+        except OSError as error:
+            raise CheckpointFormatError(f"{self.path} can no longer be read: {error}.") from error
+        return bytes(data)
 
     def tensor(self, dtype: torch.dtype, offset: int, window: Window) -> torch.Tensor:
         out = torch.empty(window.sizes, dtype=dtype, device="cpu")
@@ -130,8 +167,8 @@ class _Plain:
             # Opened anew each time: no lock between threads, no descriptor held open.
             with FileIO(self.path) as file:
                 self._gather(file, out, offset, window)
-                if _identity(os.fstat(file.fileno())) != self._identity:
-                    raise CheckpointFormatError(_changed(self.path, self.size))
+                if identity(os.fstat(file.fileno())) != self._identity:
+                    raise CheckpointFormatError(changed(self.path, self.size))
         except OSError as error:
             raise CheckpointFormatError(f"{self.path} can no longer be read: {error}.") from error
         return out
@@ -141,10 +178,10 @@ class _Plain:
         size, start = out.element_size(), offset + window.start * out.element_size()
         extent = window.extent
         if extent == out.numel():
-            _read_into(file, start, _memory(out), self)
+            _read_into(file, start, memory(out), self)
         elif extent * size <= _GATHER_BYTES:
             scratch = torch.empty(extent, dtype=out.dtype, device="cpu")
-            _read_into(file, start, _memory(scratch), self)
+            _read_into(file, start, memory(scratch), self)
             out.copy_(scratch.as_strided(window.sizes, window.strides))
         else:
             for row in range(window.sizes[0]):
@@ -158,20 +195,22 @@ def _read_into(file: FileIO, start: int, target: memoryview, source: FileBytes) 
         # One call returns at most about 2 GiB.
         got = file.readinto(target)
         if not got:
-            raise CheckpointFormatError(_changed(source.path, source.size))
+            raise CheckpointFormatError(changed(source.path, source.size))
         target = target[got:]
 
 
-def _memory(tensor: torch.Tensor) -> memoryview:
+def memory(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, writable; ``Tensor.numpy`` knows neither bfloat16 nor fp8."""
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
-def _identity(found: os.stat_result) -> tuple[int, ...]:
+def identity(found: os.stat_result) -> tuple[int, ...]:
+    """What differs once a file was replaced or written to."""
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _changed(path: Path, size: int) -> str:
+def changed(path: AnyPath, size: int) -> str:
+    """The message for a file that did."""
     return (
         f"{path} changed after it was opened (it held {size:,} bytes then). Open it again; save a new checkpoint "
         f"beside the old one and rename it, rather than over it."

@@ -1,19 +1,24 @@
-"""A path -> the reader for what lies there."""
+"""A path, URL or model id -> the reader for what is there: the table of the formats that are known."""
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
-from fabric_init.checkpoints.file_bytes import open_bytes
+from fabric_init.checkpoints import hub
+from fabric_init.checkpoints.dcp import DCPReader
+from fabric_init.checkpoints.deepspeed_folder import DeepSpeedFolderReader, is_deepspeed_folder
+from fabric_init.checkpoints.formats import Candidate, Format, registered_formats
+from fabric_init.checkpoints.manifest import Manifest
 from fabric_init.checkpoints.reader import CheckpointReader
+from fabric_init.checkpoints.remote import RemotePath
 from fabric_init.checkpoints.safetensors import SafetensorsReader
 from fabric_init.checkpoints.sharded import ShardedReader
 from fabric_init.checkpoints.torch_file import TorchFileReader
-from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
+from fabric_init.errors import CheckpointError, CheckpointFormatError, CheckpointNotFoundError
 
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -25,8 +30,8 @@ _NOT_WEIGHTS = frozenset(
 )
 
 _LOOKED_FOR = """\
-*.safetensors.index.json, model.safetensors or a single *.safetensors, *.bin.index.json, pytorch_model.bin or a single \
-*.bin, *.pt, *.pth or *.ckpt"""
+*.safetensors.index.json, model.safetensors or a single *.safetensors, .metadata of torch.distributed.checkpoint, \
+latest of DeepSpeed, *.bin.index.json, pytorch_model.bin or a single *.bin, *.pt, *.pth or *.ckpt"""
 
 _KNOWN_ELSEWHERE = {
     b"GGUF": "a GGUF file (llama.cpp)",
@@ -39,76 +44,179 @@ _KNOWN_ELSEWHERE = {
 }
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, mmap: bool = True) -> CheckpointReader:
-    """Open a checkpoint file, the folder it lies in, or its ``*.index.json``; no weight is read.
+def open_checkpoint(
+    path: str | os.PathLike[str] | RemotePath,
+    *,
+    mmap: bool = True,
+    entry: str | None = None,
+    manifest: str | os.PathLike[str] | None = None,
+) -> CheckpointReader:
+    """Open a checkpoint; no weight is read.
 
     Files are told apart by their first bytes. In a folder a safetensors index is preferred, then a single safetensors
-    file, then a torch index, then a single torch file. With ``mmap=True`` what is read later is a view of a private
-    copy-on-write map; ``mmap=False`` copies, for files that may be overwritten in place.
+    file, then the metadata of ``torch.distributed.checkpoint`` (which is what sharded strategies save), then a
+    DeepSpeed checkpoint, then a torch index, then a single torch file. Formats of
+    :func:`~fabric_init.checkpoints.register_reader` are asked first.
 
-    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when there is nothing at ``path``, or a folder has no
-    checkpoint in it, and :class:`~fabric_init.errors.CheckpointFormatError` when what is there cannot be read, or
-    several unrelated files could be meant.
+    Args:
+        path: a file, the folder it lies in, its ``*.index.json``, a DeepSpeed folder, a URL for fsspec (``s3://…``), or
+            the id of a model on the Hugging Face Hub, ``org/name`` or ``org/name@revision``, where nothing local has
+            that name.
+        mmap: what is read later is a view of a private copy-on-write map. ``False`` copies, for files that may be
+            overwritten in place. What is remote, or checked block by block, is always copied.
+        entry: the state dict that is meant, by its key (``"generator"``, or ``"app.model"`` for one in a dict in it),
+            for a torch file or distributed checkpoint that holds several.
+        manifest: SHA-256 digests to compare with: a file as ``sha256sum`` or
+            :func:`~fabric_init.checkpoints.write_manifest` writes it.
+
+    Raises:
+        CheckpointNotFoundError: nothing is there, or a folder has no checkpoint in it.
+        CheckpointFormatError: what is there cannot be read, is not what the manifest says, or several unrelated files,
+            or state dicts in it, could be meant.
     """
-    path = Path(path)
+    sums = None if manifest is None else Manifest(manifest)
+    candidate = Candidate(path, mmap=mmap, manifest=sums, entry=entry)
     try:
-        if path.is_dir():
-            return _open_file(_choose(path), asked=path, mmap=mmap)
-        if not path.exists():
-            raise CheckpointNotFoundError(f"{path} does not exist.{_nearby(path)}")
+        formats = (*registered_formats(), *_KNOWN)
+        return next(one for one in formats if one.recognises(candidate)).open(candidate)
     except (OSError, ValueError) as error:
-        if isinstance(error, (CheckpointFormatError, CheckpointNotFoundError)):
+        if isinstance(error, CheckpointError):
             raise
         raise CheckpointFormatError(f"{path} cannot be opened: {error}. Check the path and permissions.") from error
-    return _open_file(path, asked=path, mmap=mmap)
 
 
-def _open_file(path: Path, *, asked: Path, mmap: bool) -> CheckpointReader:
-    head = open_bytes(path, mmap=False).head(64)
-    if path.name.endswith(".index.json"):
-        return ShardedReader(path, path=asked, mmap=mmap)
-    # A header length leaves its upper bytes zero, then comes the JSON object.
-    if head[5:9] == b"\0\0\0{" or path.suffix == ".safetensors":
-        for magic, what in _KNOWN_ELSEWHERE.items():
-            if head.startswith(magic) and head[5:9] != b"\0\0\0{":
-                raise CheckpointFormatError(f"{path} is {what}.")
-        return SafetensorsReader(path, mmap=mmap)
-    if head.startswith((b"PK\x03\x04", b"\x80")):
-        return TorchFileReader(path, mmap=mmap)
-    for magic, what in _KNOWN_ELSEWHERE.items():
-        if head.startswith(magic):
-            raise CheckpointFormatError(f"{path} is {what}.")
+def _open_model_id(candidate: Candidate) -> CheckpointReader:
+    folder = hub.fetch(candidate.asked, _chosen)
+    reader = _open_first(candidate.at(folder))
+    origin = f"{candidate.asked} at commit {folder.name}"
+    reader.note = f"{origin}; {reader.note}" if reader.note else origin
+    return reader
+
+
+def _refuse_missing(candidate: Candidate) -> CheckpointReader:
+    near = _nearby(candidate.path) if isinstance(candidate.path, Path) else ""
+    raise CheckpointNotFoundError(f"{candidate.path} does not exist.{near}")
+
+
+def _open_cached(candidate: Candidate) -> CheckpointReader:
+    return _open_first(candidate.at(hub.snapshot_in(Path(candidate.asked))))
+
+
+def _open_chosen(candidate: Candidate) -> CheckpointReader:
+    chosen = _chosen(str(candidate.path), candidate.names)
+    assert chosen is not None
+    return _open_first(candidate.at(candidate.path / chosen))
+
+
+def _open_distributed(candidate: Candidate) -> CheckpointReader:
+    whole = candidate if candidate.is_dir else candidate.at(candidate.path.parent)
+    return DCPReader(_local(whole, "a torch.distributed.checkpoint"), mmap=whole.mmap, entry=whole.entry)
+
+
+def _refuse_part(candidate: Candidate) -> CheckpointReader:
     raise CheckpointFormatError(
-        f"{path} is in no format that is known here (safetensors, torch.save, a *.index.json): it begins with "
-        f"{head[:8]!r}."
+        f"{candidate.path} is one rank's part of a torch.distributed.checkpoint: give the folder, "
+        f"{candidate.path.parent}."
     )
 
 
-def _choose(folder: Path) -> Path:
+def _open_deepspeed(candidate: Candidate) -> CheckpointReader:
+    candidate.refuse_entry()
+    return DeepSpeedFolderReader(_local(candidate, "a DeepSpeed checkpoint"), mmap=candidate.mmap)
+
+
+def _local(candidate: Candidate, what: str) -> Path:
+    """The path, for readers that open files by themselves."""
+    if not isinstance(candidate.path, Path):
+        raise CheckpointFormatError(f"{candidate.path} is {what}, which is read from a local folder: download it.")
+    candidate.check_whole()
+    return candidate.path
+
+
+def _refuse_folder(candidate: Candidate) -> CheckpointReader:
+    path, there = candidate.path, list(candidate.names)
+    if isinstance(path, Path):
+        there = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
+    raise CheckpointNotFoundError(
+        f"{path} has no checkpoint in it. Looked for {_LOOKED_FOR}; found {_listed(there) or 'an empty folder'}."
+    )
+
+
+def _open_index(candidate: Candidate) -> CheckpointReader:
+    candidate.refuse_entry()
+    return ShardedReader(candidate.path, mmap=candidate.mmap, opener=candidate.opener)
+
+
+def _is_safetensors(candidate: Candidate) -> bool:
+    # A header length leaves its upper bytes zero, then comes the JSON object.
+    if candidate.head[5:9] == b"\0\0\0{":
+        return True
+    return candidate.path.suffix == ".safetensors" and _elsewhere(candidate.head) is None
+
+
+def _open_safetensors(candidate: Candidate) -> CheckpointReader:
+    candidate.refuse_entry()
+    return SafetensorsReader(candidate.path, mmap=candidate.mmap, opener=candidate.opener)
+
+
+def _open_torch(candidate: Candidate) -> CheckpointReader:
+    return TorchFileReader(candidate.path, mmap=candidate.mmap, entry=candidate.entry, opener=candidate.opener)
+
+
+def _refuse_unknown(candidate: Candidate) -> CheckpointReader:
+    what = _elsewhere(candidate.head)
+    if what is not None:
+        raise CheckpointFormatError(f"{candidate.path} is {what}.")
+    raise CheckpointFormatError(
+        f"{candidate.path} is in no format that is known here (safetensors, torch.save, a *.index.json): it begins "
+        f"with {candidate.head[:8]!r}."
+    )
+
+
+# In the order of preference; what says no to all is refused by the last.
+_KNOWN = (
+    Format("model id", lambda it: not it.is_url and hub.is_model_id(it.asked), _open_model_id),
+    Format("nothing", lambda it: not it.path.exists(), _refuse_missing),
+    Format("Hugging Face cache", lambda it: isinstance(it.path, Path) and hub.is_cache_folder(it.path), _open_cached),
+    Format("folder of safetensors", lambda it: _safetensors_in(it.asked, it.names) is not None, _open_chosen),
+    # Before looking for torch files: Lightning puts a meta.pt beside it, with everything but the weights.
+    Format("torch.distributed.checkpoint", lambda it: ".metadata" in (it.path.name, *it.names), _open_distributed),
+    Format("part of that", lambda it: it.path.suffix == ".distcp", _refuse_part),
+    Format("DeepSpeed", lambda it: is_deepspeed_folder(it.names), _open_deepspeed),
+    Format("folder of torch files", lambda it: _torch_in(it.asked, it.names) is not None, _open_chosen),
+    Format("other folder", lambda it: it.is_dir, _refuse_folder),
+    Format("index", lambda it: it.path.name.endswith(".index.json"), _open_index),
+    Format("safetensors", _is_safetensors, _open_safetensors),
+    Format("torch", lambda it: it.head.startswith((b"PK\x03\x04", b"\x80")), _open_torch),
+    Format("unknown", lambda it: True, _refuse_unknown),
+)
+
+
+def _open_first(candidate: Candidate) -> CheckpointReader:
+    """By the known formats."""
+    return next(one for one in _KNOWN if one.recognises(candidate)).open(candidate)
+
+
+def _chosen(folder: str, names: Sequence[str]) -> str | None:
     """The one file of ``folder`` to open."""
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.is_dir())
+    return _safetensors_in(folder, names) or _torch_in(folder, names)
+
+
+def _safetensors_in(folder: str, names: Sequence[str]) -> str | None:
     weights = [name for name in names if name.endswith(".safetensors")]
-    indices = [name for name in names if name.endswith(".index.json")]
-    chosen = _prefer(folder, [n for n in indices if ".safetensors." in n], "model.safetensors.index.json")
-    chosen = chosen or _prefer(folder, weights, "model.safetensors")
-    if chosen is None and ".metadata" in names:
-        # Before looking for torch files: Lightning puts a meta.pt beside it, with everything but the weights.
-        raise CheckpointFormatError(
-            f"{folder} is a checkpoint of torch.distributed.checkpoint, which is not read here. Convert it:\n"
-            f"    python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} model.pt"
-        )
-    chosen = chosen or _prefer(folder, [n for n in indices if ".safetensors." not in n], "pytorch_model.bin.index.json")
-    torch_files = [name for name in names if name.endswith(_TORCH_SUFFIXES) and name not in _NOT_WEIGHTS]
-    chosen = chosen or _prefer(folder, torch_files, "pytorch_model.bin")
-    if chosen is None:
-        there = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
-        raise CheckpointNotFoundError(
-            f"{folder} has no checkpoint in it. Looked for {_LOOKED_FOR}; found {_listed(there) or 'an empty folder'}."
-        )
-    return folder / chosen
+    indices = [name for name in names if name.endswith(".safetensors.index.json")]
+    chosen = _prefer(folder, indices, "model.safetensors.index.json")
+    return chosen or _prefer(folder, weights, "model.safetensors")
 
 
-def _prefer(folder: Path, names: list[str], usual: str) -> str | None:
+def _torch_in(folder: str, names: Sequence[str]) -> str | None:
+    weights = [name for name in names if name.endswith(_TORCH_SUFFIXES) and name not in _NOT_WEIGHTS]
+    indices = [name for name in names if name.endswith(".index.json") and ".safetensors." not in name]
+    chosen = _prefer(folder, indices, "pytorch_model.bin.index.json")
+    return chosen or _prefer(folder, weights, "pytorch_model.bin")
+
+
+def _prefer(folder: str, names: Sequence[str], usual: str) -> str | None:
     """The usual name if it is there, else the only one."""
     if usual in names or len(names) < 2:
         return usual if usual in names else next(iter(names), None)
@@ -118,7 +226,12 @@ def _prefer(folder: Path, names: list[str], usual: str) -> str | None:
     )
 
 
-def _listed(names: list[str]) -> str:
+def _elsewhere(head: bytes) -> str | None:
+    """What begins like this, of what is known and not read here."""
+    return next((what for magic, what in _KNOWN_ELSEWHERE.items() if head.startswith(magic)), None)
+
+
+def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 

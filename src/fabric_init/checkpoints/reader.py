@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from fabric_init.checkpoints.region import Region
+from fabric_init.checkpoints.remote import AnyPath
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +18,8 @@ class TensorSpec:
 
     shape: torch.Size
     dtype: torch.dtype
+    made: str = field(default="", compare=False)
+    """In words, of what it is made, where a conversion makes it; else empty."""
 
 
 class CheckpointReader(Protocol):
@@ -27,10 +29,13 @@ class CheckpointReader(Protocol):
     ``keys`` and ``spec`` answer without touching a byte of weight; then ``read`` as often as wanted, from any thread.
     """
 
-    path: Path
-    """The file or folder that was asked for; error messages name it."""
+    @property
+    def path(self) -> AnyPath:
+        """The file, folder or URL that was asked for; error messages name it."""
+        ...
+
     format: str
-    """The format, in words, for reports: ``"safetensors"``, ``"sharded safetensors"``, ``"torch"``."""
+    """The format, in words, for reports: ``"safetensors"``, ``"sharded safetensors"``, ``"torch"``, and so on."""
     note: str | None
     """Anything the user should know of how it was read (``"state dict found under 'model'"``), else ``None``."""
 

@@ -10,6 +10,7 @@ Regions come from our own placements, never from a user or a file, so a region t
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -74,6 +75,48 @@ def window(shape: tuple[int, ...], region: Region | None) -> Window:
     _assert_inside(shape, region)
     start = sum(offset * stride for offset, stride in zip(region.offsets, strides, strict=True))
     return Window(start, region.sizes, tuple(strides))
+
+
+def whole(shape: tuple[int, ...]) -> Box:
+    """All of a tensor of ``shape``, as a box."""
+    return Box((0,) * len(shape), tuple(shape))
+
+
+def overlap(one: Box, other: Box) -> Box | None:
+    """What two boxes of one tensor have in common; ``None`` when that is no element."""
+    starts = tuple(map(max, one.offsets, other.offsets))
+    stops = (min(a + b, c + d) for a, b, c, d in zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True))
+    sizes = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
+    return Box(starts, sizes) if all(size > 0 for size in sizes) else None
+
+
+def boxes_of(shape: tuple[int, ...], span: Span) -> Iterator[Box]:
+    """The span of a tensor of ``shape`` as boxes, in the span's order; each has its elements in row-major order.
+
+    They are at most ``2 * len(shape) - 1``: the rest of a row, whole rows, the beginning of a row, in each dimension.
+    """
+    assert 0 <= span.start <= span.stop <= math.prod(shape), f"{span} sticks out of shape {tuple(shape)}"
+    if not span.numel:
+        return
+    if not shape:
+        yield Box((), ())
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-span.start // row), span.stop // row  # the whole rows
+    if first > last:  # within one row
+        yield from _within(shape, last, Span(span.start - last * row, span.stop - last * row))
+        return
+    if span.start < first * row:
+        yield from _within(shape, first - 1, Span(span.start - (first - 1) * row, row))
+    if first < last:
+        yield Box((first,) + (0,) * (len(shape) - 1), (last - first, *shape[1:]))
+    if last * row < span.stop:
+        yield from _within(shape, last, Span(0, span.stop - last * row))
+
+
+def _within(shape: tuple[int, ...], index: int, span: Span) -> Iterator[Box]:
+    for inner in boxes_of(shape[1:], span):
+        yield Box((index, *inner.offsets), (1, *inner.sizes))
 
 
 def take(tensor: torch.Tensor, region: Region | None) -> torch.Tensor:

@@ -15,15 +15,19 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fabric_init.checkpoints.file_bytes import FileBytes, open_bytes
+from fabric_init.checkpoints.file_bytes import FileBytes, Opener, open_bytes
 from fabric_init.checkpoints.reader import TensorSpec
 from fabric_init.checkpoints.region import Region, window
-from fabric_init.errors import CheckpointFormatError
+from fabric_init.checkpoints.remote import AnyPath, as_path
+from fabric_init.errors import CheckpointError, CheckpointFormatError
+
+_HEADER_BYTES = 100_000_000  # the library's own limit
 
 _DTYPE_NAMES = {
     "BOOL": "bool",
@@ -65,10 +69,12 @@ class SafetensorsReader:
     format = "safetensors"
     note: str | None = None
 
-    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
-        self.path = Path(path)
-        self._bytes = open_bytes(self.path, mmap=mmap)
-        self._tensors = _parse_header(self._bytes)
+    def __init__(
+        self, path: str | os.PathLike[str] | AnyPath, *, mmap: bool = True, opener: Opener | None = None
+    ) -> None:
+        self.path = as_path(path)
+        self._bytes = open_bytes(self.path, mmap=mmap) if opener is None else opener(self.path)
+        self._tensors = _parse_header(self._bytes, direct=opener is None and isinstance(self.path, Path))
         self._keys = tuple(self._tensors)
 
     def keys(self) -> Sequence[str]:
@@ -95,14 +101,13 @@ class SafetensorsReader:
             raise KeyError(f"{self.path} has no tensor {key!r}") from None
 
 
-def _parse_header(file: FileBytes) -> dict[str, tuple[int, TensorSpec]]:
+def _parse_header(file: FileBytes, *, direct: bool) -> dict[str, tuple[int, TensorSpec]]:
     """Checkpoint key -> (byte offset in the file, spec), in the order of the data."""
     try:
-        # "numpy" only chooses what get_tensor would return; "pt" would map the file a second time.
-        header: Any = safe_open(file.path, "numpy")
-        parts = [(key, header.get_slice(key)) for key in header.offset_keys()]
-        entries = [(key, part.get_dtype(), part.get_shape()) for key, part in parts]
+        entries = _entries(file.path) if direct else _entries_of_copy(file)
     except (SafetensorError, OSError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointFormatError(
             f"{file.path} is not a whole safetensors file of {file.size:,} bytes: {error}. "
             f"If a download or copy was cut short, fetch it again."
@@ -130,6 +135,26 @@ def _parse_header(file: FileBytes) -> dict[str, tuple[int, TensorSpec]]:
         # The library opened the path by itself; between the two the file was replaced.
         raise CheckpointFormatError(f"{file.path} changed while it was opened; open it again.")
     return tensors
+
+
+def _entries(path: AnyPath | str) -> list[tuple[str, str, list[int]]]:
+    """Key, dtype and shape of each tensor, as the library reads and checks them."""
+    # "numpy" only chooses what get_tensor would return; "pt" would map the file a second time.
+    header: Any = safe_open(path, "numpy")
+    parts = [(key, header.get_slice(key)) for key in header.offset_keys()]
+    return [(key, part.get_dtype(), part.get_shape()) for key, part in parts]
+
+
+def _entries_of_copy(file: FileBytes) -> list[tuple[str, str, list[int]]]:
+    # The library takes a path only. It is given a file of the same size with the same header and a hole for the data:
+    # so it checks what was read, from wherever that came.
+    length = int.from_bytes(file.head(8), "little")
+    with TemporaryDirectory() as folder:
+        copy = os.path.join(folder, "header.safetensors")
+        with open(copy, "wb") as target:
+            target.write(file.head(8 + min(length, _HEADER_BYTES)))
+            target.truncate(file.size)
+        return _entries(copy)
 
 
 def _refuse_duplicates(file: FileBytes, start: int, expected: int) -> None:

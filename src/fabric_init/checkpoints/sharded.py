@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from fabric_init.checkpoints.file_bytes import open_bytes
+from fabric_init.checkpoints.file_bytes import Opener, open_bytes
 from fabric_init.checkpoints.reader import CheckpointReader, TensorSpec
 from fabric_init.checkpoints.region import Region
+from fabric_init.checkpoints.remote import AnyPath, as_path
 from fabric_init.checkpoints.safetensors import SafetensorsReader
 from fabric_init.checkpoints.torch_file import TorchFileReader
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
@@ -41,15 +42,25 @@ class ShardedReader:
     note: str | None = None
 
     def __init__(
-        self, index: str | os.PathLike[str], *, path: str | os.PathLike[str] | None = None, mmap: bool = True
+        self,
+        index: str | os.PathLike[str] | AnyPath,
+        *,
+        path: str | os.PathLike[str] | AnyPath | None = None,
+        mmap: bool = True,
+        opener: Opener | None = None,
     ) -> None:
-        index = Path(index)
-        self.path = index if path is None else Path(path)
-        weight_map = _read_index(index)
+        index = as_path(index)
+        self.path = index if path is None else as_path(path)
+        weight_map = read_weight_map(index, opener)
         counts = Counter(weight_map.values())
         for name, count in counts.items():
-            _check_shard(index, name, count)
-        self._shards = {name: _open_shard(index.parent / name, mmap) for name in counts}
+            if isinstance(index, Path):
+                check_shard(index, name, count)
+            else:
+                _refuse_outside(index, name)
+                if not (index.parent / name).is_file():
+                    raise _missing(index, name, count)
+        self._shards = {name: _open_shard(index.parent / name, mmap, opener) for name in counts}
         known = {name: frozenset(shard.keys()) for name, shard in self._shards.items()}
         self._where: dict[str, CheckpointReader] = {}
         for key, name in weight_map.items():
@@ -95,12 +106,14 @@ class ShardedReader:
             raise KeyError(f"{self.path} has no tensor {key!r}") from None
 
 
-def _open_shard(path: Path, mmap: bool) -> SafetensorsReader | TorchFileReader:
-    return SafetensorsReader(path, mmap=mmap) if path.suffix == ".safetensors" else TorchFileReader(path, mmap=mmap)
+def _open_shard(path: AnyPath, mmap: bool, opener: Opener | None) -> SafetensorsReader | TorchFileReader:
+    kind = SafetensorsReader if path.suffix == ".safetensors" else TorchFileReader
+    return kind(path, mmap=mmap, opener=opener)
 
 
-def _read_index(index: Path) -> dict[str, str]:
-    file = open_bytes(index, mmap=False)
+def read_weight_map(index: AnyPath, opener: Opener | None = None) -> dict[str, str]:
+    """What an index says: checkpoint key -> name of the shard that holds it."""
+    file = open_bytes(index, mmap=False) if opener is None else opener(index)
     if file.size > _INDEX_BYTES:
         raise CheckpointFormatError(f"{index} has {file.size:,} bytes; an index has at most {_INDEX_BYTES:,}.")
 
@@ -126,19 +139,32 @@ def _read_index(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_shard(index: Path, name: str, count: int) -> None:
+def check_shard(index: Path, name: str, count: int) -> os.stat_result:
+    """Refuse a file name in ``index`` (of ``count`` keys) that leaves its folder, or that no file there has.
+
+    Returns what the system knows of the file.
+    """
+    _refuse_outside(index, name)
+    try:
+        found = os.stat(index.parent / name)
+    except PermissionError as error:
+        raise CheckpointFormatError(f"{index}: shard {name!r} cannot be reached: {error}.") from error
+    except (OSError, ValueError):  # ValueError: a null byte
+        raise _missing(index, name, count) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise _missing(index, name, count)
+    return found
+
+
+def _refuse_outside(index: AnyPath, name: str) -> None:
     # By the letters of the name, not by resolving it: the Hub's cache keeps shards as symbolic links out of the folder.
     parts = (*PurePosixPath(name).parts, *PureWindowsPath(name).parts)
     if not name or ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
         raise CheckpointFormatError(f"{index} names the shard {name!r}, outside its folder; that is refused as unsafe.")
-    try:
-        is_file = stat.S_ISREG(os.stat(index.parent / name).st_mode)
-    except PermissionError as error:
-        raise CheckpointFormatError(f"{index}: shard {name!r} cannot be reached: {error}.") from error
-    except (OSError, ValueError):  # ValueError: a null byte
-        is_file = False
-    if not is_file:
-        raise CheckpointNotFoundError(
-            f"{index} names the shard {name!r}, which holds {count} of its keys, but there is no such file in "
-            f"{index.parent}. Is the download complete?"
-        )
+
+
+def _missing(index: AnyPath, name: str, count: int) -> CheckpointNotFoundError:
+    return CheckpointNotFoundError(
+        f"{index} names the shard {name!r}, which holds {count} of its keys, but there is no such file in "
+        f"{index.parent}. Is the download complete?"
+    )

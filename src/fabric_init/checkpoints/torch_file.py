@@ -7,21 +7,27 @@ always: no code in the pickle runs, and there is no option to let it. With ``mma
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
-from collections.abc import Sequence
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fabric_init.checkpoints.file_bytes import open_bytes
+from fabric_init.checkpoints.file_bytes import FileBytes, Opener, open_bytes
 from fabric_init.checkpoints.reader import TensorSpec
 from fabric_init.checkpoints.region import Region, take
-from fabric_init.errors import CheckpointFormatError
+from fabric_init.checkpoints.remote import AnyPath, as_path
+from fabric_init.checkpoints.state_dicts import EXTRA_STATE, OPTIMIZER_PARTS, Location, choose_state_dict, describe
+from fabric_init.checkpoints.torch_archive import TorchArchive, unsafe_globals
+from fabric_init.errors import CheckpointError, CheckpointFormatError
 
-WRAPPERS = ("model", "state_dict", "module")
-"""Where training checkpoints keep the state dict: Fabric and most scripts, Lightning's Trainer, DeepSpeed."""
+_allowed_list = threading.Lock()
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _MAP_PRIVATE = 2  # mmap.MAP_PRIVATE on every POSIX system; the name is missing on Windows
@@ -33,45 +39,63 @@ If you trust the file, convert it once:
     safetensors.torch.save_file(state_dict_of(state), "model.safetensors")
 or allow harmless classes beforehand: torch.serialization.add_safe_globals([...])."""
 
-_LEGACY = """\
-{path} was written in the format of before torch 1.6 (or with _use_new_zipfile_serialization=False), which cannot be
-read in parts. Save it once more:
-    torch.save(torch.load({name!r}, map_location="cpu", weights_only=True), "new.pt")"""
+_LEGACY_NOTE = "legacy format of before torch 1.6: all of the file is in memory"
 
 
 class TorchFileReader:
-    """One open zip file of ``torch.save``; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`.
+    """One open file of ``torch.save``; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`.
 
-    The state dict is the dict found under ``model``, ``state_dict`` or ``module`` (one level down; ``note`` says
-    which), else the file's own dict. Entries that are no tensors have no key; those whose name ends in
+    The state dict is what ``entry`` names (``"generator"``, ``"app.model"``), or else the dict found under ``model``,
+    ``state_dict`` or ``module``, else the file's own dict, else the only one in it that has tensors; ``note`` says
+    where. The state of optimizers is not looked at. Entries that are no tensors have no key; those whose name ends in
     ``_extra_state`` are kept in ``extra_state``.
 
     ``read`` returns a view of a private copy-on-write map. With ``mmap=False`` it copies the region out of that map, so
     what was read no longer depends on the file; the file must stay unchanged while the reader lives. Tensors that share
-    storage in the file share it here too, unless copied.
+    storage in the file share it here too, unless copied. A file in the legacy format (of before torch 1.6, or with
+    ``_use_new_zipfile_serialization=False``) cannot be mapped: opening reads all of it into memory, once.
 
     Raises :class:`~fabric_init.errors.CheckpointNotFoundError` for a missing file and
-    :class:`~fabric_init.errors.CheckpointFormatError` for one that is truncated, corrupt, in the legacy format, carries
-    code, or holds no state dict of dense tensors.
+    :class:`~fabric_init.errors.CheckpointFormatError` for one that is truncated, corrupt, carries code, or holds no
+    state dict of dense tensors, or several of which none is named.
     """
 
     format = "torch"
     note: str | None = None
 
-    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
-        self.path = Path(path)
-        # torch.serialization.set_default_mmap_options may have asked for shared maps; writes would reach the file.
-        self._copy = not mmap or torch.serialization.get_default_mmap_options() not in (None, _MAP_PRIVATE)
-        state, wrapper = _find_state_dict(self.path, _load(self.path))
-        if wrapper is not None:
-            self.note = f"state dict found under {wrapper!r}"
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | AnyPath,
+        *,
+        mmap: bool = True,
+        entry: str | None = None,
+        opener: Opener | None = None,
+    ) -> None:
+        self.path = as_path(path)
+        self._copy = not mmap or not maps_privately()
+        self._archive: TorchArchive | None = None
+        if opener is None and isinstance(self.path, Path):
+            loaded, legacy = load_mapped(self.path)
+        else:
+            file = open_bytes(self.path, mmap=mmap) if opener is None else opener(self.path)
+            loaded, legacy, self._archive = _load_from(file)
+        if not isinstance(loaded, dict):
+            raise CheckpointFormatError(
+                f"{path} holds a {type(loaded).__name__}, not a state dict. Save model.state_dict() instead."
+            )
+        found = dict(_state_dicts(loaded))
+        counts = {location: _count_tensors(state) for location, state in found.items()}
+        location = choose_state_dict(self.path, counts, entry)
+        state = found[location]
+        notes = [note for note in (describe(location), _LEGACY_NOTE if legacy else None) if note]
+        self.note = "; ".join(notes) or None
         self._tensors: dict[str, torch.Tensor] = {}
         self.extra_state: dict[str, Any] = {}
         """Entries ``*_extra_state`` (``nn.Module.get_extra_state``) that are not tensors."""
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
-                self._tensors[_checked_key(self.path, key, value)] = value.detach()
-            elif isinstance(key, str) and key.endswith("_extra_state"):
+                self._tensors[checked_key(self.path, key, value, self._archive)] = value.detach()
+            elif isinstance(key, str) and key.endswith(EXTRA_STATE):
                 self.extra_state[key] = value
         self._specs = {key: TensorSpec(value.shape, value.dtype) for key, value in self._tensors.items()}
 
@@ -89,42 +113,102 @@ class TorchFileReader:
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
         """The tensor or a region of it, on the CPU. Raises ``KeyError`` for an unknown key."""
         self.spec(key)
+        if self._archive is not None:
+            with _corruption_of(self.path):
+                return self._archive.read(self._tensors[key], region)
         part = take(self._tensors[key], region).resolve_conj().resolve_neg()
         if self._copy:
             part = part.clone(memory_format=torch.contiguous_format)
         return part.detach()
 
 
-def _load(path: Path) -> object:
-    """What ``torch.save`` was given, with its tensors still in the file."""
-    head = open_bytes(path, mmap=False).head(64)
-    if not head.startswith(_ZIP_MAGIC):
-        if head.startswith(b"\x80"):  # a pickle of protocol 2 or later, as legacy torch files begin
-            raise CheckpointFormatError(_LEGACY.format(path=path, name=path.name))
+def maps_privately() -> bool:
+    """Whether writes to what :func:`load_mapped` gives stay in this process."""
+    # torch.serialization.set_default_mmap_options may have asked for shared maps; writes would reach the file.
+    return torch.serialization.get_default_mmap_options() in (None, _MAP_PRIVATE)
+
+
+def load_mapped(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> tuple[Any, bool]:
+    """What ``torch.save`` was given, with its tensors still in the file; or, if in the legacy format, in memory.
+
+    ``stand_ins`` are what to use for classes that the pickle may name: (harmless class of ours, full name in the file).
+    Returns what was loaded, and whether the file is of the legacy format.
+    """
+    legacy = _is_legacy(path, open_bytes(path, mmap=False).head(64))
+    with _corruption_of(path), _allowing(stand_ins):
+        try:
+            return torch.load(os.fspath(path), mmap=not legacy, weights_only=True, map_location="cpu"), legacy
+        except pickle.UnpicklingError as error:
+            _refuse_code(path, _unsafe_globals(path, error))
+            raise
+
+
+def _load_from(file: FileBytes) -> tuple[Any, bool, TorchArchive | None]:
+    """The same through other ways to the bytes; tensors are without values, which the archive reads."""
+    with _corruption_of(file.path):
+        if _is_legacy(file.path, file.head(64)):
+            content = io.BytesIO(file.head(file.size))
+            try:
+                return torch.load(content, weights_only=True, map_location="cpu"), True, None
+            except pickle.UnpicklingError as error:
+                _refuse_code(file.path, _named_global(error))
+                raise
+        archive = TorchArchive(file)
+        try:
+            return archive.load(), False, archive
+        except pickle.UnpicklingError:
+            _refuse_code(file.path, unsafe_globals(archive.pickle))
+            raise
+
+
+@contextmanager
+def _corruption_of(path: AnyPath) -> Iterator[None]:
+    # A corrupt pickle calls allowed functions with wrong arguments: the error can be of any type.
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointFormatError(_corrupt(path, error)) from error
+
+
+@contextmanager
+def _allowing(stand_ins: Sequence[tuple[type, str]]) -> Iterator[None]:
+    # torch keeps one list for the process: without the lock the thread that is done first would end it for the others.
+    if not stand_ins:
+        yield
+        return
+    with _allowed_list, torch.serialization.safe_globals(list(stand_ins)):
+        yield
+
+
+def _is_legacy(path: AnyPath, head: bytes) -> bool:
+    # A legacy file begins as a pickle of protocol 2 or later does.
+    if not head.startswith((_ZIP_MAGIC, b"\x80")):
         raise CheckpointFormatError(
             f"{path} is not a file of torch.save: it begins with {head[:8]!r}, not with a zip header. Wrong file?"
         )
-    try:
-        return torch.load(os.fspath(path), mmap=True, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        blocked = _unsafe_globals(path)
-        if blocked:
-            named = ", ".join(blocked[:5]) + (f" and {len(blocked) - 5} more" if len(blocked) > 5 else "")
-            raise CheckpointFormatError(_CODE_IN_PICKLE.format(path=path, name=path.name, globals=named)) from None
-        raise CheckpointFormatError(_corrupt(path, error)) from error
-    except Exception as error:
-        # A corrupt pickle calls allowed functions with wrong arguments: the error can be of any type.
-        raise CheckpointFormatError(_corrupt(path, error)) from error
+    return not head.startswith(_ZIP_MAGIC)
 
 
-def _unsafe_globals(path: Path) -> list[str]:
+def _refuse_code(path: AnyPath, blocked: list[str]) -> None:
+    if blocked:
+        named = ", ".join(blocked[:5]) + (f" and {len(blocked) - 5} more" if len(blocked) > 5 else "")
+        raise CheckpointFormatError(_CODE_IN_PICKLE.format(path=path, name=path.name, globals=named)) from None
+
+
+def _unsafe_globals(path: Path, error: Exception) -> list[str]:
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(os.fspath(path)))
-    except Exception:  # corrupt as well: the caller reports the first error
-        return []
+    except Exception:  # in the legacy format, for which torch names the first one; or corrupt as well
+        return _named_global(error)
 
 
-def _corrupt(path: Path, error: Exception) -> str:
+def _named_global(error: Exception) -> list[str]:
+    return re.findall(r" GLOBAL (\S+) ", str(error))
+
+
+def _corrupt(path: AnyPath, error: Exception) -> str:
     reason = str(error).strip().split("\n")[-1][:300]
     return (
         f"{path} cannot be read as a file of torch.save: {reason} ({type(error).__name__}). If a download or copy was "
@@ -132,42 +216,34 @@ def _corrupt(path: Path, error: Exception) -> str:
     )
 
 
-def _find_state_dict(path: Path, loaded: object) -> tuple[dict[object, object], str | None]:
-    """The dict with the tensors, and the entry of the outer dict it was found under."""
-    if not isinstance(loaded, dict):
-        raise CheckpointFormatError(
-            f"{path} holds a {type(loaded).__name__}, not a state dict. Save model.state_dict() instead."
-        )
-    holders = {key: _count_tensors(value) for key, value in loaded.items() if _count_tensors(value)}
-    wrapped = [name for name in WRAPPERS if name in holders]
-    if len(wrapped) > 1:
-        raise CheckpointFormatError(
-            f"{path} holds state dicts under {' and '.join(map(repr, wrapped))}. Save the one you mean to its own file."
-        )
-    if wrapped:
-        return loaded[wrapped[0]], wrapped[0]
-    if _count_tensors(loaded):
-        return loaded, None
-    inside = ", ".join(f"{key!r} ({count} tensors)" for key, count in holders.items())
-    raise CheckpointFormatError(
-        f"{path} holds no tensor at the top level, nor in a dict under {', '.join(map(repr, WRAPPERS))}. "
-        + (f"There are tensors under {inside}: save that dict to its own file." if inside else "Is it the right file?")
-    )
+def _state_dicts(loaded: dict[object, object]) -> Iterator[tuple[Location, dict[object, object]]]:
+    """Each dict that has tensors, and the keys that lead to it; the state of optimizers is left out."""
+    waiting: list[tuple[Location, dict[object, object]]] = [((), loaded)]
+    seen = set()  # a pickle can make dicts that hold themselves
+    for location, state in waiting:
+        if id(state) in seen or state.keys() >= OPTIMIZER_PARTS:
+            continue
+        seen.add(id(state))
+        if _count_tensors(state):
+            yield location, state
+        inner = [(str(key), value) for key, value in state.items() if isinstance(value, dict)]
+        waiting += [((*location, key), value) for key, value in inner if not key.endswith(EXTRA_STATE)]
 
 
-def _count_tensors(value: object) -> int:
-    return sum(isinstance(entry, torch.Tensor) for entry in value.values()) if isinstance(value, dict) else 0
+def _count_tensors(state: dict[object, object]) -> int:
+    return sum(isinstance(value, torch.Tensor) for value in state.values())
 
 
-def _checked_key(path: Path, key: object, value: torch.Tensor) -> str:
+def checked_key(path: AnyPath, key: object, value: torch.Tensor, archive: TorchArchive | None = None) -> str:
     """The key, if it is a name and its tensor is one whose values lie densely in this file."""
+    has_values = value.device.type == "cpu" or (archive is not None and archive.holds(value))
     if not isinstance(key, str):
         raise CheckpointFormatError(
             f"{path}: a tensor has the key {key!r}, a {type(key).__name__}; keys must be strings."
         )
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
         why = f"a {type(value).__name__}: gather it into a plain tensor before saving"
-    elif value.device.type != "cpu":
+    elif not has_values:
         why = f"on the {value.device.type!r} device: it was saved before it had values"
     elif value.layout is not torch.strided or value.is_quantized:
         why = f"{value.layout}, {value.dtype}: only dense, unquantized tensors can be read; convert it before saving"

@@ -13,21 +13,21 @@ from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError
-from fabric_init.filling.plan import Action, Entry, Plan, Source, storage_groups
+from fabric_init.filling.plan import Action, Entry, Given, Plan, storage_groups
 from fabric_init.filling.slots import Slot
 from fabric_init.recording.operators import is_cast, only_copies
 from fabric_init.recording.replay import real_execution, replay_with
 from fabric_init.recording.tape import Tape, TensorRef
 
 
-def loaded_storages(plan: Plan, tapes: Mapping[int, Tape]) -> dict[int, Source]:
+def loaded_storages(plan: Plan, tapes: Mapping[int, Tape]) -> dict[int, Given]:
     """Storages that are loaded whole, and those that they were cast from."""
     found = dict(plan.sources)
     for storage, positions in storage_groups(plan.entries).items():
         entry, ref = plan.entries[positions[0]], plan.entries[positions[0]].slot.ref
         assert ref is not None
         if len(positions) == 1 and entry.action is Action.LOAD and tapes[storage].covers(ref):
-            found[storage] = Source(ref, entry.keys[0], entry.since)
+            found[storage] = Given(ref, entry.keys[0], entry.since)
     for storage, source in list(found.items()):
         for earlier in _cast_from(storage, tapes[storage]) if storage in tapes else ():
             found.setdefault(earlier.storage, source._replace(ref=earlier))
@@ -60,7 +60,7 @@ def sources_of(
 def compute(
     slot: Slot,
     tapes: Mapping[int, Tape],
-    sources: Iterable[Source],
+    sources: Iterable[Given],
     reader: CheckpointReader,
     device: torch.device,
     *,

@@ -62,14 +62,18 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
 class _Recorded:
     """What a module that was recorded remembers until it has memory."""
 
-    __slots__ = ("emptied", "loaded", "mend", "real", "versions")
+    __slots__ = ("emptied", "loaded", "mend", "seen")
 
-    def __init__(self, mend: str) -> None:
+    def __init__(self, mend: str, seen: dict[int, tuple[Tensor, int]]) -> None:
         self.mend = mend
-        self.versions: dict[str, int] = {}  # of its own recorded tensors, when the block ended
-        self.real: dict[str, tuple[Tensor, int]] = {}  # its tensors that had memory then, and their versions
+        self.seen = seen  # the model's tensors when the block ended, by identity, with their versions
         self.emptied: set[str] = set()  # those that to_empty has given memory
-        self.loaded: dict[str, Tensor] = {}  # what load_state_dict has brought for the recorded ones since
+        self.loaded: dict[str, Tensor] = {}  # what load_state_dict has brought for its own recorded ones since
+
+    def written(self, tensor: Tensor) -> bool:
+        """Whether ``tensor`` was written in place since, or is new."""
+        was = self.seen.get(id(tensor))
+        return was is None or was[1] != version_of(tensor)
 
     def refuse(self, module: nn.Module, use: str) -> NoReturn:
         name = type(module).__name__
@@ -84,19 +88,17 @@ class _Recorded:
 
 def guard_recorded(model: nn.Module, mend: str) -> None:
     """Let ``model`` refuse to run, be saved or copied, and keep what is loaded into it; ``mend`` says what to do."""
+    seen: dict[int, tuple[Tensor, int]] = {}
     for module in model.modules():
         record = vars(module).get(_ATTRIBUTE)
         if record is not None:
             record.mend = mend
             continue
-        vars(module)[_ATTRIBUTE] = record = _Recorded(mend)
+        vars(module)[_ATTRIBUTE] = _Recorded(mend, seen)
         vars(module)["_apply"] = partial(_apply, weakref.ref(module))
         with torch._C.DisableTorchFunction():
-            for name, tensor in _own(module).items():
-                if recorded(tensor) is not None:
-                    record.versions[name] = version_of(tensor)
-                elif not tensor.is_meta:
-                    record.real[name] = tensor, version_of(tensor)
+            for tensor in _own(module).values():
+                seen[id(tensor)] = tensor, version_of(tensor)
         module.register_forward_pre_hook(_before_forward)
         module.register_state_dict_pre_hook(_before_state_dict)
         module.register_load_state_dict_pre_hook(_before_load)
@@ -178,13 +180,10 @@ def _before_load(module: nn.Module, state_dict: Any, prefix: str, local_metadata
 
 
 def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
-    """torch has counted its copies. The outermost module hears last, when a tie was loaded under all its names."""
-    records = [(part, record) for part in module.modules() if (record := vars(part).get(_ATTRIBUTE)) is not None]
-    loaded = {id(getattr(part, name, None)) for part, record in records for name in record.loaded}
-    for part, record in records:
-        for name in record.versions:
-            if id(tensor := getattr(part, name, None)) in loaded and tensor is not None:
-                record.versions[name] = version_of(tensor)
+    record = _of(module)
+    for name in record.loaded:
+        if (tensor := _own(module).get(name)) is not None and tensor.is_meta:
+            record.seen[id(tensor)] = tensor, version_of(tensor)  # torch has counted its copy
 
 
 _HOOKS = (_before_forward, _before_state_dict, _before_load, _after_load)
@@ -219,8 +218,8 @@ def refuse_lost_writes(model: nn.Module) -> None:
         prefix + name
         for prefix, module, record in _records(model)
         if record is not None
-        for name, version in record.versions.items()
-        if (tensor := _own(module).get(name)) is not None and tensor.is_meta and version_of(tensor) != version
+        for name, tensor in _own(module).items()
+        if tensor.is_meta and id(tensor) in record.seen and record.written(tensor)
     ]
     if lost:
         raise RecordingError(
@@ -235,13 +234,7 @@ def given_since(model: nn.Module) -> set[str]:
         prefix + name
         for prefix, module, record in _records(model)
         for name, tensor in _own(module).items()
-        if not tensor.is_meta
-        and (
-            record is None
-            or (was := record.real.get(name)) is None
-            or was[0] is not tensor
-            or was[1] != version_of(tensor)
-        )
+        if not tensor.is_meta and (record is None or record.written(tensor))
     }
 
 

@@ -15,7 +15,7 @@ from fabric_init.filling import loading
 from fabric_init.filling.computed import compute, loaded_storages, sources_of
 from fabric_init.filling.one_reader import OneReader
 from fabric_init.filling.placement import Placement
-from fabric_init.filling.plan import Action, Entry, Plan, Source, storage_groups
+from fabric_init.filling.plan import Action, Entry, Given, Plan, storage_groups
 from fabric_init.filling.progress import with_progress
 from fabric_init.filling.report import InitReport, Row, describe_rule, dtype_name
 from fabric_init.recording.replay import real_execution, replay, view
@@ -41,7 +41,7 @@ def fill(
     placement: Placement,
     *,
     exact: bool,
-    loaded: Mapping[int, Source] | None = None,
+    loaded: Mapping[int, Given] | None = None,
 ) -> InitReport:
     """Give every tensor its value. Nothing of the model changes before all values are there.
 
@@ -77,7 +77,7 @@ def _values(
     tapes: Mapping[int, Tape],
     reader: CheckpointReader | None,
     placement: Placement,
-    loaded: Mapping[int, Source],
+    loaded: Mapping[int, Given],
     *,
     exact: bool,
 ) -> Iterator[tuple[int, Tensor]]:
@@ -200,6 +200,8 @@ def make_report(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader 
         origin = ""
         if entry.action is Action.LOAD:
             origin = ", ".join(entry.keys)
+            if entry.spec is not None and entry.spec.made:
+                origin += f" ({entry.spec.made})"
         elif entry.action is Action.INIT and slot.ref is not None:
             origin = describe_rule(tapes[slot.ref.storage], slot.ref)
         rows.append(

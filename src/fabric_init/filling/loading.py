@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader, Region
+from fabric_init.checkpoints.remote import AnyPath
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Entry, Plan
@@ -57,7 +57,7 @@ def load_by_itself(plan: Plan, reader: CheckpointReader, placement: Placement) -
         yield load.position, value
 
 
-def check_tie(path: Path, entry: Entry, key: str, value: Tensor, other: Tensor) -> None:
+def check_tie(path: AnyPath, entry: Entry, key: str, value: Tensor, other: Tensor) -> None:
     """What the model ties has the same value under each of its keys: ``value`` under the first, ``other`` here."""
     if not torch.allclose(value, other, rtol=0, atol=0, equal_nan=True):
         raise CheckpointMismatchError(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fabric_init.checkpoints import CheckpointReader, open_checkpoint
+from fabric_init.checkpoints import CheckpointReader, Conversion, Source
 from fabric_init.checkpoints.renaming import Rename
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.agreement import Agreement, Alone, plan_digest
@@ -36,6 +36,9 @@ def materialize(
     reinit: Sequence[str] = (),
     rng: Rng | None = None,
     mmap: bool = True,
+    entry: str | None = None,
+    manifest: str | os.PathLike[str] | None = None,
+    convert: Sequence[Conversion] = (),
 ) -> InitReport:
     """Give every tensor of a recorded ``model`` its value: from ``checkpoint``, or by the model's own init code.
 
@@ -45,14 +48,23 @@ def materialize(
     Args:
         model: built under :func:`~fabric_init.deferred_init`.
         device: where tensors are to be; ``None`` leaves each where its constructor asked for it.
-        checkpoint: a safetensors file, a folder in Hugging Face layout, or a torch file.
+        checkpoint: a safetensors file, a folder in Hugging Face layout, a torch file, a folder of
+            ``torch.distributed.checkpoint`` (what sharded strategies save) or of DeepSpeed, a URL, or the id of a model
+            on the Hugging Face Hub: all that :func:`~fabric_init.checkpoints.open_checkpoint` takes.
         strict: a missing or unexpected key is an error. Otherwise missing tensors get the model's own init and
             unexpected keys are ignored; the report has both.
-        rename: regex → replacement, or a callable, from checkpoint key to tensor name; ``None`` drops a key.
+        rename: regex → replacement, or a callable, from checkpoint key to tensor name; ``None`` drops a key. Or a list
+            of these, applied in order; :class:`~fabric_init.checkpoints.Part` and
+            :class:`~fabric_init.checkpoints.Layers` choose what to load.
         reinit: globs of tensors to initialise afresh although the checkpoint has them.
         rng: ``"per_op"`` or ``"eager"``, see :func:`~fabric_init.deferred_init`; default: as recorded.
         mmap: on the CPU, let the mapped file be the parameters: nothing is copied. ``False`` copies, for a file that
             may be overwritten in place while the model lives.
+        entry: the state dict that is meant, by its key, where a torch file or distributed checkpoint holds several.
+        manifest: SHA-256 digests that the checkpoint is compared with while it is read: a file as ``sha256sum`` or
+            :func:`~fabric_init.checkpoints.write_manifest` writes it.
+        convert: what lies otherwise in the checkpoint than in the model: :class:`~fabric_init.checkpoints.Split`,
+            ``Fuse``, ``Stack``, ``Unstack``, ``Transpose``, in the checkpoint's own names, before ``rename``.
 
     Returns:
         What every tensor got, from where; also kept for ``Fabric.init_report``.
@@ -67,7 +79,7 @@ def materialize(
         raise TypeError(f"materialize takes a module, not {type(model).__name__}")
     if rng is not None:
         check_rng(rng)
-    reader = open_checkpoint(checkpoint, mmap=mmap) if checkpoint is not None else None
+    reader = Source(checkpoint, mmap, entry, manifest, convert).open() if checkpoint is not None else None
     placement = WholeTensors(None if device is None else torch.device(device))
     return fill_model(model, reader, Wanted(strict, rename, reinit), placement, rng)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader, Region, Span, TensorSpec
 from fabric_init.checkpoints.region import copy_part
+from fabric_init.checkpoints.remote import AnyPath
 from fabric_init.filling.agreement import Agreement
 from fabric_init.filling.batches import ALIGNMENT, aligned, batches, chunks
 from fabric_init.filling.in_step import InStep
@@ -25,7 +25,7 @@ _READ_AT_ONCE = 1 << 20  # bytes; what is larger and freed between tensors that 
 class _Header(NamedTuple):
     """What a checkpoint says of itself."""
 
-    path: Path
+    path: AnyPath
     format: str
     note: str | None
     specs: dict[str, TensorSpec]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import Literal, get_args
 
-from fabric_init.checkpoints import CheckpointReader, open_checkpoint
+from fabric_init.checkpoints import CheckpointReader, Source
 from fabric_init.checkpoints.file_system import file_system_of, is_network
 from fabric_init.filling.agreement import Agreement, Alone, checkpoint_digest
 from fabric_init.filling.one_reader import OneReader
@@ -47,25 +46,24 @@ def choose_io(io: Io, *, whole: bool, machines: int, file_system: str | None) ->
 
 
 def open_on_all_ranks(
-    path: str | os.PathLike[str],
+    source: Source,
     io: Io,
     *,
     whole: bool,
     machines: int,
-    mmap: bool,
     agreement: Agreement,
 ) -> CheckpointReader:
-    """Open ``path`` the same way on every rank. Which that is with ``io="auto"``, rank 0 decides.
+    """Open ``source`` the same way on every rank. Which that is with ``io="auto"``, rank 0 decides.
 
     Raises:
         CheckpointError: the file cannot be used; on ranks without fault, :class:`FabricInitError` with its message.
         CheckpointMismatchError: ``io``, or what is in the file where each rank reads it, is not the same on all ranks.
     """
     if isinstance(agreement, Alone):
-        return open_checkpoint(path, mmap=mmap)
+        return source.open()
     agreement.same("io", lambda: check_io(io), str)
-    way = choose_io(io, whole=whole, machines=machines, file_system=file_system_of(path))
+    way = choose_io(io, whole=whole, machines=machines, file_system=file_system_of(source.path))
     if agreement.from_rank_zero(way) == "local":
-        return agreement.same("opening the checkpoint", lambda: open_checkpoint(path, mmap=mmap), checkpoint_digest)
+        return agreement.same("opening the checkpoint", source.open, checkpoint_digest)
     # not mapped: rank 0 reads everything, from front to back, and a file that changes is an error, not a crash
-    return OneReader.open(lambda: open_checkpoint(path, mmap=False), agreement, BUDGET)
+    return OneReader.open(lambda: source.open(copy=True), agreement, BUDGET)

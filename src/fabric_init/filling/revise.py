@@ -11,7 +11,7 @@ from fabric_init.errors import RecordingError
 from fabric_init.filling.computed import replaced_since, written_since
 from fabric_init.filling.deferred import given_since, loaded_since, refuse_lost_writes
 from fabric_init.filling.materialize import Prepared, survey
-from fabric_init.filling.plan import Action, Entry, Plan, Source, check_all_have_values, own_init
+from fabric_init.filling.plan import Action, Entry, Given, Plan, check_all_have_values, own_init
 from fabric_init.filling.several import Several
 from fabric_init.recording.tape import Tape
 
@@ -75,11 +75,11 @@ def _by_tensor(plans: Sequence[Prepared], reader: Several) -> dict[int, Entry]:
     return found
 
 
-def _sources(entries: Iterable[Entry], plans: Sequence[Prepared]) -> dict[int, Source]:
+def _sources(entries: Iterable[Entry], plans: Sequence[Prepared]) -> dict[int, Given]:
     """What was to be loaded when the blocks ended, also where the model holds something else by now."""
     tapes = {storage: tape for plan in plans for storage, tape in plan.tapes.items()}
     return {
-        ref.storage: Source(ref, entry.keys[0], entry.since)
+        ref.storage: Given(ref, entry.keys[0], entry.since)
         for entry in entries
         if entry.action is Action.LOAD and (ref := entry.slot.ref) is not None
         if tapes[ref.storage].current().covers(ref)

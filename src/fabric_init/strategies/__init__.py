@@ -5,6 +5,7 @@ from fabric_init.filling.placement import Placement, WholeTensors
 from fabric_init.filling.slots import Slot
 from fabric_init.strategies.binding import ShardedPlacement
 from fabric_init.strategies.ddp import DDPStrategy
+from fabric_init.strategies.deepspeed import DeepSpeedStrategy
 from fabric_init.strategies.dtensors import ShardedTensors
 from fabric_init.strategies.fsdp import FSDPStrategy
 from fabric_init.strategies.fsdp2 import FSDP2Strategy, ModelParallelStrategy
@@ -14,6 +15,7 @@ from fabric_init.strategies.single_device import SingleDeviceStrategy
 __all__ = [
     "Box",
     "DDPStrategy",
+    "DeepSpeedStrategy",
     "FSDP2Strategy",
     "FSDPStrategy",
     "ModelParallelStrategy",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from lightning.fabric.plugins import BitsandbytesPrecision, Precision, Transform
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from fabric_init.checkpoints import CheckpointReader
+from fabric_init.checkpoints import CheckpointReader, Source
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.materialize import fill_model
 from fabric_init.filling.opening import open_on_all_ranks
@@ -31,9 +30,8 @@ _NOTHING_WANTED = Wanted()
 @contextmanager
 def recorded_block(
     strategy: RecordedInit,
-    checkpoint: str | os.PathLike[str] | None = None,
+    source: Source | None = None,
     wanted: Wanted = _NOTHING_WANTED,
-    mmap: bool = True,
 ) -> Iterator[None]:
     """Record the model that is built in the block, and fill it, give it room, or bind it until it is sharded.
 
@@ -45,11 +43,9 @@ def recorded_block(
     _refuse_precision(strategy.precision)
     agreement = strategy.agreement
     reader = None
-    if checkpoint is not None:  # a bad path fails before the build
+    if source is not None:  # a bad path fails before the build
         machines, whole = getattr(strategy, "num_nodes", 1), not strategy.fills_in_setup
-        reader = open_on_all_ranks(
-            checkpoint, strategy.io, whole=whole, machines=machines, mmap=mmap, agreement=agreement
-        )
+        reader = open_on_all_ranks(source, strategy.io, whole=whole, machines=machines, agreement=agreement)
     failure: Exception | None = None
     try:
         with ExitStack() as contexts:

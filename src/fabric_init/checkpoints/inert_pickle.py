@@ -1,0 +1,102 @@
+"""Read a pickle as plain data: nothing that it names is imported, and nothing that it asks for is called.
+
+Where a pickle says "call this class with these arguments", a :class:`Record` of the two is put down. Names that are not
+expected are refused, as are all instructions but those that Python and torch write for plain data. Python's own
+interpreter in C would take less than half the time, but a single wrong byte can make it use all memory there is.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+_INSTRUCTIONS = re.findall(
+    r"\w+",
+    """
+    PROTO FRAME MARK STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE
+    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS
+    GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET
+    """,
+)
+
+
+class InertPickleError(ValueError):
+    """The bytes are no pickle of what is expected. The message does not name the file: the caller knows it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A class or function that the pickle names, ``module.name``."""
+
+    full: str
+
+
+@dataclass(eq=False, slots=True)
+class Record:
+    """A call that was not made, and the state that would have been set on what it returned."""
+
+    name: str
+    arguments: tuple[Any, ...]
+    state: Any = None
+
+
+def load_inert(data: bytes, names: Collection[str]) -> Any:
+    """The content of the pickle ``data``: built-in values, dtypes and records; only ``names`` may be named in it.
+
+    Memory and time are linear in ``len(data)``. Containers may hold themselves. Raises :class:`InertPickleError`.
+    """
+    try:
+        return _Reader(data, names).load()
+    except InertPickleError:
+        raise
+    except KeyError as error:
+        raise InertPickleError(f"unexpected instruction or reference {error} in the pickle") from error
+    except Exception as error:  # wrong bytes make the interpreter misuse its own stack: any error can come of it
+        raise InertPickleError(f"the pickle is damaged: {error} ({type(error).__name__})") from error
+
+
+class _Reader(pickle._Unpickler):
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _INSTRUCTIONS
+    }
+
+    def __init__(self, data: bytes, names: Collection[str]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._names = names
+
+    def find_class(self, module: str, name: str) -> Name | torch.dtype:
+        full = f"{module}.{name}"
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)  # type: ignore[no-any-return]
+        if full not in self._names:
+            raise InertPickleError(f"it names {full}, which is not expected there and could run code")
+        return Name(full)
+
+    def persistent_load(self, pid: Any) -> Record:
+        return Record("persistent", (pid,))
+
+    def _call(self) -> None:
+        arguments = self.stack.pop()
+        name = self.stack[-1]
+        if not isinstance(name, Name) or not isinstance(arguments, tuple):
+            raise InertPickleError(f"it calls {name!r:.80}, which is no class")
+        empty_dict = name.full == "collections.OrderedDict" and not arguments  # as all dicts are by now
+        self.stack[-1] = {} if empty_dict else Record(name.full, arguments)
+
+    def _build(self) -> None:
+        state = self.stack.pop()
+        record = self.stack[-1]
+        if not isinstance(record, Record):
+            raise InertPickleError(f"it sets the state of {record!r:.80}, which has none")
+        record.state = state
+
+    dispatch[pickle.REDUCE[0]] = _call
+    dispatch[pickle.NEWOBJ[0]] = _call
+    dispatch[pickle.BUILD[0]] = _build

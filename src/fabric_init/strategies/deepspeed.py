@@ -1,0 +1,258 @@
+"""DeepSpeed: ZeRO-1 and 2 keep every parameter whole on each rank; ZeRO-3 keeps a flat slice of each.
+
+A model for ZeRO-3 is not built under ``deepspeed.zero.Init``, which initialises each layer whole and sends it around.
+It is recorded, partitioned in ``setup`` while it has no values, and each rank then fills its own slices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import weakref
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.fabric.strategies.deepspeed as lightning_deepspeed
+import torch
+from lightning.fabric.accelerators import CUDAAccelerator
+from lightning.fabric.strategies.ddp import DDPStrategy
+from lightning.fabric.strategies.strategy import Strategy
+from lightning.fabric.utilities.seed import reset_seed
+from torch import nn
+from torch.optim import Optimizer
+
+from fabric_init.errors import FabricInitError
+from fabric_init.filling.guard import loading, release, require, settle
+from fabric_init.filling.placement import Placement, WholeTensors
+from fabric_init.recording.empty_init import _EmptyInit
+from fabric_init.strategies.binding import is_bound, shard_and_fill
+from fabric_init.strategies.block import recorded_block
+from fabric_init.strategies.recorded_init import RecordedInit, register_strategy
+from fabric_init.strategies.wrappers import original, register_wrapper
+from fabric_init.strategies.zero3 import ZeroPartitions, accept_whole_tensors, partition_without_values
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+
+class DeepSpeedStrategy(RecordedInit, lightning_deepspeed.DeepSpeedStrategy):
+    """Lightning's strategy of the same name, for every device that DeepSpeed itself runs on.
+
+    With ZeRO-3, models built without values are partitioned in ``setup``, where each rank fills its own slices.
+    """
+
+    @property
+    def fills_in_setup(self) -> bool:  # type: ignore[override]
+        return self.zero_stage_3
+
+    def placement(self, model: nn.Module) -> Placement:
+        return ZeroPartitions(self.root_device) if self.zero_stage_3 else WholeTensors(self.root_device)
+
+    def setup_environment(self) -> None:
+        from deepspeed.accelerator import get_accelerator
+
+        ours, theirs = self.root_device.type, get_accelerator().device_name()
+        if ours != theirs:
+            raise FabricInitError(
+                f"this Fabric runs on {ours}, but DeepSpeed has chosen {theirs}. Set the environment variable "
+                f"DS_ACCELERATOR={ours} before DeepSpeed is imported."
+            )
+        if isinstance(self.accelerator, CUDAAccelerator):
+            super().setup_environment()
+        else:  # Lightning's own refuses
+            DDPStrategy.setup_environment(self)
+
+    def _setup_distributed(self) -> None:
+        if self.root_device.type == "cuda":
+            super()._setup_distributed()
+            return
+        reset_seed()  # as Lightning does, but for the indices of devices, which CPUs have not
+        self._set_world_ranks()
+        self._init_deepspeed_distributed()
+        if not self._config_initialized:
+            self._format_config()
+            self._config_initialized = True
+
+    def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
+        # Lightning's builds under zero.Init for ZeRO-3: the model's own init finds no weights there and does nothing
+        return recorded_block(self) if empty_init else Strategy.module_init_context(self, empty_init=False)
+
+    def module_to_device(self, module: nn.Module) -> None:
+        if not is_bound(module):
+            super().module_to_device(module)
+
+    def setup_module(self, module: nn.Module) -> DeepSpeedEngine:
+        self._prepare(module)
+        return super().setup_module(module)
+
+    def setup_module_and_optimizers(
+        self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
+    ) -> tuple[DeepSpeedEngine, list[Optimizer], Any]:
+        # DeepSpeed itself would leave the other ranks waiting for one that it refuses
+        self.agreement.same("setting the model up", lambda: _require_one_optimizer(optimizers), lambda _: "")
+        self._prepare(module)  # parameters stay the same objects: optimizers need not be told
+        theirs = lightning_deepspeed.DeepSpeedStrategy.setup_module_and_optimizers
+        engine, optimizers, scheduler = theirs(self, module, optimizers, scheduler)
+        if not self.zero_stage_3:
+            module.register_load_state_dict_post_hook(lambda *_: refresh_masters(engine))
+        if settle(module):
+            _refresh_when_filled(engine, module)
+        return engine, optimizers, scheduler
+
+    def _initialize_engine(
+        self, model: nn.Module, optimizer: Optimizer | None = None, scheduler: Any = None
+    ) -> tuple[DeepSpeedEngine, Optimizer, Any]:
+        """As Lightning's, but for any device, and for ZeRO-1 and 2 without an optimizer, too."""
+        import deepspeed
+
+        register_wrapper(deepspeed.DeepSpeedEngine)
+        config = self.config
+        assert isinstance(config, dict)
+        if optimizer is None and not self.zero_stage_3 and "optimizer" not in config:
+            # They partition what belongs to the optimizer, and refuse to be without one.
+            config = {key: value for key, value in config.items() if key != "zero_optimization"}
+        engine, made, _, scheduler = deepspeed.initialize(
+            args=argparse.Namespace(device_rank=self.local_rank),
+            config=config,
+            model=model,
+            model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            dist_init_required=False,
+        )
+        self._engines.add(engine)
+        if self.zero_stage_3:
+            accept_whole_tensors(model, lambda: _refresh_when_filled(engine, model))
+        return engine, made, scheduler
+
+    @property
+    def _engines(self) -> weakref.WeakSet[Any]:
+        found: weakref.WeakSet[Any] = vars(self).setdefault("_engines_made", weakref.WeakSet())
+        return found
+
+    def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
+        # Lightning means to, but does not see that an engine can step. It is the engine that counts micro-batches.
+        for engine in self._engines:
+            if optimizer is engine.optimizer:
+                return engine.step(**kwargs)
+        return super().optimizer_step(optimizer, **kwargs)
+
+    def save_checkpoint(self, path: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        for engine in _require_checkpointing(state):
+            if (refresh := vars(engine).get(_WAITS)) is not None:
+                refresh(use="be saved")
+        super().save_checkpoint(path, state, *args, **kwargs)
+
+    def load_checkpoint(self, path: Any, state: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if Path(path).is_file():  # DeepSpeed's own checkpoints are folders: it is one that any other strategy saved
+            modules = [state] if isinstance(state, nn.Module) else (state or {}).values()
+            with ExitStack() as stack:
+                for module in modules:
+                    if isinstance(module, nn.Module):
+                        stack.enter_context(loading(module))
+                return Strategy.load_checkpoint(self, path, state, *args, **kwargs)
+        _require_checkpointing(state)
+        return super().load_checkpoint(path, state, *args, **kwargs)
+
+    def load_module_state_dict(self, module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the whole tensors of ``state_dict`` into what each rank keeps, the optimizer's masters included."""
+        original(module).load_state_dict(state_dict, strict=strict)
+        refresh_masters(module)
+
+    def _prepare(self, module: nn.Module) -> None:
+        """Partition and fill a recorded model; of any other, make sure that it has one shape on all ranks."""
+        settle(module)
+        release(module)
+        if not is_bound(module):
+            self.agreement.same("the model to set up", lambda: module, _shapes_digest)
+            return
+        dtype = self._parameter_dtype()
+        if dtype is not None:
+            with _EmptyInit():  # the cast belongs to the recording, too
+                for parameter in module.parameters():
+                    if parameter.is_floating_point():
+                        parameter.data = parameter.data.to(dtype)
+        shard_and_fill(module, self.shard, self.sharded_placement, self.agreement)
+
+    def _parameter_dtype(self) -> torch.dtype | None:
+        """What DeepSpeed casts parameters to; under ZeRO-3 it expects to find them so."""
+        assert isinstance(self.config, dict)
+        for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+            if self.config.get(name, {}).get("enabled"):
+                return dtype
+        return None
+
+    def shard(self, model: nn.Module) -> nn.Module:
+        assert isinstance(self.config, dict)
+        zero = self.config["zero_optimization"]
+        if zero.get("zero_quantized_nontrainable_weights"):
+            raise FabricInitError(
+                "fabric_init cannot fill weights that DeepSpeed quantizes when it partitions them. Turn "
+                "zero_quantized_nontrainable_weights off, or build with init_module() alone."
+            )
+        if "nvme" in ((zero.get("offload_param") or {}).get("device"), self.remote_device):
+            raise FabricInitError(
+                "fabric_init cannot fill parameters that DeepSpeed offloads to NVMe: their partitions are in files of "
+                "its own. Offload them to the CPU, or build with init_module() without empty_init and checkpoint."
+            )
+        partition_without_values(model, self.config, self.remote_device)
+        return model
+
+
+def _require_one_optimizer(optimizers: list[Optimizer]) -> None:
+    if len(optimizers) != 1 or not isinstance(optimizers[0], Optimizer):
+        given = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
+        raise TypeError(f"DeepSpeed takes one optimizer: fabric.setup(model, optimizer); this call gave {given}")
+
+
+def _shapes_digest(module: nn.Module) -> str:
+    shapes = [f"{name} {tuple(value.shape)} {value.dtype}" for name, value in module.named_parameters()]
+    return f"{len(shapes)} parameters, digest {hashlib.sha256(' '.join(shapes).encode()).hexdigest()[:12]}"
+
+
+register_strategy(DeepSpeedStrategy, instead_of=lightning_deepspeed.DeepSpeedStrategy)
+
+
+# -- after setup -------------------------------------------------------------------------------------------------------
+
+
+def refresh_masters(engine: Any) -> None:
+    """Make the optimizer's fp32 masters equal the weights, after these were written."""
+    refresh = getattr(getattr(engine, "optimizer", None), "refresh_fp32_params", None)
+    if refresh is not None:  # not so without ZeRO, or without an optimizer
+        refresh()
+
+
+def _refresh_when_filled(engine: Any, model: nn.Module) -> None:
+    """DeepSpeed has made its masters from other values than ``model`` has, or will have: make them anew in time."""
+    if _WAITS in vars(engine):
+        return
+
+    def refresh(*_: Any, use: str = "run") -> None:
+        require(model, use)
+        handle.remove()
+        del vars(engine)[_WAITS]
+        parameters: list[Any] = list(model.parameters())
+        for parameter in parameters:
+            if hasattr(parameter, "ds_tensor") and parameter.ds_status.name == "AVAILABLE":
+                parameter.partition()  # it was gathered when there were no values
+        refresh_masters(engine)
+
+    handle = engine.register_forward_pre_hook(refresh)
+    vars(engine)[_WAITS] = refresh
+
+
+_WAITS = "_fabric_init_refresh"
+
+
+def _require_checkpointing(state: Any) -> list[Any]:
+    engines = lightning_deepspeed._get_deepspeed_engines_from_state(state) if isinstance(state, dict) else []
+    if any(engine.checkpoint_engine is None for engine in engines):
+        raise FabricInitError(
+            "DeepSpeed keeps the weights of a ZeRO-3 checkpoint with the optimizer's, and neither saves nor loads one "
+            "without an optimizer. Set both up together: fabric.setup(model, optimizer). A single file with a state "
+            "dict can be loaded all the same: fabric.load_raw(path, model)."
+        )
+    return engines

@@ -1,0 +1,160 @@
+"""ZeRO-3: each rank keeps a flat slice of every parameter, which DeepSpeed's ``zero.Init`` cuts and we fill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fabric_init.checkpoints import Region, Span
+from fabric_init.checkpoints.region import take
+from fabric_init.errors import FabricInitError
+from fabric_init.filling.placement import become
+from fabric_init.filling.slots import Slot
+
+
+def partition_without_values(module: nn.Module, config: Any, remote_device: str | None) -> None:
+    """Turn each parameter of ``module``, which stays the same object, into one that DeepSpeed has partitioned.
+
+    Where it has no memory yet, none is taken, and ``ds_tensor`` is on the meta device; what has values keeps them. No
+    bytes go between ranks. As ``fabric_init_place`` each ``ds_tensor`` has the device that it is to be on, and whether
+    pinned.
+    """
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import is_zero_param
+
+    class Partitions(deepspeed.zero.Init):  # type: ignore[misc]
+        local_device: Any
+        remote_device: Any
+        pin_memory: bool
+
+        def _convert_to_zero_parameters(self, param_list: Iterable[Any]) -> None:
+            """As DeepSpeed's, but for parameters without values: from a meta tensor, and without the broadcast."""
+            real = (self.local_device, self.remote_device, self.pin_memory)
+            for parameter in param_list:
+                if is_zero_param(parameter):
+                    continue
+                recorded = parameter.is_meta
+                if recorded:
+                    self.local_device = self.remote_device = torch.device("meta")
+                    self.pin_memory = False
+                try:
+                    self._convert_to_deepspeed_param(parameter)
+                    parameter.partition()
+                finally:
+                    self.local_device, self.remote_device, self.pin_memory = real
+                local, remote, pinned = real
+                place = (local, False) if parameter.ds_persist else (torch.device(remote), pinned)
+                parameter.ds_tensor.fabric_init_place = place
+                parameter.ds_secondary_tensor = None  # hpZeRO's copy within a node: made anew after the next gather
+                if recorded:
+                    become(parameter, torch.empty(0, dtype=parameter.dtype, device=local))
+
+    Partitions(module=module, config_dict_or_path=config, remote_device=remote_device)
+
+
+class ZeroPartitions:
+    """A placement for parameters that DeepSpeed has partitioned (ZeRO-3), beside whole tensors.
+
+    Args:
+        device: where whole tensors, buffers for example, are to be.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._parameters: dict[str, Any] = {}
+
+    def current(self, slot: Slot, tensor: Tensor) -> Tensor:
+        """What the model holds where it held ``tensor``: the same object still."""
+        if hasattr(tensor, "ds_tensor"):
+            self._parameters[slot.name] = tensor
+        return tensor
+
+    def held(self, tensor: Tensor) -> Tensor:
+        """This rank's own memory of ``tensor``: 1-D and without padding, if it is partitioned."""
+        parameter: Any = tensor
+        return parameter.ds_tensor[: _span(parameter).numel] if hasattr(parameter, "ds_tensor") else tensor
+
+    def device(self, slot: Slot) -> torch.device:
+        parameter = self._parameters.get(slot.name)
+        if parameter is not None:
+            place: tuple[torch.device, bool] = parameter.ds_tensor.fabric_init_place
+            return place[0]
+        return slot.device if slot.real else self._device
+
+    def region(self, slot: Slot) -> Region | None:
+        parameter = self._parameters.get(slot.name)
+        return None if parameter is None else _span(parameter)
+
+    def put(self, slot: Slot, tensor: Tensor, value: Tensor) -> Tensor:
+        parameter = self._parameters.get(slot.name)
+        if parameter is None:
+            become(tensor, value)
+            return tensor
+        part, padding = parameter.ds_tensor, parameter.partition_numel() - value.numel()
+        if padding:
+            value = nn.functional.pad(value, (0, padding))
+        become(part, _pinned(value) if part.fabric_init_place[1] else value)
+        return tensor
+
+
+def _span(parameter: Any) -> Span:
+    """This rank's slice of a partitioned parameter; the last one, or several, may be shorter than the others."""
+    start = parameter.ds_zero_partition_rank * parameter.partition_numel()
+    stop = start + parameter.partition_numel()
+    return Span(min(start, parameter.ds_numel), min(stop, parameter.ds_numel))
+
+
+def _pinned(value: Tensor) -> Tensor:
+    from deepspeed.accelerator import get_accelerator
+
+    pinned: Tensor = get_accelerator().pin_memory(value)
+    return pinned
+
+
+def accept_whole_tensors(model: nn.Module, loaded: Callable[[], None]) -> None:
+    """Let ``load_state_dict`` take whole tensors for partitioned parameters: each rank takes its slice of them.
+
+    Args:
+        model: partitioned.
+        loaded: called when slices have been written.
+    """
+
+    def take_slices(
+        module: nn.Module,
+        state_dict: Any,
+        prefix: str,
+        metadata: Any,
+        strict: Any,
+        missing: Any,
+        extra: Any,
+        errors: Any,
+    ) -> None:
+        parameters: dict[str, Any] = dict(module._parameters)
+        for name, parameter in parameters.items():
+            value = state_dict.get(prefix + name)
+            if not isinstance(value, Tensor) or not hasattr(parameter, "ds_tensor"):
+                continue
+            if value.shape == parameter.shape != parameter.ds_shape:
+                continue  # a placeholder of DeepSpeed's own checkpoints, which bring the slices by another way
+            if metadata.get("assign_to_params_buffers"):
+                raise FabricInitError(
+                    f"{prefix}{name} is partitioned by DeepSpeed, and assign=True would put a tensor of yours in its "
+                    "place. Load without assign."
+                )
+            if value.shape != parameter.ds_shape:
+                shapes = f"{tuple(value.shape)} in the state dict and {tuple(parameter.ds_shape)} in the model"
+                errors.append(f"size mismatch for {prefix}{name}: {shapes}.")
+            else:
+                span = _span(parameter)
+                with torch.no_grad():
+                    parameter.ds_tensor[: span.numel].copy_(take(value.detach(), span))
+                loaded()
+            if parameter.shape != value.shape:
+                state_dict[prefix + name] = value.new_empty(parameter.shape)  # it is not gathered: nothing else to copy
+
+    for module in model.modules():
+        if any(hasattr(parameter, "ds_tensor") for parameter in module._parameters.values()):
+            module.register_load_state_dict_pre_hook(take_slices)
