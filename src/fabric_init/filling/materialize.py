@@ -13,6 +13,7 @@ from fabric_init.checkpoints import CheckpointReader, Conversion, Source
 from fabric_init.checkpoints.renaming import Rename
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.agreement import Agreement, Alone, plan_digest
+from fabric_init.filling.computed import check_nothing_is_undone
 from fabric_init.filling.deferred import loaded_since, refuse_lost_writes, release_recorded
 from fabric_init.filling.fill import check_ties, fill
 from fabric_init.filling.placement import Placement, WholeTensors
@@ -116,7 +117,9 @@ def plan_for(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, 
     """Plan for ``model``, while its tensors are still recorded and whole. Raises all that is the user's to mend."""
     slots, tensors, tapes = survey(model)
     exact = _exact(set(tapes.values()), rng)
-    return Prepared(make_plan(slots, tapes, reader, wanted), tensors, tapes, reader, exact)
+    plan = make_plan(slots, tapes, reader, wanted)
+    check_nothing_is_undone(plan.entries, tapes)
+    return Prepared(plan, tensors, tapes, reader, exact)
 
 
 def prepare(

@@ -6,7 +6,7 @@ Every error a user can make is raised here, before a weight is read or memory is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -40,10 +40,20 @@ class Entry(NamedTuple):
     action: Action
     keys: tuple[str, ...] = ()
     spec: TensorSpec | None = None
+    since: int | None = None
+    """Ops recorded after this number are later than the load: a block had ended, the next one was open."""
 
     @property
     def cast_from(self) -> torch.dtype | None:
         return self.spec.dtype if self.spec is not None and self.spec.dtype != self.slot.dtype else None
+
+
+class Given(NamedTuple):
+    """A tensor that is all of its recorded storage, the checkpoint key for its value, and :attr:`Entry.since`."""
+
+    ref: TensorRef
+    key: str
+    since: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,8 @@ class Plan:
 
     entries: tuple[Entry, ...]
     unexpected: tuple[str, ...] = ()
+    sources: Mapping[int, Given] = field(default_factory=dict)
+    """By storage: what the model does not hold any more, but others may have been computed from."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,7 @@ def make_plan(
                 raise CheckpointMismatchError(_keys_message(reader, keys, slots, missing, unexpected, loadable, wanted))
         if problems:
             transpose = likely_transposes(
-                {key: (slot.shape, reader.spec(key).shape) for slot, _, loaded, _ in entries for key in loaded}
+                {key: (slot.shape, reader.spec(key).shape) for slot, _, loaded, *_ in entries for key in loaded}
             )
             raise CheckpointMismatchError(
                 f"{reader.path}: {len(problems)} of {loadable} tensors do not fit the model:\n"
