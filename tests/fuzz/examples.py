@@ -64,7 +64,7 @@ def run_examples(case: Case, folder: Path, numbers: list[int]) -> dict[str, Any]
     torch.set_num_threads(1)
     outcome = Outcome()
     with (folder / f"running-{rank}").open("wb", buffering=0) as running:
-        copy = _Copy(case, folder / f"copy-{rank}")
+        copy = Copy(case, folder / f"copy-{rank}")
         good = read_all(open_checkpoint(copy.path), Random(0))
         _limit_memory()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -81,7 +81,7 @@ def run_examples(case: Case, folder: Path, numbers: list[int]) -> dict[str, Any]
     return asdict(outcome)  # plain data: this file is another module in the parent process
 
 
-def run_example(case: Case, copy: _Copy, number: int, good: Mapping[str, torch.Tensor], outcome: Outcome) -> None:
+def run_example(case: Case, copy: Copy, number: int, good: Mapping[str, torch.Tensor], outcome: Outcome) -> None:
     rng = Random(f"{case.name} {number}")
     sums = copy.folder / case.manifest  # one outside stays as it is
     copy.damage(rng)
@@ -91,7 +91,7 @@ def run_example(case: Case, copy: _Copy, number: int, good: Mapping[str, torch.T
         try:
             found = read_all(open_checkpoint(copy.path, mmap=rng.random() < 0.5, manifest=manifest), rng)
         except CheckpointError as error:
-            why = _wrong_refusal(error, case)
+            why = wrong_refusal(error, case)
             outcome.refused += manifest is None
             outcome.caught += manifest is not None and not refused
             refused = True
@@ -104,7 +104,7 @@ def run_example(case: Case, copy: _Copy, number: int, good: Mapping[str, torch.T
             outcome.wrong.append(f"example {number}, damage to {changed}, manifest {manifest is not None}: {why}")
 
 
-def _wrong_refusal(error: CheckpointError, case: Case) -> str | None:
+def wrong_refusal(error: CheckpointError, case: Case) -> str | None:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError) or any(text in str(cause) for text in OUT_OF_MEMORY):
@@ -174,7 +174,7 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-class _Copy:
+class Copy:
     """A copy of the checkpoint, damaged anew for each example; in the end it is as the last example left it."""
 
     def __init__(self, case: Case, folder: Path) -> None:
