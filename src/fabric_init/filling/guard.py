@@ -22,6 +22,7 @@ from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Wanted, make_plan
 from fabric_init.filling.report import Row, dtype_name
 from fabric_init.filling.slots import Slot
+from fabric_init.filling.taken_over import BUILT, follow
 from fabric_init.filling.unfilled import ATTRIBUTE, Unfilled, Waiting, waiting_under
 
 _RANKS = "_fabric_init_ranks"
@@ -84,9 +85,10 @@ def _before_load(
         return
     waiting = vars(module).get(ATTRIBUTE)
     if waiting is not None:
-        waiting.before_load()
+        waiting.before_load(module)
     if _load.errors is not error_msgs:
         _load.errors, _load.top = error_msgs, module
+        settle(module)
         _load.waiting = _count(module)
 
 
@@ -120,8 +122,15 @@ def _complete(model: nn.Module, before: int) -> None:
             waiting.settle("initialised", owner)
 
 
-def hook(module: nn.Module, agreement: Agreement | None = None) -> None:
-    """Let ``module`` ask before each use whether anything in it waits; ``agreement``: of the ranks that share it."""
+def hook(module: nn.Module, built: list[Waiting], agreement: Agreement | None = None) -> None:
+    """Let ``module`` ask before each use whether anything in it waits.
+
+    Args:
+        module: one of those that were built together.
+        built: what all of them wait for.
+        agreement: of the ranks that only together hold what is in ``module``.
+    """
+    vars(module)[BUILT] = built
     if _before_forward not in module._forward_pre_hooks.values():
         # before what a strategy has put there, which may gather from other ranks
         module.register_forward_pre_hook(_before_forward, prepend=True)
@@ -153,6 +162,7 @@ def _unhook(model: nn.Module, running: Any = None) -> None:
             for key in [key for key, hook in table.items() if _is_ours(hook)]:
                 del table[key]
         vars(module).pop(_RANKS, None)
+        vars(module).pop(BUILT, None)
 
 
 def _is_ours(hook: Any) -> bool:
@@ -197,6 +207,8 @@ def _visible(model: nn.Module) -> Iterator[Unfilled]:
 
 def settle(model: nn.Module) -> list[Row]:
     """Take note of what has been written since the last look; gives the report's rows of what still waits."""
+    for module in follow(model):
+        hook(module, vars(module)[ATTRIBUTE].everywhere, _ranks(model))
     for module, waiting in list(waiting_under(model)):
         waiting.settle(module=module)
     return [item.row for _, waiting in waiting_under(model) for item in waiting.items]
@@ -211,8 +223,9 @@ def release(model: nn.Module) -> None:
 @contextmanager
 def loading(model: nn.Module) -> Iterator[None]:
     """A load that takes several calls, of ``state_dict`` too: what it has brought counts when it ends."""
-    for _, waiting in list(waiting_under(model)):
-        waiting.before_load()
+    settle(model)
+    for owner, waiting in list(waiting_under(model)):
+        waiting.before_load(owner)
     before = _count(model)
     _load.whole = True
     try:

@@ -68,6 +68,14 @@ def is_exact_mark(samples: Tensor) -> bool:
     return bool((_bits(samples) == _mark_bits(_real(samples.dtype))).all())
 
 
+def is_written_in_part(samples: Tensor, tensor: Tensor) -> bool:
+    """Whether of integers that were written marks are left; of short ones too many values are marks to tell."""
+    if samples.itemsize < 4:
+        return False
+    left = _bits(samples) == _mark_bits(samples.dtype)
+    return bool(left.any()) and not bool((tensor == samples[left][0]).all())  # all of them: the value that was written
+
+
 def _real(dtype: torch.dtype) -> torch.dtype:
     return dtype.to_real() if dtype.is_complex else dtype
 

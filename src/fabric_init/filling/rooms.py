@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -119,6 +119,7 @@ def _guard(
 ) -> None:
     owners = dict(named_modules(model))
     everywhere: list[Waiting] = []
+    sharded: set[str] = set()  # modules that no rank holds alone; the others may run on one rank only
     for (slot, tensor), row in zip(unfilled, rows, strict=True):
         row.status, row.origin = "unfilled", ""
         assert slot.ref is not None
@@ -126,6 +127,8 @@ def _guard(
         for name in slot.names:  # under each: a tie may be used through any of its modules
             prefix, _, attribute = name.rpartition(".")
             owner = owners[prefix]
+            if placement.held(tensor) is not tensor:
+                sharded.update(_with_all_around(prefix))
             waiting = vars(owner).setdefault(ATTRIBUTE, Waiting(owner, model=rooms.name))
             if waiting.everywhere is not everywhere:
                 everywhere.append(waiting)
@@ -134,8 +137,15 @@ def _guard(
                 tape = rooms.tapes[slot.ref.storage]
                 waiting.items.append(Unfilled(attribute, slot, tape, placement, row, tensor, version))
     if unfilled:
-        for module in owners.values():  # all: a parent may use its child's weight without calling the child
-            hook(module, agreement)
+        for prefix, module in owners.items():  # all: a parent may use its child's weight without calling the child
+            hook(module, everywhere, agreement if prefix in sharded else None)
+
+
+def _with_all_around(name: str) -> Iterator[str]:
+    yield name
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _room(

@@ -10,7 +10,15 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from fabric_init.errors import UninitializedTensorError
-from fabric_init.filling.marks import has_mark, is_exact_mark, is_float, is_mark, marked_elements, version_of
+from fabric_init.filling.marks import (
+    has_mark,
+    is_exact_mark,
+    is_float,
+    is_mark,
+    is_written_in_part,
+    marked_elements,
+    version_of,
+)
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.report import Row, Status, dtype_name
 from fabric_init.filling.slots import Slot
@@ -56,10 +64,10 @@ class Unfilled:
         found = marked_elements(self.placement.held(now))
         if found is None:
             return changed or now is not self.tensor
-        if changed and by_load:
-            return not is_exact_mark(found)  # a load may bring NaN; what it lacks, it may copy onto itself
+        if changed and by_load:  # a load may bring NaN; what it lacks, it may copy onto itself
+            return not (is_exact_mark(found) if now.dtype == self.slot.dtype else is_mark(found))
         if changed:
-            return not is_float(found) or not has_mark(found)
+            return not (has_mark(found) if is_float(found) else is_written_in_part(found, self.placement.held(now)))
         return not (has_mark(found) if is_float(found) else is_mark(found))
 
     def changed(self, now: Tensor) -> bool:
@@ -120,15 +128,13 @@ class Waiting:
         if not left:
             vars(module).pop(ATTRIBUTE, None)
 
-    def before_load(self) -> None:
+    def before_load(self, module: nn.Module) -> None:
         """What was written until now is not this load's doing."""
-        self.settle()
-        module = self._owner()
-        if module is not None:
-            now = [(item, getattr(module, item.attribute, None)) for item in self.items]
-            self.items = [
-                item if t is None else replace(item, tensor=t, version=version_in(item.placement, t)) for item, t in now
-            ]
+        self.settle(module=module)
+        now = [(item, getattr(module, item.attribute, None)) for item in self.items]
+        self.items = [
+            item if t is None else replace(item, tensor=t, version=version_in(item.placement, t)) for item, t in now
+        ]
 
     def _owner(self) -> nn.Module | None:
         return None if self._module is None else self._module()
