@@ -72,3 +72,5 @@ def nothing_leaks() -> Iterator[None]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole", action="store_true", help="fidelity tests: every architecture, not only the sample")
+    parser.addoption("--examples", type=int, default=100, help="fuzz tests: damaged checkpoints of each format")
+    parser.addoption("--example", type=int, help="fuzz tests: the number of the only one to run")

@@ -130,6 +130,7 @@ def test_a_block_that_cannot_run_says_what_it_needs() -> None:
 ON_TWO_RANKS = ["--accelerator=cpu", "--devices=2"]
 COMMANDS = {
     "from_scratch_fsdp2.py": [*ON_TWO_RANKS, "--width=32", "--depth=2", "--steps=2"],
+    "lora_fsdp2.py": [*ON_TWO_RANKS, "--demo", "--dora", "--steps=2"],
     "new_head_ddp.py": [*ON_TWO_RANKS, "--steps=2"],
     "zero3.py": [*ON_TWO_RANKS, "--demo", "--steps=2"],
 }

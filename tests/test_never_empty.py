@@ -338,6 +338,10 @@ def test_empty_init_is_completed_by_a_partial_load_and_by_init_missing(tmp_path:
                 assert run(model.eval()).isfinite().all()
 
 
+COMPUTED = (".original0", "._u", "._v", "weight_g")
+"""What weight_norm and spectral_norm compute from a weight: it follows the weight that is loaded."""
+
+
 @MODELS
 def test_values_do_not_depend_on_the_subset_that_is_loaded_nor_on_the_threads(tmp_path: Path, name: str) -> None:
     build, _ = EVERY[name]
@@ -357,7 +361,8 @@ def test_values_do_not_depend_on_the_subset_that_is_loaded_nor_on_the_threads(tm
     _, whole = found[0]
     for loaded, values in found[1:]:
         for key in whole.keys() - loaded:
-            assert torch.equal(values[key], whole[key]), key
+            if not key.endswith(COMPUTED):
+                assert torch.equal(values[key], whole[key]), key
 
 
 def test_two_models_in_sequence_are_not_twins() -> None:

@@ -13,7 +13,7 @@ from lightning.fabric.wrappers import _FabricOptimizer
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_init.checkpoints import Source
+from fabric_init.checkpoints import Conversion, Source
 from fabric_init.checkpoints.renaming import Rename
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.deferred import mend_of
@@ -60,6 +60,7 @@ class Fabric(lightning.Fabric):
         mmap: bool = True,
         entry: str | None = None,
         manifest: str | os.PathLike[str] | None = None,
+        convert: Sequence[Conversion] = (),
     ) -> AbstractContextManager[None]:
         """Context in which a model is built on the right device and in the right precision.
 
@@ -79,17 +80,22 @@ class Fabric(lightning.Fabric):
                 id of a model on the Hugging Face Hub: all that :func:`~fabric_init.checkpoints.open_checkpoint` takes.
             strict: a missing or unexpected key is an error. Otherwise missing tensors get the model's own init and
                 unexpected keys are ignored; :meth:`init_report` has both.
-            rename: regex → replacement, or a callable, from checkpoint key to tensor name; ``None`` drops a key.
+            rename: regex → replacement, or a callable, from checkpoint key to tensor name; ``None`` drops a key. Or a
+                list of these, applied in order; :class:`~fabric_init.checkpoints.Part` and
+                :class:`~fabric_init.checkpoints.Layers` choose what to load.
             reinit: globs of tensors to initialise afresh although the checkpoint has them (a new head, say).
             mmap: on the CPU, let the mapped file be the parameters: nothing is copied. ``False`` copies, for a file
                 that may be overwritten in place while the model lives.
             entry: the state dict that is meant, by its key, where a torch file or distributed checkpoint holds several.
             manifest: SHA-256 digests that the checkpoint is compared with while it is read: a file as ``sha256sum`` or
                 :func:`~fabric_init.checkpoints.write_manifest` writes it.
+            convert: what lies otherwise in the checkpoint than in the model: :class:`~fabric_init.checkpoints.Split`,
+                ``Fuse``, ``Stack``, ``Unstack``, ``Transpose``, in the checkpoint's own names, before ``rename``.
 
         Raises:
             CheckpointError: when entered, if the file cannot be used.
-            CheckpointMismatchError: when left, if keys, shapes or dtypes of file and model disagree.
+            CheckpointMismatchError: when entered, if the file is not as ``convert`` declares; when left, if keys,
+                shapes or dtypes of file and model disagree.
             UninitializedTensorError: when left, if neither file nor model gives some tensor a value.
             RecordingError: for a block in a recorded block, one that builds no model, or several for one checkpoint.
         """
@@ -97,15 +103,15 @@ class Fabric(lightning.Fabric):
         if isinstance(empty_init, (str, os.PathLike)):
             raise TypeError(f"a path goes in by name: init_module(checkpoint={str(empty_init)!r})")
         if checkpoint is None:
-            if rename is not None or reinit or not strict:
-                raise FabricInitError("strict, rename and reinit say how to load checkpoint=…, which is missing")
+            if rename is not None or reinit or convert or not strict:
+                raise FabricInitError("strict, rename, reinit and convert are for a checkpoint=…, which is missing")
             if not empty_init:
                 refuse_nesting()
                 return super().init_module(empty_init=False)
             return recorded_block(require_recorded_init(self.strategy))
         if empty_init is False:
             raise FabricInitError("empty_init=False contradicts checkpoint=…: a declared load never runs init first")
-        source, wanted = Source(checkpoint, mmap, entry, manifest), Wanted(strict, rename, reinit)
+        source, wanted = Source(checkpoint, mmap, entry, manifest, convert), Wanted(strict, rename, reinit)
         return recorded_block(require_recorded_init(self.strategy), source, wanted)
 
     def init_missing(self, model: nn.Module) -> None:

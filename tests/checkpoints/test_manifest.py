@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dcp_writers import save_alone
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from regions import regions
@@ -175,3 +176,15 @@ def test_a_damaged_manifest_never_lets_a_wrong_weight_pass(file: Path, tmp_path:
             assert torch.equal(reader.read(key), STATE[key])
     except CheckpointError:
         pass
+
+
+def test_a_file_that_is_listed_and_gone_from_a_folder_is_missed(tmp_path: Path) -> None:
+    folder = save_alone({"w": torch.ones(2)}, tmp_path / "checkpoint")
+    assert open_checkpoint(folder, manifest=write_manifest(folder)), "the manifest itself may lie in it"
+    (folder / "SHA256SUMS").unlink()
+    (folder / "extra").write_text("listed, too")
+    sums = write_manifest(folder, tmp_path / "sums")
+    assert list(open_checkpoint(folder, manifest=sums).keys()) == ["w"]
+    (folder / "extra").unlink()
+    with pytest.raises(CheckpointNotFoundError, match=r"extra is listed in .*sums, and is not there"):
+        open_checkpoint(folder, manifest=sums)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import struct
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from fabric_init.checkpoints import Box, Span, TensorSpec, TorchFileReader, open_checkpoint, take
+from fabric_init.checkpoints.file_bytes import open_bytes
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
 
 BOTH = pytest.mark.parametrize("mmap", [True, False], ids=["mapped", "copied"])
@@ -266,3 +268,45 @@ def test_an_unknown_key_is_a_key_error_that_names_the_file(tmp_path: Path) -> No
     for ask in (reader.spec, reader.read):
         with pytest.raises(KeyError, match=r"m\.pt has no tensor 'nope'"):
             ask("nope")
+
+
+def test_a_legacy_file_that_asks_for_more_memory_than_it_has_bytes_is_refused_before_torch_asks(tmp_path: Path) -> None:
+    path = legacy(tmp_path / "w.pt", {"w": torch.ones(300)})
+    good = path.read_bytes()
+    # 300 is the number of elements in the storage, then the size of the tensor.
+    count = b"M" + struct.pack("<H", 300)
+    for place in (good.index(count), good.rindex(count)):
+        path.write_bytes(good[:place] + b"J" + struct.pack("<i", 2**31 - 1) + good[place + 3 :])
+        with pytest.raises(CheckpointFormatError, match=r"w\.pt .*(storages should take more|ends at byte 8,589,934)"):
+            TorchFileReader(path)
+
+
+def test_a_legacy_state_dict_with_a_tie_a_view_and_metadata_is_not_refused(tmp_path: Path) -> None:
+    linear = torch.nn.Linear(3, 2)
+    state = linear.state_dict()
+    state["tied"], state["turned"], state["row"] = state["weight"], state["weight"].t(), state["weight"][1]
+    reader = TorchFileReader(legacy(tmp_path / "w.pt", state))
+    for key, value in state.items():
+        assert torch.equal(reader.read(key), value)
+
+
+def test_sizes_and_strides_that_none_can_have_are_refused(tmp_path: Path) -> None:
+    for size, stride in (((0, -5), (1, 1)), ((1,), (2**63 - 1,))):
+        wrong = torch.ones(1).as_strided((0,), (1,))
+        wrong.set_(torch.ones(1).untyped_storage(), 0, size, stride)
+        torch.save({"w": wrong}, tmp_path / "w.pt")
+        with pytest.raises(CheckpointFormatError, match=r"'w' is of shape .* the file is damaged"):
+            TorchFileReader(tmp_path / "w.pt")
+
+
+def test_a_tensor_beyond_its_storage_is_refused_where_the_archive_is_read_by_itself(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(200)}, tmp_path / "w.pt")
+    with zipfile.ZipFile(tmp_path / "w.pt") as old, zipfile.ZipFile(tmp_path / "new.pt", "w") as new:
+        for info in old.infolist():
+            content = old.read(info)
+            if info.filename.endswith("data.pkl"):
+                place = content.rindex(b"K" + bytes([200]))
+                content = content[: place + 1] + bytes([201]) + content[place + 2 :]
+            new.writestr(info.filename, content)
+    with pytest.raises(CheckpointFormatError, match=r"'w' is larger than its storage"):
+        TorchFileReader(tmp_path / "new.pt", opener=lambda path: open_bytes(path, mmap=False))

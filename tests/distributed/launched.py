@@ -65,6 +65,9 @@ def main() -> None:
         "after": weights(model),
     }
     torch.save(found, options.folder / f"rank {fabric.global_rank}.pt")
+    # A machine whose last process has ended takes its network with it: nobody may still wait to hear from it.
+    fabric.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

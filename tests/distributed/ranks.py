@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -95,6 +95,38 @@ def run_ranks(
                 parts.append(f"--- rank {outcome.rank} printed ---\n{outcome.output[-_SHOWN_CHARACTERS:].strip()}")
         raise RanksFailedError("\n".join(parts))
     return [outcome.value for outcome in outcomes]
+
+
+def run_ranks_each(
+    world_size: int, function: Callable[..., Result], cases: Mapping[Any, Mapping[str, Any]], **kwargs: Any
+) -> dict[Any, list[Result]]:
+    """:func:`run_ranks` for each of ``cases``, one after the other in one group: to start one takes longer.
+
+    Args:
+        world_size: how many processes.
+        function: called with the keyword arguments of a case, and with ``kwargs``.
+        cases: what they are called, and their arguments.
+
+    Returns:
+        For each case, what each rank returned.
+    """
+    __tracebackhide__ = True
+    file, name = function.__code__.co_filename, function.__qualname__
+    calls = {case: {**kwargs, **arguments} for case, arguments in cases.items()}
+    ranks = run_ranks(world_size, _call_each, seconds=SECONDS + 5 * len(calls), file=file, name=name, calls=calls)
+    return {case: [rank[case] for rank in ranks] for case in calls}
+
+
+def _call_each(file: str, name: str, calls: dict[Any, dict[str, Any]]) -> dict[Any, Any]:
+    function = getattr(_module_of(file), name)
+    results = {}
+    for case, arguments in calls.items():
+        try:
+            results[case] = function(**arguments)
+        except Exception as error:
+            error.add_note(f"in the case {case!r}")
+            raise
+    return results
 
 
 def try_ranks(

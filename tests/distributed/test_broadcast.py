@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import run_ranks, run_ranks_each
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from watched import watched
@@ -40,25 +40,24 @@ def check(found: Sequence[dict[str, Any]], expected: nn.Module) -> None:
         assert rank["ties"] == ties(expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
 @in_small_and_large_groups
 @in_every_strategy
-def test_every_rank_holds_what_is_in_the_file(strategy: str, world_size: int, name: str, tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / FILE, name)
-    found = run_ranks(world_size, load, strategy=strategy, name=name, budget=1 << 20, checkpoint=path)
-    check(found, one_device(name, checkpoint=path))
+def test_every_rank_holds_what_is_in_the_file(strategy: str, world_size: int, tmp_path: Path) -> None:
+    cases = {name: {"name": name, "checkpoint": write_checkpoint(tmp_path / f"{name}.pt", name)} for name in NAMES}
+    found = run_ranks_each(world_size, load, cases, strategy=strategy, budget=1 << 20)
+    for name, case in cases.items():
+        check(found[name], one_device(name, checkpoint=case["checkpoint"]))
 
 
-@pytest.mark.parametrize("budget", [64, 1000])
-@pytest.mark.parametrize("file", [FILE, "model.pt"])
 @in_every_strategy
-def test_a_budget_smaller_than_one_tensor_will_do(strategy: str, file: str, budget: int, tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / file, "uneven")
-    found = run_ranks(4, load, strategy=strategy, name="uneven", budget=budget, checkpoint=path)
-    check(found, one_device("uneven", checkpoint=path))
+def test_a_budget_smaller_than_one_tensor_will_do(strategy: str, tmp_path: Path) -> None:
+    paths = [write_checkpoint(tmp_path / file, "uneven") for file in (FILE, "model.pt")]
+    cases = {(path.name, budget): {"checkpoint": path, "budget": budget} for path in paths for budget in (64, 1000)}
+    found = run_ranks_each(4, load, cases, strategy=strategy, name="uneven")
+    for case, arguments in cases.items():
+        check(found[case], one_device("uneven", checkpoint=arguments["checkpoint"]))
 
 
-@pytest.mark.parametrize("name", ["uneven", "buffers"])
 @in_every_strategy
 @pytest.mark.parametrize(
     ("saved", "precision", "kept"),
@@ -66,13 +65,16 @@ def test_a_budget_smaller_than_one_tensor_will_do(strategy: str, file: str, budg
     ids=["bf16 into fp32", "fp32 into bf16"],
 )
 def test_what_the_file_lacks_is_initialised_and_dtypes_are_the_models(
-    saved: torch.dtype, precision: str, kept: torch.dtype, strategy: str, name: str, tmp_path: Path
+    saved: torch.dtype, precision: str, kept: torch.dtype, strategy: str, tmp_path: Path
 ) -> None:
-    path = write_checkpoint(tmp_path / FILE, name, dtype=saved, partial=True)
-    options: dict[str, Any] = {"checkpoint": path, "strict": False}
-    found = run_ranks(2, load, strategy=strategy, name=name, budget=500, precision=precision, **options)
-    check(found, one_device(name, dtype=kept, **options))
-    assert {"loaded", "initialised"} <= set(found[1]["statuses"].values())
+    cases: dict[str, dict[str, Any]] = {}
+    for name in ("uneven", "buffers"):
+        path = write_checkpoint(tmp_path / f"{name}.safetensors", name, dtype=saved, partial=True)
+        cases[name] = {"name": name, "checkpoint": path, "strict": False}
+    found = run_ranks_each(2, load, cases, strategy=strategy, budget=500, precision=precision)
+    for name, case in cases.items():
+        check(found[name], one_device(dtype=kept, **case))
+        assert {"loaded", "initialised"} <= set(found[name][1]["statuses"].values())
 
 
 # -- who reads what ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import run_ranks, run_ranks_each
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from zoo import (
@@ -212,23 +212,36 @@ def masters_after_setup(
     return weights(model), found, {value.dtype for value in found.values()}
 
 
-@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32], ids=["bf16 file", "fp32 file"])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed", "16-true", "16-mixed"])
-@pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "deepspeed_stage_3"])
-def test_masters_are_the_weights_in_fp32(strategy: str, precision: str, saved: torch.dtype, tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / "model.safetensors", "transformerish", dtype=saved, partial=True)
-    dtypes = {"32": torch.float32, "bf": torch.bfloat16, "16": torch.float16}
-    dtype = dtypes[precision[:2]]
+PRECISIONS = {
+    "32-true": torch.float32,
+    "bf16-true": torch.bfloat16,
+    "bf16-mixed": torch.bfloat16,
+    "16-true": torch.float16,
+    "16-mixed": torch.float16,
+}
+
+
+def with_precision(precision: str, path: Path) -> nn.Module:
+    dtype = PRECISIONS[precision]
     if precision.endswith("true"):
-        expected = one_device("transformerish", dtype=dtype, checkpoint=path, strict=False).to(dtype)
-    else:  # DeepSpeed casts parameters, and not buffers
-        expected = one_device("transformerish", checkpoint=path, strict=False)
-        for parameter in expected.parameters():
-            parameter.data = parameter.data.to(dtype)
-    for found, fp32, kinds in run_ranks(2, masters_after_setup, strategy=strategy, precision=precision, path=path):
-        assert_same(found, weights(expected))
-        assert_same(fp32, trained_in_fp32(expected))
-        assert kinds == {torch.float32}
+        return one_device("transformerish", dtype=dtype, checkpoint=path, strict=False).to(dtype)
+    model = one_device("transformerish", checkpoint=path, strict=False)
+    for parameter in model.parameters():  # DeepSpeed casts parameters, and not buffers
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float32], ids=["bf16 file", "fp32 file"])
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "deepspeed_stage_3"])
+def test_masters_are_the_weights_in_fp32(strategy: str, saved: torch.dtype, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model.safetensors", "transformerish", dtype=saved, partial=True)
+    cases = {precision: {"precision": precision} for precision in PRECISIONS}
+    for precision, ranks in run_ranks_each(2, masters_after_setup, cases, strategy=strategy, path=path).items():
+        expected = with_precision(precision, path)
+        for found, fp32, kinds in ranks:
+            assert_same(found, weights(expected))
+            assert_same(fp32, trained_in_fp32(expected))
+            assert kinds == {torch.float32}
 
 
 def load_raw_after_setup(

@@ -8,7 +8,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import run_ranks, run_ranks_each
 from test_training import OPTIMIZERS, one_device_steps, rank_steps
 from torch import Tensor, nn
 from zoo import MODELS, assert_close, assert_same, one_device, prepare_deepspeed, tokens, weights, write_checkpoint
@@ -52,17 +52,20 @@ def complete(strategy: str, name: str, how: str, path: Path) -> tuple[str, set[s
     return str(raised.value), {row.status for row in init_report(model).rows}, weights(model)
 
 
-@pytest.mark.parametrize("name", ["transformerish", "uneven"])
-@pytest.mark.parametrize("how", ["load", "own init"])
 @with_every_strategy
-def test_a_model_is_guarded_until_it_is_complete(strategy: str, how: str, name: str, tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / "raw.pt", name, partial=True)
-    expected = one_device(name, checkpoint=path, strict=False) if how == "load" else one_device(name)
-    for message, statuses, found in run_ranks(2, complete, strategy=strategy, name=name, how=how, path=path):
-        assert "init_missing" in message
-        assert "unfilled" not in statuses
-        assert ("loaded" in statuses) == (how == "load")
-        assert_same(found, weights(expected))
+def test_a_model_is_guarded_until_it_is_complete(strategy: str, tmp_path: Path) -> None:
+    paths = {
+        name: write_checkpoint(tmp_path / f"{name}.pt", name, partial=True) for name in ("transformerish", "uneven")
+    }
+    hows = ("load", "own init")
+    cases = {(name, how): {"name": name, "how": how, "path": path} for name, path in paths.items() for how in hows}
+    for (name, how), ranks in run_ranks_each(2, complete, cases, strategy=strategy).items():
+        expected = one_device(name, checkpoint=paths[name], strict=False) if how == "load" else one_device(name)
+        for message, statuses, found in ranks:
+            assert "init_missing" in message
+            assert "unfilled" not in statuses
+            assert ("loaded" in statuses) == (how == "load")
+            assert_same(found, weights(expected))
 
 
 def train(strategy: str) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import run_ranks, run_ranks_each
 from torch import Tensor, nn
 from zoo import (
     STRATEGIES,
@@ -85,16 +85,18 @@ def train(strategy: str, name: str, path: Path | None, order: str, optimizer: st
     return weights(model)
 
 
-@pytest.mark.parametrize("name", ["uneven", "transformerish", "cross_tied"])
 @pytest.mark.parametrize("world_size", [2, 4])
 @in_every_strategy
-def test_three_steps_as_on_one_device(strategy: str, world_size: int, name: str, tmp_path: Path) -> None:
-    name = runnable(name, strategy)
-    path = write_checkpoint(tmp_path / "model.safetensors", name, partial=True)
-    expected, _ = one_device_steps(one_device(name, checkpoint=path, strict=False), world_size, 3)
-    arguments = {"name": name, "path": path, "order": "model, then optimizer", "optimizer": "sgd"}
-    for found in run_ranks(world_size, train, strategy=strategy, **arguments):
-        assert_close(found, expected)
+def test_three_steps_as_on_one_device(strategy: str, world_size: int, tmp_path: Path) -> None:
+    names = [runnable(name, strategy) for name in ("uneven", "transformerish", "cross_tied")]
+    paths = {name: write_checkpoint(tmp_path / f"{name}.safetensors", name, partial=True) for name in names}
+    cases = {name: {"name": name, "path": path} for name, path in paths.items()}
+    arguments = {"strategy": strategy, "order": "model, then optimizer", "optimizer": "sgd"}
+    for name, ranks in run_ranks_each(world_size, train, cases, **arguments).items():
+        model = one_device(name, checkpoint=paths[name], strict=False)
+        expected, _ = one_device_steps(model, world_size, 3)
+        for found in ranks:
+            assert_close(found, expected)
 
 
 @in_every_strategy
@@ -105,21 +107,18 @@ def test_three_steps_from_scratch(strategy: str) -> None:
         assert_close(found, expected)
 
 
-ORDERS = [(strategy, "together") for strategy in STRATEGIES]
-ORDERS += [(strategy, "optimizer made first, set up last") for strategy in ONE_AFTER_THE_OTHER]
-
-
-@pytest.mark.parametrize(("strategy", "order"), ORDERS)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_an_optimizer_made_before_setup_trains_the_model(
-    strategy: str, optimizer: str, order: str, tmp_path: Path
-) -> None:
+@in_every_strategy
+def test_an_optimizer_made_before_setup_trains_the_model(strategy: str, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "model.safetensors", "transformerish")
-    before = one_device("transformerish", checkpoint=path)
-    expected, _ = one_device_steps(before, 2, 3, optimizer)
-    arguments = {"name": "transformerish", "path": path, "order": order, "optimizer": optimizer}
-    for found in run_ranks(2, train, strategy=strategy, **arguments):
-        assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    orders = ["together", *["optimizer made first, set up last"] * (strategy in ONE_AFTER_THE_OTHER)]
+    cases = {
+        (order, optimizer): {"order": order, "optimizer": optimizer} for order in orders for optimizer in OPTIMIZERS
+    }
+    trained = run_ranks_each(2, train, cases, strategy=strategy, name="transformerish", path=path)
+    for (_, optimizer), ranks in trained.items():
+        expected, _ = one_device_steps(one_device("transformerish", checkpoint=path), 2, 3, optimizer)
+        for found in ranks:
+            assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @in_every_strategy

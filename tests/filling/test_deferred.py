@@ -180,7 +180,7 @@ WRITES: dict[str, Callable[[Net], object]] = {
 def test_a_write_after_the_block_would_be_lost_so_it_is_an_error(write: Callable[[Net], object]) -> None:
     model = build()
     write(model)
-    with pytest.raises(RecordingError, match=r"head\.weight: written after the recorded block"):
+    with pytest.raises(RecordingError, match=r"head\.weight: written or cast after the recorded block"):
         materialize(model)
 
 
@@ -200,3 +200,37 @@ def test_fabric_says_what_to_do_with_a_model_that_was_never_materialised() -> No
         fabric.setup(model)
     materialize(model)
     assert init_report(fabric.setup(model)).complete
+
+
+def test_memory_that_to_empty_gives_has_to_be_written() -> None:
+    with deferred_init():
+        model = nn.Linear(3, 2)
+    model.to_empty(device="cpu")
+    with pytest.raises(UninitializedTensorError, match=r"to_empty\(\) has given memory"):
+        materialize(model)
+    nn.init.ones_(model.weight)
+    nn.init.zeros_(model.bias)
+    materialize(model)
+    assert model(torch.ones(1, 3)).tolist() == [[3.0, 3.0]]
+
+
+@pytest.mark.parametrize("move", [lambda model: model.to("cpu"), lambda model: model.share_memory()])
+def test_a_recorded_model_cannot_be_moved_or_shared(move) -> None:
+    with deferred_init():
+        model = nn.Linear(3, 2)
+    with pytest.raises(UninitializedTensorError, match="Linear cannot be moved or shared: it was recorded"):
+        move(model)
+    materialize(model)
+    move(model)
+
+
+def test_an_early_load_of_a_tie_under_one_of_its_names_is_kept() -> None:
+    with deferred_init():
+        model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+        model[1].weight = model[0].weight
+    for name in ("0.weight", "1.weight"):
+        model.load_state_dict({name: torch.eye(2)}, strict=False)
+    model.load_state_dict({name: torch.eye(2) * 2 for name in ("0.weight", "1.weight")})
+    materialize(model)
+    assert torch.equal(model[0].weight, torch.eye(2) * 2)
+    assert model[0].weight is model[1].weight

@@ -7,15 +7,18 @@ name in it.
 
 from __future__ import annotations
 
+from fabric_init.checkpoints.conversions import Conversion, Fuse, Split, Stack, Transpose, Unstack
 from fabric_init.checkpoints.dcp import DCPReader
 from fabric_init.checkpoints.deepspeed_folder import DeepSpeedFolderReader
 from fabric_init.checkpoints.formats import Candidate, register_reader, unregister_reader
+from fabric_init.checkpoints.likely_renames import Suggestion, likely_renames
 from fabric_init.checkpoints.manifest import write_manifest
 from fabric_init.checkpoints.opening import open_checkpoint
+from fabric_init.checkpoints.parts import Layers, Part
 from fabric_init.checkpoints.reader import CheckpointReader, TensorSpec
 from fabric_init.checkpoints.region import Box, Region, Span, take
 from fabric_init.checkpoints.remote import RemotePath
-from fabric_init.checkpoints.renaming import Suggestion, likely_renames, rename_keys
+from fabric_init.checkpoints.renaming import rename_keys
 from fabric_init.checkpoints.safetensors import SafetensorsReader
 from fabric_init.checkpoints.sharded import ShardedReader
 from fabric_init.checkpoints.source import Source
@@ -25,17 +28,25 @@ __all__ = [
     "Box",
     "Candidate",
     "CheckpointReader",
+    "Conversion",
     "DCPReader",
     "DeepSpeedFolderReader",
+    "Fuse",
+    "Layers",
+    "Part",
     "Region",
     "RemotePath",
     "SafetensorsReader",
     "ShardedReader",
     "Source",
     "Span",
+    "Split",
+    "Stack",
     "Suggestion",
     "TensorSpec",
     "TorchFileReader",
+    "Transpose",
+    "Unstack",
     "likely_renames",
     "open_checkpoint",
     "register_reader",

@@ -122,7 +122,7 @@ def _vector(value: object) -> torch.Tensor:
     plain = type(value) in (torch.Tensor, torch.nn.Parameter)
     if not plain or not isinstance(value, torch.Tensor) or value.device.type != "cpu":
         raise ValueError(f"a part of the parameters is a {type(value).__name__}, not a tensor with values")
-    if value.layout is not torch.strided or value.dim() != 1 or not value.is_contiguous():
+    if value.layout is not torch.strided or value.dim() != 1 or value.shape[0] < 0 or not value.is_contiguous():
         raise ValueError(f"a part of the parameters has the shape {tuple(value.shape)}, and is no vector")
     return value.detach()
 

@@ -87,9 +87,10 @@ class Candidate:
             return
         if not isinstance(self.path, Path):
             raise ValueError(f"what this format reads at {self.path} cannot be compared with a manifest")
-        files = sorted(entry for entry in self.path.rglob("*") if entry.is_file()) if self.is_dir else [self.path]
-        for file in files:
-            self.manifest.check(file)
+        if self.is_dir:
+            self.manifest.check_folder(self.path)
+        else:
+            self.manifest.check(self.path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ def load_inert(data: bytes, names: Collection[str]) -> Any:
     Memory and time are linear in ``len(data)``. Containers may hold themselves. Raises :class:`InertPickleError`.
     """
     try:
-        return _Reader(data, names).load()
+        return InertReader(data, names).load()
     except InertPickleError:
         raise
     except KeyError as error:
@@ -61,7 +61,9 @@ def load_inert(data: bytes, names: Collection[str]) -> Any:
         raise InertPickleError(f"the pickle is damaged: {error} ({type(error).__name__})") from error
 
 
-class _Reader(pickle._Unpickler):
+class InertReader(pickle._Unpickler):
+    """An unpickler that makes nothing; by its own name for those who want to know something else of a pickle."""
+
     stack: list[Any]
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _INSTRUCTIONS
@@ -79,7 +81,7 @@ class _Reader(pickle._Unpickler):
             raise InertPickleError(f"it names {full}, which is not expected there and could run code")
         return Name(full)
 
-    def persistent_load(self, pid: Any) -> Record:
+    def persistent_load(self, pid: Any) -> Any:
         return Record("persistent", (pid,))
 
     def _call(self) -> None:

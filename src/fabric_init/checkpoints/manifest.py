@@ -83,6 +83,23 @@ class Manifest:
         file = open_bytes(path, mmap=False)
         self._check_whole(file, self._find(path))
 
+    def check_folder(self, folder: Path) -> None:
+        """Compare all of a folder whose every file counts: what is listed for it must be there, too.
+
+        Raises :class:`~fabric_init.errors.CheckpointFormatError` if a file differs, is missing or is not listed.
+        """
+        found = {file.absolute() for file in sorted(folder.rglob("*")) if file.is_file()}
+        if isinstance(self.path, Path):
+            found.discard(self.path.absolute())
+        for file in sorted(found):
+            self.check(file)
+        # A name in the manifest ends a path; what is before it is the folder that the manifest is of.
+        listed = list(self._files)
+        roots = {one.parents[len(parts) - 1] for one in found for parts in listed if one.parts[-len(parts) :] == parts}
+        for path in sorted(root.joinpath(*parts) for root in roots for parts in listed):
+            if path.is_relative_to(folder.absolute()) and path not in found:
+                raise CheckpointNotFoundError(f"{path} is listed in {self.path}, and is not there. {_CHANGED}")
+
     def _checked(self, path: AnyPath, mmap: bool) -> FileBytes:
         digests = self._find(path)
         # Blocks are copied anyway: a map would show later changes of the file.

@@ -22,10 +22,10 @@ from fabric_init.errors import CheckpointError, CheckpointFormatError, Checkpoin
 
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
-# What a training run saves beside the weights: files of torch.save, yet no model.
+# What a training run saves beside the weights: files of torch.save, yet no model. Lightning's is meta.pt.
 _NOT_WEIGHTS = frozenset(
     f"{name}{suffix}"
-    for name in ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+    for name in ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "meta")
     for suffix in _TORCH_SUFFIXES
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -18,6 +18,8 @@ class TensorSpec:
 
     shape: torch.Size
     dtype: torch.dtype
+    made: str = field(default="", compare=False)
+    """In words, of what it is made, where a conversion makes it; else empty."""
 
 
 class CheckpointReader(Protocol):

@@ -28,7 +28,7 @@ _LOCAL_HEADER = 30
 
 _REBUILD = ("torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3")
 _UNTYPED = "torch.storage.UntypedStorage"
-_STORAGES = {
+STORAGES = {
     "torch.BoolStorage": torch.bool,
     "torch.ByteStorage": torch.uint8,
     "torch.CharStorage": torch.int8,
@@ -42,7 +42,7 @@ _STORAGES = {
     "torch.ComplexFloatStorage": torch.complex64,
     "torch.ComplexDoubleStorage": torch.complex128,
 }
-_NAMES = frozenset({*_REBUILD, *_STORAGES, _UNTYPED, "collections.OrderedDict"})
+_NAMES = frozenset({*_REBUILD, *STORAGES, _UNTYPED, "collections.OrderedDict"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +141,7 @@ def _arguments(found: object, dtype: torch.dtype) -> tuple[str, int, tuple[int, 
     rest = found.arguments[6:]
     bits: Any = rest[untyped] if len(rest) > untyped else {}
     kind, storage_class, storage, _, _ = persistent.arguments[0]
-    saved = rest[0] if untyped else _STORAGES.get(storage_class.full)
+    saved = rest[0] if untyped else STORAGES.get(storage_class.full)
     if saved is not dtype:
         raise ValueError(f"it is a tensor of {saved}, not {dtype}")
     numbers = (first, *sizes, *strides)

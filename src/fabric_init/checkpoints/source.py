@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fabric_init.checkpoints.conversions import Conversion
+from fabric_init.checkpoints.converted import converted
 from fabric_init.checkpoints.opening import open_checkpoint
 from fabric_init.checkpoints.reader import CheckpointReader
 
 
 @dataclass(frozen=True)
 class Source:
-    """What :func:`~fabric_init.checkpoints.opening.open_checkpoint` is to be called with."""
+    """What :func:`~fabric_init.checkpoints.opening.open_checkpoint` is to be called with, and conversions of that."""
 
     path: str | os.PathLike[str]
     mmap: bool = True
     entry: str | None = None
     manifest: str | os.PathLike[str] | None = None
+    convert: Sequence[Conversion] = ()
 
     def open(self, *, copy: bool = False) -> CheckpointReader:
         """Open it; with ``copy``, not mapped in any case."""
-        return open_checkpoint(self.path, mmap=self.mmap and not copy, entry=self.entry, manifest=self.manifest)
+        mmap = self.mmap and not copy
+        return converted(open_checkpoint(self.path, mmap=mmap, entry=self.entry, manifest=self.manifest), self.convert)

@@ -56,6 +56,12 @@ class TorchArchive:
         """Whether the tensor's values are in this file; one that was saved from the meta device has none."""
         return tensor.is_meta and tensor.untyped_storage()._cdata in self._storages
 
+    def reaches(self, tensor: torch.Tensor) -> bool:
+        """Whether its last element lies in its storage. On the meta device torch lets a storage grow instead."""
+        extent = Window(0, tuple(tensor.shape), tensor.stride()).extent
+        record = self._storages[tensor.untyped_storage()._cdata][1]
+        return (int(tensor.storage_offset()) + extent) * tensor.element_size() <= record.file_size or not extent
+
     def read(self, tensor: torch.Tensor, region: Region | None) -> torch.Tensor:
         """A region of one of the tensors that :meth:`load` gave."""
         if isinstance(region, Span) and tensor.dim() > 1 and not tensor.is_contiguous():

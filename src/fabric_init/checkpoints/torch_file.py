@@ -8,6 +8,7 @@ always: no code in the pickle runs, and there is no option to let it. With ``mma
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import re
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from fabric_init.checkpoints.file_bytes import FileBytes, Opener, open_bytes
+from fabric_init.checkpoints.legacy_sizes import BoundedFile, check_sizes
 from fabric_init.checkpoints.reader import TensorSpec
 from fabric_init.checkpoints.region import Region, take
 from fabric_init.checkpoints.remote import AnyPath, as_path
@@ -134,10 +136,15 @@ def load_mapped(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> tuple
     ``stand_ins`` are what to use for classes that the pickle may name: (harmless class of ours, full name in the file).
     Returns what was loaded, and whether the file is of the legacy format.
     """
-    legacy = _is_legacy(path, open_bytes(path, mmap=False).head(64))
+    opened = open_bytes(path, mmap=False)
+    legacy = _is_legacy(path, opened.head(64))
     with _corruption_of(path), _allowing(stand_ins):
         try:
-            return torch.load(os.fspath(path), mmap=not legacy, weights_only=True, map_location="cpu"), legacy
+            if legacy:
+                with BoundedFile(path) as file:
+                    check_sizes(file, opened.size)
+                    return torch.load(file, weights_only=True, map_location="cpu"), True
+            return torch.load(os.fspath(path), mmap=True, weights_only=True, map_location="cpu"), False
         except pickle.UnpicklingError as error:
             _refuse_code(path, _unsafe_globals(path, error))
             raise
@@ -148,6 +155,7 @@ def _load_from(file: FileBytes) -> tuple[Any, bool, TorchArchive | None]:
     with _corruption_of(file.path):
         if _is_legacy(file.path, file.head(64)):
             content = io.BytesIO(file.head(file.size))
+            check_sizes(content, file.size)
             try:
                 return torch.load(content, weights_only=True, map_location="cpu"), True, None
             except pickle.UnpicklingError as error:
@@ -247,6 +255,16 @@ def checked_key(path: AnyPath, key: object, value: torch.Tensor, archive: TorchA
         why = f"on the {value.device.type!r} device: it was saved before it had values"
     elif value.layout is not torch.strided or value.is_quantized:
         why = f"{value.layout}, {value.dtype}: only dense, unquantized tensors can be read; convert it before saving"
+    elif not _is_possible(value):
+        why = f"of shape {tuple(value.shape)} and strides {value.stride()}: the file is damaged"
+    elif archive is not None and not archive.reaches(value):
+        why = "larger than its storage: the file is damaged"
     else:
         return key
     raise CheckpointFormatError(f"{path}: tensor {key!r} is {why}.")
+
+
+def _is_possible(value: torch.Tensor) -> bool:
+    """Whether its sizes and strides are such that torch can take regions of it; it accepts others, too."""
+    reach = int(value.storage_offset()) + sum(n * stride for n, stride in zip(value.shape, value.stride(), strict=True))
+    return min(value.shape, default=0) >= 0 and math.prod(value.shape) < 2**62 and reach < 2**62

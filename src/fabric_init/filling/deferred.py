@@ -6,8 +6,10 @@ as a checkpoint would be; torch alone would answer "all keys matched" and lose i
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fabric_init.checkpoints import CheckpointReader, Region, TensorSpec
+from fabric_init.checkpoints import Region, TensorSpec
 from fabric_init.checkpoints.region import take
 from fabric_init.errors import FabricInitError, RecordingError, UninitializedTensorError
-from fabric_init.filling.marks import version_of
+from fabric_init.filling.marks import is_exact_mark, marked_elements, place_mark, version_of
 from fabric_init.filling.slots import named_modules
 from fabric_init.recording.empty_init import active, recorded_build
 from fabric_init.recording.modules import BuiltModules
-from fabric_init.recording.tape import Rng
+from fabric_init.recording.tape import Rng, recorded
 
 _ATTRIBUTE = "_fabric_init_recorded"
 
@@ -60,11 +62,12 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
 class _Recorded:
     """What a module that was recorded remembers until it has memory."""
 
-    __slots__ = ("loaded", "mend", "seen")
+    __slots__ = ("emptied", "loaded", "mend", "seen")
 
     def __init__(self, mend: str, seen: dict[int, tuple[Tensor, int]]) -> None:
         self.mend = mend
         self.seen = seen  # the model's tensors when the block ended, by identity, with their versions
+        self.emptied: set[str] = set()  # those that to_empty has given memory
         self.loaded: dict[str, tuple[Tensor, int]] = {}  # what load_state_dict has brought since, with versions
 
     def written(self, tensor: Tensor) -> bool:
@@ -92,6 +95,7 @@ def guard_recorded(model: nn.Module, mend: str) -> None:
             record.mend = mend
             continue
         vars(module)[_ATTRIBUTE] = _Recorded(mend, seen)
+        vars(module)["_apply"] = partial(_apply, weakref.ref(module))
         with torch._C.DisableTorchFunction():
             for tensor in _own(module).values():
                 seen[id(tensor)] = tensor, version_of(tensor)
@@ -116,6 +120,7 @@ def release_recorded(model: nn.Module) -> None:
     """Take that guard away again."""
     for module in model.modules():
         if vars(module).pop(_ATTRIBUTE, None) is not None:
+            del vars(module)["_apply"]
             tables: tuple[Any, ...] = (
                 module._forward_pre_hooks,
                 module._state_dict_pre_hooks,
@@ -130,6 +135,29 @@ def release_recorded(model: nn.Module) -> None:
 def _of(module: nn.Module) -> _Recorded:
     found: _Recorded = vars(module)[_ATTRIBUTE]
     return found
+
+
+def _apply(itself: weakref.ref[nn.Module], fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """In the place of ``Module._apply``, under ``to``, ``share_memory`` and ``to_empty``.
+
+    A cast is fine. What ``to_empty`` gives memory has to be written by the user.
+    """
+    module = itself()
+    assert module is not None
+    own = [name for name, tensor in _own(module).items() if recorded(tensor) is not None]
+    if own:
+        try:
+            fn(torch.empty(0, device="meta"))
+        except (NotImplementedError, RuntimeError):
+            _of(module).refuse(module, "be moved or shared")
+    type(module)._apply(module, fn, recurse)
+    for name in own:
+        tensor = getattr(module, name)
+        if not tensor.is_meta:
+            with torch.no_grad():
+                place_mark(tensor)
+            _of(module).emptied.add(name)
+    return module
 
 
 def _before_forward(module: nn.Module, args: Any) -> None:
@@ -177,7 +205,21 @@ def refuse_lost_writes(model: nn.Module) -> None:
 
     Raises:
         RecordingError: naming them.
+        UninitializedTensorError: ``to_empty`` has given some memory, and nobody has written that.
     """
+    garbage = [
+        prefix + name
+        for prefix, module, record in _records(model)
+        if record is not None
+        for name in record.emptied
+        if (tensor := _own(module).get(name)) is not None and not tensor.is_meta
+        if (marks := marked_elements(tensor)) is not None and is_exact_mark(marks)
+    ]
+    if garbage:
+        raise UninitializedTensorError(
+            f"{', '.join(garbage[:5])}{' …' if len(garbage) > 5 else ''}: to_empty() has given memory, and nothing has "
+            "written values there. Leave to_empty() out: recorded tensors get memory and values together."
+        )
     lost = [
         prefix + name
         for prefix, module, record in _records(model)
@@ -187,8 +229,8 @@ def refuse_lost_writes(model: nn.Module) -> None:
     ]
     if lost:
         raise RecordingError(
-            f"{', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}: written after the recorded block, when there "
-            "was no memory to write to. Do it inside the block, where it is recorded, or once the model has values."
+            f"{', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}: written or cast after the recorded block, when "
+            "there was no memory to write to. Do it in the block, where it is recorded, or once the model has values."
         )
 
 
@@ -245,27 +287,3 @@ class LoadedReader:
         """A copy on the CPU: what the user has loaded stays the user's."""
         part = take(self._state[key], region)
         return part.to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-class Overlaid:
-    """A checkpoint, and what was loaded over it, under keys of its own; a ``CheckpointReader``."""
-
-    def __init__(self, below: CheckpointReader, above: LoadedReader) -> None:
-        self.path, self.format, self.note = below.path, below.format, below.note
-        self._below = below
-        self._above = above
-        self._loaded = {self.key(name): name for name in above.keys()}
-
-    @staticmethod
-    def key(name: str) -> str:
-        """The key of what was loaded for the tensor ``name``."""
-        return f"load_state_dict: {name}"
-
-    def keys(self) -> Sequence[str]:
-        return (*self._below.keys(), *self._loaded)
-
-    def spec(self, key: str) -> TensorSpec:
-        return self._above.spec(self._loaded[key]) if key in self._loaded else self._below.spec(key)
-
-    def read(self, key: str, region: Region | None = None) -> Tensor:
-        return self._above.read(self._loaded[key], region) if key in self._loaded else self._below.read(key, region)

@@ -12,9 +12,10 @@ from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.region import take
 from fabric_init.errors import FabricInitError
 from fabric_init.filling import loading
+from fabric_init.filling.computed import compute, loaded_storages, sources_of
 from fabric_init.filling.one_reader import OneReader
 from fabric_init.filling.placement import Placement
-from fabric_init.filling.plan import Action, Entry, Plan, storage_groups
+from fabric_init.filling.plan import Action, Entry, Given, Plan, storage_groups
 from fabric_init.filling.progress import with_progress
 from fabric_init.filling.report import InitReport, Row, describe_rule, dtype_name
 from fabric_init.recording.replay import real_execution, replay, view
@@ -40,6 +41,7 @@ def fill(
     placement: Placement,
     *,
     exact: bool,
+    loaded: Mapping[int, Given] | None = None,
 ) -> InitReport:
     """Give every tensor its value. Nothing of the model changes before all values are there.
 
@@ -50,10 +52,12 @@ def fill(
         reader: where loaded tensors come from.
         placement: where values are to be.
         exact: replay the random streams in order (``rng="eager"``).
+        loaded: what others may be computed from, if the plan is only a part of one.
     """
+    loaded = loaded if loaded is not None else loaded_storages(plan, tapes)
     with torch.inference_mode(False), real_execution():
         values: dict[int, Tensor] = {}
-        found = _values(plan, tensors, tapes, reader, placement, exact=exact)
+        found = _values(plan, tensors, tapes, reader, placement, loaded, exact=exact)
         for position, value in with_progress(found, len(plan.entries)):
             values[position] = value
         _keep_apart(plan, values)
@@ -73,6 +77,7 @@ def _values(
     tapes: Mapping[int, Tape],
     reader: CheckpointReader | None,
     placement: Placement,
+    loaded: Mapping[int, Given],
     *,
     exact: bool,
 ) -> Iterator[tuple[int, Tensor]]:
@@ -98,7 +103,24 @@ def _values(
             device = placement.device(slot)
             if device != slot.device:
                 yield position, tensors[position].detach().to(device)
+    since = {storage: source.since for storage, source in loaded.items()}
+    for storage, positions in list(to_replay.items()):
+        entry = entries[positions[0]]
+        sources = sources_of(entry, tapes, since, exact=exact)
+        if sources and len(positions) == 1:
+            assert reader is not None
+            del to_replay[storage]
+            needed = [loaded[source] for source in sources]
+            memory = compute(entry.slot, tapes, needed, reader, placement.device(entry.slot), exact=exact)
+            yield positions[0], _kept(memory, entry, placement)
     yield from _replayed(entries, to_replay, tapes, parts, placement, exact=exact)
+
+
+def _kept(memory: torch.UntypedStorage, entry: Entry, placement: Placement) -> Tensor:
+    """What this rank keeps of a tensor whose storage is ``memory``."""
+    assert entry.slot.ref is not None
+    value, region = view(memory, entry.slot.ref), placement.region(entry.slot)
+    return value if region is None else take(value, region).clone()
 
 
 def _is_loaded_whole(entries: Sequence[Entry], positions: Sequence[int], tape: Tape) -> bool:
@@ -135,12 +157,11 @@ def _replayed(
                 for storage, memory in memories.items():
                     for position in groups[storage]:
                         entry = entries[position]
-                        assert entry.slot.ref is not None
-                        value = view(memory, entry.slot.ref)
-                        region = placement.region(entry.slot)
                         if position in parts:
-                            take(value, region).copy_(parts.pop(position))
-                        yield position, value if region is None else take(value, region).clone()
+                            assert entry.slot.ref is not None
+                            here_of_it = take(view(memory, entry.slot.ref), placement.region(entry.slot))
+                            here_of_it.copy_(parts.pop(position))
+                        yield position, _kept(memory, entry, placement)
 
 
 def _keep_apart(plan: Plan, values: dict[int, Tensor]) -> None:
@@ -179,6 +200,8 @@ def make_report(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader 
         origin = ""
         if entry.action is Action.LOAD:
             origin = ", ".join(entry.keys)
+            if entry.spec is not None and entry.spec.made:
+                origin += f" ({entry.spec.made})"
         elif entry.action is Action.INIT and slot.ref is not None:
             origin = describe_rule(tapes[slot.ref.storage], slot.ref)
         rows.append(

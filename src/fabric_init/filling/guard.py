@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.agreement import Agreement, Alone
+from fabric_init.filling.computed import compute_with
 from fabric_init.filling.fill import fill
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Wanted, make_plan
@@ -24,6 +25,8 @@ from fabric_init.filling.report import Row, dtype_name
 from fabric_init.filling.slots import Slot
 from fabric_init.filling.taken_over import BUILT, follow
 from fabric_init.filling.unfilled import ATTRIBUTE, Unfilled, Waiting, waiting_under
+from fabric_init.recording.replay import view
+from fabric_init.recording.tape import TensorRef
 
 _RANKS = "_fabric_init_ranks"
 
@@ -113,11 +116,20 @@ def _count(model: nn.Module) -> int:
 def _complete(model: nn.Module, before: int) -> None:
     """What a load does not bring keeps the model's own init, as in plain PyTorch, also where a strict load raises.
 
-    A load that brought nothing of what waits (another prefix, an adapter alone) completes nothing.
+    A load that brought nothing of what waits (another prefix, an adapter alone) completes nothing. What the model's own
+    init computes from tensors of which this rank has a part only, goes on waiting.
     """
     left = [(owner, item) for owner, waiting in waiting_under(model) for item in waiting.items]
     if 0 < len(left) < before:
-        _initialise([(owner, item) for owner, item in left if not item.tape.never_written(_ref(item))])
+        sources = _sources([item for _, item in left])
+        _initialise(
+            [
+                (owner, item)
+                for owner, item in left
+                if sources.get(id(item), ()) is not None and not item.tape.never_written(_ref(item))
+            ],
+            sources,
+        )
         for owner, waiting in list(waiting_under(model)):
             waiting.settle("initialised", owner)
 
@@ -253,7 +265,14 @@ def initialise_rest(model: nn.Module) -> None:
                 f"the model's own init would overwrite what was written into a part of {', '.join(partly)}. Call "
                 "fabric.init_missing(model) first and write afterwards, or write the whole tensor."
             )
-        _initialise(waits)
+        sources = _sources([item for _, item in waits])
+        if lost := dict.fromkeys(item.slot.name for _, item in waits if sources.get(id(item), ()) is None):
+            raise UninitializedTensorError(
+                f"the model's own init computes {', '.join(lost)} from tensors that have been loaded since, and of "
+                "which no rank has all. Load it as well, or load before setup, or declare the load: "
+                "init_module(checkpoint=…)."
+            )
+        _initialise(waits, sources)
 
     (_ranks(model) or Alone()).same("initialising what is missing", initialise, lambda _: "")
     for module, waiting in list(waiting_under(model)):
@@ -261,7 +280,34 @@ def initialise_rest(model: nn.Module) -> None:
     release(model)
 
 
-def _initialise(waiting: Sequence[tuple[nn.Module, Unfilled]]) -> None:
+_Sources = dict[int, list[tuple[TensorRef, Tensor]] | None]
+
+
+def _sources(items: Sequence[Unfilled]) -> _Sources:
+    """Of those ``items`` (by id) that the model's own init computes from tensors that have values by now: from which.
+
+    ``None`` where these cannot be had whole.
+    """
+    still = {_ref(item).storage for item in items}
+    found: _Sources = {}
+    for item in items:
+        others = dict.fromkeys(item.family.keys() - still)
+        if item.slot.saved and (storages := item.tape.computed_from(_ref(item).storage, others)):
+            tensors = [_whole(item, storage) for storage in sorted(storages)]
+            whole = [tensor for tensor in tensors if tensor is not None]
+            found[id(item)] = whole if len(whole) == len(tensors) else None
+    return found
+
+
+def _whole(item: Unfilled, storage: int) -> tuple[TensorRef, Tensor] | None:
+    module, attribute, ref = item.family[storage]
+    tensor = getattr(module(), attribute, None)
+    if not isinstance(tensor, Tensor) or item.placement.held(tensor) is not tensor or tensor.shape != ref.size:
+        return None
+    return ref, tensor.detach()
+
+
+def _initialise(waiting: Sequence[tuple[nn.Module, Unfilled]], sources: _Sources) -> None:
     by_tensor = {id(tensor := getattr(module, item.attribute)): (item, tensor) for module, item in waiting}
     items = [item for item, _ in by_tensor.values()]
     if not items:
@@ -269,8 +315,14 @@ def _initialise(waiting: Sequence[tuple[nn.Module, Unfilled]]) -> None:
     tapes = {_ref(item).storage: item.tape for item in items}
     plan = make_plan([item.slot for item in items], tapes, None, Wanted())
     tensors = [tensor for _, tensor in by_tensor.values()]
-    report = fill(plan, tensors, tapes, None, _AsTheyAreNow(items[0].placement), exact=False)
+    placement = _AsTheyAreNow(items[0].placement)
+    report = fill(plan, tensors, tapes, None, placement, exact=False)
     for item, tensor, row in zip(items, tensors, report.rows, strict=True):
+        for_it = sources.get(id(item))
+        if for_it:
+            memory = compute_with(item.slot, item.tape, for_it, tensor.device)
+            with torch.no_grad():
+                placement.put(item.slot, tensor, view(memory, _ref(item)))
         item.row.status, item.row.origin, item.row.dtype = "initialised", row.origin, dtype_name(tensor.dtype)
 
 

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fabric_init.checkpoints import CheckpointReader, Source
+from fabric_init.checkpoints import CheckpointReader, Conversion, Source
 from fabric_init.checkpoints.renaming import Rename
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.agreement import Agreement, Alone, plan_digest
+from fabric_init.filling.computed import check_nothing_is_undone
 from fabric_init.filling.deferred import loaded_since, refuse_lost_writes, release_recorded
 from fabric_init.filling.fill import check_ties, fill
 from fabric_init.filling.placement import Placement, WholeTensors
@@ -37,6 +38,7 @@ def materialize(
     mmap: bool = True,
     entry: str | None = None,
     manifest: str | os.PathLike[str] | None = None,
+    convert: Sequence[Conversion] = (),
 ) -> InitReport:
     """Give every tensor of a recorded ``model`` its value: from ``checkpoint``, or by the model's own init code.
 
@@ -51,7 +53,9 @@ def materialize(
             on the Hugging Face Hub: all that :func:`~fabric_init.checkpoints.open_checkpoint` takes.
         strict: a missing or unexpected key is an error. Otherwise missing tensors get the model's own init and
             unexpected keys are ignored; the report has both.
-        rename: regex → replacement, or a callable, from checkpoint key to tensor name; ``None`` drops a key.
+        rename: regex → replacement, or a callable, from checkpoint key to tensor name; ``None`` drops a key. Or a list
+            of these, applied in order; :class:`~fabric_init.checkpoints.Part` and
+            :class:`~fabric_init.checkpoints.Layers` choose what to load.
         reinit: globs of tensors to initialise afresh although the checkpoint has them.
         rng: ``"per_op"`` or ``"eager"``, see :func:`~fabric_init.deferred_init`; default: as recorded.
         mmap: on the CPU, let the mapped file be the parameters: nothing is copied. ``False`` copies, for a file that
@@ -59,6 +63,8 @@ def materialize(
         entry: the state dict that is meant, by its key, where a torch file or distributed checkpoint holds several.
         manifest: SHA-256 digests that the checkpoint is compared with while it is read: a file as ``sha256sum`` or
             :func:`~fabric_init.checkpoints.write_manifest` writes it.
+        convert: what lies otherwise in the checkpoint than in the model: :class:`~fabric_init.checkpoints.Split`,
+            ``Fuse``, ``Stack``, ``Unstack``, ``Transpose``, in the checkpoint's own names, before ``rename``.
 
     Returns:
         What every tensor got, from where; also kept for ``Fabric.init_report``.
@@ -73,7 +79,7 @@ def materialize(
         raise TypeError(f"materialize takes a module, not {type(model).__name__}")
     if rng is not None:
         check_rng(rng)
-    reader = Source(checkpoint, mmap, entry, manifest).open() if checkpoint is not None else None
+    reader = Source(checkpoint, mmap, entry, manifest, convert).open() if checkpoint is not None else None
     placement = WholeTensors(None if device is None else torch.device(device))
     return fill_model(model, reader, Wanted(strict, rename, reinit), placement, rng)
 
@@ -111,7 +117,9 @@ def plan_for(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, 
     """Plan for ``model``, while its tensors are still recorded and whole. Raises all that is the user's to mend."""
     slots, tensors, tapes = survey(model)
     exact = _exact(set(tapes.values()), rng)
-    return Prepared(make_plan(slots, tapes, reader, wanted), tensors, tapes, reader, exact)
+    plan = make_plan(slots, tapes, reader, wanted)
+    check_nothing_is_undone(plan.entries, tapes)
+    return Prepared(plan, tensors, tapes, reader, exact)
 
 
 def prepare(

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from fabric_init.filling.computed import loaded_storages
 from fabric_init.filling.fill import check_ties, fill
 from fabric_init.filling.materialize import Prepared
 from fabric_init.filling.placement import Placement
@@ -27,6 +28,7 @@ class Piecewise:
         self._together = {
             position: group for group in storage_groups(prepared.plan.entries).values() for position in group
         }
+        self._loaded = loaded_storages(prepared.plan, prepared.tapes)
         self._rows: dict[int, Row] = {}
 
     def begin(self) -> None:
@@ -59,5 +61,5 @@ class Piecewise:
         if now:
             part = Plan(tuple(plan.entries[position] for position in now))
             these: list[Tensor] = [tensors[position] for position in now]
-            report = fill(part, these, tapes, reader, self._placement, exact=exact)
+            report = fill(part, these, tapes, reader, self._placement, exact=exact, loaded=self._loaded)
             self._rows.update(zip(now, report.rows, strict=True))

@@ -6,7 +6,7 @@ Every error a user can make is raised here, before a weight is read or memory is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 
 from fabric_init.checkpoints import CheckpointReader, TensorSpec, likely_renames, rename_keys
+from fabric_init.checkpoints.likely_conversions import likely_conversions, likely_transposes
+from fabric_init.checkpoints.likely_renames import likely_part, renamed_as_suggested
 from fabric_init.checkpoints.renaming import Rename
 from fabric_init.errors import CheckpointMismatchError, UninitializedTensorError
 from fabric_init.filling.slots import Slot
@@ -38,10 +40,20 @@ class Entry(NamedTuple):
     action: Action
     keys: tuple[str, ...] = ()
     spec: TensorSpec | None = None
+    since: int | None = None
+    """Ops recorded after this number are later than the load: a block had ended, the next one was open."""
 
     @property
     def cast_from(self) -> torch.dtype | None:
         return self.spec.dtype if self.spec is not None and self.spec.dtype != self.slot.dtype else None
+
+
+class Given(NamedTuple):
+    """A tensor that is all of its recorded storage, the checkpoint key for its value, and :attr:`Entry.since`."""
+
+    ref: TensorRef
+    key: str
+    since: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,8 @@ class Plan:
 
     entries: tuple[Entry, ...]
     unexpected: tuple[str, ...] = ()
+    sources: Mapping[int, Given] = field(default_factory=dict)
+    """By storage: what the model does not hold any more, but others may have been computed from."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +126,13 @@ def make_plan(
             if wanted.strict or nothing_matches:
                 raise CheckpointMismatchError(_keys_message(reader, keys, slots, missing, unexpected, loadable, wanted))
         if problems:
+            transpose = likely_transposes(
+                {key: (slot.shape, reader.spec(key).shape) for slot, _, loaded, *_ in entries for key in loaded}
+            )
             raise CheckpointMismatchError(
                 f"{reader.path}: {len(problems)} of {loadable} tensors do not fit the model:\n"
                 + _listed(problems)
+                + ("" if transpose is None else f"\nLikely: convert=[{transpose}], in the names of the checkpoint.")
                 + "\nBuild the model from the checkpoint's own config, or name what is to be initialised afresh "
                 'instead, e.g. reinit=["' + problems[0].split(" ", 1)[0] + '"].'
             )
@@ -133,8 +151,9 @@ def own_init(slot: Slot, tapes: Mapping[int, Tape]) -> Action:
 
 def _mismatch(slot: Slot, key: str, spec: TensorSpec) -> str | None:
     named = slot.name if key in slot.names else f"{slot.name} (checkpoint key {key})"
+    made = f", {spec.made}" if spec.made else ""
     if spec.shape != slot.shape:
-        return f"{named} is {tuple(slot.shape)} in the model and {tuple(spec.shape)} in the checkpoint"
+        return f"{named} is {tuple(slot.shape)} in the model and {tuple(spec.shape)} in the checkpoint{made}"
     if _number_kind(spec.dtype) != _number_kind(slot.dtype):
         return f"{named} is {slot.dtype} in the model and {spec.dtype} in the checkpoint, and no cast keeps its meaning"
     return None
@@ -210,7 +229,10 @@ def _keys_message(
         lines.append(f"Missing from the checkpoint ({len(missing)}):\n" + _listed(list(missing)))
     if unexpected:
         lines.append(f"Not in the model ({len(unexpected)}):\n" + _listed(unexpected))
-    hints = likely_renames(missing, {keys[key]: reader.spec(key).shape for key in unexpected})
+    offered = {keys[key]: reader.spec(key).shape for key in unexpected}
+    renames = likely_renames(missing, offered)
+    wanting, offered = renamed_as_suggested(renames, missing, offered)
+    hints = [*map(str, renames), *likely_part(renames, wanting, offered), *likely_conversions(wanting, offered)]
     lines += [f"Likely: {hint}" for hint in hints]
     if not hints:
         if not matched:

@@ -1,43 +1,100 @@
-"""A plan that was made when the recorded block ended, brought up to what the user has done to the model since."""
+"""Plans that were made when recorded blocks ended, brought up to what the user has done to the model since."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+
 from torch import nn
 
-from fabric_init.filling.deferred import Overlaid, given_since, loaded_since, refuse_lost_writes
+from fabric_init.checkpoints import CheckpointReader
+from fabric_init.errors import RecordingError
+from fabric_init.filling.computed import replaced_since, written_since
+from fabric_init.filling.deferred import given_since, loaded_since, refuse_lost_writes
 from fabric_init.filling.materialize import Prepared, survey
-from fabric_init.filling.plan import Action, Entry, Plan, check_all_have_values, own_init
+from fabric_init.filling.plan import Action, Entry, Given, Plan, check_all_have_values, own_init
+from fabric_init.filling.several import Several
+from fabric_init.recording.tape import Tape
 
 
-def revised(prepared: Prepared, model: nn.Module) -> Prepared:
-    """The plan for ``model`` as it is today: as if it had been filled when the block ended, and changed afterwards.
+def revised(plans: Sequence[Prepared], model: nn.Module) -> Prepared:
+    """One plan for ``model`` as it is today: as if it had been filled when each block ended, and changed afterwards.
 
-    Tensors are known by identity, so modules may have been moved, wrapped or renamed. What the user has loaded, written
-    or put into the model since stands; a recorded tensor of another block gets its own init.
+    Tensors are known by identity, so modules may have been moved, wrapped or renamed, and models of several blocks put
+    together. What the user has loaded, written or put into the model since stands; a recorded tensor of another block
+    gets its own init.
+
+    Args:
+        plans: in the order of their blocks; a later load wins.
+        model: whose tensors they are about.
 
     Raises:
-        RecordingError: recorded tensors were written in place, without memory.
+        RecordingError: recorded tensors were written in place, without memory, or in a later block than their load.
         UninitializedTensorError: a tensor that came since has neither values nor a recorded init.
     """
     refuse_lost_writes(model)
     slots, tensors, tapes = survey(model)
-    planned = {id(tensor): entry for entry, tensor in zip(prepared.plan.entries, prepared.tensors, strict=True)}
     given, earlier = given_since(model), loaded_since(model)
+    readers: list[CheckpointReader] = [plan.reader for plan in plans if plan.reader is not None]
+    readers += [earlier] if earlier is not None else []
+    several = Several(readers)
+    reader = several if len(several) > 1 else readers[0]  # which may have a way of its own to load all
+    planned = _by_tensor(plans, several)
     loaded = frozenset(earlier.keys()) if earlier is not None else frozenset()
     entries = []
     for slot, tensor in zip(slots, tensors, strict=True):
         over = next((name for name in slot.names if name in loaded), None)
         if over is not None and earlier is not None:
-            entries.append(Entry(slot, Action.LOAD, (Overlaid.key(over),), earlier.spec(over)))
+            entries.append(Entry(slot, Action.LOAD, (several.key(earlier, over),), earlier.spec(over)))
         elif slot.real and any(name in given for name in slot.names):
             entries.append(Entry(slot, Action.KEEP))
-        elif (entry := planned.get(id(tensor))) is not None:
+        elif (entry := planned.get(id(tensor))) is not None and not replaced_since(entry, slot, tapes):
             entries.append(entry._replace(slot=slot))
         else:
             entries.append(Entry(slot, own_init(slot, tapes)))
-    check_all_have_values(entries, tapes, prepared.reader)
-    reader = prepared.reader
-    if earlier is not None and reader is not None:
-        reader = Overlaid(reader, earlier)
-    plan = Plan(tuple(entries), prepared.plan.unexpected)
-    return Prepared(plan, tensors, tapes, reader, prepared.exact)
+    check_all_have_values(entries, tapes, reader)
+    _refuse_lost_changes(entries, tapes)
+    unexpected = tuple(key for plan in plans for key in plan.plan.unexpected)
+    plan = Plan(tuple(entries), unexpected, _sources(planned.values(), plans))
+    return Prepared(plan, tensors, tapes, reader, any(plan.exact for plan in plans))
+
+
+def planned_tensors(plans: Sequence[Prepared]) -> set[int]:
+    """Ids of the tensors that the plans are about."""
+    return {id(tensor) for plan in plans for tensor in plan.tensors}
+
+
+def _by_tensor(plans: Sequence[Prepared], reader: Several) -> dict[int, Entry]:
+    found: dict[int, Entry] = {}
+    for plan in plans:
+        for entry, tensor in zip(plan.plan.entries, plan.tensors, strict=True):
+            if entry.action is Action.LOAD:
+                assert plan.reader is not None
+                found[id(tensor)] = entry._replace(keys=tuple(reader.key(plan.reader, key) for key in entry.keys))
+            else:
+                found.setdefault(id(tensor), entry)
+    return found
+
+
+def _sources(entries: Iterable[Entry], plans: Sequence[Prepared]) -> dict[int, Given]:
+    """What was to be loaded when the blocks ended, also where the model holds something else by now."""
+    tapes = {storage: tape for plan in plans for storage, tape in plan.tapes.items()}
+    return {
+        ref.storage: Given(ref, entry.keys[0], entry.since)
+        for entry in entries
+        if entry.action is Action.LOAD and (ref := entry.slot.ref) is not None
+        if tapes[ref.storage].current().covers(ref)
+    }
+
+
+def _refuse_lost_changes(entries: Sequence[Entry], tapes: Mapping[int, Tape]) -> None:
+    loads = [entry for entry in entries if entry.action is Action.LOAD]
+    written = [entry for entry in loads if written_since(entry, tapes)]
+    resized = [entry for entry in loads if entry.spec is not None and entry.spec.shape != entry.slot.shape]
+    for what, changed in (("written", written), ("of another shape", resized)):
+        if changed:
+            names = ", ".join(entry.slot.name for entry in changed[:5])
+            raise RecordingError(
+                f"{names}{' …' if len(changed) > 5 else ''}: {what} since the block that declared the load, and this "
+                "strategy loads in setup. Change it once the model has values, or put something else in its place in "
+                "a second block: with fabric.init_module(empty_init=True): …"
+            )

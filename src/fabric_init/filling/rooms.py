@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.region import Box
 from fabric_init.filling.agreement import Agreement, plan_digest
+from fabric_init.filling.computed import loaded_storages, sources_of
 from fabric_init.filling.deferred import release_recorded
-from fabric_init.filling.fill import fill, make_report
+from fabric_init.filling.fill import check_ties, fill, make_report
 from fabric_init.filling.guard import hook
 from fabric_init.filling.marks import place_mark
-from fabric_init.filling.materialize import survey
+from fabric_init.filling.materialize import Prepared, survey
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Entry, Plan, Wanted, make_plan
 from fabric_init.filling.report import Row, keep_report
 from fabric_init.filling.slots import Slot, named_modules
-from fabric_init.filling.unfilled import ATTRIBUTE, Unfilled, Waiting, version_in
+from fabric_init.filling.unfilled import ATTRIBUTE, Family, Unfilled, Waiting, version_in
 from fabric_init.recording.replay import real_execution
 from fabric_init.recording.tape import Tape
 
@@ -32,6 +36,7 @@ class Rooms(NamedTuple):
     plan: Plan  # for ``now``
     tapes: Mapping[int, Tape]
     name: str  # of the class that the user built
+    reader: CheckpointReader | None = None  # for ``now``
 
 
 def plan_rooms(model: nn.Module) -> Rooms:
@@ -42,6 +47,28 @@ def plan_rooms(model: nn.Module) -> Rooms:
     now = [(slot, tensor) for slot, tensor in both if not _waits(slot, tapes)]
     plan = make_plan([slot for slot, _ in now], tapes, None, Wanted())
     return Rooms(later, now, plan, tapes, type(model).__name__)
+
+
+def with_rooms(prepared: Prepared, model: nn.Module, planned: Collection[int]) -> Prepared | Rooms:
+    """``prepared``, in which what is recorded and not among the ``planned`` tensors (by id) waits for a later load.
+
+    What is computed from loaded tensors does not: it has all that it takes.
+    """
+    plan, tensors, tapes, reader, exact = prepared
+    loaded = {storage: source.since for storage, source in loaded_storages(plan, tapes).items()}
+    later: list[tuple[Slot, Tensor]] = []
+    now: list[tuple[Entry, Tensor]] = []
+    for entry, tensor in zip(plan.entries, tensors, strict=True):
+        waits = entry.action is Action.INIT and id(tensor) not in planned and _waits(entry.slot, tapes)
+        if waits and not sources_of(entry, tapes, loaded, exact=exact):
+            later.append((entry.slot, tensor))
+        else:
+            now.append((entry, tensor))
+    if not later:
+        return prepared
+    entries = tuple(entry for entry, _ in now)
+    both = [(entry.slot, tensor) for entry, tensor in now]
+    return Rooms(later, both, replace(plan, entries=entries), tapes, type(model).__name__, reader)
 
 
 def allocate(models: Sequence[nn.Module], placement_for: Callable[[nn.Module], Placement]) -> None:
@@ -85,7 +112,8 @@ def move_in(
             with torch.inference_mode(tensor.is_inference()), torch.no_grad(), torch._C.DisableTorchFunction():
                 shared[id(tensor)] = placement.put(slot, tensor, values.pop(id(tensor)))
     release_recorded(model)
-    report = fill(rooms.plan, now, rooms.tapes, None, placement, exact=False)
+    check_ties(rooms.plan, rooms.reader, placement)
+    report = fill(rooms.plan, now, rooms.tapes, rooms.reader, placement, exact=False)
     rows = make_report(_plan_of(rooms.later), rooms.tapes, None).rows
     report.rows += rows
     keep_report(model, report)
@@ -118,6 +146,11 @@ def _guard(
     agreement: Agreement | None,
 ) -> None:
     owners = dict(named_modules(model))
+    family: Family = {}
+    for slot, _ in unfilled:
+        prefix, _, attribute = slot.name.rpartition(".")
+        if slot.ref is not None and rooms.tapes[slot.ref.storage].covers(slot.ref):
+            family[slot.ref.storage] = weakref.ref(owners[prefix]), attribute, slot.ref
     everywhere: list[Waiting] = []
     sharded: set[str] = set()  # modules that no rank holds alone; the others may run on one rank only
     for (slot, tensor), row in zip(unfilled, rows, strict=True):
@@ -135,7 +168,7 @@ def _guard(
                 waiting.everywhere = everywhere
             if all(item.attribute != attribute for item in waiting.items):
                 tape = rooms.tapes[slot.ref.storage]
-                waiting.items.append(Unfilled(attribute, slot, tape, placement, row, tensor, version))
+                waiting.items.append(Unfilled(attribute, slot, tape, placement, row, tensor, version, family))
     if unfilled:
         for prefix, module in owners.items():  # all: a parent may use its child's weight without calling the child
             hook(module, everywhere, agreement if prefix in sharded else None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -23,13 +23,17 @@ from fabric_init.filling.placement import Placement
 from fabric_init.filling.report import Row, Status, dtype_name
 from fabric_init.filling.slots import Slot
 from fabric_init.recording.replay import real_execution
-from fabric_init.recording.tape import Tape
+from fabric_init.recording.tape import Tape, TensorRef
 
 _THREE_WAYS = (
     "Load them (fabric.load, fabric.load_raw or load_state_dict), or declare the load so that it is done for you "
     "(init_module(checkpoint=…)), or give them the model's own init (fabric.init_missing(model))."
 )
 ATTRIBUTE = "_fabric_init_unfilled"
+
+
+Family = dict[int, tuple["weakref.ref[nn.Module]", str, TensorRef]]
+"""By recorded storage, all tensors that waited in a model: their module and attribute, and how they lie there."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class Unfilled:
     row: Row
     tensor: Tensor | None
     version: int
+    family: Family = field(default_factory=dict)
 
     def written(self, now: Tensor | None, *, by_load: bool = False) -> bool:
         """Whether somebody has put values into ``now``, which is in the tensor's place today.
@@ -140,7 +145,7 @@ class Waiting:
         return None if self._module is None else self._module()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Waiting:
-        return Waiting(None, (replace(item, tensor=None) for item in self.items), self.model)
+        return Waiting(None, (replace(item, tensor=None, family={}) for item in self.items), self.model)
 
     def __reduce__(self) -> tuple[type[Waiting], tuple[()]]:
         self.settle()

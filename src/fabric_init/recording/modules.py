@@ -22,7 +22,7 @@ class BuiltModules:
     """Context that notices the modules built in it, by this thread, through torch's registration hooks."""
 
     def __init__(self) -> None:
-        self._seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._seen: weakref.WeakKeyDictionary[nn.Module, None] = weakref.WeakKeyDictionary()  # in order: ranks agree
         self._thread = threading.get_ident()
         self._hooks = ExitStack()
 
@@ -42,7 +42,7 @@ class BuiltModules:
 
     def _notice(self, module: nn.Module, name: str, value: Any) -> None:
         if threading.get_ident() == self._thread:
-            self._seen.add(module)
+            self._seen.setdefault(module)
 
     def roots(self) -> list[nn.Module]:
         """The models: modules that no other module of the block holds."""
@@ -53,6 +53,14 @@ class BuiltModules:
         return roots
 
     def _roots(self) -> list[nn.Module]:
-        seen = list(self._seen)
-        held = {id(child) for module in seen for child in module.children()}
+        seen = list(self._seen.keys())
+        held: set[int] = set()
+        below, visited = list(seen), set()
+        while below:  # also through modules of an earlier block, which this one has changed further down
+            module = below.pop()
+            if id(module) not in visited:
+                visited.add(id(module))
+                children = list(module.children())
+                held.update(map(id, children))
+                below += children
         return [module for module in seen if id(module) not in held]

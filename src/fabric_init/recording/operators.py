@@ -73,6 +73,8 @@ _UNFILLED = frozenset(
 PLAIN_FACTORIES = frozenset({"aten::ones", "aten::zeros", "aten::rand", "aten::randn"})
 
 
+_COPIES = frozenset({"aten::clone", "aten::copy_", "aten::_to_copy"})
+
 # Factories that look at a tensor's shape, dtype and device, but at none of its values.
 _SHAPE_ONLY = frozenset(
     {f"aten::{name}_like" for name in ("zeros", "ones", "full", "rand", "randn", "randint")}
@@ -141,6 +143,18 @@ def overwrites(func: Func) -> bool:
 def pointwise(func: Func) -> bool:
     """Whether each element that ``func`` gives depends on the same element of what it reads."""
     return isinstance(func, OpOverload) and Tag.pointwise in func.tags
+
+
+@cache
+def is_cast(func: Func) -> bool:
+    """Whether ``func`` makes a new tensor of another dtype, device or memory layout."""
+    return isinstance(func, OpOverload) and func._schema.name == "aten::_to_copy"
+
+
+@cache
+def only_copies(func: Func) -> bool:
+    """Whether ``func`` gives the values of what it reads, as they are or cast."""
+    return isinstance(func, OpOverload) and func._schema.name in _COPIES
 
 
 @cache

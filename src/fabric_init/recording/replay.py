@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
@@ -99,11 +99,21 @@ def _from_state(device: torch.device, state: torch.Tensor) -> torch.Generator:
 class _Execution:
     """Runs ops in order on real memory, and lets go of a storage after its last use."""
 
-    def __init__(self, tape: Tape, indices: Iterable[int], keep: Collection[int], to: Place, *, exact: bool) -> None:
+    def __init__(
+        self,
+        tape: Tape,
+        indices: Iterable[int],
+        keep: Collection[int],
+        to: Place,
+        *,
+        exact: bool,
+        given: Mapping[int, torch.UntypedStorage] | None = None,
+    ) -> None:
         self._tape = tape
         self._ops = [tape.ops[index] for index in sorted(indices)]
         self._keep = keep
         self._to = to
+        self._given = given or {}
         self._memory: dict[int, torch.UntypedStorage] = {}
         self.draws = _Draws(tape, self._ops, exact=exact)
 
@@ -135,6 +145,8 @@ class _Execution:
 
         def real(value: Any) -> Any:
             if isinstance(value, TensorRef):
+                if value.storage in self._given and self._tape.is_final(value.storage, op.number):
+                    return view(self._given[value.storage], value)
                 return view(self._storage(value.storage, zeroed=value.storage not in whole), value)
             if isinstance(value, Constant):
                 tensor = value.tensor
@@ -213,6 +225,20 @@ def storage_now(tape: Tape, storage: int, *, exact: bool) -> tuple[torch.Untyped
     with real_execution():
         memory = _Execution(tape, live, {storage}, as_recorded, exact=exact).run()[storage]
     return memory, any(tape.ops[index].draw is not None for index in live)
+
+
+def replay_with(
+    tape: Tape,
+    storage: int,
+    given: Mapping[int, torch.UntypedStorage],
+    *,
+    exact: bool,
+    to: Place = as_recorded,
+) -> torch.UntypedStorage:
+    """``storage`` as the constructor would compute it, had the storages ``given`` ended up with these values."""
+    live = tape.live([storage], exact=exact, given=given)
+    with real_execution():
+        return _Execution(tape, live, {storage}, to, exact=exact, given=given).run()[storage]
 
 
 def _groups(tape: Tape, storages: Iterable[int], *, exact: bool) -> list[tuple[set[int], set[int]]]:

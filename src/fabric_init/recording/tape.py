@@ -11,12 +11,12 @@ Everything here is plain frozen data; :mod:`fabric_init.recording.replay` carrie
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from fabric_init.recording.operators import Func, asks_shape_only, overwrites, pointwise, written_arguments
+from fabric_init.recording.operators import Func, asks_shape_only, only_copies, overwrites, pointwise, written_arguments
 
 Rng = Literal["per_op", "eager"]
 """``per_op``: each random op has its own generator. ``eager``: one stream, in order, as plain PyTorch draws it."""
@@ -29,6 +29,11 @@ def check_rng(rng: str) -> None:
 
 
 _numbers = itertools.count()  # storages and ops are numbered once per process, so that tapes can be joined
+
+
+def now() -> int:
+    """A number between those of the ops that were recorded before, and those that will be."""
+    return next(_numbers)
 
 
 class TensorRef(NamedTuple):
@@ -215,11 +220,19 @@ class Tape:
             return False
         return any(ref.storage == storage and self.covers(ref) for ref in op.targets)
 
-    def live(self, storages: Iterable[int], *, exact: bool, before: int | None = None) -> set[int]:
+    def is_final(self, storage: int, before: int) -> bool:
+        """Whether ``storage`` holds its last value by the time that op number ``before`` runs."""
+        writers = self.writers.get(storage)
+        return not writers or writers[-1] < before
+
+    def live(
+        self, storages: Iterable[int], *, exact: bool, before: int | None = None, given: Collection[int] = ()
+    ) -> set[int]:
         """The ops that have to run so that ``storages`` hold what they held just before op ``before`` (default: now).
 
         Of each storage that is its last full write and what came after, with everything those read. Draws from an
-        exact stream bring the draws before them along; ``exact`` makes the default stream such a one.
+        exact stream bring the draws before them along; ``exact`` makes the default stream such a one. What leads to the
+        last values of the storages ``given`` is left out, where others read them.
         """
         live: set[int] = set()
         seen: set[tuple[int, int]] = set()
@@ -232,7 +245,11 @@ class Tape:
                     continue
                 live.add(index)
                 op = self.ops[index]
-                storage_work.extend((ref.storage, index) for ref in op.reads())
+                storage_work.extend(
+                    (ref.storage, index)
+                    for ref in op.reads()
+                    if ref.storage not in given or not self.is_final(ref.storage, index)
+                )
                 draw = op.draw
                 if draw is not None and draw.previous is not None and (exact or self.streams[draw.stream].exact):
                     op_work.append(draw.previous)
@@ -248,6 +265,22 @@ class Tape:
                 if self.writes_whole(self.ops[index], storage):
                     break
         return live
+
+    def computed_from(self, storage: int, others: Mapping[int, int | None], *, exact: bool = False) -> set[int]:
+        """Which of the storages ``others`` its value is computed from, as they are in the end.
+
+        A mere copy is not computed, unless it was made since the op number that ``others`` has.
+        """
+        live = [self.ops[index] for index in self.live([storage], exact=exact, given=others)]
+        copied = all(only_copies(op.func) for op in live)
+        found = set()
+        for op in live:
+            for read in {ref.storage for ref in op.reads()} - {storage}:
+                if read in others and self.is_final(read, op.number):
+                    since = others[read]
+                    if not copied or (since is not None and op.number > since):
+                        found.add(read)
+        return found
 
     def never_written(self, ref: TensorRef) -> bool:
         """Whether some of ``ref``'s value goes back to memory that no op wrote: plain PyTorch leaves garbage there."""

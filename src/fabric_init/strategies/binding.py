@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -14,10 +15,11 @@ from fabric_init.filling.agreement import Agreement
 from fabric_init.filling.deferred import guard_recorded, loaded_since, refuse_lost_writes
 from fabric_init.filling.materialize import Prepared, carry_out, plan_for, prepare, prepared_digest
 from fabric_init.filling.placement import Placement
-from fabric_init.filling.plan import Action, Plan, Wanted
-from fabric_init.filling.revise import revised
-from fabric_init.filling.rooms import Rooms, move_in, plan_rooms, rooms_digest
+from fabric_init.filling.plan import Action, Entry, Wanted
+from fabric_init.filling.revise import planned_tensors, revised
+from fabric_init.filling.rooms import Rooms, move_in, plan_rooms, rooms_digest, with_rooms
 from fabric_init.filling.slots import Slot
+from fabric_init.recording.tape import now
 from fabric_init.strategies.optimizers import parameters_by_name
 
 _ATTRIBUTE = "_fabric_init_bound"
@@ -32,20 +34,32 @@ class ShardedPlacement(Placement, Protocol):
 
 
 class Bound(NamedTuple):
-    """What a recorded model gets when it is set up. Without a checkpoint: its own init, or room until a later load."""
+    """What a recorded model gets when it is set up.
 
-    prepared: Prepared | None
-    own_init: bool
+    ``plans`` are those of the checkpoints that blocks have declared for it. What it got in a block without checkpoint
+    gets its own init, or room until a later load.
+    """
+
+    plans: tuple[Prepared, ...] = ()
+    waits: bool = False
+    own_init: bool = False
 
 
 def bind(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, agreement: Agreement) -> None:
-    """Plan for ``model``, if there is a checkpoint, and remember that until it is sharded.
+    """Plan for ``model``, if there is a checkpoint, and remember that until it is sharded, beside what it got in
+    earlier blocks.
 
     Raises:
         CheckpointMismatchError: keys, shapes or dtypes of file and model disagree.
     """
-    prepared = prepare(model, reader, wanted, agreement) if reader is not None else None
-    _keep(model, Bound(prepared, own_init=False))
+    bound: Bound = vars(model).get(_ATTRIBUTE, Bound())
+    if reader is None:
+        _keep(model, bound._replace(waits=True))
+        return
+    prepared, since = prepare(model, reader, wanted, agreement), now()
+    entries = tuple(entry._replace(since=since) for entry in prepared.plan.entries)
+    planned = prepared._replace(plan=replace(prepared.plan, entries=entries))
+    _keep(model, bound._replace(plans=(*bound.plans, planned)))
 
 
 def _keep(model: nn.Module, bound: Bound) -> None:
@@ -54,14 +68,16 @@ def _keep(model: nn.Module, bound: Bound) -> None:
 
 
 def is_bound(model: nn.Module) -> bool:
-    """Whether ``model`` waits to be sharded and filled."""
-    return _ATTRIBUTE in vars(model)
+    """Whether ``model``, or a model in it, waits to be sharded and filled."""
+    return any(_ATTRIBUTE in vars(module) for module in model.modules())
 
 
 def choose_own_init(model: nn.Module) -> None:
-    """Let a bound model without a checkpoint run its own init when it is sharded."""
-    bound: Bound = vars(model)[_ATTRIBUTE]
-    vars(model)[_ATTRIBUTE] = bound._replace(own_init=True)
+    """Let a bound model run its own init, when it is sharded, for what no checkpoint brings."""
+    for module in model.modules():
+        bound: Bound | None = vars(module).get(_ATTRIBUTE)
+        if bound is not None:
+            vars(module)[_ATTRIBUTE] = bound._replace(own_init=True)
 
 
 @contextmanager
@@ -70,22 +86,30 @@ def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[Prepared | R
 
     If planning fails, the model is as it was. If the rest fails, it stays bound, so that nobody can use it.
     """
-    bound: Bound = vars(model).pop(_ATTRIBUTE)
+    bounds = [(module, vars(module).pop(_ATTRIBUTE)) for module in model.modules() if _ATTRIBUTE in vars(module)]
     try:
-        yield agreement.same("planning for the model as it is now", lambda: _plan(model, bound), _digest)
+        yield agreement.same(
+            "planning for the model as it is now", lambda: _plan(model, [b for _, b in bounds]), _digest
+        )
     except BaseException:
-        _keep(model, bound)
+        for module, bound in bounds:
+            _keep(module, bound)
         raise
 
 
-def _plan(model: nn.Module, bound: Bound) -> Prepared | Rooms:
-    if bound.prepared is not None:
-        return revised(bound.prepared, model)
+def _plan(model: nn.Module, bounds: Sequence[Bound]) -> Prepared | Rooms:
+    plans = [
+        plan for bound in reversed(bounds) for plan in bound.plans
+    ]  # the outer model was built after the inner one
+    waits = any(bound.waits and not bound.own_init for bound in bounds)
+    if plans:
+        prepared = revised(plans, model)
+        return with_rooms(prepared, model, planned_tensors(plans)) if waits else prepared
     refuse_lost_writes(model)
     earlier = loaded_since(model)
     if earlier is not None:
         return plan_for(model, earlier, Wanted(strict=False))
-    return plan_for(model, None, Wanted()) if bound.own_init else plan_rooms(model)
+    return plan_rooms(model) if waits else plan_for(model, None, Wanted())
 
 
 def _without_new_values(planned: Prepared | Rooms, placement: ShardedPlacement) -> Prepared | Rooms:
@@ -94,15 +118,16 @@ def _without_new_values(planned: Prepared | Rooms, placement: ShardedPlacement) 
     def is_given(slot: Slot, tensor: Tensor) -> bool:
         return tensor.is_meta and not placement.current(slot, tensor).is_meta
 
-    if isinstance(planned, Rooms):
-        return planned._replace(later=[both for both in planned.later if not is_given(*both)])
-    entries = [
-        entry._replace(slot=entry.slot._replace(ref=None, real=True), action=Action.KEEP, keys=(), spec=None)
-        if is_given(entry.slot, tensor)
-        else entry
-        for entry, tensor in zip(planned.plan.entries, planned.tensors, strict=True)
-    ]
-    return planned._replace(plan=Plan(tuple(entries), planned.plan.unexpected))
+    def as_given(entry: Entry, tensor: Tensor) -> Entry:
+        return Entry(entry.slot._replace(ref=None, real=True), Action.KEEP) if is_given(entry.slot, tensor) else entry
+
+    tensors = [tensor for _, tensor in planned.now] if isinstance(planned, Rooms) else planned.tensors
+    entries = tuple(map(as_given, planned.plan.entries, tensors))
+    plan = replace(planned.plan, entries=entries)
+    if not isinstance(planned, Rooms):
+        return planned._replace(plan=plan)
+    now = [(entry.slot, tensor) for entry, tensor in zip(entries, tensors, strict=True)]
+    return planned._replace(later=[both for both in planned.later if not is_given(*both)], now=now, plan=plan)
 
 
 def _digest(planned: Prepared | Rooms) -> str:

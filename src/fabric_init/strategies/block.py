@@ -7,11 +7,12 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
+from lightning.fabric.plugins import BitsandbytesPrecision, Precision, TransformerEnginePrecision
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fabric_init.checkpoints import CheckpointReader, Source
-from fabric_init.errors import RecordingError
+from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.materialize import fill_model
 from fabric_init.filling.opening import open_on_all_ranks
 from fabric_init.filling.plan import Wanted
@@ -36,9 +37,10 @@ def recorded_block(
 
     Raises:
         RecordingError: a block in a block, or one that builds no model, or several for one checkpoint.
-        FabricInitError: a rank failed.
+        FabricInitError: a rank failed, or the precision plugin puts layers of its own in the place of the model's.
     """
     refuse_nesting()
+    _refuse_precision(strategy.precision)
     agreement = strategy.agreement
     reader = None
     if source is not None:  # a bad path fails before the build
@@ -80,6 +82,14 @@ def refuse_nesting() -> None:
     if active() is not None:
         raise RecordingError(
             "init_module inside a recorded block: build both models in one block, or one after the other"
+        )
+
+
+def _refuse_precision(precision: Precision) -> None:
+    if isinstance(precision, (BitsandbytesPrecision, TransformerEnginePrecision)):
+        raise FabricInitError(
+            f"{type(precision).__name__} puts layers of its own in the place of the model's, which cannot be recorded "
+            "yet. Use init_module() without empty_init or checkpoint, and load the weights into that model."
         )
 
 

@@ -137,6 +137,8 @@ def accept_whole_tensors(model: nn.Module, loaded: Callable[[], None]) -> None:
             value = state_dict.get(prefix + name)
             if not isinstance(value, Tensor) or not hasattr(parameter, "ds_tensor"):
                 continue
+            if value.shape == parameter.shape != parameter.ds_shape:
+                continue  # a placeholder of DeepSpeed's own checkpoints, which bring the slices by another way
             if metadata.get("assign_to_params_buffers"):
                 raise FabricInitError(
                     f"{prefix}{name} is partitioned by DeepSpeed, and assign=True would put a tensor of yours in its "

@@ -1,0 +1,44 @@
+"""Several checkpoints that together fill one model, as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from fabric_init.checkpoints import CheckpointReader, Region, TensorSpec
+
+
+class Several:
+    """A :class:`~fabric_init.checkpoints.reader.CheckpointReader` over others.
+
+    Keys of the first reader stay as they are; those of the others have their path in front.
+    """
+
+    def __init__(self, readers: Sequence[CheckpointReader]) -> None:
+        self._readers = list({id(reader): reader for reader in readers}.values())
+        self._places = {self.key(reader, key): (reader, key) for reader in self._readers for key in reader.keys()}
+        paths = dict.fromkeys(str(reader.path) for reader in self._readers)
+        notes = dict.fromkeys(reader.note for reader in self._readers if reader.note)
+        self.path, self.format = Path(" + ".join(paths)), self._readers[0].format
+        self.note = "; ".join(notes) or None
+
+    def __len__(self) -> int:
+        """How many readers."""
+        return len(self._readers)
+
+    def key(self, reader: CheckpointReader, key: str) -> str:
+        """What ``key`` of one of the readers is called here."""
+        return key if reader is self._readers[0] else f"{reader.path}: {key}"
+
+    def keys(self) -> Sequence[str]:
+        return tuple(self._places)
+
+    def spec(self, key: str) -> TensorSpec:
+        reader, own = self._places[key]
+        return reader.spec(own)
+
+    def read(self, key: str, region: Region | None = None) -> Tensor:
+        reader, own = self._places[key]
+        return reader.read(own, region)

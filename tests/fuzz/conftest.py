@@ -1,0 +1,27 @@
+"""What the fuzz run needs, and the table of what it ran."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+# Helpers: importlib mode does not make them importable.
+sys.path[:0] = [str(HERE), str(HERE.parent / "checkpoints"), str(HERE.parent / "distributed")]
+
+ROWS = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def table(request: pytest.FixtureRequest) -> list[str]:
+    """Its rows are printed when all is done."""
+    return request.config.stash.setdefault(ROWS, [])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    rows = config.stash.get(ROWS, [])
+    if rows:
+        terminalreporter.section("mutated checkpoints")
+        terminalreporter.write_line("\n".join(rows))
