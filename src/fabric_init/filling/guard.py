@@ -19,12 +19,13 @@ from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.agreement import Agreement, Alone
 from fabric_init.filling.computed import compute_with
 from fabric_init.filling.fill import fill
+from fabric_init.filling.moving import Moving
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Wanted, make_plan
 from fabric_init.filling.report import Row, dtype_name
 from fabric_init.filling.slots import Slot
-from fabric_init.filling.taken_over import BUILT, follow
-from fabric_init.filling.unfilled import ATTRIBUTE, Unfilled, Waiting, waiting_under
+from fabric_init.filling.taken_over import follow
+from fabric_init.filling.unfilled import ATTRIBUTE, BUILT, Built, Place, Unfilled, tensor_at, waiting_under
 from fabric_init.recording.replay import view
 from fabric_init.recording.tape import TensorRef
 
@@ -69,7 +70,7 @@ def _before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     settle(module)
     waits = [waiting for _, waiting in waiting_under(module)]
     if waits and (_ranks(module) is None or any(_visible(module))):
-        waits[0].refuse("be saved", waits)
+        waits[0].built.refuse("be saved", waits)
     if not waits:
         _unhook(module, running=module._state_dict_pre_hooks)
 
@@ -109,8 +110,12 @@ def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
         _unhook(module, running=module._load_state_dict_post_hooks)
 
 
+def _items_under(model: nn.Module) -> Iterator[tuple[nn.Module, Unfilled]]:
+    return ((owner, item) for owner, waiting in waiting_under(model) for item in waiting.items)
+
+
 def _count(model: nn.Module) -> int:
-    return sum(len(waiting.items) for _, waiting in waiting_under(model))
+    return sum(1 for _ in _items_under(model))
 
 
 def _complete(model: nn.Module, before: int) -> None:
@@ -119,14 +124,16 @@ def _complete(model: nn.Module, before: int) -> None:
     A load that brought nothing of what waits (another prefix, an adapter alone) completes nothing. What the model's own
     init computes from tensors of which this rank has a part only, goes on waiting.
     """
-    left = [(owner, item) for owner, waiting in waiting_under(model) for item in waiting.items]
+    left = list(_items_under(model))
     if 0 < len(left) < before:
-        sources = _sources([item for _, item in left])
+        sources = _sources(left)
         _initialise(
             [
                 (owner, item)
                 for owner, item in left
-                if sources.get(id(item), ()) is not None and not item.tape.never_written(_ref(item))
+                if item.slot.ref is not None
+                and sources.get(id(item), ()) is not None
+                and not item.tape.never_written(item.slot.ref)
             ],
             sources,
         )
@@ -134,15 +141,16 @@ def _complete(model: nn.Module, before: int) -> None:
             waiting.settle("initialised", owner)
 
 
-def hook(module: nn.Module, built: list[Waiting], agreement: Agreement | None = None) -> None:
+def hook(module: nn.Module, built: Built, agreement: Agreement | None = None) -> None:
     """Let ``module`` ask before each use whether anything in it waits.
 
     Args:
-        module: one of those that were built together.
-        built: what all of them wait for.
+        module: holds what waits, or is around modules that do.
+        built: what it shares with the others that were built with it.
         agreement: of the ranks that only together hold what is in ``module``.
     """
     vars(module)[BUILT] = built
+    vars(module)["_apply"] = Moving(module)
     if _before_forward not in module._forward_pre_hooks.values():
         # before what a strategy has put there, which may gather from other ranks
         module.register_forward_pre_hook(_before_forward, prepend=True)
@@ -174,7 +182,8 @@ def _unhook(model: nn.Module, running: Any = None) -> None:
             for key in [key for key, hook in table.items() if _is_ours(hook)]:
                 del table[key]
         vars(module).pop(_RANKS, None)
-        vars(module).pop(BUILT, None)
+        if vars(module).pop(BUILT, None) is not None:
+            del vars(module)["_apply"]
 
 
 def _is_ours(hook: Any) -> bool:
@@ -196,11 +205,11 @@ def require(model: nn.Module, use: str) -> None:
     under = [waiting for _, waiting in waiting_under(model)]
     if ranks is None:
         if under:
-            under[0].refuse(use, under)
+            under[0].built.refuse(use, under)
         return
     names = ranks.from_all([item.slot.name for item in _visible(model)])
     if names:
-        (under[0] if under else Waiting(model=type(model).__name__)).refuse(use, under, names)
+        (under[0].built if under else Built(type(model).__name__)).refuse(use, under, names)
     for module, _ in list(waiting_under(model)):
         del vars(module)[ATTRIBUTE]  # shards without elements, which the other ranks say are filled
 
@@ -210,20 +219,21 @@ def _ranks(model: nn.Module) -> Agreement | None:
 
 
 def _visible(model: nn.Module) -> Iterator[Unfilled]:
-    for module, waiting in waiting_under(model):
-        for item in waiting.items:
-            now = getattr(module, item.attribute, None)
-            if now is not None and item.visible(now):
-                yield item
+    for module, item in _items_under(model):
+        now = tensor_at(module, item.attribute)
+        if now is not None and item.visible(now):
+            yield item
 
 
 def settle(model: nn.Module) -> list[Row]:
     """Take note of what has been written since the last look; gives the report's rows of what still waits."""
     for module in follow(model):
-        hook(module, vars(module)[ATTRIBUTE].everywhere, _ranks(model))
+        built = next(waiting.built for _, waiting in waiting_under(module))
+        sharded = any(item.is_part for _, item in _items_under(module))
+        hook(module, built, built.agreement if sharded else None)
     for module, waiting in list(waiting_under(model)):
         waiting.settle(module=module)
-    return [item.row for _, waiting in waiting_under(model) for item in waiting.items]
+    return [item.row for _, item in _items_under(model)]
 
 
 def release(model: nn.Module) -> None:
@@ -256,21 +266,27 @@ def initialise_rest(model: nn.Module) -> None:
         UninitializedTensorError: the model's own code never gives some tensor a value.
     """
     settle(model)
-    waits = [(module, item) for module, waiting in waiting_under(model) for item in waiting.items]
+    waits = list(_items_under(model))
 
     def initialise() -> None:
-        partly = [item.slot.name for module, item in waits if item.changed(getattr(module, item.attribute))]
+        computed = [item.slot.name for _, item in waits if item.slot.ref is None]
+        if computed:
+            raise UninitializedTensorError(
+                f"{', '.join(computed)} came in (by weight_norm, prune, a parametrization, …) when there were no "
+                "values to compute with. Do that in the init_module block, or call fabric.init_missing(model) before."
+            )
+        partly = [item.slot.name for module, item in waits if item.changed(_at(module, item))]
         if partly:
             raise UninitializedTensorError(
                 f"the model's own init would overwrite what was written into a part of {', '.join(partly)}. Call "
                 "fabric.init_missing(model) first and write afterwards, or write the whole tensor."
             )
-        sources = _sources([item for _, item in waits])
+        sources = _sources(waits)
         if lost := dict.fromkeys(item.slot.name for _, item in waits if sources.get(id(item), ()) is None):
             raise UninitializedTensorError(
-                f"the model's own init computes {', '.join(lost)} from tensors that have been loaded since, and of "
-                "which no rank has all. Load it as well, or load before setup, or declare the load: "
-                "init_module(checkpoint=…)."
+                f"the model's own init computes {', '.join(lost)} from other tensors, of which this rank has to have "
+                "all, with their values. Call init_missing for the whole model; or load it as well, or before setup; "
+                "or declare the load: init_module(checkpoint=…)."
             )
         _initialise(waits, sources)
 
@@ -283,32 +299,40 @@ def initialise_rest(model: nn.Module) -> None:
 _Sources = dict[int, list[tuple[TensorRef, Tensor]] | None]
 
 
-def _sources(items: Sequence[Unfilled]) -> _Sources:
-    """Of those ``items`` (by id) that the model's own init computes from tensors that have values by now: from which.
+def _sources(waits: Sequence[tuple[nn.Module, Unfilled]]) -> _Sources:
+    """Of those that wait (by id), and that the model's own init computes from others that do not: from which.
 
     ``None`` where these cannot be had whole.
     """
-    still = {_ref(item).storage for item in items}
+    waits = [(module, item) for module, item in waits if item.slot.ref is not None]
+    still = {_ref(item).storage for _, item in waits}
     found: _Sources = {}
-    for item in items:
-        others = dict.fromkeys(item.family.keys() - still)
+    for module, item in waits:
+        places = vars(module)[ATTRIBUTE].built.places
+        others = dict.fromkeys(places.keys() - still)
         if item.slot.saved and (storages := item.tape.computed_from(_ref(item).storage, others)):
-            tensors = [_whole(item, storage) for storage in sorted(storages)]
+            tensors = [_whole(item, places[storage]) for storage in sorted(storages)]
             whole = [tensor for tensor in tensors if tensor is not None]
             found[id(item)] = whole if len(whole) == len(tensors) else None
     return found
 
 
-def _whole(item: Unfilled, storage: int) -> tuple[TensorRef, Tensor] | None:
-    module, attribute, ref = item.family[storage]
-    tensor = getattr(module(), attribute, None)
-    if not isinstance(tensor, Tensor) or item.placement.held(tensor) is not tensor or tensor.shape != ref.size:
+def _whole(item: Unfilled, place: Place | None) -> tuple[TensorRef, Tensor] | None:
+    if place is None or (module := place[0]()) is None:
+        return None
+    _, attribute, ref = place
+    if (waiting := vars(module).get(ATTRIBUTE)) is not None:  # elsewhere in the model
+        waiting.settle()
+        if any(other.attribute == attribute for other in waiting.items):
+            return None
+    tensor = tensor_at(module, attribute)
+    if tensor is None or item.placement.held(tensor) is not tensor or tensor.shape != ref.size:
         return None
     return ref, tensor.detach()
 
 
 def _initialise(waiting: Sequence[tuple[nn.Module, Unfilled]], sources: _Sources) -> None:
-    by_tensor = {id(tensor := getattr(module, item.attribute)): (item, tensor) for module, item in waiting}
+    by_tensor = {id(tensor := _at(module, item)): (item, tensor) for module, item in waiting}
     items = [item for item, _ in by_tensor.values()]
     if not items:
         return
@@ -326,9 +350,15 @@ def _initialise(waiting: Sequence[tuple[nn.Module, Unfilled]], sources: _Sources
         item.row.status, item.row.origin, item.row.dtype = "initialised", row.origin, dtype_name(tensor.dtype)
 
 
-def _ref(item: Unfilled) -> Any:
+def _ref(item: Unfilled) -> TensorRef:
     assert item.slot.ref is not None
     return item.slot.ref
+
+
+def _at(module: nn.Module, item: Unfilled) -> Tensor:
+    tensor = tensor_at(module, item.attribute)
+    assert tensor is not None  # otherwise the model does without it, and it does not wait
+    return tensor
 
 
 class _AsTheyAreNow:

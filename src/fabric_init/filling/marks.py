@@ -56,6 +56,11 @@ def has_mark(samples: Tensor) -> bool:
     return bool((samples.float() if samples.is_floating_point() else samples).isnan().any())
 
 
+def has_exact_mark(samples: Tensor) -> bool:
+    """Whether any of ``samples`` is a mark to the bit."""
+    return bool((_bits(samples) == _mark_bits(_real(samples.dtype))).any())
+
+
 def is_mark(samples: Tensor) -> bool:
     """Whether all of ``samples`` are marks."""
     if is_float(samples):

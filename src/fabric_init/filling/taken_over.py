@@ -1,45 +1,86 @@
-"""Tensors without values that other modules have taken over from those that they were built in."""
+"""Tensors without values that other modules, or other names, have taken over from those that they were built under."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
-from fabric_init.filling.unfilled import ATTRIBUTE, Unfilled, Waiting, version_in
+from fabric_init.filling.unfilled import (
+    ATTRIBUTE,
+    BUILT,
+    Unfilled,
+    Waiting,
+    all_waiting,
+    own_tensors,
+    tensor_at,
+    version_in,
+)
 
-BUILT = "_fabric_init_built"
-"""Where each guarded module keeps the notes of all modules that were built with it."""
 
+def follow(model: nn.Module) -> Iterator[nn.Module]:
+    """Let the modules in ``model`` wait for all that they hold without values, whoever it was built for.
 
-def follow(model: nn.Module) -> list[nn.Module]:
-    """Let modules that came into ``model`` since it was built (``convert_sync_batchnorm`` puts some there) wait for
-    what they hold of its tensors without values: the same tensors, or others in their memory. Gives these modules.
+    ``convert_sync_batchnorm`` puts tensors into modules of its own; ``weight_norm``, ``prune`` and parametrizations
+    give them other names and compute more from them. Gives the modules that are not guarded yet.
     """
-    modules = list(model.modules())
-    guarded = {id(notes): notes for module in modules if (notes := vars(module).get(BUILT)) is not None}
-    new = [module for module in modules if BUILT not in vars(module) and (module._parameters or module._buffers)]
-    if not guarded or not new:
-        return []
-    places: dict[int, tuple[Waiting, Unfilled]] = {}
-    for waiting in (waiting for notes in guarded.values() for waiting in notes):
+    known: dict[int, tuple[Waiting, Unfilled]] = {}
+    for waiting in all_waiting():
         for item in waiting.items:
-            if item.tensor is not None and not item.tensor.is_meta:
-                places[item.placement.held(item.tensor).data_ptr()] = waiting, item
-    places.pop(0, None)  # no elements
-    found = []
-    for module in new:
-        for name, tensor in {**module._parameters, **module._buffers}.items():
-            if tensor is None or tensor.is_meta or hasattr(tensor, "_local_tensor"):
-                continue
-            waiting, item = places.get(tensor.data_ptr(), (None, None))
-            if waiting is None or item is None or tensor.shape != item.slot.shape:
-                continue
-            mine = vars(module).setdefault(ATTRIBUTE, Waiting(module, model=waiting.model))
-            if all(known.attribute != name for known in mine.items):
-                mine.everywhere = waiting.everywhere
-                waiting.everywhere.append(mine)
+            if item.slot.ref is not None and item.tensor is not None and not item.tensor.is_meta:
+                known[_address(item.tensor)] = waiting, item
+    known.pop(0, None)  # no elements
+    if not known:
+        return
+    modules = list(model.modules())
+    for module in modules:
+        for name, tensor in own_tensors(module).items():
+            found = None if tensor.is_meta else known.get(_address(tensor))
+            if found is not None and tensor.shape == found[1].slot.shape:
+                item = found[1]
                 version = item.version if tensor is item.tensor else version_in(item.placement, tensor)
-                mine.items.append(replace(item, attribute=name, tensor=tensor, version=version))
-                found.append(module)
-    return found
+                _wait(module, found[0], replace(item, attribute=name, tensor=tensor, version=version))
+    for module in modules:
+        here: Waiting | None = vars(module).get(ATTRIBUTE)
+        if here is not None:
+            for item in [item for item in here.items if _is_computed(module, item)]:
+                _wait_for_what_computes_it(module, here, item)
+    for module in modules:
+        if BUILT not in vars(module) and any(ATTRIBUTE in vars(below) for below in module.modules()):
+            yield module
+
+
+def _address(tensor: Tensor) -> int:
+    return int(getattr(tensor, "_local_tensor", tensor).data_ptr())
+
+
+def _wait(module: nn.Module, other: Waiting, item: Unfilled) -> None:
+    waiting = vars(module).get(ATTRIBUTE)
+    if waiting is None:
+        waiting = vars(module)[ATTRIBUTE] = Waiting(module, other.built, own_tensors(module))
+    if all(known.attribute != item.attribute for known in waiting.items):
+        waiting.items.append(item)
+
+
+def _is_computed(module: nn.Module, item: Unfilled) -> bool:
+    """Whether ``module`` now computes what was a tensor of its own."""
+    if tensor_at(module, item.attribute) is not None:
+        return False
+    return item.attribute in vars(module) or hasattr(type(module), item.attribute)
+
+
+def _wait_for_what_computes_it(module: nn.Module, waiting: Waiting, item: Unfilled) -> None:
+    """In its place wait for what has come into ``module`` since: it was computed from memory without values."""
+    prefix = item.slot.name.rpartition(".")[0]
+    for path, inner in module.named_modules(prefix=prefix):
+        if inner is not module and BUILT in vars(inner):
+            continue
+        for name, tensor in own_tensors(inner).items():
+            if inner is module and name in waiting.names:
+                continue
+            full = f"{path}.{name}" if path else name
+            slot = item.slot._replace(names=(full,), ref=None, shape=tensor.shape, dtype=tensor.dtype)
+            version = version_in(item.placement, tensor)
+            _wait(inner, waiting, replace(item, attribute=name, slot=slot, tensor=tensor, version=version))
+    waiting.items.remove(item)
