@@ -422,57 +422,6 @@ def test_a_bool_buffer_gets_its_own_init_at_once_for_nothing_can_mark_it(fabric:
     assert copy.deepcopy(model).mask.tolist() == [True, True, True]
 
 
-def test_a_load_into_a_copy_counts_only_what_it_brings(fabric: Fabric) -> None:
-    with fabric.init_module(empty_init=True):
-        model = Model()
-    other = copy.deepcopy(model)
-    other.load_state_dict({"elsewhere": torch.ones(2)}, strict=False)
-    with pytest.raises(UninitializedTensorError, match="embedding"):
-        other(torch.tensor([1]))
-    other.load_state_dict({"body.0.0.bias": torch.ones(4)}, strict=False)
-    fabric.init_missing(model)
-    expected = model.state_dict() | {"body.0.0.bias": torch.ones(4)}
-    assert all(torch.equal(value, expected[name]) for name, value in other.state_dict().items())
-
-
-class Normed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 4)
-        self.norm = nn.BatchNorm1d(4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.first(x))
-
-
-def _same_tensors(model: Normed) -> None:
-    model.norm = nn.SyncBatchNorm.convert_sync_batchnorm(model.norm)
-
-
-def _another_tensor_in_their_memory(model: Normed) -> None:
-    first = nn.Linear(4, 4)
-    first.weight = nn.Parameter(model.first.weight.data)
-    model.first = first
-
-
-@pytest.mark.parametrize("replace", [_same_tensors, _another_tensor_in_their_memory])
-@pytest.mark.parametrize("complete", ["init_missing", "load"])
-def test_a_module_that_takes_over_tensors_without_values_waits_for_them(
-    fabric: Fabric, replace: Callable[[Normed], None], complete: str
-) -> None:
-    with fabric.init_module(empty_init=True):
-        model = Normed()
-    replace(model)
-    with pytest.raises(UninitializedTensorError, match=r"first\.weight"):
-        model.eval()(X)
-    if complete == "init_missing":
-        fabric.init_missing(model)
-    else:
-        model.load_state_dict({"norm.running_mean": torch.ones(4)}, strict=False)
-    assert model.norm.weight.tolist() == [1.0] * 4
-    assert model.eval()(X).isfinite().all()
-
-
 def test_integers_that_were_written_in_part_are_still_asked_for(fabric: Fabric) -> None:
     class Indices(nn.Module):
         def __init__(self) -> None:

@@ -213,7 +213,7 @@ class Waiting:
         for item in self.items:  # the module's tensors have been copied already
             tensor = memo.get(id(item.tensor)) if item.tensor is not None else None
             version = 0 if tensor is None else version_in(item.placement, tensor)
-            row = copy.deepcopy(item.row, memo)  # that of the copy's report
+            row = copy.deepcopy(item.row, memo)  # the model's report is not about its copies
             copied.items.append(replace(item, row=row, tensor=tensor, version=version))
         return copied
 
