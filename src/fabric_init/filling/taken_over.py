@@ -26,21 +26,25 @@ def follow(model: nn.Module) -> Iterator[nn.Module]:
     give them other names and compute more from them. Gives the modules that are not guarded yet.
     """
     known: dict[int, tuple[Waiting, Unfilled]] = {}
+    same: dict[int, tuple[Waiting, Unfilled]] = {}
     for waiting in all_waiting():
         for item in waiting.items:
             if item.slot.ref is not None and item.tensor is not None and not item.tensor.is_meta:
-                known[_address(item.tensor)] = waiting, item
+                known[_address(item.placement.held(item.tensor))] = waiting, item
+                same[id(item.tensor)] = waiting, item
     known.pop(0, None)  # no elements
-    if not known:
+    if not same:
         return
     modules = list(model.modules())
     for module in modules:
         for name, tensor in own_tensors(module).items():
-            found = None if tensor.is_meta else known.get(_address(tensor))
-            if found is not None and tensor.shape == found[1].slot.shape:
-                item = found[1]
-                version = item.version if tensor is item.tensor else version_in(item.placement, tensor)
-                _wait(module, found[0], replace(item, attribute=name, tensor=tensor, version=version))
+            if (found := same.get(id(tensor))) is not None:
+                _wait(module, found[0], replace(found[1], attribute=name))
+            elif not tensor.is_meta and (found := known.get(_address(tensor))) is not None:
+                waiting, item = found
+                if tensor.shape == item.slot.shape:
+                    version = version_in(item.placement, tensor)
+                    _wait(module, waiting, replace(item, attribute=name, tensor=tensor, version=version))
     for module in modules:
         here: Waiting | None = vars(module).get(ATTRIBUTE)
         if here is not None:

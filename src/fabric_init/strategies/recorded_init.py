@@ -18,7 +18,7 @@ from fabric_init.filling.opening import Io, check_io
 from fabric_init.filling.placement import Placement
 from fabric_init.strategies.binding import ShardedPlacement, is_bound, shard_and_fill
 from fabric_init.strategies.block import recorded_block
-from fabric_init.strategies.optimizers import parameters_by_name, remap
+from fabric_init.strategies.optimizers import parameters_by_name, refuse_left_behind, remap
 
 
 class RecordedInit(Strategy):
@@ -119,9 +119,14 @@ class RecordedInit(Strategy):
         replaced[sharded] = dict(before)
 
     def adopt(self, optimizer: Optimizer) -> None:
-        """Make an optimizer that was made before ``setup`` hold the sharded parameters."""
+        """Make an optimizer that was made before ``setup`` hold the sharded parameters.
+
+        Raises:
+            FabricInitError: they are not those of a model that was set up.
+        """
         for sharded, before in list(getattr(self, "_replaced", {}).items()):
             remap(optimizer, before, parameters_by_name(sharded))
+        refuse_left_behind(optimizer)
 
 
 def _modules(state: Any) -> list[nn.Module]:
