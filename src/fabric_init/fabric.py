@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from fabric_init.checkpoints import Conversion, Source
 from fabric_init.checkpoints.renaming import Rename
 from fabric_init.errors import FabricInitError, RecordingError
+from fabric_init.filling.deferred import mend_of
 from fabric_init.filling.opening import Io, check_io
 from fabric_init.filling.plan import Wanted
 from fabric_init.filling.report import InitReport
@@ -164,6 +165,8 @@ def _require_tensors(module: nn.Module) -> None:
     waiting = [name for name, tensor in module.named_parameters() if tensor.is_meta]
     if waiting and not is_bound(module):
         raise RecordingError(
-            f"{len(waiting)} parameters are on the meta device (first: {waiting[0]}). Call "
-            "fabric_init.materialize(model), or build the model under fabric.init_module(...), before setup."
+            f"{len(waiting)} parameters are on the meta device (first: {waiting[0]}). {mend_of(module) or _MEND}."
         )
+
+
+_MEND = "Call fabric_init.materialize(model), or build the model under fabric.init_module(...), before setup"

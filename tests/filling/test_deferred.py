@@ -115,6 +115,17 @@ def test_an_early_load_is_a_copy() -> None:
     assert same(model, state(1))
 
 
+def test_what_an_early_load_was_given_must_not_be_written_before_it_is_read() -> None:
+    model, given = build(), state(1)
+    model.load_state_dict(given)
+    given["head.weight"].zero_()
+    with pytest.raises(RecordingError, match=r"head\.weight: what load_state_dict was given"):
+        materialize(model)
+    model.load_state_dict(state(2))
+    materialize(model)
+    assert same(model, state(2))
+
+
 def test_an_early_load_with_assign_replaces_an_earlier_one() -> None:
     model = build()
     model.load_state_dict(state(1))

@@ -420,3 +420,42 @@ def test_a_bool_buffer_gets_its_own_init_at_once_for_nothing_can_mark_it(fabric:
     with fabric.init_module(empty_init=True):
         model = Masked()
     assert copy.deepcopy(model).mask.tolist() == [True, True, True]
+
+
+def test_integers_that_were_written_in_part_are_still_asked_for(fabric: Fabric) -> None:
+    class Indices(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("x", torch.arange(100))
+
+    for where in (slice(0, 1), slice(3, 9), slice(0, 99)):
+        with fabric.init_module(empty_init=True):
+            model = Indices()
+        model.x[where] = 5
+        with pytest.raises(UninitializedTensorError, match=r"  x"):
+            model.state_dict()
+
+
+def test_a_cast_and_a_load_of_a_model_into_itself_fill_nothing(fabric: Fabric) -> None:
+    with fabric.init_module(empty_init=True):
+        model = Model()
+    model.half().load_state_dict(dict(model.named_parameters()), strict=False)
+    with pytest.raises(UninitializedTensorError, match="embedding"):
+        model(torch.tensor([1]))
+
+
+def test_a_model_goes_when_its_last_reference_goes(fabric: Fabric) -> None:
+    import gc
+    import weakref
+
+    gc.collect()
+    gc.disable()
+    try:
+        with fabric.init_module(empty_init=True):
+            model = Model()
+        fabric.init_missing(model)
+        alive = weakref.ref(model.body)
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()

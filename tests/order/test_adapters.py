@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from lightning.fabric.plugins import BitsandbytesPrecision, Precision, Transform
 sys.path.insert(0, str(Path(__file__).parent))
 
 from changes import cells, run_cell, run_table, write
+from trainings import orders
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
@@ -32,12 +34,19 @@ WITHOUT_MEMORY = {
     "dora, empty, loaded after setup",
 }
 """What a strategy refuses that fills in ``setup``: until then the model has no values."""
+AFTER_SETUP = {
+    " → ".join(order)
+    for order in orders()
+    for setup, load in combinations(order, 2)
+    if "setup" in setup and load in ("load", "assign")
+}
+"""FSDP's flat parameters: torch's own error."""
 REFUSED = {
     "one": NEVER | {"to meta"},
     "ddp": NEVER | {"to meta"},
     "fsdp2": NEVER | WITHOUT_MEMORY,
     "deepspeed_stage_3": NEVER | WITHOUT_MEMORY,
-    "fsdp": NEVER | WITHOUT_MEMORY | {"lora, empty, loaded after setup"},  # FSDP's flat parameters: torch's own error
+    "fsdp": NEVER | WITHOUT_MEMORY | {"lora, empty, loaded after setup", *AFTER_SETUP},
 }
 
 

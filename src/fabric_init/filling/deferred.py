@@ -68,7 +68,7 @@ class _Recorded:
         self.mend = mend
         self.seen = seen  # the model's tensors when the block ended, by identity, with their versions
         self.emptied: set[str] = set()  # those that to_empty has given memory
-        self.loaded: dict[str, Tensor] = {}  # what load_state_dict has brought for its own recorded ones since
+        self.loaded: dict[str, tuple[Tensor, int]] = {}  # what load_state_dict has brought since, with versions
 
     def written(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` was written in place since, or is new."""
@@ -103,6 +103,12 @@ def guard_recorded(model: nn.Module, mend: str) -> None:
         module.register_state_dict_pre_hook(_before_state_dict)
         module.register_load_state_dict_pre_hook(_before_load)
         module.register_load_state_dict_post_hook(_after_load)
+
+
+def mend_of(module: nn.Module) -> str | None:
+    """What to do with a recorded ``module``; ``None`` for others."""
+    record = vars(module).get(_ATTRIBUTE)
+    return None if record is None else record.mend
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:
@@ -175,8 +181,8 @@ def _before_load(module: nn.Module, state_dict: Any, prefix: str, local_metadata
             raise FabricInitError(f"{prefix}{name}: shards cannot be loaded before the model is sharded. {mend}.")
         if value.is_meta:
             raise UninitializedTensorError(f"{prefix}{name} has no values in the state dict: its model had no memory.")
-        kept[name] = value.detach()
-        state_dict[prefix + name] = kept[name].to("meta")  # in this call's own copy: checks, no warning
+        kept[name] = value.detach(), version_of(value)
+        state_dict[prefix + name] = value.detach().to("meta")  # in this call's own copy: checks, no warning
 
 
 def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
@@ -239,15 +245,26 @@ def given_since(model: nn.Module) -> set[str]:
 
 
 def loaded_since(model: nn.Module) -> LoadedReader | None:
-    """What ``load_state_dict`` has brought for the recorded ``model``, as a checkpoint; ``None`` for nothing."""
+    """What ``load_state_dict`` has brought for the recorded ``model``, as a checkpoint; ``None`` for nothing.
+
+    Raises:
+        RecordingError: it was written since, and nobody has kept what it was.
+    """
     found = {
-        prefix + name: tensor
+        prefix + name: brought
         for prefix, module, record in _records(model)
         if record is not None
-        for name, tensor in record.loaded.items()
+        for name, brought in record.loaded.items()
         if (now := _own(module).get(name)) is not None and now.is_meta
     }
-    return LoadedReader(found) if found else None
+    changed = [name for name, (tensor, version) in found.items() if version_of(tensor) != version]
+    if changed:
+        raise RecordingError(
+            f"{', '.join(changed[:5])}{' …' if len(changed) > 5 else ''}: what load_state_dict was given was written "
+            "before the model got memory, which is when it is read. Load copies (tensor.clone()), or load once the "
+            "model has values."
+        )
+    return LoadedReader({name: tensor for name, (tensor, _) in found.items()}) if found else None
 
 
 class LoadedReader:

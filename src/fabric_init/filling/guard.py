@@ -8,24 +8,19 @@ come. What waits hangs on the modules themselves, so parts can be taken out, rep
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.agreement import Agreement, Alone
-from fabric_init.filling.computed import compute_with
-from fabric_init.filling.fill import fill
-from fabric_init.filling.placement import Placement
-from fabric_init.filling.plan import Wanted, make_plan
-from fabric_init.filling.report import Row, dtype_name
-from fabric_init.filling.slots import Slot
-from fabric_init.filling.unfilled import ATTRIBUTE, Unfilled, Waiting, waiting_under
-from fabric_init.recording.replay import view
-from fabric_init.recording.tape import TensorRef
+from fabric_init.filling.initialising import initialise_all, initialise_what_can_be
+from fabric_init.filling.moving import Moving
+from fabric_init.filling.report import Row
+from fabric_init.filling.taken_over import follow
+from fabric_init.filling.unfilled import ATTRIBUTE, BUILT, Built, Unfilled, tensor_at, waiting_under
 
 _RANKS = "_fabric_init_ranks"
 
@@ -68,7 +63,7 @@ def _before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
     settle(module)
     waits = [waiting for _, waiting in waiting_under(module)]
     if waits and (_ranks(module) is None or any(_visible(module))):
-        waits[0].refuse("be saved", waits)
+        waits[0].built.refuse("be saved", waits)
     if not waits:
         _unhook(module, running=module._state_dict_pre_hooks)
 
@@ -87,9 +82,10 @@ def _before_load(
         return
     waiting = vars(module).get(ATTRIBUTE)
     if waiting is not None:
-        waiting.before_load()
+        waiting.before_load(module)
     if _load.errors is not error_msgs:
         _load.errors, _load.top = error_msgs, module
+        settle(module)
         _load.waiting = _count(module)
 
 
@@ -107,8 +103,12 @@ def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
         _unhook(module, running=module._load_state_dict_post_hooks)
 
 
+def _items_under(model: nn.Module) -> Iterator[tuple[nn.Module, Unfilled]]:
+    return ((owner, item) for owner, waiting in waiting_under(model) for item in waiting.items)
+
+
 def _count(model: nn.Module) -> int:
-    return sum(len(waiting.items) for _, waiting in waiting_under(model))
+    return sum(1 for _ in _items_under(model))
 
 
 def _complete(model: nn.Module, before: int) -> None:
@@ -117,23 +117,23 @@ def _complete(model: nn.Module, before: int) -> None:
     A load that brought nothing of what waits (another prefix, an adapter alone) completes nothing. What the model's own
     init computes from tensors of which this rank has a part only, goes on waiting.
     """
-    left = [(owner, item) for owner, waiting in waiting_under(model) for item in waiting.items]
+    left = list(_items_under(model))
     if 0 < len(left) < before:
-        sources = _sources([item for _, item in left])
-        _initialise(
-            [
-                (owner, item)
-                for owner, item in left
-                if sources.get(id(item), ()) is not None and not item.tape.never_written(_ref(item))
-            ],
-            sources,
-        )
+        initialise_what_can_be(left)
         for owner, waiting in list(waiting_under(model)):
             waiting.settle("initialised", owner)
 
 
-def hook(module: nn.Module, agreement: Agreement | None = None) -> None:
-    """Let ``module`` ask before each use whether anything in it waits; ``agreement``: of the ranks that share it."""
+def hook(module: nn.Module, built: Built, agreement: Agreement | None = None) -> None:
+    """Let ``module`` ask before each use whether anything in it waits.
+
+    Args:
+        module: holds what waits, or is around modules that do.
+        built: what it shares with the others that were built with it.
+        agreement: of the ranks that only together hold what is in ``module``.
+    """
+    vars(module)[BUILT] = built
+    vars(module)["_apply"] = Moving(module)
     if _before_forward not in module._forward_pre_hooks.values():
         # before what a strategy has put there, which may gather from other ranks
         module.register_forward_pre_hook(_before_forward, prepend=True)
@@ -165,6 +165,8 @@ def _unhook(model: nn.Module, running: Any = None) -> None:
             for key in [key for key, hook in table.items() if _is_ours(hook)]:
                 del table[key]
         vars(module).pop(_RANKS, None)
+        if vars(module).pop(BUILT, None) is not None:
+            del vars(module)["_apply"]
 
 
 def _is_ours(hook: Any) -> bool:
@@ -186,11 +188,11 @@ def require(model: nn.Module, use: str) -> None:
     under = [waiting for _, waiting in waiting_under(model)]
     if ranks is None:
         if under:
-            under[0].refuse(use, under)
+            under[0].built.refuse(use, under)
         return
     names = ranks.from_all([item.slot.name for item in _visible(model)])
     if names:
-        (under[0] if under else Waiting(model=type(model).__name__)).refuse(use, under, names)
+        (under[0].built if under else Built(type(model).__name__)).refuse(use, under, names)
     for module, _ in list(waiting_under(model)):
         del vars(module)[ATTRIBUTE]  # shards without elements, which the other ranks say are filled
 
@@ -200,18 +202,21 @@ def _ranks(model: nn.Module) -> Agreement | None:
 
 
 def _visible(model: nn.Module) -> Iterator[Unfilled]:
-    for module, waiting in waiting_under(model):
-        for item in waiting.items:
-            now = getattr(module, item.attribute, None)
-            if now is not None and item.visible(now):
-                yield item
+    for module, item in _items_under(model):
+        now = tensor_at(module, item.attribute)
+        if now is not None and item.visible(now):
+            yield item
 
 
 def settle(model: nn.Module) -> list[Row]:
     """Take note of what has been written since the last look; gives the report's rows of what still waits."""
+    for module in follow(model):
+        built = next(waiting.built for _, waiting in waiting_under(module))
+        sharded = any(item.is_part for _, item in _items_under(module))
+        hook(module, built, built.agreement if sharded else None)
     for module, waiting in list(waiting_under(model)):
         waiting.settle(module=module)
-    return [item.row for _, waiting in waiting_under(model) for item in waiting.items]
+    return [item.row for _, item in _items_under(model)]
 
 
 def release(model: nn.Module) -> None:
@@ -223,8 +228,9 @@ def release(model: nn.Module) -> None:
 @contextmanager
 def loading(model: nn.Module) -> Iterator[None]:
     """A load that takes several calls, of ``state_dict`` too: what it has brought counts when it ends."""
-    for _, waiting in list(waiting_under(model)):
-        waiting.before_load()
+    settle(model)
+    for owner, waiting in list(waiting_under(model)):
+        waiting.before_load(owner)
     before = _count(model)
     _load.whole = True
     try:
@@ -243,89 +249,8 @@ def initialise_rest(model: nn.Module) -> None:
         UninitializedTensorError: the model's own code never gives some tensor a value.
     """
     settle(model)
-    waits = [(module, item) for module, waiting in waiting_under(model) for item in waiting.items]
-
-    def initialise() -> None:
-        partly = [item.slot.name for module, item in waits if item.changed(getattr(module, item.attribute))]
-        if partly:
-            raise UninitializedTensorError(
-                f"the model's own init would overwrite what was written into a part of {', '.join(partly)}. Call "
-                "fabric.init_missing(model) first and write afterwards, or write the whole tensor."
-            )
-        sources = _sources([item for _, item in waits])
-        if lost := dict.fromkeys(item.slot.name for _, item in waits if sources.get(id(item), ()) is None):
-            raise UninitializedTensorError(
-                f"the model's own init computes {', '.join(lost)} from tensors that have been loaded since, and of "
-                "which no rank has all. Load it as well, or load before setup, or declare the load: "
-                "init_module(checkpoint=…)."
-            )
-        _initialise(waits, sources)
-
-    (_ranks(model) or Alone()).same("initialising what is missing", initialise, lambda _: "")
+    waits = list(_items_under(model))
+    (_ranks(model) or Alone()).same("initialising what is missing", lambda: initialise_all(waits), lambda _: "")
     for module, waiting in list(waiting_under(model)):
         waiting.settle("initialised", module)
     release(model)
-
-
-_Sources = dict[int, list[tuple[TensorRef, Tensor]] | None]
-
-
-def _sources(items: Sequence[Unfilled]) -> _Sources:
-    """Of those ``items`` (by id) that the model's own init computes from tensors that have values by now: from which.
-
-    ``None`` where these cannot be had whole.
-    """
-    still = {_ref(item).storage for item in items}
-    found: _Sources = {}
-    for item in items:
-        others = dict.fromkeys(item.family.keys() - still)
-        if item.slot.saved and (storages := item.tape.computed_from(_ref(item).storage, others)):
-            tensors = [_whole(item, storage) for storage in sorted(storages)]
-            whole = [tensor for tensor in tensors if tensor is not None]
-            found[id(item)] = whole if len(whole) == len(tensors) else None
-    return found
-
-
-def _whole(item: Unfilled, storage: int) -> tuple[TensorRef, Tensor] | None:
-    module, attribute, ref = item.family[storage]
-    tensor = getattr(module(), attribute, None)
-    if not isinstance(tensor, Tensor) or item.placement.held(tensor) is not tensor or tensor.shape != ref.size:
-        return None
-    return ref, tensor.detach()
-
-
-def _initialise(waiting: Sequence[tuple[nn.Module, Unfilled]], sources: _Sources) -> None:
-    by_tensor = {id(tensor := getattr(module, item.attribute)): (item, tensor) for module, item in waiting}
-    items = [item for item, _ in by_tensor.values()]
-    if not items:
-        return
-    tapes = {_ref(item).storage: item.tape for item in items}
-    plan = make_plan([item.slot for item in items], tapes, None, Wanted())
-    tensors = [tensor for _, tensor in by_tensor.values()]
-    placement = _AsTheyAreNow(items[0].placement)
-    report = fill(plan, tensors, tapes, None, placement, exact=False)
-    for item, tensor, row in zip(items, tensors, report.rows, strict=True):
-        for_it = sources.get(id(item))
-        if for_it:
-            memory = compute_with(item.slot, item.tape, for_it, tensor.device)
-            with torch.no_grad():
-                placement.put(item.slot, tensor, view(memory, _ref(item)))
-        item.row.status, item.row.origin, item.row.dtype = "initialised", row.origin, dtype_name(tensor.dtype)
-
-
-def _ref(item: Unfilled) -> Any:
-    assert item.slot.ref is not None
-    return item.slot.ref
-
-
-class _AsTheyAreNow:
-    """A placement for tensors that may have been moved, cast or laid out anew since they were given memory."""
-
-    def __init__(self, placement: Placement) -> None:
-        self.device = placement.device
-        self.region = placement.region
-        self.held = placement.held
-
-    def put(self, slot: Slot, tensor: Tensor, value: Tensor) -> Tensor:
-        self.held(tensor).detach().copy_(value)  # in place: layout, views and ties stay
-        return tensor

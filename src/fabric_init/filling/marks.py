@@ -56,6 +56,11 @@ def has_mark(samples: Tensor) -> bool:
     return bool((samples.float() if samples.is_floating_point() else samples).isnan().any())
 
 
+def has_exact_mark(samples: Tensor) -> bool:
+    """Whether any of ``samples`` is a mark to the bit."""
+    return bool((_bits(samples) == _mark_bits(_real(samples.dtype))).any())
+
+
 def is_mark(samples: Tensor) -> bool:
     """Whether all of ``samples`` are marks."""
     if is_float(samples):
@@ -66,6 +71,14 @@ def is_mark(samples: Tensor) -> bool:
 def is_exact_mark(samples: Tensor) -> bool:
     """Whether all of ``samples`` are marks to the bit, as they were placed."""
     return bool((_bits(samples) == _mark_bits(_real(samples.dtype))).all())
+
+
+def is_written_in_part(samples: Tensor, tensor: Tensor) -> bool:
+    """Whether of integers that were written marks are left; of short ones too many values are marks to tell."""
+    if samples.itemsize < 4:
+        return False
+    left = _bits(samples) == _mark_bits(samples.dtype)
+    return bool(left.any()) and not bool((tensor == samples[left][0]).all())  # all of them: the value that was written
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:

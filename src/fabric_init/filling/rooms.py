@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -23,7 +22,7 @@ from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Entry, Plan, Wanted, make_plan
 from fabric_init.filling.report import Row, keep_report
 from fabric_init.filling.slots import Slot, named_modules
-from fabric_init.filling.unfilled import ATTRIBUTE, Family, Unfilled, Waiting, version_in
+from fabric_init.filling.unfilled import ATTRIBUTE, Built, Unfilled, Waiting, own_tensors, version_in
 from fabric_init.recording.replay import real_execution
 from fabric_init.recording.tape import Tape
 
@@ -146,12 +145,8 @@ def _guard(
     agreement: Agreement | None,
 ) -> None:
     owners = dict(named_modules(model))
-    family: Family = {}
-    for slot, _ in unfilled:
-        prefix, _, attribute = slot.name.rpartition(".")
-        if slot.ref is not None and rooms.tapes[slot.ref.storage].covers(slot.ref):
-            family[slot.ref.storage] = weakref.ref(owners[prefix]), attribute, slot.ref
-    everywhere: list[Waiting] = []
+    built = Built(rooms.name, agreement)
+    sharded: set[str] = set()  # modules that no rank holds alone; the others may run on one rank only
     for (slot, tensor), row in zip(unfilled, rows, strict=True):
         row.status, row.origin = "unfilled", ""
         assert slot.ref is not None
@@ -159,16 +154,25 @@ def _guard(
         for name in slot.names:  # under each: a tie may be used through any of its modules
             prefix, _, attribute = name.rpartition(".")
             owner = owners[prefix]
-            waiting = vars(owner).setdefault(ATTRIBUTE, Waiting(owner, model=rooms.name))
-            if waiting.everywhere is not everywhere:
-                everywhere.append(waiting)
-                waiting.everywhere = everywhere
+            waiting = vars(owner).get(ATTRIBUTE)
+            if waiting is None:
+                waiting = vars(owner)[ATTRIBUTE] = Waiting(owner, built, own_tensors(owner))
             if all(item.attribute != attribute for item in waiting.items):
-                tape = rooms.tapes[slot.ref.storage]
-                waiting.items.append(Unfilled(attribute, slot, tape, placement, row, tensor, version, family))
+                item = Unfilled(attribute, slot, rooms.tapes[slot.ref.storage], placement, row, tensor, version)
+                waiting.items.append(item)
+                if item.is_part:
+                    sharded.update(_with_all_around(prefix))
+                waiting.built.enter(owner, item)
     if unfilled:
-        for module in owners.values():  # all: a parent may use its child's weight without calling the child
-            hook(module, agreement)
+        for prefix, module in owners.items():  # all: a parent may use its child's weight without calling the child
+            hook(module, built, agreement if prefix in sharded else None)
+
+
+def _with_all_around(name: str) -> Iterator[str]:
+    yield name
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
 def _room(

@@ -70,21 +70,21 @@ def _tensors_in(value: Any, path: str, seen: set[int], depth: int = 0) -> Iterat
 def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Every module under every name it has, in module order. ``Module.named_modules`` does the same, but slower."""
     found: list[tuple[str, nn.Module]] = []
-    above: set[int] = set()
-
-    def visit(prefix: str, module: nn.Module) -> None:
-        if id(module) in above:
-            return  # a cycle: the module has its names already
-        above.add(id(module))
-        found.append((prefix, module))
-        dot = f"{prefix}." if prefix else ""
-        for name, child in module._modules.items():
-            if child is not None:
-                visit(dot + name, child)
-        above.remove(id(module))
-
-    visit("", model)
+    _visit("", model, found, set())
     return found
+
+
+def _visit(prefix: str, module: nn.Module, found: list[tuple[str, nn.Module]], above: set[int]) -> None:
+    # not a function in a function: one that calls itself is a cycle, and would keep the model until it is collected
+    if id(module) in above:
+        return  # a cycle: the module has its names already
+    above.add(id(module))
+    found.append((prefix, module))
+    dot = f"{prefix}." if prefix else ""
+    for name, child in module._modules.items():
+        if child is not None:
+            _visit(dot + name, child, found, above)
+    above.remove(id(module))
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:

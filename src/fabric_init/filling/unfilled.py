@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
 from fabric_init.errors import UninitializedTensorError
-from fabric_init.filling.marks import has_mark, is_exact_mark, is_float, is_mark, marked_elements, version_of
+from fabric_init.filling.agreement import Agreement
+from fabric_init.filling.marks import (
+    has_mark,
+    is_exact_mark,
+    is_float,
+    is_mark,
+    is_written_in_part,
+    marked_elements,
+    version_of,
+)
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.report import Row, Status, dtype_name
 from fabric_init.filling.slots import Slot
@@ -22,17 +32,19 @@ _THREE_WAYS = (
     "(init_module(checkpoint=…)), or give them the model's own init (fabric.init_missing(model))."
 )
 ATTRIBUTE = "_fabric_init_unfilled"
+BUILT = "_fabric_init_built"
+"""Where each guarded module keeps what it shares with those that were built with it."""
 
-
-Family = dict[int, tuple["weakref.ref[nn.Module]", str, TensorRef]]
-"""By recorded storage, all tensors that waited in a model: their module and attribute, and how they lie there."""
+Place = tuple["weakref.ref[nn.Module]", str, TensorRef]
+"""Where a recorded storage has become a tensor: the module, the attribute, and how it lies there."""
 
 
 @dataclass(frozen=True)
 class Unfilled:
     """One tensor of one module that waits for values, and what tells whether they have come.
 
-    ``tensor`` and ``version`` say what was there when it got its memory; ``None`` in a copy of the model.
+    ``tensor`` and ``version`` say what was there when it got its memory. Without ``slot.ref`` it is one that user code
+    has computed from such memory, which nobody but the user can give values.
     """
 
     attribute: str
@@ -42,7 +54,6 @@ class Unfilled:
     row: Row
     tensor: Tensor | None
     version: int
-    family: Family = field(default_factory=dict)
 
     def written(self, now: Tensor | None, *, by_load: bool = False) -> bool:
         """Whether somebody has put values into ``now``, which is in the tensor's place today.
@@ -55,20 +66,25 @@ class Unfilled:
             return True  # the model does without it
         if now.is_meta:
             return False
-        if by_load and now is not self.tensor:
+        if (by_load or self.slot.ref is None) and now is not self.tensor:
             return True  # load_state_dict(assign=True)
         changed = self.changed(now)
-        found = marked_elements(self.placement.held(now))
+        found = marked_elements(self.placement.held(now)) if self.slot.ref is not None else None
         if found is None:
             return changed or now is not self.tensor
-        if changed and by_load:
-            return not is_exact_mark(found)  # a load may bring NaN; what it lacks, it may copy onto itself
+        if changed and by_load:  # a load may bring NaN; what it lacks, it may copy onto itself
+            return not (is_exact_mark(found) if now.dtype == self.slot.dtype else is_mark(found))
         if changed:
-            return not is_float(found) or not has_mark(found)
+            return not (has_mark(found) if is_float(found) else is_written_in_part(found, self.placement.held(now)))
         return not (has_mark(found) if is_float(found) else is_mark(found))
 
     def changed(self, now: Tensor) -> bool:
         return now is self.tensor and version_in(self.placement, now) != self.version
+
+    @property
+    def is_part(self) -> bool:
+        """Whether no rank holds it alone."""
+        return self.tensor is not None and self.placement.held(self.tensor) is not self.tensor
 
     def visible(self, now: Tensor) -> bool:
         """Whether this rank can tell: of a shard without elements, it cannot."""
@@ -81,25 +97,48 @@ def version_in(placement: Placement, tensor: Tensor) -> int:
     return version_of(tensor) if held is tensor else version_of(tensor) + version_of(held)
 
 
-class Waiting:
-    """A module's own tensors that wait for values. Guards a deep copy too, and refuses to be pickled."""
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of ``module`` itself."""
+    both = {**module._parameters, **module._buffers}
+    return {name: tensor for name, tensor in both.items() if tensor is not None}
 
-    def __init__(
-        self,
-        module: nn.Module | None = None,
-        items: Iterable[Unfilled] = (),
-        model: str = "",
-    ) -> None:
-        self.items = list(items)
+
+def tensor_at(module: nn.Module | None, attribute: str) -> Tensor | None:
+    """The parameter or buffer; not what a property of that name computes."""
+    if module is None:
+        return None
+    found = module._parameters.get(attribute)
+    return found if found is not None else module._buffers.get(attribute)
+
+
+class Built:
+    """What the modules of one model share while some of their tensors wait for values.
+
+    A deep copy of modules shares one of its own, which they enter as they are copied.
+    """
+
+    def __init__(self, model: str, agreement: Agreement | None = None) -> None:
         self.model = model  # the class of the model that was built
-        self.everywhere: list[Waiting] = [self]  # in all modules of that model
-        self._module = None if module is None else weakref.ref(module)
+        self.agreement = agreement  # of ranks that only together hold it
+        self.waiting: list[Waiting] = []  # in all its modules
+        self.places: dict[int, Place | None] = {}  # by recorded storage, all tensors that have waited
+        _alive.add(self)
+
+    def enter(self, module: nn.Module, item: Unfilled) -> None:
+        """Keep in mind where a tensor is, for others that are computed from it."""
+        ref = item.slot.ref
+        if ref is not None and item.tape.covers(ref):
+            known = self.places.get(ref.storage)
+            if known is None or tensor_at(known[0](), known[1]) is None:
+                self.places[ref.storage] = weakref.ref(module), item.attribute, ref
 
     def refuse(self, use: str, others: Sequence[Waiting] = (), elsewhere: Iterable[str] = ()) -> NoReturn:
         """Raise with the names of all that waits, here and elsewhere in the model: one round to mend it all."""
-        for waiting in self.everywhere:
+        for waiting in self.waiting:
             waiting.settle()
-        names = dict.fromkeys(item.slot.name for waiting in (*self.everywhere, *others) for item in waiting.items)
+        names = dict.fromkeys(
+            item.slot.name for waiting in (*self.waiting, *others) if waiting.module for item in waiting.items
+        )
         names.update(dict.fromkeys(elsewhere))
         listed = "\n".join(f"  {name}" for name in names)
         which = "one of its tensors was" if len(names) == 1 else f"{len(names)} of its tensors were"
@@ -107,15 +146,49 @@ class Waiting:
             f"{self.model} cannot {use}: {which} neither loaded nor initialised:\n{listed}\n" + _THREE_WAYS
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Built:
+        copied = Built(self.model, self.agreement)
+        copied.places = dict.fromkeys(self.places)
+        return copied
+
+    def __reduce__(self) -> tuple[type[Built], tuple[str]]:
+        return Built, (self.model,)
+
+
+_alive: weakref.WeakSet[Built] = weakref.WeakSet()
+
+
+def all_waiting() -> Iterator[Waiting]:
+    """In every model of this process."""
+    for built in tuple(_alive):
+        yield from tuple(built.waiting)
+
+
+class Waiting:
+    """A module's own tensors that wait for values. Guards a deep copy too, and refuses to be pickled."""
+
+    def __init__(self, module: nn.Module | None, built: Built, names: Iterable[str] = ()) -> None:
+        self.items: list[Unfilled] = []
+        self.built = built
+        self.names = frozenset(names)  # of all tensors of the module, when some began to wait
+        self._module = None if module is None else weakref.ref(module)
+        built.waiting.append(self)
+
+    @property
+    def module(self) -> nn.Module | None:
+        return None if self._module is None else self._module()
+
     def settle(self, status: Status = "written by the user", module: nn.Module | None = None) -> None:
-        """Take note of what has been written since the last look; a copy has to be told its ``module``."""
-        module = module or self._owner()
+        """Take note of what has been written since the last look."""
+        module = self.module or module
         if module is None:
             return
+        self._module = weakref.ref(module)
         with real_execution():
             left = []
             for item in self.items:
-                now = getattr(module, item.attribute, None)
+                self.built.enter(module, item)
+                now = tensor_at(module, item.attribute)
                 if not item.written(now, by_load=status == "loaded"):
                     left.append(item)
                 elif item.row.status == "unfilled":
@@ -125,27 +198,30 @@ class Waiting:
         if not left:
             vars(module).pop(ATTRIBUTE, None)
 
-    def before_load(self) -> None:
+    def before_load(self, module: nn.Module) -> None:
         """What was written until now is not this load's doing."""
-        self.settle()
-        module = self._owner()
-        if module is not None:
-            now = [(item, getattr(module, item.attribute, None)) for item in self.items]
-            self.items = [
-                item if t is None else replace(item, tensor=t, version=version_in(item.placement, t)) for item, t in now
-            ]
-
-    def _owner(self) -> nn.Module | None:
-        return None if self._module is None else self._module()
+        self.settle(module=module)
+        now = [(item, tensor_at(module, item.attribute)) for item in self.items]
+        self.items = [
+            item if t is None else replace(item, tensor=t, version=version_in(item.placement, t)) for item, t in now
+        ]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Waiting:
-        return Waiting(None, (replace(item, tensor=None, family={}) for item in self.items), self.model)
+        module = self.module
+        other = memo.get(id(module)) if module is not None else None
+        copied = Waiting(other, copy.deepcopy(self.built, memo), self.names)
+        for item in self.items:  # the module's tensors have been copied already
+            tensor = memo.get(id(item.tensor)) if item.tensor is not None else None
+            version = 0 if tensor is None else version_in(item.placement, tensor)
+            row = copy.deepcopy(item.row, memo)  # the model's report is not about its copies
+            copied.items.append(replace(item, row=row, tensor=tensor, version=version))
+        return copied
 
-    def __reduce__(self) -> tuple[type[Waiting], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Waiting], tuple[None, Built]]:
         self.settle()
         if self.items:
-            self.refuse("be pickled")
-        return Waiting, ()
+            self.built.refuse("be pickled")
+        return Waiting, (None, self.built)
 
 
 def waiting_under(model: nn.Module) -> Iterator[tuple[nn.Module, Waiting]]:

@@ -15,7 +15,7 @@ from fabric_init.filling.agreement import Agreement
 from fabric_init.filling.deferred import guard_recorded, loaded_since, refuse_lost_writes
 from fabric_init.filling.materialize import Prepared, carry_out, plan_for, prepare, prepared_digest
 from fabric_init.filling.placement import Placement
-from fabric_init.filling.plan import Wanted
+from fabric_init.filling.plan import Action, Entry, Wanted
 from fabric_init.filling.revise import planned_tensors, revised
 from fabric_init.filling.rooms import Rooms, move_in, plan_rooms, rooms_digest, with_rooms
 from fabric_init.filling.slots import Slot
@@ -63,7 +63,7 @@ def bind(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, agre
 
 
 def _keep(model: nn.Module, bound: Bound) -> None:
-    guard_recorded(model, "fabric.setup(model) shards and fills it: call that first")
+    guard_recorded(model, "fabric.setup(model), with all that its block built, shards and fills it: call that first")
     vars(model)[_ATTRIBUTE] = bound
 
 
@@ -112,6 +112,24 @@ def _plan(model: nn.Module, bounds: Sequence[Bound]) -> Prepared | Rooms:
     return plan_rooms(model) if waits else plan_for(model, None, Wanted())
 
 
+def _without_new_values(planned: Prepared | Rooms, placement: ShardedPlacement) -> Prepared | Rooms:
+    """The plan, but for tensors in whose places sharding has put others that have values: those stay."""
+
+    def is_given(slot: Slot, tensor: Tensor) -> bool:
+        return tensor.is_meta and not placement.current(slot, tensor).is_meta
+
+    def as_given(entry: Entry, tensor: Tensor) -> Entry:
+        return Entry(entry.slot._replace(ref=None, real=True), Action.KEEP) if is_given(entry.slot, tensor) else entry
+
+    tensors = [tensor for _, tensor in planned.now] if isinstance(planned, Rooms) else planned.tensors
+    entries = tuple(map(as_given, planned.plan.entries, tensors))
+    plan = replace(planned.plan, entries=entries)
+    if not isinstance(planned, Rooms):
+        return planned._replace(plan=plan)
+    now = [(entry.slot, tensor) for entry, tensor in zip(entries, tensors, strict=True)]
+    return planned._replace(later=[both for both in planned.later if not is_given(*both)], now=now, plan=plan)
+
+
 def _digest(planned: Prepared | Rooms) -> str:
     return rooms_digest(planned) if isinstance(planned, Rooms) else prepared_digest(planned)
 
@@ -137,6 +155,7 @@ def shard_and_fill(
     with planned_for(model, agreement) as planned:
         sharded = agreement.same("sharding the model", lambda: shard(model), lambda _: "")
         placement = placement_for(sharded)
+        planned = _without_new_values(planned, placement)
         if isinstance(planned, Rooms):
             agreement.same(
                 "giving the model memory",

@@ -29,6 +29,7 @@ from fabric_init.filling.placement import Placement, WholeTensors
 from fabric_init.recording.empty_init import _EmptyInit
 from fabric_init.strategies.binding import is_bound, shard_and_fill
 from fabric_init.strategies.block import recorded_block
+from fabric_init.strategies.optimizers import refuse_left_behind
 from fabric_init.strategies.recorded_init import RecordedInit, register_strategy
 from fabric_init.strategies.wrappers import original, register_wrapper
 from fabric_init.strategies.zero3 import ZeroPartitions, accept_whole_tensors, partition_without_values
@@ -93,6 +94,7 @@ class DeepSpeedStrategy(RecordedInit, lightning_deepspeed.DeepSpeedStrategy):
         # DeepSpeed itself would leave the other ranks waiting for one that it refuses
         self.agreement.same("setting the model up", lambda: _require_one_optimizer(optimizers), lambda _: "")
         self._prepare(module)  # parameters stay the same objects: optimizers need not be told
+        refuse_left_behind(optimizers[0])
         theirs = lightning_deepspeed.DeepSpeedStrategy.setup_module_and_optimizers
         engine, optimizers, scheduler = theirs(self, module, optimizers, scheduler)
         if not self.zero_stage_3:

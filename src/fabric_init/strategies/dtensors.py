@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -44,7 +45,7 @@ class ShardedTensors:
 
     def _place(self, name: str) -> tuple[nn.Module | None, str]:
         prefix, _, attribute = name.rpartition(".")
-        return self._owners.get(prefix), attribute
+        return self._owners.get(plain_name(prefix)), attribute
 
     def device(self, slot: Slot) -> torch.device:
         return slot.device if slot.real else self._device
@@ -102,8 +103,14 @@ def region_of(tensor: DTensor) -> Box:
 def accept_whole_tensors(model: nn.Module) -> None:
     """Let ``load_state_dict`` take whole tensors for sharded parameters, too: each rank takes its part of them."""
     for module in model.modules():
+        if isinstance(module, FSDPModule):
+            cast(nn.Module, module).register_load_state_dict_pre_hook(_reshard)  # units come before what is in them
         if any(isinstance(parameter, DTensor) for parameter in module._parameters.values()):
             module.register_load_state_dict_pre_hook(_take_parts)
+
+
+def _reshard(module: Any, *args: Any) -> None:
+    module.reshard()  # with reshard_after_forward=False, whole parameters lie in the shards' places since the forward
 
 
 def _take_parts(module: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:

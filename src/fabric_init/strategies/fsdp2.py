@@ -148,17 +148,19 @@ def _without_split_ties(model: nn.Module, units: list[nn.Module]) -> list[nn.Mod
 
 def _units_by_size(model: nn.Module, least: int) -> list[nn.Module]:
     units: list[nn.Module] = []
-
-    def visit(module: nn.Module) -> int:
-        """Make units below ``module``; gives the number of its parameters that are in none of them."""
-        left = sum(p.numel() for p in module.parameters(recurse=False)) + sum(map(visit, module.children()))
-        if left >= least and module is not model and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-            units.append(module)
-            return 0
-        return left
-
-    visit(model)
+    for child in model.children():
+        _append_units(child, least, units)
     return units
+
+
+def _append_units(module: nn.Module, least: int, units: list[nn.Module]) -> int:
+    """Add the units in ``module``; gives the number of its parameters that are in none of them."""
+    left = sum(p.numel() for p in module.parameters(recurse=False))
+    left += sum(_append_units(child, least, units) for child in module.children())
+    if left >= least and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        units.append(module)
+        return 0
+    return left
 
 
 register_strategy(ModelParallelStrategy, instead_of=lightning_strategies.ModelParallelStrategy)

@@ -28,6 +28,19 @@ def remap(optimizer: Optimizer, old: Mapping[str, nn.Parameter], new: Mapping[st
         group["params"][:] = [new.get(names.get(id(parameter), ""), parameter) for parameter in group["params"]]
 
 
+def refuse_left_behind(optimizer: Optimizer) -> None:
+    """Raise if ``optimizer`` holds parameters without memory: a model that was set up holds none.
+
+    Raises:
+        FabricInitError: it would train nothing.
+    """
+    if any(parameter.is_meta for group in optimizer.param_groups for parameter in group["params"]):
+        raise FabricInitError(
+            f"this {type(optimizer).__name__} holds parameters without memory, and would train nothing. Set up their "
+            "model first; if load_state_dict(assign=True) has put others in their places, make it after that."
+        )
+
+
 def plain_name(name: str) -> str:
     """A module's name without what wrappers for compiling and activation checkpointing put in between."""
     parts = [part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module")]

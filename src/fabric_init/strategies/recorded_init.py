@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from lightning.fabric.strategies.strategy import Strategy
 from torch import nn
@@ -17,7 +18,7 @@ from fabric_init.filling.opening import Io, check_io
 from fabric_init.filling.placement import Placement
 from fabric_init.strategies.binding import ShardedPlacement, is_bound, shard_and_fill
 from fabric_init.strategies.block import recorded_block
-from fabric_init.strategies.optimizers import parameters_by_name, remap
+from fabric_init.strategies.optimizers import parameters_by_name, refuse_left_behind, remap
 
 
 class RecordedInit(Strategy):
@@ -83,7 +84,7 @@ class RecordedInit(Strategy):
             return super().setup_module(module)
         before = parameters_by_name(module)
         sharded = shard_and_fill(module, self.shard, self.sharded_placement, self.agreement)
-        self.remember(before, parameters_by_name(sharded))
+        self.remember(before, sharded)
         return sharded
 
     def setup_module_and_optimizers(
@@ -110,14 +111,22 @@ class RecordedInit(Strategy):
 
     # -- optimizers that were made before setup ------------------------------------------------------------------------
 
-    def remember(self, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
-        """Keep in mind which parameters sharding has put in the place of which."""
-        self._replaced = [*getattr(self, "_replaced", ()), (dict(before), dict(after))]
+    def remember(self, before: Mapping[str, nn.Parameter], sharded: nn.Module) -> None:
+        """Keep in mind, while ``sharded`` lives, in which parameters' place it has put others."""
+        replaced = getattr(self, "_replaced", None)
+        if replaced is None:
+            replaced = self._replaced = WeakKeyDictionary[nn.Module, dict[str, nn.Parameter]]()
+        replaced[sharded] = dict(before)
 
     def adopt(self, optimizer: Optimizer) -> None:
-        """Make an optimizer that was made before ``setup`` hold the sharded parameters."""
-        for before, after in getattr(self, "_replaced", ()):
-            remap(optimizer, before, after)
+        """Make an optimizer that was made before ``setup`` hold the sharded parameters.
+
+        Raises:
+            FabricInitError: they are not those of a model that was set up.
+        """
+        for sharded, before in list(getattr(self, "_replaced", {}).items()):
+            remap(optimizer, before, parameters_by_name(sharded))
+        refuse_left_behind(optimizer)
 
 
 def _modules(state: Any) -> list[nn.Module]:

@@ -1,0 +1,142 @@
+"""Tensors without values that are moved, cast, or given other memory by ``to_empty`` go on waiting."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fabric_init import Fabric, UninitializedTensorError
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+        self.register_buffer("steps", torch.arange(100))
+        self.register_buffer("angles", torch.linspace(0, 1, 50), persistent=False)
+        self.register_buffer("short", torch.arange(10, dtype=torch.int16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x.to(self.first.weight.dtype)))
+
+
+X = torch.ones(2, 4)
+NAMES = ["first.weight", "first.bias", "second.bias", "steps", "short"]
+
+
+@pytest.fixture
+def fabric() -> Fabric:
+    return Fabric(accelerator="cpu", devices=1)
+
+
+def build(fabric: Fabric) -> Model:
+    with fabric.init_module(empty_init=True):
+        return Model()
+
+
+MOVES: dict[str, Callable[[Fabric, Any], Any]] = {
+    "to_empty": lambda fabric, model: model.to_empty(device="cpu"),
+    "twice": lambda fabric, model: model.to_empty(device="cpu").to_empty(device="cpu"),
+    "parts": lambda fabric, model: [part.to_empty(device="cpu") for part in model.children()] and model,
+    "after a cast": lambda fabric, model: model.half().to_empty(device="cpu"),
+    "before a cast": lambda fabric, model: model.to_empty(device="cpu").double(),
+    "in shared memory": lambda fabric, model: model.to_empty(device="cpu").share_memory(),
+    "after setup": lambda fabric, model: fabric.setup(model).to_empty(device="cpu"),
+    "of a copy": lambda fabric, model: copy.deepcopy(model).to_empty(device="cpu"),
+    "of a model around it": lambda fabric, model: nn.Sequential(model).to_empty(device="cpu")[0],
+    "a cast to integers and back": lambda fabric, model: (
+        model.requires_grad_(False).type(torch.int32).type(torch.float32)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_what_has_other_memory_still_waits(fabric: Fabric, name: str) -> None:
+    moved = MOVES[name](fabric, build(fabric))
+    for use in (lambda: moved(X), moved.state_dict, lambda: pickle.dumps(moved)):
+        with pytest.raises(UninitializedTensorError) as caught:
+            use()
+        assert [tensor for tensor in NAMES[:3] if f"  {tensor}\n" not in str(caught.value)] == []
+    fabric.init_missing(moved)
+    moved(X)
+    expected = build(fabric)
+    fabric.init_missing(expected)
+    assert moved.steps.tolist() == expected.steps.tolist()
+    assert torch.equal(moved.angles.half(), expected.angles.half()) or "integers" in name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_tensor_is_still_asked_for_after_to_empty(fabric: Fabric, name: str) -> None:
+    model = build(fabric).to_empty(device="cpu")
+    for other, tensor in model.named_parameters():
+        if other != name:
+            nn.init.ones_(tensor)
+    for other, tensor in model.named_buffers():
+        if other != name:
+            tensor.zero_()
+    with pytest.raises(UninitializedTensorError, match=f"\n  {name}\n"):
+        model(X)
+
+
+def test_a_load_and_what_it_leaves_out_come_into_the_other_memory(fabric: Fabric) -> None:
+    model = build(fabric).to_empty(device="cpu")
+    model.load_state_dict({"steps": torch.ones(100, dtype=torch.long)}, strict=False)
+    assert model.short.tolist() == list(range(10))
+    assert model.steps.tolist() == [1] * 100
+    assert model.second.weight is model.first.weight
+    assert model(X).isfinite().all()
+
+
+def test_what_was_written_in_part_keeps_what_was_written(fabric: Fabric) -> None:
+    model = build(fabric)
+    with torch.no_grad():
+        model.first.weight[0] = 1
+    model.steps[50:] = 7
+    model.double().share_memory()
+    assert model.first.weight[0].tolist() == [1] * 4
+    assert model.steps[50:].tolist() == [7] * 50
+    with pytest.raises(UninitializedTensorError, match=r"  steps\n(.*\n)*  first\.weight"):
+        model(X)
+
+
+def test_values_that_no_load_brings_do_not_go_to_the_meta_device(fabric: Fabric) -> None:
+    model = build(fabric)
+    with pytest.raises(UninitializedTensorError, match="Model cannot go to the meta device: angles"):
+        model.to("meta")
+    with pytest.raises(UninitializedTensorError, match="  steps\n"):
+        model(X)
+    model.first.to("meta").to_empty(device="cpu")
+    fabric.init_missing(model)
+    assert model(X).isfinite().all()
+
+
+def test_a_cast_of_a_copy_is_the_copys_alone(fabric: Fabric) -> None:
+    model = build(fabric)
+    other = copy.deepcopy(model)
+    assert other.half() is other
+    assert other.first.weight.dtype == torch.float16
+    assert model.first.weight.dtype == torch.float32
+
+
+def test_a_part_with_values_pickles_while_the_rest_waits(fabric: Fabric) -> None:
+    model = build(fabric)
+    fabric.init_missing(model.first)
+    again = pickle.loads(pickle.dumps(model.first))
+    assert torch.equal(again(X), model.first(X))
+    assert again.to_empty(device="cpu") is again
+
+
+def test_nothing_of_the_guard_is_left_in_a_complete_model(fabric: Fabric) -> None:
+    model = build(fabric).to_empty(device="cpu")
+    fabric.init_missing(model)
+    plain = {name for module in Model().modules() for name in vars(module)}
+    left = {name for module in model.modules() for name in vars(module)} - plain
+    assert left <= {"_fabric_init_report"}
