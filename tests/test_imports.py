@@ -19,10 +19,10 @@ ALLOWED: dict[str, frozenset[str]] = {
     "filling": frozenset({"errors", "recording", "checkpoints"}),
     "strategies": frozenset({"errors", "recording", "checkpoints", "filling"}),
     "fabric": frozenset({"errors", "recording", "checkpoints", "filling", "strategies"}),
-    "audit": frozenset({"errors", "recording", "filling"}),
-    "__init__": frozenset({"errors", "recording", "checkpoints", "filling", "strategies", "fabric", "audit"}),
+    "auditing": frozenset({"errors", "recording", "filling"}),
+    "__init__": frozenset({"errors", "recording", "checkpoints", "filling", "strategies", "fabric", "auditing"}),
     "cli": frozenset(
-        {"errors", "recording", "checkpoints", "filling", "strategies", "fabric", "audit", "__init__"},
+        {"errors", "recording", "checkpoints", "filling", "strategies", "fabric", "auditing", "__init__"},
     ),
     "__main__": frozenset({"cli"}),
 }
@@ -113,7 +113,7 @@ def test_the_check_sees_every_kind_of_wrong_import(tmp_path: Path) -> None:
         "strategies/deepspeed.py": "import deepspeed.runtime",
         "fabric.py": "if True:\n    from .cli.main import main",
         "cli/main.py": "from transformers import AutoModel",
-        "audit/scale.py": "from fabric_init import Fabric",
+        "auditing/scale.py": "from fabric_init import Fabric",
         "utils.py": "",
     }
     right = {
