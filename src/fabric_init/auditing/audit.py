@@ -53,7 +53,7 @@ def audit(model: nn.Module | Callable[[], nn.Module], batch: Any = None) -> Audi
     with PausedCollector():
         told = _told(model)
         rows = tuple(one.row for one in told)
-        findings = tape_findings(told)
+        findings = tape_findings(model, told)
     return AuditReport(type(model).__name__, rows, tuple(sorted(findings, key=lambda one: -one.level)))
 
 
