@@ -1,0 +1,6 @@
+"""Self-contained HTML pages: facts, findings, plots and a table, in one file that needs no network."""
+
+from fabric_init.pages.page import Card, Column, Fact, Page, Table
+from fabric_init.pages.plots import Bar, Plot, Point, bars, lines, scatter
+
+__all__ = ["Bar", "Card", "Column", "Fact", "Page", "Plot", "Point", "Table", "bars", "lines", "scatter"]
