@@ -65,10 +65,17 @@ function setUpTable({ columns, rows }) {
   const choices = new Map(); // column number → its <select>
   let [sortedBy, direction, chosen, drawn] = [-1, 1, [], 0];
 
+  const end = section.querySelector(".end");
+  const observer = new IntersectionObserver((seen) => seen.at(-1).isIntersecting && draw(), { rootMargin: "1000px" });
+
   function draw() {
     const part = chosen.slice(drawn, drawn + SCREENFUL);
     body.append(...part.map((i) => made("tr", {}, ...rows[i].map((cell, c) => cellOf(cell, columns[c])))));
     drawn += part.length;
+    if (part.length) { // asks again whether the end is near
+      observer.unobserve(end);
+      observer.observe(end);
+    }
   }
 
   function update() {
@@ -125,10 +132,6 @@ function setUpTable({ columns, rows }) {
 
   search.addEventListener("input", update);
   section.querySelector("form").addEventListener("submit", (event) => event.preventDefault());
-  const nearing = new IntersectionObserver((seen) => seen.some((one) => one.isIntersecting) && draw(), {
-    rootMargin: "1000px",
-  });
-  nearing.observe(section.querySelector(".end"));
   update();
 }
 
