@@ -38,7 +38,7 @@ OPTIONAL = {
     "jinja2": ("pages/page.py",),
     "plotly": ("pages/plots.py",),
     "tokenizers": ("cli/demo.py",),
-    "transformers": ("cli/demo.py",),
+    "transformers": ("cli/demo.py", "cli/model_argument.py"),
 }
 
 
