@@ -11,6 +11,9 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from fabric_init.auditing.page import page_of
+from fabric_init.pages import is_page
+
 _MOST_ROWS = 30
 
 
@@ -188,8 +191,15 @@ class AuditReport:
         return {"model": plain.pop("model"), **totals, **plain}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`to_dict` as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        """Write the report: a page with plots where ``path`` ends in ``.html``, :meth:`to_dict` as JSON otherwise.
+
+        Raises:
+            FabricInitError: a page is asked for, and Plotly is not installed.
+        """
+        if is_page(path):
+            page_of(self).save(path)
+        else:
+            Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.rows)} tensors, {_counted(self.findings)}"]

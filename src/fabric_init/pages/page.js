@@ -40,7 +40,6 @@ function cellOf(value, column) {
   const cell = made("td", { className: FIGURES.has(column.kind) ? "figure" : column.kind });
   cell.dataset.title = column.title;
   if (!Array.isArray(value)) cell.append(asText(value, column.kind));
-  else if (value.length === 1) cell.append(value[0]);
   else if (value.length) {
     const items = value.map((text) => made("div", {}, text));
     cell.append(made("details", {}, made("summary", {}, String(value.length)), ...items));

@@ -19,6 +19,19 @@ Cell = str | int | float | None | Sequence[str]
 """A text, a number, nothing, or several texts, of which the table shows how many and unfolds them."""
 
 
+def is_page(path: str | os.PathLike[str]) -> bool:
+    """Whether a report that is saved to ``path`` is to be a page: its name ends in ``.html`` or ``.htm``."""
+    return Path(path).suffix.lower() in (".html", ".htm")
+
+
+def in_short(number: int) -> str:
+    """A count in three digits: 39.2 M."""
+    for size, unit in ((10**12, "T"), (10**9, "G"), (10**6, "M")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:,}"
+
+
 @dataclass(frozen=True)
 class Fact:
     """A figure at the head of the page, with what it is of."""
