@@ -146,11 +146,11 @@ def describe_rule(tape: Tape, ref: TensorRef) -> str:
 
 
 def _at(op: Op) -> str:
-    return f"{rule_of(op)} at {_short(op.source.file)}:{op.source.line}" if op.source else rule_of(op)
+    return f"{rule_of(op)} at {import_path(op.source.file)}:{op.source.line}" if op.source else rule_of(op)
 
 
 @cache
-def _short(file: str) -> str:
+def import_path(file: str) -> str:
     """A source file as its import would find it: relative to the entry of ``sys.path`` that holds it."""
     roots = [root for entry in sys.path if file.startswith(root := os.path.join(os.path.abspath(entry), ""))]
     return file.removeprefix(max(roots, key=len, default=""))

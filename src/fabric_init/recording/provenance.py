@@ -13,6 +13,7 @@ from fabric_init.recording.tape import Source
 
 _OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_MODULES = os.path.join(_TORCH, "nn", "modules", "")
 _STDLIB = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
 _INIT_FILE = torch.nn.init.__file__
 _INIT_CODE: dict[str, CodeType] = {name: function.__code__ for name, function in INIT_FUNCTIONS.items()}
@@ -36,9 +37,12 @@ def _is_init_wrapper(frame: FrameType) -> bool:
 
 def caller(frame: FrameType | None) -> Source | None:
     """The innermost line outside torch at or above ``frame``. O(depth of torch frames), about a microsecond."""
+    constructed = False
     while frame is not None:
-        if not _is_plumbing(frame.f_code.co_filename) and not _is_init_wrapper(frame):
-            return Source(frame.f_code.co_filename, frame.f_lineno)
+        code = frame.f_code
+        if not _is_plumbing(code.co_filename) and not _is_init_wrapper(frame):
+            return Source(code.co_filename, frame.f_lineno, constructed)
+        constructed = constructed or (code.co_name == "__init__" and code.co_filename.startswith(_MODULES))
         frame = frame.f_back
     return None
 

@@ -59,10 +59,14 @@ class Constant(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where the model's own code asked for an op."""
+    """Where the model's own code asked for an op.
+
+    ``constructed`` says that the line only built one of torch's own modules, whose constructor chose the rule.
+    """
 
     file: str
     line: int
+    constructed: bool = False
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
