@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from fabric_init.auditing.report import AuditReport, Finding, Layer, Level, Row, Write
+from fabric_init.auditing.report import AuditReport, Finding, Layer, Level, Row
+from fabric_init.filling.writes import Write
 
 MODEL = "models/t5.py"
 

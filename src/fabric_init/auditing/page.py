@@ -11,7 +11,8 @@ from fabric_init.pages import Bar, Card, Column, Fact, Page, Plot, Point, Table,
 from fabric_init.pages.page import Level as Colour
 
 if TYPE_CHECKING:
-    from fabric_init.auditing.report import AuditReport, Finding, Level, Row, Write
+    from fabric_init.auditing.report import AuditReport, Finding, Level, Row
+    from fabric_init.filling.writes import Write
 
 _COLOURS: dict[str, Colour] = {"error": "error", "warning": "warning", "note": "note"}
 
@@ -47,7 +48,7 @@ def _facts(report: AuditReport) -> Iterator[Fact]:
     yield Fact(f"{len(report.rows):,}", "tensors")
     yield Fact(in_short(sum(row.elements for row in report.rows)), "elements in them")
     levels = Counter(_colour(finding.level) for finding in report.findings)
-    for colour in _COLOURS:
+    for colour in _COLOURS.values():
         if count := levels[colour]:
             yield Fact(f"{count}", f"{colour}s" if count > 1 else colour, colour)
     if report.wasted_elements:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fabric_init.auditing.page import page_of
+from fabric_init.filling.writes import Write
 from fabric_init.pages import is_page
 
 _MOST_ROWS = 30
@@ -26,32 +27,6 @@ class Level(IntEnum):
 
     def __str__(self) -> str:
         return self.name.lower()
-
-
-@dataclass(frozen=True)
-class Write:
-    """One recorded write to a tensor.
-
-    Attributes:
-        rule: what wrote: the op and its plain arguments, such as ``normal_(std=0.02)``.
-        file: the model's source file that asked for it, as its import would find it; ``None`` if nobody did.
-        line: the line in ``file``.
-        whole: every element was written, whatever they held before.
-        elements: how many elements were written.
-        wasted: a later write replaced the result before anything had read it.
-    """
-
-    rule: str
-    file: str | None
-    line: int | None
-    whole: bool
-    elements: int
-    wasted: bool
-
-    @property
-    def place(self) -> str:
-        """``file:line``, or an empty text."""
-        return f"{self.file}:{self.line}" if self.file else ""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from fabric_init.filling.one_reader import OneReader
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Entry, Given, Plan, storage_groups
 from fabric_init.filling.progress import with_progress
-from fabric_init.filling.report import InitReport, Row, describe_rule, dtype_name
+from fabric_init.filling.report import InitReport, Row, dtype_name
+from fabric_init.filling.rules import describe_rule
 from fabric_init.recording.replay import real_execution, replay, view
 from fabric_init.recording.tape import Tape
 

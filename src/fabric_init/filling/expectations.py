@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fabric_init.auditing.distributions import Moments, mixture, of_init_function, uniform
-from fabric_init.auditing.history import overlap
+from fabric_init.filling.distributions import Moments, mixture, of_init_function, uniform
+from fabric_init.filling.history import overlap
 from fabric_init.recording.operators import INIT_FUNCTIONS
 from fabric_init.recording.replay import replay_with, view
 from fabric_init.recording.tape import Constant, Op, Tape, TensorRef
