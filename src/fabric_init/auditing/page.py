@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from fabric_init.pages import Bar, Card, Column, Fact, Page, Plot, Point, Table, bars, in_short, lines, scatter
+from fabric_init.filling.writes import wasted_by_rule
+from fabric_init.pages import Card, Column, Fact, Page, Plot, Point, Table, bars, in_short, lines, scatter
 from fabric_init.pages.page import Level as Colour
 
 if TYPE_CHECKING:
     from fabric_init.auditing.report import AuditReport, Finding, Level, Row
-    from fabric_init.filling.writes import Write
 
 _COLOURS: dict[str, Colour] = {"error": "error", "warning": "warning", "note": "note"}
 
@@ -93,7 +93,7 @@ def _plots(report: AuditReport) -> Iterator[Plot]:
             "1 / √inputs",
             "std of its rule",
         )
-    if wasted := list(_wasted(report.rows)):
+    if wasted := wasted_by_rule((row.name, row.writes) for row in report.rows):
         yield bars(
             "Written in vain",
             "Elements that a rule wrote and a later one replaced before anything had read them.",
@@ -110,23 +110,6 @@ def _points(rows: tuple[Row, ...]) -> Iterator[Point]:
             yield Point(
                 1 / math.sqrt(inputs), row.std, rule, row.name, " at ".join(filter(None, (row.rule, row.place)))
             )
-
-
-def _wasted(rows: tuple[Row, ...]) -> Iterator[Bar]:
-    elements: Counter[str] = Counter()
-    tensors: defaultdict[str, list[str]] = defaultdict(list)
-    for row in rows:
-        for write in row.writes:
-            if write.wasted and write.elements:
-                elements[_said(write)] += write.elements
-                tensors[_said(write)].append(row.name)
-    for rule, count in elements.items():
-        names = list(dict.fromkeys(tensors[rule]))
-        yield Bar(rule, count, f"{names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
-
-
-def _said(write: Write) -> str:
-    return f"{write.rule} at {write.place}" if write.place else write.rule
 
 
 def _table(report: AuditReport) -> Table:
@@ -149,7 +132,7 @@ def _table(report: AuditReport) -> Table:
                 row.std,
                 row.full_writes,
                 row.wasted_elements,
-                [_said(write) + (", in vain" if write.wasted else "") for write in row.writes],
+                [str(write) for write in row.writes],
             )
             for row in report.rows
         ],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fabric_init.filling.history import Event, History
 from fabric_init.filling.rules import import_path, rule_of
+from fabric_init.pages import Bar
 from fabric_init.recording.operators import only_copies, pointwise
 from fabric_init.recording.tape import Op, Source, Tape
 
@@ -36,6 +39,30 @@ class Write:
     def place(self) -> str:
         """``file:line``, or an empty text."""
         return f"{self.file}:{self.line}" if self.file else ""
+
+    @property
+    def said(self) -> str:
+        """The rule, and where."""
+        return f"{self.rule} at {self.place}" if self.file else self.rule
+
+    def __str__(self) -> str:
+        return f"{self.said}, in vain" if self.wasted else self.said
+
+
+def wasted_by_rule(found: Iterable[tuple[str, Sequence[Write]]]) -> list[Bar]:
+    """How many elements each rule wrote in vain, from pairs of a tensor's name and its writes."""
+    elements: Counter[str] = Counter()
+    names: defaultdict[str, dict[str, None]] = defaultdict(dict)
+    for name, writes in found:
+        for write in writes:
+            if write.wasted and write.elements:
+                elements[write.said] += write.elements
+                names[write.said][name] = None
+    return [Bar(rule, count, _first_of(list(names[rule]))) for rule, count in elements.items()]
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def write_of(event: Event) -> Write:

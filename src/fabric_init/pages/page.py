@@ -24,12 +24,12 @@ def is_page(path: str | os.PathLike[str]) -> bool:
     return Path(path).suffix.lower() in (".html", ".htm")
 
 
-def in_short(number: int) -> str:
-    """A count in three digits: 39.2 M."""
-    for size, unit in ((10**12, "T"), (10**9, "G"), (10**6, "M")):
+def in_short(number: int, unit: str = "") -> str:
+    """A count in three digits: 39.2 M, or of bytes, 39.2 MB."""
+    for size, prefix in ((10**12, "T"), (10**9, "G"), (10**6, "M")):
         if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:,}"
+            return f"{number / size:.3g} {prefix}{unit}"
+    return f"{number:,} {unit}".rstrip()
 
 
 @dataclass(frozen=True)
