@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from fabric_init.auditing.checks import tape_findings
-from fabric_init.auditing.history import histories
 from fabric_init.auditing.report import AuditReport
 from fabric_init.auditing.rows import rows_of
 from fabric_init.errors import RecordingError
 from fabric_init.filling.deferred import deferred_init
+from fabric_init.filling.history import histories
 from fabric_init.filling.materialize import survey
 from fabric_init.recording.collector import PausedCollector
 

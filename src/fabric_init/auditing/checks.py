@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from torch import nn
 
 from fabric_init.auditing.conflicts import repeated, two_rules
-from fabric_init.auditing.history import Event
 from fabric_init.auditing.report import Finding, Level
 from fabric_init.auditing.rows import Told
 from fabric_init.auditing.siblings import default_init, differs_between_twins
+from fabric_init.filling.history import Event
 
 _MEND_NEVER = (
     "write it in the constructor, or in the function that initialises its module: torch.nn.init.normal_(…, std=…), "

@@ -10,11 +10,12 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 
-from fabric_init.auditing.distributions import Moments
-from fabric_init.auditing.history import Event
 from fabric_init.auditing.report import Finding, Level
-from fabric_init.auditing.rows import Told, expected_of, place_of
-from fabric_init.filling.report import rule_of
+from fabric_init.auditing.rows import Told, expected_of
+from fabric_init.filling.distributions import Moments
+from fabric_init.filling.history import Event
+from fabric_init.filling.rules import rule_of
+from fabric_init.filling.writes import place_of
 from fabric_init.recording.tape import Source
 
 _ALIKE = 0.05  # of the larger standard deviation: closer than that, two rules are one

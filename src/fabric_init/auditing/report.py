@@ -11,6 +11,10 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+from fabric_init.auditing.page import page_of
+from fabric_init.filling.writes import Write
+from fabric_init.pages import is_page
+
 _MOST_ROWS = 30
 
 
@@ -23,32 +27,6 @@ class Level(IntEnum):
 
     def __str__(self) -> str:
         return self.name.lower()
-
-
-@dataclass(frozen=True)
-class Write:
-    """One recorded write to a tensor.
-
-    Attributes:
-        rule: what wrote: the op and its plain arguments, such as ``normal_(std=0.02)``.
-        file: the model's source file that asked for it, as its import would find it; ``None`` if nobody did.
-        line: the line in ``file``.
-        whole: every element was written, whatever they held before.
-        elements: how many elements were written.
-        wasted: a later write replaced the result before anything had read it.
-    """
-
-    rule: str
-    file: str | None
-    line: int | None
-    whole: bool
-    elements: int
-    wasted: bool
-
-    @property
-    def place(self) -> str:
-        """``file:line``, or an empty text."""
-        return f"{self.file}:{self.line}" if self.file else ""
 
 
 @dataclass(frozen=True)
@@ -188,8 +166,15 @@ class AuditReport:
         return {"model": plain.pop("model"), **totals, **plain}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`to_dict` as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        """Write the report: a page with plots where ``path`` ends in ``.html``, :meth:`to_dict` as JSON otherwise.
+
+        Raises:
+            FabricInitError: a page is asked for, and Plotly is not installed.
+        """
+        if is_page(path):
+            page_of(self).save(path)
+        else:
+            Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     def summary(self) -> str:
         """The counts, in one line or a few."""

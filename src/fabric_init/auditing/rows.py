@@ -8,15 +8,13 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fabric_init.auditing.cost import Stopwatch
-from fabric_init.auditing.distributions import Moments
-from fabric_init.auditing.expectations import Expectations, moments
-from fabric_init.auditing.history import Event, History
-from fabric_init.auditing.report import Row, Write
-from fabric_init.filling.report import dtype_name, import_path, rule_of
-from fabric_init.recording.operators import only_copies, pointwise
-from fabric_init.recording.tape import Op, Source, Tape
-
-_LONGEST_CHAIN = 4
+from fabric_init.auditing.report import Row
+from fabric_init.filling.distributions import Moments
+from fabric_init.filling.expectations import Expectations, moments
+from fabric_init.filling.history import Event, History
+from fabric_init.filling.report import dtype_name
+from fabric_init.filling.writes import file_of, rule_said, write_of
+from fabric_init.recording.tape import Tape
 
 
 class Told(NamedTuple):
@@ -55,12 +53,12 @@ def rows_of(model: nn.Module, told: Iterable[tuple[History, Tensor]]) -> Iterato
             shape=tuple(slot.shape),
             dtype=dtype_name(slot.dtype),
             module_class=type(module).__name__,
-            rule=_rule(history) if slot.ref is not None else "set when built" if slot.real else "",
+            rule=rule_said(history) if slot.ref is not None else "set when built" if slot.real else "",
             file=file_of(source),
             line=None if source is None else source.line,
             mean=None if expected is None else expected.mean,
             std=None if expected is None else expected.std,
-            writes=tuple(_write(event) for event in history.events),
+            writes=tuple(write_of(event) for event in history.events),
             full_writes=sum(event.whole for event in history.events),
             wasted_elements=sum(event.ref.size.numel() for event in dead),
             wasted_seconds=sum(stopwatch.seconds(event.op) for event in dead),
@@ -73,50 +71,3 @@ def rows_of(model: nn.Module, told: Iterable[tuple[History, Tensor]]) -> Iterato
 def expected_of(told: Told, event: Event) -> Moments | None:
     """What this one write leaves where it wrote."""
     return None if told.expectations is None else told.expectations.of_op(event.op, event.ref)
-
-
-def file_of(source: Source | None) -> str | None:
-    """As its import would find it."""
-    return None if source is None else import_path(source.file)
-
-
-def place_of(source: Source | None) -> str:
-    """``file:line``."""
-    return "somewhere" if source is None else f"{import_path(source.file)}:{source.line}"
-
-
-def _write(event: Event) -> Write:
-    source = event.source
-    return Write(
-        rule=rule_of(event.op),
-        file=file_of(source),
-        line=None if source is None else source.line,
-        whole=event.whole,
-        elements=event.ref.size.numel(),
-        wasted=event.dead,
-    )
-
-
-def _rule(history: History) -> str:
-    winner, tape = history.winner, history.tape
-    if winner is None or tape is None:
-        return ""
-    text = rule_text(tape, winner.op)
-    steps = []
-    for event in history.later:
-        part = event.ref.size.numel() < winner.ref.size.numel()
-        steps.append(rule_of(event.op) + (" in a part" if part else ""))
-    shown = list(dict.fromkeys(steps))
-    return ", then ".join([text, *shown[:_LONGEST_CHAIN]]) + (", …" if len(shown) > _LONGEST_CHAIN else "")
-
-
-def rule_text(tape: Tape, op: Op, depth: int = 0) -> str:
-    """The rule in words; what one tensor was computed from comes first, and copies are seen through."""
-    reads = {read for read in op.reads() if read not in op.targets}
-    if len(reads) == 1 and depth < _LONGEST_CHAIN and (only_copies(op.func) or pointwise(op.func)):
-        read = next(iter(reads))
-        before = [number for number in tape.writers.get(read.storage, ()) if number < op.number]
-        if before:
-            earlier = rule_text(tape, tape.ops[before[-1]], depth + 1)
-            return earlier if only_copies(op.func) else f"{earlier}, then {rule_of(op)}"
-    return rule_of(op)

@@ -7,9 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from fabric_init.auditing.conflicts import differ
-from fabric_init.auditing.distributions import Moments
 from fabric_init.auditing.report import Finding, Level
-from fabric_init.auditing.rows import Told, expected_of, place_of
+from fabric_init.auditing.rows import Told, expected_of
+from fabric_init.filling.distributions import Moments
+from fabric_init.filling.writes import place_of
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 

@@ -13,6 +13,8 @@ from torch import nn
 
 from fabric_init.recording.operators import INIT_FUNCTIONS, Func
 
+_PIECE = 1 << 22
+
 
 class Moments(NamedTuple):
     """Mean and standard deviation over the elements of a tensor."""
@@ -29,8 +31,23 @@ def mixture(parts: Sequence[tuple[float, Moments]]) -> Moments:
     """Of a tensor that is put together: pairs of how many elements, and their moments."""
     total = sum(weight for weight, _ in parts)
     mean = sum(weight * one.mean for weight, one in parts) / total
-    square = sum(weight * (one.std**2 + one.mean**2) for weight, one in parts) / total
-    return Moments(mean, math.sqrt(max(square - mean**2, 0.0)))
+    return Moments(
+        mean, math.sqrt(sum(weight * (one.std**2 + (one.mean - mean) ** 2) for weight, one in parts) / total)
+    )
+
+
+def measured(tensor: torch.Tensor) -> Moments | None:
+    """Of a real tensor's elements, in double precision, a piece at a time: nothing of the tensor's size is taken.
+
+    ``None`` where there are none: no elements, no memory, complex numbers, formats other than plain dense ones.
+    """
+    if tensor.is_meta or tensor.is_complex() or tensor.layout != torch.strided or not tensor.numel():
+        return None
+    parts: list[tuple[float, Moments]] = []
+    for piece in tensor.detach().flatten().split(_PIECE):
+        values = piece.double()
+        parts.append((values.numel(), Moments(float(values.mean()), float(values.std(correction=0)))))
+    return mixture(parts)
 
 
 def of_init_function(func: Func, size: torch.Size, given: dict[str, Any]) -> Moments:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fabric_init.auditing.distributions import Moments, mixture, of_init_function, uniform
-from fabric_init.auditing.history import overlap
+from fabric_init.filling.distributions import Moments, measured, mixture, of_init_function, uniform
+from fabric_init.filling.history import overlap
 from fabric_init.recording.operators import INIT_FUNCTIONS
 from fabric_init.recording.replay import replay_with, view
 from fabric_init.recording.tape import Constant, Op, Tape, TensorRef
@@ -29,9 +29,11 @@ class Expectations:
 
     def of(self, ref: TensorRef) -> Moments | None:
         """What ``ref`` will hold in the end; ``None`` if it cannot be told."""
-        if not ref.size.numel() or ref.dtype.is_complex:
-            return None
-        return self._of(ref, None) or self._measure(ref)
+        return self.of_rules(ref) or (self._measure(ref) if _has_moments(ref) else None)
+
+    def of_rules(self, ref: TensorRef) -> Moments | None:
+        """The same, as far as it can be worked out: nothing is run."""
+        return self._of(ref, None) if _has_moments(ref) else None
 
     def of_op(self, op: Op, target: TensorRef) -> Moments | None:
         """What ``op`` leaves in ``target``, as far as it can be worked out."""
@@ -76,7 +78,7 @@ class Expectations:
     def operand(self, op: Op, value: Any) -> Moments | None:
         """An argument of ``op``, as it was when that ran."""
         if isinstance(value, TensorRef):
-            return None if value.dtype.is_complex or not value.size.numel() else self._of(value, op.number)
+            return self._of(value, op.number) if _has_moments(value) else None
         if isinstance(value, Constant):
             return moments(value.tensor)
         if isinstance(value, (bool, int, float)):
@@ -97,11 +99,12 @@ class Expectations:
 
 def moments(tensor: torch.Tensor) -> Moments | None:
     """Of a real tensor's elements; ``None`` for complex numbers, no elements, or values that are not finite."""
-    if tensor.is_complex() or not tensor.numel():
-        return None
-    values = tensor.detach().double()
-    found = Moments(float(values.mean()), float(values.std(correction=0)))
-    return found if math.isfinite(found.mean) and math.isfinite(found.std) else None
+    found = measured(tensor)
+    return found if found is not None and math.isfinite(found.mean) and math.isfinite(found.std) else None
+
+
+def _has_moments(ref: TensorRef) -> bool:
+    return ref.size.numel() > 0 and not ref.dtype.is_complex
 
 
 def _shape_of_work(ops: list[Op], ref: TensorRef) -> Any:
