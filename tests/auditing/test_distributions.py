@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from fabric_init import audit, materialize
-from fabric_init.auditing.distributions import Moments, mixture, of_init_function, truncated_normal
 from fabric_init.filling.deferred import deferred_init
+from fabric_init.filling.distributions import Moments, mixture, of_init_function, truncated_normal
 from fabric_init.recording.operators import INIT_FUNCTIONS
 
 SIZE = torch.Size((128, 96, 3))
