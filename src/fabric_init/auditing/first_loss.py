@@ -54,6 +54,11 @@ class Outcome(NamedTuple):
         """The variance of a sample's logits, averaged over the samples."""
         return math.nan if self.logits is None else float(self.logits.float().var(-1).mean())
 
+    @property
+    def luck(self) -> float:
+        """The standard deviation of the loss over labels that are drawn at random."""
+        return math.nan if self.logits is None else math.sqrt(self.spread / len(self.logits))
+
     def released(self) -> Outcome:
         """The same without the graph that led to it, and its activations."""
         return self._replace(loss=None if self.loss is None else self.loss.detach())
@@ -106,10 +111,10 @@ def _loss_in(output: Any) -> Tensor | None:
 
 def _logits_in(output: Any) -> Tensor | None:
     found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if found is None:
-        found = next(iter(output), None) if isinstance(output, (tuple, list)) else output
-    usable = isinstance(found, Tensor) and found.is_floating_point() and found.dim() >= 2 and found.shape[-1] > 1
-    return found if usable else None
+    candidates = [found] if found is not None else output if isinstance(output, (tuple, list)) else [output]
+    usable = (one for one in candidates if isinstance(one, Tensor) and one.is_floating_point() and one.dim() >= 2)
+    logits = next(usable, None)
+    return logits if logits is not None and logits.shape[-1] > 1 else None
 
 
 def _classes_last(logits: Tensor, model: nn.Module) -> Tensor:

@@ -50,7 +50,7 @@ def _exploding(flows: Sequence[Flow]) -> Iterator[Finding]:
 
 def _vanishing(flows: Sequence[Flow]) -> Iterator[Finding]:
     early, late = _ends(flows, _activation)
-    if early is not None and late is not None and late.activation.rms < _VANISHED * early.activation.rms:
+    if early is not None and late is not None and 0 < late.activation.rms < _VANISHED * early.activation.rms:
         seen = f"activations shrink from {early.activation.rms:.3g} at {early.name} to {late.activation.rms:.3g} here"
         yield _finding(Level.WARNING, "vanishing-activations", late, seen, _MEND_SCALE)
     early, late = _ends(flows, _gradient)

@@ -13,6 +13,7 @@ from fabric_init.auditing.trial import Suspect, Trial, search
 
 CHECK = "first-loss"
 _TOO_LOW = 0.5
+_NO_LUCK = 4.0  # standard deviations
 
 
 def loss_findings(
@@ -40,7 +41,7 @@ def loss_findings(
     found = []
     if outcome.far:
         found.append(_echo(outcome, loss, expected))
-    elif loss < _TOO_LOW * expected:
+    elif loss < _TOO_LOW * expected and outcome.blind - loss > _NO_LUCK * outcome.luck:
         found.append(_too_low(loss, expected))
     return found + _constant(outcome)
 
