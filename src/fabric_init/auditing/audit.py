@@ -9,7 +9,7 @@ from torch import nn
 
 from fabric_init.auditing.checks import tape_findings
 from fabric_init.auditing.report import AuditReport
-from fabric_init.auditing.rows import Told, rows_of
+from fabric_init.auditing.rows import rows_of
 from fabric_init.errors import RecordingError
 from fabric_init.filling.deferred import deferred_init
 from fabric_init.filling.history import histories
@@ -48,16 +48,20 @@ def audit(model: nn.Module | Callable[[], nn.Module], batch: Any = None) -> Audi
         TypeError: ``model`` is neither a module nor a callable that returns one.
         FabricInitError: the model cannot be run with ``batch``.
     """
-    if not isinstance(model, nn.Module):
-        model = _recorded(model)
+    given = isinstance(model, nn.Module)
+    built = model if isinstance(model, nn.Module) else _record(model)
     with PausedCollector():
-        told = _told(model)
+        slots, tensors, tapes = survey(built)
+        if given and slots and not tapes:
+            raise RecordingError(MSG_NO_RECORDING.format(model=type(built).__name__))
+        kept = [tensor for slot, tensor in zip(slots, tensors, strict=True) if slot.kind != "attribute"]
+        told = list(rows_of(built, zip(histories(slots, tapes), kept, strict=True)))
         rows = tuple(one.row for one in told)
-        findings = tape_findings(told)
-    return AuditReport(type(model).__name__, rows, tuple(sorted(findings, key=lambda one: -one.level)))
+        findings = tape_findings(built, told)
+    return AuditReport(type(built).__name__, rows, tuple(sorted(findings, key=lambda one: -one.level)))
 
 
-def _recorded(build: Callable[[], nn.Module]) -> nn.Module:
+def _record(build: Callable[[], nn.Module]) -> nn.Module:
     if not callable(build):
         raise TypeError(f"audit takes a module, or a callable that builds one, not {type(build).__name__}")
     with deferred_init():
@@ -65,11 +69,3 @@ def _recorded(build: Callable[[], nn.Module]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"audit: the callable returned {type(model).__name__}, not a torch.nn.Module")
     return model
-
-
-def _told(model: nn.Module) -> list[Told]:
-    slots, tensors, tapes = survey(model)
-    if slots and not tapes:
-        raise RecordingError(MSG_NO_RECORDING.format(model=type(model).__name__))
-    kept = [tensor for slot, tensor in zip(slots, tensors, strict=True) if slot.kind != "attribute"]
-    return list(rows_of(model, zip(histories(slots, tapes), kept, strict=True)))

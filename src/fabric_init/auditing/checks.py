@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
+
+from torch import nn
 
 from fabric_init.auditing.conflicts import repeated, two_rules
 from fabric_init.auditing.report import Finding, Level
@@ -16,18 +19,25 @@ _MEND_NEVER = (
 )
 
 
-def tape_findings(told: Sequence[Told]) -> list[Finding]:
+def tape_findings(model: nn.Module, told: Sequence[Told]) -> list[Finding]:
     """The findings of every check on the tape, the worst first."""
-    checks = (never_written, two_rules, repeated, differs_between_twins, default_init, overwritten_defaults)
-    found = [finding for check in checks for finding in check(told)]
+    modules = {type(module).__module__ for module in model.modules()}
+    files = {getattr(sys.modules.get(name), "__file__", None) for name in modules}
+    found = [
+        *never_written(told),
+        *two_rules(told, files),
+        *repeated(told),
+        *differs_between_twins(told),
+        *default_init(told),
+        *overwritten_defaults(told),
+    ]
     return sorted(found, key=lambda finding: -finding.level)
 
 
 def never_written(told: Sequence[Told]) -> Iterator[Finding]:
     """Parameters and saved buffers of which no op wrote some part: plain PyTorch leaves garbage there."""
     for one in told:
-        slot, tape = one.history.slot, one.history.tape
-        if slot.ref is None or tape is None or not slot.saved or not tape.never_written(slot.ref):
+        if not one.unwritten or not one.history.slot.saved:
             continue
         writes = one.row.writes
         seen = (

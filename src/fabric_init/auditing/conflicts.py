@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from fabric_init.auditing.report import Finding, Level
 from fabric_init.auditing.rows import Told, expected_of
@@ -63,11 +63,16 @@ def repeated(told: Sequence[Told]) -> Iterator[Finding]:
         )
 
 
-def two_rules(told: Sequence[Told]) -> Iterator[Finding]:
+def two_rules(told: Sequence[Told], own_files: Collection[str | None]) -> Iterator[Finding]:
     """Tensors that two lines of the model's code initialise differently.
 
-    A line that writes a part of what another one has written before is a special case of it, as written by somebody
-    who meant it: a note. Where the *general* rule comes last it undoes the special one: a warning.
+    An exception after the rule is how people write init: a note. A line is an exception to another one if it writes
+    only a part of what that one writes, or if it is in a file of the model's own and the other in a library's. Where it
+    is not, the second may well undo the first by accident: a warning.
+
+    Args:
+        told: all rows.
+        own_files: the source files of the classes of the model's modules.
     """
     reach: dict[Source, set[str]] = defaultdict(set)
     for one in told:
@@ -87,7 +92,9 @@ def two_rules(told: Sequence[Told]) -> Iterator[Finding]:
             groups[tuple(event.source for event in disagreeing if event.source)].append((one, disagreeing))
     for (*losers, won), group in groups.items():
         one, disagreeing = group[0]
-        special = all(reach[won] < reach[source] for source in losers)
+        special = all(
+            reach[won] < reach[source] or (won.file in own_files and source.file not in own_files) for source in losers
+        )
         lines = [f"{_described(one, event)} at {place_of(event.source)}" for event in disagreeing]
         yield Finding(
             Level.NOTE if special else Level.WARNING,

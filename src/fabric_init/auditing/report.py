@@ -46,7 +46,7 @@ class Row:
         writes: every write, in order.
         full_writes: how many of them wrote all of it.
         wasted_elements: elements written in vain.
-        wasted_seconds: what those writes cost in plain PyTorch, on this machine, on one thread.
+        wasted_seconds: what those writes cost in plain PyTorch on this machine's CPU: measured on samples.
         kind: ``parameter`` or ``buffer``.
         ties: the tensor's other names.
     """
@@ -147,7 +147,7 @@ class AuditReport:
 
     @property
     def wasted_seconds(self) -> float:
-        """What plain PyTorch spends on them, on this machine, on one thread."""
+        """What plain PyTorch spends on them on this machine's CPU: measured on samples."""
         return sum(row.wasted_seconds for row in self.rows)
 
     def count(self, level: Level) -> int:
@@ -176,13 +176,18 @@ class AuditReport:
         else:
             Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
-    def __str__(self) -> str:
+    def summary(self) -> str:
+        """The counts, in one line or a few."""
         lines = [f"{self.model}: {len(self.rows)} tensors, {_counted(self.findings)}"]
         if self.wasted_elements:
             lines.append(f"written in vain: {self.wasted_elements:,} elements, {self.wasted_seconds:.3g} s")
         if self.first_loss is not None:
             expected = "" if self.expected_loss is None else f", {self.expected_loss:.4g} expected"
             lines.append(f"first loss: {self.first_loss:.4g}{expected}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        lines = [self.summary()]
         for finding in self.findings:
             lines.append(f"{finding.level} [{finding.check}] {', '.join(finding.tensors[:3])}{_more(finding.tensors)}")
             lines += [f"    {finding.evidence}", f"    → {finding.mend}"]

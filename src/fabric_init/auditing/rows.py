@@ -22,6 +22,7 @@ class Told(NamedTuple):
 
     row: Row
     history: History
+    unwritten: bool  # some of it is as torch.empty made it
     expectations: Expectations | None
     stopwatch: Stopwatch
 
@@ -40,8 +41,9 @@ def rows_of(model: nn.Module, told: Iterable[tuple[History, Tensor]]) -> Iterato
         slot, tape = history.slot, history.tape
         known = None if tape is None else expectations.setdefault(tape, Expectations(tape))
         expected = moments(tensor) if slot.real else None
-        if slot.ref is not None and known is not None:
-            expected = None if tape is None or tape.never_written(slot.ref) else known.of(slot.ref)
+        unwritten = slot.ref is not None and tape is not None and tape.never_written(slot.ref)
+        if slot.ref is not None and known is not None and not unwritten:
+            expected = known.of(slot.ref)
         dead = [event for event in history.events if event.dead and event.op.number not in counted]
         counted.update(event.op.number for event in dead)
         source = None if history.winner is None else history.winner.source
@@ -63,7 +65,7 @@ def rows_of(model: nn.Module, told: Iterable[tuple[History, Tensor]]) -> Iterato
             kind=slot.kind,
             ties=slot.names[1:],
         )
-        yield Told(row, history, known, stopwatch)
+        yield Told(row, history, unwritten, known, stopwatch)
 
 
 def expected_of(told: Told, event: Event) -> Moments | None:

@@ -62,17 +62,17 @@ def default_init(told: Sequence[Told]) -> Iterator[Finding]:
     A class of which *some* layers get the model's rule and others do not looks like an oversight: a warning. A class
     that the model leaves alone altogether: a note.
     """
-    own: dict[str, list[Told]] = defaultdict(list)
-    left: dict[str, list[Told]] = defaultdict(list)
+    own: dict[tuple[str, str], list[Told]] = defaultdict(list)  # by the module's class and its name for the tensor
+    left: dict[tuple[str, str], list[Told]] = defaultdict(list)
     for one in told:
         winner = one.history.winner
         if winner is None or one.row.kind != "parameter" or len(one.row.shape) < 2:
             continue
-        (left if winner.by_default else own)[one.row.module_class].append(one)
+        (left if winner.by_default else own)[one.row.module_class, one.row.name.rpartition(".")[2]].append(one)
     if not own:
         return
-    for module_class, group in left.items():
-        handled = own.get(module_class)
+    for (module_class, attribute), group in left.items():
+        handled = own.get((module_class, attribute))
         first = group[0]
         std = "" if first.row.std is None else f" (std {first.row.std:.3g})"
         compared = f", while {len(handled)} others get {handled[0].row.rule} ({handled[0].row.name})" if handled else ""
