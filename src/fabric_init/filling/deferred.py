@@ -132,6 +132,14 @@ def release_recorded(model: nn.Module) -> None:
                     del table[key]
 
 
+def guards_in_copy(model: nn.Module) -> dict[int, object]:
+    """For the memo of :func:`copy.deepcopy`: lets recorded ``model`` be copied.
+
+    The copy's tensors are the caller's business, and so is to take its guard away with :func:`release_recorded`.
+    """
+    return {id(record): _Recorded(record.mend, {}) for _, _, record in _records(model) if record is not None}
+
+
 def _of(module: nn.Module) -> _Recorded:
     found: _Recorded = vars(module)[_ATTRIBUTE]
     return found

@@ -17,7 +17,9 @@ from fabric_init.filling.one_reader import OneReader
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Entry, Given, Plan, storage_groups
 from fabric_init.filling.progress import with_progress
-from fabric_init.filling.report import InitReport, Row, describe_rule, dtype_name
+from fabric_init.filling.report import InitReport, Row, dtype_name
+from fabric_init.filling.rules import describe_rule
+from fabric_init.filling.tracing import recording_of
 from fabric_init.recording.replay import real_execution, replay, view
 from fabric_init.recording.tape import Tape
 
@@ -214,6 +216,7 @@ def make_report(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader 
                 origin=origin,
                 cast_from=None if entry.cast_from is None else dtype_name(entry.cast_from),
                 ties=slot.names[1:],
+                recording=None if slot.ref is None else recording_of(slot, tapes[slot.ref.storage]),
             )
         )
     return InitReport(

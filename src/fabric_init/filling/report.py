@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-import sys
 import weakref
 from collections import Counter
-from dataclasses import asdict, dataclass, field
-from functools import cache
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,10 @@ import torch
 from torch import nn
 
 from fabric_init.errors import FabricInitError
-from fabric_init.recording.tape import Op, Tape, TensorRef
+from fabric_init.filling.report_page import page_of
+from fabric_init.filling.tracing import Recording, measure, trace
+from fabric_init.filling.writes import Write
+from fabric_init.pages import is_page
 
 Status = Literal["loaded", "initialised", "set when built", "scratch", "written by the user", "unfilled"]
 
@@ -25,7 +27,28 @@ _MOST_ROWS = 30
 
 @dataclass
 class Row:
-    """One tensor. ``origin`` is a checkpoint key, or the init rule and the line that asked for it."""
+    """One tensor: what it got, from where, and, once its report was asked for it, how that came and what it is now.
+
+    Attributes:
+        name: the tensor's first name; ``ties`` has the others.
+        status: what became of it.
+        shape: its full shape.
+        dtype: its dtype, such as ``float32``.
+        kind: ``parameter``, ``buffer``, ``non-persistent buffer`` or ``attribute``.
+        origin: a checkpoint key, or the init rule and the line that asked for it.
+        cast_from: its dtype in the checkpoint, if another one.
+        ties: further names of the same tensor.
+        rule: the rule that gave it its value; empty where no recorded rule did.
+        file: where the model's code asked for that rule.
+        line: the line in ``file``.
+        mean: the mean that the rule gives; ``None`` if that cannot be told.
+        std: the standard deviation that the rule gives; likewise.
+        writes: what the constructors would have written to it in plain PyTorch, in order.
+        full_writes: how many of these wrote all of it; ``None`` where the recording is not known.
+        wasted_elements: how many elements were written in vain there.
+        mean_now: the mean of what this process holds of it, when that was last measured.
+        std_now: the standard deviation of that, likewise.
+    """
 
     name: str
     status: Status
@@ -35,11 +58,35 @@ class Row:
     origin: str = ""
     cast_from: str | None = None
     ties: tuple[str, ...] = ()
+    rule: str = ""
+    file: str | None = None
+    line: int | None = None
+    mean: float | None = None
+    std: float | None = None
+    writes: tuple[Write, ...] = ()
+    full_writes: int | None = None
+    wasted_elements: int | None = None
+    mean_now: float | None = None
+    std_now: float | None = None
+    recording: Recording | None = field(default=None, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
         dtype: torch.dtype = getattr(torch, self.dtype)
         return torch.Size(self.shape).numel() * dtype.itemsize
+
+    @property
+    def place(self) -> str:
+        """``file:line`` of the rule, or an empty text."""
+        return f"{self.file}:{self.line}" if self.file else ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain data; numbers that are not finite become ``None``."""
+        plain = {one.name: _plain(getattr(self, one.name)) for one in fields(self) if one.name != "recording"}
+        return plain | {"writes": [asdict(write) for write in self.writes]}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"recording": None}  # a copy is plain data
 
 
 @dataclass
@@ -57,6 +104,44 @@ class InitReport:
     checkpoint: str | None = None
     note: str | None = None
     unexpected: tuple[str, ...] = ()
+    _model: weakref.ref[nn.Module] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def trace(self) -> InitReport:
+        """Work out of the recording, for every row, ``rule``, ``file``, ``line``, ``mean``, ``std`` and its writes.
+
+        Nothing is run or read. A recording is not kept where the constructor brought in more than 16 MB of values.
+
+        Returns:
+            This report.
+        """
+        trace(self.rows)
+        return self
+
+    def measure(self) -> InitReport:
+        """:meth:`trace`, and read every tensor that this process holds for its ``mean_now`` and ``std_now``.
+
+        Of a tensor that is sharded over ranks, this rank's part is measured; what ZeRO-3 has partitioned is not.
+
+        Returns:
+            This report.
+
+        Raises:
+            FabricInitError: the model is gone, or this report is a copy.
+        """
+        model = None if self._model is None else self._model()
+        if model is None:
+            raise FabricInitError(
+                "there is nothing to measure: the model of this report is gone, or the report is a copy. Keep the "
+                "model, and ask for its report: fabric_init.init_report(model)."
+            )
+        self.trace()
+        measure(self.rows, model)
+        return self
+
+    @property
+    def not_finite(self) -> list[str]:
+        """Names of tensors that held NaN or infinity when they were last measured."""
+        return [row.name for row in self.rows if row.std_now is not None and not math.isfinite(row.std_now)]
 
     def count(self, status: Status) -> int:
         """How many tensors have this status."""
@@ -68,19 +153,33 @@ class InitReport:
         return self.count("unfilled") == 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data, fit for JSON."""
+        """The report as plain data, fit for JSON, with all that :meth:`trace` gives."""
+        self.trace()
         return {
             "checkpoint": self.checkpoint,
             "note": self.note,
             "complete": self.complete,
             "counts": dict(Counter(row.status for row in self.rows)),
             "unexpected": list(self.unexpected),
-            "tensors": [asdict(row) | {"shape": list(row.shape), "ties": list(row.ties)} for row in self.rows],
+            "not_finite": self.not_finite,
+            "tensors": [row.to_dict() for row in self.rows],
         }
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write :meth:`to_dict` as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Write the report: a page with plots where ``path`` ends in ``.html``, :meth:`to_dict` as JSON otherwise.
+
+        :meth:`measure` first, for what is in memory now.
+
+        Raises:
+            FabricInitError: a page is asked for, and Plotly is not installed.
+        """
+        if is_page(path):
+            page_of(self.trace()).save(path)
+        else:
+            Path(path).write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_model": None}
 
     def __str__(self) -> str:
         counts = Counter(row.status for row in self.rows)
@@ -113,6 +212,12 @@ class InitReport:
         return "\n".join(lines)
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return list(value) if isinstance(value, tuple) else value
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float32`` as ``float32``."""
     return str(dtype).removeprefix("torch.")
@@ -122,64 +227,13 @@ def _megabytes(nbytes: int) -> str:
     return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.1f} kB"
 
 
-_COPIES = frozenset({"aten::clone", "aten::copy_", "aten::_to_copy", "aten::detach_copy"})
-
-
-def describe_rule(tape: Tape, ref: TensorRef) -> str:
-    """The op that had the last word on a tensor, and the model's line that asked for it. Copies are seen through."""
-    op = _last_writer(tape, ref.storage, None)
-    if op is not None and not any(tape.covers(target) for target in (*op.targets, *op.outputs)):
-        whole = op
-        while (before := _last_writer(tape, ref.storage, whole.number)) is not None:
-            whole = before
-            if tape.writes_whole(whole, ref.storage):
-                return f"{_at(whole)}, then {rule_of(op)} in a part"
-    while op is not None and _schema_name(op) in _COPIES:
-        sources = [read.storage for read in op.reads()]
-        earlier = _last_writer(tape, sources[0], op.number) if sources else None
-        if earlier is None:
-            break
-        op = earlier
-    if op is None:
-        return ""
-    return _at(op)
-
-
-def _at(op: Op) -> str:
-    return f"{rule_of(op)} at {_short(op.source.file)}:{op.source.line}" if op.source else rule_of(op)
-
-
-@cache
-def _short(file: str) -> str:
-    """A source file as its import would find it: relative to the entry of ``sys.path`` that holds it."""
-    roots = [root for entry in sys.path if file.startswith(root := os.path.join(os.path.abspath(entry), ""))]
-    return file.removeprefix(max(roots, key=len, default=""))
-
-
-def _last_writer(tape: Tape, storage: int, before: int | None) -> Op | None:
-    writers = tape.writers.get(storage, ())
-    return next((tape.ops[index] for index in reversed(writers) if before is None or index < before), None)
-
-
-def _schema_name(op: Op) -> str:
-    schema = getattr(op.func, "_schema", None)
-    return "" if schema is None else str(schema.name)
-
-
-def rule_of(op: Op) -> str:
-    """An op in words: its name and its plain arguments."""
-    name = getattr(op.func, "__name__", str(op.func)).removesuffix(".default").split(".")[0]
-    plain = [value for value in op.args if isinstance(value, (int, float)) and not isinstance(value, TensorRef)]
-    named = [f"{key}={value:g}" for key, value in op.kwargs.items() if type(value) in (int, float)]
-    return f"{name}({', '.join([f'{value:g}' for value in plain] + named)})"
-
-
 _reports: weakref.WeakKeyDictionary[nn.Module, InitReport] = weakref.WeakKeyDictionary()
 
 
 def keep_report(model: nn.Module, report: InitReport) -> None:
     """Remember the report for as long as the model lives."""
     _reports[model] = report
+    report._model = weakref.ref(model)
 
 
 def filled_by_us(model: nn.Module) -> bool:

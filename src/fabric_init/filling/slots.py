@@ -87,7 +87,8 @@ def _visit(prefix: str, module: nn.Module, found: list[tuple[str, nn.Module]], a
     above.remove(id(module))
 
 
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:
+    """Every parameter, buffer and plain tensor attribute of ``model``, under every name it has."""
     modules = named_modules(model)
     for prefix, module in modules:
         dot = f"{prefix}." if prefix else ""
@@ -113,7 +114,7 @@ def find_slots(model: nn.Module) -> list[tuple[Slot, Tensor]]:
     """
     names: dict[int, list[str]] = {}
     first: dict[int, tuple[Kind, Tensor]] = {}
-    for name, kind, tensor in _named_tensors(model):
+    for name, kind, tensor in named_tensors(model):
         key = id(tensor)
         if key not in first:
             first[key] = (kind, tensor)

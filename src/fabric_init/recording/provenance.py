@@ -13,7 +13,18 @@ from fabric_init.recording.tape import Source
 
 _OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_MODULES = os.path.join(_TORCH, "nn", "modules", "")
 _STDLIB = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
+# transformers and timm wrap torch's init functions under the same names and these: who calls the wrapper is to be named
+_WRAPPERS = INIT_FUNCTIONS.keys() | {
+    "copy_",
+    "lecun_normal_",
+    "default_flax_embed_init_",
+    "trunc_normal_tf_",
+    "_trunc_normal_",
+    "variance_scaling_",
+    "_variance_scaling",
+}
 _INIT_FILE = torch.nn.init.__file__
 _INIT_CODE: dict[str, CodeType] = {name: function.__code__ for name, function in INIT_FUNCTIONS.items()}
 
@@ -30,15 +41,17 @@ def _is_plumbing(file: str) -> bool:
 
 
 def _is_init_wrapper(frame: FrameType) -> bool:
-    # transformers and timm wrap the init functions under the same names: whoever calls the wrapper is the one to name
-    return frame.f_code.co_name in INIT_FUNCTIONS
+    return frame.f_code.co_name in _WRAPPERS
 
 
 def caller(frame: FrameType | None) -> Source | None:
     """The innermost line outside torch at or above ``frame``. O(depth of torch frames), about a microsecond."""
+    constructed = False
     while frame is not None:
-        if not _is_plumbing(frame.f_code.co_filename) and not _is_init_wrapper(frame):
-            return Source(frame.f_code.co_filename, frame.f_lineno)
+        code = frame.f_code
+        if not _is_plumbing(code.co_filename) and not _is_init_wrapper(frame):
+            return Source(code.co_filename, frame.f_lineno, constructed)
+        constructed = constructed or (code.co_name == "__init__" and code.co_filename.startswith(_MODULES))
         frame = frame.f_back
     return None
 

@@ -36,7 +36,7 @@ from fabric_init.recording.operators import DRAWS_FROM_DEFAULT, INIT_FUNCTIONS, 
 from fabric_init.recording.provenance import caller, init_call
 from fabric_init.recording.replay import real_execution, storage_now, view
 from fabric_init.recording.streams import Streams
-from fabric_init.recording.tape import Constant, Draw, Recorded, Tape, TensorRef, begin, recorded, ref_of
+from fabric_init.recording.tape import Draw, Recorded, Tape, TensorRef, begin, recorded, ref_of
 
 _CPU = torch.device("cpu")
 
@@ -241,9 +241,8 @@ class Recorder(TorchDispatchMode):
         with torch._C._DisableTorchDispatch():
             meta = dense(like_on_meta(tensor))
         ref = self.new_storage(meta, tensor.device)
-        self.tape.add_op(
-            torch.ops.aten.clone.default, (Constant(tensor),), {}, (), (ref,), None, caller(sys._getframe(1))
-        )
+        value = self.tape.bring(tensor)
+        self.tape.add_op(torch.ops.aten.clone.default, (value,), {}, (), (ref,), None, caller(sys._getframe(1)))
         return meta
 
     def new_storage(self, tensor: torch.Tensor, device: torch.device) -> TensorRef:
@@ -266,7 +265,7 @@ class Recorder(TorchDispatchMode):
                     "no values; build it inside the block, or give it real memory first"
                 )
             with torch._C._DisableTorchDispatch():
-                return Constant(value.detach().clone())
+                return self.tape.bring(value.detach().clone())
         if type(value) is dict:
             return {name: self._refs(item) for name, item in value.items()}
         if type(value) in (list, tuple):

@@ -59,10 +59,14 @@ class Constant(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Where the model's own code asked for an op."""
+    """Where the model's own code asked for an op.
+
+    ``constructed`` says that the line only built one of torch's own modules, whose constructor chose the rule.
+    """
 
     file: str
     line: int
+    constructed: bool = False
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
@@ -145,6 +149,7 @@ class Tape:
         self.writers: dict[int, list[int]] = {}
         self.storages: dict[int, StorageInfo] = {}
         self.streams: dict[int, Stream] = {}
+        self.brought = 0  # bytes of the real tensors that the constructor brought in
         self.sealed_rng: Rng | None = None  # a random value was shown to the constructor: the mode it was drawn in
         self._joined: Tape | None = None
 
@@ -161,6 +166,7 @@ class Tape:
         later.writers.update(self.writers)
         later.storages.update(self.storages)
         later.streams.update(self.streams)
+        later.brought += self.brought
         later.sealed_rng = later.sealed_rng or self.sealed_rng
         self._joined = later
 
@@ -173,6 +179,11 @@ class Tape:
         number = next(_numbers)
         self.streams[number] = stream
         return number
+
+    def bring(self, tensor: torch.Tensor) -> Constant:
+        """A real tensor as the tape holds it: with its memory."""
+        self.brought += tensor.nbytes
+        return Constant(tensor)
 
     def add_op(
         self,

@@ -1,0 +1,89 @@
+"""How a batch goes into a model's ``forward``, and which part of it is the labels."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from inspect import Parameter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fabric_init.errors import FabricInitError
+
+LABEL_NAMES = ("labels", "label", "targets", "target", "y")
+
+
+class Call(NamedTuple):
+    """One call of a model. ``labels`` are the batch's, whether ``forward`` gets them or not."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labels: Tensor | None
+
+
+def as_call(model: nn.Module, batch: Any, device: torch.device) -> Call:
+    """What to call ``model`` with.
+
+    Args:
+        model: its ``forward`` says which names it takes, and how many arguments it needs.
+        batch: a tensor, the only input; a tuple or list of the positional arguments, with the labels as one more; or a
+            mapping from argument name to value. Labels go by the names ``labels``, ``targets``, ``y`` and the like.
+        device: where tensors are moved.
+
+    Raises:
+        FabricInitError: ``forward`` does not take such a batch.
+    """
+    batch = _moved(batch, device)
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    if isinstance(batch, Mapping):
+        return _from_mapping(model, dict(batch), parameters)
+    if isinstance(batch, (tuple, list)):
+        return _from_sequence(model, tuple(batch), parameters)
+    if isinstance(batch, Tensor):
+        return Call((batch,), {}, None)
+    raise FabricInitError(
+        f"batch is a {type(batch).__name__}: give a tensor, a tuple of {type(model).__name__}.forward's arguments and "
+        "the labels, or a mapping from argument name to tensor"
+    )
+
+
+def _from_mapping(model: nn.Module, batch: dict[str, Any], parameters: Sequence[Parameter]) -> Call:
+    names = [p.name for p in parameters if p.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)]
+    takes_all = any(p.kind is Parameter.VAR_KEYWORD for p in parameters)
+    labels = next((batch[name] for name in LABEL_NAMES if isinstance(batch.get(name), Tensor)), None)
+    unknown = [key for key in batch if key not in names and not takes_all]
+    if wrong := [key for key in unknown if key not in LABEL_NAMES]:
+        raise FabricInitError(
+            f"the batch has {', '.join(map(str, wrong))}, which {type(model).__name__}.forward does not take; it takes "
+            f"{', '.join(names) or 'nothing by name'}"
+        )
+    return Call((), {key: value for key, value in batch.items() if key not in unknown}, labels)
+
+
+def _from_sequence(model: nn.Module, batch: tuple[Any, ...], parameters: Sequence[Parameter]) -> Call:
+    positional = [p for p in parameters if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)]
+    needed = sum(p.default is Parameter.empty for p in positional)
+    takes_all = any(p.kind is Parameter.VAR_POSITIONAL for p in parameters)
+    if len(batch) == needed + 1 and not takes_all and isinstance(batch[-1], Tensor):
+        inputs, labels = batch[:-1], batch[-1]
+        by_name = next((p.name for p in positional[needed:] if p.name in LABEL_NAMES), None)
+        if by_name is not None:
+            return Call(inputs, {by_name: labels}, labels)
+        if len(positional) == needed:
+            return Call(inputs, {}, labels)
+    if not takes_all and not needed <= len(batch) <= len(positional):
+        raise FabricInitError(
+            f"the batch has {len(batch)} tensors, but {type(model).__name__}.forward takes "
+            f"({', '.join(p.name for p in positional)}): give those, and the labels as one more, or a mapping"
+        )
+    return Call(batch, {}, None)
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    return type(batch)(_moved(value, device) for value in batch) if type(batch) in (tuple, list) else batch

@@ -1,0 +1,21 @@
+"""Self-contained HTML pages: facts, findings, plots and a table, in one file that needs no network."""
+
+from fabric_init.pages.page import Card, Column, Fact, Page, Table, counted, in_short, is_page
+from fabric_init.pages.plots import Bar, Plot, Point, bars, lines, scatter
+
+__all__ = [
+    "Bar",
+    "Card",
+    "Column",
+    "Fact",
+    "Page",
+    "Plot",
+    "Point",
+    "Table",
+    "bars",
+    "counted",
+    "in_short",
+    "is_page",
+    "lines",
+    "scatter",
+]
