@@ -23,7 +23,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "auditing": frozenset({"errors", "recording", "filling", "pages"}),
     "__init__": frozenset({"errors", "recording", "checkpoints", "filling", "strategies", "fabric", "auditing"}),
     "cli": frozenset(
-        {"errors", "recording", "checkpoints", "filling", "strategies", "fabric", "auditing", "__init__"},
+        {"errors", "recording", "checkpoints", "pages", "filling", "strategies", "fabric", "auditing", "__init__"},
     ),
     "__main__": frozenset({"cli"}),
 }

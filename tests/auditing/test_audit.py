@@ -50,6 +50,27 @@ def test_an_audit_leaves_the_model_and_torchs_random_numbers_alone() -> None:
     assert float(model.get_parameter("body.blocks.0.up.weight").detach().std()) == pytest.approx(0.02, rel=0.1)
 
 
+@pytest.mark.parametrize("filled", ["materialize", "Fabric"])
+def test_a_model_that_was_recorded_and_then_filled_can_still_be_audited(filled: str) -> None:
+    if filled == "materialize":
+        with deferred_init():
+            model = models.Undone()
+        fabric_init.materialize(model)
+    else:
+        fabric = fabric_init.Fabric(accelerator="cpu", devices=1)
+        with fabric.init_module(empty_init=True):
+            model = models.Undone()
+        fabric.init_missing(model)
+    assert only(audit(model), "two-rules").tensors == ("project.weight",)
+
+
+def test_with_a_batch_the_model_is_run_unless_it_has_no_values(tmp_path: Path) -> None:
+    batch = torch.ones(2, models.WIDTH)
+    report = audit(lambda: nn.Sequential(nn.Linear(models.WIDTH, 8), nn.Linear(8, 4)), batch)
+    assert [layer.name for layer in report.layers]
+    assert audit(models.Unwritten, batch).layers == ()
+
+
 def test_a_model_without_a_recording_is_refused_with_the_way_to_record_it() -> None:
     with pytest.raises(RecordingError, match=r"Linear was built eagerly(.|\n)*with fabric_init\.deferred_init\(\):"):
         audit(nn.Linear(2, 2))
@@ -99,7 +120,7 @@ def test_two_rules_that_disagree_are_named_with_both_lines() -> None:
     assert conflict.level is Level.WARNING
     assert conflict.tensors == ("project.weight",)
     special, general = (models.line_of(mark) for mark in ("the special rule", "the general rule"))
-    assert f"models.py:{special}, and last normal_(mean=0, std=0.02) (std 0.02) at " in conflict.evidence
+    assert f"models.py:{special}, and last normal_(mean=0, std=0.02) at " in conflict.evidence
     assert f"models.py:{general}, which wins" in conflict.evidence
 
 

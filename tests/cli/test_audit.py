@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,17 @@ def sound():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     for layer in model: nn.init.normal_(layer.weight, std=0.02)
     return model
+def t5(std=None):
+    from transformers import T5Config, T5ForConditionalGeneration
+    config = T5Config(
+        d_model=256, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=2, vocab_size=300,
+        feed_forward_proj="gated-gelu", decoder_start_token_id=0, tie_word_embeddings=False,
+    )
+    config.tie_word_embeddings = False  # its constructor does not scale, but ties all the same
+    model = T5ForConditionalGeneration(config)
+    if std is not None: nn.init.normal_(model.lm_head.weight, std=std)
+    return model
+def fixed_t5(): return t5(256**-0.5)
 class Garbage(nn.Module):
     def __init__(self):
         super().__init__()
@@ -66,7 +78,7 @@ def test_a_table_has_the_tensors_and_the_findings_come_last(capsys: pytest.Captu
     status_of("models_to_audit:undone", "--no-batch")
     shown = capsys.readouterr().out
     assert "normal_(mean=0, std=0.02)" in shown
-    assert "models_to_audit.py:15" in shown
+    assert "models_to_audit.py:26" in shown
     table, warning = shown.index("What each tensor gets"), shown.index("warning [two-rules] weight")
     assert table < warning < shown.index("Linear: 2 tensors, 1 warning")
 
@@ -83,6 +95,36 @@ def test_rows_limits_the_table_alone(capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     assert "0.weight" in shown
     assert "and 3 more" in shown
+
+
+def test_t5s_untied_head_comes_first_with_both_losses_and_its_fixed_twin_is_fine(
+    capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    assert status_of("models_to_audit:t5", "--json", "--html", "t5.html") == 1
+    first = json.loads(capsys.readouterr().out)["findings"][0]
+    assert (first["level"], first["tensors"]) == ("error", ["lm_head.weight"])
+    assert first["std"] == pytest.approx(256**-0.5)
+    ideal = math.log(300)
+    assert first["loss_after"] == pytest.approx(ideal, rel=0.1)
+    assert first["loss_before"] > 2 * ideal
+    assert "lm_head.weight" in (here / "t5.html").read_text(encoding="utf-8")
+    assert status_of("models_to_audit:fixed_t5", "--fail-on", "warning") == 0
+
+
+def test_a_model_that_does_not_say_what_it_takes_is_audited_without_a_batch_unless_one_is_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert status_of("models_to_audit:sound") == 0
+    written = capsys.readouterr()
+    assert "fabric-init audit: not run: no batch can be made up" in written.err
+    assert "4 tensors" in written.out
+    assert status_of("models_to_audit:sound", "--batch") == 1
+    assert "no batch can be made up" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_built(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of("models_to_audit:sound", "--html", "page.pdf") == 1
+    assert "name a file that ends in .html" in capsys.readouterr().err
 
 
 def test_a_wrong_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from audits import bad_audit
 from browser import NONE_FOUND, Seen, started
 from example import HOSTILE, ROWS, example_page
+from init_reports import mixed_report
 from playwright.sync_api import Browser, expect
 
+Colour = tuple[int, int, int]
 BLUE, ORANGE = (59, 130, 214), (224, 114, 46)  # the first two colours of every plot
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True}
 
@@ -36,10 +41,51 @@ def seen(browser: Browser, path: Path) -> Seen:
     return Seen(browser, path)
 
 
+def near(pixels: Counter[Colour], colour: Colour) -> int:
+    """How many pixels look like ``colour``, which may be mixed with what is behind it."""
+    return sum(n for c, n in pixels.items() if max(abs(a - b) for a, b in zip(c, colour, strict=True)) < 60)
+
+
+def names(seen: Seen) -> list[str]:
+    """The first column of the table, as far as it is drawn."""
+    return seen.texts("tbody td:first-child")
+
+
 def test_nothing_goes_wrong_and_nothing_is_fetched(seen: Seen, path: Path) -> None:
     assert seen.console == []
     assert seen.requests[0] == path.as_uri()
     assert all(url.startswith("blob:") for url in seen.requests[1:])  # the plotting code, unpacked
+
+
+@pytest.mark.parametrize("options", [{}, {"color_scheme": "dark"}, PHONE], ids=["light", "dark", "phone"])
+def test_the_page_of_an_audit_is_drawn_whole(browser: Browser, tmp_path: Path, options: dict[str, Any]) -> None:
+    bad_audit().save(tmp_path / "audit.html")
+    seen = Seen(browser, tmp_path / "audit.html", **options)
+    assert seen.console == []
+    assert seen.overflow() == 0
+    assert seen.texts(".card .level") == ["error", "error", "warning", "note"]
+    variance, stds, wasted = seen.page.locator(".drawing").all()
+    assert min(seen.colours(variance)[BLUE], seen.colours(variance)[ORANGE]) > 50
+    assert near(seen.colours(stds), BLUE) > 50
+    assert seen.colours(wasted)[ORANGE] > 500
+    assert {"activations", "gradients", "variance", "1 / √inputs"} <= set(seen.texts(".drawing text"))
+    seen.page.get_by_role("searchbox").fill("lm_head")
+    assert names(seen) == ["lm_head.weight"]
+
+
+@pytest.mark.parametrize("options", [{}, PHONE], ids=["light", "phone"])
+def test_the_page_of_an_init_report_is_drawn_whole(browser: Browser, tmp_path: Path, options: dict[str, Any]) -> None:
+    report, _ = mixed_report(tmp_path)
+    report.save(tmp_path / "report.html")
+    seen = Seen(browser, tmp_path / "report.html", **options)
+    assert seen.console == []
+    assert seen.overflow() == 0
+    assert "NaN or infinity in 1 tensor" in " ".join(seen.texts(".card h2"))
+    sources, stds, saved = seen.page.locator(".drawing").all()
+    assert min(seen.colours(sources)[ORANGE], seen.colours(saved)[ORANGE]) > 500
+    assert near(seen.colours(stds), BLUE) > 20
+    assert {"loaded", "initialised", "std now"} <= set(seen.texts(".drawing text"))
+    assert len(names(seen)) == len(report.rows)
 
 
 def test_every_plot_is_drawn_with_its_lines_and_its_words(seen: Seen) -> None:
@@ -48,8 +94,7 @@ def test_every_plot_is_drawn_with_its_lines_and_its_words(seen: Seen) -> None:
     for drawing, colours in zip(drawings.all(), ((BLUE, ORANGE), (BLUE, ORANGE), (ORANGE,)), strict=True):
         pixels = seen.colours(drawing)
         for colour in colours:
-            near = sum(n for c, n in pixels.items() if max(abs(a - b) for a, b in zip(c, colour, strict=True)) < 60)
-            assert near > 100, f"{colour} is not in {pixels.most_common(8)}"
+            assert near(pixels, colour) > 100, f"{colour} is not in {pixels.most_common(8)}"
     words = seen.texts(".drawing text")
     assert {"variance", "activations", "gradients", "expected std", "std now", "rule 3", "elements"} <= set(words)
     assert "zeros_() at a.py:1" in words
@@ -81,10 +126,6 @@ def test_findings_come_before_plots_and_wear_the_colour_of_their_level(seen: See
         card.evaluate("card => getComputedStyle(card).borderLeftColor") for card in seen.page.locator(".card").all()
     ]
     assert len(set(borders)) == 3
-
-
-def names(seen: Seen) -> list[str]:
-    return seen.texts("tbody td:first-child")
 
 
 def test_a_long_table_is_drawn_as_far_as_one_scrolls(browser: Browser, path: Path) -> None:

@@ -59,9 +59,11 @@ def test_the_same_page_is_the_same_file(tmp_path: Path, text: str) -> None:
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == text
 
 
-def test_a_page_needs_nothing_but_a_title_and_a_table() -> None:
-    text = Page("Title", "", Table([Column("name")], [])).html()
-    assert table_of(text) == {"columns": [{"title": "name", "kind": "text", "hint": ""}], "rows": []}
+def test_a_page_needs_nothing_but_a_title_and_a_table_and_shows_no_empty_columns() -> None:
+    columns = [Column("name"), Column("std", "number"), Column("writes", "list")]
+    text = Page("Title", "", Table(columns, [("w", None, []), ("", 0.0, [])])).html()
+    assert [column["title"] for column in table_of(text)["columns"]] == ["name", "std"]
+    assert table_of(text)["rows"] == [["w", None], ["", 0.0]]
 
 
 def test_without_plotly_the_error_names_the_extra() -> None:

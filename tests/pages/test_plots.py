@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pytest
+
 from fabric_init.pages import Bar, Plot, Point, bars, lines, scatter
 
 
@@ -47,12 +49,23 @@ def test_bars_are_sorted_and_what_is_over_shares_one() -> None:
     assert [note["text"] for note in plot.figure["layout"]["annotations"]][-1] == "18 others"
 
 
-def test_long_labels_keep_both_ends() -> None:
-    plot = bars("t", "n", [Bar("kaiming_uniform_(a=2.23607) at somewhere/far/away/linear.py:117", 1.0)], "elements")
-    (label,) = [note["text"] for note in plot.figure["layout"]["annotations"]]
-    assert label.startswith("kaiming_uniform_(")
-    assert label.endswith("linear.py:117")
-    assert len(label) < 50
+def test_bars_too_short_to_be_seen_share_one() -> None:
+    plot = bars("t", "n", [Bar("much", 1e6), Bar("little", 10.0), Bar("less", 5.0)], "elements")
+    assert plot.figure["data"][0]["x"] == [1e6, 15.0]
+    assert [note["text"] for note in plot.figure["layout"]["annotations"]] == ["much", "2 others"]
+
+
+@pytest.mark.parametrize(
+    ("label", "shown"),
+    [
+        ("kaiming_uniform_(a=2.23607) at far/far/away/linear.py:7", "kaiming_uniform_(a=2.23607) at linear.py:7"),
+        ("a" * 50 + "z" * 50, "a" * 24 + "…" + "z" * 25),
+        ("zeros_() at here/a.py:1", "zeros_() at here/a.py:1"),
+    ],
+)
+def test_long_labels_lose_folders_first_and_keep_both_ends(label: str, shown: str) -> None:
+    (note,) = bars("t", "n", [Bar(label, 1.0)], "elements").figure["layout"]["annotations"]
+    assert note["text"] == shown
 
 
 def test_names_cannot_be_markup_of_the_plotting_code() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -31,16 +31,16 @@ class Told(NamedTuple):
         return self.stopwatch.seconds(event.op)
 
 
-def rows_of(model: nn.Module, told: Iterable[tuple[History, Tensor]]) -> Iterator[Told]:
-    """The row of each history. ``told`` has the tensors, too: some have real values already."""
+def rows_of(model: nn.Module, found: Iterable[History], real: Mapping[str, Tensor]) -> Iterator[Told]:
+    """The row of each history. ``real`` has the tensors that were never recorded, by name."""
     expectations: dict[Tape, Expectations] = {}
     stopwatch = Stopwatch()
     counted: set[int] = set()
     modules = dict(model.named_modules(remove_duplicate=False))
-    for history, tensor in told:
+    for history in found:
         slot, tape = history.slot, history.tape
         known = None if tape is None else expectations.setdefault(tape, Expectations(tape))
-        expected = moments(tensor) if slot.real else None
+        expected = moments(real[slot.name]) if slot.name in real else None
         unwritten = slot.ref is not None and tape is not None and tape.never_written(slot.ref)
         if slot.ref is not None and known is not None and not unwritten:
             expected = known.of(slot.ref)

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from fabric_init.auditing.audit import audit
 from fabric_init.auditing.report import AuditReport, Finding, Level, Row
+from fabric_init.cli import CommandError
 from fabric_init.cli.model_argument import HELP, model_builder
+from fabric_init.errors import FabricInitError, RecordingError
+from fabric_init.filling.deferred import deferred_init
+from fabric_init.pages import is_page
 
 _COLOURS = {Level.ERROR: "bold red", Level.WARNING: "yellow", Level.NOTE: "cyan"}
 _NAMES = 3  # of the tensors that a finding is about
@@ -32,33 +40,77 @@ class FailOn(str, Enum):
 def run(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=HELP)],
     batch: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            help="Also run the model once, forward and backward, on a batch that is made up: this takes its memory."
+            "--batch/--no-batch",
+            help="Also fill the model and run it once, on a batch that is made up. Default: if it says what it takes, "
+            "and its weights and gradients fit half of this machine's memory.",
+            show_default=False,
         ),
-    ] = False,
+    ] = None,
     fail_on: Annotated[
         FailOn, typer.Option(help="Exit with status 1 if there is a finding of this level, or a worse one.")
     ] = FailOn.ERROR,
     rows: Annotated[int, typer.Option(min=0, help="How many tensors to list; findings are all shown.")] = 30,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, with every tensor.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the report as one HTML page, with plots.")
+    ] = None,
 ) -> int:
     """Audit a model's init: which rule wrote each tensor, how often, with what result, and what looks wrong.
 
-    The model is recorded, not built: no weight memory is taken, so its size does not matter.
+    The model is recorded, not built; without a batch no weight memory is taken, so its size does not matter.
 
     Errors are tensors that nobody initialises, and a first loss far from ln(classes). Warnings are rules that undo each
     other, weights that are initialised several times, and layers that were forgotten. Notes are worth knowing.
 
     `fabric-init audit my_package.models:build --fail-on warning` is a check for CI.
     """
-    report = audit(model_builder(model), batch="auto" if batch else None)
+    if html is not None and not is_page(html):
+        raise CommandError(f"--html {html}: name a file that ends in .html")
+    build = model_builder(model)
+    with deferred_init():
+        recorded = build()
+    report = _audited(recorded, batch)
+    if html is not None:
+        _save(report, html)
     if as_json:
         print(json.dumps(report.to_dict(), indent=2, allow_nan=False))
     else:
         _show(report, rows, Console())
     failing = fail_on is not FailOn.NEVER and report.worst is not None and report.worst >= Level[fail_on.name]
     return _FOUND if failing else 0
+
+
+def _audited(model: nn.Module, batch: bool | None) -> AuditReport:
+    if batch is not None:
+        return audit(model, batch="auto" if batch else None)
+    taken, most = 2 * sum(one.nbytes for one in model.parameters()), _half_of_memory()
+    if taken > most:
+        _say(f"not run: weights and gradients take {taken / 1e9:.1f} GB, of {most / 1e9:.1f} GB (--batch runs it)")
+        return audit(model)
+    try:
+        return audit(model, batch="auto")
+    except RecordingError:
+        raise
+    except FabricInitError as error:
+        _say(f"not run: {error}")
+        return audit(model)
+
+
+def _half_of_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _say(text: str) -> None:
+    print(f"fabric-init audit: {text}", file=sys.stderr)
+
+
+def _save(report: AuditReport, path: Path) -> None:
+    try:
+        report.save(path)
+    except OSError as error:
+        raise CommandError(f"--html {path}: {error.strerror}") from None
 
 
 def _show(report: AuditReport, most_rows: int, console: Console) -> None:

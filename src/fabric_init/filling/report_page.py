@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fabric_init.filling.writes import wasted_by_rule
-from fabric_init.pages import Bar, Card, Column, Fact, Page, Plot, Point, Table, bars, in_short, scatter
+from fabric_init.pages import Bar, Card, Column, Fact, Page, Plot, Point, Table, bars, counted, in_short, scatter
 
 if TYPE_CHECKING:
     from fabric_init.filling.report import InitReport, Row
@@ -19,15 +19,15 @@ _COLUMNS = (
     Column("from", "code", "the checkpoint's key, or the rule that initialised it and the line that asked for it"),
     Column("shape"),
     Column("dtype", "choice"),
-    Column("kind", "choice"),
     Column("size", "bytes"),
     Column("std expected", "number", "the standard deviation that its rule gives"),
     Column("std now", "number", "the standard deviation of what is in memory, when it was measured"),
-    Column("mean expected", "number", "the mean that its rule gives"),
-    Column("mean now", "number", "the mean of what is in memory, when it was measured"),
     Column("full writes", "count", "how often plain PyTorch would have written all of it"),
     Column("wasted", "count", "elements that plain PyTorch would have written in vain"),
     Column("writes", "list", "what plain PyTorch would have written, in order"),
+    Column("mean expected", "number", "the mean that its rule gives"),
+    Column("mean now", "number", "the mean of what is in memory, when it was measured"),
+    Column("kind", "choice"),
 )
 
 
@@ -57,35 +57,36 @@ def _facts(report: InitReport) -> Iterator[Fact]:
     for status, count in Counter(row.status for row in report.rows).most_common():
         yield Fact(f"{count:,}", status, "error" if status == "unfilled" else None)
     if wasted := sum(row.wasted_elements or 0 for row in report.rows):
-        yield Fact(in_short(wasted), "dead writes saved, in elements", "good")
+        yield Fact(in_short(wasted), "elements not written in vain", "good")
 
 
 def _cards(report: InitReport) -> Iterator[Card]:
     if unfilled := [row.name for row in report.rows if row.status == "unfilled"]:
         yield Card(
             "error",
-            f"{len(unfilled)} tensors have no values",
+            f"no values yet: {counted(len(unfilled), 'tensor')}",
             unfilled,
             mend="Load them, or call fabric.init_missing(model).",
         )
     if report.not_finite:
-        yield Card("error", f"{len(report.not_finite)} tensors hold NaN or infinity", report.not_finite)
+        yield Card("error", f"NaN or infinity in {counted(len(report.not_finite), 'tensor')}", report.not_finite)
     if report.unexpected:
-        title = f"{len(report.unexpected)} keys of the checkpoint were ignored"
+        title = f"ignored: {counted(len(report.unexpected), 'key')} of the checkpoint"
         yield Card("note", title, report.unexpected, "The model has no tensors of these names.")
     for cast, count in Counter(f"{row.cast_from} → {row.dtype}" for row in report.rows if row.cast_from).items():
-        yield Card("note", f"{count} tensors were cast, {cast}")
+        yield Card("note", f"cast: {counted(count, 'tensor')}, {cast}")
 
 
 def _plots(report: InitReport) -> Iterator[Plot]:
-    sizes: Counter[str] = Counter()
+    tensors, sizes = Counter[str](row.status for row in report.rows), Counter[str]()
     for row in report.rows:
         sizes[row.status] += row.nbytes
     yield bars(
         "Where the values came from",
         "Bytes, by what the tensors got.",
-        [Bar(status, size, f"{report.count(status)} tensors") for status, size in sizes.items()],  # type: ignore[arg-type]
+        [Bar(status, size, counted(tensors[status], "tensor")) for status, size in sizes.items()],
         "bytes",
+        unit="B",
     )
     if points := list(_points(report.rows)):
         yield scatter(
@@ -98,7 +99,7 @@ def _plots(report: InitReport) -> Iterator[Plot]:
         )
     if wasted := wasted_by_rule((row.name, row.writes) for row in report.rows):
         yield bars(
-            "Not written in vain",
+            "Writes saved",
             "Elements that plain PyTorch would have written and then replaced, before anything had read them.",
             wasted,
             "elements",
@@ -115,16 +116,16 @@ def _cells(row: Row) -> tuple[str | int | float | list[str] | None, ...]:
     return (
         ", ".join((row.name, *row.ties)),
         row.status,
-        row.origin,
+        row.origin if row.cast_from is None else f"{row.origin} (cast from {row.cast_from})",
         "×".join(map(str, row.shape)) or "scalar",
-        row.dtype if row.cast_from is None else f"{row.cast_from} → {row.dtype}",
-        row.kind,
+        row.dtype,
         row.nbytes,
         row.std,
         row.std_now,
-        row.mean,
-        row.mean_now,
         row.full_writes,
         row.wasted_elements,
         [str(write) for write in row.writes],
+        row.mean,
+        row.mean_now,
+        row.kind,
     )

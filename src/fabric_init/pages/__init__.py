@@ -1,6 +1,6 @@
 """Self-contained HTML pages: facts, findings, plots and a table, in one file that needs no network."""
 
-from fabric_init.pages.page import Card, Column, Fact, Page, Table, in_short, is_page
+from fabric_init.pages.page import Card, Column, Fact, Page, Table, counted, in_short, is_page
 from fabric_init.pages.plots import Bar, Plot, Point, bars, lines, scatter
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Point",
     "Table",
     "bars",
+    "counted",
     "in_short",
     "is_page",
     "lines",

@@ -36,10 +36,13 @@ function asText(value, kind) {
   return typeof value === "number" && kind in shown ? shown[kind](value) : String(value);
 }
 
+// Long names may go on in the next line after a dot, a slash or a bracket.
+const breakable = (text) => text.split(/(?<=[./(])(?=[A-Za-z_])/).flatMap((part, i) => (i ? [made("wbr"), part] : [part]));
+
 function cellOf(value, column) {
   const cell = made("td", { className: FIGURES.has(column.kind) ? "figure" : column.kind });
   cell.dataset.title = column.title;
-  if (!Array.isArray(value)) cell.append(asText(value, column.kind));
+  if (!Array.isArray(value)) cell.append(...breakable(asText(value, column.kind)));
   else if (value.length) {
     const items = value.map((text) => made("div", {}, text));
     cell.append(made("details", {}, made("summary", {}, String(value.length)), ...items));

@@ -32,6 +32,11 @@ def in_short(number: int, unit: str = "") -> str:
     return f"{number:,} {unit}".rstrip()
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 tensor``, ``2 tensors``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 @dataclass(frozen=True)
 class Fact:
     """A figure at the head of the page, with what it is of."""
@@ -77,7 +82,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows to look through; any number of them."""
+    """Rows to look through; any number of them. Columns in which no row has anything are left out."""
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell]]
@@ -135,9 +140,12 @@ class Page:
 
 
 def _plain_table(table: Table) -> dict[str, Any]:
+    """The table as JSON has it, without columns in which no row has anything."""
+    told = [i for i in range(len(table.columns)) if any(row[i] not in (None, "", []) for row in table.rows)]
+    columns = [table.columns[i] for i in told]
     return {
-        "columns": [{"title": one.title, "kind": one.kind, "hint": one.hint} for one in table.columns],
-        "rows": [[_plain_cell(cell) for cell in row] for row in table.rows],
+        "columns": [{"title": one.title, "kind": one.kind, "hint": one.hint} for one in columns],
+        "rows": [[_plain_cell(row[i]) for i in told] for row in table.rows],
     }
 
 

@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from fabric_init.errors import FabricInitError
 _COLOURS = ("#3b82d6", "#e0722e", "#2e9e6b", "#a855c7", "#c9a227", "#d6456e", "#17a2b8", "#7f8794")
 _PER_DECADE = 60
 _MOST_BARS = 12
+_SEEN = 0.005
 _MOST_NAMES = 4
 _OTHERS = "others"
 
@@ -70,7 +72,8 @@ def lines(title: str, note: str, places: Sequence[str], series: Mapping[str, Seq
         )
     figure.update_layout(hovermode="x unified" if len(series) > 1 else "closest")
     figure.update_xaxes(title_text="layer, in the order of the forward pass", rangemode="tozero")
-    figure.update_yaxes(title_text=y, type="log", exponentformat="power", minorloglabels="none")
+    drawn = [value for values in series.values() for value in values if value is not None and _has_logarithm(value)]
+    figure.update_yaxes(title_text=y, **_logarithmic(drawn))
     return Plot(title, note, _plain(figure))
 
 
@@ -103,16 +106,20 @@ def scatter(title: str, note: str, points: Sequence[Point], x: str, y: str) -> P
             marker={"color": colour, "size": [min(8 + 2 * math.log2(len(spot)), 20) for spot in found], "opacity": 0.8},
             hovertemplate=f"%{{customdata}}<br>{escape(x)}: %{{x:.4g}}<br>{escape(y)}: %{{y:.4g}}<extra></extra>",
         )
-    figure.update_xaxes(title_text=x, type="log", exponentformat="power", minorloglabels="none")
-    figure.update_yaxes(title_text=y, type="log", exponentformat="power", minorloglabels="none")
+    figure.update_xaxes(title_text=x, **_logarithmic([point.x for point in points]))
+    figure.update_yaxes(title_text=y, **_logarithmic([point.y for point in points]))
     return Plot(title, note, _plain(figure), height=460)
 
 
-def bars(title: str, note: str, found: Sequence[Bar], x: str) -> Plot:
-    """Horizontal bars, the longest on top; beyond twelve the rest is one bar."""
+def bars(title: str, note: str, found: Sequence[Bar], x: str, unit: str = "") -> Plot:
+    """Horizontal bars, the longest on top. What comes after the twelfth, or is hardly to be seen, shares one bar.
+
+    ``unit`` follows the numbers of the axis.
+    """
     go = _plotly()
     ordered = sorted(found, key=lambda bar: -bar.value)
-    shown, rest = ordered[:_MOST_BARS], ordered[_MOST_BARS:]
+    shown = [bar for bar in ordered[:_MOST_BARS] if bar.value >= _SEEN * ordered[0].value]
+    rest = ordered[len(shown) :]
     if rest:
         shown.append(Bar(f"{len(rest)} {_OTHERS}", sum(bar.value for bar in rest)))
     figure = go.Figure()
@@ -129,7 +136,7 @@ def bars(title: str, note: str, found: Sequence[Bar], x: str) -> Plot:
         figure.add_annotation(
             x=0, y=place, text=escape(_short(bar.label)), showarrow=False, xanchor="left", yanchor="bottom", yshift=8
         )
-    figure.update_xaxes(title_text=x, rangemode="tozero")
+    figure.update_xaxes(title_text=x, rangemode="tozero", ticksuffix=unit)
     figure.update_yaxes(range=[len(shown) - 0.5, -0.8], showticklabels=False, showgrid=False, zeroline=False)
     return Plot(title, note, _plain(figure, left=8), height=80 + 44 * len(shown))
 
@@ -170,6 +177,16 @@ def _groups(points: Sequence[Point]) -> list[str]:
     return names if len(names) <= len(_COLOURS) else [*names[: len(_COLOURS) - 1], _OTHERS]
 
 
+def _logarithmic(values: Sequence[float]) -> dict[str, Any]:
+    """An axis: within two powers of ten there are labels between them, too."""
+    narrow = bool(values) and max(values) < 100 * min(values)
+    return {
+        "type": "log",
+        "exponentformat": "e" if narrow else "power",
+        "minorloglabels": "complete" if narrow else "none",
+    }
+
+
 def _has_logarithm(value: float | None) -> bool:
     return value is not None and 0 < value < math.inf
 
@@ -186,6 +203,8 @@ def _described(spot: Sequence[Point]) -> str:
     return "<br>".join(named)
 
 
-def _short(text: str, most: int = 44) -> str:
-    """``text`` without its middle, where it is long: the ends tell rules, and lines of files, apart."""
+def _short(text: str, most: int = 50) -> str:
+    """``text`` without folders, where it is long, and then without its middle: the ends tell rules and lines apart."""
+    if len(text) > most:
+        text = re.sub(r"\S+/", "", text)
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-most // 2 :]}"
