@@ -16,17 +16,20 @@ ALLOWED: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "recording": frozenset({"errors"}),
     "checkpoints": frozenset({"errors"}),
+    "inspection": frozenset({"errors", "checkpoints"}),
     "filling": frozenset({"errors", "recording", "checkpoints"}),
     "strategies": frozenset({"errors", "recording", "checkpoints", "filling"}),
     "fabric": frozenset({"errors", "recording", "checkpoints", "filling", "strategies"}),
     "audit": frozenset({"errors", "recording", "filling"}),
-    "__init__": frozenset({"errors", "recording", "checkpoints", "filling", "strategies", "fabric", "audit"}),
+    "__init__": frozenset(
+        {"errors", "recording", "checkpoints", "inspection", "filling", "strategies", "fabric", "audit"}
+    ),
     "cli": frozenset(
-        {"errors", "recording", "checkpoints", "filling", "strategies", "fabric", "audit", "__init__"},
+        {"errors", "recording", "checkpoints", "inspection", "filling", "strategies", "fabric", "audit", "__init__"},
     ),
     "__main__": frozenset({"cli"}),
 }
-WITHOUT_LIGHTNING = ("errors", "recording", "checkpoints")
+WITHOUT_LIGHTNING = ("errors", "recording", "checkpoints", "inspection")
 LIGHTNING = ("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning")
 # Library → the only files that may import it, and only inside a function (or for types).
 OPTIONAL = {
@@ -109,6 +112,7 @@ def test_the_check_sees_every_kind_of_wrong_import(tmp_path: Path) -> None:
         "recording/replay.py": "def later():\n    from lightning.fabric import Fabric",
         "checkpoints/reader.py": "from ..recording.tape import Op",
         "filling/plan.py": "from fabric_init import strategies",
+        "inspection/values.py": "from fabric_init.filling import report",
         "strategies/ddp.py": "def later():\n    import deepspeed",
         "strategies/deepspeed.py": "import deepspeed.runtime",
         "fabric.py": "if True:\n    from .cli.main import main",

@@ -69,8 +69,8 @@ def new_table(console: Console, *columns: str, right: Sequence[str] = (), title:
     return table
 
 
-def new_progress() -> Progress:
-    """A bar of bytes on standard error; nothing at all unless that is a terminal."""
+def new_progress(wanted: bool = True) -> Progress:
+    """A bar of bytes on standard error; nothing at all unless it is wanted and that is a terminal."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -79,7 +79,7 @@ def new_progress() -> Progress:
         TimeRemainingColumn(),
         console=err(),
         transient=True,
-        disable=not is_terminal(sys.stderr),
+        disable=not wanted or not is_terminal(sys.stderr),
     )
 
 

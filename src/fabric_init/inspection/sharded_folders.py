@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,19 +30,22 @@ def survey_index(index: AnyPath, look: Look) -> Survey:
     counts = Counter(weight_map.values())
     shards = {name: _look_at(index, name, number, look, survey) for name, number in counts.items()}
     held = {name: {one.key: one for one in shard.found} for name, shard in shards.items() if shard is not None}
+    lacking: defaultdict[str, list[str]] = defaultdict(list)
     for key, name in weight_map.items():
-        if name in held and key in held[name]:
+        if key in held.get(name, ()):
             survey.found.append(held[name][key])
-    for name in held:
-        listed = {key for key, shard in weight_map.items() if shard == name}
-        if lacking := tuple(key for key in weight_map if key in listed and key not in held[name]):
-            message = f"{count(len(lacking), 'tensor')} that the index says are in it are not"
-            survey.damage.append(Damage("missing tensor", message, name, lacking))
-        if extra := tuple(key for key in held[name] if key not in listed):
+        elif name in held:
+            lacking[name].append(key)
+    for name, keys in lacking.items():
+        message = f"{count(len(keys), 'tensor')} that the index says are in it are not"
+        survey.damage.append(Damage("missing tensor", message, name, tuple(keys)))
+    known = {one.key for one in survey.found}
+    for name, tensors in held.items():
+        if extra := tuple(key for key in tensors if weight_map.get(key) != name):
             message = f"{count(len(extra), 'tensor')} in it that the index does not list there; no load brings them"
             survey.damage.append(Damage("not in the index", message, name, extra))
-            known = {one.key for one in survey.found}
-            survey.found += [held[name][key] for key in extra if key not in known]
+            survey.found += [tensors[key] for key in extra if key not in known]
+            known.update(extra)
     _compare_numbers(index, set(counts), survey)
     kinds = sorted({shard.format for shard in shards.values() if shard is not None})
     survey.format = f"sharded {' and '.join(kinds) or index.name.removesuffix('.index.json').rpartition('.')[2]}"
