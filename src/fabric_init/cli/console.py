@@ -60,12 +60,13 @@ def new_table(console: Console, *columns: str, right: Sequence[str] = (), title:
         box=SIMPLE_HEAD if looked_at else None,
         show_edge=False,
         pad_edge=False,
-        padding=(0, 2, 0, 0),
+        padding=(0, 1 if looked_at else 2, 0, 0),  # the head's line brings a column of its own
         collapse_padding=True,
     )
     for column in columns:
-        # Names keep their ends in sight and are never cut: what does not fit is continued below.
-        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+        # Nothing is ever cut: a name that does not fit is continued below. Numbers keep to their line.
+        number = column in right
+        table.add_column(column, justify="right" if number else "left", no_wrap=number, overflow="fold")
     return table
 
 

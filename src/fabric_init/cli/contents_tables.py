@@ -16,6 +16,9 @@ from fabric_init.inspection import Contents, Folded, TensorRow, Values, fold, fo
 _FEW = 6
 """Names that a terminal shows of many; a pipe gets all."""
 
+_NARROW = 100
+"""Columns of a terminal that has none to spare."""
+
 
 def show(out: Console, contents: Contents, each: bool) -> None:
     """Print everything. ``each``: a line for each tensor and file, else one for what differs by its number only."""
@@ -71,13 +74,19 @@ def _tensors(out: Console, contents: Contents, lines: Sequence[Folded], each: bo
     numbers = ["min", "max", "mean", "std"] * counted + ["NaN", "Inf"] * strange
     with_file = each and len({row.files for row in contents.tensors}) > 1
     folded = any(len(line.rows) > 1 for line in lines)
-    columns = ["tensor", *["count"] * folded, "shape", "dtype", "size", *numbers, *["file"] * with_file]
+    # What the head says already makes room for the names.
+    with_dtype = out.width > _NARROW or len(contents.dtypes) > 1
+    columns = ["tensor", *["count"] * folded, "shape", *["dtype"] * with_dtype, "size", *numbers, *["file"] * with_file]
     table = new_table(out, *columns, right=["count", "shape", "size", *numbers])
     for line in lines:
         first = line.rows[0]
         cells = [printable(line.name)]
         cells += [f"{len(line.rows):,} ×" if len(line.rows) > 1 else ""] * folded
-        cells += [shape_text(first.shape), first.dtype, bytes_text(sum(row.nbytes for row in line.rows))]
+        cells += [
+            shape_text(first.shape),
+            *[first.dtype] * with_dtype,
+            bytes_text(sum(row.nbytes for row in line.rows)),
+        ]
         cells += _numbers(line.rows)[: len(numbers)] if numbers else []
         cells += [", ".join(map(printable, first.files))] * with_file
         table.add_row(*cells, style=None if first.whole else "red")

@@ -59,15 +59,19 @@ def run(
     """
     from fabric_init.inspection import inspect
 
-    with console.new_progress(not json_) as bar:
-        tasks: dict[str, TaskID] = {}
+    bar = console.new_progress(not json_)
+    tasks: dict[str, TaskID] = {}
 
-        def advance(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
+    def advance(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            bar.start()
+            tasks[what] = bar.add_task(what, total=total)
+        bar.update(tasks[what], completed=done)
 
+    try:
         contents = inspect(path, entry=entry, manifest=manifest, match=match or (), values=values, progress=advance)
+    finally:
+        bar.stop()
     if json_:
         print(json.dumps(contents.to_dict(), allow_nan=False))
     else:
