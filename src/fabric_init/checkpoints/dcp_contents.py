@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fabric_init.checkpoints.reader import TensorSpec
 from fabric_init.checkpoints.region import Box
@@ -45,6 +45,8 @@ class Contents:
     tensors: dict[str, Tensor]
     objects: dict[str, tuple[Location, str, Item]]
     """What are no tensors: location, name and place."""
+    ends: dict[str, int] = field(default_factory=dict)
+    """Of each file, the byte behind the last thing in it."""
 
     def paths(self) -> Iterator[tuple[Location, str]]:
         """The keys that led to each entry before it was flattened, and its own."""

@@ -73,6 +73,8 @@ def _contents(loaded: object) -> Contents:
     where = metadata.get("planner_data")
     where = where if isinstance(where, dict) else {}
     contents = Contents({}, {})
+    for item in items.values():
+        contents.ends[item.file] = max(contents.ends.get(item.file, 0), item.offset + item.length)
     for key, entry in _typed(metadata.get("state_dict_metadata"), dict, "state_dict_metadata").items():
         location, name = _place(_typed(key, str, "a key"), where.get(key))
         if isinstance(entry, Record) and entry.name == _BYTES:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,13 @@ class _Inert:
     """Takes the place of a class of DeepSpeed in a pickle: it holds attributes and does nothing."""
 
 
-# The classes that DeepSpeed's own files name. None of its code runs, and it need not be installed.
-_STAND_INS: list[tuple[type, str]] = [
+STAND_INS: list[tuple[type, str]] = [
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
     (_Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (_Inert, "deepspeed.utils.tensor_fragment.fragment_address"),
 ]
+"""The classes that DeepSpeed's own files name. None of its code runs, and it need not be installed."""
 
 
 def is_deepspeed_folder(names: Iterable[str]) -> bool:
@@ -70,10 +71,11 @@ class DeepSpeedFolderReader:
     def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
         self.path = Path(path)
         self._copy = not mmap or not maps_privately()
-        folder = _tag_folder(self.path)
+        folder = tag_folder(self.path)
         names = sorted(entry.name for entry in folder.iterdir())
-        states = [load_mapped(file, _STAND_INS)[0] for file in _by_rank(folder, names, _MODEL_STATES)]
-        optimizers = [load_mapped(file, _STAND_INS)[0] for file in _by_rank(folder, names, _OPTIM_STATES)]
+        self._homes: dict[int, str] = {}
+        states = [self._load(file) for file in _by_rank(folder, names, _MODEL_STATES)]
+        optimizers = [self._load(file) for file in _by_rank(folder, names, _OPTIM_STATES)]
         if not states:
             raise CheckpointNotFoundError(f"{folder} has no file *_model_states.pt. Is the copy complete?")
         try:
@@ -82,6 +84,13 @@ class DeepSpeedFolderReader:
             if isinstance(error, CheckpointFormatError):
                 raise
             raise CheckpointFormatError(f"{folder} is not a whole checkpoint of DeepSpeed: {error}.") from error
+
+    def _load(self, file: Path) -> Any:
+        """What is in a file; which storages are is remembered."""
+        loaded, _ = load_mapped(file, STAND_INS)
+        for tensor in _tensors_in(loaded):
+            self._homes[tensor.untyped_storage().data_ptr()] = file.name
+        return loaded
 
     def _open(self, states: list[Any], optimizers: list[Any]) -> None:
         states = [state if isinstance(state, dict) else {} for state in states]
@@ -131,6 +140,14 @@ class DeepSpeedFolderReader:
         part = found.read(region) if isinstance(found, Pieces) else take(found, region)
         return part.clone(memory_format=torch.contiguous_format) if self._copy else part.detach()
 
+    def files(self, key: str) -> dict[str, int]:
+        """The files that hold a tensor, and how many bytes of it each."""
+        found = self._find(key)
+        nbytes: Counter[str] = Counter()
+        for part in found.parts() if isinstance(found, Pieces) else [found]:
+            nbytes[self._homes[part.untyped_storage().data_ptr()]] += part.nbytes
+        return dict(nbytes)
+
     def _find(self, key: str) -> torch.Tensor | Pieces:
         try:
             return self._tensors[key]
@@ -138,7 +155,25 @@ class DeepSpeedFolderReader:
             raise KeyError(f"{self.path} has no tensor {key!r}") from None
 
 
-def _tag_folder(path: Path) -> Path:
+def _tensors_in(value: object) -> Iterator[torch.Tensor]:
+    waiting, seen = [value], set[int]()  # a pickle can make containers that hold themselves
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, torch.Tensor):
+            if one.device.type == "cpu" and one.layout is torch.strided:
+                yield one
+        elif isinstance(one, (dict, list, tuple)) and id(one) not in seen:
+            seen.add(id(one))
+            waiting += one.values() if isinstance(one, dict) else one
+
+
+def states_in(folder: Path) -> list[Path]:
+    """The files of one tag that hold weights."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    return [folder / name for name in names if _MODEL_STATES.fullmatch(name) or _OPTIM_STATES.fullmatch(name)]
+
+
+def tag_folder(path: Path) -> Path:
     """The folder of the tag that ``latest`` names; ``path`` itself where there is no such file."""
     latest = path / "latest"
     if not latest.is_file():

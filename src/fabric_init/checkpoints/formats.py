@@ -27,6 +27,7 @@ class Candidate:
         mmap: bool = True,
         manifest: Manifest | None = None,
         entry: str | None = None,
+        origin: str | None = None,
     ) -> None:
         self.given = given
         self.asked = str(given) if isinstance(given, RemotePath) else os.fspath(given)
@@ -35,10 +36,13 @@ class Candidate:
         self.manifest = manifest
         self.entry = entry
         """The state dict that is meant, where there are several."""
+        self.origin = origin
+        """Where it was fetched from."""
 
-    def at(self, path: AnyPath) -> Candidate:
+    def at(self, path: AnyPath, origin: str | None = None) -> Candidate:
         """The same for another path: the file to open in a folder, say."""
-        return Candidate(path, mmap=self.mmap, manifest=self.manifest, entry=self.entry)
+        origin = origin or self.origin
+        return Candidate(path, mmap=self.mmap, manifest=self.manifest, entry=self.entry, origin=origin)
 
     @property
     def opener(self) -> Opener | None:
@@ -100,6 +104,15 @@ class Format:
     name: str
     recognises: Callable[[Candidate], bool]
     open: Callable[[Candidate], CheckpointReader]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """What is no checkpoint by itself and leads to one: a folder to a file in it, say."""
+
+    name: str
+    recognises: Callable[[Candidate], bool]
+    follow: Callable[[Candidate], Candidate]
 
 
 _registered: list[Format] = []

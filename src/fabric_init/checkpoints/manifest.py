@@ -13,7 +13,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -82,6 +82,22 @@ class Manifest:
         """Read a whole file and compare. Raises :class:`~fabric_init.errors.CheckpointFormatError` if it differs."""
         file = open_bytes(path, mmap=False)
         self._check_whole(file, self._find(path))
+
+    def differing(self, path: AnyPath, report: Callable[[int], None]) -> list[tuple[int, int]]:
+        """Read a whole file, and find the bytes, from start to stop, that are not as listed: by blocks, if it has such.
+
+        ``report`` is told of bytes that were read. Raises :class:`~fabric_init.errors.CheckpointFormatError` when the
+        file is not listed or cannot be read.
+        """
+        file, digests = open_bytes(path, mmap=False), self._find(path)
+        whole, wrong, size = hashlib.sha256(), list[tuple[int, int]](), self.block_bytes or BLOCK_BYTES
+        for index, start in enumerate(range(0, file.size, size)):
+            block = _range(file, start, min(start + size, file.size))
+            whole.update(block)
+            if digests.blocks and digests.blocks[index : index + 1] != [hashlib.sha256(block).hexdigest()]:
+                wrong.append((start, start + len(block)))
+            report(len(block))
+        return wrong or ([] if whole.hexdigest() == digests.whole else [(0, file.size)])
 
     def check_folder(self, folder: Path) -> None:
         """Compare all of a folder whose every file counts: what is listed for it must be there, too.

@@ -11,7 +11,7 @@ from pathlib import Path
 from fabric_init.checkpoints import hub
 from fabric_init.checkpoints.dcp import DCPReader
 from fabric_init.checkpoints.deepspeed_folder import DeepSpeedFolderReader, is_deepspeed_folder
-from fabric_init.checkpoints.formats import Candidate, Format, registered_formats
+from fabric_init.checkpoints.formats import Candidate, Format, Way, registered_formats
 from fabric_init.checkpoints.manifest import Manifest
 from fabric_init.checkpoints.reader import CheckpointReader
 from fabric_init.checkpoints.remote import RemotePath
@@ -77,20 +77,33 @@ def open_checkpoint(
     sums = None if manifest is None else Manifest(manifest)
     candidate = Candidate(path, mmap=mmap, manifest=sums, entry=entry)
     try:
-        formats = (*registered_formats(), *_KNOWN)
-        return next(one for one in formats if one.recognises(candidate)).open(candidate)
+        found, candidate = find_format(candidate)
+        reader = found.open(candidate)
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointFormatError(f"{path} cannot be opened: {error}. Check the path and permissions.") from error
-
-
-def _open_model_id(candidate: Candidate) -> CheckpointReader:
-    folder = hub.fetch(candidate.asked, _chosen)
-    reader = _open_first(candidate.at(folder))
-    origin = f"{candidate.asked} at commit {folder.name}"
-    reader.note = f"{origin}; {reader.note}" if reader.note else origin
+    if candidate.origin:
+        reader.note = f"{candidate.origin}; {reader.note}" if reader.note else candidate.origin
     return reader
+
+
+def find_format(candidate: Candidate) -> tuple[Format, Candidate]:
+    """The format of a checkpoint, and where it lies: of a folder the file to open, of a model id its cached folder.
+
+    Raises what :func:`open_checkpoint` does, and ``OSError`` or ``ValueError`` for a path that cannot be looked at.
+    """
+    formats: Sequence[Format | Way] = (*registered_formats(), *_KNOWN)
+    while True:
+        found = next(one for one in formats if one.recognises(candidate))
+        if isinstance(found, Format):
+            return found, candidate
+        candidate, formats = found.follow(candidate), _KNOWN
+
+
+def _fetched(candidate: Candidate) -> Candidate:
+    folder = hub.fetch(candidate.asked, _chosen)
+    return candidate.at(folder, f"{candidate.asked} at commit {folder.name}")
 
 
 def _refuse_missing(candidate: Candidate) -> CheckpointReader:
@@ -98,14 +111,14 @@ def _refuse_missing(candidate: Candidate) -> CheckpointReader:
     raise CheckpointNotFoundError(f"{candidate.path} does not exist.{near}")
 
 
-def _open_cached(candidate: Candidate) -> CheckpointReader:
-    return _open_first(candidate.at(hub.snapshot_in(Path(candidate.asked))))
+def _cached(candidate: Candidate) -> Candidate:
+    return candidate.at(hub.snapshot_in(Path(candidate.asked)))
 
 
-def _open_chosen(candidate: Candidate) -> CheckpointReader:
+def _inside(candidate: Candidate) -> Candidate:
     chosen = _chosen(str(candidate.path), candidate.names)
     assert chosen is not None
-    return _open_first(candidate.at(candidate.path / chosen))
+    return candidate.at(candidate.path / chosen)
 
 
 def _open_distributed(candidate: Candidate) -> CheckpointReader:
@@ -174,27 +187,22 @@ def _refuse_unknown(candidate: Candidate) -> CheckpointReader:
 
 
 # In the order of preference; what says no to all is refused by the last.
-_KNOWN = (
-    Format("model id", lambda it: not it.is_url and hub.is_model_id(it.asked), _open_model_id),
+_KNOWN: Sequence[Format | Way] = (
+    Way("model id", lambda it: not it.is_url and hub.is_model_id(it.asked), _fetched),
     Format("nothing", lambda it: not it.path.exists(), _refuse_missing),
-    Format("Hugging Face cache", lambda it: isinstance(it.path, Path) and hub.is_cache_folder(it.path), _open_cached),
-    Format("folder of safetensors", lambda it: _safetensors_in(it.asked, it.names) is not None, _open_chosen),
+    Way("Hugging Face cache", lambda it: isinstance(it.path, Path) and hub.is_cache_folder(it.path), _cached),
+    Way("folder of safetensors", lambda it: _safetensors_in(it.asked, it.names) is not None, _inside),
     # Before looking for torch files: Lightning puts a meta.pt beside it, with everything but the weights.
     Format("torch.distributed.checkpoint", lambda it: ".metadata" in (it.path.name, *it.names), _open_distributed),
     Format("part of that", lambda it: it.path.suffix == ".distcp", _refuse_part),
     Format("DeepSpeed", lambda it: is_deepspeed_folder(it.names), _open_deepspeed),
-    Format("folder of torch files", lambda it: _torch_in(it.asked, it.names) is not None, _open_chosen),
+    Way("folder of torch files", lambda it: _torch_in(it.asked, it.names) is not None, _inside),
     Format("other folder", lambda it: it.is_dir, _refuse_folder),
     Format("index", lambda it: it.path.name.endswith(".index.json"), _open_index),
     Format("safetensors", _is_safetensors, _open_safetensors),
     Format("torch", lambda it: it.head.startswith((b"PK\x03\x04", b"\x80")), _open_torch),
     Format("unknown", lambda it: True, _refuse_unknown),
 )
-
-
-def _open_first(candidate: Candidate) -> CheckpointReader:
-    """By the known formats."""
-    return next(one for one in _KNOWN if one.recognises(candidate)).open(candidate)
 
 
 def _chosen(folder: str, names: Sequence[str]) -> str | None:

@@ -28,6 +28,12 @@ class Pieces:
         if self._starts[-1] < math.prod(shape):
             raise ValueError(f"its parts hold {self._starts[-1]:,} elements, its shape {tuple(shape)} needs more")
 
+    def parts(self) -> list[torch.Tensor]:
+        """The tensors, the last without what goes on after the end."""
+        numel = math.prod(self.spec.shape)
+        inside = zip(self._tensors, self._starts, strict=False)
+        return [part[: numel - start] for part, start in inside if start < numel]
+
     def read(self, region: Region | None) -> torch.Tensor:
         """The region: a view where it lies in one piece, else gathered into new memory."""
         wanted = window(self.spec.shape, region)

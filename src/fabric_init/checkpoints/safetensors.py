@@ -27,7 +27,8 @@ from fabric_init.checkpoints.region import Region, window
 from fabric_init.checkpoints.remote import AnyPath, as_path
 from fabric_init.errors import CheckpointError, CheckpointFormatError
 
-_HEADER_BYTES = 100_000_000  # the library's own limit
+HEADER_BYTES = 100_000_000
+"""The most that a header may have; the library's own limit."""
 
 _DTYPE_NAMES = {
     "BOOL": "bool",
@@ -50,8 +51,8 @@ _DTYPE_NAMES = {
     "F8_E4M3FNUZ": "float8_e4m3fnuz",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
-# An older torch lacks the newest of them.
-_DTYPES = {code: getattr(torch, name) for code, name in _DTYPE_NAMES.items() if hasattr(torch, name)}
+DTYPES = {code: getattr(torch, name) for code, name in _DTYPE_NAMES.items() if hasattr(torch, name)}
+"""What the format calls a dtype -> the dtype; an older torch lacks the newest of them."""
 
 
 class SafetensorsReader:
@@ -119,11 +120,11 @@ def _parse_header(file: FileBytes, *, direct: bool) -> dict[str, tuple[int, Tens
     # The library has checked that tensors follow one another without a hole, so sizes give the offsets.
     offset = start
     for key, code, shape in entries:
-        dtype = _DTYPES.get(code)
+        dtype = DTYPES.get(code)
         if dtype is None:
             raise CheckpointFormatError(
                 f"{file.path}: tensor {key!r} has dtype {code}, which torch {torch.__version__} cannot hold as a plain "
-                f"tensor. Convert it to a dtype of {', '.join(_DTYPES)}."
+                f"tensor. Convert it to a dtype of {', '.join(DTYPES)}."
             )
         count = math.prod(shape)
         # Only an empty tensor can lie about its other dimensions: the bytes of any other were counted.
@@ -152,7 +153,7 @@ def _entries_of_copy(file: FileBytes) -> list[tuple[str, str, list[int]]]:
     with TemporaryDirectory() as folder:
         copy = os.path.join(folder, "header.safetensors")
         with open(copy, "wb") as target:
-            target.write(file.head(8 + min(length, _HEADER_BYTES)))
+            target.write(file.head(8 + min(length, HEADER_BYTES)))
             target.truncate(file.size)
         return _entries(copy)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 import zipfile
-from typing import Any
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 import torch
 from torch._weights_only_unpickler import (
@@ -34,7 +35,7 @@ class TorchArchive:
 
     def __init__(self, file: FileBytes) -> None:
         self._file = file
-        self._zip = zipfile.ZipFile(_Readable(file))
+        self._zip = zipfile.ZipFile(Readable(file))
         names = [name for name in self._zip.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(names) != 1:
             raise zipfile.BadZipFile("it has no single data.pkl, so torch.save did not write it")
@@ -48,9 +49,7 @@ class TorchArchive:
 
     def load(self) -> Any:
         """What was given to ``torch.save``, its tensors on the meta device."""
-        unpickler = _Unpickler(io.BytesIO(self.pickle), encoding="utf-8")
-        unpickler.archive = self
-        return unpickler.load()  # type: ignore[no-untyped-call]
+        return load_meta(io.BytesIO(self.pickle), self.storage)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's values are in this file; one that was saved from the meta device has none."""
@@ -64,21 +63,8 @@ class TorchArchive:
 
     def read(self, tensor: torch.Tensor, region: Region | None) -> torch.Tensor:
         """A region of one of the tensors that :meth:`load` gave."""
-        if isinstance(region, Span) and tensor.dim() > 1 and not tensor.is_contiguous():
-            row = max(1, tensor[0].numel())
-            first, stop = region.start // row, -(-region.stop // row)
-            rows = self._values(tensor[first:stop])
-            return take(rows, Span(region.start - first * row, region.stop - first * row))
-        return self._values(take(tensor, region))
-
-    def _values(self, part: torch.Tensor) -> torch.Tensor:
-        if part.numel():
-            record = self._storages[part.untyped_storage()._cdata][1]
-            values = _strided(self._file, part, self._start(record))
-        else:
-            values = torch.empty(part.shape, dtype=part.dtype, device="cpu")
-        values = values.conj() if part.is_conj() else values
-        return (values._neg_view() if part.is_neg() else values).resolve_conj().resolve_neg()
+        start = self._start(self._storages[tensor.untyped_storage()._cdata][1]) if tensor.numel() else 0
+        return read_region(self._file, start, tensor, region)
 
     def storage(self, dtype: torch.dtype, key: str, count: int) -> torch.storage.TypedStorage:
         """The storage of one record, without its values."""
@@ -123,17 +109,45 @@ def unsafe_globals(pickle: bytes) -> list[str]:
     return sorted(found - _get_allowed_globals().keys() - _get_user_allowed_globals().keys())
 
 
+Storages = Callable[[torch.dtype, str, int], torch.storage.TypedStorage]
+"""What takes the place of a storage in the file, by its dtype, its key and the number of its elements."""
+
+
+def load_meta(pickle: BinaryIO, storages: Storages) -> Any:
+    """Load a pickle of ``torch.save`` as ``weights_only=True`` does, its tensors on storages that are given."""
+    unpickler = _Unpickler(pickle, encoding="utf-8")
+    unpickler.storages = storages
+    return unpickler.load()  # type: ignore[no-untyped-call]
+
+
 class _Unpickler(Unpickler):
-    archive: TorchArchive
+    storages: Storages
 
     def persistent_load(self, pid: Any) -> torch.storage.TypedStorage:
-        if not isinstance(pid, tuple) or len(pid) != 5:
+        # In the legacy format a sixth says which view of a storage; torch has not written any since 0.4.
+        if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[5:] not in ((), (None,)):
             raise ValueError(f"a storage is given as {pid!r:.80}")
-        _, kind, key, _, count = pid
+        _, kind, key, _, count = pid[:5]
         dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
         if not isinstance(key, str) or type(count) is not int:
             raise ValueError(f"a storage has the key {key!r:.80} and {count!r:.80} elements")
-        return self.archive.storage(dtype, key, count)
+        return self.storages(dtype, key, count)
+
+
+def read_region(file: FileBytes, start: int, tensor: torch.Tensor, region: Region | None) -> torch.Tensor:
+    """A region of a tensor on the meta device whose storage has its first byte at ``start`` of a file."""
+    if isinstance(region, Span) and tensor.dim() > 1 and not tensor.is_contiguous():
+        row = max(1, tensor[0].numel())
+        first, stop = region.start // row, -(-region.stop // row)
+        rows = _values(file, start, tensor[first:stop])
+        return take(rows, Span(region.start - first * row, region.stop - first * row))
+    return _values(file, start, take(tensor, region))
+
+
+def _values(file: FileBytes, start: int, part: torch.Tensor) -> torch.Tensor:
+    values = _strided(file, part, start) if part.numel() else torch.empty(part.shape, dtype=part.dtype, device="cpu")
+    values = values.conj() if part.is_conj() else values
+    return (values._neg_view() if part.is_neg() else values).resolve_conj().resolve_neg()
 
 
 def _strided(file: FileBytes, part: torch.Tensor, offset: int) -> torch.Tensor:
@@ -151,7 +165,7 @@ def _strided(file: FileBytes, part: torch.Tensor, offset: int) -> torch.Tensor:
     return flat.as_strided(part.shape, part.stride())
 
 
-class _Readable(io.RawIOBase):
+class Readable(io.RawIOBase):
     """The file as ``zipfile`` wants it, which looks for the directory at the end: that part is fetched once."""
 
     def __init__(self, file: FileBytes) -> None:

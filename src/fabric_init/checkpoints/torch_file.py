@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -85,8 +85,8 @@ class TorchFileReader:
             raise CheckpointFormatError(
                 f"{path} holds a {type(loaded).__name__}, not a state dict. Save model.state_dict() instead."
             )
-        found = dict(_state_dicts(loaded))
-        counts = {location: _count_tensors(state) for location, state in found.items()}
+        found = dict(state_dicts_in(loaded))
+        counts = {location: count_tensors(state) for location, state in found.items()}
         location = choose_state_dict(self.path, counts, entry)
         state = found[location]
         notes = [note for note in (describe(location), _LEGACY_NOTE if legacy else None) if note]
@@ -224,7 +224,7 @@ def _corrupt(path: AnyPath, error: Exception) -> str:
     )
 
 
-def _state_dicts(loaded: dict[object, object]) -> Iterator[tuple[Location, dict[object, object]]]:
+def state_dicts_in(loaded: dict[object, object]) -> Iterator[tuple[Location, dict[object, object]]]:
     """Each dict that has tensors, and the keys that lead to it; the state of optimizers is left out."""
     waiting: list[tuple[Location, dict[object, object]]] = [((), loaded)]
     seen = set()  # a pickle can make dicts that hold themselves
@@ -232,17 +232,29 @@ def _state_dicts(loaded: dict[object, object]) -> Iterator[tuple[Location, dict[
         if id(state) in seen or state.keys() >= OPTIMIZER_PARTS:
             continue
         seen.add(id(state))
-        if _count_tensors(state):
+        if count_tensors(state):
             yield location, state
         inner = [(str(key), value) for key, value in state.items() if isinstance(value, dict)]
         waiting += [((*location, key), value) for key, value in inner if not key.endswith(EXTRA_STATE)]
 
 
-def _count_tensors(state: dict[object, object]) -> int:
+def count_tensors(state: dict[object, object]) -> int:
     return sum(isinstance(value, torch.Tensor) for value in state.values())
 
 
-def checked_key(path: AnyPath, key: object, value: torch.Tensor, archive: TorchArchive | None = None) -> str:
+class Storages(Protocol):
+    """What knows where the values of tensors on the meta device are."""
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether they are in the file."""
+        ...
+
+    def reaches(self, tensor: torch.Tensor) -> bool:
+        """Whether the last of them is."""
+        ...
+
+
+def checked_key(path: AnyPath, key: object, value: torch.Tensor, archive: Storages | None = None) -> str:
     """The key, if it is a name and its tensor is one whose values lie densely in this file."""
     has_values = value.device.type == "cpu" or (archive is not None and archive.holds(value))
     if not isinstance(key, str):

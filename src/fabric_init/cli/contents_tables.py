@@ -1,0 +1,134 @@
+"""The contents of a checkpoint on a terminal or in a pipe."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fabric_init.cli.console import bytes_text, count_text, is_terminal, new_table, printable, shape_text
+from fabric_init.inspection import Contents, Folded, TensorRow, Values, fold, fold_names
+
+_FEW = 6
+"""Names that a terminal shows of many; a pipe gets all."""
+
+_NARROW = 100
+"""Columns of a terminal that has none to spare."""
+
+
+def show(out: Console, contents: Contents, each: bool) -> None:
+    """Print everything. ``each``: a line for each tensor and file, else one for what differs by its number only."""
+    for text in _head(contents):
+        out.print(text, soft_wrap=True)
+    if contents.tensors:
+        lines = [Folded(row.key, (row,)) for row in contents.tensors] if each else fold(contents.tensors)
+        out.print()
+        out.print(_tensors(out, contents, lines, each))
+    if each and len(contents.files) > 1:
+        out.print()
+        out.print(_files(out, contents))
+    every = each or not is_terminal(sys.stdout)
+    for title, groups in (("tied, the same bytes", contents.ties), ("of equal values", contents.duplicates)):
+        if groups:
+            out.print()
+            out.print(f"{title}:", style="bold")
+            shown = [" = ".join(map(printable, group)) for group in groups]
+            for line in shown if every else _few(shown):
+                out.print(f"  {line}", soft_wrap=True)
+    out.print()
+    if contents.sound:
+        out.print("sound", style="green")
+    else:
+        number = len(contents.damage)
+        out.print(f"not sound: {number:,} fault{'s' * (number != 1)}", style="bold red")
+        out.print()
+        out.print(_damage(out, contents, every))
+
+
+def _head(contents: Contents) -> Iterable[Text]:
+    files = len(contents.files)
+    yield Text(printable(contents.path), style="bold") + Text(
+        f": {contents.format}" + (f", {files} files" if files > 1 else ""), style="not bold"
+    )
+    dtypes = contents.dtypes
+    kinds = ", ".join(dtypes if len(dtypes) < 2 else (f"{kind} {bytes_text(size)}" for kind, size in dtypes.items()))
+    number = len(contents.tensors)
+    yield Text(
+        f"{number:,} tensor{'s' * (number != 1)}, {count_text(contents.numel)} elements, {bytes_text(contents.nbytes)}"
+        + (f": {kinds}" if kinds else "")
+    )
+    if len(contents.entries) > 1:
+        shown = (f"{printable(name) or 'the outermost'} ({number})" for name, number in contents.entries.items())
+        yield Text(f"state dicts, and their tensors: {', '.join(shown)}")
+    if contents.note:
+        yield Text(printable(contents.note), style="dim")
+
+
+def _tensors(out: Console, contents: Contents, lines: Sequence[Folded], each: bool) -> Table:
+    counted = any(line.rows[0].values for line in lines)
+    strange = any(row.values and (row.values.nans or row.values.infs) for row in contents.tensors)
+    numbers = ["min", "max", "mean", "std"] * counted + ["NaN", "Inf"] * strange
+    with_file = each and len({row.files for row in contents.tensors}) > 1
+    folded = any(len(line.rows) > 1 for line in lines)
+    # What the head says already makes room for the names.
+    with_dtype = out.width > _NARROW or len(contents.dtypes) > 1
+    columns = ["tensor", *["count"] * folded, "shape", *["dtype"] * with_dtype, "size", *numbers, *["file"] * with_file]
+    table = new_table(out, *columns, right=["count", "shape", "size", *numbers])
+    for line in lines:
+        first = line.rows[0]
+        cells = [printable(line.name)]
+        cells += [f"{len(line.rows):,} ×" if len(line.rows) > 1 else ""] * folded
+        cells += [
+            shape_text(first.shape),
+            *[first.dtype] * with_dtype,
+            bytes_text(sum(row.nbytes for row in line.rows)),
+        ]
+        cells += _numbers(line.rows)[: len(numbers)] if numbers else []
+        cells += [", ".join(map(printable, first.files))] * with_file
+        table.add_row(*cells, style=None if first.whole else "red")
+    return table
+
+
+def _numbers(rows: Sequence[TensorRow]) -> list[str]:
+    """Of all elements of the tensors together; they are of one shape."""
+    found = [row.values for row in rows if row.values is not None]
+    some = [one for one in found if not math.isnan(one.mean)]
+    nans, infs = (f"{sum(one.nans for one in found):,}", f"{sum(one.infs for one in found):,}")
+    if not some:
+        return ["-", "-", "-", "-", nans, infs]
+    mean, std = _together(some)
+    spread = min(one.min for one in some), max(one.max for one in some), mean, std
+    return [*(f"{number:.4g}" for number in spread), nans, infs]
+
+
+def _together(values: Sequence[Values]) -> tuple[float, float]:
+    mean = math.fsum(one.mean for one in values) / len(values)
+    variance = math.fsum(one.std**2 + (one.mean - mean) ** 2 for one in values) / len(values)
+    return mean, math.sqrt(variance)
+
+
+def _files(out: Console, contents: Contents) -> Table:
+    table = new_table(out, "file", "size", "tensors", "of size", right=["size", "tensors", "of size"])
+    for row in contents.files:
+        size = "not there" if row.nbytes is None else bytes_text(row.nbytes)
+        style = "red" if row.nbytes is None else None
+        table.add_row(printable(row.name), size, f"{row.tensors:,}", bytes_text(row.tensor_nbytes), style=style)
+    return table
+
+
+def _damage(out: Console, contents: Contents, every: bool) -> Table:
+    named = any(one.tensors for one in contents.damage)
+    table = new_table(out, "damage", "file", "what is wrong", *["tensors"] * named)
+    for one in contents.damage:
+        names = [printable(name) for name in fold_names(one.tensors)]
+        shown = ", ".join(names if every else _few(names))
+        table.add_row(Text(one.kind, style="red"), printable(one.file or ""), printable(one.message), *[shown] * named)
+    return table
+
+
+def _few(names: Sequence[str]) -> Sequence[str]:
+    return names if len(names) <= _FEW else [*names[: _FEW - 1], f"… and {len(names) - _FEW + 1} more"]

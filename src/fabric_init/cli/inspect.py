@@ -1,0 +1,81 @@
+"""``fabric-init inspect``: what a checkpoint holds, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fabric_init.cli import console
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+
+def run(
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A file, a folder, a URL, or a model id of the Hugging Face Hub.")
+    ],
+    match: Annotated[
+        list[str] | None,
+        typer.Argument(help="Globs: tell only of tensors with such names.", metavar="[GLOB]...", show_default=False),
+    ] = None,
+    all_: Annotated[
+        bool, typer.Option("--all", "-a", help="A line for each tensor and each file, instead of one a kind of layer.")
+    ] = False,
+    values: Annotated[
+        bool,
+        typer.Option("--values", help="Read every element: minimum, maximum, mean, std, NaN, infinities, duplicates."),
+    ] = False,
+    entry: Annotated[
+        str | None, typer.Option(help="The state dict that is meant, where there are several.", show_default=False)
+    ] = None,
+    manifest: Annotated[
+        str | None, typer.Option(help="Compare every byte with these SHA-256 digests.", show_default=False)
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Everything as JSON on standard output.")] = False,
+) -> int:
+    """Show what a checkpoint holds, and what is wrong with it.
+
+    Reads headers only, so a checkpoint of any size takes about a second; with `--values` every element is read, in
+    little memory. Of a damaged checkpoint it says which tensors are whole. Exit status: 0 if it is sound, 1 if it is
+    damaged or cannot be read.
+
+    What is in a model, a line for each kind of layer:
+    `fabric-init inspect Llama-3.1-8B/`
+
+    Every bias, one by one, and the file it is in:
+    `fabric-init inspect Llama-3.1-8B/ '*.bias' --all`
+
+    One of several state dicts, with statistics of its values:
+    `fabric-init inspect run.ckpt --entry generator --values`
+
+    A bucket, every byte compared with digests:
+    `fabric-init inspect s3://bucket/model --manifest SHA256SUMS`
+
+    For scripts:
+    `fabric-init inspect Llama-3.1-8B/ --json | jq .damage`
+    """
+    from fabric_init.inspection import inspect
+
+    bar = console.new_progress(not json_)
+    tasks: dict[str, TaskID] = {}
+
+    def advance(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            bar.start()
+            tasks[what] = bar.add_task(what, total=total)
+        bar.update(tasks[what], completed=done)
+
+    try:
+        contents = inspect(path, entry=entry, manifest=manifest, match=match or (), values=values, progress=advance)
+    finally:
+        bar.stop()
+    if json_:
+        print(json.dumps(contents.to_dict(), allow_nan=False))
+    else:
+        from fabric_init.cli.contents_tables import show
+
+        show(console.out(), contents, each=all_)
+    return 0 if contents.sound else 1
