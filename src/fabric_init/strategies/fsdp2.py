@@ -14,10 +14,12 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor.placement_types import Shard
 
+from fabric_init.checkpoints import Box
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.placement import Placement
-from fabric_init.strategies.dtensors import ShardedTensors, accept_whole_tensors
+from fabric_init.strategies.dtensors import ShardedTensors, accept_whole_tensors, shard_box
 from fabric_init.strategies.recorded_init import RecordedInit, register_strategy
 
 Units = Literal["blocks"] | int | type[nn.Module] | Sequence[type[nn.Module]] | Callable[[nn.Module], bool]
@@ -100,6 +102,11 @@ class FSDP2Strategy(ModelParallelStrategy):
             fully_shard(module, **options)
         fully_shard(model, **options)
         return model
+
+
+def region_on(shape: torch.Size, rank: int, world_size: int) -> Box:
+    """What ``rank`` keeps of a parameter of ``shape`` under :class:`FSDP2Strategy`: some of its rows."""
+    return shard_box(shape, (world_size,), (rank,), (Shard(0),))
 
 
 def units_of(model: nn.Module, units: Units) -> list[nn.Module]:
