@@ -19,10 +19,13 @@ ALLOWED: dict[str, frozenset[str]] = {
     "filling": frozenset({"errors", "recording", "checkpoints"}),
     "strategies": frozenset({"errors", "recording", "checkpoints", "filling"}),
     "fabric": frozenset({"errors", "recording", "checkpoints", "filling", "strategies"}),
+    "planning": frozenset({"errors", "recording", "checkpoints", "filling", "strategies"}),
     "audit": frozenset({"errors", "recording", "filling"}),
-    "__init__": frozenset({"errors", "recording", "checkpoints", "filling", "strategies", "fabric", "audit"}),
+    "__init__": frozenset(
+        {"errors", "recording", "checkpoints", "filling", "strategies", "fabric", "planning", "audit"}
+    ),
     "cli": frozenset(
-        {"errors", "recording", "checkpoints", "filling", "strategies", "fabric", "audit", "__init__"},
+        {"errors", "recording", "checkpoints", "filling", "strategies", "fabric", "planning", "audit", "__init__"},
     ),
     "__main__": frozenset({"cli"}),
 }
