@@ -70,7 +70,7 @@ def forecast(
     precision: str = "32-true",
     optimizer: str = "adamw",
     bandwidth: float | None = None,
-    units: Units | None = "blocks",
+    units: Units | None = None,
     io: Io = "auto",
     strict: bool = True,
     rename: Rename = None,
@@ -96,8 +96,8 @@ def forecast(
             a model that is not trained.
         bandwidth: of the storage, in bytes a second, for the time that reading takes.
         units: for ``"fsdp2"`` and ``"fsdp"``, which modules are gathered as one, see
-            :class:`~fabric_init.strategies.FSDP2Strategy`; ``None``: the model is the only one, as in Lightning's FSDP
-            without ``auto_wrap_policy``.
+            :class:`~fabric_init.strategies.FSDP2Strategy`. ``None``: what the strategy does when nothing is said:
+            ``"blocks"`` for ``"fsdp2"``, the model as the only one for ``"fsdp"``.
         io: see :class:`fabric_init.Fabric`.
         strict: see :meth:`fabric_init.Fabric.init_module`, as for ``rename``, ``reinit``, ``entry`` and ``convert``.
 

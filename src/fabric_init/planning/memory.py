@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -59,13 +60,17 @@ class Unit(NamedTuple):
 
 
 def gathered_units(model: nn.Module, units: Units | None, setting: Setting) -> list[Unit]:
-    """The units of ``model`` under FSDP, inner before outer; the model itself is the last.
+    """The units of ``model`` under FSDP, inner before outer; the model itself is the last. None in other strategies.
 
     Args:
         model: not sharded.
-        units: see :class:`~fabric_init.strategies.FSDP2Strategy`; ``None`` for the model as the only one.
-        setting: says in which dtype they are gathered.
+        units: see :func:`fabric_init.forecast`.
+        setting: strategy and precision.
     """
+    if setting.strategy not in ("fsdp", "fsdp2"):
+        return []
+    if units is None and setting.strategy == "fsdp2":
+        units = "blocks"
     dtype = setting.numbers.computed or setting.numbers.kept
     seen: set[int] = set()
     found = []
@@ -113,7 +118,7 @@ _Elements = Callable[[torch.Size], int]
 def _part_of(setting: Setting) -> _Elements:
     """How many elements of a parameter of some shape a rank has memory for."""
     if (region := REGIONS.get(setting.strategy)) is not None:
-        return lambda shape: region(shape, 0, setting.ranks).numel  # others are padded to that
+        return cache(lambda shape: region(shape, 0, setting.ranks).numel)  # others are padded to that
     if setting.strategy == "fsdp":
         return lambda shape: -(-shape.numel() // setting.ranks)
     return torch.Size.numel

@@ -121,8 +121,9 @@ def units_of(model: nn.Module, units: Units) -> list[nn.Module]:
             id(child)
             for module in model.modules()
             if isinstance(module, (nn.ModuleList, nn.Sequential))
+            for kinds in [Counter(map(type, module))]
             for child in module
-            if sum(type(other) is type(child) for other in module) > 1 and len(list(child.children())) > 0
+            if kinds[type(child)] > 1 and len(list(child.children())) > 0
         }
         chosen = lambda module: id(module) in blocks  # noqa: E731
     elif isinstance(units, int) and not isinstance(units, bool):
