@@ -1,0 +1,1 @@
+"""Is the init any good: what the tape, and one pass with a batch, tell about it."""

@@ -1,0 +1,126 @@
+"""The ``MODEL`` of a command: ``package.module:callable``, or a folder with a Hugging Face ``config.json``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fabric_init.cli import CommandError
+
+HELP = "What builds the model: `package.module:callable`, or a folder with a Hugging Face `config.json`."
+
+_WAYS = "give package.module:callable, or a folder with a config.json"
+
+
+def model_builder(argument: str) -> Callable[[], nn.Module]:
+    """What builds the model that a user named; imports it, but does not build it yet.
+
+    Args:
+        argument: ``package.module:callable``, where the callable takes no arguments and returns a module (modules of
+            the current directory are found, as under ``python -m``); or a folder, or the path of its ``config.json``.
+
+    Returns:
+        A callable that builds the model, and raises ``CommandError`` if what comes is no module.
+
+    Raises:
+        CommandError: there is no such module, attribute or folder, or it cannot build a model.
+    """
+    path = Path(argument)
+    if path.is_dir() or path.name == "config.json":
+        return _from_config(path if path.is_dir() else path.parent)
+    module_name, colon, attribute = argument.partition(":")
+    if not colon or not module_name or not attribute:
+        raise CommandError(f"{argument}: no such folder, and no package.module:callable; {_WAYS}")
+    return _checked(argument, _callable(argument, module_name, attribute))
+
+
+def _callable(argument: str, module_name: str, attribute: str) -> Callable[[], Any]:
+    if os.getcwd() not in sys.path:  # an entry point starts without it
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+            raise CommandError(f"{argument}: no module {error.name!r} in {os.getcwd()} or on sys.path") from None
+        raise CommandError(f"{argument}: {module_name} cannot be imported: {error}") from error
+    except ImportError as error:
+        raise CommandError(f"{argument}: {module_name} cannot be imported: {error}") from error
+    for name in attribute.split("."):
+        try:
+            found = getattr(found, name)
+        except AttributeError:
+            raise CommandError(f"{argument}: {getattr(found, '__name__', found)} has no attribute {name!r}") from None
+    if isinstance(found, nn.Module):
+        raise CommandError(f"{argument} is a module that is built already; name the class or function that builds it")
+    if not callable(found):
+        raise CommandError(f"{argument} is a {type(found).__name__}, not something that builds a model; {_WAYS}")
+    needed = _needed_arguments(found)
+    if needed:
+        raise CommandError(
+            f"{argument} needs arguments ({', '.join(needed)}): name a function without any that returns the model"
+        )
+    build: Callable[[], Any] = found
+    return build
+
+
+def _needed_arguments(build: Callable[..., Any]) -> list[str]:
+    try:
+        parameters = inspect.signature(build).parameters.values()
+    except (TypeError, ValueError):  # a builtin without a signature: calling it will tell
+        return []
+    return [
+        one.name
+        for one in parameters
+        if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+    ]
+
+
+def _checked(argument: str, build: Callable[[], Any]) -> Callable[[], nn.Module]:
+    def checked() -> nn.Module:
+        model = build()
+        if not isinstance(model, nn.Module):
+            raise CommandError(f"{argument} returned a {type(model).__name__}, not a torch.nn.Module")
+        return model
+
+    return checked
+
+
+def _from_config(folder: Path) -> Callable[[], nn.Module]:
+    """The class that ``architectures`` names, built from the config, with no weights."""
+    path = folder / "config.json"
+    try:
+        names = json.loads(path.read_text(encoding="utf-8")).get("architectures")
+    except FileNotFoundError:
+        raise CommandError(f"{folder}: no config.json in this folder; {_WAYS}") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise CommandError(f"{path}: not a Hugging Face config: {error}") from None
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise CommandError(f'{path}: name the model class in it: "architectures": ["LlamaForCausalLM"]')
+    try:
+        import transformers
+    except ImportError:
+        raise CommandError(f"{path}: building it takes transformers: pip install transformers") from None
+    model_class: Any = getattr(transformers, names[0], None)
+    if not isinstance(model_class, type) or not hasattr(model_class, "config_class"):
+        raise CommandError(
+            f"{path}: transformers {transformers.__version__} has no model class {names[0]!r}. If the model brings "
+            "code of its own, name a function that builds it: package.module:callable"
+        )
+    try:
+        config = model_class.config_class.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # each config's own checks raise kinds of their own
+        raise CommandError(f"{path}: transformers cannot read it: {error}") from None
+
+    def build() -> nn.Module:
+        model: nn.Module = model_class(config)
+        return model
+
+    return build
