@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from fabric_init.cli import CommandError, demo
+from fabric_init.cli import CommandError, demo, plan
 from fabric_init.errors import FabricInitError
 
 # A new command is one file beside this one and one entry here.
-COMMANDS: dict[str, Callable[..., int]] = {"demo": demo.run}
+COMMANDS: dict[str, Callable[..., int]] = {"demo": demo.run, "plan": plan.run}
 
 _FAILED = 1
 _HELP = {"help_option_names": ["-h", "--help"]}

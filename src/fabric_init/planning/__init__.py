@@ -4,20 +4,20 @@ from fabric_init.planning.coverage import Amount, Cast, Coverage, Fresh, Unexpec
 from fabric_init.planning.forecasting import Forecast, forecast
 from fabric_init.planning.memory import Memory
 from fabric_init.planning.reading import Reading
-from fabric_init.planning.setting import OPTIMIZERS, PRECISIONS, STRATEGIES, Setting
+from fabric_init.planning.setting import OptimizerName, PrecisionName, Setting, StrategyName
 
 __all__ = [
-    "OPTIMIZERS",
-    "PRECISIONS",
-    "STRATEGIES",
     "Amount",
     "Cast",
     "Coverage",
     "Forecast",
     "Fresh",
     "Memory",
+    "OptimizerName",
+    "PrecisionName",
     "Reading",
     "Setting",
+    "StrategyName",
     "Unexpected",
     "WrongShape",
     "forecast",

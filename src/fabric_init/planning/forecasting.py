@@ -19,7 +19,7 @@ from fabric_init.filling.slots import Slot
 from fabric_init.planning.coverage import Coverage, coverage_of
 from fabric_init.planning.memory import Memory, gathered_units, memory_of
 from fabric_init.planning.reading import Reading, reading_of
-from fabric_init.planning.setting import Setting
+from fabric_init.planning.setting import OptimizerName, PrecisionName, Setting, StrategyName
 from fabric_init.recording.collector import PausedCollector
 from fabric_init.recording.empty_init import recorded_build
 from fabric_init.strategies.fsdp2 import Units
@@ -64,11 +64,11 @@ def forecast(
     model: nn.Module | Callable[[], nn.Module],
     checkpoint: str | os.PathLike[str] | None = None,
     *,
-    strategy: str = "auto",
+    strategy: StrategyName = "auto",
     devices: int = 1,
     nodes: int = 1,
-    precision: str = "32-true",
-    optimizer: str = "adamw",
+    precision: PrecisionName = "32-true",
+    optimizer: OptimizerName = "adamw",
     bandwidth: float | None = None,
     units: Units | None = None,
     io: Io = "auto",

@@ -94,18 +94,17 @@ def memory_of(slots: Sequence[Slot], units: Sequence[Unit], setting: Setting) ->
         units: of :func:`gathered_units`.
         setting: strategy, precision and optimizer.
     """
-    masters, ranks, strategy = setting.numbers.masters, setting.ranks, setting.strategy
+    masters, strategy = setting.numbers.masters, setting.strategy
     parameters = [slot for slot in slots if slot.kind == "parameter"]
     trained = [slot for slot in parameters if slot.requires_grad and setting.trains]
-    kept = _part_of(setting)
-    updated, reduced = kept, kept
+    part = _part_of(setting)
+    updated = part
     if strategy in ("deepspeed_stage_1", "deepspeed_stage_2"):  # they cut what belongs to the optimizer
-        updated = lambda shape: -(-shape.numel() // ranks)  # noqa: E731
-        reduced = updated if strategy == "deepspeed_stage_2" else kept
+        updated = _equal_part(setting)
     return Memory(
-        weights=_bytes(parameters, kept) + sum(bytes_of(slot) for slot in slots if slot.kind != "parameter"),
+        weights=_bytes(parameters, part) + sum(bytes_of(slot) for slot in slots if slot.kind != "parameter"),
         masters=0 if masters is None else _bytes(trained, updated, masters),
-        gradients=_bytes(trained, reduced),
+        gradients=_bytes(trained, updated),
         optimizer=setting.states * _bytes(trained, updated, masters),
         passing=_passing(parameters, trained, units, setting),
         filling=max(unit.weights for unit in units) if strategy == "fsdp" else 0,
@@ -119,9 +118,11 @@ def _part_of(setting: Setting) -> _Elements:
     """How many elements of a parameter of some shape a rank has memory for."""
     if (region := REGIONS.get(setting.strategy)) is not None:
         return cache(lambda shape: region(shape, 0, setting.ranks).numel)  # others are padded to that
-    if setting.strategy == "fsdp":
-        return lambda shape: -(-shape.numel() // setting.ranks)
-    return torch.Size.numel
+    return _equal_part(setting) if setting.strategy == "fsdp" else torch.Size.numel
+
+
+def _equal_part(setting: Setting) -> _Elements:
+    return lambda shape: -(-shape.numel() // setting.ranks)
 
 
 def _bytes(slots: Sequence[Slot], elements: _Elements, dtype: torch.dtype | None = None) -> int:
@@ -148,14 +149,12 @@ def _passing(parameters: Sequence[Slot], trained: Sequence[Slot], units: Sequenc
 
 
 def _passing_in_deepspeed(parameters: Sequence[Slot], trained: Sequence[Slot], gradients: int, setting: Setting) -> int:
-    if not trained:
-        buckets = 0
-    else:
-        itemsize = max(slot.dtype.itemsize for slot in trained)
-        buckets = _REDUCE_BUCKET * itemsize
-    in_fp32 = -(-sum(slot.shape.numel() for slot in trained) // setting.ranks) * torch.float32.itemsize
-    if setting.strategy != "deepspeed_stage_3":
-        return max(2 * buckets, in_fp32)  # one bucket fills while the other is sent
-    whole = _bytes(parameters, torch.Size.numel)
     itemsize = max((slot.dtype.itemsize for slot in parameters), default=0)
-    return buckets + max(min(whole, _LIVE_PARAMETERS * itemsize), in_fp32)
+    bucket = _REDUCE_BUCKET * itemsize if trained else 0
+    in_fp32 = _bytes(trained, _equal_part(setting), torch.float32)  # of gradients, for the step
+    if setting.strategy == "deepspeed_stage_3":
+        live = min(_bytes(parameters, torch.Size.numel), _LIVE_PARAMETERS * itemsize)
+        return bucket + max(live, in_fp32)
+    if setting.strategy == "deepspeed_stage_2":
+        return max(2 * bucket, in_fp32)  # one bucket fills while the other is sent
+    return max(2 * bucket + gradients, in_fp32)

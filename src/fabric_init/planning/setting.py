@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from lightning.fabric.plugins import DoublePrecision, HalfPrecision
@@ -14,8 +14,9 @@ from fabric_init.filling.slots import Slot
 
 _HALF = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
-PRECISIONS = ("bf16-true", "16-true", "32-true", "64-true", "bf16-mixed", "16-mixed")
-STRATEGIES = (
+PrecisionName = Literal["bf16-true", "16-true", "32-true", "64-true", "bf16-mixed", "16-mixed"]
+StrategyName = Literal[
+    "auto",
     "single_device",
     "ddp",
     "fsdp",
@@ -23,7 +24,8 @@ STRATEGIES = (
     "deepspeed_stage_1",
     "deepspeed_stage_2",
     "deepspeed_stage_3",
-)
+]
+OptimizerName = Literal["adamw", "adam", "adagrad", "rmsprop", "sgd-momentum", "sgd", "none"]
 
 # What Lightning refuses, strategy by strategy.
 _REFUSED: Mapping[str, frozenset[str]] = {
@@ -34,7 +36,7 @@ _REFUSED: Mapping[str, frozenset[str]] = {
     "deepspeed_stage_3": frozenset({"64-true"}),
 }
 
-OPTIMIZERS: Mapping[str, int] = {
+_STATES: Mapping[OptimizerName, int] = {
     "adamw": 2,
     "adam": 2,
     "adagrad": 1,
@@ -43,7 +45,7 @@ OPTIMIZERS: Mapping[str, int] = {
     "sgd": 0,
     "none": 0,
 }
-"""Numbers that an optimizer keeps for each weight, as ``torch.optim`` makes it; ``none`` is no training at all."""
+"""Numbers that an optimizer keeps for each weight, as ``torch.optim`` makes it."""
 
 
 class Numbers(NamedTuple):
@@ -64,36 +66,34 @@ class Setting:
     """How a model is to be trained. Names as Lightning's Fabric has them.
 
     Args:
-        strategy: one of :data:`STRATEGIES`, or ``"auto"``: one device, or DDP where there are several ranks.
+        strategy: ``"auto"`` becomes one device, or DDP where there are several ranks.
         devices: ranks a machine.
         nodes: machines.
-        precision: one of :data:`PRECISIONS`.
-        optimizer: one of :data:`OPTIMIZERS`.
+        precision: of weights and training.
+        optimizer: ``"none"`` is no training at all.
 
     Raises:
         ValueError: a name is none of these, a number is below one, or Lightning refuses them together.
     """
 
-    strategy: str = "auto"
+    strategy: StrategyName = "auto"
     devices: int = 1
     nodes: int = 1
-    precision: str = "32-true"
-    optimizer: str = "adamw"
+    precision: PrecisionName = "32-true"
+    optimizer: OptimizerName = "adamw"
 
     def __post_init__(self) -> None:
         if min(self.devices, self.nodes) < 1:
             raise ValueError(f"devices={self.devices}, nodes={self.nodes}: there has to be at least one of each")
+        _require("strategy", self.strategy, get_args(StrategyName))
+        _require("precision", self.precision, get_args(PrecisionName))
+        _require("optimizer", self.optimizer, get_args(OptimizerName))
         if self.strategy == "auto":
             object.__setattr__(self, "strategy", "ddp" if self.ranks > 1 else "single_device")
-        if self.strategy == "deepspeed":  # as in Lightning
-            object.__setattr__(self, "strategy", "deepspeed_stage_2")
-        _require("strategy", self.strategy, STRATEGIES)
-        _require("precision", self.precision, PRECISIONS)
-        _require("optimizer", self.optimizer, OPTIMIZERS)
         if self.strategy == "single_device" and self.ranks > 1:
             raise ValueError(f"strategy='single_device' is for one rank, and there are {self.ranks}")
         if self.precision in _REFUSED.get(self.strategy, ()):
-            fits = ", ".join(one for one in PRECISIONS if one not in _REFUSED[self.strategy])
+            fits = ", ".join(one for one in get_args(PrecisionName) if one not in _REFUSED[self.strategy])
             raise ValueError(f"strategy={self.strategy!r} does not do precision={self.precision!r}; it does {fits}")
 
     @property
@@ -107,7 +107,7 @@ class Setting:
     @property
     def states(self) -> int:
         """Numbers that the optimizer keeps for each weight."""
-        return OPTIMIZERS[self.optimizer]
+        return _STATES[self.optimizer]
 
     @property
     def sharded(self) -> bool:
@@ -119,10 +119,7 @@ class Setting:
         half = _HALF.get(self.precision)
         mixed = self.precision.endswith("-mixed")
         if self.strategy.startswith("deepspeed"):
-            if half is not None:
-                return Numbers(half, masters=torch.float32)
-            # in fp32, only ZeRO-3 sees that a second copy would be the same
-            return Numbers(None, masters=None if self.strategy.endswith("3") else torch.float32)
+            return Numbers(half, masters=torch.float32)  # a second copy in fp32, too
         if self.strategy == "fsdp":
             return Numbers(None if mixed else half or torch.float32, computed=half)
         if mixed:
