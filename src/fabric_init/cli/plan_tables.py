@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console
+from rich.table import Table
 
 from fabric_init.cli.console import bytes_text, is_terminal, new_table, out, printable, shape_text
 from fabric_init.planning import Coverage, Forecast, Fresh, Memory, Reading
@@ -43,20 +44,21 @@ def _show_coverage(console: Console, coverage: Coverage) -> None:
     _show_fresh(console, "Missing from the checkpoint", coverage.missing)
     _show_fresh(console, "Initialised afresh, as asked", coverage.reinit)
     if coverage.unexpected:
-        table = new_table(console, "key", "shape", "dtype", "size", right=["shape", "size"], title="Not in the model")
+        table = new_table(console, "key", "shape", "dtype", "size", right=["shape", "size"])
         for one in _shown(console, coverage.unexpected):
             table.add_row(printable(one.key), shape_text(one.shape), one.dtype, bytes_text(one.bytes))
-        _print(console, table, len(coverage.unexpected))
+        _print(console, "Not in the model", table, len(coverage.unexpected))
     if coverage.wrong_shapes:
-        table = new_table(console, "tensor", title="Does not fit the model")
+        table = new_table(console, "tensor")
         for misfit in _shown(console, coverage.wrong_shapes):
             table.add_row(printable(misfit.problem))
-        _print(console, table, len(coverage.wrong_shapes))
+        _print(console, "Does not fit the model", table, len(coverage.wrong_shapes))
     if coverage.without_values:
-        table = new_table(console, "tensor", title="Gets a value neither from the checkpoint nor from the model's code")
+        table = new_table(console, "tensor")
         for name in _shown(console, coverage.without_values):
             table.add_row(name)
-        _print(console, table, len(coverage.without_values))
+        heading = "Gets a value neither from the checkpoint nor from the model's own code"
+        _print(console, heading, table, len(coverage.without_values))
     for text in coverage.problems:
         console.print(f"\n{text}")
     if coverage.proposed:
@@ -65,12 +67,12 @@ def _show_coverage(console: Console, coverage: Coverage) -> None:
             console.print(f"  {printable(text)}")
 
 
-def _show_fresh(console: Console, title: str, rows: Sequence[Fresh]) -> None:
+def _show_fresh(console: Console, heading: str, rows: Sequence[Fresh]) -> None:
     if rows:
-        table = new_table(console, "tensor", "shape", "size", "its own init", right=["shape", "size"], title=title)
+        table = new_table(console, "tensor", "shape", "size", "its own init", right=["shape", "size"])
         for one in _shown(console, rows):
             table.add_row(one.name, shape_text(one.shape), bytes_text(one.bytes), one.rule or "none")
-        _print(console, table, len(rows))
+        _print(console, heading, table, len(rows))
 
 
 def _show_reading(console: Console, forecast: Forecast) -> None:
@@ -78,11 +80,11 @@ def _show_reading(console: Console, forecast: Forecast) -> None:
     machines = f" on {setting.nodes} machines" if setting.nodes > 1 else ""
     ranks = f"{setting.ranks:,} ranks{machines}" if setting.ranks > 1 else "one rank"
     sent = ", which rank 0 reads and sends to the others" if reading.way == "broadcast" else ""
-    table = new_table(console, "rank", "reads", right=["reads"], title=f"Reading: {setting.strategy}, {ranks}{sent}")
+    table = new_table(console, "rank", "reads", right=["reads"])
     for name, nbytes in _runs(reading):
         table.add_row(name, bytes_text(nbytes))
     table.add_row("from storage", bytes_text(reading.from_storage))
-    _print(console, table, 0)
+    _print(console, f"Reading: {setting.strategy}, {ranks}{sent}", table)
     if reading.bandwidth is not None and reading.seconds is not None and reading.seconds_shared is not None:
         speed = f"{bytes_text(int(reading.bandwidth))}/s"
         console.print(
@@ -102,11 +104,10 @@ def _runs(reading: Reading) -> Iterator[tuple[str, int]]:
 
 def _show_memory(console: Console, forecast: Forecast) -> None:
     memory, setting = forecast.memory, forecast.setting
-    title = f"Memory of each rank: {setting.precision}, {setting.optimizer}; activations come on top"
-    table = new_table(console, "for", "bytes", right=["bytes"], title=title)
+    table = new_table(console, "for", "bytes", right=["bytes"])
     for name, nbytes in _parts(memory):
         table.add_row(name, bytes_text(nbytes))
-    _print(console, table, 0)
+    _print(console, f"Memory of each rank, beside activations: {setting.precision}, {setting.optimizer}", table)
 
 
 def _parts(memory: Memory) -> Iterator[tuple[str, int]]:
@@ -128,8 +129,8 @@ def _shown(console: Console, rows: Sequence[Row]) -> Sequence[Row]:
     return rows[:_MOST_ROWS] if is_terminal(sys.stdout) else rows
 
 
-def _print(console: Console, table: object, rows: int) -> None:
-    console.print()
+def _print(console: Console, heading: str, table: Table, rows: int = 0) -> None:
+    console.print(f"\n{heading}", style="bold")
     console.print(table)
     if rows > _MOST_ROWS and is_terminal(sys.stdout):
         console.print(f"… and {rows - _MOST_ROWS:,} more (--json has all)")

@@ -284,9 +284,11 @@ def likely_mends(found: Matching, reader: CheckpointReader) -> list[str]:
 
 def likely_transpose(found: Matching, reader: CheckpointReader) -> str | None:
     """The conversion under which tensors that do not fit would, in words; ``None`` for nothing."""
+    if likely_transposes({misfit.key: (misfit.slot.shape, misfit.spec.shape) for misfit in found.misfits}) is None:
+        return None
+    # square ones beside them lie the other way round, too, and fit all the same
     shapes = {key: (slot.shape, reader.spec(key).shape) for slot, _, keys, *_ in found.entries for key in keys}
-    transpose = likely_transposes(shapes)
-    return None if transpose is None else f"convert=[{transpose}], in the names of the checkpoint."
+    return f"convert=[{likely_transposes(shapes)}], in the names of the checkpoint."
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -105,7 +105,12 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def region_on(shape: torch.Size, rank: int, world_size: int) -> Box:
-    """What ``rank`` keeps of a parameter of ``shape`` under :class:`FSDP2Strategy`: some of its rows."""
+    """What ``rank`` keeps of a parameter of ``shape`` under :class:`FSDP2Strategy`: some of its rows.
+
+    One without dimensions is taken whole: ``fully_shard`` will refuse it.
+    """
+    if not shape:
+        return Box((), ())
     return shard_box(shape, (world_size,), (rank,), (Shard(0),))
 
 
