@@ -21,6 +21,7 @@ ALLOWED: dict[str, frozenset[str]] = {
     "filling": frozenset({"errors", "recording", "checkpoints", "pages"}),
     "strategies": frozenset({"errors", "recording", "checkpoints", "filling"}),
     "fabric": frozenset({"errors", "recording", "checkpoints", "filling", "strategies"}),
+    "planning": frozenset({"errors", "recording", "checkpoints", "filling", "strategies"}),
     "auditing": frozenset({"errors", "recording", "filling", "pages"}),
 }
 # What is made of all of them.

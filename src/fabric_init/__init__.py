@@ -15,6 +15,7 @@ from fabric_init.fabric import Fabric
 from fabric_init.filling.deferred import deferred_init
 from fabric_init.filling.materialize import materialize
 from fabric_init.filling.report import InitReport
+from fabric_init.planning import Forecast, forecast
 from fabric_init.strategies.wrappers import init_missing, init_report
 
 __version__ = "0.1.0"
@@ -27,11 +28,13 @@ __all__ = [
     "CheckpointNotFoundError",
     "Fabric",
     "FabricInitError",
+    "Forecast",
     "InitReport",
     "RecordingError",
     "UninitializedTensorError",
     "audit",
     "deferred_init",
+    "forecast",
     "init_missing",
     "init_report",
     "materialize",

@@ -10,11 +10,16 @@ from typing import Annotated, Any
 
 import typer
 
-from fabric_init.cli import CommandError, audit, demo, inspect
+from fabric_init.cli import CommandError, audit, demo, inspect, plan
 from fabric_init.errors import FabricInitError
 
 # A new command is one file beside this one and one entry here.
-COMMANDS: dict[str, Callable[..., int]] = {"demo": demo.run, "inspect": inspect.run, "audit": audit.run}
+COMMANDS: dict[str, Callable[..., int]] = {
+    "demo": demo.run,
+    "inspect": inspect.run,
+    "plan": plan.run,
+    "audit": audit.run,
+}
 
 _FAILED = 1
 _HELP = {"help_option_names": ["-h", "--help"]}

@@ -90,15 +90,66 @@ def make_plan(
         CheckpointMismatchError: missing, unexpected or mismatched keys.
         UninitializedTensorError: a tensor that neither the checkpoint nor the model's own code gives a value.
     """
+    found = match(slots, tapes, reader, wanted)
+    if reader is not None:
+        if found.missing or found.unexpected:
+            nothing_matches = bool(found.missing) and not found.taken
+            if wanted.strict or nothing_matches:
+                raise CheckpointMismatchError(_keys_message(found, reader))
+        if found.misfits:
+            transpose = likely_transpose(found, reader)
+            raise CheckpointMismatchError(
+                f"{reader.path}: {len(found.misfits)} of {found.loadable} tensors do not fit the model:\n"
+                + _listed([misfit.problem for misfit in found.misfits])
+                + ("" if transpose is None else f"\nLikely: {transpose}")
+                + "\nBuild the model from the checkpoint's own config, or name what is to be initialised afresh "
+                'instead, e.g. reinit=["' + found.misfits[0].slot.name + '"].'
+            )
+    check_all_have_values(found.entries, tapes, reader)
+    return Plan(found.entries, found.unexpected)
+
+
+class Misfit(NamedTuple):
+    """A tensor whose checkpoint key has another shape, or a dtype that cannot become the model's; in words."""
+
+    slot: Slot
+    key: str
+    spec: TensorSpec
+    problem: str
+
+
+class Matching(NamedTuple):
+    """How the tensors of a model and the keys of a checkpoint meet, before it is judged."""
+
+    entries: tuple[Entry, ...]
+    names: Mapping[str, str]
+    """Checkpoint key → tensor name, as renamed."""
+    taken: frozenset[str]
+    """The keys that a tensor has, also where it is to be initialised afresh."""
+    loadable: int
+    """How many tensors have a key."""
+    missing: tuple[Slot, ...]
+    unexpected: tuple[str, ...]
+    misfits: tuple[Misfit, ...]
+
+
+def match(
+    slots: Sequence[Slot], tapes: Mapping[int, Tape], reader: CheckpointReader | None, wanted: Wanted
+) -> Matching:
+    """What :func:`make_plan` judges. Arguments as there.
+
+    Raises:
+        CheckpointMismatchError: ``rename`` or ``reinit`` is not usable.
+    """
     keys = rename_keys(reader.keys(), wanted.rename) if reader is not None else {}
     key_of = {name: key for key, name in keys.items()}
     _check_reinit(slots, wanted.reinit)
 
     entries: list[Entry] = []
-    missing: dict[str, torch.Size] = {}
+    missing: list[Slot] = []
+    misfits: list[Misfit] = []
     taken: set[str] = set()
     loadable = 0
-    problems: list[str] = []
     for slot in slots:
         names = [name for name in slot.names if name in key_of] if slot.saved else []
         fresh = bool(wanted.reinit) and any(fnmatchcase(n, glob) for glob in wanted.reinit for n in slot.names)
@@ -108,36 +159,18 @@ def make_plan(
             assert reader is not None
             found = tuple(key_of[name] for name in names)
             specs = [reader.spec(key) for key in found]
-            problems.extend(
-                problem
+            misfits.extend(
+                Misfit(slot, key, spec, problem)
                 for key, spec in zip(found, specs, strict=True)
                 if (problem := _mismatch(slot, key, spec)) is not None
             )
             entries.append(Entry(slot, Action.LOAD, found, specs[0]))
             continue
         if reader is not None and slot.saved and not fresh:
-            missing[slot.name] = slot.shape
+            missing.append(slot)
         entries.append(Entry(slot, own_init(slot, tapes)))
-
     unexpected = tuple(key for key in keys if key not in taken)
-    if reader is not None:
-        if missing or unexpected:
-            nothing_matches = bool(missing) and not taken
-            if wanted.strict or nothing_matches:
-                raise CheckpointMismatchError(_keys_message(reader, keys, slots, missing, unexpected, loadable, wanted))
-        if problems:
-            transpose = likely_transposes(
-                {key: (slot.shape, reader.spec(key).shape) for slot, _, loaded, *_ in entries for key in loaded}
-            )
-            raise CheckpointMismatchError(
-                f"{reader.path}: {len(problems)} of {loadable} tensors do not fit the model:\n"
-                + _listed(problems)
-                + ("" if transpose is None else f"\nLikely: convert=[{transpose}], in the names of the checkpoint.")
-                + "\nBuild the model from the checkpoint's own config, or name what is to be initialised afresh "
-                'instead, e.g. reinit=["' + problems[0].split(" ", 1)[0] + '"].'
-            )
-    check_all_have_values(entries, tapes, reader)
-    return Plan(tuple(entries), unexpected)
+    return Matching(tuple(entries), keys, frozenset(taken), loadable, tuple(missing), unexpected, tuple(misfits))
 
 
 def own_init(slot: Slot, tapes: Mapping[int, Tape]) -> Action:
@@ -179,12 +212,8 @@ def _check_reinit(slots: Sequence[Slot], patterns: Sequence[str]) -> None:
             )
 
 
-def check_all_have_values(entries: Sequence[Entry], tapes: Mapping[int, Tape], reader: CheckpointReader | None) -> None:
-    """Raise if neither a checkpoint nor the model's own code gives some tensor a value.
-
-    Raises:
-        UninitializedTensorError: naming all of them.
-    """
+def without_values(entries: Sequence[Entry], tapes: Mapping[int, Tape]) -> tuple[list[str], list[str]]:
+    """Names of tensors to initialise for which there is no init: not recorded at all; never written by the model."""
     outside, garbage = [], []
     for slot, action, *_ in entries:
         if action is Action.INIT:
@@ -192,6 +221,16 @@ def check_all_have_values(entries: Sequence[Entry], tapes: Mapping[int, Tape], r
                 outside.append(slot.name)
             elif tapes[slot.ref.storage].never_written(slot.ref):
                 garbage.append(slot.name)
+    return outside, garbage
+
+
+def check_all_have_values(entries: Sequence[Entry], tapes: Mapping[int, Tape], reader: CheckpointReader | None) -> None:
+    """Raise if neither a checkpoint nor the model's own code gives some tensor a value.
+
+    Raises:
+        UninitializedTensorError: naming all of them.
+    """
+    outside, garbage = without_values(entries, tapes)
     if not outside and not garbage:
         return
     parts = []
@@ -212,36 +251,44 @@ def check_all_have_values(entries: Sequence[Entry], tapes: Mapping[int, Tape], r
     )
 
 
-def _keys_message(
-    reader: CheckpointReader,
-    keys: Mapping[str, str],
-    slots: Sequence[Slot],
-    missing: Mapping[str, torch.Size],
-    unexpected: Sequence[str],
-    matched: int,
-    wanted: Wanted,
-) -> str:
-    wanted_count = sum(slot.saved for slot in slots)
-    lines = [f"{reader.path}: {matched} of {wanted_count} tensors match."]
+def _keys_message(found: Matching, reader: CheckpointReader) -> str:
+    saved = sum(entry.slot.saved for entry in found.entries)
+    lines = [f"{reader.path}: {found.loadable} of {saved} tensors match."]
     if reader.note:
         lines.append(f"({reader.note}.)")
-    if missing:
-        lines.append(f"Missing from the checkpoint ({len(missing)}):\n" + _listed(list(missing)))
-    if unexpected:
-        lines.append(f"Not in the model ({len(unexpected)}):\n" + _listed(unexpected))
-    offered = {keys[key]: reader.spec(key).shape for key in unexpected}
-    renames = likely_renames(missing, offered)
-    wanting, offered = renamed_as_suggested(renames, missing, offered)
-    hints = [*map(str, renames), *likely_part(renames, wanting, offered), *likely_conversions(wanting, offered)]
+    if found.missing:
+        names = [slot.name for slot in found.missing]
+        lines.append(f"Missing from the checkpoint ({len(names)}):\n" + _listed(names))
+    if found.unexpected:
+        lines.append(f"Not in the model ({len(found.unexpected)}):\n" + _listed(found.unexpected))
+    hints = likely_mends(found, reader)
     lines += [f"Likely: {hint}" for hint in hints]
     if not hints:
-        if not matched:
+        if not found.loadable:
             lines.append("This looks like a checkpoint of another model.")
         else:
             lines.append(
                 "strict=False gives missing tensors the model's own init and ignores the rest; rename= maps keys."
             )
     return "\n".join(lines)
+
+
+def likely_mends(found: Matching, reader: CheckpointReader) -> list[str]:
+    """Sentences, each with a rename or conversion under which missing tensors would be found."""
+    missing = {slot.name: slot.shape for slot in found.missing}
+    offered = {found.names[key]: reader.spec(key).shape for key in found.unexpected}
+    renames = likely_renames(missing, offered)
+    wanting, offered = renamed_as_suggested(renames, missing, offered)
+    return [*map(str, renames), *likely_part(renames, wanting, offered), *likely_conversions(wanting, offered)]
+
+
+def likely_transpose(found: Matching, reader: CheckpointReader) -> str | None:
+    """The conversion under which tensors that do not fit would, in words; ``None`` for nothing."""
+    if likely_transposes({misfit.key: (misfit.slot.shape, misfit.spec.shape) for misfit in found.misfits}) is None:
+        return None
+    # square ones beside them lie the other way round, too, and fit all the same
+    shapes = {key: (slot.shape, reader.spec(key).shape) for slot, _, keys, *_ in found.entries for key in keys}
+    return f"convert=[{likely_transposes(shapes)}], in the names of the checkpoint."
 
 
 def _listed(names: Sequence[str]) -> str:

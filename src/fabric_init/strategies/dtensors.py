@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import Shard, _StridedShard
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
 
 from fabric_init.checkpoints import Box, Region
 from fabric_init.checkpoints.region import take
@@ -94,10 +95,20 @@ def region_of(tensor: DTensor) -> Box:
                 raise FabricInitError(f"cannot fill a DTensor with {placements} on {mesh}: its shard is not contiguous")
     if 0 in sizes:
         return Box((0,) * len(sizes), sizes)
-    computed, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-    if tuple(computed) != sizes:
-        raise FabricInitError(f"{placements} on {mesh}: torch says {tuple(computed)}, the local tensor is {sizes}")
-    return Box(tuple(offsets), sizes)
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "a rank outside the mesh holds nothing"
+    box = shard_box(tensor.shape, mesh.shape, coordinate, placements)
+    if box.sizes != sizes:
+        raise FabricInitError(f"{placements} on {mesh}: torch says {box.sizes}, the local tensor is {sizes}")
+    return box
+
+
+def shard_box(
+    shape: Sequence[int], mesh: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
+) -> Box:
+    """The part of a tensor of ``shape`` at a ``coordinate`` of a device mesh of these sizes; may have no element."""
+    sizes, offsets = _compute_local_shape_and_global_offset(tuple(shape), tuple(mesh), list(coordinate), placements)
+    return Box((0,) * len(sizes) if 0 in sizes else tuple(offsets), tuple(sizes))
 
 
 def accept_whole_tensors(model: nn.Module) -> None:

@@ -14,10 +14,12 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor.placement_types import Shard
 
+from fabric_init.checkpoints import Box
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.placement import Placement
-from fabric_init.strategies.dtensors import ShardedTensors, accept_whole_tensors
+from fabric_init.strategies.dtensors import ShardedTensors, accept_whole_tensors, shard_box
 from fabric_init.strategies.recorded_init import RecordedInit, register_strategy
 
 Units = Literal["blocks"] | int | type[nn.Module] | Sequence[type[nn.Module]] | Callable[[nn.Module], bool]
@@ -102,6 +104,16 @@ class FSDP2Strategy(ModelParallelStrategy):
         return model
 
 
+def region_on(shape: torch.Size, rank: int, world_size: int) -> Box:
+    """What ``rank`` keeps of a parameter of ``shape`` under :class:`FSDP2Strategy`: some of its rows.
+
+    One without dimensions is taken whole: ``fully_shard`` will refuse it.
+    """
+    if not shape:
+        return Box((), ())
+    return shard_box(shape, (world_size,), (rank,), (Shard(0),))
+
+
 def units_of(model: nn.Module, units: Units) -> list[nn.Module]:
     """The modules of ``model`` that ``units`` names, inner before outer, without ``model`` itself.
 
@@ -114,8 +126,9 @@ def units_of(model: nn.Module, units: Units) -> list[nn.Module]:
             id(child)
             for module in model.modules()
             if isinstance(module, (nn.ModuleList, nn.Sequential))
+            for kinds in [Counter(map(type, module))]
             for child in module
-            if sum(type(other) is type(child) for other in module) > 1 and len(list(child.children())) > 0
+            if kinds[type(child)] > 1 and len(list(child.children())) > 0
         }
         chosen = lambda module: id(module) in blocks  # noqa: E731
     elif isinstance(units, int) and not isinstance(units, bool):

@@ -101,10 +101,20 @@ class ZeroPartitions:
 
 
 def _span(parameter: Any) -> Span:
-    """This rank's slice of a partitioned parameter; the last one, or several, may be shorter than the others."""
-    start = parameter.ds_zero_partition_rank * parameter.partition_numel()
-    stop = start + parameter.partition_numel()
-    return Span(min(start, parameter.ds_numel), min(stop, parameter.ds_numel))
+    """This rank's slice of a partitioned parameter."""
+    return _slice(parameter.ds_numel, parameter.partition_numel(), parameter.ds_zero_partition_rank)
+
+
+def _slice(numel: int, partition: int, rank: int) -> Span:
+    """Slice number ``rank`` of ``partition`` elements; the last one, or several, may be shorter than the others."""
+    start = rank * partition
+    return Span(min(start, numel), min(start + partition, numel))
+
+
+def region_on(shape: torch.Size, rank: int, world_size: int) -> Span:
+    """What ``rank`` keeps of a parameter of ``shape``: DeepSpeed pads it to a multiple of the ``world_size``."""
+    numel = shape.numel()
+    return _slice(numel, -(-numel // world_size), rank)
 
 
 def _pinned(value: Tensor) -> Tensor:
