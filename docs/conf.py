@@ -1,0 +1,27 @@
+"""How Sphinx builds this site: ``tox -e docs``, where warnings are errors.
+
+Nothing is asked of the network: names of other libraries stay text, without links.
+"""
+
+import fabric_init
+
+project = "fabric_init"
+author = "the fabric_init authors"
+copyright = "the fabric_init authors, Apache-2.0"
+version = release = fabric_init.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+html_theme = "furo"
+html_title = "fabric_init"
+
+myst_heading_anchors = 3  # links such as page.md#a-heading, as on GitHub
+
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|nn|lightning|lightning_fabric|deepspeed|collections|contextlib|os|pathlib|typing)\b.*"),
+]
