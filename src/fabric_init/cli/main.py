@@ -2,44 +2,65 @@
 
 from __future__ import annotations
 
-import argparse
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from typing import Annotated, Any
 
-from fabric_init.cli import Command, CommandError, demo
+import typer
+
+from fabric_init.cli import CommandError, demo
 from fabric_init.errors import FabricInitError
 
 # A new command is one file beside this one and one entry here.
-COMMANDS: tuple[Command, ...] = (demo.COMMAND,)
+COMMANDS: dict[str, Callable[..., int]] = {"demo": demo.run}
+
+_FAILED = 1
+_HELP = {"help_option_names": ["-h", "--help"]}
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fabric-init",
-        description="Give every tensor of a model its value exactly once: from a checkpoint, or by its own init code.",
-        epilog="`fabric-init COMMAND --help` explains one command.",
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fabric-init {version('fabric-init')}")
+        raise typer.Exit
+
+
+def _about(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Give every tensor of a model its value exactly once: from a checkpoint, or by its own init code.
+
+    `fabric-init COMMAND --help` explains one command.
+    """
+
+
+def build_app(commands: dict[str, Callable[..., int]] = COMMANDS) -> typer.Typer:
+    """The commands as one application. A command's result is its exit status."""
+    app = typer.Typer(
+        no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False, context_settings=_HELP
     )
-    parser.add_argument("--version", action="version", version=f"fabric-init {version('fabric-init')}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        subparser = subparsers.add_parser(
-            command.name,
-            help=command.summary,
-            description=command.description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
-    return parser
+    app.callback()(_about)
+    for name, run in commands.items():
+        app.command(name)(_with_status(name, run))
+    return app
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. 0: done; 1: it failed, with a line on stderr that says why; 2: called the wrong way."""
-    arguments = build_parser().parse_args(argv)
-    try:
-        status: int = arguments.run(arguments)
-    except (CommandError, FabricInitError) as error:
-        print(f"fabric-init {arguments.command}: {error}", file=sys.stderr)
-        return 1
-    return status
+def _with_status(name: str, run: Callable[..., int]) -> Callable[..., None]:
+    @functools.wraps(run)
+    def command(*args: Any, **kwargs: Any) -> None:
+        try:
+            status = run(*args, **kwargs)
+        except (CommandError, FabricInitError) as error:
+            print(f"fabric-init {name}: {error}", file=sys.stderr)
+            status = _FAILED
+        raise typer.Exit(status)
+
+    return command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command, and exit: 0 for done, 1 for failed, with a line on stderr that says why, 2 for a wrong call."""
+    build_app()(args=argv, prog_name="fabric-init")
