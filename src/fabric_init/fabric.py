@@ -122,7 +122,7 @@ class Fabric(lightning.Fabric):
         init_missing(model)
 
     def init_report(self, model: nn.Module) -> InitReport:
-        """What every tensor of ``model`` got, from where. Also takes what :meth:`setup` returned.
+        """What every tensor of ``model`` got, from where. Also takes what ``setup`` returned.
 
         Raises:
             FabricInitError: the model was not built under :meth:`init_module` with a recorded block.
