@@ -21,6 +21,7 @@ html_title = "fabric_init"
 
 myst_heading_anchors = 3  # links such as page.md#a-heading, as on GitHub
 
+python_maximum_signature_line_length = 88  # longer ones have a line for each argument
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_google_docstring = True
