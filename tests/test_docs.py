@@ -1,8 +1,9 @@
-"""Every Python block of the documentation runs, and so do the examples.
+"""Every Python block of the documentation runs, and so do the examples; the site builds without a warning.
 
 The blocks of one file run in order and share their names. An HTML comment right above a block says what is special:
 
     <!-- raises: ErrorName -->   the block ends in that error
+    <!-- from: examples/x.py -->  the block is a part of that file, word for word, and runs with it
     <!-- not run: needs … -->    the block cannot run here
 """
 
@@ -27,7 +28,7 @@ from torch import nn
 import fabric_init
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in ROOT.glob("docs/*.md"))]
+PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in ROOT.glob("docs/**/*.md"))]
 EXAMPLES = sorted(example.name for example in ROOT.glob("examples/*.py"))
 
 _BLOCK = re.compile(r"^(?:<!-- (?P<mark>.+?) -->\n+)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -38,15 +39,17 @@ class Block:
     line: int  # of its first line of code
     code: str
     raises: str | None = None
+    part_of: str | None = None  # a file, by its path from the root
     run: bool = True
 
 
 def blocks_of(text: str) -> Iterator[Block]:
     for match in _BLOCK.finditer(text):
         kind, _, detail = (match["mark"] or "").partition(": ")
-        assert kind in ("", "raises", "not run"), f"unknown mark above a block: {match['mark']}"
+        assert kind in ("", "raises", "from", "not run"), f"unknown mark above a block: {match['mark']}"
         line = text.count("\n", 0, match.start("code")) + 1
-        yield Block(line, match["code"], detail if kind == "raises" else None, kind != "not run")
+        raises, part_of = (detail if kind == one else None for one in ("raises", "from"))
+        yield Block(line, match["code"], raises, part_of, run=kind in ("", "raises"))
 
 
 def run(block: Block, page: str, names: dict[str, Any]) -> None:
@@ -90,7 +93,6 @@ def names_of_a_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_runs(page: str, names_of_a_reader: dict[str, Any]) -> None:
     blocks = list(blocks_of((ROOT / page).read_text(encoding="utf-8")))
-    assert blocks, "a page without a block: is the pattern still right?"
     state = torch.get_rng_state()
     try:
         for block in blocks:
@@ -98,6 +100,16 @@ def test_every_block_runs(page: str, names_of_a_reader: dict[str, Any]) -> None:
                 run(block, page, names_of_a_reader)
     finally:
         torch.set_rng_state(state)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_block_from_a_file_is_in_it_word_for_word(page: str) -> None:
+    for block in blocks_of((ROOT / page).read_text(encoding="utf-8")):
+        if block.part_of is not None:
+            lines = [line.strip() for line in (ROOT / block.part_of).read_text(encoding="utf-8").splitlines()]
+            wanted = [line.strip() for line in block.code.splitlines()]  # the page may indent it otherwise
+            found = any(lines[start : start + len(wanted)] == wanted for start in range(len(lines)))
+            assert found, f"{page}:{block.line} is not in {block.part_of}"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -153,11 +165,29 @@ def run_example(example: str, arguments: list[str], folder: Path, seconds: float
     return output
 
 
-@pytest.mark.parametrize("example", [example for example in EXAMPLES if example != "finetune_fsdp2.py"])
+ON_THEIR_OWN = {"any_strategy.py", "finetune_fsdp2.py", "from_zero_init.py"}
+"""Examples with tests of their own."""
+
+
+@pytest.mark.parametrize("example", [example for example in EXAMPLES if example not in ON_THEIR_OWN])
 def test_example_runs(example: str, tmp_path: Path) -> None:
     output = run_example(example, COMMANDS.get(example, []), tmp_path)
     assert "initialised" in output
     assert ("loaded" in output) == (example != "from_scratch_fsdp2.py")
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "model_parallel"])  # those that no other example shows
+def test_one_script_trains_on_every_strategy(strategy: str, tmp_path: Path) -> None:
+    output = run_example("any_strategy.py", [*ON_TWO_RANKS, f"--strategy={strategy}", "--steps=2"], tmp_path)
+    assert "8 loaded" in output
+    assert "step 1  loss " in output
+
+
+def test_zero_init_loses_what_a_constructor_writes_and_a_recording_keeps_it(tmp_path: Path) -> None:
+    output = run_example("from_zero_init.py", [], tmp_path)
+    std = {name: float(value) for name, value in re.findall(r"^(\S+) +std of head.weight (\S+)$", output, re.MULTILINE)}
+    assert std["fabric_init"] == pytest.approx(0.001, rel=0.3)
+    assert std["zero.Init"] > 0.03, "DeepSpeed has mended this: say so in docs/coming_from/deepspeed.md"
 
 
 def test_the_finetuning_recipe_goes_on_where_it_stopped(tmp_path: Path) -> None:

@@ -80,8 +80,8 @@ class Fabric(lightning.Fabric):
                 id of a model on the Hugging Face Hub: all that :func:`~fabric_init.checkpoints.open_checkpoint` takes.
             strict: a missing or unexpected key is an error. Otherwise missing tensors get the model's own init and
                 unexpected keys are ignored; :meth:`init_report` has both.
-            rename: regex → replacement, or a callable, from checkpoint key to tensor name; ``None`` drops a key. Or a
-                list of these, applied in order; :class:`~fabric_init.checkpoints.Part` and
+            rename: regex → replacement, or a callable from checkpoint key to tensor name, or to ``None`` to drop it.
+                Or a list of these, applied in order; :class:`~fabric_init.checkpoints.Part` and
                 :class:`~fabric_init.checkpoints.Layers` choose what to load.
             reinit: globs of tensors to initialise afresh although the checkpoint has them (a new head, say).
             mmap: on the CPU, let the mapped file be the parameters: nothing is copied. ``False`` copies, for a file
@@ -123,7 +123,7 @@ class Fabric(lightning.Fabric):
         init_missing(model)
 
     def init_report(self, model: nn.Module) -> InitReport:
-        """What every tensor of ``model`` got, from where. Also takes what :meth:`setup` returned.
+        """What every tensor of ``model`` got, from where. Also takes what ``setup`` returned.
 
         Raises:
             FabricInitError: the model was not built under :meth:`init_module` with a recorded block.

@@ -25,7 +25,7 @@ class TensorSpec:
 class CheckpointReader(Protocol):
     """One open checkpoint.
 
-    Order of calls: :func:`~fabric_init.checkpoints.opening.open_checkpoint` reads the header and returns a reader; then
+    Order of calls: :func:`~fabric_init.checkpoints.open_checkpoint` reads the header and returns a reader; then
     ``keys`` and ``spec`` answer without touching a byte of weight; then ``read`` as often as wanted, from any thread.
     """
 
@@ -35,7 +35,7 @@ class CheckpointReader(Protocol):
         ...
 
     format: str
-    """The format, in words, for reports: ``"safetensors"``, ``"sharded safetensors"``, ``"torch"``, and so on."""
+    """The format in words, for reports, such as ``"safetensors"``, ``"sharded safetensors"`` or ``"torch"``."""
     note: str | None
     """Anything the user should know of how it was read (``"state dict found under 'model'"``), else ``None``."""
 

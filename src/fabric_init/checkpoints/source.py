@@ -14,7 +14,7 @@ from fabric_init.checkpoints.reader import CheckpointReader
 
 @dataclass(frozen=True)
 class Source:
-    """What :func:`~fabric_init.checkpoints.opening.open_checkpoint` is to be called with, and conversions of that."""
+    """What :func:`~fabric_init.checkpoints.open_checkpoint` is to be called with, and conversions of that."""
 
     path: str | os.PathLike[str]
     mmap: bool = True

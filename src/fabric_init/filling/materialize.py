@@ -53,8 +53,8 @@ def materialize(
             on the Hugging Face Hub: all that :func:`~fabric_init.checkpoints.open_checkpoint` takes.
         strict: a missing or unexpected key is an error. Otherwise missing tensors get the model's own init and
             unexpected keys are ignored; the report has both.
-        rename: regex → replacement, or a callable, from checkpoint key to tensor name; ``None`` drops a key. Or a list
-            of these, applied in order; :class:`~fabric_init.checkpoints.Part` and
+        rename: regex → replacement, or a callable from checkpoint key to tensor name, or to ``None`` to drop the key.
+            Or a list of these, applied in order; :class:`~fabric_init.checkpoints.Part` and
             :class:`~fabric_init.checkpoints.Layers` choose what to load.
         reinit: globs of tensors to initialise afresh although the checkpoint has them.
         rng: ``"per_op"`` or ``"eager"``, see :func:`~fabric_init.deferred_init`; default: as recorded.

@@ -38,7 +38,7 @@ class RecordedInit(Strategy):
     """
 
     fills_in_setup: bool = False
-    """Whether models stay recorded until they are set up: ``shard`` is called there, and before ``placement``."""
+    """Whether models stay recorded until they are set up; ``shard`` is called there, and before ``placement``."""
 
     io: Io = "auto"
     """How the ranks read a checkpoint, see :class:`fabric_init.Fabric`; also an argument of every strategy of ours."""

@@ -1,0 +1,35 @@
+"""The directive ``command-help``: what every command says to ``--help``, word for word, one section a command."""
+
+import os
+import subprocess
+import sys
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from fabric_init.cli.main import COMMANDS
+
+_PLAIN = {"COLUMNS": "84", "NO_COLOR": "1", "TERM": "dumb"}
+
+
+def help_of(command: str) -> str:
+    """What a terminal of 84 columns shows."""
+    arguments = [sys.executable, "-m", "fabric_init", command, "--help"]
+    shown = subprocess.run(arguments, env=os.environ | _PLAIN, capture_output=True, encoding="utf-8", check=True).stdout
+    return "\n".join(line.rstrip() for line in shown.strip("\n").splitlines())
+
+
+class CommandHelp(SphinxDirective):
+    def run(self) -> list[nodes.Node]:
+        return [self._section(command) for command in COMMANDS]
+
+    def _section(self, command: str) -> nodes.Node:
+        text = help_of(command)
+        title = nodes.title("", "", nodes.literal(text=f"fabric-init {command}"))
+        return nodes.section("", title, nodes.literal_block(text, text, language="text"), ids=[command])
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_directive("command-help", CommandHelp)
+    return {"parallel_read_safe": True}
