@@ -7,7 +7,6 @@ Lightning's ``meta.pt`` beside it is not opened: it has what was saved besides m
 
 from __future__ import annotations
 
-import io
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from fabric_init.checkpoints.safetensors import SafetensorsReader
 from fabric_init.checkpoints.saved_tensor import find_saved_tensor
 from fabric_init.checkpoints.sharded import check_shard
 from fabric_init.checkpoints.state_dicts import Location, choose_state_dict, describe
+from fabric_init.checkpoints.torch_archive import load_within
 from fabric_init.errors import CheckpointFormatError
 
 # A map holds a descriptor, and a process may often have no more than 1,024. Ranks write a file each; it takes
@@ -173,10 +173,7 @@ class DCPReader:
         check_shard(self.path / ".metadata", item.file, 1)
         file = open_bytes(self.path / item.file, mmap=False)
         try:
-            if item.offset + item.length > file.size:
-                raise ValueError(f"the file has only {file.size:,} bytes")
-            data = io.BytesIO(file.part(item.offset, item.offset + item.length))
-            return torch.load(data, weights_only=True, map_location="cpu")
+            return load_within(file, item.offset, item.length)
         except Exception as error:
             raise CheckpointFormatError(f"{file.path}: {key!r} cannot be loaded as plain data: {error}") from error
 

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from fabric_init.checkpoints.deepspeed_layout import locate
+from fabric_init.checkpoints.mapped_archive import MappedArchive, maps_privately
 from fabric_init.checkpoints.pieces import Pieces
 from fabric_init.checkpoints.reader import TensorSpec
 from fabric_init.checkpoints.region import Region, take
-from fabric_init.checkpoints.torch_file import checked_key, load_mapped, maps_privately
+from fabric_init.checkpoints.torch_file import checked_key
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
 
 _MODEL_STATES = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<shard>\d+)_model_states\.pt")
@@ -72,12 +73,13 @@ class DeepSpeedFolderReader:
         self._copy = not mmap or not maps_privately()
         folder = _tag_folder(self.path)
         names = sorted(entry.name for entry in folder.iterdir())
-        states = [load_mapped(file, _STAND_INS)[0] for file in _by_rank(folder, names, _MODEL_STATES)]
-        optimizers = [load_mapped(file, _STAND_INS)[0] for file in _by_rank(folder, names, _OPTIM_STATES)]
+        states = [MappedArchive(file, _STAND_INS) for file in _by_rank(folder, names, _MODEL_STATES)]
+        optimizers = [MappedArchive(file, _STAND_INS) for file in _by_rank(folder, names, _OPTIM_STATES)]
+        self._files = (*states, *optimizers)
         if not states:
             raise CheckpointNotFoundError(f"{folder} has no file *_model_states.pt. Is the copy complete?")
         try:
-            self._open(states, optimizers)
+            self._open([file.content for file in states], [file.content for file in optimizers])
         except (ValueError, TypeError, IndexError, OverflowError) as error:
             if isinstance(error, CheckpointFormatError):
                 raise
@@ -126,8 +128,14 @@ class DeepSpeedFolderReader:
         return found.spec if isinstance(found, Pieces) else TensorSpec(found.shape, found.dtype)
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
-        """The tensor or a region of it, on the CPU. Raises ``KeyError`` for an unknown key."""
+        """The tensor or a region of it, on the CPU.
+
+        Raises ``KeyError`` for an unknown key, and :class:`~fabric_init.errors.CheckpointFormatError` when a file
+        changed after it was opened.
+        """
         found = self._find(key)
+        for file in self._files:
+            file.check_unchanged()
         part = found.read(region) if isinstance(found, Pieces) else take(found, region)
         return part.clone(memory_format=torch.contiguous_format) if self._copy else part.detach()
 

@@ -80,7 +80,7 @@ def open_bytes(path: AnyPath, *, mmap: bool) -> FileBytes:
             found = os.fstat(file.fileno())
             if not found.st_size:
                 raise CheckpointFormatError(f"{path} is empty (0 bytes): fetch or save it again.")
-            return _Mapped(path, file, found.st_size) if mmap else _Plain(path, found)
+            return _Mapped(path, file, found) if mmap else _Plain(path, found)
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(f"{path} does not exist.") from error
     except (OSError, ValueError) as error:
@@ -96,9 +96,10 @@ class _Mapped:
     ``torch.save``) sees what it would see after a copy.
     """
 
-    def __init__(self, path: Path, file: FileIO, size: int) -> None:
+    def __init__(self, path: Path, file: FileIO, found: os.stat_result) -> None:
         self.path = path
-        self.size = size
+        self.size = size = found.st_size
+        self._identity = identity(found)
         if sys.platform == "win32":
             self._map = _mmap.mmap(file.fileno(), size, access=_mmap.ACCESS_COPY)
         else:
@@ -131,7 +132,13 @@ class _Mapped:
         return flat.as_strided(window.sizes, window.strides).detach()
 
     def _check(self, stop: int) -> None:
-        if self._map.size() < max(stop, self.size):
+        try:
+            now = identity(os.stat(self.path))
+        except OSError:
+            now = ()  # removed, or out of reach: the map keeps what was there, unless somebody else cuts it short
+        # A file that was put in its place does not concern the map.
+        rewritten = now[:2] == self._identity[:2] and now != self._identity
+        if rewritten or stop > self.size or self._map.size() < self.size:
             # Touching a page past the end would kill the process with SIGBUS.
             raise CheckpointFormatError(changed(self.path, self.size))
 
