@@ -6,6 +6,7 @@ from fabric_init.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
     FabricInitError,
+    OutOfMemoryError,
     RecordingError,
     UninitializedTensorError,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "Fabric",
     "FabricInitError",
     "InitReport",
+    "OutOfMemoryError",
     "RecordingError",
     "UninitializedTensorError",
     "deferred_init",

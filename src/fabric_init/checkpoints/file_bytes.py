@@ -19,7 +19,7 @@ import torch
 
 from fabric_init.checkpoints.region import Window
 from fabric_init.checkpoints.remote import AnyPath, RemoteBytes, RemotePath
-from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
+from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError, OutOfMemoryError, is_out_of_memory
 
 # Without it Linux refuses a private writable map larger than memory plus swap, although most of it is never written.
 # Python 3.11 lacks the name; the number is the one of x86, Arm and RISC-V.
@@ -86,6 +86,11 @@ def open_bytes(path: AnyPath, *, mmap: bool) -> FileBytes:
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointFormatError):
             raise
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(
+                f"{path}: there is no address space for a map of the file ({error}). Raise the limit (ulimit -v), or read "
+                "it without a map: mmap=False."
+            ) from error
         raise CheckpointFormatError(f"{path} cannot be read: {error}. Check its permissions and path.") from error
 
 

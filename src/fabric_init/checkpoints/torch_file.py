@@ -26,7 +26,7 @@ from fabric_init.checkpoints.region import Region, take
 from fabric_init.checkpoints.remote import AnyPath, as_path
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE, OPTIMIZER_PARTS, Location, choose_state_dict, describe
 from fabric_init.checkpoints.torch_archive import TorchArchive, unsafe_globals
-from fabric_init.errors import CheckpointError, CheckpointFormatError
+from fabric_init.errors import CheckpointFormatError, FabricInitError, OutOfMemoryError, is_out_of_memory
 
 _ZIP_MAGIC = b"PK\x03\x04"
 
@@ -146,9 +146,11 @@ def corruption_of(path: AnyPath) -> Iterator[None]:
     # A corrupt pickle calls allowed functions with wrong arguments: the error can be of any type.
     try:
         yield
-    except CheckpointError:
+    except FabricInitError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(f"{path}: there is no memory to read it ({error}).") from error
         raise CheckpointFormatError(_corrupt(path, error)) from error
 
 

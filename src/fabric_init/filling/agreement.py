@@ -14,10 +14,11 @@ import torch.distributed as dist
 
 from fabric_init.checkpoints import CheckpointReader, Span
 from fabric_init.errors import CheckpointMismatchError, FabricInitError
+from fabric_init.filling.interrupts import interrupts_held
 from fabric_init.filling.plan import Plan
 
 _T = TypeVar("_T")
-_Error = TypeVar("_Error", bound=Exception)
+_Error = TypeVar("_Error", bound=BaseException)
 
 
 class RanksLostError(FabricInitError):
@@ -56,6 +57,9 @@ class Alone:
 _PATIENCE = timedelta(seconds=30)
 """How long a rank that cannot go on waits for the others to come and hear of it. They may be building still."""
 
+_PATIENCE_OF_USERS = timedelta(seconds=5)
+"""The same for one that somebody has pressed Ctrl-C for; most often all ranks have got that."""
+
 _meetings = itertools.count()
 
 
@@ -71,10 +75,15 @@ class AllRanks:
             mine = digest(value)
         except RanksLostError:  # nobody is left to tell
             raise
-        except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        except (Exception, KeyboardInterrupt) as error:  # whatever it is, the other ranks must not wait for this one
             self._tell(what, error)
             raise
-        _check_same(what, self._hear(what, mine))
+        try:
+            digests = self._hear(what, mine)
+        except KeyboardInterrupt as error:  # once all had gathered: they hear of it at their next meeting
+            self._tell(what, error)
+            raise
+        _check_same(what, digests)
         return value
 
     def alike(self, digest: str | None) -> bool:
@@ -108,14 +117,15 @@ class AllRanks:
             raise _known(FabricInitError(f"{failing} failed on rank {ranks}, so no rank goes on. Rank {rank}: {text}"))
         return [text for _, text in outcomes]
 
-    def _tell(self, what: str, error: Exception) -> None:
+    def _tell(self, what: str, error: BaseException) -> None:
         """Let the other ranks know why this one goes no further."""
         if _is_known(error):
             return
         _known(error)
         with suppress(RuntimeError):  # they do not come, or are no more: this rank's own error is what matters
             store, meeting = self._come()
-            store.wait([f"{meeting}/{rank}" for rank in range(dist.get_world_size())], _PATIENCE)
+            patience = _PATIENCE if isinstance(error, Exception) else _PATIENCE_OF_USERS
+            store.wait([f"{meeting}/{rank}" for rank in range(dist.get_world_size())], patience)
             _gather((what, f"{type(error).__name__}: {error}"))
 
     def _come(self) -> tuple[Any, str]:
@@ -128,7 +138,8 @@ class AllRanks:
 def _gather(mine: tuple[str | None, Any]) -> list[tuple[str | None, Any]]:
     """From every rank: what it failed in, or ``None``, and what it has to say."""
     outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, mine)
+    with interrupts_held():  # it takes several steps, and who leaves between two of them leaves the others hanging
+        dist.all_gather_object(outcomes, mine)
     return outcomes
 
 
@@ -138,7 +149,7 @@ def _known(error: _Error) -> _Error:
     return error
 
 
-def _is_known(error: Exception) -> bool:
+def _is_known(error: BaseException) -> bool:
     return "_fabric_init_known" in error.__dict__
 
 

@@ -15,7 +15,7 @@ from fabric_init.checkpoints.remote import AnyPath
 from fabric_init.filling.agreement import Agreement
 from fabric_init.filling.batches import ALIGNMENT, aligned, batches, chunks
 from fabric_init.filling.in_step import InStep
-from fabric_init.filling.loading import Load, check_tie, loads
+from fabric_init.filling.loading import Load, check_tie, loads, read
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Plan
 
@@ -105,7 +105,7 @@ class OneReader:
             assert self._reader is not None
             entry = entries[index][1]
             for key in entry.keys[1:]:
-                check_tie(self.path, entry, key, values, self._reader.read(key, part))
+                check_tie(self.path, entry, key, values, read(self._reader, key, part))
 
         for index, value in self._share([entry.keys[0] for _, entry in entries], targets, check_ties):
             yield entries[index][0], value
@@ -136,7 +136,7 @@ class OneReader:
                     if self._reader is not None:
                         for piece, part in zip(batch, parts, strict=True):
                             for span in chunks(piece, chunk):
-                                values = self._reader.read(keys[piece.tensor], span)
+                                values = read(self._reader, keys[piece.tensor], span)
                                 check(piece.tensor, span, values)
                                 part[span.start - piece.start : span.stop - piece.start].copy_(values)
                 ranks.roll_call()
