@@ -88,8 +88,8 @@ def open_bytes(path: AnyPath, *, mmap: bool) -> FileBytes:
             raise
         if is_out_of_memory(error):
             raise OutOfMemoryError(
-                f"{path}: there is no address space for a map of the file ({error}). Raise the limit (ulimit -v), or read "
-                "it without a map: mmap=False."
+                f"{path}: there is no address space for a map of the file ({error}). Raise the limit (ulimit -v), or "
+                "read it without a map: mmap=False."
             ) from error
         raise CheckpointFormatError(f"{path} cannot be read: {error}. Check its permissions and path.") from error
 
@@ -167,6 +167,7 @@ class _Plain:
         try:
             with FileIO(self.path) as file:
                 _read_into(file, start, memoryview(data), self)
+                self._check_unchanged(file)
         except OSError as error:
             raise CheckpointFormatError(f"{self.path} can no longer be read: {error}.") from error
         return bytes(data)
@@ -179,11 +180,14 @@ class _Plain:
             # Opened anew each time: no lock between threads, no descriptor held open.
             with FileIO(self.path) as file:
                 self._gather(file, out, offset, window)
-                if identity(os.fstat(file.fileno())) != self._identity:
-                    raise CheckpointFormatError(changed(self.path, self.size))
+                self._check_unchanged(file)
         except OSError as error:
             raise CheckpointFormatError(f"{self.path} can no longer be read: {error}.") from error
         return out
+
+    def _check_unchanged(self, file: FileIO) -> None:
+        if identity(os.fstat(file.fileno())) != self._identity:
+            raise CheckpointFormatError(changed(self.path, self.size))
 
     def _gather(self, file: FileIO, out: torch.Tensor, offset: int, window: Window) -> None:
         """Fill the contiguous ``out``: in one read where the window is one run or a small range, else row by row."""

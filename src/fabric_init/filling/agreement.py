@@ -15,6 +15,7 @@ import torch.distributed as dist
 from fabric_init.checkpoints import CheckpointReader, Span
 from fabric_init.errors import CheckpointMismatchError, FabricInitError
 from fabric_init.filling.interrupts import interrupts_held
+from fabric_init.filling.loading import read
 from fabric_init.filling.plan import Plan
 
 _T = TypeVar("_T")
@@ -170,7 +171,7 @@ def checkpoint_digest(reader: CheckpointReader | None) -> str:
     digest = hashlib.sha256("\n".join(f"{key} {reader.spec(key)}" for key in keys).encode())
     for key in keys[:: max(1, len(keys) // _SAMPLED)]:  # two files with one header: a few elements of some tensors
         numel = reader.spec(key).shape.numel()
-        ends = [reader.read(key, Span(0, min(16, numel))), reader.read(key, Span(max(0, numel - 16), numel))]
+        ends = [read(reader, key, Span(0, min(16, numel))), read(reader, key, Span(max(0, numel - 16), numel))]
         digest.update(b"".join(bytes(end.contiguous().view(torch.uint8).numpy()) for end in ends if end.numel()))
     return f"{reader.path} with {len(keys)} tensors, fingerprint {digest.hexdigest()[:12]}"
 

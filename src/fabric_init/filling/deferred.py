@@ -93,6 +93,9 @@ def guard_recorded(model: nn.Module, mend: str) -> None:
         record = vars(module).get(_ATTRIBUTE)
         if record is not None:
             record.mend = mend
+            hooks: Any = module._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if hook is _before_forward]:
+                hooks.move_to_end(key, last=False)  # sharding has put hooks before it that gather
             continue
         vars(module)[_ATTRIBUTE] = _Recorded(mend, seen)
         vars(module)["_apply"] = partial(_apply, weakref.ref(module))

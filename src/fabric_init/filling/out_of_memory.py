@@ -26,6 +26,6 @@ def out_of_memory_explained(plan: Plan, values: Mapping[int, Tensor]) -> Iterato
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         held = sum(value.nbytes for value in values.values())
         raise OutOfMemoryError(
-            f"out of memory after {len(values)} of {len(plan.entries)} tensors ({held:,} bytes): {reason}. The model is "
-            "as it was. Shard it (FSDP2, ZeRO-3), build it in fewer bits (precision), or leave checkpoint files mapped."
+            f"out of memory after {len(values)} of {len(plan.entries)} tensors ({held:,} bytes): {reason}. The model "
+            "is as it was. Shard it (FSDP2, ZeRO-3), build it in fewer bits (precision), or leave files mapped (mmap)."
         ) from error
