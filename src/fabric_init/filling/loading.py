@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from fabric_init.checkpoints import CheckpointReader, Region
 from fabric_init.checkpoints.remote import AnyPath
 from fabric_init.errors import CheckpointError, CheckpointMismatchError, is_out_of_memory
+from fabric_init.filling.extra_state import Extra, extra_states
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Entry, Plan
 
@@ -69,6 +70,13 @@ def load_by_itself(plan: Plan, reader: CheckpointReader, placement: Placement) -
             laid_out = torch.empty_strided(slot.shape, slot.ref.stride, dtype=slot.dtype, device=value.device)
             value = laid_out.copy_(value)
         yield load.position, value
+
+
+def set_extra_states(extras: Iterable[Extra]) -> None:
+    """Give each module what the checkpoint has for it: plain data, or a tensor. On all ranks, in the same order."""
+    for module, key, reader in extras:
+        others = extra_states(reader)
+        module.set_extra_state(others[key] if key in others else read(reader, key))
 
 
 def check_tie(path: AnyPath, entry: Entry, key: str, value: Tensor, other: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from fabric_init.checkpoints.region import copy_part
 from fabric_init.checkpoints.remote import AnyPath
 from fabric_init.filling.agreement import Agreement
 from fabric_init.filling.batches import ALIGNMENT, aligned, batches, chunks
+from fabric_init.filling.extra_state import extra_states
 from fabric_init.filling.in_step import InStep
 from fabric_init.filling.loading import Load, check_tie, loads, read
 from fabric_init.filling.placement import Placement
@@ -29,6 +30,7 @@ class _Header(NamedTuple):
     format: str
     note: str | None
     specs: dict[str, TensorSpec]
+    extra_state: dict[str, Any]
 
 
 class OneReader:
@@ -46,18 +48,23 @@ class OneReader:
 
     def __init__(self, header: _Header, reader: CheckpointReader | None, budget: int) -> None:
         assert budget >= 2 * ALIGNMENT
-        self.path, self.format, self.note, self._specs = header
+        self.path, self.format, self.note, self._specs, self.extra_state = header
         self._reader = reader
         self._budget = budget
 
     @classmethod
     def open(cls, make: Callable[[], CheckpointReader], agreement: Agreement, budget: int) -> OneReader:
         """Let rank 0 ``make`` the reader, and tell the others what is in it."""
-        reader = agreement.same("opening the checkpoint", lambda: None if dist.get_rank() else make(), lambda _: "")
-        header = None
-        if reader is not None:
+
+        def on_rank_zero() -> tuple[CheckpointReader, _Header] | None:
+            if dist.get_rank():
+                return None
+            reader = make()
             specs = {key: reader.spec(key) for key in reader.keys()}
-            header = _Header(reader.path, reader.format, reader.note, specs)
+            return reader, _Header(reader.path, reader.format, reader.note, specs, dict(extra_states(reader)))
+
+        opened = agreement.same("opening the checkpoint", on_rank_zero, lambda _: "")
+        reader, header = opened if opened is not None else (None, None)
         return cls(agreement.from_rank_zero(header), reader, budget)
 
     def keys(self) -> Sequence[str]:

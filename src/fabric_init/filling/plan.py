@@ -18,6 +18,7 @@ from fabric_init.checkpoints.likely_conversions import likely_conversions, likel
 from fabric_init.checkpoints.likely_renames import likely_part, renamed_as_suggested
 from fabric_init.checkpoints.renaming import Rename
 from fabric_init.errors import CheckpointMismatchError, UninitializedTensorError
+from fabric_init.filling.extra_state import Extra, ExtraSlot, extra_states
 from fabric_init.filling.slots import Slot
 from fabric_init.recording.tape import Tape, TensorRef
 
@@ -62,6 +63,7 @@ class Plan:
 
     entries: tuple[Entry, ...]
     unexpected: tuple[str, ...] = ()
+    extras: tuple[Extra, ...] = field(default=(), compare=False)
     sources: Mapping[int, Given] = field(default_factory=dict)
     """By storage: what the model does not hold any more, but others may have been computed from."""
 
@@ -76,7 +78,11 @@ class Wanted:
 
 
 def make_plan(
-    slots: Sequence[Slot], tapes: Mapping[int, Tape], reader: CheckpointReader | None, wanted: Wanted
+    slots: Sequence[Slot],
+    tapes: Mapping[int, Tape],
+    reader: CheckpointReader | None,
+    wanted: Wanted,
+    extra_slots: Sequence[ExtraSlot] = (),
 ) -> Plan:
     """Decide for each tensor: load this key, run the model's own init, or keep what it has.
 
@@ -85,12 +91,13 @@ def make_plan(
         tapes: the tape of each recorded storage among them.
         reader: the checkpoint, of which only the header is asked; ``None`` to initialise everything.
         wanted: ``strict``, ``rename`` and ``reinit``.
+        extra_slots: the model's modules that take extra state.
 
     Raises:
         CheckpointMismatchError: missing, unexpected or mismatched keys.
         UninitializedTensorError: a tensor that neither the checkpoint nor the model's own code gives a value.
     """
-    keys = rename_keys(reader.keys(), wanted.rename) if reader is not None else {}
+    keys = rename_keys((*reader.keys(), *extra_states(reader)), wanted.rename) if reader is not None else {}
     key_of = {name: key for key, name in keys.items()}
     _check_reinit(slots, wanted.reinit)
 
@@ -119,6 +126,14 @@ def make_plan(
             missing[slot.name] = slot.shape
         entries.append(Entry(slot, own_init(slot, tapes)))
 
+    extras = []
+    if reader is not None:
+        for extra in extra_slots:
+            under = [key_of[name] for name in extra.names if name in key_of]
+            taken.update(under)
+            extras += [Extra(extra.module, key, reader) for key in under[:1]]
+            if not under:
+                missing[extra.names[0]] = torch.Size()
     unexpected = tuple(key for key in keys if key not in taken)
     if reader is not None:
         if missing or unexpected:
@@ -137,7 +152,7 @@ def make_plan(
                 'instead, e.g. reinit=["' + problems[0].split(" ", 1)[0] + '"].'
             )
     check_all_have_values(entries, tapes, reader)
-    return Plan(tuple(entries), unexpected)
+    return Plan(tuple(entries), unexpected, tuple(extras))
 
 
 def own_init(slot: Slot, tapes: Mapping[int, Tape]) -> Action:
@@ -229,7 +244,8 @@ def _keys_message(
         lines.append(f"Missing from the checkpoint ({len(missing)}):\n" + _listed(list(missing)))
     if unexpected:
         lines.append(f"Not in the model ({len(unexpected)}):\n" + _listed(unexpected))
-    offered = {keys[key]: reader.spec(key).shape for key in unexpected}
+    no_tensors = extra_states(reader).keys()
+    offered = {keys[key]: reader.spec(key).shape for key in unexpected if key not in no_tensors}
     renames = likely_renames(missing, offered)
     wanting, offered = renamed_as_suggested(renames, missing, offered)
     hints = [*map(str, renames), *likely_part(renames, wanting, offered), *likely_conversions(wanting, offered)]
