@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from fabric_init.checkpoints import CheckpointReader, TensorSpec, likely_renames, rename_keys
+from fabric_init.checkpoints.likely_adapters import likely_adapters
 from fabric_init.checkpoints.likely_conversions import likely_conversions, likely_transposes
 from fabric_init.checkpoints.likely_renames import likely_part, renamed_as_suggested
 from fabric_init.checkpoints.renaming import Rename
@@ -246,9 +247,7 @@ def _keys_message(
         lines.append(f"Not in the model ({len(unexpected)}):\n" + _listed(unexpected))
     no_tensors = extra_states(reader).keys()
     offered = {keys[key]: reader.spec(key).shape for key in unexpected if key not in no_tensors}
-    renames = likely_renames(missing, offered)
-    wanting, offered = renamed_as_suggested(renames, missing, offered)
-    hints = [*map(str, renames), *likely_part(renames, wanting, offered), *likely_conversions(wanting, offered)]
+    hints = _hints(missing, offered, [name for slot in slots for name in slot.names])
     lines += [f"Likely: {hint}" for hint in hints]
     if not hints:
         if not matched:
@@ -258,6 +257,15 @@ def _keys_message(
                 "strict=False gives missing tensors the model's own init and ignores the rest; rename= maps keys."
             )
     return "\n".join(lines)
+
+
+def _hints(missing: Mapping[str, torch.Size], offered: Mapping[str, torch.Size], names: list[str]) -> list[str]:
+    adapters = likely_adapters(missing, offered, names)
+    if adapters is not None:
+        return [adapters]
+    renames = likely_renames(missing, offered)
+    wanting, left = renamed_as_suggested(renames, missing, offered)
+    return [*map(str, renames), *likely_part(renames, wanting, left), *likely_conversions(wanting, left)]
 
 
 def _listed(names: Sequence[str]) -> str:
