@@ -8,6 +8,7 @@ from fabric_init.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
     FabricInitError,
+    OutOfMemoryError,
     RecordingError,
     UninitializedTensorError,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "FabricInitError",
     "Forecast",
     "InitReport",
+    "OutOfMemoryError",
     "RecordingError",
     "UninitializedTensorError",
     "audit",

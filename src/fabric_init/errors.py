@@ -6,12 +6,17 @@
     │   ├── CheckpointNotFoundError  no such file, shard or folder (also a FileNotFoundError)
     │   └── CheckpointFormatError    corrupt, truncated, unknown or unsafe content
     ├── CheckpointMismatchError      file and model disagree: keys, shapes, dtypes (also a ValueError)
-    └── UninitializedTensorError     a tensor that nobody filled is about to be used (also a RuntimeError)
+    ├── UninitializedTensorError     a tensor that nobody filled is about to be used (also a RuntimeError)
+    └── OutOfMemoryError             no room for the values (also a MemoryError and torch's OutOfMemoryError)
 
 Each also derives from the built-in that plain PyTorch code would expect, so existing ``except`` clauses go on working.
 """
 
 from __future__ import annotations
+
+import errno
+
+import torch
 
 
 class FabricInitError(Exception):
@@ -40,3 +45,15 @@ class CheckpointMismatchError(FabricInitError, ValueError):
 
 class UninitializedTensorError(FabricInitError, RuntimeError):
     """A tensor that was neither loaded nor initialised is about to be used or saved."""
+
+
+class OutOfMemoryError(FabricInitError, torch.OutOfMemoryError, MemoryError):
+    """There is no memory for a tensor's values, on the device or the host; or no address space to map a file."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this says, in whatever way, that memory has run out: torch has no class of its own for it on the CPU."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    told = "allocate memory" in str(error) or "not enough memory" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (isinstance(error, RuntimeError) and told)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import codecs
+import os
 import pickle
 import struct
+import warnings
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import pytest
@@ -310,3 +313,99 @@ def test_a_tensor_beyond_its_storage_is_refused_where_the_archive_is_read_by_its
             new.writestr(info.filename, content)
     with pytest.raises(CheckpointFormatError, match=r"'w' is larger than its storage"):
         TorchFileReader(tmp_path / "new.pt", opener=lambda path: open_bytes(path, mmap=False))
+
+
+def test_quantized_tensors_are_refused(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own: it gives them up
+        weight = torch._empty_affine_quantized([2], scale=0.1, zero_point=0, dtype=torch.qint8)
+        torch.save({"w": weight}, tmp_path / "w.pt")
+        with pytest.raises(CheckpointFormatError, match=r"w\.pt .* quantized tensors in it"):
+            TorchFileReader(tmp_path / "w.pt")
+
+
+@BOTH
+def test_tensors_in_extra_state_have_their_values(tmp_path: Path, mmap: bool) -> None:
+    content = {"w": torch.ones(1), "q._extra_state": {"amax": [torch.arange(3.0)], "n": 2}}
+    reader = TorchFileReader(saved(tmp_path / "m.pt", content), mmap=mmap)
+    assert torch.equal(reader.extra_state["q._extra_state"]["amax"][0], torch.arange(3.0))
+
+
+@BOTH
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, mmap: bool) -> None:
+    for change in (lambda path: os.truncate(path, 5000), lambda path: os.utime(path, (1, 1))):
+        path = saved(tmp_path / "m.pt", {"a": torch.ones(3000), "b": torch.ones(3000)})
+        reader = TorchFileReader(path, mmap=mmap)
+        reader.read("a")
+        change(path)
+        with pytest.raises(CheckpointFormatError, match=r"m\.pt changed after it was opened"):
+            reader.read("b")
+        path.unlink()
+
+
+def test_a_mapped_file_that_another_takes_the_place_of_is_read_to_its_end(tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.pt", {"a": torch.ones(3000)})
+    reader = TorchFileReader(path)
+    saved(tmp_path / "new.pt", {"a": torch.zeros(3)}).replace(path)
+    assert torch.equal(reader.read("a"), torch.ones(3000))
+    path.unlink()
+    assert torch.equal(reader.read("a"), torch.ones(3000))
+
+
+class Called:
+    """What a crafted pickle holds: this call, which torch's ``weights_only`` allows."""
+
+    def __init__(self, function: object, *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> object:
+        return self.call
+
+
+def _doubled(times: int) -> object:
+    return Called(codecs.encode, _doubled(times - 1) if times else "a", "hex")
+
+
+HUGE = 10**12
+ASKING = {
+    "bytearray": Called(bytearray, HUGE),
+    "many bytearrays": [Called(bytearray, 50_000) for _ in range(50)],
+    "sets of one list": [Called(set, LONG) for LONG in [list(range(9999))] for _ in range(999)],
+    "storage": Called(torch.FloatStorage, HUGE),
+    "untyped storage": Called(torch.UntypedStorage, HUGE),
+    "old tensor": Called(torch.FloatTensor, HUGE),
+    "tensor by its size": Called(torch.Tensor, torch.Size([HUGE])),
+    "doubling": _doubled(40),
+    "through a subclass": Called(torch._tensor._rebuild_from_type_v2, bytearray, bytearray, (HUGE,), None),
+    "copy of an expanded tensor": Called(
+        torch._utils._rebuild_device_tensor_from_cpu_tensor, torch.ones(1).expand(9), torch.float64, "cpu", False
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ASKING)
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_pickle_that_asks_for_memory_without_bound_is_refused_before_it_gets_any(
+    tmp_path: Path, what: str, zipped: bool
+) -> None:
+    path = tmp_path / "m.pt"
+    torch.save({"w": torch.ones(2), "x": ASKING[what]}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointFormatError, match=r"m\.pt .* takes memory without bound"):
+        TorchFileReader(path)
+
+
+def test_calls_that_torch_makes_itself_are_not_refused(tmp_path: Path) -> None:
+    content = {
+        "w": torch.nn.Parameter(torch.ones(2)),
+        "bytes": bytearray(b"abc" * 99),
+        "counts": Counter("aab"),
+        "set": {1, 2},
+        "device": torch.device("cpu"),
+        "size": torch.Size([2, 3]),
+        "complex": 2j,
+        "dtype": torch.float16,
+        "state": torch.nn.BatchNorm1d(2).state_dict(),
+    }
+    for zipped in (True, False):
+        torch.save(content, tmp_path / "m.pt", _use_new_zipfile_serialization=zipped)
+        assert torch.equal(TorchFileReader(tmp_path / "m.pt", entry="").read("w"), torch.ones(2))

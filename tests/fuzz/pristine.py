@@ -28,12 +28,19 @@ STATE = {
 SHARDS = {"one": ("layers.0.weight", "layers.0.bias"), "two": ("layers.1.weight", "n", "nothing")}
 
 
+class _Bytes:
+    """In a pickle, a call for this many bytes: four of its own, of which a damaged one may ask for 2 GB."""
+
+    def __reduce__(self) -> Any:
+        return bytearray, (1 << 16,)
+
+
 def _training() -> dict[str, Any]:
     """What a training run saves: a tie, a tensor that is not row-major, an expanded one, an optimizer's state."""
     model = STATE | {"head": STATE["layers.0.weight"], "columns": torch.arange(12.0).reshape(4, 3).t()}
     model["wide"] = torch.arange(3.0).expand(2, 3)
     optimizer = {"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
-    return {"model": model, "optimizer": optimizer, "step": 2, "q._extra_state": {"a": 1}}
+    return {"model": model, "optimizer": optimizer, "step": 2, "q._extra_state": {"a": 1}, "bytes": _Bytes()}
 
 
 def _sharded(folder: Path, suffix: str, save: Callable[[dict[str, Any], Path], object]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -42,6 +43,8 @@ class ConvertedReader:
         except CheckpointMismatchError as error:
             raise CheckpointMismatchError(f"{below.path}: {conversion}: {error}.") from None
         self._specs = {key: specs[key] for key in self._keys if key not in self._made}
+        self.extra_state: Mapping[str, Any] = getattr(below, "extra_state", {})
+        """What is no tensor is no conversion's concern."""
         self.note: str | None = "; ".join(filter(None, [below.note, f"{conversion}: {len(self._made)} tensors made"]))
 
     def keys(self) -> Sequence[str]:

@@ -7,11 +7,10 @@ Lightning's ``meta.pt`` beside it is not opened: it has what was saved besides m
 
 from __future__ import annotations
 
-import io
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -26,6 +25,7 @@ from fabric_init.checkpoints.safetensors import SafetensorsReader
 from fabric_init.checkpoints.saved_tensor import find_saved_tensor
 from fabric_init.checkpoints.sharded import check_shard
 from fabric_init.checkpoints.state_dicts import Location, choose_state_dict, describe
+from fabric_init.checkpoints.torch_archive import load_within
 from fabric_init.errors import CheckpointFormatError
 
 # A map holds a descriptor, and a process may often have no more than 1,024. Ranks write a file each; it takes
@@ -78,14 +78,24 @@ class DCPReader:
 
     @cached_property
     def extra_state(self) -> Mapping[str, Any]:
-        """Entries ``*_extra_state`` (``nn.Module.get_extra_state``) that are not tensors, read when asked for.
+        """Entries ``*_extra_state`` (``nn.Module.get_extra_state``) that are not tensors. Each is read when asked for.
 
-        Raises :class:`~fabric_init.errors.CheckpointFormatError` when one cannot be loaded with ``weights_only=True``.
+        Which raises :class:`~fabric_init.errors.CheckpointFormatError` if it cannot be loaded with
+        ``weights_only=True``.
         """
-        found: dict[str, Any] = {}
+        places: dict[str, list[tuple[Location, str]]] = {}
         for path, key in self._contents.extra_state(self._location):
+            places.setdefault(path[0], []).append((path[1:], key))
+        return _WhenAskedFor({name: partial(self._put_together, parts) for name, parts in places.items()})
+
+    def _put_together(self, parts: list[tuple[Location, str]]) -> Any:
+        """One extra state; the writer has flattened dicts."""
+        if parts[0][0] == ():
+            return self._value(parts[0][1])
+        found: dict[str, Any] = {}
+        for path, key in parts:
             inner = found
-            for name in path[:-1]:  # the writer has flattened dicts
+            for name in path[:-1]:
                 inner = inner.setdefault(name, {})
                 if not isinstance(inner, dict):
                     raise CheckpointFormatError(f"{self.path}: {key!r} lies in {name!r}, which is no dict.")
@@ -173,10 +183,7 @@ class DCPReader:
         check_shard(self.path / ".metadata", item.file, 1)
         file = open_bytes(self.path / item.file, mmap=False)
         try:
-            if item.offset + item.length > file.size:
-                raise ValueError(f"the file has only {file.size:,} bytes")
-            data = io.BytesIO(file.part(item.offset, item.offset + item.length))
-            return torch.load(data, weights_only=True, map_location="cpu")
+            return load_within(file, item.offset, item.length)
         except Exception as error:
             raise CheckpointFormatError(f"{file.path}: {key!r} cannot be loaded as plain data: {error}") from error
 
@@ -185,6 +192,22 @@ class DCPReader:
             return self._tensors[key]
         except KeyError:
             raise KeyError(f"{self.path} has no tensor {key!r}") from None
+
+
+class _WhenAskedFor(Mapping[str, Any]):
+    """Values that are made when they are asked for, once."""
+
+    def __init__(self, made: dict[str, Callable[[], Any]]) -> None:
+        self._made = {key: cache(make) for key, make in made.items()}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._made[key]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
 
 
 class _Source(Protocol):

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from fabric_init.checkpoints.deepspeed_layout import locate
+from fabric_init.checkpoints.mapped_archive import MappedArchive, maps_privately
 from fabric_init.checkpoints.pieces import Pieces
 from fabric_init.checkpoints.reader import TensorSpec
 from fabric_init.checkpoints.region import Region, take
-from fabric_init.checkpoints.torch_file import checked_key, load_mapped, maps_privately
+from fabric_init.checkpoints.torch_file import checked_key
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
 
 _MODEL_STATES = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<shard>\d+)_model_states\.pt")
@@ -73,24 +74,17 @@ class DeepSpeedFolderReader:
         self._copy = not mmap or not maps_privately()
         folder = tag_folder(self.path)
         names = sorted(entry.name for entry in folder.iterdir())
-        self._homes: dict[int, str] = {}
-        states = [self._load(file) for file in _by_rank(folder, names, _MODEL_STATES)]
-        optimizers = [self._load(file) for file in _by_rank(folder, names, _OPTIM_STATES)]
+        states = [MappedArchive(file, STAND_INS) for file in _by_rank(folder, names, _MODEL_STATES)]
+        optimizers = [MappedArchive(file, STAND_INS) for file in _by_rank(folder, names, _OPTIM_STATES)]
+        self._files = (*states, *optimizers)
         if not states:
             raise CheckpointNotFoundError(f"{folder} has no file *_model_states.pt. Is the copy complete?")
         try:
-            self._open(states, optimizers)
+            self._open([file.content for file in states], [file.content for file in optimizers])
         except (ValueError, TypeError, IndexError, OverflowError) as error:
             if isinstance(error, CheckpointFormatError):
                 raise
             raise CheckpointFormatError(f"{folder} is not a whole checkpoint of DeepSpeed: {error}.") from error
-
-    def _load(self, file: Path) -> Any:
-        """What is in a file; which storages are is remembered."""
-        loaded, _ = load_mapped(file, STAND_INS)
-        for tensor in _tensors_in(loaded):
-            self._homes[tensor.untyped_storage().data_ptr()] = file.name
-        return loaded
 
     def _open(self, states: list[Any], optimizers: list[Any]) -> None:
         states = [state if isinstance(state, dict) else {} for state in states]
@@ -135,17 +129,28 @@ class DeepSpeedFolderReader:
         return found.spec if isinstance(found, Pieces) else TensorSpec(found.shape, found.dtype)
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
-        """The tensor or a region of it, on the CPU. Raises ``KeyError`` for an unknown key."""
+        """The tensor or a region of it, on the CPU.
+
+        Raises ``KeyError`` for an unknown key, and :class:`~fabric_init.errors.CheckpointFormatError` when a file
+        changed after it was opened.
+        """
         found = self._find(key)
+        for file in self._files:
+            file.check_unchanged()
         part = found.read(region) if isinstance(found, Pieces) else take(found, region)
         return part.clone(memory_format=torch.contiguous_format) if self._copy else part.detach()
 
     def files(self, key: str) -> dict[str, int]:
         """The files that hold a tensor, and how many bytes of it each."""
         found = self._find(key)
+        homes = {
+            tensor.untyped_storage().data_ptr(): file.path.name
+            for file in self._files
+            for tensor in _tensors_in(file.content)
+        }
         nbytes: Counter[str] = Counter()
         for part in found.parts() if isinstance(found, Pieces) else [found]:
-            nbytes[self._homes[part.untyped_storage().data_ptr()]] += part.nbytes
+            nbytes[homes[part.untyped_storage().data_ptr()]] += part.nbytes
         return dict(nbytes)
 
     def _find(self, key: str) -> torch.Tensor | Pieces:

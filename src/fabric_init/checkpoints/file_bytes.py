@@ -19,7 +19,7 @@ import torch
 
 from fabric_init.checkpoints.region import Window
 from fabric_init.checkpoints.remote import AnyPath, RemoteBytes, RemotePath
-from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
+from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError, OutOfMemoryError, is_out_of_memory
 
 # Without it Linux refuses a private writable map larger than memory plus swap, although most of it is never written.
 # Python 3.11 lacks the name; the number is the one of x86, Arm and RISC-V.
@@ -80,12 +80,17 @@ def open_bytes(path: AnyPath, *, mmap: bool) -> FileBytes:
             found = os.fstat(file.fileno())
             if not found.st_size:
                 raise CheckpointFormatError(f"{path} is empty (0 bytes): fetch or save it again.")
-            return _Mapped(path, file, found.st_size) if mmap else _Plain(path, found)
+            return _Mapped(path, file, found) if mmap else _Plain(path, found)
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(f"{path} does not exist.") from error
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointFormatError):
             raise
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(
+                f"{path}: there is no address space for a map of the file ({error}). Raise the limit (ulimit -v), or "
+                "read it without a map: mmap=False."
+            ) from error
         raise CheckpointFormatError(f"{path} cannot be read: {error}. Check its permissions and path.") from error
 
 
@@ -96,9 +101,10 @@ class _Mapped:
     ``torch.save``) sees what it would see after a copy.
     """
 
-    def __init__(self, path: Path, file: FileIO, size: int) -> None:
+    def __init__(self, path: Path, file: FileIO, found: os.stat_result) -> None:
         self.path = path
-        self.size = size
+        self.size = size = found.st_size
+        self._identity = identity(found)
         if sys.platform == "win32":
             self._map = _mmap.mmap(file.fileno(), size, access=_mmap.ACCESS_COPY)
         else:
@@ -131,7 +137,13 @@ class _Mapped:
         return flat.as_strided(window.sizes, window.strides).detach()
 
     def _check(self, stop: int) -> None:
-        if self._map.size() < max(stop, self.size):
+        try:
+            now = identity(os.stat(self.path))
+        except OSError:
+            now = ()  # removed, or out of reach: the map keeps what was there, unless somebody else cuts it short
+        # A file that was put in its place does not concern the map.
+        rewritten = now[:2] == self._identity[:2] and now != self._identity
+        if rewritten or stop > self.size or self._map.size() < self.size:
             # Touching a page past the end would kill the process with SIGBUS.
             raise CheckpointFormatError(changed(self.path, self.size))
 
@@ -155,6 +167,7 @@ class _Plain:
         try:
             with FileIO(self.path) as file:
                 _read_into(file, start, memoryview(data), self)
+                self._check_unchanged(file)
         except OSError as error:
             raise CheckpointFormatError(f"{self.path} can no longer be read: {error}.") from error
         return bytes(data)
@@ -167,11 +180,14 @@ class _Plain:
             # Opened anew each time: no lock between threads, no descriptor held open.
             with FileIO(self.path) as file:
                 self._gather(file, out, offset, window)
-                if identity(os.fstat(file.fileno())) != self._identity:
-                    raise CheckpointFormatError(changed(self.path, self.size))
+                self._check_unchanged(file)
         except OSError as error:
             raise CheckpointFormatError(f"{self.path} can no longer be read: {error}.") from error
         return out
+
+    def _check_unchanged(self, file: FileIO) -> None:
+        if identity(os.fstat(file.fileno())) != self._identity:
+            raise CheckpointFormatError(changed(self.path, self.size))
 
     def _gather(self, file: FileIO, out: torch.Tensor, offset: int, window: Window) -> None:
         """Fill the contiguous ``out``: in one read where the window is one run or a small range, else row by row."""

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from fabric_init.checkpoints.inert_pickle import InertReader, Name
+from fabric_init.checkpoints.pickled_calls import AsksForMemoryError, CallsReader
 from fabric_init.checkpoints.region import Window
 from fabric_init.checkpoints.saved_tensor import STORAGES
 
@@ -34,37 +32,20 @@ class BoundedFile(io.BufferedReader):
         return super().read(size)
 
 
-class TooLargeError(ValueError):
-    """More memory than the file can be meant to take."""
-
-
 def check_sizes(file: BinaryIO, size: int) -> None:
     """Look through the pickles of ``file``, which has ``size`` bytes. The file is left where it was.
 
-    Raises :class:`TooLargeError` when its storages take more than that, or a tensor does not fit in its storage, which
-    ``torch.load`` would then let grow.
+    Raises :class:`~fabric_init.checkpoints.pickled_calls.AsksForMemoryError` when its storages take more than that, or
+    a tensor does not fit in its storage, which ``torch.load`` would then let grow, and ``pickle.UnpicklingError`` for
+    what is no such file.
     """
     start = file.tell()
-    claims = _Claims(file, size)
+    claims = _Claims(file, size, "latin1")
     try:
         for _ in range(_HEADERS + 1):
-            claims.load()
-    except TooLargeError:
-        raise
-    except Exception:  # torch.load fails at the same place, and says better what is wrong
-        return
+            claims.look_through()
     finally:
         file.seek(start)
-
-
-class _Made(dict[Any, Any]):
-    """Stands for whatever object was made: it takes what is put into it, and does nothing."""
-
-    __hash__ = object.__hash__  # type: ignore[assignment]
-
-    def append(self, value: object) -> None: ...
-
-    def extend(self, values: object) -> None: ...
 
 
 class _Storage(NamedTuple):
@@ -72,43 +53,29 @@ class _Storage(NamedTuple):
     size_bytes: int
 
 
-class _Claims(InertReader):
-    """Adds up the sizes of storages and compares those of tensors. All else in the pickle is passed over."""
+class _Claims(CallsReader):
+    """Adds up the sizes of storages, too, and compares those of tensors."""
 
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(InertReader.dispatch)
-    for _name in ("EMPTY_SET", "ADDITEMS", "SHORT_BINSTRING"):
-        dispatch[getattr(pickle, _name)[0]] = pickle._Unpickler.dispatch[getattr(pickle, _name)[0]]
-
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        pickle._Unpickler.__init__(self, file, encoding="latin1")
+    def __init__(self, file: BinaryIO, size: int, encoding: str) -> None:
+        super().__init__(file, size, encoding)
         self._known: set[object] = set()
-        self._left = self._all = size
-
-    def find_class(self, module: str, name: str) -> Name:
-        return Name(f"{module}.{name}")
+        self._for_storages = size
 
     def persistent_load(self, pid: Any) -> Any:
         _, kind, key, _, count, _ = pid
         dtype = STORAGES.get(kind.full)
         storage = _Storage(dtype.itemsize if dtype else 1, count * (dtype.itemsize if dtype else 1))
-        self._left -= 0 if key in self._known else storage.size_bytes
+        self._for_storages -= 0 if key in self._known else storage.size_bytes
         self._known.add(key)
-        if self._left < 0:
-            raise TooLargeError(f"its storages should take more than the {self._all:,} bytes of all of the file")
+        if self._for_storages < 0:
+            raise AsksForMemoryError(f"its storages should take more than the {self._size:,} bytes of all of the file")
         return storage
 
-    def _make(self) -> None:
-        arguments = self.stack.pop()
-        if arguments and isinstance(arguments[0], _Storage):
-            storage, first, sizes, strides = arguments[:4]
-            end = (first + Window(0, sizes, strides).extent) * storage.item_bytes
-            if end > storage.size_bytes:
-                raise TooLargeError(f"a tensor ends at byte {end:,} of a storage of {storage.size_bytes:,}")
-        self.stack[-1] = _Made()
-
-    def _pass(self) -> None:
-        self.stack.pop()
-
-    dispatch[pickle.REDUCE[0]] = _make
-    dispatch[pickle.NEWOBJ[0]] = _make
-    dispatch[pickle.BUILD[0]] = _pass
+    def called(self, function: object, arguments: Any) -> None:
+        super().called(function, arguments)
+        for made in (arguments, arguments[0] if arguments else ()):  # of a call; set as the state of a tensor
+            if isinstance(made, tuple) and made and isinstance(made[0], _Storage):
+                storage, first, sizes, strides = made[:4]
+                end = (first + Window(0, sizes, strides).extent) * storage.item_bytes
+                if end > storage.size_bytes:
+                    raise AsksForMemoryError(f"a tensor ends at byte {end:,} of a storage of {storage.size_bytes:,}")

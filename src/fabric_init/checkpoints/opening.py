@@ -18,7 +18,7 @@ from fabric_init.checkpoints.remote import RemotePath
 from fabric_init.checkpoints.safetensors import SafetensorsReader
 from fabric_init.checkpoints.sharded import ShardedReader
 from fabric_init.checkpoints.torch_file import TorchFileReader
-from fabric_init.errors import CheckpointError, CheckpointFormatError, CheckpointNotFoundError
+from fabric_init.errors import CheckpointError, CheckpointFormatError, CheckpointNotFoundError, is_out_of_memory
 
 _TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -80,7 +80,7 @@ def open_checkpoint(
         found, candidate = find_format(candidate)
         reader = found.open(candidate)
     except (OSError, ValueError) as error:
-        if isinstance(error, CheckpointError):
+        if isinstance(error, CheckpointError) or is_out_of_memory(error):
             raise
         raise CheckpointFormatError(f"{path} cannot be opened: {error}. Check the path and permissions.") from error
     if candidate.origin:

@@ -1,8 +1,9 @@
 """A file of ``torch.save`` read through any :class:`~fabric_init.checkpoints.file_bytes.FileBytes`.
 
-``torch.load`` can map a local file; where the bytes are elsewhere, or are to be checked, it would read them all. Here
-only the zip directory and the pickle are read. The pickle goes through torch's own ``weights_only`` unpickler, with
-storages on the meta device in the place of those in the file; a tensor's values are then read where its record lies.
+``torch.load`` would believe whatever sizes the pickle gives, read all that cannot be mapped, and not see that a mapped
+file changes. Here only the zip directory and the pickle are read. The pickle goes through torch's own ``weights_only``
+unpickler, with storages on the meta device in the place of those in the file; a tensor's values are then read where its
+record lies.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from torch._weights_only_unpickler import (
     _get_user_allowed_globals,
     get_globals_in_pkl,
 )
+from torch.utils._pytree import tree_map_only
 
 from fabric_init.checkpoints.file_bytes import FileBytes
+from fabric_init.checkpoints.pickled_calls import check_calls
 from fabric_init.checkpoints.region import Region, Span, Window, take
 
 _TAIL_BYTES = 1 << 16
@@ -49,11 +52,12 @@ class TorchArchive:
 
     def load(self) -> Any:
         """What was given to ``torch.save``, its tensors on the meta device."""
+        check_calls(self.pickle, self._file.size)
         return load_meta(io.BytesIO(self.pickle), self.storage)
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's values are in this file; one that was saved from the meta device has none."""
-        return tensor.is_meta and tensor.untyped_storage()._cdata in self._storages
+        return tensor.is_meta and tensor.layout is torch.strided and tensor.untyped_storage()._cdata in self._storages
 
     def reaches(self, tensor: torch.Tensor) -> bool:
         """Whether its last element lies in its storage. On the meta device torch lets a storage grow instead."""
@@ -65,6 +69,10 @@ class TorchArchive:
         """A region of one of the tensors that :meth:`load` gave."""
         start = self._start(self._storages[tensor.untyped_storage()._cdata][1]) if tensor.numel() else 0
         return read_region(self._file, start, tensor, region)
+
+    def with_values(self, content: Any) -> Any:
+        """A part of what :meth:`load` gave, with its tensors read."""
+        return tree_map_only(torch.Tensor, lambda t: self.read(t, None) if self.holds(t) else t, content)
 
     def storage(self, dtype: torch.dtype, key: str, count: int) -> torch.storage.TypedStorage:
         """The storage of one record, without its values."""
@@ -100,6 +108,12 @@ class TorchArchive:
         return self._zip.read(record)
 
 
+def load_within(file: FileBytes, offset: int, length: int) -> Any:
+    """What was given to ``torch.save``, which has put it into these bytes of a file. Raises as the archive does."""
+    archive = TorchArchive(_Within(file, offset, length))
+    return archive.with_values(archive.load())
+
+
 def unsafe_globals(pickle: bytes) -> list[str]:
     """What a pickle names that ``weights_only`` refuses."""
     try:
@@ -117,7 +131,10 @@ def load_meta(pickle: BinaryIO, storages: Storages) -> Any:
     """Load a pickle of ``torch.save`` as ``weights_only=True`` does, its tensors on storages that are given."""
     unpickler = _Unpickler(pickle, encoding="utf-8")
     unpickler.storages = storages
-    return unpickler.load()  # type: ignore[no-untyped-call]
+    try:
+        return unpickler.load()  # type: ignore[no-untyped-call]
+    except NotImplementedError as error:
+        raise ValueError("it has quantized tensors in it, which cannot be read: dequantize them first") from error
 
 
 class _Unpickler(Unpickler):
@@ -147,7 +164,7 @@ def read_region(file: FileBytes, start: int, tensor: torch.Tensor, region: Regio
 def _values(file: FileBytes, start: int, part: torch.Tensor) -> torch.Tensor:
     values = _strided(file, part, start) if part.numel() else torch.empty(part.shape, dtype=part.dtype, device="cpu")
     values = values.conj() if part.is_conj() else values
-    return (values._neg_view() if part.is_neg() else values).resolve_conj().resolve_neg()
+    return (values._neg_view() if part.is_neg() else values).resolve_conj().resolve_neg().detach()
 
 
 def _strided(file: FileBytes, part: torch.Tensor, offset: int) -> torch.Tensor:
@@ -163,6 +180,25 @@ def _strided(file: FileBytes, part: torch.Tensor, offset: int) -> torch.Tensor:
     extent = Window(0, sizes, strides).extent
     flat = file.tensor(part.dtype, offset, Window(first, (extent,), (1,)))
     return flat.as_strided(part.shape, part.stride())
+
+
+class _Within:
+    """A part of a file; a :class:`~fabric_init.checkpoints.file_bytes.FileBytes`."""
+
+    def __init__(self, file: FileBytes, offset: int, length: int) -> None:
+        if offset + length > file.size:
+            raise ValueError(f"the file has only {file.size:,} bytes")
+        self.path, self.size = file.path, length
+        self._file, self._offset = file, offset
+
+    def head(self, stop: int) -> bytes:
+        return self.part(0, min(stop, self.size))
+
+    def part(self, start: int, stop: int) -> bytes:
+        return self._file.part(self._offset + start, self._offset + stop)
+
+    def tensor(self, dtype: torch.dtype, offset: int, window: Window) -> torch.Tensor:
+        return self._file.tensor(dtype, self._offset + offset, window)
 
 
 class Readable(io.RawIOBase):

@@ -1,8 +1,8 @@
 """Reader for one file written by ``torch.save``: ``.pt``, ``.pth``, ``.bin``, ``.ckpt``.
 
 The format: a zip archive with a pickle and one uncompressed record a storage, see
-https://docs.pytorch.org/docs/stable/notes/serialization.html. ``torch.load`` reads it with ``weights_only=True``,
-always: no code in the pickle runs, and there is no option to let it. With ``mmap=True`` only the pickle is read.
+https://docs.pytorch.org/docs/stable/notes/serialization.html. The pickle goes through torch's ``weights_only``
+unpickler, always: no code in it runs, and there is no option to let it. Only the pickle is read when a file is opened.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 import os
 import pickle
 import re
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,12 +26,9 @@ from fabric_init.checkpoints.region import Region, take
 from fabric_init.checkpoints.remote import AnyPath, as_path
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE, OPTIMIZER_PARTS, Location, choose_state_dict, describe
 from fabric_init.checkpoints.torch_archive import TorchArchive, unsafe_globals
-from fabric_init.errors import CheckpointError, CheckpointFormatError
-
-_allowed_list = threading.Lock()
+from fabric_init.errors import CheckpointFormatError, FabricInitError, OutOfMemoryError, is_out_of_memory
 
 _ZIP_MAGIC = b"PK\x03\x04"
-_MAP_PRIVATE = 2  # mmap.MAP_PRIVATE on every POSIX system; the name is missing on Windows
 
 _CODE_IN_PICKLE = """\
 {path} holds more than tensors: its pickle names {globals}, which could run code, so it is not loaded.
@@ -52,10 +48,10 @@ class TorchFileReader:
     where. The state of optimizers is not looked at. Entries that are no tensors have no key; those whose name ends in
     ``_extra_state`` are kept in ``extra_state``.
 
-    ``read`` returns a view of a private copy-on-write map. With ``mmap=False`` it copies the region out of that map, so
-    what was read no longer depends on the file; the file must stay unchanged while the reader lives. Tensors that share
-    storage in the file share it here too, unless copied. A file in the legacy format (of before torch 1.6, or with
-    ``_use_new_zipfile_serialization=False``) cannot be mapped: opening reads all of it into memory, once.
+    ``read`` returns a view of a private copy-on-write map; tensors that share storage in the file share memory here,
+    too. With ``mmap=False`` it copies the region by plain reads: there is no map that a change of the file could break.
+    A file in the legacy format (of before torch 1.6, or with ``_use_new_zipfile_serialization=False``) cannot be
+    mapped: opening reads all of it into memory, once.
 
     Raises :class:`~fabric_init.errors.CheckpointNotFoundError` for a missing file and
     :class:`~fabric_init.errors.CheckpointFormatError` for one that is truncated, corrupt, carries code, or holds no
@@ -74,13 +70,9 @@ class TorchFileReader:
         opener: Opener | None = None,
     ) -> None:
         self.path = as_path(path)
-        self._copy = not mmap or not maps_privately()
-        self._archive: TorchArchive | None = None
-        if opener is None and isinstance(self.path, Path):
-            loaded, legacy = load_mapped(self.path)
-        else:
-            file = open_bytes(self.path, mmap=mmap) if opener is None else opener(self.path)
-            loaded, legacy, self._archive = _load_from(file)
+        self._copy = not mmap
+        file = open_bytes(self.path, mmap=mmap) if opener is None else opener(self.path)
+        loaded, legacy, self._archive = _load_from(file, direct=opener is None and isinstance(self.path, Path))
         if not isinstance(loaded, dict):
             raise CheckpointFormatError(
                 f"{path} holds a {type(loaded).__name__}, not a state dict. Save model.state_dict() instead."
@@ -98,7 +90,8 @@ class TorchFileReader:
             if isinstance(value, torch.Tensor):
                 self._tensors[checked_key(self.path, key, value, self._archive)] = value.detach()
             elif isinstance(key, str) and key.endswith(EXTRA_STATE):
-                self.extra_state[key] = value
+                with corruption_of(self.path):
+                    self.extra_state[key] = value if self._archive is None else self._archive.with_values(value)
         self._specs = {key: TensorSpec(value.shape, value.dtype) for key, value in self._tensors.items()}
 
     def keys(self) -> Sequence[str]:
@@ -116,78 +109,49 @@ class TorchFileReader:
         """The tensor or a region of it, on the CPU. Raises ``KeyError`` for an unknown key."""
         self.spec(key)
         if self._archive is not None:
-            with _corruption_of(self.path):
-                return self._archive.read(self._tensors[key], region)
+            with corruption_of(self.path):
+                return self._archive.read(self._tensors[key], region).detach()
         part = take(self._tensors[key], region).resolve_conj().resolve_neg()
-        if self._copy:
+        if self._copy:  # of the legacy format, all of which is in memory
             part = part.clone(memory_format=torch.contiguous_format)
         return part.detach()
 
 
-def maps_privately() -> bool:
-    """Whether writes to what :func:`load_mapped` gives stay in this process."""
-    # torch.serialization.set_default_mmap_options may have asked for shared maps; writes would reach the file.
-    return torch.serialization.get_default_mmap_options() in (None, _MAP_PRIVATE)
-
-
-def load_mapped(path: Path, stand_ins: Sequence[tuple[type, str]] = ()) -> tuple[Any, bool]:
-    """What ``torch.save`` was given, with its tensors still in the file; or, if in the legacy format, in memory.
-
-    ``stand_ins`` are what to use for classes that the pickle may name: (harmless class of ours, full name in the file).
-    Returns what was loaded, and whether the file is of the legacy format.
+def _load_from(file: FileBytes, *, direct: bool) -> tuple[Any, bool, TorchArchive | None]:
+    """What ``torch.save`` was given, and whether in the legacy format; else its tensors have no values, which the
+    archive reads. ``direct``: the file may be opened anew, without the way that ``file`` has to its bytes.
     """
-    opened = open_bytes(path, mmap=False)
-    legacy = _is_legacy(path, opened.head(64))
-    with _corruption_of(path), _allowing(stand_ins):
-        try:
-            if legacy:
-                with BoundedFile(path) as file:
-                    check_sizes(file, opened.size)
-                    return torch.load(file, weights_only=True, map_location="cpu"), True
-            return torch.load(os.fspath(path), mmap=True, weights_only=True, map_location="cpu"), False
-        except pickle.UnpicklingError as error:
-            _refuse_code(path, _unsafe_globals(path, error))
-            raise
-
-
-def _load_from(file: FileBytes) -> tuple[Any, bool, TorchArchive | None]:
-    """The same through other ways to the bytes; tensors are without values, which the archive reads."""
-    with _corruption_of(file.path):
+    with corruption_of(file.path):
         if _is_legacy(file.path, file.head(64)):
-            content = io.BytesIO(file.head(file.size))
-            check_sizes(content, file.size)
+            # all that it holds is read at once; not twice, where that can be helped
+            content = BoundedFile(Path(str(file.path))) if direct else io.BytesIO(file.head(file.size))
             try:
-                return torch.load(content, weights_only=True, map_location="cpu"), True, None
+                with content:
+                    check_sizes(content, file.size)
+                    return torch.load(content, weights_only=True, map_location="cpu"), True, None
             except pickle.UnpicklingError as error:
-                _refuse_code(file.path, _named_global(error))
+                refuse_code(file.path, _named_global(error))
                 raise
         archive = TorchArchive(file)
         try:
             return archive.load(), False, archive
         except pickle.UnpicklingError:
-            _refuse_code(file.path, unsafe_globals(archive.pickle))
+            refuse_code(file.path, unsafe_globals(archive.pickle))
             raise
 
 
 @contextmanager
-def _corruption_of(path: AnyPath) -> Iterator[None]:
+def corruption_of(path: AnyPath) -> Iterator[None]:
+    """Context in which every error says that the file at ``path`` is corrupt."""
     # A corrupt pickle calls allowed functions with wrong arguments: the error can be of any type.
     try:
         yield
-    except CheckpointError:
+    except FabricInitError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(f"{path}: there is no memory to read it ({error}).") from error
         raise CheckpointFormatError(_corrupt(path, error)) from error
-
-
-@contextmanager
-def _allowing(stand_ins: Sequence[tuple[type, str]]) -> Iterator[None]:
-    # torch keeps one list for the process: without the lock the thread that is done first would end it for the others.
-    if not stand_ins:
-        yield
-        return
-    with _allowed_list, torch.serialization.safe_globals(list(stand_ins)):
-        yield
 
 
 def _is_legacy(path: AnyPath, head: bytes) -> bool:
@@ -199,17 +163,11 @@ def _is_legacy(path: AnyPath, head: bytes) -> bool:
     return not head.startswith(_ZIP_MAGIC)
 
 
-def _refuse_code(path: AnyPath, blocked: list[str]) -> None:
+def refuse_code(path: AnyPath, blocked: list[str]) -> None:
+    """Raise if a pickle names what ``weights_only`` refuses."""
     if blocked:
         named = ", ".join(blocked[:5]) + (f" and {len(blocked) - 5} more" if len(blocked) > 5 else "")
         raise CheckpointFormatError(_CODE_IN_PICKLE.format(path=path, name=path.name, globals=named)) from None
-
-
-def _unsafe_globals(path: Path, error: Exception) -> list[str]:
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(os.fspath(path)))
-    except Exception:  # in the legacy format, for which torch names the first one; or corrupt as well
-        return _named_global(error)
 
 
 def _named_global(error: Exception) -> list[str]:
@@ -263,10 +221,10 @@ def checked_key(path: AnyPath, key: object, value: torch.Tensor, archive: Storag
         )
     if type(value) not in (torch.Tensor, torch.nn.Parameter):
         why = f"a {type(value).__name__}: gather it into a plain tensor before saving"
-    elif not has_values:
-        why = f"on the {value.device.type!r} device: it was saved before it had values"
     elif value.layout is not torch.strided or value.is_quantized:
         why = f"{value.layout}, {value.dtype}: only dense, unquantized tensors can be read; convert it before saving"
+    elif not has_values:
+        why = f"on the {value.device.type!r} device: it was saved before it had values"
     elif not _is_possible(value):
         why = f"of shape {tuple(value.shape)} and strides {value.stride()}: the file is damaged"
     elif archive is not None and not archive.reaches(value):

@@ -14,10 +14,12 @@ import torch.distributed as dist
 
 from fabric_init.checkpoints import CheckpointReader, Span
 from fabric_init.errors import CheckpointMismatchError, FabricInitError
+from fabric_init.filling.interrupts import interrupts_held
+from fabric_init.filling.loading import read
 from fabric_init.filling.plan import Plan
 
 _T = TypeVar("_T")
-_Error = TypeVar("_Error", bound=Exception)
+_Error = TypeVar("_Error", bound=BaseException)
 
 
 class RanksLostError(FabricInitError):
@@ -56,6 +58,9 @@ class Alone:
 _PATIENCE = timedelta(seconds=30)
 """How long a rank that cannot go on waits for the others to come and hear of it. They may be building still."""
 
+_PATIENCE_OF_USERS = timedelta(seconds=5)
+"""The same for one that somebody has pressed Ctrl-C for; most often all ranks have got that."""
+
 _meetings = itertools.count()
 
 
@@ -71,10 +76,15 @@ class AllRanks:
             mine = digest(value)
         except RanksLostError:  # nobody is left to tell
             raise
-        except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        except (Exception, KeyboardInterrupt) as error:  # whatever it is, the other ranks must not wait for this one
             self._tell(what, error)
             raise
-        _check_same(what, self._hear(what, mine))
+        try:
+            digests = self._hear(what, mine)
+        except KeyboardInterrupt as error:  # once all had gathered: they hear of it at their next meeting
+            self._tell(what, error)
+            raise
+        _check_same(what, digests)
         return value
 
     def alike(self, digest: str | None) -> bool:
@@ -108,14 +118,15 @@ class AllRanks:
             raise _known(FabricInitError(f"{failing} failed on rank {ranks}, so no rank goes on. Rank {rank}: {text}"))
         return [text for _, text in outcomes]
 
-    def _tell(self, what: str, error: Exception) -> None:
+    def _tell(self, what: str, error: BaseException) -> None:
         """Let the other ranks know why this one goes no further."""
         if _is_known(error):
             return
         _known(error)
         with suppress(RuntimeError):  # they do not come, or are no more: this rank's own error is what matters
             store, meeting = self._come()
-            store.wait([f"{meeting}/{rank}" for rank in range(dist.get_world_size())], _PATIENCE)
+            patience = _PATIENCE if isinstance(error, Exception) else _PATIENCE_OF_USERS
+            store.wait([f"{meeting}/{rank}" for rank in range(dist.get_world_size())], patience)
             _gather((what, f"{type(error).__name__}: {error}"))
 
     def _come(self) -> tuple[Any, str]:
@@ -128,7 +139,8 @@ class AllRanks:
 def _gather(mine: tuple[str | None, Any]) -> list[tuple[str | None, Any]]:
     """From every rank: what it failed in, or ``None``, and what it has to say."""
     outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, mine)
+    with interrupts_held():  # it takes several steps, and who leaves between two of them leaves the others hanging
+        dist.all_gather_object(outcomes, mine)
     return outcomes
 
 
@@ -138,7 +150,7 @@ def _known(error: _Error) -> _Error:
     return error
 
 
-def _is_known(error: Exception) -> bool:
+def _is_known(error: BaseException) -> bool:
     return "_fabric_init_known" in error.__dict__
 
 
@@ -159,7 +171,7 @@ def checkpoint_digest(reader: CheckpointReader | None) -> str:
     digest = hashlib.sha256("\n".join(f"{key} {reader.spec(key)}" for key in keys).encode())
     for key in keys[:: max(1, len(keys) // _SAMPLED)]:  # two files with one header: a few elements of some tensors
         numel = reader.spec(key).shape.numel()
-        ends = [reader.read(key, Span(0, min(16, numel))), reader.read(key, Span(max(0, numel - 16), numel))]
+        ends = [read(reader, key, Span(0, min(16, numel))), read(reader, key, Span(max(0, numel - 16), numel))]
         digest.update(b"".join(bytes(end.contiguous().view(torch.uint8).numpy()) for end in ends if end.numel()))
     return f"{reader.path} with {len(keys)} tensors, fingerprint {digest.hexdigest()[:12]}"
 

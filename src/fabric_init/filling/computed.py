@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError
+from fabric_init.filling.loading import read
 from fabric_init.filling.plan import Action, Entry, Given, Plan, storage_groups
 from fabric_init.filling.slots import Slot
 from fabric_init.recording.operators import is_cast, only_copies
@@ -71,7 +72,7 @@ def compute(
     in_order = sorted(sources, key=lambda source: source.ref.storage)
     assert slot.ref is not None
     return compute_with(
-        slot, tapes[slot.ref.storage], ((ref, reader.read(key)) for ref, key, _ in in_order), device, exact=exact
+        slot, tapes[slot.ref.storage], ((ref, read(reader, key)) for ref, key, _ in in_order), device, exact=exact
     )
 
 

@@ -93,6 +93,9 @@ def guard_recorded(model: nn.Module, mend: str) -> None:
         record = vars(module).get(_ATTRIBUTE)
         if record is not None:
             record.mend = mend
+            hooks: Any = module._forward_pre_hooks
+            for key in [key for key, hook in hooks.items() if hook is _before_forward]:
+                hooks.move_to_end(key, last=False)  # sharding has put hooks before it that gather
             continue
         if module is not model and not module._modules and not _own(module):
             continue  # nothing to wait for; an activation function may be one object for all models of a library

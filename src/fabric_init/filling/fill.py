@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 
 import torch
@@ -13,7 +14,9 @@ from fabric_init.checkpoints.region import take
 from fabric_init.errors import FabricInitError
 from fabric_init.filling import loading
 from fabric_init.filling.computed import compute, loaded_storages, sources_of
+from fabric_init.filling.interrupts import interrupts_held
 from fabric_init.filling.one_reader import OneReader
+from fabric_init.filling.out_of_memory import out_of_memory_explained
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Entry, Given, Plan, storage_groups
 from fabric_init.filling.progress import with_progress
@@ -59,13 +62,15 @@ def fill(
     loaded = loaded if loaded is not None else loaded_storages(plan, tapes)
     with torch.inference_mode(False), real_execution():
         values: dict[int, Tensor] = {}
-        found = _values(plan, tensors, tapes, reader, placement, loaded, exact=exact)
-        for position, value in with_progress(found, len(plan.entries)):
-            values[position] = value
-        _keep_apart(plan, values)
+        with out_of_memory_explained(plan, values), ExitStack() as stack:
+            found = stack.enter_context(closing(_values(plan, tensors, tapes, reader, placement, loaded, exact=exact)))
+            shown = stack.enter_context(closing(with_progress(found, len(plan.entries))))
+            for position, value in shown:  # closed at once, and their threads with them, when it does not end
+                values[position] = value
+            _keep_apart(plan, values)
     as_built = any(tensor.is_inference() for tensor in tensors)
     # tensor subclasses (DTensor) need their own dispatch here
-    with torch.inference_mode(as_built), torch.no_grad(), torch._C.DisableTorchFunction():
+    with interrupts_held(), torch.inference_mode(as_built), torch.no_grad(), torch._C.DisableTorchFunction():
         filled = list(tensors)
         for position, value in values.items():
             filled[position] = placement.put(plan.entries[position].slot, tensors[position], value)
@@ -82,7 +87,7 @@ def _values(
     loaded: Mapping[int, Given],
     *,
     exact: bool,
-) -> Iterator[tuple[int, Tensor]]:
+) -> Generator[tuple[int, Tensor], None, None]:
     """Positions in the plan, and the values that this rank keeps for them."""
     entries = plan.entries
     to_replay = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.agreement import RanksLostError
+from fabric_init.filling.interrupts import interrupts_held
 
 _SECONDS_TO_ANSWER = 5.0
 
@@ -27,7 +28,8 @@ class InStep:
     then :meth:`broadcast`, and so on; at the end a last :meth:`roll_call`.
 
     The connections are a group of their own (gloo). When a rank dies, only some of the others notice, and those who
-    wait for these would go on waiting; so whoever notices closes its own connections, and then all know.
+    wait for these would go on waiting; so whoever notices closes its own connections, and then all know. Ctrl-C takes
+    effect at the next roll call, where the others hear of it.
 
     Args:
         what: what they do, for messages.
@@ -35,7 +37,7 @@ class InStep:
 
     def __init__(self, what: str) -> None:
         self._what = what
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._group: dist.ProcessGroup | None = None
         self._name = ""
         on_gpu = "nccl" in dist.get_backend_config()
@@ -48,9 +50,16 @@ class InStep:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._group is not None and (kind is None or issubclass(kind, Exception)):
+        if self._group is not None and isinstance(error, GeneratorExit):
+            self._failure = self._failure or FabricInitError("it was interrupted")
+            with suppress(FabricInitError, KeyboardInterrupt):
+                self.roll_call()  # whoever asked for the tensors has stopped asking: the others have to know
+        told = isinstance(error, (Exception, GeneratorExit, type(None))) or error is self._failure
+        if self._group is not None and told:
             self._missing("done")  # a connection that closes early can take the last words with it
         self._close()
+        if kind is None and self._failure is not None:  # Ctrl-C in the last roll call
+            raise self._failure
 
     def _close(self) -> None:
         if self._group is not None:
@@ -62,7 +71,7 @@ class InStep:
         """What fails in here is kept for the next roll call: the others are on their way there."""
         try:
             yield
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             self._failure = error
 
     def roll_call(self) -> None:
@@ -96,7 +105,8 @@ class InStep:
 
     def _together(self, collective: Callable[[], Any]) -> None:
         try:
-            collective()
+            with interrupts_held(self._interrupted):
+                collective()
             return
         except RuntimeError as error:
             reason = str(error)
@@ -105,6 +115,9 @@ class InStep:
         gone = self._missing("lost")
         which = f"rank {', '.join(map(str, gone))} is gone" if gone else "the ranks lost touch with one another"
         raise RanksLostError(f"{self._what}: {which}, so no rank goes on. The output of what died says why. ({reason})")
+
+    def _interrupted(self) -> None:
+        self._failure = self._failure or KeyboardInterrupt()
 
     def _missing(self, word: str) -> list[int]:
         """The ranks that do not say ``word`` in time. They say it in torch's key-value store, not to one another."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader, Region
 from fabric_init.checkpoints.remote import AnyPath
-from fabric_init.errors import CheckpointMismatchError
+from fabric_init.errors import CheckpointError, CheckpointMismatchError, is_out_of_memory
+from fabric_init.filling.extra_state import Extra, extra_states
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Entry, Plan
 
@@ -40,21 +41,42 @@ def check_ties(plan: Plan, reader: CheckpointReader, placement: Placement) -> No
     """
     for load in loads(plan, placement):
         if len(load.entry.keys) > 1:
-            value = reader.read(load.entry.keys[0], load.region)
+            value = read(reader, load.entry.keys[0], load.region)
             for key in load.entry.keys[1:]:
-                check_tie(reader.path, load.entry, key, value, reader.read(key, load.region))
+                check_tie(reader.path, load.entry, key, value, read(reader, key, load.region))
+
+
+def read(reader: CheckpointReader, key: str, region: Region | None = None) -> Tensor:
+    """As ``reader`` reads it.
+
+    Raises:
+        CheckpointError: the disk or the network fails.
+    """
+    try:
+        return reader.read(key, region)
+    except OSError as error:
+        if isinstance(error, CheckpointError) or is_out_of_memory(error):
+            raise
+        raise CheckpointError(f"{reader.path}: {key!r} cannot be read: {error}.") from error
 
 
 def load_by_itself(plan: Plan, reader: CheckpointReader, placement: Placement) -> Iterator[tuple[int, Tensor]]:
     """Positions in the plan, and the values that this rank keeps for them: it reads its own regions alone."""
     for load in loads(plan, placement):
         slot = load.entry.slot
-        value = reader.read(load.entry.keys[0], load.region)
+        value = read(reader, load.entry.keys[0], load.region)
         value = value.to(device=load.device, dtype=slot.dtype)
         if load.region is None and slot.ref is not None and value.stride() != slot.ref.stride:
             laid_out = torch.empty_strided(slot.shape, slot.ref.stride, dtype=slot.dtype, device=value.device)
             value = laid_out.copy_(value)
         yield load.position, value
+
+
+def set_extra_states(extras: Iterable[Extra]) -> None:
+    """Give each module what the checkpoint has for it: plain data, or a tensor. On all ranks, in the same order."""
+    for module, key, reader in extras:
+        others = extra_states(reader)
+        module.set_extra_state(others[key] if key in others else read(reader, key))
 
 
 def check_tie(path: AnyPath, entry: Entry, key: str, value: Tensor, other: Tensor) -> None:

@@ -15,7 +15,9 @@ from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.agreement import Agreement, Alone, plan_digest
 from fabric_init.filling.computed import check_nothing_is_undone
 from fabric_init.filling.deferred import loaded_since, refuse_lost_writes, release_recorded
+from fabric_init.filling.extra_state import find_extra_slots
 from fabric_init.filling.fill import check_ties, fill
+from fabric_init.filling.loading import set_extra_states
 from fabric_init.filling.placement import Placement, WholeTensors
 from fabric_init.filling.plan import Plan, Wanted, make_plan
 from fabric_init.filling.report import InitReport, keep_report
@@ -117,7 +119,7 @@ def plan_for(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, 
     """Plan for ``model``, while its tensors are still recorded and whole. Raises all that is the user's to mend."""
     slots, tensors, tapes = survey(model)
     exact = _exact(set(tapes.values()), rng)
-    plan = make_plan(slots, tapes, reader, wanted)
+    plan = make_plan(slots, tapes, reader, wanted, find_extra_slots(model))
     check_nothing_is_undone(plan.entries, tapes)
     return Prepared(plan, tensors, tapes, reader, exact)
 
@@ -145,7 +147,9 @@ def carry_out(
 
     def check_and_fill() -> InitReport:
         check_ties(plan, reader, placement)
-        return fill(plan, tensors, tapes, reader, placement, exact=exact)
+        report = fill(plan, tensors, tapes, reader, placement, exact=exact)
+        set_extra_states(plan.extras)
+        return report
 
     report = agreement.same("filling the model", check_and_fill, lambda report: "")
     release_recorded(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,8 +14,9 @@ from fabric_init.checkpoints.region import copy_part
 from fabric_init.checkpoints.remote import AnyPath
 from fabric_init.filling.agreement import Agreement
 from fabric_init.filling.batches import ALIGNMENT, aligned, batches, chunks
+from fabric_init.filling.extra_state import extra_states
 from fabric_init.filling.in_step import InStep
-from fabric_init.filling.loading import Load, check_tie, loads
+from fabric_init.filling.loading import Load, check_tie, loads, read
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Plan
 
@@ -29,6 +30,7 @@ class _Header(NamedTuple):
     format: str
     note: str | None
     specs: dict[str, TensorSpec]
+    extra_state: dict[str, Any]
 
 
 class OneReader:
@@ -46,18 +48,23 @@ class OneReader:
 
     def __init__(self, header: _Header, reader: CheckpointReader | None, budget: int) -> None:
         assert budget >= 2 * ALIGNMENT
-        self.path, self.format, self.note, self._specs = header
+        self.path, self.format, self.note, self._specs, self.extra_state = header
         self._reader = reader
         self._budget = budget
 
     @classmethod
     def open(cls, make: Callable[[], CheckpointReader], agreement: Agreement, budget: int) -> OneReader:
         """Let rank 0 ``make`` the reader, and tell the others what is in it."""
-        reader = agreement.same("opening the checkpoint", lambda: None if dist.get_rank() else make(), lambda _: "")
-        header = None
-        if reader is not None:
+
+        def on_rank_zero() -> tuple[CheckpointReader, _Header] | None:
+            if dist.get_rank():
+                return None
+            reader = make()
             specs = {key: reader.spec(key) for key in reader.keys()}
-            header = _Header(reader.path, reader.format, reader.note, specs)
+            return reader, _Header(reader.path, reader.format, reader.note, specs, dict(extra_states(reader)))
+
+        opened = agreement.same("opening the checkpoint", on_rank_zero, lambda _: "")
+        reader, header = opened if opened is not None else (None, None)
         return cls(agreement.from_rank_zero(header), reader, budget)
 
     def keys(self) -> Sequence[str]:
@@ -105,7 +112,7 @@ class OneReader:
             assert self._reader is not None
             entry = entries[index][1]
             for key in entry.keys[1:]:
-                check_tie(self.path, entry, key, values, self._reader.read(key, part))
+                check_tie(self.path, entry, key, values, read(self._reader, key, part))
 
         for index, value in self._share([entry.keys[0] for _, entry in entries], targets, check_ties):
             yield entries[index][0], value
@@ -136,7 +143,7 @@ class OneReader:
                     if self._reader is not None:
                         for piece, part in zip(batch, parts, strict=True):
                             for span in chunks(piece, chunk):
-                                values = self._reader.read(keys[piece.tensor], span)
+                                values = read(self._reader, keys[piece.tensor], span)
                                 check(piece.tensor, span, values)
                                 part[span.start - piece.start : span.stop - piece.start].copy_(values)
                 ranks.roll_call()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fabric_init.filling.computed import loaded_storages
 from fabric_init.filling.fill import check_ties, fill
+from fabric_init.filling.loading import set_extra_states
 from fabric_init.filling.materialize import Prepared
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Plan, storage_groups
@@ -50,6 +51,7 @@ class Piecewise:
         """Fill all that is left."""
         plan, _, _, reader, _ = self._prepared
         self._fill(range(len(plan.entries)))
+        set_extra_states(plan.extras)
         rows = [row for _, row in sorted(self._rows.items())]
         path, note = (None, None) if reader is None else (str(reader.path), reader.note)
         return InitReport(rows, path, note, plan.unexpected)

@@ -14,10 +14,12 @@ from typing import NamedTuple
 import torch
 
 from fabric_init.checkpoints import CheckpointReader, TensorSpec, likely_renames, rename_keys
+from fabric_init.checkpoints.likely_adapters import likely_adapters
 from fabric_init.checkpoints.likely_conversions import likely_conversions, likely_transposes
 from fabric_init.checkpoints.likely_renames import likely_part, renamed_as_suggested
 from fabric_init.checkpoints.renaming import Rename
 from fabric_init.errors import CheckpointMismatchError, UninitializedTensorError
+from fabric_init.filling.extra_state import Extra, ExtraSlot, extra_states
 from fabric_init.filling.slots import Slot
 from fabric_init.recording.tape import Tape, TensorRef
 
@@ -62,6 +64,7 @@ class Plan:
 
     entries: tuple[Entry, ...]
     unexpected: tuple[str, ...] = ()
+    extras: tuple[Extra, ...] = field(default=(), compare=False)
     sources: Mapping[int, Given] = field(default_factory=dict)
     """By storage: what the model does not hold any more, but others may have been computed from."""
 
@@ -76,7 +79,11 @@ class Wanted:
 
 
 def make_plan(
-    slots: Sequence[Slot], tapes: Mapping[int, Tape], reader: CheckpointReader | None, wanted: Wanted
+    slots: Sequence[Slot],
+    tapes: Mapping[int, Tape],
+    reader: CheckpointReader | None,
+    wanted: Wanted,
+    extra_slots: Sequence[ExtraSlot] = (),
 ) -> Plan:
     """Decide for each tensor: load this key, run the model's own init, or keep what it has.
 
@@ -85,15 +92,16 @@ def make_plan(
         tapes: the tape of each recorded storage among them.
         reader: the checkpoint, of which only the header is asked; ``None`` to initialise everything.
         wanted: ``strict``, ``rename`` and ``reinit``.
+        extra_slots: the model's modules that take extra state.
 
     Raises:
         CheckpointMismatchError: missing, unexpected or mismatched keys.
         UninitializedTensorError: a tensor that neither the checkpoint nor the model's own code gives a value.
     """
-    found = match(slots, tapes, reader, wanted)
+    found = match(slots, tapes, reader, wanted, extra_slots)
     if reader is not None:
-        if found.missing or found.unexpected:
-            nothing_matches = bool(found.missing) and not found.taken
+        if found.lacks_some or found.unexpected:
+            nothing_matches = found.lacks_some and not found.taken
             if wanted.strict or nothing_matches:
                 raise CheckpointMismatchError(_keys_message(found, reader))
         if found.misfits:
@@ -106,7 +114,7 @@ def make_plan(
                 'instead, e.g. reinit=["' + found.misfits[0].slot.name + '"].'
             )
     check_all_have_values(found.entries, tapes, reader)
-    return Plan(found.entries, found.unexpected)
+    return Plan(found.entries, found.unexpected, found.extras)
 
 
 class Misfit(NamedTuple):
@@ -131,17 +139,29 @@ class Matching(NamedTuple):
     missing: tuple[Slot, ...]
     unexpected: tuple[str, ...]
     misfits: tuple[Misfit, ...]
+    extras: tuple[Extra, ...] = ()
+    missing_extras: tuple[str, ...] = ()
+    """Names of extra state that modules take and the checkpoint has not."""
+
+    @property
+    def lacks_some(self) -> bool:
+        """Whether the checkpoint lacks something that the model takes."""
+        return bool(self.missing or self.missing_extras)
 
 
 def match(
-    slots: Sequence[Slot], tapes: Mapping[int, Tape], reader: CheckpointReader | None, wanted: Wanted
+    slots: Sequence[Slot],
+    tapes: Mapping[int, Tape],
+    reader: CheckpointReader | None,
+    wanted: Wanted,
+    extra_slots: Sequence[ExtraSlot] = (),
 ) -> Matching:
     """What :func:`make_plan` judges. Arguments as there.
 
     Raises:
         CheckpointMismatchError: ``rename`` or ``reinit`` is not usable.
     """
-    keys = rename_keys(reader.keys(), wanted.rename) if reader is not None else {}
+    keys = rename_keys((*reader.keys(), *extra_states(reader)), wanted.rename) if reader is not None else {}
     key_of = {name: key for key, name in keys.items()}
     _check_reinit(slots, wanted.reinit)
 
@@ -169,8 +189,25 @@ def match(
         if reader is not None and slot.saved and not fresh:
             missing.append(slot)
         entries.append(Entry(slot, own_init(slot, tapes)))
-    unexpected = tuple(key for key in keys if key not in taken)
-    return Matching(tuple(entries), keys, frozenset(taken), loadable, tuple(missing), unexpected, tuple(misfits))
+    extras: list[Extra] = []
+    missing_extras: list[str] = []
+    for extra in extra_slots if reader is not None else ():
+        assert reader is not None
+        under = [key_of[name] for name in extra.names if name in key_of]
+        taken.update(under)
+        extras += [Extra(extra.module, key, reader) for key in under[:1]]
+        missing_extras += extra.names[: not under]
+    return Matching(
+        entries=tuple(entries),
+        names=keys,
+        taken=frozenset(taken),
+        loadable=loadable,
+        missing=tuple(missing),
+        unexpected=tuple(key for key in keys if key not in taken),
+        misfits=tuple(misfits),
+        extras=tuple(extras),
+        missing_extras=tuple(missing_extras),
+    )
 
 
 def own_init(slot: Slot, tapes: Mapping[int, Tape]) -> Action:
@@ -256,8 +293,8 @@ def _keys_message(found: Matching, reader: CheckpointReader) -> str:
     lines = [f"{reader.path}: {found.loadable} of {saved} tensors match."]
     if reader.note:
         lines.append(f"({reader.note}.)")
-    if found.missing:
-        names = [slot.name for slot in found.missing]
+    if found.lacks_some:
+        names = [*(slot.name for slot in found.missing), *found.missing_extras]
         lines.append(f"Missing from the checkpoint ({len(names)}):\n" + _listed(names))
     if found.unexpected:
         lines.append(f"Not in the model ({len(found.unexpected)}):\n" + _listed(found.unexpected))
@@ -275,8 +312,12 @@ def _keys_message(found: Matching, reader: CheckpointReader) -> str:
 
 def likely_mends(found: Matching, reader: CheckpointReader) -> list[str]:
     """Sentences, each with a rename or conversion under which missing tensors would be found."""
-    missing = {slot.name: slot.shape for slot in found.missing}
-    offered = {found.names[key]: reader.spec(key).shape for key in found.unexpected}
+    missing = {slot.name: slot.shape for slot in found.missing} | dict.fromkeys(found.missing_extras, torch.Size())
+    no_tensors = extra_states(reader).keys()
+    offered = {found.names[key]: reader.spec(key).shape for key in found.unexpected if key not in no_tensors}
+    adapters = likely_adapters(missing, offered, [name for entry in found.entries for name in entry.slot.names])
+    if adapters is not None:
+        return [adapters]
     renames = likely_renames(missing, offered)
     wanting, offered = renamed_as_suggested(renames, missing, offered)
     return [*map(str, renames), *likely_part(renames, wanting, offered), *likely_conversions(wanting, offered)]

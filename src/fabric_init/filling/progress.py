@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -12,15 +12,17 @@ _T = TypeVar("_T")
 _QUIET_S = 2.0
 
 
-def with_progress(items: Iterable[_T], total: int) -> Iterator[_T]:
+def with_progress(items: Iterable[_T], total: int) -> Generator[_T, None, None]:
     """Pass ``items`` on; after two seconds show how far they are. Until then not even the bar's lock is made."""
     start = time.monotonic()
     bar: tqdm[Any] | None = None
-    for done, item in enumerate(items):
-        yield item
+    try:
+        for done, item in enumerate(items):
+            yield item
+            if bar is not None:
+                bar.update()
+            elif time.monotonic() - start > _QUIET_S:
+                bar = tqdm(total=total, initial=done + 1, desc="filling", unit="tensor")
+    finally:
         if bar is not None:
-            bar.update()
-        elif time.monotonic() - start > _QUIET_S:
-            bar = tqdm(total=total, initial=done + 1, desc="filling", unit="tensor")
-    if bar is not None:
-        bar.close()
+            bar.close()

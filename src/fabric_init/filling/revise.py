@@ -54,7 +54,8 @@ def revised(plans: Sequence[Prepared], model: nn.Module) -> Prepared:
     check_all_have_values(entries, tapes, reader)
     _refuse_lost_changes(entries, tapes)
     unexpected = tuple(key for plan in plans for key in plan.plan.unexpected)
-    plan = Plan(tuple(entries), unexpected, _sources(planned.values(), plans))
+    extras = tuple(extra for plan in plans for extra in plan.plan.extras)
+    plan = Plan(tuple(entries), unexpected, extras, _sources(planned.values(), plans))
     return Prepared(plan, tensors, tapes, reader, any(plan.exact for plan in plans))
 
 

@@ -16,6 +16,7 @@ from fabric_init.filling.computed import loaded_storages, sources_of
 from fabric_init.filling.deferred import release_recorded
 from fabric_init.filling.fill import check_ties, fill, make_report
 from fabric_init.filling.guard import hook
+from fabric_init.filling.loading import set_extra_states
 from fabric_init.filling.marks import place_mark
 from fabric_init.filling.materialize import Prepared, survey
 from fabric_init.filling.placement import Placement
@@ -113,6 +114,7 @@ def move_in(
     release_recorded(model)
     check_ties(rooms.plan, rooms.reader, placement)
     report = fill(rooms.plan, now, rooms.tapes, rooms.reader, placement, exact=False)
+    set_extra_states(rooms.plan.extras)
     rows = make_report(_plan_of(rooms.later), rooms.tapes, None).rows
     report.rows += rows
     keep_report(model, report)

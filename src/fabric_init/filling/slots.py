@@ -14,6 +14,7 @@ from fabric_init.recording.tape import TensorRef, recorded, ref_of
 Kind = Literal["parameter", "buffer", "non-persistent buffer", "attribute"]
 
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
+_OUR_OWN = "_fabric_init_"
 
 
 class Slot(NamedTuple):
@@ -102,7 +103,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:
     seen: set[int] = set()
     for prefix, module in modules:
         for name, value in vars(module).items():
-            if type(value) not in _PLAIN_TYPES and name not in _MODULE_INTERNALS:
+            if type(value) not in _PLAIN_TYPES and name not in _MODULE_INTERNALS and not name.startswith(_OUR_OWN):
                 for path, tensor in _tensors_in(value, f"{prefix}.{name}" if prefix else name, seen):
                     yield path, "attribute", tensor
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from fabric_init.checkpoints.deepspeed_folder import STAND_INS, DeepSpeedFolderReader, states_in, tag_folder
+from fabric_init.checkpoints.mapped_archive import MappedArchive
 from fabric_init.checkpoints.reader import CheckpointReader
 from fabric_init.checkpoints.region import Span
-from fabric_init.checkpoints.torch_file import load_mapped
 from fabric_init.errors import CheckpointError
 from fabric_init.inspection.contents import Damage
 from fabric_init.inspection.survey import Found, Run, Survey, dtype_name
@@ -66,7 +66,7 @@ def _survey_damaged(folder: Path, error: CheckpointError) -> Survey:
     first: dict[Any, Any] | None = None
     for file in states_in(folder):
         try:
-            loaded, _ = load_mapped(file, STAND_INS)
+            loaded = MappedArchive(file, STAND_INS).content
         except CheckpointError as wrong:
             survey.damage.append(Damage("unreadable", str(wrong), file.name))
         else:

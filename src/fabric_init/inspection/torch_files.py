@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from fabric_init.checkpoints.file_bytes import FileBytes
+from fabric_init.checkpoints.pickled_calls import check_calls
 from fabric_init.checkpoints.region import Span, Window
 from fabric_init.checkpoints.state_dicts import Location, choose_state_dict, describe
 from fabric_init.checkpoints.torch_archive import load_meta, read_region
@@ -40,6 +41,7 @@ def survey_torch(file: FileBytes, entry: str | None) -> Survey:
         loaded, records = legacy_records(file, lambda pickle: load_meta(pickle, claims.storage), claims.sizes)
     else:
         pickle, records = zip_records(file)
+        check_calls(pickle, file.size)
         loaded = load_meta(io.BytesIO(pickle), claims.storage)
         records.place(claims.sizes)
     if not isinstance(loaded, dict):

@@ -11,7 +11,8 @@ from fabric_init.checkpoints import CheckpointReader, TensorSpec
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.filling.computed import check_nothing_is_undone
 from fabric_init.filling.plan import Action, Entry, Matching, Wanted, likely_mends, likely_transpose, without_values
-from fabric_init.filling.report import describe_rule, dtype_name
+from fabric_init.filling.report import dtype_name
+from fabric_init.filling.rules import describe_rule
 from fabric_init.filling.slots import Slot
 from fabric_init.recording.tape import Tape
 
@@ -120,12 +121,15 @@ def coverage_of(
     afresh = [entry for entry in saved if entry.action is not Action.LOAD]
     without = [name for names in without_values(found.entries, tapes) for name in names]
     problems = [*problems, *_undone(found.entries, tapes)]
-    nothing_matches = bool(found.missing) and not found.taken
-    mismatch = wanted.strict and (bool(found.missing) or bool(found.unexpected))
+    nothing_matches = found.lacks_some and not found.taken
+    mismatch = wanted.strict and (found.lacks_some or bool(found.unexpected))
     return Coverage(
         wanted=_amount(saved),
         loaded=_amount(loaded),
-        missing=_fresh((entry for entry in afresh if entry.slot.name in missing), tapes),
+        missing=(
+            *_fresh((entry for entry in afresh if entry.slot.name in missing), tapes),
+            *(Fresh(name, (), "extra state", 0, "stays as it was built") for name in found.missing_extras),
+        ),
         reinit=_fresh((entry for entry in afresh if entry.slot.name not in missing), tapes) if reader else (),
         unexpected=() if reader is None else tuple(_left_over(key, reader.spec(key)) for key in found.unexpected),
         casts=_casts(loaded),
@@ -172,7 +176,7 @@ def _casts(entries: Sequence[Entry]) -> tuple[Cast, ...]:
 
 def _proposed(found: Matching, reader: CheckpointReader) -> tuple[str, ...]:
     transpose = likely_transpose(found, reader) if found.misfits else None
-    mends = likely_mends(found, reader) if found.missing and found.unexpected else []
+    mends = likely_mends(found, reader) if found.lacks_some and found.unexpected else []
     return (*mends, *([transpose] if transpose is not None else []))
 
 

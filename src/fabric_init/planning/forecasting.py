@@ -12,6 +12,7 @@ from torch import nn
 from fabric_init.checkpoints import Conversion, Source
 from fabric_init.checkpoints.file_system import file_system_of
 from fabric_init.checkpoints.renaming import Rename
+from fabric_init.filling.extra_state import find_extra_slots
 from fabric_init.filling.materialize import survey
 from fabric_init.filling.opening import Io, check_io, choose_io
 from fabric_init.filling.plan import Action, Plan, Wanted, match
@@ -117,7 +118,7 @@ def forecast(
         module = model if isinstance(model, nn.Module) else _recorded(model, setting)
         slots, _, tapes = survey(module)
         slots = [setting.kept(slot) for slot in slots]
-        found = match(slots, tapes, reader, wanted)
+        found = match(slots, tapes, reader, wanted, find_extra_slots(module))
         misfits = {misfit.slot.name for misfit in found.misfits}
         loads = [e for e in found.entries if e.action is not Action.LOAD or e.slot.name not in misfits]
         file_system = None if checkpoint is None else file_system_of(checkpoint)

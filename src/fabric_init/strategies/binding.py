@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import FabricInitError
@@ -23,6 +24,7 @@ from fabric_init.recording.tape import now
 from fabric_init.strategies.optimizers import parameters_by_name
 
 _ATTRIBUTE = "_fabric_init_bound"
+_PLANS = "_fabric_init_plans"  # on every module of a bound model: a part that is put into another one keeps its load
 
 
 class ShardedPlacement(Placement, Protocol):
@@ -36,11 +38,9 @@ class ShardedPlacement(Placement, Protocol):
 class Bound(NamedTuple):
     """What a recorded model gets when it is set up.
 
-    ``plans`` are those of the checkpoints that blocks have declared for it. What it got in a block without checkpoint
-    gets its own init, or room until a later load.
+    What it got in a block without checkpoint gets its own init, or room until a later load.
     """
 
-    plans: tuple[Prepared, ...] = ()
     waits: bool = False
     own_init: bool = False
 
@@ -59,7 +59,9 @@ def bind(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, agre
     prepared, since = prepare(model, reader, wanted, agreement), now()
     entries = tuple(entry._replace(since=since) for entry in prepared.plan.entries)
     planned = prepared._replace(plan=replace(prepared.plan, entries=entries))
-    _keep(model, bound._replace(plans=(*bound.plans, planned)))
+    for module in model.modules():
+        vars(module)[_PLANS] = (*vars(module).get(_PLANS, ()), planned)
+    _keep(model, bound)
 
 
 def _keep(model: nn.Module, bound: Bound) -> None:
@@ -87,20 +89,22 @@ def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[Prepared | R
     If planning fails, the model is as it was. If the rest fails, it stays bound, so that nobody can use it.
     """
     bounds = [(module, vars(module).pop(_ATTRIBUTE)) for module in model.modules() if _ATTRIBUTE in vars(module)]
+    declared = [(module, vars(module).pop(_PLANS)) for module in model.modules() if _PLANS in vars(module)]
+    plans = sorted({id(plan): plan for _, its in declared for plan in its}.values(), key=_declared_at)
     try:
         yield agreement.same(
-            "planning for the model as it is now", lambda: _plan(model, [b for _, b in bounds]), _digest
+            "planning for the model as it is now", lambda: _plan(model, [b for _, b in bounds], plans), _digest
         )
     except BaseException:
+        for module, its in declared:
+            vars(module)[_PLANS] = its
         for module, bound in bounds:
             _keep(module, bound)
         raise
 
 
-def _plan(model: nn.Module, bounds: Sequence[Bound]) -> Prepared | Rooms:
-    plans = [
-        plan for bound in reversed(bounds) for plan in bound.plans
-    ]  # the outer model was built after the inner one
+def _plan(model: nn.Module, bounds: Sequence[Bound], plans: Sequence[Prepared]) -> Prepared | Rooms:
+    _refuse_sharded(model)
     waits = any(bound.waits and not bound.own_init for bound in bounds)
     if plans:
         prepared = revised(plans, model)
@@ -128,6 +132,20 @@ def _without_new_values(planned: Prepared | Rooms, placement: ShardedPlacement) 
         return planned._replace(plan=plan)
     now = [(entry.slot, tensor) for entry, tensor in zip(entries, tensors, strict=True)]
     return planned._replace(later=[both for both in planned.later if not is_given(*both)], now=now, plan=plan)
+
+
+def _declared_at(prepared: Prepared) -> int:
+    """Plans in the order of their blocks: a later load wins."""
+    return max((entry.since or 0 for entry in prepared.plan.entries), default=0)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor) or hasattr(p, "ds_id")]
+    if sharded:
+        raise FabricInitError(
+            f"{sharded[0]} was sharded by an earlier setup, and is in this model, too ({len(sharded)} such parameters)."
+            " Set models that share modules up as one: fabric.setup(nn.ModuleList([one, other])) shards them once."
+        )
 
 
 def _digest(planned: Prepared | Rooms) -> str:

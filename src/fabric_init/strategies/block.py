@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from fabric_init.checkpoints import CheckpointReader, Source
 from fabric_init.errors import FabricInitError, RecordingError
+from fabric_init.filling.deferred import guard_recorded, release_recorded
 from fabric_init.filling.materialize import fill_model
 from fabric_init.filling.opening import open_on_all_ranks
 from fabric_init.filling.plan import Wanted
@@ -46,7 +48,7 @@ def recorded_block(
     if source is not None:  # a bad path fails before the build
         machines, whole = getattr(strategy, "num_nodes", 1), not strategy.fills_in_setup
         reader = open_on_all_ranks(source, strategy.io, whole=whole, machines=machines, agreement=agreement)
-    failure: Exception | None = None
+    failure: BaseException | None = None
     try:
         with ExitStack() as contexts:
             built = contexts.enter_context(BuiltModules())
@@ -60,7 +62,7 @@ def recorded_block(
             if strategy.fills_in_setup:
                 for model in built.roots():  # setup casts to the precision: that belongs to the recording, too
                     strategy.precision.convert_module(model)
-    except Exception as error:  # the other ranks have to hear of it
+    except (Exception, KeyboardInterrupt) as error:  # the other ranks have to hear of it
         failure = error
 
     def built_models() -> list[nn.Module]:
@@ -73,8 +75,12 @@ def recorded_block(
             _one_model(models, reader)
         return models
 
-    models = agreement.same("building the model", built_models, _described)
-    _complete(models, reader, wanted, strategy)
+    try:
+        models = agreement.same("building the model", built_models, _described)
+        _complete(models, reader, wanted, strategy)
+    except BaseException:
+        _guard_unfilled(built.roots())
+        raise
 
 
 def refuse_nesting() -> None:
@@ -101,6 +107,15 @@ def _complete(models: list[nn.Module], reader: CheckpointReader | None, wanted: 
         allocate(models, strategy.placement)
     else:
         fill_model(models[0], reader, wanted, strategy.placement(models[0]), agreement=strategy.agreement)
+
+
+def _guard_unfilled(models: list[nn.Module]) -> None:
+    """Nobody shall use what is left of models whose block has failed; what had values in them before may be used."""
+    for model in models:
+        guard_recorded(model, "Its init_module block ended with an error: build it again")
+        for module in model.modules():
+            if not any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers())):
+                release_recorded(module)
 
 
 def _one_model(models: list[nn.Module], reader: CheckpointReader) -> None:

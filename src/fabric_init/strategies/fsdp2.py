@@ -19,6 +19,7 @@ from torch.distributed.tensor.placement_types import Shard
 from fabric_init.checkpoints import Box
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.placement import Placement
+from fabric_init.filling.slots import named_modules
 from fabric_init.strategies.dtensors import ShardedTensors, accept_whole_tensors, shard_box
 from fabric_init.strategies.recorded_init import RecordedInit, register_strategy
 
@@ -117,8 +118,8 @@ def region_on(shape: torch.Size, rank: int, world_size: int) -> Box:
 def units_of(model: nn.Module, units: Units) -> list[nn.Module]:
     """The modules of ``model`` that ``units`` names, inner before outer, without ``model`` itself.
 
-    A module that shares a parameter with another part of the model is left to the unit around both: FSDP2 would untie
-    them.
+    A module that shares a parameter, or a module, with another part of the model is left to the unit around both: FSDP2
+    would untie them, and shards no module twice.
     """
     chosen: Callable[[nn.Module], bool]
     if units == "blocks":
@@ -150,13 +151,18 @@ def units_of(model: nn.Module, units: Units) -> list[nn.Module]:
 
 
 def _without_split_ties(model: nn.Module, units: list[nn.Module]) -> list[nn.Module]:
-    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    places = Counter(id(module) for _, module in named_modules(model))
+    uses = _uses(model)
 
     def holds_all_uses(unit: nn.Module) -> bool:
-        inside = Counter(id(p) for module in unit.modules() for p in module._parameters.values() if p is not None)
-        return all(uses[parameter] == count for parameter, count in inside.items())
+        return all(uses[parameter] == count * places[id(unit)] for parameter, count in _uses(unit).items())
 
     return [unit for unit in units if holds_all_uses(unit)]
+
+
+def _uses(model: nn.Module) -> Counter[int]:
+    """Under how many names each parameter, by id, is in ``model``; modules may be shared, too."""
+    return Counter(id(p) for _, module in named_modules(model) for p in module._parameters.values() if p is not None)
 
 
 def _units_by_size(model: nn.Module, least: int) -> list[nn.Module]:

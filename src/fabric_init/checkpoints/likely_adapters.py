@@ -1,0 +1,98 @@
+"""What would likely help where a model's layers are wrapped by adapters, and the checkpoint is of the model inside.
+
+peft puts ``base_layer`` (or ``original_module``) between a layer's name and its tensors', its own tensors beside that,
+and ``base_model.model.`` before all names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+
+_Shapes = Mapping[str, torch.Size]
+_WRAPPED = re.compile(r"(?P<layer>.+)\.(?P<inside>base_layer|original_module)\.(?P<tensor>[^.]+)")
+
+
+def likely_adapters(missing: _Shapes, unexpected: _Shapes, names: Collection[str]) -> str | None:
+    """One sentence with arguments that load the model inside and initialise the adapters; ``None`` for nothing.
+
+    Args:
+        missing: tensors of the model that no key is for.
+        unexpected: checkpoint keys, renamed as the user asked, that no tensor is for.
+        names: every name of every tensor in the model, in its order.
+    """
+    wrapped = [match for match in map(_WRAPPED.fullmatch, names) if match is not None]
+    before = _prefix(wrapped, missing, unexpected)
+    if before is None:
+        return None
+    rules = [*_rules(wrapped, before, unexpected), *([("^", before)] if before else [])]
+    renamed = {_renamed(key, rules): shape for key, shape in unexpected.items()}
+    adapters = [name for name in missing if renamed.get(name) != missing[name]]
+    globs = _globs(adapters, {match["layer"] for match in wrapped})
+    found = len(missing) - len(adapters)
+    if not found or globs is None or any(fnmatchcase(name, glob) for name in renamed for glob in globs):
+        return None
+    mapping = ", ".join(f"{_quoted(old)}: {_quoted(new)}" for old, new in rules)
+    exact = renamed.keys() <= set(names)
+    rest = f"reinit=[{', '.join(map(_quoted, globs))}]" if exact else "strict=False"
+    return f"rename={{{mapping}}}, {rest} would load {found} tensors and initialise the adapters' {len(adapters)}"
+
+
+def _prefix(wrapped: Iterable[re.Match[str]], missing: _Shapes, unexpected: _Shapes) -> str | None:
+    """What stands before the names of the model inside."""
+    votes: Counter[str] = Counter()
+    for match in wrapped:
+        parts = f"{match['layer']}.{match['tensor']}".split(".")
+        for start in range(len(parts) - 1):
+            if match.string in missing and unexpected.get(".".join(parts[start:])) == missing[match.string]:
+                votes["".join(f"{part}." for part in parts[:start])] += 1
+                break
+    return votes.most_common(1)[0][0] if votes else None
+
+
+def _rules(wrapped: Iterable[re.Match[str]], before: str, unexpected: _Shapes) -> list[tuple[str, str]]:
+    """Regex and replacement that put the wrapper's name into keys of the layers that are wrapped, and no others."""
+    layers: dict[str, dict[str, None]] = {}
+    for match in wrapped:
+        layers.setdefault(match["inside"], {})[match["layer"].removeprefix(before)] = None
+    rules = []
+    for inside, of_it in layers.items():
+        short = dict.fromkeys(layer.rpartition(".")[2] for layer in of_it)
+        pattern = rf"(^|\.)({_any_of(short)})\.(\w+)$"
+        caught = {key.rpartition(".")[0] for key in unexpected if re.search(pattern, key)}
+        if caught <= of_it.keys():
+            rules.append((pattern, rf"\1\2.{inside}.\3"))
+        else:  # layers of the same name elsewhere are not wrapped
+            rules.append((rf"^({_any_of(of_it)})\.(\w+)$", rf"\1.{inside}.\2"))
+    return rules
+
+
+def _any_of(names: Iterable[str]) -> str:
+    return "|".join(map(re.escape, names))
+
+
+def _renamed(key: str, rules: Sequence[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _globs(adapters: Iterable[str], layers: Collection[str]) -> list[str] | None:
+    """Globs for the adapters' tensors, by what comes after the layer's name; ``None`` if some are of no such layer."""
+    found: dict[str, None] = {}
+    for name in adapters:
+        parts = name.split(".")
+        after = next((at for at in range(1, len(parts)) if ".".join(parts[:at]) in layers), None)
+        if after is None:
+            return None
+        kind, underscore, _ = parts[after].partition("_")
+        found[f"*.{kind}{underscore}*"] = None
+    return list(found)
+
+
+def _quoted(text: str) -> str:
+    return f'r"{text}"' if "\\" in text else f'"{text}"'

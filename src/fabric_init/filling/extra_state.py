@@ -1,0 +1,45 @@
+"""What modules save beside tensors: ``get_extra_state`` and ``set_extra_state``, as ``load_state_dict`` treats them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from fabric_init.checkpoints import CheckpointReader
+from fabric_init.filling.slots import named_modules
+
+_NAME = "_extra_state"
+
+
+class ExtraSlot(NamedTuple):
+    """A module that takes extra state, and the names of that in a state dict: several for a shared module."""
+
+    module: nn.Module
+    names: tuple[str, ...]
+
+
+class Extra(NamedTuple):
+    """Extra state that a checkpoint has for a module, under ``key``."""
+
+    module: nn.Module
+    key: str
+    reader: CheckpointReader
+
+
+def find_extra_slots(model: nn.Module) -> list[ExtraSlot]:
+    """The modules of ``model`` whose class has a ``set_extra_state`` of its own."""
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for prefix, module in named_modules(model):
+        if type(module).set_extra_state is not nn.Module.set_extra_state:
+            modules[id(module)] = module
+            names.setdefault(id(module), []).append(f"{prefix}.{_NAME}" if prefix else _NAME)
+    return [ExtraSlot(module, tuple(names[key])) for key, module in modules.items()]
+
+
+def extra_states(reader: CheckpointReader) -> Mapping[str, Any]:
+    """By checkpoint key, the extra state that is no tensor; formats of tensors alone have none."""
+    found: Mapping[str, Any] = getattr(reader, "extra_state", {})
+    return found

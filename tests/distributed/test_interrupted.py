@@ -1,0 +1,87 @@
+"""Ctrl-C, a disk error, no memory: on one rank or on all of them, in the middle of a fill. The processes go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from watched import watched
+from zoo import Uneven, assert_same, build, launch, one_device, tokens, weights, write_checkpoint
+
+from fabric_init import CheckpointError, FabricInitError, OutOfMemoryError, UninitializedTensorError
+
+SECONDS = 15.0
+
+
+def disk_error() -> None:
+    raise OSError(5, "Input/output error")
+
+
+def no_memory() -> None:
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+def press_ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+MISHAPS: dict[str, tuple[Callable[[], None], type[BaseException], str]] = {
+    "disk": (disk_error, CheckpointError, "CheckpointError: .*Input/output error"),
+    "memory": (no_memory, OutOfMemoryError, "allocate memory"),
+    "ctrl-c": (press_ctrl_c, KeyboardInterrupt, "KeyboardInterrupt"),
+}
+
+
+AT = {"local": 25, "broadcast": 3}
+"""The read at which it happens: before it, ranks that read for themselves compare what they have opened."""
+
+
+def fail_and_go_on(strategy: str, io: Any, path: Path, cases: list[tuple[str, list[int]]]) -> list[float]:
+    """Each case, then a good load, all in the same processes; how long each failure took to be known."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the server that these processes come from ignores it
+    rank, seconds = int(os.environ["RANK"]), []
+    fabric = launch(strategy, io=io)
+    expected = weights(one_device("uneven", checkpoint=path))
+    for name, ranks in cases:
+        mishap, kind, text = MISHAPS[name]
+        here = AT[io] if rank in ranks else -1
+        watched(lambda count, mishap=mishap, here=here: mishap() if count == here else None)
+        models: list[Any] = []
+        if rank in ranks:
+            caught = pytest.raises(kind)
+        else:
+            caught = pytest.raises(FabricInitError, match=f"failed on rank {ranks[0]}, so no rank goes on(.|\n)*{text}")
+        start = time.monotonic()
+        with caught:
+            with fabric.init_module(checkpoint=path):
+                models.append(Uneven())
+            fabric.setup(models[0])
+        seconds.append(time.monotonic() - start)
+        if rank not in ranks and strategy == "ddp" and io == "local":  # this rank had finished when it heard
+            assert_same(weights(models[0]), expected)
+            models[0](tokens(1))
+        else:
+            for use in (lambda model=models[0]: model(tokens(1)), models[0].state_dict):
+                with pytest.raises(UninitializedTensorError):
+                    use()
+        watched()
+        assert_same(weights(fabric.setup(build(fabric, "uneven", checkpoint=path))), expected)
+    return seconds
+
+
+@pytest.mark.parametrize("io", AT)
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_every_rank_hears_of_it_and_goes_on(strategy: str, io: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "model.safetensors", "uneven")
+    cases = [("disk", [0]), ("ctrl-c", [0]), ("memory", [0])]
+    if io == "local":
+        cases += [("ctrl-c", [0, 1]), ("ctrl-c", [1]), ("disk", [0, 1])]
+    for seconds in run_ranks(2, fail_and_go_on, strategy=strategy, io=io, path=path, cases=cases):
+        assert max(seconds) < SECONDS
