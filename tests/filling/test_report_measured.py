@@ -57,14 +57,16 @@ def test_the_rule_its_line_its_promise_and_what_is_there_now() -> None:
 
 def test_what_was_loaded_has_no_rule_but_its_writes_are_known(tmp_path: Path) -> None:
     torch.save(Model().state_dict(), tmp_path / "m.pt")
-    found = row(materialize(recording(), checkpoint=tmp_path / "m.pt").measure(), "first.weight")
+    model = recording()
+    found = row(materialize(model, checkpoint=tmp_path / "m.pt").measure(), "first.weight")
     assert (found.status, found.rule, found.place, found.std) == ("loaded", "", "", None)
     assert found.full_writes == 3
     assert found.std_now is not None
 
 
 def test_nothing_is_worked_out_before_it_is_asked_for() -> None:
-    report = materialize(recording())
+    model = recording()
+    report = materialize(model)
     assert all(row.full_writes is None and row.std is None and row.std_now is None for row in report.rows)
     report.trace()
     assert all(row.full_writes is not None and row.std_now is None for row in report.rows)

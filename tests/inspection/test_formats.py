@@ -1,4 +1,4 @@
-"""Of every format: the tensors that a reader gives, the file that holds each, the values that torch counts, no fault."""
+"""Of every format: the same tensors as a reader gives, which file holds them, values as torch counts them, no fault."""
 
 from __future__ import annotations
 
