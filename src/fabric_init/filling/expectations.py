@@ -35,14 +35,14 @@ class Expectations:
     def of_rules(self, ref: TensorRef) -> Moments | None:
         """The same, as far as it can be worked out: nothing is run."""
         try:
-            return self._of(ref, None) if _has_moments(ref) else None
+            return _finite(self._of(ref, None)) if _has_moments(ref) else None
         except RecursionError:  # computed in a thousand steps: measuring is the way
             return None
 
     def of_op(self, op: Op, target: TensorRef) -> Moments | None:
         """What ``op`` leaves in ``target``, as far as it can be worked out."""
         try:
-            return self._result(op, target) if target.size.numel() else None
+            return _finite(self._result(op, target)) if target.size.numel() else None
         except RecursionError:
             return None
 
@@ -113,7 +113,10 @@ def _together(ref: TensorRef, parts: dict[TensorRef, Moments], rest: Moments | N
 
 def moments(tensor: torch.Tensor) -> Moments | None:
     """Of a real tensor's elements; ``None`` for complex numbers, no elements, or values that are not finite."""
-    found = measured(tensor)
+    return _finite(measured(tensor))
+
+
+def _finite(found: Moments | None) -> Moments | None:
     return found if found is not None and math.isfinite(found.mean) and math.isfinite(found.std) else None
 
 
