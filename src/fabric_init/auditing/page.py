@@ -87,8 +87,8 @@ def _plots(report: AuditReport) -> Iterator[Plot]:
     if points := list(_points(report.rows)):
         yield scatter(
             "Std by tensor against expectation",
-            "Weights with two or more dimensions. On the line, what comes out of a layer varies as much as what goes "
-            "in; far above it, signals grow from layer to layer.",
+            "Weights of two or more dimensions, their inputs counted as torch.nn.init does; embeddings are left out. On "
+            "the line, what comes out of a layer varies as much as what goes in; far above it, signals grow.",
             points,
             "1 / √inputs",
             "std of its rule",
@@ -104,12 +104,12 @@ def _plots(report: AuditReport) -> Iterator[Plot]:
 
 def _points(rows: tuple[Row, ...]) -> Iterator[Point]:
     for row in rows:
-        if row.std and math.isfinite(row.std) and len(row.shape) > 1 and row.elements and row.kind == "parameter":
+        looked_up = row.module_class.endswith("Embedding") and not row.ties  # by row: nothing is added up
+        std = row.std or 0.0
+        if row.kind == "parameter" and len(row.shape) > 1 and row.elements and 0 < std < math.inf and not looked_up:
+            said = f"{row.rule} at {row.place}" if row.place else row.rule
             inputs = math.prod(row.shape[1:])
-            rule = row.rule.partition("(")[0]
-            yield Point(
-                1 / math.sqrt(inputs), row.std, rule, row.name, " at ".join(filter(None, (row.rule, row.place)))
-            )
+            yield Point(1 / math.sqrt(inputs), std, row.rule.partition("(")[0], row.name, said)
 
 
 def _table(report: AuditReport) -> Table:

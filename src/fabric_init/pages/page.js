@@ -139,6 +139,12 @@ function setUpTable({ columns, rows }) {
 
 // ---- the plots
 
+const OPTIONS = {
+  responsive: true,
+  displaylogo: false,
+  modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]], // and none that goes to a site
+};
+
 async function loadPlotting() {
   const packed = Uint8Array.from(atob(document.getElementById("plotting").textContent), (c) => c.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
@@ -162,6 +168,7 @@ function inTheme(layout) {
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: text, family: "system-ui, sans-serif", size: 12 },
     hoverlabel: hover,
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: line, activecolor: text },
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
     xaxis: { ...layout.xaxis, ...axis },
     yaxis: { ...layout.yaxis, ...axis },
@@ -184,7 +191,7 @@ async function drawPlots() {
     Promise.all(
       drawings.map((place) => {
         const { data, layout } = parsed(place.parentElement.querySelector(".figure"));
-        return Plotly.react(place, data, inTheme(layout), { responsive: true, displaylogo: false });
+        return Plotly.react(place, data, inTheme(layout), OPTIONS);
       }),
     );
   await draw();

@@ -89,9 +89,9 @@ def scatter(title: str, note: str, points: Sequence[Point], x: str, y: str) -> P
     for point in points:
         group = point.group if point.group in groups else _OTHERS
         spots.setdefault((group, _cell(point.x), _cell(point.y)), []).append(point)
-    if points:
-        ends = [f(value for point in points for value in (point.x, point.y)) for f in (min, max)]
-        ends = [ends[0] / 2, ends[1] * 2]
+    ends = [value for point in points for value in (point.x, point.y)]
+    if ends:
+        ends = [min(ends) / 2, max(ends) * 2]
         figure.add_scatter(
             name="equal", x=ends, y=ends, mode="lines", line={"color": "#8a8f98", "dash": "dot"}, hoverinfo="skip"
         )
@@ -106,8 +106,8 @@ def scatter(title: str, note: str, points: Sequence[Point], x: str, y: str) -> P
             marker={"color": colour, "size": [min(8 + 2 * math.log2(len(spot)), 20) for spot in found], "opacity": 0.8},
             hovertemplate=f"%{{customdata}}<br>{escape(x)}: %{{x:.4g}}<br>{escape(y)}: %{{y:.4g}}<extra></extra>",
         )
-    figure.update_xaxes(title_text=x, **_logarithmic([point.x for point in points]))
-    figure.update_yaxes(title_text=y, **_logarithmic([point.y for point in points]))
+    figure.update_xaxes(title_text=x, **_logarithmic(ends))
+    figure.update_yaxes(title_text=y, **_logarithmic(ends))
     return Plot(title, note, _plain(figure), height=460)
 
 
@@ -178,13 +178,10 @@ def _groups(points: Sequence[Point]) -> list[str]:
 
 
 def _logarithmic(values: Sequence[float]) -> dict[str, Any]:
-    """An axis: within two powers of ten there are labels between them, too."""
-    narrow = bool(values) and max(values) < 100 * min(values)
-    return {
-        "type": "log",
-        "exponentformat": "e" if narrow else "power",
-        "minorloglabels": "complete" if narrow else "none",
-    }
+    """An axis with labels at powers of ten; at 2 and 5 as well, where it spans no more than three of these."""
+    narrow = bool(values) and max(values) <= 1000 * min(values)
+    ticks = {"dtick": "D2", "exponentformat": "e"} if narrow else {"exponentformat": "power"}
+    return {"type": "log", "minorloglabels": "complete" if narrow else "none", **ticks}
 
 
 def _has_logarithm(value: float | None) -> bool:
