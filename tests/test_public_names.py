@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
+import subprocess
+import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -30,6 +34,8 @@ def test_every_name_in_all_exists(name: str) -> None:
 
 
 def test_every_public_name_of_the_package_is_in_all() -> None:
+    for name in fabric_init.__all__:
+        getattr(fabric_init, name)  # which imports it
     # `annotations` and the like come from __future__.
     public = {
         name
@@ -44,3 +50,24 @@ def test_the_check_sees_names_that_are_missing_or_listed_twice() -> None:
     module.here = 1
     module.__all__ = ["gone", "here", "here"]
     assert wrong_names(module) == ["gone is in __all__, but does not exist", "here is in __all__ twice"]
+
+
+def test_names_come_from_where_type_checkers_are_told() -> None:
+    assert fabric_init.__file__ is not None
+    tree = ast.parse(Path(fabric_init.__file__).read_text())
+    told = {
+        alias.name: f"{node.module}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert {name: f"fabric_init.{home}" for name, home in fabric_init._HOMES.items()} == told
+    assert told.keys() == set(fabric_init.__all__)
+
+
+def test_packages_that_users_look_into_need_no_import_of_their_own() -> None:
+    code = "import fabric_init; fabric_init.strategies.FSDP2Strategy, fabric_init.checkpoints.Fuse"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="has no attribute 'Febric'"):
+        _ = fabric_init.Febric
+    assert set(fabric_init.__all__) <= set(dir(fabric_init))

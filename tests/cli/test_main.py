@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -22,12 +21,12 @@ def status_of(arguments: list[str]) -> int | str | None:
     return stopped.value.code
 
 
-def command_that_raises(error: Exception) -> dict[str, Callable[..., int]]:
+def app_that_raises(error: Exception) -> typer.Typer:
     def run() -> int:
         """Fails."""
         raise error
 
-    return {"fails": run, "fails-too": run}
+    return cli.build_app({"fails": "Fails.", "fails-too": "Fails."}, lambda name: run)
 
 
 def test_an_unknown_command_is_refused_with_the_way_to_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
@@ -46,14 +45,16 @@ def test_no_command_at_all_shows_the_help(capsys: pytest.CaptureFixture[str]) ->
 def test_help_lists_every_command_with_its_summary(capsys: pytest.CaptureFixture[str]) -> None:
     assert status_of(["--help"]) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for name, run in cli.COMMANDS.items():
-        assert run.__doc__ is not None
-        assert f"{name} {run.__doc__.splitlines()[0]}"[:50] in text
+    for name in cli.COMMANDS:
+        about = cli.load_run(name).__doc__
+        assert about is not None
+        assert cli.COMMANDS[name] == about.splitlines()[0]
+        assert f"{name} {about.splitlines()[0]}"[:50] in text
 
 
 def test_every_option_of_every_command_has_a_help_text() -> None:
-    group = typer.main.get_command(cli.build_app())
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
+    for name in cli.COMMANDS:
+        command = cli.build_command(name)
         assert command.help, name
         for option in command.params:
             assert option.help, f"{name} {option.name}"
@@ -67,14 +68,14 @@ def test_version_is_the_installed_one(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize("error", [CommandError("no weights"), CheckpointMismatchError("no weights")])
 def test_our_own_errors_become_one_line_and_status_1(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli.build_app(command_that_raises(error))(args=["fails"])
+        app_that_raises(error)(args=["fails"])
     assert stopped.value.code == 1
     assert capsys.readouterr().err == "fabric-init fails: no weights\n"
 
 
 def test_a_bug_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError, match="a bug"):
-        cli.build_app(command_that_raises(ZeroDivisionError("a bug")))(args=["fails"])
+        app_that_raises(ZeroDivisionError("a bug"))(args=["fails"])
 
 
 def test_python_dash_m_is_the_same_command_as_the_installed_script() -> None:
@@ -100,3 +101,17 @@ def test_the_shell_completes_commands() -> None:
     asked = {**os.environ, "_FABRIC_INIT_COMPLETE": "complete_bash", "COMP_WORDS": "fabric-init d", "COMP_CWORD": "1"}
     answer = subprocess.run([str(script)], env=asked, capture_output=True, text=True, check=False).stdout
     assert answer.split() == ["demo"]
+
+
+def test_help_and_completion_wait_for_no_heavy_library() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'lightning', 'numpy', 'safetensors'): sys.modules[name] = None\n"
+        "from fabric_init.cli.main import main; main()"
+    )
+    asked = {**os.environ, "_FABRIC_INIT_COMPLETE": "complete_bash", "COMP_WORDS": "fabric-init inspect --man"}
+    answer = subprocess.run(
+        [sys.executable, "-c", code], env={**asked, "COMP_CWORD": "2"}, capture_output=True, text=True, check=False
+    )
+    assert answer.stdout.split() == ["--manifest"], answer.stderr
+    subprocess.run([sys.executable, "-c", code, "inspect", "--help"], capture_output=True, check=True)

@@ -1,9 +1,10 @@
-"""Of every format: the same tensors as a reader gives, which file holds them, values as torch counts them, no fault."""
+"""Of every format: the tensors that its reader gives, which file holds them, the values that torch counts, no fault."""
 
 from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from zoo import write_checkpoint
 
-from fabric_init.checkpoints import open_checkpoint, register_reader, unregister_reader
+from fabric_init.checkpoints import Region, TensorSpec, open_checkpoint, register_reader, take, unregister_reader
 from fabric_init.errors import CheckpointFormatError
 from fabric_init.inspection import inspect
 
@@ -122,8 +123,6 @@ def test_without_values_no_weight_is_read(tmp_path: Path) -> None:
 
 
 def test_values_of_a_large_tensor_are_counted_in_little_memory(tmp_path: Path) -> None:
-    import subprocess
-
     size = 1 << 28
     header = json.dumps({"w": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
     with (tmp_path / "large.safetensors").open("wb") as file:
@@ -196,15 +195,11 @@ class RawReader:
     def keys(self) -> list[str]:
         return ["values"]
 
-    def spec(self, key: str) -> object:
-        from fabric_init.checkpoints import TensorSpec
-
+    def spec(self, key: str) -> TensorSpec:
         return TensorSpec(self._values.shape, self._values.dtype)
 
-    def read(self, key: str, region: object = None) -> Tensor:
-        from fabric_init.checkpoints import take
-
-        return take(self._values, region)  # type: ignore[arg-type]
+    def read(self, key: str, region: Region | None = None) -> Tensor:
+        return take(self._values, region)
 
 
 @pytest.fixture

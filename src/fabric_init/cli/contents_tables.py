@@ -76,17 +76,14 @@ def _tensors(out: Console, contents: Contents, lines: Sequence[Folded], each: bo
     folded = any(len(line.rows) > 1 for line in lines)
     # What the head says already makes room for the names.
     with_dtype = out.width > _NARROW or len(contents.dtypes) > 1
-    columns = ["tensor", *["count"] * folded, "shape", *["dtype"] * with_dtype, "size", *numbers, *["file"] * with_file]
-    table = new_table(out, *columns, right=["count", "shape", "size", *numbers])
+    columns = ["tensor", *[""] * folded, "shape", *["dtype"] * with_dtype, "size", *numbers, *["file"] * with_file]
+    table = new_table(out, *columns, right=["", "shape", "size", *numbers])
     for line in lines:
         first = line.rows[0]
         cells = [printable(line.name)]
         cells += [f"{len(line.rows):,} ×" if len(line.rows) > 1 else ""] * folded
-        cells += [
-            shape_text(first.shape),
-            *[first.dtype] * with_dtype,
-            bytes_text(sum(row.nbytes for row in line.rows)),
-        ]
+        cells += [shape_text(first.shape), *[first.dtype] * with_dtype]
+        cells.append(bytes_text(sum(row.nbytes for row in line.rows)))
         cells += _numbers(line.rows)[: len(numbers)] if numbers else []
         cells += [", ".join(map(printable, first.files))] * with_file
         table.add_row(*cells, style=None if first.whole else "red")

@@ -19,7 +19,7 @@ def run(
     ],
     match: Annotated[
         list[str] | None,
-        typer.Argument(help="Globs: tell only of tensors with such names.", metavar="[GLOB]...", show_default=False),
+        typer.Argument(help="Globs: tell only of tensors with such names.", metavar="GLOB", show_default=False),
     ] = None,
     all_: Annotated[
         bool, typer.Option("--all", "-a", help="A line for each tensor and each file, instead of one a kind of layer.")

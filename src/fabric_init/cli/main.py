@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from fabric_init.cli import CommandError, audit, demo, inspect, plan
-from fabric_init.errors import FabricInitError
+from fabric_init.cli import CommandError
 
-# A new command is one file beside this one and one entry here.
-COMMANDS: dict[str, Callable[..., int]] = {
-    "demo": demo.run,
-    "inspect": inspect.run,
-    "plan": plan.run,
-    "audit": audit.run,
+# A new command is one file beside this one, with a function ``run``, and one entry here: what that says first of
+# itself. Its file is imported when it runs, since a shell that completes a command should not wait for torch.
+COMMANDS = {
+    "demo": "Finetune a small real model under a new head, and compare three ways of starting it.",
+    "inspect": "Show what a checkpoint holds, and what is wrong with it.",
+    "plan": "What a load would do and take: no weight is read, no memory taken, on any machine.",
+    "audit": "Audit a model's init: which rule wrote each tensor, how often, with what result, and what looks wrong.",
 }
 
+Run = Callable[..., int]
+"""What does the work; its arguments are the command's, its result is the exit status."""
+
 _FAILED = 1
-_HELP = {"help_option_names": ["-h", "--help"]}
+_SETTINGS: dict[str, Any] = {
+    "rich_markup_mode": "markdown",
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+
+
+def load_run(name: str) -> Run:
+    """The function of a command."""
+    run: Run = import_module(f"fabric_init.cli.{name}").run
+    return run
 
 
 def _show_version(wanted: bool) -> None:
@@ -42,20 +57,42 @@ def _about(
     """
 
 
-def build_app(commands: dict[str, Callable[..., int]] = COMMANDS) -> typer.Typer:
-    """The commands as one application. A command's result is its exit status."""
-    app = typer.Typer(
-        no_args_is_help=True, rich_markup_mode="markdown", pretty_exceptions_enable=False, context_settings=_HELP
-    )
+def build_app(commands: Mapping[str, str] = COMMANDS, load: Callable[[str], Run] = load_run) -> typer.Typer:
+    """The commands as one application.
+
+    Args:
+        commands: what each is called, and does, in a line.
+        load: is asked for the function of the one that runs, or whose help is wanted.
+    """
+
+    class Commands(TyperGroup):
+        def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+            name, known, rest = super().resolve_command(ctx, args)
+            return name, known and build_command(known.name or "", load), rest
+
+    app = typer.Typer(cls=Commands, no_args_is_help=True, **_SETTINGS)
     app.callback()(_about)
-    for name, run in commands.items():
-        app.command(name)(_with_status(name, run))
+    for name, summary in commands.items():
+        app.command(name, help=summary)(_nothing)
     return app
 
 
-def _with_status(name: str, run: Callable[..., int]) -> Callable[..., None]:
+def _nothing() -> None:
+    """Stands for a command until it is chosen."""
+
+
+def build_command(name: str, load: Callable[[str], Run] = load_run) -> Any:
+    """One command as typer makes it of its function."""
+    app = typer.Typer(add_completion=False, **_SETTINGS)
+    app.command(name)(_with_status(name, load(name)))
+    return typer.main.get_command(app)
+
+
+def _with_status(name: str, run: Run) -> Callable[..., None]:
     @functools.wraps(run)
     def command(*args: Any, **kwargs: Any) -> None:
+        from fabric_init.errors import FabricInitError  # needs torch, as any command does
+
         try:
             status = run(*args, **kwargs)
         except (CommandError, FabricInitError) as error:

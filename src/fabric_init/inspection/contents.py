@@ -20,7 +20,6 @@ Kind = Literal[
     "unknown dtype",
     "unreadable",
     "digest",
-    "checksum",
     "NaN",
     "Inf",
 ]

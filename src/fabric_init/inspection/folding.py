@@ -10,6 +10,8 @@ from itertools import pairwise
 from fabric_init.inspection.contents import TensorRow
 
 Indices = tuple[int, ...]
+Template = tuple[str | None, ...]
+"""The parts of a name, ``None`` for a number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +24,7 @@ class Folded:
 
 def fold(rows: Sequence[TensorRow]) -> list[Folded]:
     """Rows that belong together, in the order of the first of each."""
-    groups: dict[tuple[tuple[str, ...], object], dict[Indices, TensorRow]] = {}
+    groups: dict[tuple[Template, object], dict[Indices, TensorRow]] = {}
     for row in rows:
         template, indices = _split(row.key)
         groups.setdefault((template, (row.shape, row.dtype, row.whole)), {})[indices] = row
@@ -36,29 +38,32 @@ def fold(rows: Sequence[TensorRow]) -> list[Folded]:
 
 def fold_names(keys: Iterable[str]) -> list[str]:
     """The same for names alone."""
-    groups: dict[tuple[str, ...], list[Indices]] = {}
+    groups: dict[Template, list[Indices]] = {}
     for key in dict.fromkeys(keys):
         template, indices = _split(key)
         groups.setdefault(template, []).append(indices)
     return [name for template, members in groups.items() for name, _ in _names(template, members)]
 
 
-def _split(key: str) -> tuple[tuple[str, ...], Indices]:
-    """``a.3.b`` as ``("a", "#", "b")`` and ``(3,)``."""
-    parts = key.split(".")
-    # A number with zeros before it would not come back.
-    numbers = [part.isdecimal() and part.isascii() and str(int(part)) == part for part in parts]
-    template = tuple("#" if number else part for part, number in zip(parts, numbers, strict=True))
-    # A part that is "#" itself is no number: the lengths of indices tell such keys apart.
-    return (*template, str(sum(numbers))), tuple(int(p) for p, number in zip(parts, numbers, strict=True) if number)
+def _split(key: str) -> tuple[Template, Indices]:
+    """``a.3.b`` as ``("a", None, "b")`` and ``(3,)``."""
+    template: list[str | None] = []
+    indices = []
+    for part in key.split("."):
+        # A number with zeros before it would not come back.
+        number = int(part) if part.isdecimal() and part.isascii() and len(part) < 19 else -1
+        is_number = str(number) == part
+        template.append(None if is_number else part)
+        indices += [number] * is_number
+    return tuple(template), tuple(indices)
 
 
-def _names(template: tuple[str, ...], members: Sequence[Indices]) -> list[tuple[str, list[Indices]]]:
+def _names(template: Template, members: Sequence[Indices]) -> list[tuple[str, list[Indices]]]:
     """The fewest names with braces that stand for exactly these, each with what it stands for."""
     found = []
     for axes in _boxes(sorted(members)):
         texts = iter([_braces(axis) for axis in axes])
-        parts = [next(texts) if part == "#" else part for part in template[:-1]]
+        parts = [next(texts) if part is None else part for part in template]
         found.append((".".join(parts), _product(axes)))
     return found
 
