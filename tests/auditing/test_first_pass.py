@@ -220,3 +220,21 @@ def test_logits_that_do_not_depend_on_the_input_are_warned_of_unless_they_are_ze
     nn.init.zeros_(model.bias)
     (noted,) = examine(model, (), images_and_labels())[-1]
     assert (noted.level, noted.check) == (Level.NOTE, "constant-logits")
+
+
+def test_a_backward_pass_that_fails_names_the_batch_too() -> None:
+    class Refusing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, gradient: Tensor) -> Tensor:
+            raise NotImplementedError("no way back")
+
+    class OneWay(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return Refusing.apply(super().forward(x))
+
+    with pytest.raises(FabricInitError, match=r"OneWay does not run on the batch .*NotImplementedError: no way back"):
+        examine(OneWay(64, 10), (), images_and_labels())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -52,8 +53,8 @@ def examine(
     model = with_values(model)
     call = as_call(model, batch, _device_of(model))
     with untouched(model):
-        with watched(model) as flows:
-            output = _run(model, call)
+        with _on_this_batch(model, call), watched(model) as flows:
+            output = model(*call.args, **call.kwargs)
             outcome = outcome_of(model, call, output)
             candidates = suspects(model, _backward(model, outcome, output))
             del output
@@ -67,9 +68,11 @@ def _device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
 
 
-def _run(model: nn.Module, call: Call) -> Any:
+@contextmanager
+def _on_this_batch(model: nn.Module, call: Call) -> Iterator[None]:
+    """Whatever the model raises names the batch that it was run on."""
     try:
-        return model(*call.args, **call.kwargs)
+        yield
     except Exception as error:
         shapes = ", ".join(f"{name}: {_shape(value)}" for name, value in [*enumerate(call.args), *call.kwargs.items()])
         raise FabricInitError(
