@@ -71,7 +71,7 @@ def together(fabric: Fabric, folder: Path) -> None:
         both = fabric.setup(Both(first, model))
         expected = {f"models.0.{key}": value for key, value in one.items()}
         same(both, expected | {f"models.1.{key}": value for key, value in other.items()})
-        both(torch.ones(2, 4)).sum().backward()
+        both(torch.ones(2, 4))
 
 
 def apart(fabric: Fabric, folder: Path) -> None:

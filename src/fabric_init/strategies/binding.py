@@ -59,9 +59,9 @@ def bind(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, agre
     prepared, since = prepare(model, reader, wanted, agreement), now()
     entries = tuple(entry._replace(since=since) for entry in prepared.plan.entries)
     planned = prepared._replace(plan=replace(prepared.plan, entries=entries))
+    _keep(model, bound)  # first: its guard refuses copies, which would find the plans
     for module in model.modules():
         vars(module)[_PLANS] = (*vars(module).get(_PLANS, ()), planned)
-    _keep(model, bound)
 
 
 def _keep(model: nn.Module, bound: Bound) -> None:
@@ -96,10 +96,10 @@ def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[Prepared | R
             "planning for the model as it is now", lambda: _plan(model, [b for _, b in bounds], plans), _digest
         )
     except BaseException:
-        for module, its in declared:
-            vars(module)[_PLANS] = its
         for module, bound in bounds:
             _keep(module, bound)
+        for module, its in declared:
+            vars(module)[_PLANS] = its
         raise
 
 
