@@ -15,6 +15,7 @@ from fabric_init.auditing.dummy_batch import text_config
 
 _SEED = 1
 _AGREES = 0.1
+_SAMPLES = 1024
 FAR = 0.5
 """A first loss is far off where it exceeds ln(classes) by more than this share of it, and …"""
 FAR_NATS = 2.0
@@ -27,7 +28,7 @@ class Outcome(NamedTuple):
     Attributes:
         loss: the model's own, or the cross-entropy of its logits; ``None`` if it has neither.
         expected: ln(classes); ``None`` where the loss is no cross-entropy of class logits.
-        logits: samples × classes; ``None`` likewise.
+        logits: samples × classes, a thousand samples at most; ``None`` likewise.
         blind: the cross-entropy of the logits, averaged over all classes as the label: the loss without the luck of
             the labels.
         unechoed: ``blind`` without the logits of the tokens that are in the input.
@@ -98,8 +99,9 @@ def outcome_of(model: nn.Module, call: Call, output: Any) -> Outcome:
         loss = entropy
     elif not any(torch.isclose(loss.detach().float(), one.detach(), rtol=_AGREES, atol=_AGREES) for _, one in own):
         return Outcome(loss)  # of another kind: what to expect of it is not known
-    flat = rows.detach().reshape(-1, rows.shape[-1])
-    return Outcome(loss, math.log(flat.shape[-1]), flat, _blind(flat), _blind(_without_echo(rows.detach(), call)))
+    some = _some(rows.detach())
+    flat = some.reshape(-1, some.shape[-1])
+    return Outcome(loss, math.log(flat.shape[-1]), flat, _blind(flat), _blind(_without_echo(some, call)))
 
 
 def _loss_in(output: Any) -> Tensor | None:
@@ -148,6 +150,12 @@ def _cross_entropies(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tenso
     if int(labels.max()) >= classes:
         return []
     return [(rows, cross_entropy(rows.reshape(-1, classes).float(), ids.reshape(-1).long())) for rows, ids in pairs]
+
+
+def _some(logits: Tensor) -> Tensor:
+    """At most about :data:`_SAMPLES` of the samples: they tell as much as all, and copies of them cost little."""
+    logits = logits[:_SAMPLES]
+    return logits[:, : -(-_SAMPLES // len(logits))] if logits.dim() > 2 else logits
 
 
 def _blind(logits: Tensor) -> float:

@@ -77,8 +77,8 @@ def suspects(model: nn.Module, gradients: Mapping[str, Tensor | None]) -> list[S
     for position, (name, parameter) in enumerate(model.named_parameters()):
         gradient = gradients.get(name)
         if gradient is not None and id(parameter) in fans:
-            values = parameter.detach().double()
-            pull = float((values * gradient.double()).sum())
+            values = parameter.detach().flatten().float()
+            pull = float(torch.dot(values, gradient.flatten().float()))  # without a temporary of its size
             if pull > 0:
                 by_name = fans[id(parameter)]
                 names = sorted(by_name, key=lambda name: -by_name[name])
