@@ -101,6 +101,15 @@ class Forgotten(nn.Module):
             init_linears(block)
 
 
+class ZeroedHead(nn.Module):
+    """Torch's own init, but for the last layer: meant, and nothing to say of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        nn.init.zeros_(self.blocks[3].weight)  # type: ignore[arg-type]
+
+
 class DepthScaled(nn.Module):
     """One line, another standard deviation for each layer: one rule."""
 

@@ -77,6 +77,16 @@ def test_the_first_layer_with_nan_or_infinity_is_an_error() -> None:
     assert (finding.level, finding.check, finding.tensors) == (Level.ERROR, "not-finite", ("2",))
 
 
+def test_nan_that_a_mask_takes_back_is_only_noted() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.nan_to_num()
+
+    with watched(model := nn.Sequential(nn.Softmax(dim=-1), Masked())) as flows:
+        model(torch.full((2, 3), -torch.inf))
+    assert [finding.level for finding in flow_findings(flows)] == [Level.NOTE, Level.NOTE]  # and the output is constant
+
+
 def test_rectifiers_that_never_fire_are_found() -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
     nn.init.constant_(model[0].bias, -100.0)

@@ -150,15 +150,26 @@ def test_a_layer_that_was_forgotten_stands_out_from_its_twins() -> None:
     "build",
     [
         models.DepthScaled,
+        models.ZeroedHead,
         models.Tied,
         models.Block,
         lambda: nn.Transformer(8, 2, 1, 1, 8, batch_first=True),
         lambda: nn.LSTM(4, 4, 2),
     ],
-    ids=["depth-scaled", "tied", "torch's own init alone", "torch's transformer", "torch's LSTM"],
+    ids=["depth-scaled", "a zeroed layer", "tied", "torch's own init alone", "torch's transformer", "torch's LSTM"],
 )
 def test_nothing_is_said_of(build: Callable[[], nn.Module]) -> None:
     assert serious(audit(build)) == []
+
+
+def test_values_that_are_not_finite_have_no_moments() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.full((3, 3), float("-inf")).triu(1))
+            self.register_buffer("none", torch.full((3,), float("nan")))
+
+    assert [(one.mean, one.std) for one in audit(Masked).rows] == [(None, None), (None, None)]
 
 
 def test_a_tied_weight_has_one_row_with_both_names() -> None:

@@ -40,7 +40,7 @@ def test_images_have_the_configs_size_and_the_models_dtype() -> None:
 
 def test_a_decoder_gets_tokens_of_its_own() -> None:
     model = t.T5ForConditionalGeneration(t.T5Config(vocab_size=50, d_model=16, num_layers=1, d_ff=16, num_heads=2))
-    assert set(dummy_batch(model)) == {"input_ids", "decoder_input_ids"}
+    assert set(dummy_batch(model)) == {"input_ids", "decoder_input_ids", "use_cache"}
 
 
 def test_lightnings_example_is_taken() -> None:

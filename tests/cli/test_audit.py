@@ -103,7 +103,7 @@ def test_t5s_untied_head_comes_first_with_both_losses_and_its_fixed_twin_is_fine
     assert status_of("models_to_audit:t5", "--json", "--html", "t5.html") == 1
     first = json.loads(capsys.readouterr().out)["findings"][0]
     assert (first["level"], first["tensors"]) == ("error", ["lm_head.weight"])
-    assert first["std"] == pytest.approx(256**-0.5)
+    assert first["std"] == pytest.approx(256**-0.5, rel=0.1)
     ideal = math.log(300)
     assert first["loss_after"] == pytest.approx(ideal, rel=0.1)
     assert first["loss_before"] > 2 * ideal

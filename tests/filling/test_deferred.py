@@ -223,3 +223,10 @@ def test_an_early_load_of_a_tie_under_one_of_its_names_is_kept() -> None:
     materialize(model)
     assert torch.equal(model[0].weight, torch.eye(2) * 2)
     assert model[0].weight is model[1].weight
+
+
+def test_an_activation_function_that_other_models_share_is_not_held_back() -> None:
+    shared = nn.GELU()
+    with deferred_init():
+        nn.Sequential(nn.Linear(2, 2), shared)  # recorded, dropped, never given memory
+    assert shared(torch.ones(2)).shape == (2,)

@@ -66,7 +66,7 @@ def overwritten_defaults(told: Sequence[Told]) -> Iterator[Finding]:
         Level.NOTE,
         "overwritten-default",
         names,
-        f"{len(names)} tensors get values when they are made, and then again by the model's own code: "
+        f"values that tensors were made with, and that were then written over ({len(names)} tensors): "
         f"{elements:,} elements and {seconds:.3g} s in vain where the model is built eagerly",
         "nothing, if the model is recorded: dead writes are not run. Elsewhere: torch.nn.utils.skip_init",
     )

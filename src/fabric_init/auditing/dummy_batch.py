@@ -45,8 +45,11 @@ def dummy_batch(model: nn.Module) -> Any:
     takes = inspect.signature(model.forward).parameters
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
         batch["decoder_input_ids"] = _token_ids(model, config, generator)
+    elif main == "pixel_values" and "input_ids" in takes and hasattr(text_config(config), "vocab_size"):
+        batch["input_ids"] = _token_ids(model, config, generator)[: len(batch[main])]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+    inputs = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+    return inputs | ({"use_cache": False} if "use_cache" in takes else {})  # it is for the tokens after these
 
 
 def _impossible(model: nn.Module, reason: str) -> FabricInitError:
@@ -76,8 +79,8 @@ def _token_ids(model: nn.Module, config: Any, generator: torch.Generator) -> Ten
 
 
 def text_config(config: Any) -> Any:
-    """The part of a config that is about text."""
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    """The part of a config that is about the text that comes out."""
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
 def _numbers(*configs: Any) -> list[tuple[str, int]]:

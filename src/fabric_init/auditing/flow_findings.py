@@ -21,20 +21,24 @@ def flow_findings(flows: Sequence[Flow]) -> list[Finding]:
     norms, layer scales of 1e-6 and gates that start closed, a trunk's activations stay within a factor of 1000.
     """
     broken = list(_not_finite(flows))
-    if broken:
+    if any(finding.level is Level.ERROR for finding in broken):
         return broken  # nothing behind it can be measured
-    return [*_exploding(flows), *_vanishing(flows), *_dead(flows), *_constant(flows)]
+    return [*broken, *_exploding(flows), *_vanishing(flows), *_dead(flows), *_constant(flows)]
 
 
 def _not_finite(flows: Sequence[Flow]) -> Iterator[Finding]:
-    forward = next((flow for flow in flows if flow.activation.broken), None)
-    backward = next((flow for flow in reversed(flows) if flow.gradient.broken), None)
-    if forward is not None:
-        seen = "NaN or infinity comes out of it, first of all layers"
-        yield _finding(Level.ERROR, "not-finite", forward, seen, _MEND_FINITE)
-    elif backward is not None:
-        seen = "its gradient is the first on the way back with NaN or infinity"
-        yield _finding(Level.ERROR, "not-finite", backward, seen, _MEND_FINITE)
+    """An error where it spreads to the end; a mask, say, may take back what the softmax of a hidden row has made."""
+    back = [flow for flow in reversed(flows) if flow.gradient.known]
+    for path, of, seen in (
+        (flows, _activation, "NaN or infinity comes out of it, first of all layers"),
+        (back, _gradient, "its gradient is the first on the way back with NaN or infinity"),
+    ):
+        first = next((flow for flow in path if of(flow).broken), None)
+        if first is not None and of(path[-1]).broken:
+            yield _finding(Level.ERROR, "not-finite", first, seen, _MEND_FINITE)
+            return
+        if first is not None:
+            yield _finding(Level.NOTE, "not-finite", first, f"{seen}; it does not reach the end", _MEND_FINITE)
 
 
 def _exploding(flows: Sequence[Flow]) -> Iterator[Finding]:

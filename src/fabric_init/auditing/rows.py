@@ -41,7 +41,7 @@ def rows_of(model: nn.Module, found: Iterable[History], real: Mapping[str, Tenso
         slot, tape = history.slot, history.tape
         known = None if tape is None else expectations.setdefault(tape, Expectations(tape))
         expected = moments(real[slot.name]) if slot.name in real else None
-        unwritten = slot.ref is not None and tape is not None and tape.never_written(slot.ref)
+        unwritten = _unwritten(history)
         if slot.ref is not None and known is not None and not unwritten:
             expected = known.of(slot.ref)
         dead = [event for event in history.events if event.dead and event.op.number not in counted]
@@ -66,6 +66,15 @@ def rows_of(model: nn.Module, found: Iterable[History], real: Mapping[str, Tenso
             ties=slot.names[1:],
         )
         yield Told(row, history, unwritten, known, stopwatch)
+
+
+def _unwritten(history: History) -> bool:
+    ref, tape, winner = history.slot.ref, history.tape, history.winner
+    if ref is None or tape is None:
+        return False
+    if winner is not None and winner.whole and not any(True for _ in winner.op.reads()):
+        return False  # the usual case, without a look at the tape
+    return tape.never_written(ref)
 
 
 def expected_of(told: Told, event: Event) -> Moments | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 from fabric_init.auditing.conflicts import differ
@@ -13,6 +13,9 @@ from fabric_init.filling.distributions import Moments
 from fabric_init.filling.writes import place_of
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+
+
+_MEND = "initialise them as the rest of the model, or leave a word in its init that the default is meant"
 
 
 def _role(name: str) -> str:
@@ -45,42 +48,58 @@ def differs_between_twins(told: Sequence[Told]) -> Iterator[Finding]:
         for line, odd in lines.items():
             if line == usual or not differ(_value(odd[0]), _value(other)):
                 continue
-            forgotten = [one.history.winner.by_default for one in (odd[0], other) if one.history.winner]
             yield Finding(
-                Level.WARNING if any(forgotten) and not all(forgotten) else Level.NOTE,
+                Level.WARNING if _by_default(odd[0]) and not _by_default(other) else Level.NOTE,
                 "differs-between-twins",
                 tuple(one.row.name for one in odd),
                 f"{role} of {module_class}: {odd[0].row.rule} at {line} here, but {other.row.rule} at {usual} in "
-                f"{len(lines[usual])} others ({other.row.name})",
+                f"{_others(lines[usual])}",
                 "nothing, if these layers are meant to start differently; else initialise all by one rule",
             )
 
 
 def default_init(told: Sequence[Told]) -> Iterator[Finding]:
-    """Layers left at torch's own init, in a model that initialises others by rules of its own.
+    """Weights left at torch's own init, in a model that initialises most of its weights by rules of its own.
 
-    A class of which *some* layers get the model's rule and others do not looks like an oversight: a warning. A class
-    that the model leaves alone altogether: a note.
+    Where most of one class get the model's rule and a few do not, that looks like an oversight: a warning. What the
+    model leaves alone altogether is one note. (A zeroed output layer does not make a model one that sets its own.)
     """
     own: dict[tuple[str, str], list[Told]] = defaultdict(list)  # by the module's class and its name for the tensor
     left: dict[tuple[str, str], list[Told]] = defaultdict(list)
     for one in told:
-        winner = one.history.winner
-        if winner is None or one.row.kind != "parameter" or len(one.row.shape) < 2:
-            continue
-        (left if winner.by_default else own)[one.row.module_class, one.row.name.rpartition(".")[2]].append(one)
-    if not own:
+        if one.history.winner is not None and one.row.kind == "parameter" and len(one.row.shape) > 1:
+            (left if _by_default(one) else own)[one.row.module_class, one.row.name.rpartition(".")[2]].append(one)
+    if sum(map(len, own.values())) <= sum(map(len, left.values())):
         return
-    for (module_class, attribute), group in left.items():
-        handled = own.get((module_class, attribute))
-        first = group[0]
-        std = "" if first.row.std is None else f" (std {first.row.std:.3g})"
-        compared = f", while {len(handled)} others get {handled[0].row.rule} ({handled[0].row.name})" if handled else ""
+    untouched: list[Told] = []
+    for key, group in left.items():
+        handled, first = own.get(key, []), group[0].row
+        if len(handled) <= len(group):
+            untouched += group
+            continue
         yield Finding(
-            Level.WARNING if handled else Level.NOTE,
+            Level.WARNING,
             "default-init",
             tuple(one.row.name for one in group),
-            f"{len(group)} {module_class} weights keep torch's own {first.row.rule}{std}, from when they were made at "
-            f"{first.row.place}{compared}",
-            "initialise them as the rest of the model, or say in its init that the default is meant",
+            f"torch's own {first.rule}, from when {first.module_class} was made at {first.place}, while "
+            f"{handled[0].row.rule} is what {_others(handled)} get",
+            _MEND,
         )
+    if untouched:
+        classes = Counter(one.row.module_class for one in untouched)
+        counts = ", ".join(f"{count} in {name}" for name, count in classes.items())
+        yield Finding(
+            Level.NOTE,
+            "default-init",
+            tuple(one.row.name for one in untouched),
+            f"{counts}: weights with torch's own init ({untouched[0].row.rule}, say), from when they were made",
+            _MEND,
+        )
+
+
+def _by_default(one: Told) -> bool:
+    return one.history.winner is not None and one.history.winner.by_default
+
+
+def _others(group: Sequence[Told]) -> str:
+    return group[0].row.name if len(group) == 1 else f"{len(group)} others ({group[0].row.name})"

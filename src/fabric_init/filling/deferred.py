@@ -94,6 +94,8 @@ def guard_recorded(model: nn.Module, mend: str) -> None:
         if record is not None:
             record.mend = mend
             continue
+        if module is not model and not module._modules and not _own(module):
+            continue  # nothing to wait for; an activation function may be one object for all models of a library
         vars(module)[_ATTRIBUTE] = _Recorded(mend, seen)
         vars(module)["_apply"] = partial(_apply, weakref.ref(module))
         with torch._C.DisableTorchFunction():

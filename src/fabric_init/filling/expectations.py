@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fabric_init.filling.distributions import Moments, measured, mixture, of_init_function, uniform
-from fabric_init.filling.history import overlap
+from fabric_init.filling.history import overlap, span
 from fabric_init.recording.operators import INIT_FUNCTIONS
 from fabric_init.recording.replay import replay_with, view
 from fabric_init.recording.tape import Constant, Op, Tape, TensorRef
@@ -33,11 +34,17 @@ class Expectations:
 
     def of_rules(self, ref: TensorRef) -> Moments | None:
         """The same, as far as it can be worked out: nothing is run."""
-        return self._of(ref, None) if _has_moments(ref) else None
+        try:
+            return _finite(self._of(ref, None)) if _has_moments(ref) else None
+        except RecursionError:  # computed in a thousand steps: measuring is the way
+            return None
 
     def of_op(self, op: Op, target: TensorRef) -> Moments | None:
         """What ``op`` leaves in ``target``, as far as it can be worked out."""
-        return self._result(op, target) if target.size.numel() else None
+        try:
+            return _finite(self._result(op, target)) if target.size.numel() else None
+        except RecursionError:
+            return None
 
     def _of(self, ref: TensorRef, before: int | None) -> Moments | None:
         parts: dict[TensorRef, Moments] = {}
@@ -50,18 +57,13 @@ class Expectations:
                 return None
             if not overlap(target, ref) or target in parts:
                 continue
-            if any(overlap(target, part) for part in parts) and target.size.numel() < ref.size.numel():
-                return None  # parts that overlap cannot be told apart without their values
             value = self._result(op, target)
             if value is None:
                 return None
             if target.size.numel() >= ref.size.numel():
-                rest = ref.size.numel() - sum(part.size.numel() for part in parts)
-                return mixture([(part.size.numel(), one) for part, one in parts.items()] + [(max(rest, 0), value)])
+                return _together(ref, parts, value)
             parts[target] = value
-        if parts and sum(part.size.numel() for part in parts) == ref.size.numel():
-            return mixture([(part.size.numel(), one) for part, one in parts.items()])
-        return None
+        return _together(ref, parts, None)
 
     def _result(self, op: Op, target: TensorRef) -> Moments | None:
         name = getattr(op.func, "__name__", "")
@@ -97,9 +99,24 @@ class Expectations:
         return self._measured[key]
 
 
+def _together(ref: TensorRef, parts: dict[TensorRef, Moments], rest: Moments | None) -> Moments | None:
+    """Of ``ref``, from the last write to each of its parts, and the one before those to all of it."""
+    spans = sorted(map(span, parts))
+    if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
+        return None  # parts that overlap cannot be told apart without their values
+    left = ref.size.numel() - sum(part.size.numel() for part in parts)
+    if left < 0 or (left and rest is None):
+        return None
+    known = [(part.size.numel(), one) for part, one in parts.items()]
+    return mixture([*known, (left, rest)] if rest is not None else known)
+
+
 def moments(tensor: torch.Tensor) -> Moments | None:
     """Of a real tensor's elements; ``None`` for complex numbers, no elements, or values that are not finite."""
-    found = measured(tensor)
+    return _finite(measured(tensor))
+
+
+def _finite(found: Moments | None) -> Moments | None:
     return found if found is not None and math.isfinite(found.mean) and math.isfinite(found.std) else None
 
 
@@ -151,11 +168,11 @@ def _affine(factor: Callable[[float], float] | None, sign: float = 0.0) -> Calla
 
     def rule(call: _Call) -> Moments | None:
         one, other = call.operand("self"), call.operand("other")
-        if one is None or other is None or other.std or (factor is not None and not other.mean):
-            return None if factor is None or one is None or other is None or other.std else Moments(0.0, 0.0)
-        if factor is not None:
-            return one.scaled(factor(other.mean))
-        return one.scaled(1.0, sign * float(call.given.get("alpha", 1)) * other.mean)
+        if one is None or other is None or other.std:
+            return None
+        if factor is None:
+            return one.scaled(1.0, sign * float(call.given.get("alpha", 1)) * other.mean)
+        return one.scaled(factor(other.mean)) if other.mean else None
 
     return rule
 

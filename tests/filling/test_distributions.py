@@ -70,6 +70,13 @@ def _rows(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
+def _steps(weight: torch.Tensor) -> torch.Tensor:
+    weight.normal_()
+    for _ in range(1000):
+        weight.mul_(0.999)
+    return weight
+
+
 def _columns(weight: torch.Tensor) -> torch.Tensor:
     weight[:, :30].fill_(2)
     weight[:, 20:].fill_(3)
@@ -88,6 +95,7 @@ BY_HAND: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "cast": lambda w: (torch.randn(200, 50, dtype=torch.float64) * 3).float(),
     "row by row": _rows,
     "columns that overlap": _columns,
+    "in a thousand steps": _steps,
     "joined": lambda w: torch.cat([torch.zeros(100, 50), torch.ones(100, 50)]),
     "computed": lambda w: torch.arange(10_000.0).reshape(200, 50).sin(),
     "clamped": lambda w: w.normal_().clamp_(-0.5, 0.5),
