@@ -87,7 +87,7 @@ def _plots(report: AuditReport) -> Iterator[Plot]:
     if points := list(_points(report.rows)):
         yield scatter(
             "Std by tensor against expectation",
-            "Weights of two or more dimensions, their inputs counted as torch.nn.init does; embeddings are left out. On "
+            "Weights of two or more dimensions, their inputs counted as torch.nn.init does; embeddings left out. On "
             "the line, what comes out of a layer varies as much as what goes in; far above it, signals grow.",
             points,
             "1 / √inputs",
