@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import json
 import math
 import os
 import resource
@@ -20,6 +21,7 @@ from mutations import mutate
 
 from fabric_init.checkpoints import Box, CheckpointReader, Region, Span, open_checkpoint, take
 from fabric_init.errors import CheckpointError
+from fabric_init.inspection import inspect
 
 SECONDS = 20.0
 """For one example; a good one takes milliseconds, and other programs may be running."""
@@ -99,6 +101,8 @@ def run_example(case: Case, copy: Copy, number: int, good: Mapping[str, torch.Te
             why = traceback.format_exc(limit=-8)
         else:
             why = None if manifest is None else difference(found, good)
+        if manifest is None:
+            why = why or wrong_inspection(copy.path, case, refused)
         if why is not None:
             changed = ", ".join(copy.changed)
             outcome.wrong.append(f"example {number}, damage to {changed}, manifest {manifest is not None}: {why}")
@@ -114,6 +118,18 @@ def wrong_refusal(error: CheckpointError, case: Case) -> str | None:
     if name not in str(error) and case.manifest.name not in str(error):
         return f"an error that does not name the file: {error}"
     return None
+
+
+def wrong_inspection(path: str | Path, case: Case, refused: bool) -> str | None:
+    """Whatever is there, it says what; and nothing that cannot be read is sound."""
+    try:
+        contents = inspect(path, values=True)
+        json.dumps(contents.to_dict(), allow_nan=False)
+    except CheckpointError as error:
+        return wrong_refusal(error, case) if refused else f"read, yet not inspected: {error}"
+    except BaseException:
+        return traceback.format_exc(limit=-8)
+    return "sound to inspect, yet it cannot be read" if refused and contents.sound else None
 
 
 def difference(found: Mapping[str, torch.Tensor], good: Mapping[str, torch.Tensor]) -> str | None:

@@ -127,10 +127,10 @@ Storages = Callable[[torch.dtype, str, int], torch.storage.TypedStorage]
 """What takes the place of a storage in the file, by its dtype, its key and the number of its elements."""
 
 
-def load_meta(pickle: BinaryIO, storages: Storages) -> Any:
+def load_meta(pickle: BinaryIO, storages: Storages, *, legacy: bool = False) -> Any:
     """Load a pickle of ``torch.save`` as ``weights_only=True`` does, its tensors on storages that are given."""
     unpickler = _Unpickler(pickle, encoding="utf-8")
-    unpickler.storages = storages
+    unpickler.storages, unpickler.legacy = storages, legacy
     try:
         return unpickler.load()  # type: ignore[no-untyped-call]
     except NotImplementedError as error:
@@ -139,10 +139,11 @@ def load_meta(pickle: BinaryIO, storages: Storages) -> Any:
 
 class _Unpickler(Unpickler):
     storages: Storages
+    legacy: bool
 
     def persistent_load(self, pid: Any) -> torch.storage.TypedStorage:
         # In the legacy format a sixth says which view of a storage; torch has not written any since 0.4.
-        if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[5:] not in ((), (None,)):
+        if not isinstance(pid, tuple) or len(pid) != 5 + self.legacy or pid[5:] not in ((), (None,)):
             raise ValueError(f"a storage is given as {pid!r:.80}")
         _, kind, key, _, count = pid[:5]
         dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype

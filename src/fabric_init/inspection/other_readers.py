@@ -54,6 +54,10 @@ def survey_deepspeed(path: Path) -> Survey:
         places: defaultdict[object, list[str]] = defaultdict(list)
         for one in survey.found:
             one.files = reader.files(one.key)
+            if one.nbytes > sum(files.values()):
+                message = f"takes {one.nbytes:,} bytes by its shape, more than all files together"
+                survey.damage.append(Damage("wrong size", message, None, (one.key,)))
+                one.whole = False
             if one.runs[0].numel:
                 places[reader.read(one.key, Span(0, 1)).data_ptr(), one.shape].append(one.key)
         survey.ties = [tuple(keys) for keys in places.values() if len(keys) > 1]

@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Mapping
 from functools import partial
+from typing import Any, BinaryIO
 
 import torch
 
@@ -38,7 +39,11 @@ def survey_torch(file: FileBytes, entry: str | None) -> Survey:
     claims = _Claims()
     records: Records
     if legacy:
-        loaded, records = legacy_records(file, lambda pickle: load_meta(pickle, claims.storage), claims.sizes)
+
+        def load(pickle: BinaryIO) -> Any:
+            return load_meta(pickle, claims.storage, legacy=True)
+
+        loaded, records = legacy_records(file, load, claims.sizes, claims.numbers)
     else:
         pickle, records = zip_records(file)
         check_calls(pickle, file.size)
@@ -66,6 +71,8 @@ class _Claims:
     def __init__(self) -> None:
         self.sizes: dict[str, int] = {}
         """Key -> bytes, as the pickle has it; in its order."""
+        self.numbers: dict[str, int] = {}
+        """The same in elements."""
         self._keys: dict[int, tuple[str, torch.UntypedStorage]] = {}
         self._typed: dict[tuple[str, torch.dtype], torch.storage.TypedStorage] = {}
 
@@ -76,6 +83,7 @@ class _Claims:
         nbytes = number * dtype.itemsize
         if not 0 <= nbytes < 2**62 or self.sizes.setdefault(key, nbytes) != nbytes:
             raise ValueError(f"storage {key} is given as one of {nbytes:,} bytes")
+        self.numbers.setdefault(key, number)
         untyped = torch.UntypedStorage(nbytes, device="meta")
         self._keys[untyped._cdata] = key, untyped
         typed = torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
@@ -131,19 +139,29 @@ def _found(
         one.whole = False
         return one
     storage = claims.key(value)
-    start, (first, stop), strides = records.starts.get(storage), _extent(value), value.stride()
+    start, (first, stop) = records.starts.get(storage), _extent(value)
     if start is None or storage in records.wrong:
         one.whole = False
     else:
         one.extent = start + first, start + stop
         one.whole = one.extent[1] <= file.size
     if one.whole and start is not None:
-        # Values are only counted, so any order will do: that of the file reads fastest.
-        order = sorted(range(value.dim()), key=lambda dim: -strides[dim])
-        ordered = value if value.is_contiguous() else value.permute(order)
-        one.layout = None if value.is_contiguous() else order
-        one.runs = (Run(value.numel(), partial(_read, file, start, ordered)),)
+        ordered = _in_order(value)
+        one.layout = None if ordered is value else (value.shape, value.stride())
+        one.runs = (Run(ordered.numel(), partial(_read, file, start, ordered)),)
     return one
+
+
+def _in_order(value: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same elements that reads fast: values are only counted, so any order will do."""
+    if value.is_contiguous():
+        return value
+    first, stop = _extent(value)
+    covered = (stop - first) // value.element_size()
+    if value.numel() > covered:  # an expanded one repeats what it covers, and may say so a billion times
+        return value.as_strided((covered,), (1,))
+    strides = value.stride()
+    return value.permute(sorted(range(value.dim()), key=lambda dim: -strides[dim]))
 
 
 def _read(file: FileBytes, offset: int, tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:

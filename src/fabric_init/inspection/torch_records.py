@@ -13,8 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
+
 from fabric_init.checkpoints.file_bytes import FileBytes
-from fabric_init.checkpoints.legacy_sizes import BoundedFile
+from fabric_init.checkpoints.legacy_sizes import BoundedFile, TooLargeError, check_sizes
 from fabric_init.checkpoints.torch_archive import Readable, load_meta
 from fabric_init.inspection.contents import Damage
 
@@ -183,15 +185,25 @@ def _part(file: FileBytes, start: int, count: int) -> bytes:
     return file.part(start, stop) if start < stop else b""
 
 
-def legacy_records(file: FileBytes, load: Callable[[BinaryIO], Any], claims: Mapping[str, int]) -> tuple[Any, Records]:
-    """What a legacy file holds, by ``load``, which fills ``claims``; and where its storages are.
+def legacy_records(
+    file: FileBytes, load: Callable[[BinaryIO], Any], claims: Mapping[str, int], numbers: Mapping[str, int]
+) -> tuple[Any, Records]:
+    """What a legacy file holds, and where its storages are.
+
+    Args:
+        file: the file.
+        load: loads its content from a pickle, and so fills the other two.
+        claims: key of a storage -> its bytes, as the pickle has it.
+        numbers: the same in elements, which stand before each storage, too.
 
     Raises any exception when its pickles cannot be read.
     """
     records = Records(file)
     with BoundedFile(file.path) if isinstance(file.path, Path) else io.BytesIO(file.head(file.size)) as content:
-        for _ in range(3):  # a magic number, the version, the system's sizes
-            load_meta(content, _no_storage)
+        for expected in (MAGIC_NUMBER, PROTOCOL_VERSION, None):  # then the system's sizes
+            found = load_meta(content, _no_storage)
+            if expected is not None and found != expected:
+                raise ValueError(f"{expected} should be in its head, and {found!r:.80} is")
         loaded = load(content)
         try:
             order = load_meta(content, _no_storage)
@@ -199,8 +211,18 @@ def legacy_records(file: FileBytes, load: Callable[[BinaryIO], Any], claims: Map
         except Exception:  # it ends here; no storage can be there
             order, at = [], file.size
             records.truncated = True
+        if at + sum(claims.values()) <= file.size:
+            try:
+                content.seek(0)
+                check_sizes(content, file.size)
+            except TooLargeError as error:
+                records.damage.append(Damage("unreadable", str(error), file.path.name))
     for key in order if isinstance(order, list) else []:
-        records.starts[key] = at + 8  # behind the number of its elements
+        head = _part(file, at, 8)
+        number = int.from_bytes(head, "little")
+        if len(head) == 8 and number != numbers.get(key):
+            records.wrong[key] = f"storage {key} has {number:,} elements by its own head"
+        records.starts[key] = at + 8
         at += 8 + claims.get(key, 0)
     records.truncated |= at > file.size
     if at < file.size:
