@@ -101,6 +101,8 @@ class _Claims(InertReader):
         arguments = self.stack.pop()
         if arguments and isinstance(arguments[0], _Storage):
             storage, first, sizes, strides = arguments[:4]
+            if min(strides, default=0) < 0:
+                raise TooLargeError(f"a tensor has the strides {strides!r:.80}")
             end = (first + Window(0, sizes, strides).extent) * storage.item_bytes
             if end > storage.size_bytes:
                 raise TooLargeError(f"a tensor ends at byte {end:,} of a storage of {storage.size_bytes:,}")
