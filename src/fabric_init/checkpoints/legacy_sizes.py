@@ -76,6 +76,8 @@ class _Claims(CallsReader):
         for made in (arguments, arguments[0] if arguments else ()):  # of a call; set as the state of a tensor
             if isinstance(made, tuple) and made and isinstance(made[0], _Storage):
                 storage, first, sizes, strides = made[:4]
+                if min(strides, default=0) < 0:
+                    raise AsksForMemoryError(f"a tensor has the strides {strides!r:.80}")
                 end = (first + Window(0, sizes, strides).extent) * storage.item_bytes
                 if end > storage.size_bytes:
                     raise AsksForMemoryError(f"a tensor ends at byte {end:,} of a storage of {storage.size_bytes:,}")

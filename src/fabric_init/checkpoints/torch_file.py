@@ -237,4 +237,4 @@ def checked_key(path: AnyPath, key: object, value: torch.Tensor, archive: Storag
 def _is_possible(value: torch.Tensor) -> bool:
     """Whether its sizes and strides are such that torch can take regions of it; it accepts others, too."""
     reach = int(value.storage_offset()) + sum(n * stride for n, stride in zip(value.shape, value.stride(), strict=True))
-    return min((*value.shape, *value.stride()), default=0) >= 0 and math.prod(value.shape) < 2**62 and reach < 2**62
+    return min(value.shape, default=0) >= 0 and math.prod(value.shape) < 2**62 and reach < 2**62
