@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
 from fabric_init.checkpoints.file_bytes import FileBytes
-from fabric_init.checkpoints.legacy_sizes import BoundedFile, TooLargeError, check_sizes
+from fabric_init.checkpoints.legacy_sizes import BoundedFile, check_sizes
+from fabric_init.checkpoints.pickled_calls import AsksForMemoryError
 from fabric_init.checkpoints.torch_archive import Readable, load_meta
 from fabric_init.inspection.contents import Damage
 
@@ -215,7 +216,7 @@ def legacy_records(
             try:
                 content.seek(0)
                 check_sizes(content, file.size)
-            except TooLargeError as error:
+            except AsksForMemoryError as error:
                 records.damage.append(Damage("unreadable", str(error), file.path.name))
     for key in order if isinstance(order, list) else []:
         head = _part(file, at, 8)
