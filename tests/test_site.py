@@ -14,7 +14,7 @@ import pytest
 from fabric_init.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-PUBLIC = ["fabric_init", "fabric_init.checkpoints", "fabric_init.strategies"]
+PUBLIC = [f"fabric_init{part}" for part in ("", ".checkpoints", ".strategies", ".planning", ".inspection")]
 
 
 def documented(page: str) -> set[str]:

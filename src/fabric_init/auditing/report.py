@@ -147,7 +147,7 @@ class AuditReport:
 
     @property
     def wasted_seconds(self) -> float:
-        """What plain PyTorch spends on them on this machine's CPU: measured on samples."""
+        """What plain PyTorch spends on them on this machine's CPU, measured on samples."""
         return sum(row.wasted_seconds for row in self.rows)
 
     def count(self, level: Level) -> int:
