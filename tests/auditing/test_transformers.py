@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,3 +74,22 @@ def test_csms_head_is_initialised_once_for_each_codebook() -> None:
     report = audited("csm", "CsmDepthDecoderForCausalLM")
     (found,) = (finding for finding in report.findings if finding.level > Level.NOTE)
     assert (found.check, found.tensors) == ("written-more-than-once", ("codebooks_head.weight",))
+
+
+def test_a_shape_of_70_billion_parameters_is_audited_without_their_memory() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report = audit(lambda: LlamaForCausalLM(config))
+    assert sum(row.elements for row in report.rows) > 70e9
+    assert report.wasted_elements > 70e9  # each is initialised by torch, and then by the model
+    assert {finding.level for finding in report.findings} == {Level.NOTE}
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 500e6

@@ -30,6 +30,7 @@ def t5(std=None):
     if std is not None: nn.init.normal_(model.lm_head.weight, std=std)
     return model
 def fixed_t5(): return t5(256**-0.5)
+def vast(): return nn.Linear(1 << 20, 1 << 20)
 class Garbage(nn.Module):
     def __init__(self):
         super().__init__()
@@ -78,7 +79,7 @@ def test_a_table_has_the_tensors_and_the_findings_come_last(capsys: pytest.Captu
     status_of("models_to_audit:undone", "--no-batch")
     shown = capsys.readouterr().out
     assert "normal_(mean=0, std=0.02)" in shown
-    assert "models_to_audit.py:26" in shown
+    assert "models_to_audit.py:27" in shown
     table, warning = shown.index("What each tensor gets"), shown.index("warning [two-rules] weight")
     assert table < warning < shown.index("Linear: 2 tensors, 1 warning")
 
@@ -120,6 +121,13 @@ def test_a_model_that_does_not_say_what_it_takes_is_audited_without_a_batch_unle
     assert "4 tensors" in written.out
     assert status_of("models_to_audit:sound", "--batch") == 1
     assert "no batch can be made up" in capsys.readouterr().err
+
+
+def test_a_model_beyond_this_machines_memory_is_audited_but_not_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of("models_to_audit:vast") == 0
+    written = capsys.readouterr()
+    assert "not run: weights and gradients take 8.8 TB" in written.err
+    assert "1048576×1048576" in written.out
 
 
 def test_a_page_that_cannot_be_written_is_refused_before_anything_is_built(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from torch.nn.init import kaiming_normal_, orthogonal_, trunc_normal_, xavier_un
 
 from fabric_init import deferred_init
 from fabric_init.filling.materialize import materialize
+from fabric_init.recording.tape import recorded
 
 HERE = Path(__file__).name
 
@@ -98,3 +99,41 @@ def test_a_deep_copy_is_put_down_to_the_rule_that_made_the_original() -> None:
     found = origin(model, "other.weight")
     assert found.startswith("kaiming_uniform_")
     assert found.endswith(f"{HERE}:{model.line}")
+
+
+def test_a_line_that_only_builds_one_of_torchs_modules_is_told_from_one_that_initialises() -> None:
+    class Own(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(3, 3)
+
+    def sources(tensor: torch.Tensor) -> list[bool]:
+        found = recorded(tensor)
+        assert found is not None
+        ops = [found.tape.ops[number] for number in found.tape.writers[found.storage]]
+        return [op.source.constructed for op in ops if op.source is not None]
+
+    with deferred_init():
+        built, own, norm = nn.Linear(3, 3), Own(), nn.BatchNorm1d(3)
+        built.reset_parameters()
+        nn.init.zeros_(own.weight)
+    assert sources(built.weight) == [True, False]
+    assert sources(own.weight) == [True, False]
+    assert sources(norm.get_buffer("running_mean"))[0] is True
+
+
+def test_who_calls_somebodys_wrapper_of_an_init_function_is_named() -> None:
+    at: list[int] = []
+
+    def copy_(tensor: torch.Tensor, other: torch.Tensor) -> None:
+        with torch.no_grad():
+            tensor.copy_(other * 2)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(3))
+            at.append((copy_(self.weight, torch.ones(3)), line())[1])
+
+    with deferred_init():
+        model = Model()
+    assert origin(model, "weight").endswith(f"{HERE}:{at[0]}")

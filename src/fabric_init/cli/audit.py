@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +17,7 @@ from torch import nn
 from fabric_init.auditing.audit import audit
 from fabric_init.auditing.report import AuditReport, Finding, Level, Row
 from fabric_init.cli import CommandError
+from fabric_init.cli.console import bytes_text, err, new_table, out, shape_text
 from fabric_init.cli.model_argument import HELP, model_builder
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.deferred import deferred_init
@@ -77,7 +77,7 @@ def run(
     if as_json:
         print(json.dumps(report.to_dict(), indent=2, allow_nan=False))
     else:
-        _show(report, rows, Console())
+        _show(report, rows)
     failing = fail_on is not FailOn.NEVER and report.worst is not None and report.worst >= Level[fail_on.name]
     return _FOUND if failing else 0
 
@@ -87,7 +87,7 @@ def _audited(model: nn.Module, batch: bool | None) -> AuditReport:
         return audit(model, batch="auto" if batch else None)
     taken, most = 2 * sum(one.nbytes for one in model.parameters()), _half_of_memory()
     if taken > most:
-        _say(f"not run: weights and gradients take {taken / 1e9:.1f} GB, of {most / 1e9:.1f} GB (--batch runs it)")
+        _say(f"not run: weights and gradients take {bytes_text(taken)}, over {bytes_text(most)}; --batch runs it")
         return audit(model)
     try:
         return audit(model, batch="auto")
@@ -103,7 +103,7 @@ def _half_of_memory() -> int:
 
 
 def _say(text: str) -> None:
-    print(f"fabric-init audit: {text}", file=sys.stderr)
+    err().print(f"fabric-init audit: {text}")
 
 
 def _save(report: AuditReport, path: Path) -> None:
@@ -113,25 +113,23 @@ def _save(report: AuditReport, path: Path) -> None:
         raise CommandError(f"--html {path}: {error.strerror}") from None
 
 
-def _show(report: AuditReport, most_rows: int, console: Console) -> None:
+def _show(report: AuditReport, most_rows: int) -> None:
+    to = out()
     if most_rows and report.rows:
-        console.print(_tensor_table(report.rows[:most_rows]))
+        to.print(_tensor_table(to, report.rows[:most_rows]))
         if len(report.rows) > most_rows:
-            console.print(f"… and {len(report.rows) - most_rows} more: --rows, or --json")
+            to.print(f"… and {len(report.rows) - most_rows} more: --rows, or --json")
+        to.print()
     for finding in report.findings:
-        console.print(_finding_text(finding))
-    console.print(report.summary(), highlight=False)
+        to.print(_finding_text(finding))
+    to.print(report.summary())
 
 
-def _tensor_table(rows: tuple[Row, ...]) -> Table:
-    table = Table(title="What each tensor gets", title_justify="left")
-    for column in ("tensor", "rule", "at"):
-        table.add_column(column, overflow="fold")
-    for column in ("shape", "mean", "std", "writes"):
-        table.add_column(column, justify="right")
+def _tensor_table(console: Console, rows: tuple[Row, ...]) -> Table:
+    numbers = ("shape", "mean", "std", "writes")
+    table = new_table(console, "tensor", "rule", "at", *numbers, right=numbers, title="What each tensor gets")
     for row in rows:
-        shape = "×".join(map(str, row.shape)) or "scalar"
-        plain = (row.name, row.rule or "nothing", row.place, shape, _number(row.mean), _number(row.std))
+        plain = (row.name, row.rule or "nothing", row.place, shape_text(row.shape), _number(row.mean), _number(row.std))
         table.add_row(*map(Text, plain), Text(f"{row.full_writes}×"))
     return table
 
