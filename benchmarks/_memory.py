@@ -50,6 +50,8 @@ class MemoryWatch:
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> MemoryWatch:
+        # while the process still waits: a phase of a few milliseconds may be over before the first sample
+        self.mapped.see(_fields(Path(f"/proc/{self._pid}/status").read_text())["RssFile"])
         self._thread.start()
         return self
 
