@@ -42,20 +42,25 @@ def run(
     little memory. Of a damaged checkpoint it says which tensors are whole. Exit status: 0 if it is sound, 1 if it is
     damaged or cannot be read.
 
-    What is in a model, a line for each kind of layer:
-    `fabric-init inspect Llama-3.1-8B/`
+    - What is in a model, a line for each kind of layer
 
-    Every bias, one by one, and the file it is in:
-    `fabric-init inspect Llama-3.1-8B/ '*.bias' --all`
+        fabric-init inspect Llama-3.1-8B/
 
-    One of several state dicts, with statistics of its values:
-    `fabric-init inspect run.ckpt --entry generator --values`
+    - Every bias, one by one, and the file it is in
 
-    A bucket, every byte compared with digests:
-    `fabric-init inspect s3://bucket/model --manifest SHA256SUMS`
+        fabric-init inspect Llama-3.1-8B/ '*.bias' --all
 
-    For scripts:
-    `fabric-init inspect Llama-3.1-8B/ --json | jq .damage`
+    - One of several state dicts, with statistics of its values
+
+        fabric-init inspect run.ckpt --entry generator --values
+
+    - A bucket, every byte compared with digests
+
+        fabric-init inspect s3://bucket/model --manifest SHA256SUMS
+
+    - For scripts
+
+        fabric-init inspect Llama-3.1-8B/ --json | jq .damage
     """
     from fabric_init.inspection import inspect
 

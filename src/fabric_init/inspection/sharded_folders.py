@@ -69,6 +69,7 @@ def _look_at(index: AnyPath, name: str, number: int, look: Look, survey: Survey)
     for one in shard.found:
         one.files = {name: one.nbytes}  # as the index has it, with its folder
     survey.files[name] = next(iter(shard.files.values()))
+    survey.readable &= shard.readable
     survey.damage += shard.damage
     survey.ties += shard.ties
     survey.notes += [f"{name}: {note}" for note in shard.notes]
