@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import lightning  # noqa: F401  (sets environment variables when it is first imported: not while a test runs)
 import pytest
 import torch
 from torch.nn.modules import module as torch_module
