@@ -42,6 +42,15 @@ def undone():
     nn.init.xavier_uniform_(layer.weight)
     nn.init.normal_(layer.weight, std=0.02)
     return layer
+def lightning_module():
+    from lightning import LightningModule
+    class Lit(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 5)
+            self.example_input_array = torch.randn(4, 8)
+        def forward(self, x): return self.layer(x)
+    return Lit()
 """
 
 
@@ -140,6 +149,14 @@ def test_a_model_that_does_not_say_what_it_takes_is_audited_without_a_batch_unle
     assert "4 tensors" in written.out
     assert status_of("models_to_audit:sound", "--batch") == 1
     assert "no batch can be made up" in capsys.readouterr().err
+
+
+def test_a_lightning_module_is_run_on_the_example_that_its_constructor_makes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert status_of("models_to_audit:lightning_module", "--batch", "--json") == 0
+    (layer,) = json.loads(capsys.readouterr().out)["layers"]
+    assert layer["activation_var"] > 0
 
 
 def test_a_model_beyond_this_machines_memory_is_audited_but_not_run(capsys: pytest.CaptureFixture[str]) -> None:
