@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib import import_module
 
 from docutils import nodes
 from sphinx.application import Sphinx
@@ -22,6 +23,8 @@ def help_of(command: str) -> str:
 
 class CommandHelp(SphinxDirective):
     def run(self) -> list[nodes.Node]:
+        for name in COMMANDS:  # a page that is there already is made anew when a command changes
+            self.env.note_dependency(str(import_module(f"fabric_init.cli.{name}").__file__))
         return [self._section(command) for command in COMMANDS]
 
     def _section(self, command: str) -> nodes.Node:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fabric_init import FabricInitError
+from fabric_init import FabricInitError, deferred_init
 from fabric_init.auditing.call import as_call
 
 X, Y = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
@@ -25,6 +25,11 @@ class WithTargets(nn.Module):
         return idx
 
 
+class Many(nn.Module):
+    def forward(self, **named: Any) -> Any:
+        return named
+
+
 class Two(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return a
@@ -34,6 +39,14 @@ def test_a_tensor_is_the_only_input() -> None:
     call = as_call(One(), X, CPU)
     assert call.args == (X,)
     assert call.labels is None
+
+
+def test_a_batch_that_a_recorded_constructor_made_has_its_values() -> None:
+    with deferred_init():
+        batch = {"x": torch.arange(6.0).reshape(2, 3).T, "more": [torch.ones(2)]}
+    moved = as_call(Many(), batch, CPU).kwargs
+    assert torch.equal(moved["x"], torch.arange(6.0).reshape(2, 3).T)
+    assert torch.equal(moved["more"][0], torch.ones(2))
 
 
 def test_one_tensor_more_than_forward_needs_is_the_labels() -> None:

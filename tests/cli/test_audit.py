@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from fabric_init.cli import audit
 from fabric_init.cli.main import main
 
 MODELS = """
@@ -40,6 +42,15 @@ def undone():
     nn.init.xavier_uniform_(layer.weight)
     nn.init.normal_(layer.weight, std=0.02)
     return layer
+def lightning_module():
+    from lightning import LightningModule
+    class Lit(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 5)
+            self.example_input_array = torch.randn(4, 8)
+        def forward(self, x): return self.layer(x)
+    return Lit()
 """
 
 
@@ -84,6 +95,18 @@ def test_a_table_has_the_tensors_and_the_findings_come_last(capsys: pytest.Captu
     assert table < warning < shown.index("Linear: 2 tensors, 1 warning")
 
 
+def test_a_narrow_terminal_has_rules_and_lines_whole_below_the_names(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit, "out", lambda: Console(file=sys.stdout, width=80, markup=False))
+    status_of("models_to_audit:undone", "--no-batch")
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    start = next(number for number, line in enumerate(lines) if line.startswith("weight"))
+    assert lines[start].split()[1:] == ["4×4", "0", "0.02", "3×"]
+    assert lines[start + 1 : start + 3] == ["normal_(mean=0, std=0.02)", "models_to_audit.py:27"]
+    assert max(map(len, lines)) <= 80
+
+
 def test_json_is_the_whole_report(capsys: pytest.CaptureFixture[str]) -> None:
     status_of("models_to_audit:Garbage", "--no-batch", "--json")
     report = json.loads(capsys.readouterr().out)
@@ -102,7 +125,8 @@ def test_t5s_untied_head_comes_first_with_both_losses_and_its_fixed_twin_is_fine
     capsys: pytest.CaptureFixture[str], here: Path
 ) -> None:
     assert status_of("models_to_audit:t5", "--json", "--html", "t5.html") == 1
-    first = json.loads(capsys.readouterr().out)["findings"][0]
+    report = json.loads(capsys.readouterr().out)
+    first = report["findings"][0]
     assert (first["level"], first["tensors"]) == ("error", ["lm_head.weight"])
     assert first["std"] == pytest.approx(256**-0.5, rel=0.1)
     ideal = math.log(300)
@@ -110,6 +134,10 @@ def test_t5s_untied_head_comes_first_with_both_losses_and_its_fixed_twin_is_fine
     assert first["loss_before"] > 2 * ideal
     assert "lm_head.weight" in (here / "t5.html").read_text(encoding="utf-8")
     assert status_of("models_to_audit:fixed_t5", "--fail-on", "warning") == 0
+    capsys.readouterr()
+    for seed, alike in (("0", True), ("1", False)):
+        status_of("models_to_audit:t5", "--json", "--seed", seed)
+        assert (json.loads(capsys.readouterr().out)["first_loss"] == report["first_loss"]) is alike
 
 
 def test_a_model_that_does_not_say_what_it_takes_is_audited_without_a_batch_unless_one_is_asked_for(
@@ -123,6 +151,14 @@ def test_a_model_that_does_not_say_what_it_takes_is_audited_without_a_batch_unle
     assert "no batch can be made up" in capsys.readouterr().err
 
 
+def test_a_lightning_module_is_run_on_the_example_that_its_constructor_makes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert status_of("models_to_audit:lightning_module", "--batch", "--json") == 0
+    (layer,) = json.loads(capsys.readouterr().out)["layers"]
+    assert layer["activation_var"] > 0
+
+
 def test_a_model_beyond_this_machines_memory_is_audited_but_not_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert status_of("models_to_audit:vast") == 0
     written = capsys.readouterr()
@@ -133,6 +169,8 @@ def test_a_model_beyond_this_machines_memory_is_audited_but_not_run(capsys: pyte
 def test_a_page_that_cannot_be_written_is_refused_before_anything_is_built(capsys: pytest.CaptureFixture[str]) -> None:
     assert status_of("models_to_audit:sound", "--html", "page.pdf") == 1
     assert "name a file that ends in .html" in capsys.readouterr().err
+    assert status_of("models_to_audit:absent", "--html", "nowhere/page.html") == 1
+    assert capsys.readouterr().err == "fabric-init audit: --html nowhere/page.html: there is no folder nowhere\n"
 
 
 def test_a_wrong_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

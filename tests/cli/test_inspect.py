@@ -65,6 +65,12 @@ def test_globs_choose_tensors(model: Path, capsys: pytest.CaptureFixture[str]) -
     assert "head.bias" in out
 
 
+def test_globs_that_match_nothing_are_an_error_that_names_them(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = answer([model, "*.gamma", "tail.*"], capsys)
+    assert (status, out) == (1, "")
+    assert "has no tensor whose name matches *.gamma or tail.*" in err
+
+
 def test_values_of_folded_layers_are_those_of_all_their_elements(
     model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ class Factories:
 def build(): return nn.Linear(3, 4)
 def needs(width): return nn.Linear(3, width)
 def number(): return 3
+def raises(): raise RuntimeError("no such\\nwidth")
 built = nn.Linear(1, 1)
 width = 3
 """
@@ -39,6 +40,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working folder that is not on ``sys.path``, with modules whose names no other test has."""
     (tmp_path / "models_to_name.py").write_text(MODELS)
     (tmp_path / "models_that_need.py").write_text("import a_library_that_is_not_there")
+    (tmp_path / "models_misspelt.py").write_text("def build(:\n    pass\n")
+    (tmp_path / "models_that_raise.py").write_text("width = 1 / 0\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     yield tmp_path
@@ -62,11 +65,13 @@ def test_a_config_names_the_class_to_build(here: Path, argument: str) -> None:
     ("argument", "message"),
     [
         ("models_to_name:needs", r"needs arguments \(width\): name a function without any"),
-        ("models_to_name:width", "is a int, not something that builds a model"),
+        ("models_to_name:width", "is of type int, not something that builds a model"),
         ("models_to_name:built", "is built already"),
         ("models_to_name:absent", "models_to_name has no attribute 'absent'"),
         ("models_not_there:build", "no module 'models_not_there'"),
         ("models_that_need:build", "cannot be imported: No module named 'a_library_that_is_not_there'"),
+        ("models_misspelt:build", r"cannot be imported: SyntaxError: invalid syntax \(models_misspelt.py, line 1\)$"),
+        ("models_that_raise:build", r"ZeroDivisionError: division by zero \(raised at .*models_that_raise.py:1\)$"),
         ("models_to_name", "no such folder, and no package.module:callable"),
         (".", "no config.json in this folder"),
     ],
@@ -78,8 +83,21 @@ def test_a_wrong_name_is_explained(here: Path, argument: str, message: str) -> N
 
 def test_a_callable_that_returns_no_module_is_explained(here: Path) -> None:
     build = model_builder("models_to_name:number")
-    with pytest.raises(CommandError, match=r"returned a int, not a torch\.nn\.Module"):
+    with pytest.raises(CommandError, match=r"returned a value of type int, not a torch\.nn\.Module"):
         build()
+
+
+def test_what_a_callable_raises_is_one_line_with_its_place(here: Path) -> None:
+    build = model_builder("models_to_name:raises")
+    with pytest.raises(CommandError, match=r"does not build: RuntimeError: no such width \(raised at .*models_to_name"):
+        build()
+
+
+def test_a_config_that_its_class_refuses_is_one_line(here: Path) -> None:
+    (here / "config.json").write_text(json.dumps(LLAMA | {"hidden_act": "none such"}))
+    with pytest.raises(CommandError, match=r"config.json does not build: KeyError: .*none such") as refused:
+        model_builder(".")()
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ class Tiny(nn.Module):
         self.body = nn.Linear(2, 3)
         self.head = nn.Linear(3, 4)
         nn.init.normal_(self.head.weight, std=0.02)
+
+def broken(): return {}["width"]
 """
 
 
@@ -59,11 +61,13 @@ def test_what_is_missing_left_over_and_likely_is_printed(capsys: pytest.CaptureF
     assert "model.body.weight" in text
     assert r'rename={r"^model\.": ""} would match 2 of 4 missing keys' in text
     assert "Not complete" in text
+    assert "--no-strict" not in text, "no key matches: that is refused in any case"
 
 
 @pytest.mark.usefixtures("here")
 def test_the_exit_status_tells_whether_the_load_would_go_through(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(*BODY, *STRIP) == 1, "the head is missing"
+    assert "With --no-strict it would go through" in capsys.readouterr().out
     assert plan(*BODY, *STRIP, "--no-strict") == 0
     assert plan(*BODY, *STRIP, "--reinit", "head.*") == 0
     assert "Initialised afresh, as asked" in capsys.readouterr().out
@@ -78,8 +82,10 @@ def test_the_exit_status_tells_whether_the_load_would_go_through(capsys: pytest.
         ([*BODY, "--reinit", "neck.*"], "names no tensor of the model"),
         ([*BODY, "--strategy", "fsdp2", "--precision", "64-true"], "does not do precision='64-true'"),
         ([*BODY, "--strategy", "fsdp3"], "fsdp3"),
-        ([*BODY, "--bandwidth", "fast"], "give a number with its unit"),
-        ([*BODY, "--rename", "model"], "give PATTERN=REPLACEMENT"),
+        ([*BODY, "--bandwidth", "fast"], "for --bandwidth: 'fast': give a number with its unit"),
+        ([*BODY, "--bandwidth", "-2GB/s"], "for --bandwidth: '-2GB/s': give a number with its unit"),
+        ([*BODY, "--rename", "model"], "for --rename: 'model': give PATTERN=REPLACEMENT"),
+        (["tiny_to_plan:broken", "body.safetensors"], "tiny_to_plan:broken does not build: KeyError: 'width'"),
         ([*BODY, "--devices", "0"], "--devices"),
     ],
 )

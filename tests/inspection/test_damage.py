@@ -37,6 +37,14 @@ def whole(contents: Contents) -> str:
     return "".join(sorted(row.key for row in contents.tensors if row.whole))
 
 
+def test_the_text_of_contents_is_one_line_and_one_for_each_fault(letters: Path) -> None:
+    assert str(inspect(letters)) == f"{letters}: safetensors, 4 tensors: 64 bytes of float32\nsound"
+    os.truncate(letters, letters.stat().st_size - 4)
+    head, fault = str(inspect(letters)).splitlines()
+    assert head.startswith(str(letters))
+    assert fault.startswith("truncated: letters.safetensors: ends at byte ")
+
+
 def with_header(path: Path, change: Callable[[dict[str, dict[str, object]]], None]) -> None:
     """Write a safetensors file anew with another header over the same data."""
     data = path.read_bytes()

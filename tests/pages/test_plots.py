@@ -55,6 +55,12 @@ def test_bars_too_short_to_be_seen_share_one() -> None:
     assert [note["text"] for note in plot.figure["layout"]["annotations"]] == ["much", "2 others"]
 
 
+def test_a_short_bar_that_is_alone_keeps_its_name() -> None:
+    plot = bars("t", "n", [Bar("loaded", 1e6), Bar("initialised", 1.0)], "bytes")
+    assert plot.figure["data"][0]["x"] == [1e6, 1.0]
+    assert [note["text"] for note in plot.figure["layout"]["annotations"]] == ["loaded", "initialised"]
+
+
 @pytest.mark.parametrize(
     ("label", "shown"),
     [

@@ -30,6 +30,16 @@ def test_no_weight_is_read(build: Build, save: Save, monkeypatch: pytest.MonkeyP
         open_checkpoint(path).read("norm.weight")
 
 
+def test_its_text_is_the_gist_of_it(build: Build, save: Save) -> None:
+    path = save({"norm.weight": None, "other": torch.ones(3)}, dtype=torch.float64)
+    lines = str(forecast(build, path, strategy="fsdp2", devices=2)).splitlines()
+    assert lines[0] == f"Model from {path} (safetensors): not complete"
+    assert lines[1].startswith("covers 7 of 8 tensors, ")
+    assert lines[2:5] == ["cast: 6 tensors float64 → float32", "missing: norm.weight", "not in the model: other"]
+    assert lines[-1].startswith("fsdp2, ranks: 2, 32-true, adamw: a rank reads ")
+    assert str(forecast(build)).startswith("Model from scratch: complete\n")
+
+
 def test_a_model_of_more_memory_than_any_machine_has_is_no_trouble() -> None:
     found = forecast(lambda: nn.Linear(1 << 22, 1 << 22, bias=False), strategy="fsdp2", devices=8, nodes=128)
     assert found.memory.weights == 4 << 34

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fabric_init.errors import FabricInitError
+from fabric_init.recording.replay import real_execution, storage_now, view
+from fabric_init.recording.tape import recorded, ref_of
 
 LABEL_NAMES = ("labels", "label", "targets", "target", "y")
 
@@ -83,7 +85,17 @@ def _from_sequence(model: nn.Module, batch: tuple[Any, ...], parameters: Sequenc
 
 def _moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return _valued(batch).to(device)
     if isinstance(batch, Mapping):
         return {key: _moved(value, device) for key, value in batch.items()}
     return type(batch)(_moved(value, device) for value in batch) if type(batch) in (tuple, list) else batch
+
+
+def _valued(tensor: Tensor) -> Tensor:
+    """The tensor with its values, if a constructor made it while it was recorded, as Lightning modules do."""
+    found = recorded(tensor)
+    if found is None:
+        return tensor
+    memory, _ = storage_now(found.tape, found.storage, exact=False)
+    with real_execution():
+        return view(memory, ref_of(tensor, found.storage))

@@ -62,11 +62,12 @@ def overwritten_defaults(told: Sequence[Told]) -> Iterator[Finding]:
         return
     seconds = sum(one.seconds_of(event) for one, event in dead.values())
     names = tuple(dict.fromkeys(one.row.name for one, _ in dead.values()))
+    count = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
     yield Finding(
         Level.NOTE,
         "overwritten-default",
         names,
-        f"values that tensors were made with, and that were then written over ({len(names)} tensors): "
+        f"values that tensors were made with, and that were then written over ({count}): "
         f"{elements:,} elements and {seconds:.3g} s in vain where the model is built eagerly",
         "nothing, if the model is recorded: dead writes are not run. Elsewhere: torch.nn.utils.skip_init",
     )

@@ -8,6 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -21,10 +22,11 @@ from fabric_init.cli.console import bytes_text, err, new_table, out, shape_text
 from fabric_init.cli.model_argument import HELP, model_builder
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.deferred import deferred_init
-from fabric_init.pages import is_page
+from fabric_init.pages import check_plotly, is_page
 
 _COLOURS = {Level.ERROR: "bold red", Level.WARNING: "yellow", Level.NOTE: "cyan"}
 _NAMES = 3  # of the tensors that a finding is about
+_NARROW = 120  # columns of a terminal in which rules and lines do not fit beside names
 _FOUND = 1
 
 
@@ -51,7 +53,10 @@ def run(
     fail_on: Annotated[
         FailOn, typer.Option(help="Exit with status 1 if there is a finding of this level, or a worse one.")
     ] = FailOn.ERROR,
-    rows: Annotated[int, typer.Option(min=0, help="How many tensors to list; findings are all shown.")] = 30,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the values that the batch is run with.")] = 0,
+    rows: Annotated[
+        int, typer.Option(metavar="N", min=0, help="How many tensors to list; findings are all shown.")
+    ] = 30,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, with every tensor.")] = False,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the report as one HTML page, with plots.")
@@ -64,11 +69,29 @@ def run(
     Errors are tensors that nobody initialises, and a first loss far from ln(classes). Warnings are rules that undo each
     other, weights that are initialised several times, and layers that were forgotten. Notes are worth knowing.
 
-    `fabric-init audit my_package.models:build --fail-on warning` is a check for CI.
+    The exit status is 0 without an error (see `--fail-on`), 1 with one or if there is no such model, and 2 if an option
+    is wrong.
+
+    - A model of transformers, from its `config.json`; the findings alone
+
+        fabric-init audit t5-v1_1-base/ --rows 0
+
+    - A model of your own, as a check in CI
+
+        fabric-init audit my_package.models:build --fail-on warning
+
+    - A page with plots to look at
+
+        fabric-init audit my_package.models:build --html audit.html
+
+    - For scripts
+
+        fabric-init audit my_package.models:build --json | jq '.findings[0]'
     """
-    if html is not None and not is_page(html):
-        raise CommandError(f"--html {html}: name a file that ends in .html")
+    if html is not None:
+        _check_page(html)
     build = model_builder(model)
+    torch.manual_seed(seed)
     with deferred_init():
         recorded = build()
     report = _audited(recorded, batch)
@@ -106,6 +129,14 @@ def _say(text: str) -> None:
     err().print(f"fabric-init audit: {text}")
 
 
+def _check_page(path: Path) -> None:
+    if not is_page(path):
+        raise CommandError(f"--html {path}: name a file that ends in .html")
+    if not path.parent.is_dir():
+        raise CommandError(f"--html {path}: there is no folder {path.parent}")
+    check_plotly()
+
+
 def _save(report: AuditReport, path: Path) -> None:
     try:
         report.save(path)
@@ -126,11 +157,15 @@ def _show(report: AuditReport, most_rows: int) -> None:
 
 
 def _tensor_table(console: Console, rows: tuple[Row, ...]) -> Table:
-    numbers = ("shape", "mean", "std", "writes")
-    table = new_table(console, "tensor", "rule", "at", *numbers, right=numbers, title="What each tensor gets")
+    narrow = console.width < _NARROW
+    texts, numbers = ("tensor", "rule", "at"), ("shape", "mean", "std", "writes")
+    heads = ("tensor, rule and line",) if narrow else texts
+    table = new_table(console, *heads, *numbers, right=numbers, title="What each tensor gets")
     for row in rows:
-        plain = (row.name, row.rule or "nothing", row.place, shape_text(row.shape), _number(row.mean), _number(row.std))
-        table.add_row(*map(Text, plain), Text(f"{row.full_writes}×"))
+        told = (row.name, row.rule or "nothing", row.place)
+        cells = ("\n  ".join(filter(None, told)),) if narrow else told
+        plain = (*cells, shape_text(row.shape), _number(row.mean), _number(row.std), f"{row.full_writes}×")
+        table.add_row(*map(Text, plain))
     return table
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fabric_init.cli import console
+from fabric_init.cli import CommandError, console
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -77,8 +77,12 @@ def run(
         contents = inspect(path, entry=entry, manifest=manifest, match=match or (), values=values, progress=advance)
     finally:
         bar.stop()
+    if match and not contents.tensors:
+        raise CommandError(
+            f"{path} has no tensor whose name matches {' or '.join(match)}; without globs all are listed"
+        )
     if json_:
-        print(json.dumps(contents.to_dict(), allow_nan=False))
+        print(json.dumps(contents.to_dict(), indent=2, allow_nan=False))
     else:
         from fabric_init.cli.contents_tables import show
 

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from fabric_init.cli import CommandError
+from fabric_init.errors import FabricInitError
 
 HELP = "What builds the model: `package.module:callable`, or a folder with a Hugging Face `config.json`."
 
@@ -53,6 +55,8 @@ def _callable(argument: str, module_name: str, attribute: str) -> Callable[[], A
         raise CommandError(f"{argument}: {module_name} cannot be imported: {error}") from error
     except ImportError as error:
         raise CommandError(f"{argument}: {module_name} cannot be imported: {error}") from error
+    except Exception as error:  # whatever a user's module does
+        raise CommandError(f"{argument}: {module_name} cannot be imported: {_told(error)}") from error
     for name in attribute.split("."):
         try:
             found = getattr(found, name)
@@ -61,7 +65,7 @@ def _callable(argument: str, module_name: str, attribute: str) -> Callable[[], A
     if isinstance(found, nn.Module):
         raise CommandError(f"{argument} is a module that is built already; name the class or function that builds it")
     if not callable(found):
-        raise CommandError(f"{argument} is a {type(found).__name__}, not something that builds a model; {_WAYS}")
+        raise CommandError(f"{argument} is of type {type(found).__name__}, not something that builds a model; {_WAYS}")
     needed = _needed_arguments(found)
     if needed:
         raise CommandError(
@@ -85,12 +89,24 @@ def _needed_arguments(build: Callable[..., Any]) -> list[str]:
 
 def _checked(argument: str, build: Callable[[], Any]) -> Callable[[], nn.Module]:
     def checked() -> nn.Module:
-        model = build()
+        try:
+            model = build()
+        except FabricInitError:
+            raise
+        except Exception as error:  # whatever a user's code, or a config's, runs into
+            raise CommandError(f"{argument} does not build: {_told(error)}") from error
         if not isinstance(model, nn.Module):
-            raise CommandError(f"{argument} returned a {type(model).__name__}, not a torch.nn.Module")
+            raise CommandError(f"{argument} returned a value of type {type(model).__name__}, not a torch.nn.Module")
         return model
 
     return checked
+
+
+def _told(error: Exception) -> str:
+    """An exception in one line, with the place that raised it."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = "" if isinstance(error, SyntaxError) else f" (raised at {place.filename}:{place.lineno})"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
 
 
 def _from_config(folder: Path) -> Callable[[], nn.Module]:
@@ -117,10 +133,10 @@ def _from_config(folder: Path) -> Callable[[], nn.Module]:
     try:
         config = model_class.config_class.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # each config's own checks raise kinds of their own
-        raise CommandError(f"{path}: transformers cannot read it: {error}") from None
+        raise CommandError(f"{path}: transformers cannot read it: {' '.join(str(error).split())}") from None
 
     def build() -> nn.Module:
         model: nn.Module = model_class(config)
         return model
 
-    return build
+    return _checked(str(path), build)

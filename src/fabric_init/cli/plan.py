@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -32,7 +32,9 @@ def bytes_a_second(text: str) -> float:
     """
     found = _BANDWIDTH.fullmatch(text.strip())
     if found is None or not float(found[1]):
-        raise typer.BadParameter(f"{text!r}: give a number with its unit, as 2GB/s, 500MiB/s or 25Gbit/s")
+        raise typer.BadParameter(
+            f"{text!r}: give a number with its unit, as 2GB/s, 500MiB/s or 25Gbit/s", param_hint="--bandwidth"
+        )
     scale = (_PREFIXES | _BINARY)[found[2].lower()]
     return float(found[1]) * scale / (1 if found[3] == "B" else 8)
 
@@ -55,38 +57,68 @@ def renames(texts: Sequence[str]) -> dict[str, str] | None:
     """
     for text in texts:
         if "=" not in text:
-            raise typer.BadParameter(f"--rename {text!r}: give PATTERN=REPLACEMENT, as '^model\\.=' or 'gamma$=weight'")
+            raise typer.BadParameter(
+                f"{text!r}: give PATTERN=REPLACEMENT, as '^model\\.=' or 'gamma$=weight'", param_hint="--rename"
+            )
     return dict(text.split("=", 1) for text in texts) or None
 
 
+def _names(literal: object) -> str:
+    return ", ".join(f"`{name}`" for name in get_args(literal))
+
+
 def run(
-    model: Annotated[str, typer.Argument(help=model_argument.HELP)],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=model_argument.HELP)],
     path: Annotated[
         str | None,
-        typer.Argument(help="The checkpoint: file, folder, URL or Hub id. Left out: the folder that is `MODEL`."),
+        typer.Argument(
+            metavar="PATH",
+            help="The checkpoint: file, folder, URL or Hub id. Left out: the folder that is `MODEL`.",
+            show_default=False,
+        ),
     ] = None,
-    strategy: Annotated[StrategyName, typer.Option(help="How the model is to be trained, by Fabric's names.")] = "auto",
-    devices: Annotated[int, typer.Option(min=1, help="Ranks a machine.")] = 1,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
-    precision: Annotated[PrecisionName, typer.Option(help="By Fabric's names.")] = "32-true",
-    optimizer: Annotated[OptimizerName, typer.Option(help="`none`: no training.")] = "adamw",
+    strategy: Annotated[
+        StrategyName,
+        typer.Option(metavar="NAME", help=f"How it is to be trained, by Fabric's names: {_names(StrategyName)}."),
+    ] = "auto",
+    devices: Annotated[int, typer.Option(metavar="N", min=1, help="Ranks a machine.")] = 1,
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Machines.")] = 1,
+    precision: Annotated[
+        PrecisionName, typer.Option(metavar="NAME", help=f"By Fabric's names: {_names(PrecisionName)}.")
+    ] = "32-true",
+    optimizer: Annotated[
+        OptimizerName,
+        typer.Option(metavar="NAME", help=f"Whose states take memory: {_names(OptimizerName)} (no training)."),
+    ] = "adamw",
     units: Annotated[
         str | None,
-        typer.Option(help="For FSDP, what is gathered together: `blocks`, a number of parameters, or `Class,Class`."),
+        typer.Option(
+            metavar="UNITS",
+            help="For FSDP, what is gathered together: `blocks`, a number of parameters, or `Class,Class`.",
+        ),
     ] = None,
     bandwidth: Annotated[
-        str | None, typer.Option(help="Of the storage, for the time: `2GB/s`, `500MiB/s`, `25Gbit/s`.")
+        str | None,
+        typer.Option(metavar="SPEED", help="Of the storage, for the time: `2GB/s`, `500MiB/s`, `25Gbit/s`."),
     ] = None,
-    io: Annotated[Io, typer.Option(help="Each rank reads what it keeps, or rank 0 reads and sends.")] = "auto",
+    io: Annotated[
+        Io, typer.Option(metavar="WAY", help=f"Who reads: {_names(Io)}. Each rank what it keeps, or rank 0 for all.")
+    ] = "auto",
     rename: Annotated[
-        list[str] | None, typer.Option(help="`PATTERN=REPLACEMENT` from checkpoint key to tensor name; repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="FROM=TO", help="A regular expression for checkpoint keys, and what makes them names; repeatable."
+        ),
     ] = None,
-    entry: Annotated[str | None, typer.Option(help="The state dict that is meant, where a file holds several.")] = None,
+    entry: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The state dict that is meant, where a file holds several.")
+    ] = None,
     strict: Annotated[
         bool, typer.Option(help="Whether a missing or unexpected key is an error, or gets the model's own init.")
     ] = True,
     reinit: Annotated[
-        list[str] | None, typer.Option(help="Glob of tensors to initialise although they are there; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Tensors to initialise although they are there; repeatable."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="All of it as JSON, nothing left out.")] = False,
 ) -> int:
@@ -99,7 +131,17 @@ def run(
     The exit status is 0 if the load would go through as asked for, 1 if not, and 2 if the call itself is wrong: no such
     model or checkpoint, say.
 
-    `fabric-init plan Llama-3.1-8B/ --strategy fsdp2 --devices 8 --precision bf16-true --bandwidth 2GB/s`
+    - A folder with config and weights, on eight GPUs
+
+        fabric-init plan Llama-3.1-8B/ --strategy fsdp2 --devices 8 --precision bf16-true --bandwidth 2GB/s
+
+    - A model of your own under a new head, from a file whose keys begin otherwise
+
+        fabric-init plan my_package.models:build body.pt --rename '^model[.]=' --no-strict
+
+    - For scripts
+
+        fabric-init plan Llama-3.1-8B/ --json | jq .memory.peak
     """
     speed = None if bandwidth is None else bytes_a_second(bandwidth)
     mapping = renames(rename or ())

@@ -30,6 +30,13 @@ def show(forecast: Forecast) -> None:
         console.print("Complete: this load would go through.", style="bold green")
     else:
         console.print("Not complete: this load would be refused, before a weight is read.", style="bold red")
+        if _only_strictness_refuses(forecast.coverage):
+            console.print("With --no-strict it would go through: the rest gets its own init.")
+
+
+def _only_strictness_refuses(coverage: Coverage) -> bool:
+    against = (coverage.wrong_shapes, coverage.without_values, coverage.problems)
+    return not coverage.complete and not any(against) and coverage.loaded.tensors > 0
 
 
 def _show_coverage(console: Console, coverage: Coverage) -> None:

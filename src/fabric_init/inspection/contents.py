@@ -88,7 +88,7 @@ class FileRow:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What a checkpoint holds.
+    """What a checkpoint holds. ``str()`` gives the gist of it, and all damage.
 
     Attributes:
         path: as it was asked for.
@@ -144,6 +144,12 @@ class Contents:
             if row["values"] is not None:
                 row["values"] = {name: _json(value) for name, value in row["values"].items()}
         return found
+
+    def __str__(self) -> str:
+        dtypes = ", ".join(f"{nbytes:,} bytes of {dtype}" for dtype, nbytes in self.dtypes.items())
+        head = f"{self.path}: {self.format}, {len(self.tensors)} tensors{': ' * bool(dtypes)}{dtypes}"
+        damage = [f"{one.kind}: {one.file or self.path}: {one.message}" for one in self.damage]
+        return "\n".join([head, *damage] if damage else [head, "sound"])
 
 
 def _json(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Self-contained HTML pages: facts, findings, plots and a table, in one file that needs no network."""
 
 from fabric_init.pages.page import Card, Column, Fact, Page, Table, counted, in_short, is_page
-from fabric_init.pages.plots import Bar, Plot, Point, bars, lines, scatter
+from fabric_init.pages.plots import Bar, Plot, Point, bars, check_plotly, lines, scatter
 
 __all__ = [
     "Bar",
@@ -13,6 +13,7 @@ __all__ = [
     "Point",
     "Table",
     "bars",
+    "check_plotly",
     "counted",
     "in_short",
     "is_page",

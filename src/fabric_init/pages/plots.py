@@ -120,7 +120,9 @@ def bars(title: str, note: str, found: Sequence[Bar], x: str, unit: str = "") ->
     ordered = sorted(found, key=lambda bar: -bar.value)
     shown = [bar for bar in ordered[:_MOST_BARS] if bar.value >= _SEEN * ordered[0].value]
     rest = ordered[len(shown) :]
-    if rest:
+    if len(rest) == 1:
+        shown += rest  # it has a name, and takes no more room than one for the others
+    elif rest:
         shown.append(Bar(f"{len(rest)} {_OTHERS}", sum(bar.value for bar in rest)))
     figure = go.Figure()
     figure.add_bar(
@@ -139,6 +141,15 @@ def bars(title: str, note: str, found: Sequence[Bar], x: str, unit: str = "") ->
     figure.update_xaxes(title_text=x, rangemode="tozero", ticksuffix=unit)
     figure.update_yaxes(range=[len(shown) - 0.5, -0.8], showticklabels=False, showgrid=False, zeroline=False)
     return Plot(title, note, _plain(figure, left=8), height=80 + 44 * len(shown))
+
+
+def check_plotly() -> None:
+    """Find out before long work whether there is Plotly.
+
+    Raises:
+        FabricInitError: it is not installed.
+    """
+    _plotly()
 
 
 def compressed_plotly() -> str:

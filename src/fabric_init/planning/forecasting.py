@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.filesize import decimal
 from torch import nn
 
 from fabric_init.checkpoints import Conversion, Source
@@ -25,10 +26,12 @@ from fabric_init.recording.collector import PausedCollector
 from fabric_init.recording.empty_init import recorded_build
 from fabric_init.strategies.fsdp2 import Units
 
+_MOST_NAMES = 5
+
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a load would do, and what the model would take.
+    """What a load would do, and what the model would take. ``str()`` gives the gist of it.
 
     Attributes:
         model: its class.
@@ -59,6 +62,30 @@ class Forecast:
         """The forecast as plain data, fit for JSON."""
         memory = asdict(self.memory) | {"kept": self.memory.kept, "peak": self.memory.peak}
         return {"complete": self.complete} | asdict(self) | {"memory": memory}
+
+    def __str__(self) -> str:
+        coverage, setting = self.coverage, self.setting
+        source = f"from {self.checkpoint} ({self.format})" if self.checkpoint else "from scratch"
+        lines = [
+            f"{self.model} {source}: {'complete' if self.complete else 'not complete'}",
+            f"covers {coverage.loaded.tensors} of {coverage.wanted.tensors} tensors, "
+            f"{decimal(coverage.loaded.bytes)} of {decimal(coverage.wanted.bytes)}",
+            *(f"cast: {cast.tensors} tensors {cast.saved_as} → {cast.kept_as}" for cast in coverage.casts),
+            *_listed("missing", [one.name for one in coverage.missing]),
+            *_listed("not in the model", [one.key for one in coverage.unexpected]),
+            *_listed("does not fit", [one.name for one in coverage.wrong_shapes]),
+            *_listed("without a value", coverage.without_values),
+            *coverage.problems,
+            *(f"likely to help: {text}" for text in coverage.proposed),
+            f"{setting.strategy}, ranks: {setting.ranks}, {setting.precision}, {setting.optimizer}: a rank reads "
+            f"{decimal(max(self.reading.by_rank))} and needs {decimal(self.memory.peak)} beside activations",
+        ]
+        return "\n".join(lines)
+
+
+def _listed(what: str, names: Sequence[str]) -> list[str]:
+    more = f" … and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return [f"{what}: {', '.join(names[:_MOST_NAMES])}{more}"] if names else []
 
 
 def forecast(
