@@ -21,7 +21,9 @@ from fabric_init.checkpoints import Region, TensorSpec
 from fabric_init.checkpoints.region import take
 from fabric_init.errors import FabricInitError, RecordingError, UninitializedTensorError
 from fabric_init.filling.marks import is_exact_mark, marked_elements, place_mark, version_of
+from fabric_init.filling.moving import Moving
 from fabric_init.filling.slots import named_modules
+from fabric_init.filling.unfilled import BUILT
 from fabric_init.recording.empty_init import active, recorded_build
 from fabric_init.recording.modules import BuiltModules
 from fabric_init.recording.tape import Rng, recorded
@@ -126,6 +128,8 @@ def release_recorded(model: nn.Module) -> None:
     for module in model.modules():
         if vars(module).pop(_ATTRIBUTE, None) is not None:
             del vars(module)["_apply"]
+            if BUILT in vars(module):
+                vars(module)["_apply"] = Moving(module)
             tables: tuple[Any, ...] = (
                 module._forward_pre_hooks,
                 module._state_dict_pre_hooks,
@@ -163,7 +167,10 @@ def _apply(itself: weakref.ref[nn.Module], fn: Callable[[Tensor], Tensor], recur
             fn(torch.empty(0, device="meta"))
         except (NotImplementedError, RuntimeError):
             _of(module).refuse(module, "be moved or shared")
-    type(module)._apply(module, fn, recurse)
+    if BUILT in vars(module):  # an earlier block has built it, and what that left waits still
+        Moving(module)(fn, recurse)
+    else:
+        type(module)._apply(module, fn, recurse)
     for name in own:
         tensor = getattr(module, name)
         if not tensor.is_meta:

@@ -133,7 +133,7 @@ def hook(module: nn.Module, built: Built, agreement: Agreement | None = None) ->
         agreement: of the ranks that only together hold what is in ``module``.
     """
     vars(module)[BUILT] = built
-    vars(module)["_apply"] = Moving(module)
+    vars(module).setdefault("_apply", Moving(module))  # over one that is recorded, too, lies the guard of that
     if _before_forward not in module._forward_pre_hooks.values():
         # before what a strategy has put there, which may gather from other ranks
         module.register_forward_pre_hook(_before_forward, prepend=True)
@@ -165,7 +165,8 @@ def _unhook(model: nn.Module, running: Any = None) -> None:
             for key in [key for key, hook in table.items() if _is_ours(hook)]:
                 del table[key]
         vars(module).pop(_RANKS, None)
-        if vars(module).pop(BUILT, None) is not None:
+        vars(module).pop(BUILT, None)
+        if isinstance(vars(module).get("_apply"), Moving):
             del vars(module)["_apply"]
 
 
