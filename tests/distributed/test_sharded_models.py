@@ -205,3 +205,55 @@ def left_behind(path: Path) -> None:
 
 def test_an_optimizer_of_parameters_that_the_model_has_no_more_is_refused(tmp_path: Path) -> None:
     run_ranks(2, left_behind, path=write_checkpoint(tmp_path / "raw.pt", "transformerish"))
+
+
+class Derived(nn.Module):
+    """One parameter is computed from a buffer, which every rank has whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scales", torch.arange(6.0).reshape(2, 3))
+        self.weight = nn.Parameter(self.scales * 2)
+        self.out = nn.Linear(3, 2)
+
+
+def derived(strategy: str) -> dict[str, Tensor]:
+    fabric = launch(strategy)
+    with fabric.init_module(empty_init=True):
+        model = Derived()
+    wrapped = fabric.setup_module(model)
+    wrapped.load_state_dict({"scales": torch.full((2, 3), 7.0)}, strict=False)
+    fabric.init_missing(wrapped)
+    return weights(wrapped)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_stage_3"])
+def test_a_shard_is_computed_from_what_was_loaded_since(strategy: str) -> None:
+    for found in run_ranks(2, derived, strategy=strategy):
+        assert torch.equal(found["weight"], torch.full((2, 3), 14.0))
+
+
+ACTIVATION = nn.Tanh()
+
+
+class Active(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.activation = nn.Linear(4, 4), ACTIVATION
+
+
+def with_one_activation(folder: Path) -> tuple[Any, ...]:
+    fabric = launch("fsdp2")
+    models = []
+    for name in ("one.pt", "other.pt"):
+        with fabric.init_module(checkpoint=folder / name, strict=False):
+            models.append(Active())
+    reports = [fabric.init_report(fabric.setup_module(model)) for model in models]
+    return tuple((report.checkpoint, report.unexpected) for report in reports)
+
+
+def test_models_that_share_an_activation_share_no_checkpoint(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        torch.save(Active().state_dict() | {name: torch.ones(1)}, tmp_path / f"{name}.pt")
+    own = tuple((str(tmp_path / f"{name}.pt"), (name,)) for name in ("one", "other"))
+    assert run_ranks(2, with_one_activation, folder=tmp_path) == [own, own]

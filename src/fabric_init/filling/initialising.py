@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fabric_init.checkpoints.region import take
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.computed import compute_with
 from fabric_init.filling.fill import fill
@@ -113,7 +114,7 @@ def _initialise(waits: Waits, sources: _Sources) -> None:
         if for_it:
             memory = compute_with(item.slot, item.tape, for_it, tensor.device)
             with torch.no_grad():
-                placement.put(item.slot, tensor, view(memory, _ref(item)))
+                placement.put(item.slot, tensor, take(view(memory, _ref(item)), placement.region(item.slot)))
         item.row.status, item.row.origin, item.row.dtype = "initialised", row.origin, dtype_name(tensor.dtype)
 
 
