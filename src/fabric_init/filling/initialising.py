@@ -11,8 +11,9 @@ from fabric_init.checkpoints.region import take
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.computed import compute_with
 from fabric_init.filling.fill import fill
+from fabric_init.filling.judging import make_plan
 from fabric_init.filling.placement import Placement
-from fabric_init.filling.plan import Wanted, make_plan
+from fabric_init.filling.plan import Wanted
 from fabric_init.filling.report import dtype_name
 from fabric_init.filling.slots import Slot
 from fabric_init.filling.unfilled import ATTRIBUTE, Place, Unfilled, tensor_at

@@ -10,8 +10,10 @@ from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import RecordingError
 from fabric_init.filling.computed import replaced_since, written_since
 from fabric_init.filling.deferred import given_since, loaded_since, refuse_lost_writes, wants_extra_state
+from fabric_init.filling.judging import check_all_have_values
+from fabric_init.filling.matching import own_init
 from fabric_init.filling.materialize import Prepared, survey
-from fabric_init.filling.plan import Action, Entry, Given, Plan, check_all_have_values, own_init
+from fabric_init.filling.plan import Action, Entry, Given, Plan
 from fabric_init.filling.several import Several
 from fabric_init.recording.tape import Tape
 

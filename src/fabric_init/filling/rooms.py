@@ -17,11 +17,12 @@ from fabric_init.filling.deferred import release_recorded
 from fabric_init.filling.fill import check_ties, fill, make_report
 from fabric_init.filling.guard import hook
 from fabric_init.filling.interrupts import interrupts_held
+from fabric_init.filling.judging import make_plan
 from fabric_init.filling.loading import set_extra_states
 from fabric_init.filling.marks import place_mark
 from fabric_init.filling.materialize import Prepared, survey
 from fabric_init.filling.placement import Placement
-from fabric_init.filling.plan import Action, Entry, Plan, Wanted, make_plan
+from fabric_init.filling.plan import Action, Entry, Plan, Wanted
 from fabric_init.filling.report import Row, keep_report
 from fabric_init.filling.slots import Slot, named_modules
 from fabric_init.filling.unfilled import ATTRIBUTE, Built, Unfilled, Waiting, own_tensors, version_in
