@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from fabric_init.checkpoints import Region, TensorSpec
 from fabric_init.checkpoints.region import take
+from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.errors import FabricInitError, RecordingError, UninitializedTensorError
-from fabric_init.filling.extra_state import EXTRA_STATE, takes_extra_state
+from fabric_init.filling.extra_state import takes_extra_state
 from fabric_init.filling.marks import is_exact_mark, marked_elements, place_mark, version_of
 from fabric_init.filling.moving import Moving
 from fabric_init.filling.slots import named_modules

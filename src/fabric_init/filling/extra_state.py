@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fabric_init.checkpoints import CheckpointReader
+from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.filling.slots import named_modules
-
-EXTRA_STATE = "_extra_state"
 
 
 class ExtraSlot(NamedTuple):

@@ -194,8 +194,8 @@ def require(model: nn.Module, use: str) -> None:
     names = ranks.from_all([item.slot.name for item in _visible(model)])
     if names:
         (under[0].built if under else Built(type(model).__name__)).refuse(use, under, names)
-    for module, _ in list(waiting_under(model)):
-        del vars(module)[ATTRIBUTE]  # shards without elements, which the other ranks say are filled
+    for module, waiting in list(waiting_under(model)):
+        waiting.end(module)  # shards without elements, which the other ranks say are filled
 
 
 def _ranks(model: nn.Module) -> Agreement | None:

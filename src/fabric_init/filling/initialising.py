@@ -76,9 +76,13 @@ def _sources(waits: Waits) -> _Sources:
     """
     still = {_ref(item).storage for _, item in waits}
     found: _Sources = {}
+    with_values: dict[int, dict[int, None]] = {}  # by what the modules share: the same for thousands of tensors
     for module, item in waits:
-        places = vars(module)[ATTRIBUTE].built.places
-        others = dict.fromkeys(places.keys() - still)
+        built = vars(module)[ATTRIBUTE].built
+        places = built.places
+        others = with_values.get(id(built))
+        if others is None:
+            others = with_values[id(built)] = dict.fromkeys(places.keys() - still)
         if item.slot.saved and (storages := item.tape.computed_from(_ref(item).storage, others)):
             tensors = [_whole(item, places[storage]) for storage in sorted(storages)]
             whole = [tensor for tensor in tensors if tensor is not None]

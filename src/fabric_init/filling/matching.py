@@ -12,8 +12,9 @@ from fabric_init.checkpoints import CheckpointReader, TensorSpec, likely_renames
 from fabric_init.checkpoints.likely_adapters import likely_adapters
 from fabric_init.checkpoints.likely_conversions import likely_conversions, likely_transposes
 from fabric_init.checkpoints.likely_renames import likely_part, renamed_as_suggested
+from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.errors import CheckpointMismatchError
-from fabric_init.filling.extra_state import EXTRA_STATE, Extra, ExtraSlot, extra_states
+from fabric_init.filling.extra_state import Extra, ExtraSlot, extra_states
 from fabric_init.filling.plan import Action, Entry, Wanted
 from fabric_init.filling.slots import Slot
 from fabric_init.recording.tape import Tape
