@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import weakref
 from collections.abc import Callable
@@ -484,3 +485,26 @@ def test_what_no_longer_waits_is_not_kept(fabric: Fabric) -> None:
     model[0].load_state_dict(nn.Linear(2, 2).state_dict())
     model[0] = nn.Identity()
     assert first() is None
+
+
+def test_a_load_that_a_hook_ends_keeps_no_model_alive(fabric: Fabric) -> None:
+    def refuse(*args: object) -> None:
+        raise LookupError("the user's own")
+
+    with fabric.init_module(empty_init=True):
+        model = nn.Sequential(nn.Linear(2, 2))
+    model[0].register_load_state_dict_pre_hook(refuse)
+    with pytest.raises(LookupError):
+        model.load_state_dict(nn.Sequential(nn.Linear(2, 2)).state_dict())
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_model_that_the_user_has_written_pickles_at_once(fabric: Fabric) -> None:
+    with fabric.init_module(empty_init=True):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(torch.ones(1, 2)), torch.full((1, 2), 7.0))

@@ -8,6 +8,7 @@ come. What waits hangs on the modules themselves, so parts can be taken out, rep
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,7 +50,7 @@ class _Load(threading.local):
     errors: Any = (
         None  # load_state_dict's list of messages, which goes through the whole call and tells it from another
     )
-    top: nn.Module | None = None  # the outermost guarded module that it reaches
+    top: weakref.ref[nn.Module] | None = None  # the outermost guarded module that it reaches
     waiting = 0  # how many tensors waited under that before
     whole = False  # inside `loading`, whose many calls are one load
 
@@ -84,7 +85,7 @@ def _before_load(
     if waiting is not None:
         waiting.before_load(module)
     if _load.errors is not error_msgs:
-        _load.errors, _load.top = error_msgs, module
+        _load.errors, _load.top = error_msgs, weakref.ref(module)
         settle(module)
         _load.waiting = _count(module)
 
@@ -95,7 +96,7 @@ def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
     waiting = vars(module).get(ATTRIBUTE)
     if waiting is not None:
         waiting.settle("loaded", module)
-    if _load.top is not module:
+    if _load.top is None or _load.top() is not module:
         return
     before, _load.errors, _load.top = _load.waiting, None, None
     _complete(module, before)
