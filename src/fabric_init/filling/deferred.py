@@ -7,7 +7,7 @@ as a checkpoint would be; torch alone would answer "all keys matched" and lose i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -289,6 +289,15 @@ def loaded_since(model: nn.Module) -> LoadedReader | None:
             "model has values."
         )
     return LoadedReader({name: tensor for name, (tensor, _) in found.items()}) if found else None
+
+
+def overrule_loads(model: nn.Module, names: Collection[str], with_extra_state: Collection[nn.Module]) -> None:
+    """Forget what ``load_state_dict`` has brought for these tensors and modules: a load was declared for them since."""
+    for prefix, module, record in _records(model):
+        if record is not None:
+            for name in [name for name in record.loaded if prefix + name in names]:
+                del record.loaded[name]
+            record.extra_loaded = record.extra_loaded and module not in with_extra_state
 
 
 def wants_extra_state(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.agreement import Agreement
-from fabric_init.filling.deferred import guard_recorded, loaded_since, mend_of, refuse_lost_writes
+from fabric_init.filling.deferred import guard_recorded, loaded_since, mend_of, overrule_loads, refuse_lost_writes
 from fabric_init.filling.materialize import Prepared, carry_out, plan_for, prepare, prepared_digest
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Entry, Wanted
@@ -59,6 +59,8 @@ def bind(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, agre
     prepared, since = prepare(model, reader, wanted, agreement), now()
     entries = tuple(entry._replace(since=since) for entry in prepared.plan.entries)
     planned = prepared._replace(plan=replace(prepared.plan, entries=entries))
+    loaded = {name for entry in entries if entry.action is Action.LOAD for name in entry.slot.names}
+    overrule_loads(model, loaded, {extra.module for extra in planned.plan.extras})
     _keep(model, bound)  # first: its guard refuses copies, which would find the plans
     for module in model.modules():
         if mend_of(module) is None:
