@@ -71,3 +71,16 @@ def test_packages_that_users_look_into_need_no_import_of_their_own() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'Febric'"):
         _ = fabric_init.Febric
     assert set(fabric_init.__all__) <= set(dir(fabric_init))
+
+
+IN_THREADS = """
+import sys, fabric_init
+from concurrent.futures import ThreadPoolExecutor
+sys.setswitchinterval(1e-6)
+with ThreadPoolExecutor(len(fabric_init.__all__)) as pool:
+    list(pool.map(lambda name: getattr(fabric_init, name), fabric_init.__all__))
+"""
+
+
+def test_threads_may_ask_for_their_first_names_at_once() -> None:
+    subprocess.run([sys.executable, "-c", IN_THREADS], check=True)

@@ -1,6 +1,7 @@
 """Record how a model would be built, then give each tensor its value once."""
 
 import importlib
+import threading
 import typing
 
 if typing.TYPE_CHECKING:
@@ -68,16 +69,18 @@ _HOMES = {
     "init_report": "strategies.wrappers",
     "materialize": "filling.materialize",
 }
+_one_at_a_time = threading.RLock()  # lightning's modules import one another in circles: two threads would meet there
 _PACKAGES = ("auditing", "checkpoints", "errors", "inspection", "planning", "strategies")
 
 
 def __getattr__(name: str) -> object:
     """A public name, or one of the packages that users look into (``fabric_init.strategies.FSDP2Strategy``)."""
-    if name in _PACKAGES:
-        return importlib.import_module(f"fabric_init.{name}")
-    if name not in _HOMES:
+    if name not in _HOMES and name not in _PACKAGES:
         raise AttributeError(f"module 'fabric_init' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"fabric_init.{_HOMES[name]}"), name)
+    with _one_at_a_time:
+        if name in _PACKAGES:
+            return importlib.import_module(f"fabric_init.{name}")
+        value = getattr(importlib.import_module(f"fabric_init.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 

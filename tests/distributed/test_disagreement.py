@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from zoo import STRATEGIES, Uneven, build, launch, write_checkpoint
 
-from fabric_init import CheckpointNotFoundError, FabricInitError
+from fabric_init import CheckpointNotFoundError, FabricInitError, UninitializedTensorError
 
 SECONDS = 15.0
 FILE = "model.safetensors"
@@ -144,6 +144,35 @@ def test_a_constructor_that_raises_on_one_rank(strategy: str, odd: int, tmp_path
     assert found[1 - odd][1].startswith(f"building the model failed on rank {odd}, ")
     assert found[1 - odd][1].endswith(f"Rank {odd}: LookupError: the user's own mistake")
     assert max(seconds for _, _, seconds in found) < SECONDS
+
+
+class NeedsRoom(nn.Module):
+    """More than any machine has, on one rank."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("table", torch.arange(elements, dtype=torch.float32) * 2, persistent=False)
+
+
+def run_out_of_memory(strategy: str, odd: int) -> tuple[str, str, float]:
+    fabric = launch(strategy)
+    start = time.monotonic()
+    with pytest.raises(FabricInitError) as caught, fabric.init_module(empty_init=True):
+        model = NeedsRoom(1 << 44 if fabric.global_rank == odd else 4)
+    seconds = time.monotonic() - start
+    with pytest.raises(UninitializedTensorError):
+        model.linear(torch.ones(1, 4))
+    return type(caught.value).__name__, str(caught.value), seconds
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_2"])
+def test_memory_that_runs_out_on_one_rank(strategy: str, odd: int) -> None:
+    found = run_ranks(2, run_out_of_memory, strategy=strategy, odd=odd)
+    assert found[odd][0] == "OutOfMemoryError"
+    assert f"giving the model memory failed on rank {odd}" in found[1 - odd][1]
+    assert all(seconds < SECONDS for _, _, seconds in found)
 
 
 def raise_in_setup(strategy: str, path: Path, odd: int, mistake: str) -> tuple[str, str, float]:

@@ -205,3 +205,92 @@ def left_behind(path: Path) -> None:
 
 def test_an_optimizer_of_parameters_that_the_model_has_no_more_is_refused(tmp_path: Path) -> None:
     run_ranks(2, left_behind, path=write_checkpoint(tmp_path / "raw.pt", "transformerish"))
+
+
+class Derived(nn.Module):
+    """One parameter is computed from a buffer, which every rank has whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scales", torch.arange(6.0).reshape(2, 3))
+        self.weight = nn.Parameter(self.scales * 2)
+        self.out = nn.Linear(3, 2)
+
+
+def derived(strategy: str) -> dict[str, Tensor]:
+    fabric = launch(strategy)
+    with fabric.init_module(empty_init=True):
+        model = Derived()
+    wrapped = fabric.setup_module(model)
+    wrapped.load_state_dict({"scales": torch.full((2, 3), 7.0)}, strict=False)
+    fabric.init_missing(wrapped)
+    return weights(wrapped)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_stage_3"])
+def test_a_shard_is_computed_from_what_was_loaded_since(strategy: str) -> None:
+    for found in run_ranks(2, derived, strategy=strategy):
+        assert torch.equal(found["weight"], torch.full((2, 3), 14.0))
+
+
+ACTIVATION = nn.Tanh()
+
+
+class Active(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.activation = nn.Linear(4, 4), ACTIVATION
+
+
+def with_one_activation(folder: Path) -> tuple[Any, ...]:
+    fabric = launch("fsdp2")
+    models = []
+    for name in ("one.pt", "other.pt"):
+        with fabric.init_module(checkpoint=folder / name, strict=False):
+            models.append(Active())
+    reports = [fabric.init_report(fabric.setup_module(model)) for model in models]
+    return tuple((report.checkpoint, report.unexpected) for report in reports)
+
+
+def test_models_that_share_an_activation_share_no_checkpoint(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        torch.save(Active().state_dict() | {name: torch.ones(1)}, tmp_path / f"{name}.pt")
+    own = tuple((str(tmp_path / f"{name}.pt"), (name,)) for name in ("one", "other"))
+    assert run_ranks(2, with_one_activation, folder=tmp_path) == [own, own]
+
+
+def full_of(value: float, *names: str) -> dict[str, Tensor]:
+    return {
+        f"{name}{key}": torch.full_like(tensor, value)
+        for name in names
+        for key, tensor in nn.Linear(4, 4).state_dict().items()
+    }
+
+
+def loaded_between_blocks(folder: Path) -> dict[str, list[dict[str, Tensor]]]:
+    found = {}
+    for strategy in ("fsdp2", "ddp"):
+        fabric = launch(strategy)
+        found[strategy] = []
+        for first in ({"empty_init": True}, {"checkpoint": folder / "first.pt"}):
+            for later in ("whole.pt", "part.pt"):
+                with fabric.init_module(**first):
+                    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+                model.load_state_dict(full_of(2, "0.", "1."))
+                with fabric.init_module(checkpoint=folder / later, strict=False):
+                    model = nn.Sequential(model, nn.Linear(4, 4))
+                found[strategy].append(weights(fabric.setup_module(model)))
+                del found[strategy][-1]["1.weight"], found[strategy][-1]["1.bias"]
+        torch.distributed.destroy_process_group()
+    return found
+
+
+def test_the_latest_load_wins_whichever_way_each_was_asked_for(tmp_path: Path) -> None:
+    torch.save(full_of(1, "0.", "1."), tmp_path / "first.pt")
+    torch.save(full_of(3, "0.0.", "0.1."), tmp_path / "whole.pt")
+    torch.save(full_of(3, "0.1."), tmp_path / "part.pt")
+    whole, part = full_of(3, "0.0.", "0.1."), full_of(2, "0.0.") | full_of(3, "0.1.")
+    for found in run_ranks(2, loaded_between_blocks, folder=tmp_path):
+        for models in found.values():
+            for weights_of, expected in zip(models, [whole, part, whole, part], strict=True):
+                assert_same(weights_of, expected)

@@ -157,6 +157,11 @@ def on_ranks(strategy: str, io: Any, folder: Path) -> None:
         outside = nn.Sequential(inside, nn.Linear(4, 2))
     fabric.setup(outside)
     right(inside)
+    with fabric.init_module(checkpoint=folder / "model.pt"):
+        model = Model()
+    model.load_state_dict(Model("later", "later").state_dict())
+    fabric.setup(model)
+    assert (model.first.extra, model.second.extra) == ("later", "later")
 
 
 @pytest.mark.parametrize(

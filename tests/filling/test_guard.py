@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -459,3 +462,49 @@ def test_a_model_goes_when_its_last_reference_goes(fabric: Fabric) -> None:
         assert alive() is None
     finally:
         gc.enable()
+
+
+def test_models_may_be_built_and_filled_in_several_threads(fabric: Fabric) -> None:
+    def build_and_fill(number: int) -> Tensor:
+        for _ in range(30):
+            with fabric.init_module(empty_init=True):
+                model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+            model.load_state_dict({name: torch.full_like(value, number) for name, value in state.items()})
+        return model(torch.ones(1, 2)).detach()
+
+    state = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).state_dict()
+    with ThreadPoolExecutor(4) as pool:
+        for number, found in enumerate(pool.map(build_and_fill, range(8))):
+            assert torch.equal(found, torch.full((1, 2), float(3 * number) * 2 * number + number))
+
+
+def test_what_no_longer_waits_is_not_kept(fabric: Fabric) -> None:
+    with fabric.init_module(empty_init=True):
+        model = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+    first = weakref.ref(model[0].weight)
+    model[0].load_state_dict(nn.Linear(2, 2).state_dict())
+    model[0] = nn.Identity()
+    assert first() is None
+
+
+def test_a_load_that_a_hook_ends_keeps_no_model_alive(fabric: Fabric) -> None:
+    def refuse(*args: object) -> None:
+        raise LookupError("the user's own")
+
+    with fabric.init_module(empty_init=True):
+        model = nn.Sequential(nn.Linear(2, 2))
+    model[0].register_load_state_dict_pre_hook(refuse)
+    with pytest.raises(LookupError):
+        model.load_state_dict(nn.Sequential(nn.Linear(2, 2)).state_dict())
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_model_that_the_user_has_written_pickles_at_once(fabric: Fabric) -> None:
+    with fabric.init_module(empty_init=True):
+        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(torch.ones(1, 2)), torch.full((1, 2), 7.0))

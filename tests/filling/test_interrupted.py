@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -202,6 +203,30 @@ def test_a_block_that_fails_leaves_what_had_values_before_as_it_was(tmp_path: Pa
     model(torch.ones(1, WIDTH))
     with pytest.raises(UninitializedTensorError, match="Its init_module block ended with an error"):
         whole[0](torch.ones(1, WIDTH))
+
+
+class TooLarge(nn.Module):
+    """Its parameters are nothing; what its own code computes at once is more than any machine has."""
+
+    def __init__(self, built: list[nn.Module]) -> None:
+        super().__init__()
+        built.append(self)
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("table", torch.arange(1 << 44, dtype=torch.float32) * 2, persistent=False)
+
+
+def test_a_block_that_runs_out_of_memory_leaves_no_part_that_can_be_used() -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    built: list[Any] = []
+    with pytest.raises(OutOfMemoryError), fabric.init_module(empty_init=True):
+        first = nn.Linear(2, 2)
+        TooLarge(built)
+    with pytest.raises(UninitializedTensorError, match="Its init_module block ended with an error"):
+        built[0].linear(torch.ones(1, 4))
+    with pytest.raises(UninitializedTensorError, match="neither loaded nor initialised"):
+        first(torch.ones(1, 2))
+    first.load_state_dict(nn.Linear(2, 2).state_dict())  # what was complete before goes on waiting for its load
+    assert first(torch.ones(1, 2)).isfinite().all()
 
 
 class Wide(nn.Module):

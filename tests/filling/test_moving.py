@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fabric_init import Fabric, UninitializedTensorError
+from fabric_init import Fabric, UninitializedTensorError, deferred_init, materialize
 
 
 class Model(nn.Module):
@@ -140,3 +140,32 @@ def test_nothing_of_the_guard_is_left_in_a_complete_model(fabric: Fabric) -> Non
     plain = {name for module in Model().modules() for name in vars(module)}
     left = {name for module in model.modules() for name in vars(module)} - plain
     assert left <= {"_fabric_init_report"}
+
+
+def test_what_waits_in_a_block_that_fails_still_waits_after_to_empty(fabric: Fabric) -> None:
+    model = build(fabric)
+    with pytest.raises(ZeroDivisionError), fabric.init_module(empty_init=True):
+        whole = nn.Sequential(model, nn.Linear(4, 2))
+        1 / 0  # noqa: B018
+    model.to_empty(device="cpu")
+    with pytest.raises(UninitializedTensorError, match="  first\\.weight\n"):
+        model(X)
+    with pytest.raises(UninitializedTensorError, match="ended with an error"):
+        whole(X)
+    fabric.init_missing(model)
+    assert model(X).isfinite().all()
+
+
+def test_what_waits_in_a_recorded_model_still_waits_after_to_empty(fabric: Fabric) -> None:
+    model = build(fabric)
+    with deferred_init():
+        whole = nn.Sequential(model, nn.Linear(4, 2))
+        model.register_parameter("more", nn.Parameter(torch.ones(3)))
+    model.to_empty(device="cpu")
+    model.more.data.fill_(2.0)  # it was given memory, which nothing else would fill
+    materialize(whole)
+    model.to_empty(device="cpu")
+    with pytest.raises(UninitializedTensorError, match="  first\\.weight\n"):
+        whole(X)
+    fabric.init_missing(whole)
+    assert whole(X).isfinite().all()

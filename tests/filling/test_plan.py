@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fabric_init import deferred_init
 from fabric_init.checkpoints import Region, TensorSpec
 from fabric_init.errors import CheckpointMismatchError, UninitializedTensorError
+from fabric_init.filling.judging import make_plan
 from fabric_init.filling.materialize import survey
-from fabric_init.filling.plan import Action, Plan, Wanted, make_plan, storage_groups
+from fabric_init.filling.plan import Action, Plan, Wanted, storage_groups
 
 
 class Header:

@@ -151,3 +151,24 @@ def test_what_fsdp2_refuses_is_named_before() -> None:
     found = forecast(Scalar, strategy="fsdp2", devices=2)
     assert not found.complete
     assert "without dimensions: scale" in found.coverage.problems[0]
+
+
+class Counting(nn.Linear):
+    def get_extra_state(self) -> Any:
+        return {"steps": 3} if self.bias is None else torch.ones(2)
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+def test_extra_state_is_covered_as_tensors_are(tmp_path: Path) -> None:
+    def counting() -> nn.Module:
+        return nn.Sequential(Counting(2, 2), Counting(2, 2, bias=False), nn.Linear(2, 2))
+
+    state = counting().state_dict()
+    torch.save(state | {"2._extra_state": {"a": 1}, "_extra_state": torch.ones(3)}, tmp_path / "more.pt")
+    left_over = forecast(counting, tmp_path / "more.pt").coverage.unexpected
+    assert [(one.key, one.bytes) for one in left_over] == [("_extra_state", 12), ("2._extra_state", 0)]
+    torch.save({f"net.{key}": value for key, value in state.items()}, tmp_path / "renamed.pt")
+    proposed = forecast(counting, tmp_path / "renamed.pt").coverage.proposed
+    assert proposed == (r'rename={r"^net\.": ""} would match all 7 missing keys',)

@@ -23,6 +23,7 @@ from fabric_init.checkpoints.mapped_archive import MappedArchive, maps_privately
 from fabric_init.checkpoints.pieces import Pieces
 from fabric_init.checkpoints.reader import TensorSpec
 from fabric_init.checkpoints.region import Region, take
+from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.checkpoints.torch_file import checked_key
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
 
@@ -115,7 +116,7 @@ class DeepSpeedFolderReader:
                 if len(states) > 1 and not value.numel() and key not in (states[0].get("buffer_names") or ()):
                     raise ValueError(_NOWHERE.format(key=key))
                 self._tensors[checked_key(self.path, key, value)] = value.detach()
-            elif isinstance(key, str) and key.endswith("_extra_state"):
+            elif isinstance(key, str) and key.endswith(EXTRA_STATE):
                 self.extra_state[key] = value
         self._tensors.update(parameters)
 

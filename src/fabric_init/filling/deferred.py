@@ -7,7 +7,7 @@ as a checkpoint would be; torch alone would answer "all keys matched" and lose i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,13 @@ from torch.distributed.tensor import DTensor
 
 from fabric_init.checkpoints import Region, TensorSpec
 from fabric_init.checkpoints.region import take
+from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.errors import FabricInitError, RecordingError, UninitializedTensorError
+from fabric_init.filling.extra_state import takes_extra_state
 from fabric_init.filling.marks import is_exact_mark, marked_elements, place_mark, version_of
+from fabric_init.filling.moving import Moving
 from fabric_init.filling.slots import named_modules
+from fabric_init.filling.unfilled import BUILT
 from fabric_init.recording.empty_init import active, recorded_build
 from fabric_init.recording.modules import BuiltModules
 from fabric_init.recording.tape import Rng, recorded
@@ -62,13 +66,14 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
 class _Recorded:
     """What a module that was recorded remembers until it has memory."""
 
-    __slots__ = ("emptied", "loaded", "mend", "seen")
+    __slots__ = ("emptied", "extra_loaded", "loaded", "mend", "seen")
 
     def __init__(self, mend: str, seen: dict[int, tuple[Tensor, int]]) -> None:
         self.mend = mend
         self.seen = seen  # the model's tensors when the block ended, by identity, with their versions
         self.emptied: set[str] = set()  # those that to_empty has given memory
         self.loaded: dict[str, tuple[Tensor, int]] = {}  # what load_state_dict has brought since, with versions
+        self.extra_loaded = False  # torch has set the extra state that came with it
 
     def written(self, tensor: Tensor) -> bool:
         """Whether ``tensor`` was written in place since, or is new."""
@@ -97,7 +102,7 @@ def guard_recorded(model: nn.Module, mend: str) -> None:
             for key in [key for key, hook in hooks.items() if hook is _before_forward]:
                 hooks.move_to_end(key, last=False)  # sharding has put hooks before it that gather
             continue
-        if module is not model and not module._modules and not _own(module):
+        if module is not model and not (module._modules or _own(module) or takes_extra_state(module)):
             continue  # nothing to wait for; an activation function may be one object for all models of a library
         vars(module)[_ATTRIBUTE] = _Recorded(mend, seen)
         vars(module)["_apply"] = partial(_apply, weakref.ref(module))
@@ -126,6 +131,8 @@ def release_recorded(model: nn.Module) -> None:
     for module in model.modules():
         if vars(module).pop(_ATTRIBUTE, None) is not None:
             del vars(module)["_apply"]
+            if BUILT in vars(module):
+                vars(module)["_apply"] = Moving(module)
             tables: tuple[Any, ...] = (
                 module._forward_pre_hooks,
                 module._state_dict_pre_hooks,
@@ -163,7 +170,10 @@ def _apply(itself: weakref.ref[nn.Module], fn: Callable[[Tensor], Tensor], recur
             fn(torch.empty(0, device="meta"))
         except (NotImplementedError, RuntimeError):
             _of(module).refuse(module, "be moved or shared")
-    type(module)._apply(module, fn, recurse)
+    if BUILT in vars(module):  # an earlier block has built it, and what that left waits still
+        Moving(module)(fn, recurse)
+    else:
+        type(module)._apply(module, fn, recurse)
     for name in own:
         tensor = getattr(module, name)
         if not tensor.is_meta:
@@ -183,6 +193,7 @@ def _before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 def _before_load(module: nn.Module, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
     mend, kept = _of(module).mend, _of(module).loaded
+    _of(module).extra_loaded |= prefix + EXTRA_STATE in state_dict
     for name, tensor in _own(module).items():
         value = state_dict.get(prefix + name)
         if not tensor.is_meta or not isinstance(value, Tensor) or value.shape != tensor.shape:
@@ -278,6 +289,21 @@ def loaded_since(model: nn.Module) -> LoadedReader | None:
             "model has values."
         )
     return LoadedReader({name: tensor for name, (tensor, _) in found.items()}) if found else None
+
+
+def overrule_loads(model: nn.Module, names: Collection[str], with_extra_state: Collection[nn.Module]) -> None:
+    """Forget what ``load_state_dict`` has brought for these tensors and modules: a load was declared for them since."""
+    for prefix, module, record in _records(model):
+        if record is not None:
+            for name in [name for name in record.loaded if prefix + name in names]:
+                del record.loaded[name]
+            record.extra_loaded = record.extra_loaded and module not in with_extra_state
+
+
+def wants_extra_state(module: nn.Module) -> bool:
+    """Whether a checkpoint that was declared for ``module`` is what last brought extra state for it."""
+    record: _Recorded | None = vars(module).get(_ATTRIBUTE)
+    return record is None or not record.extra_loaded
 
 
 class LoadedReader:

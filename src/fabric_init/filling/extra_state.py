@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fabric_init.checkpoints import CheckpointReader
+from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.filling.slots import named_modules
-
-_NAME = "_extra_state"
 
 
 class ExtraSlot(NamedTuple):
@@ -28,14 +27,19 @@ class Extra(NamedTuple):
     reader: CheckpointReader
 
 
+def takes_extra_state(module: nn.Module) -> bool:
+    """Whether its class has a ``set_extra_state`` of its own."""
+    return type(module).set_extra_state is not nn.Module.set_extra_state
+
+
 def find_extra_slots(model: nn.Module) -> list[ExtraSlot]:
-    """The modules of ``model`` whose class has a ``set_extra_state`` of its own."""
+    """The modules of ``model`` that take extra state."""
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     for prefix, module in named_modules(model):
-        if type(module).set_extra_state is not nn.Module.set_extra_state:
+        if takes_extra_state(module):
             modules[id(module)] = module
-            names.setdefault(id(module), []).append(f"{prefix}.{_NAME}" if prefix else _NAME)
+            names.setdefault(id(module), []).append(f"{prefix}.{EXTRA_STATE}" if prefix else EXTRA_STATE)
     return [ExtraSlot(module, tuple(names[key])) for key, module in modules.items()]
 
 

@@ -51,7 +51,7 @@ def fill(
     """Give every tensor its value. Nothing of the model changes before all values are there.
 
     Args:
-        plan: from :func:`~fabric_init.filling.plan.make_plan`.
+        plan: from :func:`~fabric_init.filling.judging.make_plan`.
         tensors: the tensors of the plan's entries, in that order.
         tapes: the tape of each recorded storage.
         reader: where loaded tensors come from.

@@ -8,6 +8,7 @@ come. What waits hangs on the modules themselves, so parts can be taken out, rep
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,7 +50,7 @@ class _Load(threading.local):
     errors: Any = (
         None  # load_state_dict's list of messages, which goes through the whole call and tells it from another
     )
-    top: nn.Module | None = None  # the outermost guarded module that it reaches
+    top: weakref.ref[nn.Module] | None = None  # the outermost guarded module that it reaches
     waiting = 0  # how many tensors waited under that before
     whole = False  # inside `loading`, whose many calls are one load
 
@@ -84,7 +85,7 @@ def _before_load(
     if waiting is not None:
         waiting.before_load(module)
     if _load.errors is not error_msgs:
-        _load.errors, _load.top = error_msgs, module
+        _load.errors, _load.top = error_msgs, weakref.ref(module)
         settle(module)
         _load.waiting = _count(module)
 
@@ -95,7 +96,7 @@ def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
     waiting = vars(module).get(ATTRIBUTE)
     if waiting is not None:
         waiting.settle("loaded", module)
-    if _load.top is not module:
+    if _load.top is None or _load.top() is not module:
         return
     before, _load.errors, _load.top = _load.waiting, None, None
     _complete(module, before)
@@ -133,7 +134,7 @@ def hook(module: nn.Module, built: Built, agreement: Agreement | None = None) ->
         agreement: of the ranks that only together hold what is in ``module``.
     """
     vars(module)[BUILT] = built
-    vars(module)["_apply"] = Moving(module)
+    vars(module).setdefault("_apply", Moving(module))  # over one that is recorded, too, lies the guard of that
     if _before_forward not in module._forward_pre_hooks.values():
         # before what a strategy has put there, which may gather from other ranks
         module.register_forward_pre_hook(_before_forward, prepend=True)
@@ -165,7 +166,8 @@ def _unhook(model: nn.Module, running: Any = None) -> None:
             for key in [key for key, hook in table.items() if _is_ours(hook)]:
                 del table[key]
         vars(module).pop(_RANKS, None)
-        if vars(module).pop(BUILT, None) is not None:
+        vars(module).pop(BUILT, None)
+        if isinstance(vars(module).get("_apply"), Moving):
             del vars(module)["_apply"]
 
 
@@ -193,8 +195,8 @@ def require(model: nn.Module, use: str) -> None:
     names = ranks.from_all([item.slot.name for item in _visible(model)])
     if names:
         (under[0].built if under else Built(type(model).__name__)).refuse(use, under, names)
-    for module, _ in list(waiting_under(model)):
-        del vars(module)[ATTRIBUTE]  # shards without elements, which the other ranks say are filled
+    for module, waiting in list(waiting_under(model)):
+        waiting.end(module)  # shards without elements, which the other ranks say are filled
 
 
 def _ranks(model: nn.Module) -> Agreement | None:

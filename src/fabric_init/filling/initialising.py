@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fabric_init.checkpoints.region import take
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.computed import compute_with
 from fabric_init.filling.fill import fill
+from fabric_init.filling.judging import make_plan
 from fabric_init.filling.placement import Placement
-from fabric_init.filling.plan import Wanted, make_plan
+from fabric_init.filling.plan import Wanted
 from fabric_init.filling.report import dtype_name
 from fabric_init.filling.slots import Slot
 from fabric_init.filling.unfilled import ATTRIBUTE, Place, Unfilled, tensor_at
@@ -74,9 +76,13 @@ def _sources(waits: Waits) -> _Sources:
     """
     still = {_ref(item).storage for _, item in waits}
     found: _Sources = {}
+    with_values: dict[int, dict[int, None]] = {}  # by what the modules share: the same for thousands of tensors
     for module, item in waits:
-        places = vars(module)[ATTRIBUTE].built.places
-        others = dict.fromkeys(places.keys() - still)
+        built = vars(module)[ATTRIBUTE].built
+        places = built.places
+        others = with_values.get(id(built))
+        if others is None:
+            others = with_values[id(built)] = dict.fromkeys(places.keys() - still)
         if item.slot.saved and (storages := item.tape.computed_from(_ref(item).storage, others)):
             tensors = [_whole(item, places[storage]) for storage in sorted(storages)]
             whole = [tensor for tensor in tensors if tensor is not None]
@@ -113,7 +119,7 @@ def _initialise(waits: Waits, sources: _Sources) -> None:
         if for_it:
             memory = compute_with(item.slot, item.tape, for_it, tensor.device)
             with torch.no_grad():
-                placement.put(item.slot, tensor, view(memory, _ref(item)))
+                placement.put(item.slot, tensor, take(view(memory, _ref(item)), placement.region(item.slot)))
         item.row.status, item.row.origin, item.row.dtype = "initialised", row.origin, dtype_name(tensor.dtype)
 
 

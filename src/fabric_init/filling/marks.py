@@ -15,8 +15,14 @@ from torch import Tensor
 
 def _positions(shape: torch.Size) -> list[tuple[int, ...]]:
     """The first, middle and last element, by index: a change of memory layout moves their values along."""
-    count = shape.numel()
-    return [tuple(int(i) for i in torch.unravel_index(torch.tensor(n), shape)) for n in (0, count // 2, count - 1)]
+    found = []
+    for number in (0, shape.numel() // 2, shape.numel() - 1):
+        index = []
+        for size in reversed(shape):
+            number, along = divmod(number, size)
+            index.append(along)
+        found.append(tuple(reversed(index)))
+    return found
 
 
 def marked_elements(tensor: Tensor) -> Tensor | None:

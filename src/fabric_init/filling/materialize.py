@@ -17,9 +17,10 @@ from fabric_init.filling.computed import check_nothing_is_undone
 from fabric_init.filling.deferred import loaded_since, refuse_lost_writes, release_recorded
 from fabric_init.filling.extra_state import find_extra_slots
 from fabric_init.filling.fill import check_ties, fill
+from fabric_init.filling.judging import make_plan
 from fabric_init.filling.loading import set_extra_states
 from fabric_init.filling.placement import Placement, WholeTensors
-from fabric_init.filling.plan import Plan, Wanted, make_plan
+from fabric_init.filling.plan import Plan, Wanted
 from fabric_init.filling.report import InitReport, keep_report
 from fabric_init.filling.slots import Slot, find_slots
 from fabric_init.recording.collector import PausedCollector

@@ -9,9 +9,11 @@ from torch import nn
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import RecordingError
 from fabric_init.filling.computed import replaced_since, written_since
-from fabric_init.filling.deferred import given_since, loaded_since, refuse_lost_writes
+from fabric_init.filling.deferred import given_since, loaded_since, refuse_lost_writes, wants_extra_state
+from fabric_init.filling.judging import check_all_have_values
+from fabric_init.filling.matching import own_init
 from fabric_init.filling.materialize import Prepared, survey
-from fabric_init.filling.plan import Action, Entry, Given, Plan, check_all_have_values, own_init
+from fabric_init.filling.plan import Action, Entry, Given, Plan
 from fabric_init.filling.several import Several
 from fabric_init.recording.tape import Tape
 
@@ -54,7 +56,13 @@ def revised(plans: Sequence[Prepared], model: nn.Module) -> Prepared:
     check_all_have_values(entries, tapes, reader)
     _refuse_lost_changes(entries, tapes)
     unexpected = tuple(key for plan in plans for key in plan.plan.unexpected)
-    extras = tuple(extra for plan in plans for extra in plan.plan.extras)
+    held = set(model.modules())
+    extras = tuple(
+        extra
+        for plan in plans
+        for extra in plan.plan.extras
+        if extra.module in held and wants_extra_state(extra.module)
+    )
     plan = Plan(tuple(entries), unexpected, extras, _sources(planned.values(), plans))
     return Prepared(plan, tensors, tapes, reader, any(plan.exact for plan in plans))
 

@@ -16,11 +16,13 @@ from fabric_init.filling.computed import loaded_storages, sources_of
 from fabric_init.filling.deferred import release_recorded
 from fabric_init.filling.fill import check_ties, fill, make_report
 from fabric_init.filling.guard import hook
+from fabric_init.filling.interrupts import interrupts_held
+from fabric_init.filling.judging import make_plan
 from fabric_init.filling.loading import set_extra_states
 from fabric_init.filling.marks import place_mark
 from fabric_init.filling.materialize import Prepared, survey
 from fabric_init.filling.placement import Placement
-from fabric_init.filling.plan import Action, Entry, Plan, Wanted, make_plan
+from fabric_init.filling.plan import Action, Entry, Plan, Wanted
 from fabric_init.filling.report import Row, keep_report
 from fabric_init.filling.slots import Slot, named_modules
 from fabric_init.filling.unfilled import ATTRIBUTE, Built, Unfilled, Waiting, own_tensors, version_in
@@ -107,19 +109,20 @@ def move_in(
         for slot, tensor in later:
             if id(tensor) not in shared:
                 values[id(tensor)] = _room(slot, rooms.tapes, memory, placement)
-    for slot, tensor in later:
-        if id(tensor) not in shared:
-            with torch.inference_mode(tensor.is_inference()), torch.no_grad(), torch._C.DisableTorchFunction():
-                shared[id(tensor)] = placement.put(slot, tensor, values.pop(id(tensor)))
-    release_recorded(model)
     check_ties(rooms.plan, rooms.reader, placement)
     report = fill(rooms.plan, now, rooms.tapes, rooms.reader, placement, exact=False)
-    set_extra_states(rooms.plan.extras)
     rows = make_report(_plan_of(rooms.later), rooms.tapes, None).rows
+    with interrupts_held():  # nothing has memory without values before all of it is under guard
+        for slot, tensor in later:
+            if id(tensor) not in shared:
+                with torch.inference_mode(tensor.is_inference()), torch.no_grad(), torch._C.DisableTorchFunction():
+                    shared[id(tensor)] = placement.put(slot, tensor, values.pop(id(tensor)))
+        release_recorded(model)
+        unfilled = [(slot, shared[id(tensor)]) for slot, tensor in later]
+        _guard(model, rooms, unfilled, rows, placement, agreement)
     report.rows += rows
     keep_report(model, report)
-    unfilled = [(slot, shared[id(tensor)]) for slot, tensor in later]
-    _guard(model, rooms, unfilled, rows, placement, agreement)
+    set_extra_states(rooms.plan.extras)
 
 
 def _plan_of(later: Sequence[tuple[Slot, Tensor]]) -> Plan:

@@ -13,13 +13,19 @@ from fabric_init.checkpoints import CheckpointReader, Region, TensorSpec
 class Several:
     """A :class:`~fabric_init.checkpoints.reader.CheckpointReader` over others.
 
-    Keys of the first reader stay as they are; those of the others have their path in front.
+    Keys of the first reader stay as they are; those of the others have their path in front, and a number where several
+    read one path, converted or renamed each in its own way.
     """
 
     def __init__(self, readers: Sequence[CheckpointReader]) -> None:
         self._readers = list({id(reader): reader for reader in readers}.values())
+        its_paths = [str(reader.path) for reader in self._readers]
+        self._labels = {
+            id(reader): f"{path} ({again + 1})" if (again := its_paths[1:index].count(path)) else path
+            for index, (reader, path) in enumerate(zip(self._readers, its_paths, strict=True))
+        }
         self._places = {self.key(reader, key): (reader, key) for reader in self._readers for key in reader.keys()}
-        paths = dict.fromkeys(str(reader.path) for reader in self._readers)
+        paths = dict.fromkeys(its_paths)
         notes = dict.fromkeys(reader.note for reader in self._readers if reader.note)
         self.path, self.format = Path(" + ".join(paths)), self._readers[0].format
         self.note = "; ".join(notes) or None
@@ -30,7 +36,7 @@ class Several:
 
     def key(self, reader: CheckpointReader, key: str) -> str:
         """What ``key`` of one of the readers is called here."""
-        return key if reader is self._readers[0] else f"{reader.path}: {key}"
+        return key if reader is self._readers[0] else f"{self._labels[id(reader)]}: {key}"
 
     def keys(self) -> Sequence[str]:
         return tuple(self._places)

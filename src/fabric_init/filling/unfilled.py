@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -120,9 +121,10 @@ class Built:
     def __init__(self, model: str, agreement: Agreement | None = None) -> None:
         self.model = model  # the class of the model that was built
         self.agreement = agreement  # of ranks that only together hold it
-        self.waiting: list[Waiting] = []  # in all its modules
+        self.waiting: dict[Waiting, None] = {}  # in all its modules, in order
         self.places: dict[int, Place | None] = {}  # by recorded storage, all tensors that have waited
-        _alive.add(self)
+        with _alive_changes:
+            _alive.add(self)
 
     def enter(self, module: nn.Module, item: Unfilled) -> None:
         """Keep in mind where a tensor is, for others that are computed from it."""
@@ -134,7 +136,7 @@ class Built:
 
     def refuse(self, use: str, others: Sequence[Waiting] = (), elsewhere: Iterable[str] = ()) -> NoReturn:
         """Raise with the names of all that waits, here and elsewhere in the model: one round to mend it all."""
-        for waiting in self.waiting:
+        for waiting in tuple(self.waiting):
             waiting.settle()
         names = dict.fromkeys(
             item.slot.name for waiting in (*self.waiting, *others) if waiting.module for item in waiting.items
@@ -156,11 +158,14 @@ class Built:
 
 
 _alive: weakref.WeakSet[Built] = weakref.WeakSet()
+_alive_changes = threading.Lock()
 
 
 def all_waiting() -> Iterator[Waiting]:
     """In every model of this process."""
-    for built in tuple(_alive):
+    with _alive_changes:  # other threads build models, too
+        alive = tuple(_alive)
+    for built in alive:
         yield from tuple(built.waiting)
 
 
@@ -172,7 +177,7 @@ class Waiting:
         self.built = built
         self.names = frozenset(names)  # of all tensors of the module, when some began to wait
         self._module = None if module is None else weakref.ref(module)
-        built.waiting.append(self)
+        built.waiting[self] = None
 
     @property
     def module(self) -> nn.Module | None:
@@ -196,7 +201,12 @@ class Waiting:
                     item.row.dtype = item.row.dtype if now is None else dtype_name(now.dtype)
         self.items = left
         if not left:
-            vars(module).pop(ATTRIBUTE, None)
+            self.end(module)
+
+    def end(self, module: nn.Module) -> None:
+        """Nothing in ``module`` waits any more."""
+        vars(module).pop(ATTRIBUTE, None)
+        self.built.waiting.pop(self, None)
 
     def before_load(self, module: nn.Module) -> None:
         """What was written until now is not this load's doing."""

@@ -7,10 +7,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fabric_init.checkpoints import CheckpointReader, TensorSpec
+from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.filling.computed import check_nothing_is_undone
-from fabric_init.filling.plan import Action, Entry, Matching, Wanted, likely_mends, likely_transpose, without_values
+from fabric_init.filling.extra_state import extra_states
+from fabric_init.filling.judging import without_values
+from fabric_init.filling.matching import Matching, likely_mends, likely_transpose
+from fabric_init.filling.plan import Action, Entry, Wanted
 from fabric_init.filling.report import dtype_name
 from fabric_init.filling.rules import describe_rule
 from fabric_init.filling.slots import Slot
@@ -131,7 +134,7 @@ def coverage_of(
             *(Fresh(name, (), "extra state", 0, "stays as it was built") for name in found.missing_extras),
         ),
         reinit=_fresh((entry for entry in afresh if entry.slot.name not in missing), tapes) if reader else (),
-        unexpected=() if reader is None else tuple(_left_over(key, reader.spec(key)) for key in found.unexpected),
+        unexpected=() if reader is None else tuple(_left_over(key, reader) for key in found.unexpected),
         casts=_casts(loaded),
         wrong_shapes=tuple(
             WrongShape(slot.name, key, tuple(slot.shape), tuple(spec.shape), problem)
@@ -161,7 +164,10 @@ def _fresh(entries: Iterable[Entry], tapes: Mapping[int, Tape]) -> tuple[Fresh, 
     return tuple(found)
 
 
-def _left_over(key: str, spec: TensorSpec) -> Unexpected:
+def _left_over(key: str, reader: CheckpointReader) -> Unexpected:
+    if key in extra_states(reader):
+        return Unexpected(key, (), "extra state", 0)
+    spec = reader.spec(key)
     return Unexpected(key, tuple(spec.shape), dtype_name(spec.dtype), math.prod(spec.shape) * spec.dtype.itemsize)
 
 

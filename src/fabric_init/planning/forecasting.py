@@ -14,9 +14,10 @@ from fabric_init.checkpoints import Conversion, Source
 from fabric_init.checkpoints.file_system import file_system_of
 from fabric_init.checkpoints.renaming import Rename
 from fabric_init.filling.extra_state import find_extra_slots
+from fabric_init.filling.matching import match
 from fabric_init.filling.materialize import survey
 from fabric_init.filling.opening import Io, check_io, choose_io
-from fabric_init.filling.plan import Action, Plan, Wanted, match
+from fabric_init.filling.plan import Action, Plan, Wanted
 from fabric_init.filling.slots import Slot
 from fabric_init.planning.coverage import Coverage, coverage_of
 from fabric_init.planning.memory import Memory, gathered_units, memory_of

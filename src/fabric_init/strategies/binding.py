@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.agreement import Agreement
-from fabric_init.filling.deferred import guard_recorded, loaded_since, refuse_lost_writes
+from fabric_init.filling.deferred import guard_recorded, loaded_since, mend_of, overrule_loads, refuse_lost_writes
 from fabric_init.filling.materialize import Prepared, carry_out, plan_for, prepare, prepared_digest
 from fabric_init.filling.placement import Placement
 from fabric_init.filling.plan import Action, Entry, Wanted
@@ -24,7 +24,7 @@ from fabric_init.recording.tape import now
 from fabric_init.strategies.optimizers import parameters_by_name
 
 _ATTRIBUTE = "_fabric_init_bound"
-_PLANS = "_fabric_init_plans"  # on every module of a bound model: a part that is put into another one keeps its load
+_PLANS = "_fabric_init_plans"  # on the modules of a bound model: a part that is put into another one keeps its load
 
 
 class ShardedPlacement(Placement, Protocol):
@@ -59,8 +59,12 @@ def bind(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, agre
     prepared, since = prepare(model, reader, wanted, agreement), now()
     entries = tuple(entry._replace(since=since) for entry in prepared.plan.entries)
     planned = prepared._replace(plan=replace(prepared.plan, entries=entries))
+    loaded = {name for entry in entries if entry.action is Action.LOAD for name in entry.slot.names}
+    overrule_loads(model, loaded, {extra.module for extra in planned.plan.extras})
     _keep(model, bound)  # first: its guard refuses copies, which would find the plans
     for module in model.modules():
+        if mend_of(module) is None:
+            continue  # nothing to load; an activation function may be one object for all models of a library
         vars(module)[_PLANS] = (*vars(module).get(_PLANS, ()), planned)
 
 

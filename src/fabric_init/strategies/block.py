@@ -104,7 +104,8 @@ def _complete(models: list[nn.Module], reader: CheckpointReader | None, wanted: 
         for model in models:
             bind(model, reader, wanted, strategy.agreement)
     elif reader is None:
-        allocate(models, strategy.placement)
+        room = lambda: allocate(models, strategy.placement)  # noqa: E731
+        strategy.agreement.same("giving the model memory", room, lambda _: "")
     else:
         fill_model(models[0], reader, wanted, strategy.placement(models[0]), agreement=strategy.agreement)
 
