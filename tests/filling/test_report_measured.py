@@ -98,7 +98,7 @@ def test_json_has_it_all_and_no_nan(tmp_path: Path) -> None:
 
 
 def test_an_unmeasured_report_still_says_in_json_what_its_recording_knows(tmp_path: Path) -> None:
-    materialize(recording()).save(tmp_path / "r.json")
+    materialize(_model := recording()).save(tmp_path / "r.json")
     tensors = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["tensors"]
     first = next(one for one in tensors if one["name"] == "first.weight")
     assert first["rule"].startswith("xavier_uniform_(")
@@ -121,7 +121,7 @@ def test_the_rule_is_known_when_a_tensor_waited_for_its_own_init() -> None:
 
 
 def test_a_copy_is_plain_data_and_says_that_it_cannot_measure() -> None:
-    report = materialize(recording()).trace()
+    report = materialize(_model := recording()).trace()
     for other in (copy.deepcopy(report), pickle.loads(pickle.dumps(report))):
         assert other == report
         assert other.to_dict() == report.to_dict()

@@ -39,7 +39,7 @@ def cells(page: Page, name: str) -> dict[str, Any]:
 
 
 def test_a_row_says_what_it_got_and_what_it_is_now() -> None:
-    page = page_of(materialize(recording()).measure())
+    page = page_of(materialize(_model := recording()).measure())
     found = cells(page, "inner.weight")
     assert found["status"] == "initialised"
     assert found["from"].startswith("normal_(mean=0, std=0.1) at ")
@@ -50,14 +50,14 @@ def test_a_row_says_what_it_got_and_what_it_is_now() -> None:
 
 
 def test_what_was_not_measured_is_not_drawn() -> None:
-    assert titles(page_of(materialize(recording()).trace())) == ["Where the values came from", "Writes saved"]
+    assert titles(page_of(materialize(_model := recording()).trace())) == ["Where the values came from", "Writes saved"]
 
 
 def test_cards_tell_of_casts_ignored_keys_and_values_that_are_not_finite(tmp_path: Path) -> None:
     state = {key: value.bfloat16() for key, value in Model().state_dict().items()} | {"more": torch.ones(1)}
     state["inner.bias"][0] = float("nan")
     torch.save(state, tmp_path / "m.pt")
-    report = materialize(recording(), checkpoint=tmp_path / "m.pt", strict=False).measure()
+    report = materialize(_model := recording(), checkpoint=tmp_path / "m.pt", strict=False).measure()
     found = {card.title: (card.level, list(card.about)) for card in page_of(report).cards}
     assert found == {
         "NaN or infinity in 1 tensor": ("error", ["inner.bias"]),
@@ -78,7 +78,7 @@ def test_unfilled_tensors_come_first() -> None:
 
 
 def test_the_suffix_decides_what_is_saved(tmp_path: Path) -> None:
-    report = materialize(recording())
+    report = materialize(_model := recording())
     report.save(tmp_path / "report.html")
     report.save(tmp_path / "report.json")
     assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
