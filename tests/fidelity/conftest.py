@@ -18,6 +18,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[ANSWERS] = []
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # one of several processes: the first prints what all have found
+        session.config.workeroutput["fidelity"] = session.config.stash[ANSWERS]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    node.config.stash[ANSWERS] += getattr(node, "workeroutput", {}).get("fidelity", [])
+
+
 def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     answers = config.stash[ANSWERS]
     if not answers:
