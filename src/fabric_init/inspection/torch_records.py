@@ -17,7 +17,7 @@ from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
 from fabric_init.checkpoints.file_bytes import FileBytes
 from fabric_init.checkpoints.legacy_sizes import BoundedFile, check_sizes
-from fabric_init.checkpoints.pickled_calls import AsksForMemoryError
+from fabric_init.checkpoints.pickled_calls import AsksForMemoryError, CallsReader
 from fabric_init.checkpoints.torch_archive import Readable, load_meta
 from fabric_init.inspection.contents import Damage
 
@@ -201,12 +201,19 @@ def legacy_records(
     """
     records = Records(file)
     with BoundedFile(file.path) if isinstance(file.path, Path) else io.BytesIO(file.head(file.size)) as content:
+        calls = CallsReader(content, file.size, "latin1")
+        for _ in range(4):  # looked through before anything is made: a damaged pickle may ask for any amount of memory
+            calls.look_through()
+        content.seek(0)
         for expected in (MAGIC_NUMBER, PROTOCOL_VERSION, None):  # then the system's sizes
             found = load_meta(content, _no_storage)
             if expected is not None and found != expected:
                 raise ValueError(f"{expected} should be in its head, and {found!r:.80} is")
         loaded = load(content)
+        behind = content.tell()
         try:
+            calls.look_through()
+            content.seek(behind)
             order = load_meta(content, _no_storage)
             at = content.tell()
         except Exception:  # it ends here; no storage can be there
