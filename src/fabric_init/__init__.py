@@ -5,8 +5,7 @@ import threading
 import typing
 
 if typing.TYPE_CHECKING:
-    from fabric_init.auditing.audit import audit
-    from fabric_init.auditing.report import AuditReport
+    from fabric_init.api import deferred_init, init_missing, init_report, materialize
     from fabric_init.errors import (
         CheckpointError,
         CheckpointFormatError,
@@ -18,11 +17,10 @@ if typing.TYPE_CHECKING:
         UninitializedTensorError,
     )
     from fabric_init.fabric import Fabric
-    from fabric_init.filling.deferred import deferred_init
-    from fabric_init.filling.materialize import materialize
-    from fabric_init.filling.report import InitReport
-    from fabric_init.planning import Forecast, forecast
-    from fabric_init.strategies.wrappers import init_missing, init_report
+    from fabric_init.reports.init_report import InitReport
+    from fabric_init.tools.audit.audit import audit
+    from fabric_init.tools.audit.report import AuditReport
+    from fabric_init.tools.forecast import Forecast, forecast
 
 __version__ = "0.1.0"
 
@@ -50,27 +48,27 @@ __all__ = [
 # Where each name is from. It is imported when it is first asked for: torch and lightning take seconds, for which no
 # shell should have to wait that only completes a command.
 _HOMES = {
-    "AuditReport": "auditing.report",
+    "AuditReport": "tools.audit.report",
     "CheckpointError": "errors",
     "CheckpointFormatError": "errors",
     "CheckpointMismatchError": "errors",
     "CheckpointNotFoundError": "errors",
     "Fabric": "fabric",
     "FabricInitError": "errors",
-    "Forecast": "planning",
-    "InitReport": "filling.report",
+    "Forecast": "tools.forecast",
+    "InitReport": "reports.init_report",
     "OutOfMemoryError": "errors",
     "RecordingError": "errors",
     "UninitializedTensorError": "errors",
-    "audit": "auditing.audit",
-    "deferred_init": "filling.deferred",
-    "forecast": "planning",
-    "init_missing": "strategies.wrappers",
-    "init_report": "strategies.wrappers",
-    "materialize": "filling.materialize",
+    "audit": "tools.audit.audit",
+    "deferred_init": "api",
+    "forecast": "tools.forecast",
+    "init_missing": "api",
+    "init_report": "api",
+    "materialize": "api",
 }
 _one_at_a_time = threading.RLock()  # lightning's modules import one another in circles: two threads would meet there
-_PACKAGES = ("auditing", "checkpoints", "errors", "inspection", "planning", "strategies")
+_PACKAGES = ("checkpoints", "errors", "reports", "strategies", "tools")
 
 
 def __getattr__(name: str) -> object:

@@ -13,19 +13,20 @@ from lightning.fabric.wrappers import _FabricOptimizer
 from torch import nn
 from torch.optim import Optimizer
 
+from fabric_init.api import init_missing, init_report
 from fabric_init.checkpoints import Conversion, Source
-from fabric_init.checkpoints.renaming import Rename
+from fabric_init.checkpoints.mapping.rename import Rename
+from fabric_init.distributed.io import Io, check_io
 from fabric_init.errors import FabricInitError, RecordingError
-from fabric_init.filling.deferred import mend_of
-from fabric_init.filling.opening import Io, check_io
-from fabric_init.filling.plan import Wanted
-from fabric_init.filling.report import InitReport
-from fabric_init.recording.empty_init import active
+from fabric_init.guard.recorded import mend_of
+from fabric_init.planning.plan import Wanted
+from fabric_init.recording.mode import active
+from fabric_init.reports.init_report import InitReport
 from fabric_init.strategies import FSDP2Strategy, RecordedInit
-from fabric_init.strategies.binding import is_bound
-from fabric_init.strategies.block import recorded_block, refuse_nesting
-from fabric_init.strategies.recorded_init import require_recorded_init, with_recorded_init
-from fabric_init.strategies.wrappers import init_missing, init_report, original
+from fabric_init.strategies.fill_in_setup import is_bound
+from fabric_init.strategies.init_context import recorded_block, refuse_nesting
+from fabric_init.strategies.mixin import require_recorded_init, with_recorded_init
+from fabric_init.strategies.unwrap import original
 
 
 class Fabric(lightning.Fabric):

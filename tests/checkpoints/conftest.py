@@ -1,33 +1,5 @@
-"""What tests of several formats need."""
+"""Fixtures that tests of several formats use."""
 
-from __future__ import annotations
+from tests.support.harmful import harmful, marker
 
-import os
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "distributed")]  # helpers: see there
-
-
-class Harmful:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = str(marker)
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.mkdir, (self.marker,)
-
-
-@pytest.fixture
-def marker(tmp_path: Path) -> Path:
-    """What must not come to exist."""
-    return tmp_path / "code was run"
-
-
-@pytest.fixture
-def harmful(marker: Path) -> object:
-    """An object whose pickle runs code."""
-    return Harmful(marker)
+__all__ = ["harmful", "marker"]

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from every_format import URLS, with_urls, write_alone, write_by_ranks
-from ranks import run_ranks
 from torch import Tensor
-from zoo import assert_same, build, launch, one_device, weights, write_checkpoint
+
+from tests.support.every_format import URLS, with_urls, write_alone, write_by_ranks
+from tests.support.ranks import run_ranks
+from tests.support.zoo import assert_same, build, launch, one_device, weights, write_checkpoint
 
 MODELS = ["transformerish", "buffers", "cross_tied", "uneven, nothing empty"]
 

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks, run_ranks_each
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from watched import watched
-from zoo import NAMES, STRATEGIES, assert_same, build, launch, one_device, ties, weights, write_checkpoint
 
 from fabric_init.checkpoints import Box, Region, Source, Span, open_checkpoint
-from fabric_init.filling import opening
-from fabric_init.filling.agreement import AllRanks
-from fabric_init.filling.one_reader import OneReader
-from fabric_init.filling.opening import open_on_all_ranks
+from fabric_init.distributed import io
+from fabric_init.distributed.agreement import AllRanks
+from fabric_init.distributed.broadcast import OneReader
+from fabric_init.distributed.io import open_on_all_ranks
+from tests.support.ranks import run_ranks, run_ranks_each
+from tests.support.watched import watched
+from tests.support.zoo import NAMES, STRATEGIES, assert_same, build, launch, one_device, ties, weights, write_checkpoint
 
 FILE = "model.safetensors"
 in_every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
@@ -27,7 +27,7 @@ in_small_and_large_groups = pytest.mark.parametrize("world_size", [2, 4])
 
 
 def load(strategy: str, name: str, budget: int, precision: str = "32-true", **options: Any) -> dict[str, Any]:
-    opening.BUDGET = budget
+    io.BUDGET = budget
     fabric = launch(strategy, precision, io="broadcast")
     model = fabric.setup(build(fabric, name, **options))
     statuses = {row.name: row.status for row in fabric.init_report(model).rows}
@@ -106,7 +106,7 @@ def test_rank_0_reads_each_element_once_and_the_others_open_nothing(strategy: st
 
 def memory_taken(strategy: str, path: Path) -> float:
     """The most that filling took at any time, in MiB."""
-    opening.BUDGET = 4 << 20
+    io.BUDGET = 4 << 20
     fabric = launch(strategy, io="broadcast")
     with fabric.init_module(checkpoint=path):
         model = nn.Sequential(*(nn.Linear(1024, 4096, bias=False) for _ in range(4)))
@@ -173,7 +173,7 @@ def test_only_rank_0_needs_the_file_and_that_of_others_does_not_matter(strategy:
 def how_it_is_opened(path: Path) -> list[str]:
     launch("ddp")
     network = torch.distributed.get_rank() == 0
-    opening.file_system_of = lambda path: "nfs4" if network else "ext4"
+    io.file_system_of = lambda path: "nfs4" if network else "ext4"
     agreement = AllRanks()
     return [
         type(open_on_all_ranks(Source(path), "auto", whole=whole, machines=2, agreement=agreement)).__name__

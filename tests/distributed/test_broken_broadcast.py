@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from ranks import Outcome, run_ranks, try_ranks
 from safetensors.torch import load_file, save_file
-from watched import watched
-from zoo import STRATEGIES, build, launch, write_checkpoint
 
 from fabric_init import CheckpointMismatchError, FabricInitError
-from fabric_init.filling import one_reader, opening
-from fabric_init.filling.agreement import RanksLostError
+from fabric_init.distributed import broadcast
+from fabric_init.distributed.agreement import RanksLostError
+from tests.support.ranks import Outcome, run_ranks, try_ranks
+from tests.support.watched import watched
+from tests.support.zoo import STRATEGIES, build, launch, write_checkpoint
 
 FILE = "model.safetensors"
 SECONDS = 15.0
@@ -30,7 +30,7 @@ def fail(
 ) -> tuple[str, str, float]:
     """The error of a load that cannot succeed: class, message, and how long it took to come."""
     rank = int(os.environ["RANK"])
-    opening.BUDGET = 200
+    io.BUDGET = 200
     fabric = launch(strategy, io=io[rank] if io else "broadcast")
     start = time.monotonic()
     with pytest.raises(FabricInitError) as raised:
@@ -104,14 +104,14 @@ def _at_the_third_part(act: Callable[[], None], rank: int) -> None:
     """Let ``rank`` do this, when it is about to keep the third part of what it is sent."""
     if int(os.environ["RANK"]) != rank:
         return
-    copy, parts = one_reader.copy_part, itertools.count()
+    copy, parts = broadcast.copy_part, itertools.count()
 
     def copy_or_act(*args: Any) -> None:
         if next(parts) == 3:
             act()
         copy(*args)
 
-    one_reader.copy_part = copy_or_act
+    broadcast.copy_part = copy_or_act
 
 
 def _out_of_memory() -> None:
@@ -142,7 +142,7 @@ def fail_before_the_first_read(strategy: str, path: Path) -> tuple[str, str, flo
         _out_of_memory()
 
     if int(os.environ["RANK"]) == 1:
-        one_reader.loads = cannot
+        broadcast.loads = cannot
     return fail(strategy, path)
 
 

@@ -12,13 +12,25 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
-from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
-from zoo import MODELS, assert_same, build, inner, launch, loss_of, one_device, tokens, weights, whole, write_checkpoint
 
 from fabric_init import CheckpointError, deferred_init, init_report, materialize
+from tests.support.ranks import run_ranks
+from tests.support.zoo import (
+    MODELS,
+    assert_same,
+    build,
+    inner,
+    launch,
+    loss_of,
+    one_device,
+    tokens,
+    weights,
+    whole,
+    write_checkpoint,
+)
 
 NAMES = ["uneven", "transformerish", "buffers"]
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks, run_ranks_each, try_ranks
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from watched import watched
-from zoo import STRATEGIES, assert_same, launch, weights
 
 from fabric_init import deferred_init, materialize
 from fabric_init.checkpoints import Box, Fuse, Layers, Part, Span, Split, Stack, Transpose, Unstack
+from tests.support.ranks import run_ranks, run_ranks_each, try_ranks
+from tests.support.watched import watched
+from tests.support.zoo import STRATEGIES, assert_same, launch, weights
 
 WIDTH, QUERIES, KEYS, EXPERTS = 5, 7, 3, 3
 

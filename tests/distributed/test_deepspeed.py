@@ -7,10 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks, run_ranks_each
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from zoo import (
+
+from fabric_init import Fabric, FabricInitError
+from fabric_init.checkpoints import Region, Span
+from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
+from fabric_init.strategies.zero3 import ZeroPartitions
+from tests.support.ranks import run_ranks, run_ranks_each
+from tests.support.zoo import (
     VOCABULARY,
     Transformerish,
     assert_close,
@@ -25,11 +30,6 @@ from zoo import (
     weights,
     write_checkpoint,
 )
-
-from fabric_init import Fabric, FabricInitError
-from fabric_init.checkpoints import Region, Span
-from fabric_init.checkpoints.safetensors import SafetensorsReader
-from fabric_init.strategies.zero3 import ZeroPartitions
 
 ROWS = 2
 STAGES = ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]

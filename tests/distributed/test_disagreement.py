@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.wrappers import _FabricOptimizer
-from ranks import run_ranks, run_ranks_each, try_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from zoo import STRATEGIES, Uneven, build, launch, write_checkpoint
 
 from fabric_init import CheckpointNotFoundError, FabricInitError, UninitializedTensorError
+from tests.support.ranks import run_ranks, run_ranks_each, try_ranks
+from tests.support.zoo import STRATEGIES, Uneven, build, launch, write_checkpoint
 
 SECONDS = 15.0
 FILE = "model.safetensors"

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks_each
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from zoo import Block, Transformerish, launch, loss_of, set_up, tokens
 
 from fabric_init import Fabric, forecast
 from fabric_init.strategies import DeepSpeedStrategy
+from tests.support.ranks import run_ranks_each
+from tests.support.zoo import Block, Transformerish, launch, loss_of, set_up, tokens
 
 # Large enough that what the interpreter reads by the way is less than a percent; no dimension divides evenly.
 LARGE = partial(Transformerish, width=254, inside=1021, depth=6)

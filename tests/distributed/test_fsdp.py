@@ -12,14 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy, wrap
-from zoo import (
+
+from fabric_init import CheckpointMismatchError, FabricInitError, UninitializedTensorError, deferred_init, materialize
+from fabric_init.strategies import FSDPStrategy
+from tests.support.ranks import run_ranks
+from tests.support.zoo import (
     VOCABULARY,
     Block,
     Transformerish,
@@ -35,9 +38,6 @@ from zoo import (
     weights,
     write_checkpoint,
 )
-
-from fabric_init import CheckpointMismatchError, FabricInitError, UninitializedTensorError, deferred_init, materialize
-from fabric_init.strategies import FSDPStrategy
 
 
 def is_block(module: nn.Module) -> bool:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
-from watched import watched
-from zoo import Uneven, assert_same, build, launch, one_device, tokens, weights, write_checkpoint
 
 from fabric_init import CheckpointError, FabricInitError, OutOfMemoryError, UninitializedTensorError
+from tests.support.ranks import run_ranks
+from tests.support.watched import watched
+from tests.support.zoo import Uneven, assert_same, build, launch, one_device, tokens, weights, write_checkpoint
 
 SECONDS = 15.0
 

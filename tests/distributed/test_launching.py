@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from launched import train
-from processes import Done, run_to_the_end
 from torch import Tensor
-from zoo import assert_same, one_device, weights, write_checkpoint
+
+from tests.support.launched import train
+from tests.support.processes import Done, run_to_the_end
+from tests.support.zoo import assert_same, one_device, weights, write_checkpoint
 
 HERE = Path(__file__).parent
-SCRIPT = HERE / "launched.py"
+SCRIPT = HERE.parent / "support" / "launched.py"
 BIN = Path(sys.executable).parent
 _TORCHRUN = [BIN / "torchrun", "--standalone", "--nproc_per_node=2"]
 CLASSES = {"ddp": "DDPStrategy", "fsdp2": "FSDP2Strategy"}

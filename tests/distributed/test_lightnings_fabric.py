@@ -8,12 +8,21 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from ranks import run_ranks, run_ranks_each
-from test_training import OPTIMIZERS, one_device_steps, rank_steps
 from torch import Tensor, nn
-from zoo import MODELS, assert_close, assert_same, one_device, prepare_deepspeed, tokens, weights, write_checkpoint
 
 from fabric_init import UninitializedTensorError, init_missing, init_report, strategies
+from tests.distributed.test_training import OPTIMIZERS, one_device_steps, rank_steps
+from tests.support.ranks import run_ranks, run_ranks_each
+from tests.support.zoo import (
+    MODELS,
+    assert_close,
+    assert_same,
+    one_device,
+    prepare_deepspeed,
+    tokens,
+    weights,
+    write_checkpoint,
+)
 
 STRATEGIES = {
     "ddp": strategies.DDPStrategy,

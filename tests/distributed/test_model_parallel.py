@@ -8,15 +8,25 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.strategies import ModelParallelStrategy
-from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from zoo import assert_close, assert_same, build, launch, loss_of, one_device, tokens, weights, write_checkpoint
 
 from fabric_init import Fabric
+from tests.support.ranks import run_ranks
+from tests.support.zoo import (
+    assert_close,
+    assert_same,
+    build,
+    launch,
+    loss_of,
+    one_device,
+    tokens,
+    weights,
+    write_checkpoint,
+)
 
 
 def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:

@@ -9,11 +9,22 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import Tensor
-from zoo import STRATEGIES, assert_same, build, launch, loss_of, one_device, set_up, tokens, weights, write_checkpoint
 
 from fabric_init import CheckpointMismatchError, UninitializedTensorError
+from tests.support.ranks import run_ranks
+from tests.support.zoo import (
+    STRATEGIES,
+    assert_same,
+    build,
+    launch,
+    loss_of,
+    one_device,
+    set_up,
+    tokens,
+    weights,
+    write_checkpoint,
+)
 
 in_every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
 # FSDP's models get their own init in setup, so there nothing waits (test_fsdp.py)

@@ -12,7 +12,8 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import RanksFailedError, run_ranks, try_ranks
+
+from tests.support.ranks import RanksFailedError, run_ranks, try_ranks
 
 
 def add_up(start: int) -> tuple[int, int]:

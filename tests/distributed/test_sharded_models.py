@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks, run_ranks_each
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from zoo import (
+
+from fabric_init import FabricInitError, RecordingError, UninitializedTensorError
+from fabric_init.strategies import FSDP2Strategy, ModelParallelStrategy
+from tests.support.ranks import run_ranks, run_ranks_each
+from tests.support.zoo import (
     Block,
     assert_close,
     assert_same,
@@ -28,9 +31,6 @@ from zoo import (
     weights,
     write_checkpoint,
 )
-
-from fabric_init import FabricInitError, RecordingError, UninitializedTensorError
-from fabric_init.strategies import FSDP2Strategy, ModelParallelStrategy
 
 LATE = {late: {"late": late} for late in (False, True)}
 """Loaded after setup, or declared."""

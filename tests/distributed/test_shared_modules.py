@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import Tensor, nn
-from zoo import launch, weights
 
 from fabric_init import Fabric, FabricInitError
+from tests.support.ranks import run_ranks
+from tests.support.zoo import launch, weights
 
 State = dict[str, Tensor]
 

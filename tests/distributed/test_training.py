@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks, run_ranks_each
 from torch import Tensor, nn
-from zoo import (
+
+from tests.support.ranks import run_ranks, run_ranks_each
+from tests.support.zoo import (
     STRATEGIES,
     assert_close,
     assert_same,

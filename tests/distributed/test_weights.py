@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from zoo import (
+
+from tests.support.ranks import run_ranks
+from tests.support.zoo import (
     LEFT_OUT,
     MODELS,
     NAMES,

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter, defaultdict
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # the helpers here: importlib mode does not make them importable
-
-from workers import ANSWERS
+from tests.support.workers import ANSWERS
 
 
 def pytest_configure(config: pytest.Config) -> None:

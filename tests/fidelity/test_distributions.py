@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from fabric_init import deferred_init
-from fabric_init.filling.materialize import materialize
+from fabric_init.api import materialize
 
 LEAST_P = 1e-3
 SHAPE = (160, 240)

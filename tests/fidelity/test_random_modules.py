@@ -11,11 +11,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from identity import compare, differences, first_names, tensors_of
-from programs import STEPS, Built
 
 from fabric_init import deferred_init
-from fabric_init.filling.materialize import materialize
+from fabric_init.api import materialize
+from tests.support.identity import compare, differences, first_names, tensors_of
+from tests.support.programs import STEPS, Built
 
 Program = list[tuple[str, int]]
 PROGRAMS = st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 1 << 16)), min_size=1, max_size=10)

@@ -11,9 +11,10 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
-import architectures
 import pytest
-from workers import ANSWERS, Workers
+
+from tests.support import architectures
+from tests.support.workers import ANSWERS, Workers
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-HERE = Path(__file__).parent
-# Helpers: importlib mode does not make them importable.
-sys.path[:0] = [str(HERE), str(HERE.parent / "checkpoints"), str(HERE.parent / "distributed")]
 
 ROWS = pytest.StashKey[list[str]]()
 

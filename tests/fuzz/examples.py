@@ -17,11 +17,11 @@ from random import Random
 from typing import Any
 
 import torch
-from mutations import mutate
 
 from fabric_init.checkpoints import Box, CheckpointReader, Region, Span, open_checkpoint, take
 from fabric_init.errors import CheckpointError
-from fabric_init.inspection import inspect
+from fabric_init.tools.inspect import inspect
+from tests.fuzz.mutations import mutate
 
 SECONDS = 20.0
 """For one example; a good one takes milliseconds, and other programs may be running."""

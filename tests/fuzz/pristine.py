@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dcp_writers import save_alone, save_fsdp2, save_with_lightning
 from safetensors.torch import save_file
 from torch.utils._pytree import tree_map_only
 
 from fabric_init.checkpoints import write_manifest
+from tests.support.dcp_writers import save_alone, save_fsdp2, save_with_lightning
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 STATE = {
@@ -138,7 +138,8 @@ def lightning_sharded(folder: Path) -> str:
 def deepspeed(stage: int, folder: Path) -> str:
     import deepspeed as library
     import torch.distributed as dist
-    from deepspeed_saves import save
+
+    from tests.support.deepspeed_saves import save
 
     library.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it would call the compiler, for a minute
     dist.init_process_group("gloo")

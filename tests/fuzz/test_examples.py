@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
-import examples
 import pytest
-from examples import Case, Copy, Outcome
-from mutations import mutate
-from pristine import ALONE, safetensors
 
 from fabric_init.checkpoints import open_checkpoint, write_manifest
 from fabric_init.errors import CheckpointFormatError
+from tests.fuzz import examples
+from tests.fuzz.examples import Case, Copy, Outcome
+from tests.fuzz.mutations import mutate
+from tests.fuzz.pristine import ALONE, safetensors
 
 
 @pytest.fixture

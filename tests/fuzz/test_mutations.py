@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from examples import Case, Outcome, run_examples
-from pristine import ALONE, BY_RANKS, OVER_URL
-from ranks import run_ranks, try_ranks
 
 from fabric_init.checkpoints import write_manifest
+from tests.fuzz.examples import Case, Outcome, run_examples
+from tests.fuzz.pristine import ALONE, BY_RANKS, OVER_URL
+from tests.support.ranks import run_ranks, try_ranks
 
 Write = Callable[[Path], str]
 CASES: dict[str, tuple[Write, bool]] = {

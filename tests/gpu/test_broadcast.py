@@ -12,12 +12,12 @@ from torch import nn
 
 from fabric_init import deferred_init
 from fabric_init.checkpoints import open_checkpoint
-from fabric_init.filling.agreement import AllRanks
-from fabric_init.filling.in_step import InStep
-from fabric_init.filling.materialize import fill_model
-from fabric_init.filling.one_reader import OneReader
-from fabric_init.filling.placement import WholeTensors
-from fabric_init.filling.plan import Wanted
+from fabric_init.distributed.agreement import AllRanks
+from fabric_init.distributed.broadcast import OneReader
+from fabric_init.distributed.lockstep import InStep
+from fabric_init.filling.execute import fill_model
+from fabric_init.planning.placement import WholeTensors
+from fabric_init.planning.plan import Wanted
 
 
 def _why_no_cuda() -> str:

@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from zoo import (
+
+from fabric_init import Fabric, deferred_init, materialize
+from fabric_init.strategies import FSDP2Strategy, FSDPStrategy
+from tests.support.ranks import run_ranks
+from tests.support.zoo import (
     LEFT_OUT,
     MODELS,
     Block,
@@ -29,9 +32,6 @@ from zoo import (
     weights,
     write_checkpoint,
 )
-
-from fabric_init import Fabric, deferred_init, materialize
-from fabric_init.strategies import FSDP2Strategy, FSDPStrategy
 
 
 def _why_no_cuda() -> str:

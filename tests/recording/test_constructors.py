@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from identity import compare
 from torch import distributions, nn
 from torch.nn.utils import parametrizations, prune
 
 from fabric_init import deferred_init
+from fabric_init.api import materialize
 from fabric_init.errors import RecordingError
-from fabric_init.filling.materialize import materialize
+from tests.support.identity import compare
 
 P = nn.Parameter
 Constructor = Callable[[nn.Module], None]

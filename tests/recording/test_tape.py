@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fabric_init.recording.empty_init import _EmptyInit
+from fabric_init.recording.mode import RecordMode
 from fabric_init.recording.tape import Tape, TensorRef, recorded, ref_of
 
 
@@ -22,7 +22,7 @@ def names(tape: Tape, *tensors: torch.Tensor, exact: bool = False) -> list[str]:
 
 
 def test_of_several_full_writes_the_last_one_alone_is_live() -> None:
-    with _EmptyInit() as mode:
+    with RecordMode() as mode:
         layer = nn.Linear(4, 4)
         nn.init.xavier_uniform_(layer.weight)
         nn.init.normal_(layer.weight)
@@ -30,7 +30,7 @@ def test_of_several_full_writes_the_last_one_alone_is_live() -> None:
 
 
 def test_a_partial_write_keeps_what_it_does_not_cover_alive() -> None:
-    with _EmptyInit() as mode:
+    with RecordMode() as mode:
         weight = torch.ones(4, 4)
         weight.zero_()
         weight[:2].normal_()
@@ -38,7 +38,7 @@ def test_a_partial_write_keeps_what_it_does_not_cover_alive() -> None:
 
 
 def test_arithmetic_in_place_keeps_the_old_value_alive() -> None:
-    with _EmptyInit() as mode:
+    with RecordMode() as mode:
         weight = torch.ones(4)
         weight.normal_()
         weight.mul_(2)
@@ -46,7 +46,7 @@ def test_arithmetic_in_place_keeps_the_old_value_alive() -> None:
 
 
 def test_a_copy_brings_its_source_as_it_was_then() -> None:
-    with _EmptyInit() as mode:
+    with RecordMode() as mode:
         source, target = torch.ones(4), torch.zeros(4)
         target.copy_(source)
         source.normal_()
@@ -54,14 +54,14 @@ def test_a_copy_brings_its_source_as_it_was_then() -> None:
 
 
 def test_a_write_that_reads_its_own_target_is_not_a_full_write() -> None:
-    with _EmptyInit() as mode:
+    with RecordMode() as mode:
         weight = torch.arange(4.0)
         weight.copy_(weight.flip(0))
     assert names(mode.tape, weight) == ["arange", "flip", "copy_"]
 
 
 def test_in_exact_mode_dead_draws_stay_live_and_in_per_op_mode_they_do_not() -> None:
-    with _EmptyInit() as mode:
+    with RecordMode() as mode:
         dead, alive = torch.randn(3), torch.randn(4)
     assert len(dead) == 3
     assert names(mode.tape, alive, exact=True) == ["randn", "randn"]
@@ -69,7 +69,7 @@ def test_in_exact_mode_dead_draws_stay_live_and_in_per_op_mode_they_do_not() -> 
 
 
 def test_views_need_no_ops_and_tied_tensors_are_one_storage() -> None:
-    with _EmptyInit() as mode:
+    with RecordMode() as mode:
         base = torch.ones(4, 6)
         count = len(mode.tape.ops)
         others = [base.t(), base[1:, ::2], base.view(-1), base.detach(), nn.Parameter(base), base.data]
@@ -79,7 +79,7 @@ def test_views_need_no_ops_and_tied_tensors_are_one_storage() -> None:
 
 
 def test_covers_is_true_of_every_dense_layout_of_the_whole_and_of_nothing_else() -> None:
-    with _EmptyInit() as mode:
+    with RecordMode() as mode:
         base = torch.ones(2, 3, 4)
     storage = number(base)
 
@@ -91,7 +91,7 @@ def test_covers_is_true_of_every_dense_layout_of_the_whole_and_of_nothing_else()
 
 
 def test_never_written_sees_each_element() -> None:
-    with _EmptyInit() as mode:
+    with RecordMode() as mode:
         table = torch.empty(4, 2)
         table[:, 0::2].fill_(1)
         half = mode.tape.never_written(ref_of(table, number(table)))
@@ -102,7 +102,7 @@ def test_never_written_sees_each_element() -> None:
 
 
 def test_the_tape_holds_no_live_modules_and_no_parameters() -> None:
-    with _EmptyInit() as mode:
+    with RecordMode() as mode:
         model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
     held = [value for op in mode.tape.ops.values() for value in (*op.args, *op.kwargs.values())]
     assert held
@@ -112,7 +112,7 @@ def test_the_tape_holds_no_live_modules_and_no_parameters() -> None:
 
 def test_a_constant_holds_the_value_of_that_moment() -> None:
     real = torch.ones(3)
-    with _EmptyInit() as mode:
+    with RecordMode() as mode:
         target = torch.zeros(3)
         target.copy_(real)
         real.fill_(9)

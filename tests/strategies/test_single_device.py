@@ -8,7 +8,7 @@ from lightning.fabric.strategies import SingleDeviceStrategy
 from torch import nn
 
 from fabric_init import Fabric, deferred_init
-from fabric_init.filling.slots import find_slots
+from fabric_init.planning.tensors import find_slots
 from fabric_init.strategies import SingleDeviceStrategy as Ours
 
 

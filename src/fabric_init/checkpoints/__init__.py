@@ -7,22 +7,21 @@ name in it.
 
 from __future__ import annotations
 
-from fabric_init.checkpoints.conversions import Conversion, Fuse, Split, Stack, Transpose, Unstack
-from fabric_init.checkpoints.dcp import DCPReader
-from fabric_init.checkpoints.deepspeed_folder import DeepSpeedFolderReader
-from fabric_init.checkpoints.formats import Candidate, register_reader, unregister_reader
-from fabric_init.checkpoints.likely_renames import Suggestion, likely_renames
-from fabric_init.checkpoints.manifest import write_manifest
-from fabric_init.checkpoints.opening import open_checkpoint
-from fabric_init.checkpoints.parts import Layers, Part
+from fabric_init.checkpoints.formats.dcp.reader import DCPReader
+from fabric_init.checkpoints.formats.deepspeed.reader import DeepSpeedFolderReader
+from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
+from fabric_init.checkpoints.formats.sharded import ShardedReader
+from fabric_init.checkpoints.formats.torch_save.reader import TorchFileReader
+from fabric_init.checkpoints.mapping.convert import Conversion, Fuse, Split, Stack, Transpose, Unstack
+from fabric_init.checkpoints.mapping.rename import rename_keys
+from fabric_init.checkpoints.mapping.select import Layers, Part
+from fabric_init.checkpoints.open import open_checkpoint
 from fabric_init.checkpoints.reader import CheckpointReader, TensorSpec
 from fabric_init.checkpoints.region import Box, Region, Span, take
-from fabric_init.checkpoints.remote import RemotePath
-from fabric_init.checkpoints.renaming import rename_keys
-from fabric_init.checkpoints.safetensors import SafetensorsReader
-from fabric_init.checkpoints.sharded import ShardedReader
+from fabric_init.checkpoints.registry import Candidate, register_reader, unregister_reader
 from fabric_init.checkpoints.source import Source
-from fabric_init.checkpoints.torch_file import TorchFileReader
+from fabric_init.checkpoints.storage.checksums import write_manifest
+from fabric_init.checkpoints.storage.remote import RemotePath
 
 __all__ = [
     "Box",
@@ -42,12 +41,10 @@ __all__ = [
     "Span",
     "Split",
     "Stack",
-    "Suggestion",
     "TensorSpec",
     "TorchFileReader",
     "Transpose",
     "Unstack",
-    "likely_renames",
     "open_checkpoint",
     "register_reader",
     "rename_keys",

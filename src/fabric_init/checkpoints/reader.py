@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from fabric_init.checkpoints.region import Region
-from fabric_init.checkpoints.remote import AnyPath
+from fabric_init.checkpoints.storage.remote import AnyPath
+from fabric_init.errors import CheckpointError, is_out_of_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,3 +56,17 @@ class CheckpointReader(Protocol):
         file. Raises :class:`~fabric_init.errors.CheckpointFormatError` when the bytes are not there.
         """
         ...
+
+
+def read(reader: CheckpointReader, key: str, region: Region | None = None) -> Tensor:
+    """As ``reader`` reads it.
+
+    Raises:
+        CheckpointError: the disk or the network fails.
+    """
+    try:
+        return reader.read(key, region)
+    except OSError as error:
+        if isinstance(error, CheckpointError) or is_out_of_memory(error):
+            raise
+        raise CheckpointError(f"{reader.path}: {key!r} cannot be read: {error}.") from error

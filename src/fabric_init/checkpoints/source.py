@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fabric_init.checkpoints.conversions import Conversion
-from fabric_init.checkpoints.converted import converted
-from fabric_init.checkpoints.opening import open_checkpoint
+from fabric_init.checkpoints.mapping.convert import Conversion
+from fabric_init.checkpoints.mapping.converted import converted
+from fabric_init.checkpoints.open import open_checkpoint
 from fabric_init.checkpoints.reader import CheckpointReader
 
 

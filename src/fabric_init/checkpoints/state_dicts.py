@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fabric_init.checkpoints.remote import AnyPath
+from fabric_init.checkpoints.storage.remote import AnyPath
 from fabric_init.errors import CheckpointFormatError
 
 WRAPPERS = ("model", "state_dict", "module")

@@ -15,14 +15,16 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from fabric_init.auditing.audit import audit
-from fabric_init.auditing.report import AuditReport, Finding, Level, Row
+from fabric_init.api import deferred_init
 from fabric_init.cli import CommandError
 from fabric_init.cli.console import bytes_text, err, new_table, out, shape_text
 from fabric_init.cli.model_argument import HELP, model_builder
 from fabric_init.errors import FabricInitError, RecordingError
-from fabric_init.filling.deferred import deferred_init
-from fabric_init.pages import check_plotly, is_page
+from fabric_init.reports.html import check_plotly
+from fabric_init.reports.save import is_page
+from fabric_init.tools.audit.audit import audit
+from fabric_init.tools.audit.findings import Finding, Level, Row
+from fabric_init.tools.audit.report import AuditReport
 
 _COLOURS = {Level.ERROR: "bold red", Level.WARNING: "yellow", Level.NOTE: "cyan"}
 _NAMES = 3  # of the tensors that a finding is about

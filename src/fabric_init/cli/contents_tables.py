@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fabric_init.cli.console import bytes_text, count_text, is_terminal, new_table, printable, shape_text
-from fabric_init.inspection import Contents, Folded, TensorRow, Values, fold, fold_names
+from fabric_init.tools.inspect import Contents, Folded, TensorRow, Values, fold, fold_names
 
 _FEW = 6
 """Names that a terminal shows of many; a pipe gets all."""

@@ -62,7 +62,7 @@ def run(
 
         fabric-init inspect Llama-3.1-8B/ --json | jq .damage
     """
-    from fabric_init.inspection import inspect
+    from fabric_init.tools.inspect import inspect
 
     bar = console.new_progress(not json_)
     tasks: dict[str, TaskID] = {}

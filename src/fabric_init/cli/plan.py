@@ -12,10 +12,10 @@ from typing import Annotated, get_args
 import typer
 
 from fabric_init.cli import CommandError, model_argument, plan_tables
+from fabric_init.distributed.io import Io
 from fabric_init.errors import FabricInitError
-from fabric_init.filling.opening import Io
-from fabric_init.planning import OptimizerName, PrecisionName, Setting, StrategyName, forecast
 from fabric_init.strategies.fsdp2 import Units
+from fabric_init.tools.forecast import OptimizerName, PrecisionName, Setting, StrategyName, forecast
 
 _COMPLETE, _INCOMPLETE, _WRONG_CALL = 0, 1, 2
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fabric_init.cli.console import bytes_text, is_terminal, new_table, out, printable, shape_text
-from fabric_init.planning import Coverage, Forecast, Fresh, Memory, Reading
+from fabric_init.tools.forecast import Coverage, Forecast, Fresh, Memory, Reading
 
 _MOST_ROWS = 20
 

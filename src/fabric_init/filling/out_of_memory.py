@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from fabric_init.errors import FabricInitError, OutOfMemoryError, is_out_of_memory
-from fabric_init.filling.plan import Plan
+from fabric_init.planning.plan import Plan
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import Self
 
 from fabric_init.errors import RecordingError
-from fabric_init.recording.meta import (
+from fabric_init.recording.call_site import caller, init_call
+from fabric_init.recording.meta_kernels import (
     META,
     dense,
     is_dense,
@@ -32,10 +33,9 @@ from fabric_init.recording.meta import (
     tensors_in,
     written_tensors,
 )
-from fabric_init.recording.operators import DRAWS_FROM_DEFAULT, INIT_FUNCTIONS, Func, is_random, traits
-from fabric_init.recording.provenance import caller, init_call
+from fabric_init.recording.op_schemas import DRAWS_FROM_DEFAULT, INIT_FUNCTIONS, Func, is_random, traits
 from fabric_init.recording.replay import real_execution, storage_now, view
-from fabric_init.recording.streams import Streams
+from fabric_init.recording.rng import Streams
 from fabric_init.recording.tape import Draw, Recorded, Tape, TensorRef, begin, recorded, ref_of
 
 _CPU = torch.device("cpu")

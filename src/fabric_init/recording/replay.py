@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fabric_init.recording.operators import overwrites, with_generator
-from fabric_init.recording.streams import derived_seed
+from fabric_init.recording.op_schemas import overwrites, with_generator
+from fabric_init.recording.rng import derived_seed
 from fabric_init.recording.tape import Constant, Op, Tape, TensorRef
 
 _default_generator_lock = threading.Lock()

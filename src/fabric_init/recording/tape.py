@@ -16,7 +16,14 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
-from fabric_init.recording.operators import Func, asks_shape_only, only_copies, overwrites, pointwise, written_arguments
+from fabric_init.recording.op_schemas import (
+    Func,
+    asks_shape_only,
+    only_copies,
+    overwrites,
+    pointwise,
+    written_arguments,
+)
 
 Rng = Literal["per_op", "eager"]
 """``per_op``: each random op has its own generator. ``eager``: one stream, in order, as plain PyTorch draws it."""

@@ -10,11 +10,11 @@ import lightning.fabric.strategies as lightning_strategies
 import torch
 from torch import nn
 
-from fabric_init.filling.agreement import AllRanks
-from fabric_init.filling.guard import settle
-from fabric_init.filling.placement import Placement, WholeTensors
-from fabric_init.filling.report import filled_by_us
-from fabric_init.strategies.recorded_init import RecordedInit, register_strategy
+from fabric_init.distributed.agreement import AllRanks
+from fabric_init.guard.hooks import settle
+from fabric_init.planning.placement import Placement, WholeTensors
+from fabric_init.reports.init_report import filled_by_us
+from fabric_init.strategies.mixin import RecordedInit, register_strategy
 
 
 class DDPStrategy(RecordedInit, lightning_strategies.DDPStrategy):

@@ -24,14 +24,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_init.errors import FabricInitError
-from fabric_init.filling.guard import loading, release, require, settle
-from fabric_init.filling.placement import Placement, WholeTensors
-from fabric_init.recording.empty_init import _EmptyInit
-from fabric_init.strategies.binding import is_bound, shard_and_fill
-from fabric_init.strategies.block import recorded_block
+from fabric_init.guard.hooks import loading, release, require, settle
+from fabric_init.planning.placement import Placement, WholeTensors
+from fabric_init.recording.mode import RecordMode
+from fabric_init.strategies.fill_in_setup import is_bound, shard_and_fill
+from fabric_init.strategies.init_context import recorded_block
+from fabric_init.strategies.mixin import RecordedInit, register_strategy
 from fabric_init.strategies.optimizers import refuse_left_behind
-from fabric_init.strategies.recorded_init import RecordedInit, register_strategy
-from fabric_init.strategies.wrappers import original, register_wrapper
+from fabric_init.strategies.unwrap import original, register_wrapper
 from fabric_init.strategies.zero3 import ZeroPartitions, accept_whole_tensors, partition_without_values
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ class DeepSpeedStrategy(RecordedInit, lightning_deepspeed.DeepSpeedStrategy):
             return
         dtype = self._parameter_dtype()
         if dtype is not None:
-            with _EmptyInit():  # the cast belongs to the recording, too
+            with RecordMode():  # the cast belongs to the recording, too
                 for parameter in module.parameters():
                     if parameter.is_floating_point():
                         parameter.data = parameter.data.to(dtype)

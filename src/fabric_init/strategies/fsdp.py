@@ -20,14 +20,14 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import CustomPolicy, _Policy, enable_wrap
 
 from fabric_init.errors import FabricInitError
-from fabric_init.filling.deferred import release_recorded
-from fabric_init.filling.materialize import Prepared
-from fabric_init.filling.piecewise import Piecewise
-from fabric_init.filling.placement import Placement, WholeTensors
-from fabric_init.filling.report import InitReport, keep_report
-from fabric_init.filling.slots import Slot, named_modules
-from fabric_init.strategies.binding import choose_own_init, is_bound, planned_for
-from fabric_init.strategies.recorded_init import RecordedInit, register_strategy
+from fabric_init.filling.incremental import Piecewise
+from fabric_init.guard.recorded import release_recorded
+from fabric_init.planning.placement import Placement, WholeTensors
+from fabric_init.planning.prepare import Prepared
+from fabric_init.planning.tensors import Slot, named_modules
+from fabric_init.reports.init_report import InitReport, keep_report
+from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound, planned_for
+from fabric_init.strategies.mixin import RecordedInit, register_strategy
 
 _Marks = WeakKeyDictionary[nn.Module, dict[str, Any]]
 

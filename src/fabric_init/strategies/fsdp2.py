@@ -18,10 +18,10 @@ from torch.distributed.tensor.placement_types import Shard
 
 from fabric_init.checkpoints import Box
 from fabric_init.errors import FabricInitError
-from fabric_init.filling.placement import Placement
-from fabric_init.filling.slots import named_modules
-from fabric_init.strategies.dtensors import ShardedTensors, accept_whole_tensors, shard_box
-from fabric_init.strategies.recorded_init import RecordedInit, register_strategy
+from fabric_init.planning.placement import Placement
+from fabric_init.planning.tensors import named_modules
+from fabric_init.strategies.dtensor import ShardedTensors, accept_whole_tensors, shard_box
+from fabric_init.strategies.mixin import RecordedInit, register_strategy
 
 Units = Literal["blocks"] | int | type[nn.Module] | Sequence[type[nn.Module]] | Callable[[nn.Module], bool]
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_init.errors import FabricInitError
-from fabric_init.filling.slots import named_modules
+from fabric_init.planning.tensors import named_modules
 
 
 def remap(optimizer: Optimizer, old: Mapping[str, nn.Parameter], new: Mapping[str, nn.Parameter]) -> None:

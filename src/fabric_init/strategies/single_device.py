@@ -5,8 +5,8 @@ from __future__ import annotations
 import lightning.fabric.strategies as lightning_strategies
 from torch import nn
 
-from fabric_init.filling.placement import Placement, WholeTensors
-from fabric_init.strategies.recorded_init import RecordedInit, register_strategy
+from fabric_init.planning.placement import Placement, WholeTensors
+from fabric_init.strategies.mixin import RecordedInit, register_strategy
 
 
 class SingleDeviceStrategy(RecordedInit, lightning_strategies.SingleDeviceStrategy):

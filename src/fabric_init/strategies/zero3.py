@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fabric_init.checkpoints import Region, Span
 from fabric_init.checkpoints.region import take
 from fabric_init.errors import FabricInitError
-from fabric_init.filling.placement import become
-from fabric_init.filling.slots import Slot
+from fabric_init.planning.placement import become
+from fabric_init.planning.tensors import Slot
 
 
 def partition_without_values(module: nn.Module, config: Any, remote_device: str | None) -> None:

@@ -1,0 +1,26 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from fabric_init.checkpoints import CheckpointReader, Span
+from fabric_init.checkpoints.reader import read
+
+
+def checkpoint_digest(reader: CheckpointReader | None) -> str:
+    """What tells one checkpoint from another: its header, and a sample of its values."""
+    if reader is None:
+        return "no checkpoint"
+    keys = list(reader.keys())
+    digest = hashlib.sha256("\n".join(f"{key} {reader.spec(key)}" for key in keys).encode())
+    for key in keys[:: max(1, len(keys) // _SAMPLED)]:  # two files with one header: a few elements of some tensors
+        numel = reader.spec(key).shape.numel()
+        ends = [read(reader, key, Span(0, min(16, numel))), read(reader, key, Span(max(0, numel - 16), numel))]
+        digest.update(b"".join(bytes(end.contiguous().view(torch.uint8).numpy()) for end in ends if end.numel()))
+    return f"{reader.path} with {len(keys)} tensors, fingerprint {digest.hexdigest()[:12]}"
+
+
+_SAMPLED = 32

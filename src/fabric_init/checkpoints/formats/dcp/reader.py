@@ -1,0 +1,261 @@
+"""Reader for a folder of ``torch.distributed.checkpoint``, which FSDP2, tensor parallelism and Lightning save to.
+
+The format: a ``.metadata`` file, and files ``__<rank>_<number>.distcp`` in which each chunk of each tensor is what
+``torch.save`` makes of it, one after the other; see https://docs.pytorch.org/docs/stable/distributed.checkpoint.html.
+Lightning's ``meta.pt`` beside it is not opened: it has what was saved besides model and optimizers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from fabric_init.checkpoints.formats.dcp.contents import Chunk, Contents, Tensor
+from fabric_init.checkpoints.formats.dcp.metadata import read_metadata
+from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
+from fabric_init.checkpoints.formats.sharded import check_shard
+from fabric_init.checkpoints.formats.torch_save.archive import load_within
+from fabric_init.checkpoints.formats.torch_save.saved_tensor import find_saved_tensor
+from fabric_init.checkpoints.reader import TensorSpec
+from fabric_init.checkpoints.region import Box, Region, Span, boxes_of, overlap, whole
+from fabric_init.checkpoints.state_dicts import Location, choose_state_dict, describe
+from fabric_init.checkpoints.storage.local import FileBytes, changed, identity, open_bytes
+from fabric_init.errors import CheckpointFormatError
+
+# A map holds a descriptor, and a process may often have no more than 1,024. Ranks write a file each; it takes
+# FileSystemWriter(single_file_per_rank=False), with a file for each tensor, to get beyond this.
+_MAPPED_FILES = 512
+
+
+class DCPReader:
+    """One folder of ``torch.distributed.checkpoint``; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`.
+
+    Opening reads ``.metadata`` and asks each file for its size. A region is put together from the chunks that it
+    touches, and no others are read. What lies in one chunk comes as a view of a private copy-on-write map, unless its
+    bytes are not aligned to its dtype: nothing in the format sees to that, so it is a matter of luck, and what is not
+    aligned is copied, region by region. With ``mmap=False``, and of more files than can be mapped, all is copied.
+
+    The state dict is found as in torch files: under ``entry`` (``"generator"``, ``"app.model"``), or else under
+    ``model``, ``state_dict`` or ``module``, or at the top level, or the only one; the state of optimizers is left out.
+    ``note`` says what was. Keys are those of the state dict, without the names it was found under.
+
+    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when ``.metadata`` or a file that it names is missing,
+    and :class:`~fabric_init.errors.CheckpointFormatError` when it is damaged, carries code, disagrees with the files,
+    or when it is not clear which state dict is meant.
+    """
+
+    format = "torch.distributed.checkpoint"
+
+    def __init__(self, folder: str | os.PathLike[str], *, mmap: bool = True, entry: str | None = None) -> None:
+        self.path = Path(folder)
+        metadata = self.path / ".metadata"
+        contents = read_metadata(metadata)
+        location = choose_state_dict(self.path, contents.state_dicts(), entry)
+        self._tensors = {t.name: (key, t) for key, t in contents.tensors.items() if t.location == location}
+        if len(self._tensors) < sum(t.location == location for t in contents.tensors.values()):
+            raise CheckpointFormatError(f"{metadata}: two keys are of one name. Save the checkpoint again.")
+        self._contents, self._location = contents, location
+        self.note = _note(location, contents, len(self._tensors))
+        items = [chunk.item for _, tensor in self._tensors.values() for chunk in tensor.chunks]
+        counts = Counter(item.file for item in items)
+        self._stats = {name: check_shard(metadata, name, count) for name, count in counts.items()}
+        for item in items:
+            size = self._stats[item.file].st_size
+            if item.offset + item.length > size:
+                raise CheckpointFormatError(
+                    f"{self.path / item.file} has {size:,} bytes, and .metadata looks for "
+                    f"{item.length:,} at {item.offset:,}. If a copy was cut short, make it again."
+                )
+        self._mmap = mmap and len(counts) <= _MAPPED_FILES
+        self._files: dict[str, FileBytes | SafetensorsReader] = {}
+        self._found: dict[tuple[str, Box], _Source] = {}
+
+    @cached_property
+    def extra_state(self) -> Mapping[str, Any]:
+        """Entries ``*_extra_state`` (``nn.Module.get_extra_state``) that are not tensors. Each is read when asked for.
+
+        Which raises :class:`~fabric_init.errors.CheckpointFormatError` if it cannot be loaded with
+        ``weights_only=True``.
+        """
+        places: dict[str, list[tuple[Location, str]]] = {}
+        for path, key in self._contents.extra_state(self._location):
+            places.setdefault(path[0], []).append((path[1:], key))
+        return _WhenAskedFor({name: partial(self._put_together, parts) for name, parts in places.items()})
+
+    def _put_together(self, parts: list[tuple[Location, str]]) -> Any:
+        """One extra state; the writer has flattened dicts."""
+        if parts[0][0] == ():
+            return self._value(parts[0][1])
+        found: dict[str, Any] = {}
+        for path, key in parts:
+            inner = found
+            for name in path[:-1]:
+                inner = inner.setdefault(name, {})
+                if not isinstance(inner, dict):
+                    raise CheckpointFormatError(f"{self.path}: {key!r} lies in {name!r}, which is no dict.")
+            inner[path[-1]] = self._value(key)
+        return found
+
+    def keys(self) -> Sequence[str]:
+        """Every tensor's key, in the order of the metadata."""
+        return tuple(self._tensors)
+
+    def spec(self, key: str) -> TensorSpec:
+        """Shape and dtype of one tensor. Raises ``KeyError`` for an unknown key."""
+        return self._find(key)[1].spec
+
+    def read(self, key: str, region: Region | None = None) -> torch.Tensor:
+        """The tensor or a region of it, on the CPU; of no chunk outside the region is anything read.
+
+        Raises ``KeyError`` for an unknown key, and :class:`~fabric_init.errors.CheckpointFormatError` when a file does
+        not hold what the metadata says, or changed after it was opened.
+        """
+        full, tensor = self._find(key)
+        shape = tensor.spec.shape
+        if isinstance(region, Span):
+            source = self._source(full, tensor, tensor.chunks[0]) if len(tensor.chunks) == 1 else None
+            if source is not None and source.row_major:
+                return source.read(region)
+            out = torch.empty(region.numel, dtype=tensor.spec.dtype, device="cpu")
+            done = 0
+            for box in boxes_of(shape, region):
+                out[done : done + box.numel].view(box.sizes).copy_(self._box(full, tensor, box))
+                done += box.numel
+            return out
+        box = whole(shape) if region is None else region
+        if any(at < 0 or at + size > dim for at, size, dim in zip(box.offsets, box.sizes, shape, strict=True)):
+            raise AssertionError(f"{box} sticks out of shape {tuple(shape)}")
+        return self._box(full, tensor, box)
+
+    def _box(self, full: str, tensor: Tensor, box: Box) -> torch.Tensor:
+        touched = [(chunk, overlap(chunk.box, box)) for chunk in tensor.chunks]
+        parts = [(chunk, common) for chunk, common in touched if common is not None]
+        if len(parts) == 1:
+            chunk, common = parts[0]
+            return self._source(full, tensor, chunk).read(_relative(common, chunk.box.offsets))
+        out = torch.empty(box.sizes, dtype=tensor.spec.dtype, device="cpu")
+        for chunk, common in parts:
+            value = self._source(full, tensor, chunk).read(_relative(common, chunk.box.offsets))
+            target = _relative(common, box.offsets)
+            out[tuple(slice(at, at + n) for at, n in zip(target.offsets, target.sizes, strict=True))].copy_(value)
+        return out
+
+    def _source(self, full: str, tensor: Tensor, chunk: Chunk) -> _Source:
+        """What reads a chunk. Two threads may both look for it, and find the same."""
+        source = self._found.get((full, chunk.box))
+        if source is None:
+            file, item = self._file(chunk.item.file), chunk.item
+            if isinstance(file, SafetensorsReader):
+                source = _find_in_safetensors(file, full, tensor, chunk)
+            else:
+                try:
+                    source = find_saved_tensor(file, item.offset, item.length, tensor.spec.dtype, chunk.box.sizes)
+                except CheckpointFormatError as error:
+                    raise CheckpointFormatError(f"tensor {full!r}: {error}") from error
+            self._found[full, chunk.box] = source
+        return source
+
+    def _file(self, name: str) -> FileBytes | SafetensorsReader:
+        if name not in self._files:
+            file = open_bytes(self.path / name, mmap=self._mmap)
+            then = self._stats[name]
+            if identity(os.stat(self.path / name)) != identity(then):
+                raise CheckpointFormatError(changed(self.path / name, then.st_size))
+            # FileSystemWriter(serialization_format=SerializationFormat.SAFETENSORS) writes these under the same name.
+            is_safetensors = file.head(9)[8:] == b"{"
+            self._files[name] = SafetensorsReader(self.path / name, mmap=self._mmap) if is_safetensors else file
+        return self._files[name]
+
+    def _value(self, key: str) -> Any:
+        """What lies under a key that is not of the state dict."""
+        if key in self._contents.tensors:
+            tensor = self._contents.tensors[key]
+            for chunk in tensor.chunks:
+                self._stats.setdefault(chunk.item.file, check_shard(self.path / ".metadata", chunk.item.file, 1))
+            return self._box(key, tensor, whole(tensor.spec.shape))
+        item = self._contents.objects[key][2]
+        check_shard(self.path / ".metadata", item.file, 1)
+        file = open_bytes(self.path / item.file, mmap=False)
+        try:
+            return load_within(file, item.offset, item.length)
+        except Exception as error:
+            raise CheckpointFormatError(f"{file.path}: {key!r} cannot be loaded as plain data: {error}") from error
+
+    def _find(self, key: str) -> tuple[str, Tensor]:
+        try:
+            return self._tensors[key]
+        except KeyError:
+            raise KeyError(f"{self.path} has no tensor {key!r}") from None
+
+
+class _WhenAskedFor(Mapping[str, Any]):
+    """Values that are made when they are asked for, once."""
+
+    def __init__(self, made: dict[str, Callable[[], Any]]) -> None:
+        self._made = {key: cache(make) for key, make in made.items()}
+
+    def __getitem__(self, key: str) -> Any:
+        return self._made[key]()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._made)
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+
+class _Source(Protocol):
+    """What reads regions of one chunk."""
+
+    @property
+    def row_major(self) -> bool:
+        """Whether ``read`` takes a span."""
+        ...
+
+    def read(self, region: Region) -> torch.Tensor: ...
+
+
+class _InSafetensors(NamedTuple):
+    """A chunk that is a tensor of a safetensors file."""
+
+    file: SafetensorsReader
+    key: str
+    row_major: bool = True
+
+    def read(self, region: Region) -> torch.Tensor:
+        return self.file.read(self.key, region)
+
+
+def _find_in_safetensors(file: SafetensorsReader, key: str, tensor: Tensor, chunk: Chunk) -> _InSafetensors:
+    if sum(other.item.file == chunk.item.file for other in tensor.chunks) > 1:
+        raise CheckpointFormatError(
+            f"{file.path} was to hold several chunks of {key!r}, and a safetensors file holds one under a key. "
+            f"Save the checkpoint again without SerializationFormat.SAFETENSORS."
+        )
+    expected = TensorSpec(torch.Size(chunk.box.sizes), tensor.spec.dtype)
+    try:
+        found = file.spec(key)
+    except KeyError:
+        found = None
+    if found != expected:
+        raise CheckpointFormatError(f"{file.path}: .metadata says that {key!r} is {expected}; there is {found}.")
+    return _InSafetensors(file, key)
+
+
+def _relative(box: Box, offsets: tuple[int, ...]) -> Box:
+    return Box(tuple(at - offset for at, offset in zip(box.offsets, offsets, strict=True)), box.sizes)
+
+
+def _note(location: Location, contents: Contents, taken: int) -> str | None:
+    notes = [] if (where := describe(location)) is None else [where]
+    if others := len(contents.tensors) - taken:
+        notes.append(f"other tensors, left out: {others}")
+    if contents.objects:
+        notes.append(f"entries that are no tensors, left out: {len(contents.objects)}")
+    return "; ".join(notes) or None

@@ -1,0 +1,214 @@
+"""Reader for the folder that DeepSpeed's ``engine.save_checkpoint`` writes, at every ZeRO stage.
+
+``folder/latest`` names the tag; ``folder/<tag>`` holds the files. Which values are taken: for a trainable parameter of
+ZeRO-1, 2 or 3 its fp32 master; for everything else (frozen parameters, buffers, all of stage 0) what the module held,
+in its own dtype. For the 16-bit weights of stage 1 or 2 open ``mp_rank_00_model_states.pt`` itself. Nothing is
+consolidated: a region is read from the ranks' parts it lies in, see
+:mod:`~fabric_init.checkpoints.formats.deepspeed.layout`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fabric_init.checkpoints.formats.deepspeed.flat_shards import Pieces
+from fabric_init.checkpoints.formats.deepspeed.layout import locate
+from fabric_init.checkpoints.formats.torch_save.mapped_archive import MappedArchive, maps_privately
+from fabric_init.checkpoints.formats.torch_save.reader import checked_key
+from fabric_init.checkpoints.reader import TensorSpec
+from fabric_init.checkpoints.region import Region, take
+from fabric_init.checkpoints.state_dicts import EXTRA_STATE
+from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
+
+_MODEL_STATES = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<shard>\d+)_model_states\.pt")
+_OPTIM_STATES = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<shard>\d+)_optim_states\.pt")
+_ELSEWHERE = re.compile(r"layer_.*_states\.pt|.*expp?_?rank_.*|.*_expert_.*")
+_TAG_BYTES = 4096
+
+_WITH_MORE = """\
+{folder} was saved with {what}; here DeepSpeed checkpoints of data parallel training are read. Convert it with \
+DeepSpeed's own tools (deepspeed/checkpoint/ds_to_universal.py, or the trainer's export) and open the result."""
+
+_NOWHERE = """\
+it is of ZeRO-3, where the ranks' parts of weights are in the files *_optim_states.pt, and those of {key!r} are not"""
+
+
+class _Inert:
+    """Takes the place of a class of DeepSpeed in a pickle: it holds attributes and does nothing."""
+
+
+STAND_INS: list[tuple[type, str]] = [
+    (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (_Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (_Inert, "deepspeed.utils.tensor_fragment.fragment_address"),
+]
+"""The classes that DeepSpeed's own files name. None of its code runs, and it need not be installed."""
+
+
+def is_deepspeed_folder(names: Iterable[str]) -> bool:
+    """Whether a folder with files of these names is a DeepSpeed checkpoint, or the folder of one tag."""
+    return any(name == "latest" or _MODEL_STATES.fullmatch(name) or _OPTIM_STATES.fullmatch(name) for name in names)
+
+
+class DeepSpeedFolderReader:
+    """One checkpoint of DeepSpeed; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`.
+
+    ``path`` is the folder with ``latest`` in it, or the folder of one tag. Files are mapped, so opening reads their
+    pickles alone. A region that lies in one rank's part is a view of its map, any other is gathered into new memory;
+    with ``mmap=False`` every region is copied.
+
+    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when the tag or a rank's file is missing, and
+    :class:`~fabric_init.errors.CheckpointFormatError` when a file cannot be read or carries code, when the parts do not
+    add up, and for checkpoints of tensor parallel, pipeline parallel or expert parallel training.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
+        self.path = Path(path)
+        self._copy = not mmap or not maps_privately()
+        folder = tag_folder(self.path)
+        names = sorted(entry.name for entry in folder.iterdir())
+        states = [MappedArchive(file, STAND_INS) for file in _by_rank(folder, names, _MODEL_STATES)]
+        optimizers = [MappedArchive(file, STAND_INS) for file in _by_rank(folder, names, _OPTIM_STATES)]
+        self._files = (*states, *optimizers)
+        if not states:
+            raise CheckpointNotFoundError(f"{folder} has no file *_model_states.pt. Is the copy complete?")
+        try:
+            self._open([file.content for file in states], [file.content for file in optimizers])
+        except (ValueError, TypeError, IndexError, OverflowError) as error:
+            if isinstance(error, CheckpointFormatError):
+                raise
+            raise CheckpointFormatError(f"{folder} is not a whole checkpoint of DeepSpeed: {error}.") from error
+
+    def _open(self, states: list[Any], optimizers: list[Any]) -> None:
+        states = [state if isinstance(state, dict) else {} for state in states]
+        inner: list[dict[Any, Any]] = []
+        for optimizer in optimizers:
+            inside = optimizer.get("optimizer_state_dict") if isinstance(optimizer, dict) else None
+            if isinstance(inside, dict):
+                inner.append(inside)
+        if len(inner) < len(optimizers):
+            raise ValueError("a file *_optim_states.pt has no dict 'optimizer_state_dict'")
+        module = states[0].get("module")
+        if not isinstance(module, dict):
+            raise ValueError("the file *_model_states.pt has no state dict under 'module'")
+        stage, parameters = locate(states, inner) if inner else (0, {})
+        self.format = f"DeepSpeed ZeRO-{stage}" if stage else "DeepSpeed"
+        self.note: str | None = None
+        if stage:
+            self.note = f"trainable parameters are the fp32 masters that {len(inner)} ranks saved"
+        elif states[0].get("param_shapes") is not None:
+            self.note = "there are no fp32 masters (*_optim_states.pt); all weights are the module's own"
+        self.extra_state: dict[str, Any] = {}
+        """Entries ``*_extra_state`` of the module that are not tensors."""
+        self._tensors: dict[str, torch.Tensor | Pieces] = {}
+        for key, value in module.items():
+            if key in parameters:
+                self._tensors[key] = parameters.pop(key)
+            elif isinstance(value, torch.Tensor):
+                if len(states) > 1 and not value.numel() and key not in (states[0].get("buffer_names") or ()):
+                    raise ValueError(_NOWHERE.format(key=key))
+                self._tensors[checked_key(self.path, key, value)] = value.detach()
+            elif isinstance(key, str) and key.endswith(EXTRA_STATE):
+                self.extra_state[key] = value
+        self._tensors.update(parameters)
+
+    def keys(self) -> Sequence[str]:
+        """Every tensor's key, in the order of the module's state dict."""
+        return tuple(self._tensors)
+
+    def spec(self, key: str) -> TensorSpec:
+        """Shape and dtype of one tensor. Raises ``KeyError`` for an unknown key."""
+        found = self._find(key)
+        return found.spec if isinstance(found, Pieces) else TensorSpec(found.shape, found.dtype)
+
+    def read(self, key: str, region: Region | None = None) -> torch.Tensor:
+        """The tensor or a region of it, on the CPU.
+
+        Raises ``KeyError`` for an unknown key, and :class:`~fabric_init.errors.CheckpointFormatError` when a file
+        changed after it was opened.
+        """
+        found = self._find(key)
+        for file in self._files:
+            file.check_unchanged()
+        part = found.read(region) if isinstance(found, Pieces) else take(found, region)
+        return part.clone(memory_format=torch.contiguous_format) if self._copy else part.detach()
+
+    def files(self, key: str) -> dict[str, int]:
+        """The files that hold a tensor, and how many bytes of it each."""
+        found = self._find(key)
+        homes = {
+            tensor.untyped_storage().data_ptr(): file.path.name
+            for file in self._files
+            for tensor in _tensors_in(file.content)
+        }
+        nbytes: Counter[str] = Counter()
+        for part in found.parts() if isinstance(found, Pieces) else [found]:
+            nbytes[homes[part.untyped_storage().data_ptr()]] += part.nbytes
+        return dict(nbytes)
+
+    def _find(self, key: str) -> torch.Tensor | Pieces:
+        try:
+            return self._tensors[key]
+        except KeyError:
+            raise KeyError(f"{self.path} has no tensor {key!r}") from None
+
+
+def _tensors_in(value: object) -> Iterator[torch.Tensor]:
+    waiting, seen = [value], set[int]()  # a pickle can make containers that hold themselves
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, torch.Tensor):
+            if one.device.type == "cpu" and one.layout is torch.strided:
+                yield one
+        elif isinstance(one, (dict, list, tuple)) and id(one) not in seen:
+            seen.add(id(one))
+            waiting += one.values() if isinstance(one, dict) else one
+
+
+def states_in(folder: Path) -> list[Path]:
+    """The files of one tag that hold weights."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    return [folder / name for name in names if _MODEL_STATES.fullmatch(name) or _OPTIM_STATES.fullmatch(name)]
+
+
+def tag_folder(path: Path) -> Path:
+    """The folder of the tag that ``latest`` names; ``path`` itself where there is no such file."""
+    latest = path / "latest"
+    if not latest.is_file():
+        return path
+    with latest.open("rb") as file:
+        tag = file.read(_TAG_BYTES).decode(errors="replace").strip()
+    if not tag or tag in (".", "..") or re.search(r"[/\\\0]", tag):
+        raise CheckpointFormatError(f"{latest} should hold the name of a folder beside it, and holds {tag!r:.100}.")
+    if not (path / tag).is_dir():
+        raise CheckpointNotFoundError(f"{latest} names {tag!r}, but there is no such folder in {path}.")
+    return path / tag
+
+
+def _by_rank(folder: Path, names: list[str], pattern: re.Pattern[str]) -> list[Path]:
+    """The files of one kind, by rank; each rank once and none left out."""
+    if any(_ELSEWHERE.fullmatch(name) for name in names):
+        raise CheckpointFormatError(_WITH_MORE.format(folder=folder, what="pipeline or expert parallelism"))
+    found: dict[int, Path] = {}
+    for match in filter(None, map(pattern.fullmatch, names)):
+        if int(match["shard"]):
+            raise CheckpointFormatError(_WITH_MORE.format(folder=folder, what="tensor parallelism"))
+        rank = int(match["rank"] or 0)
+        if rank in found:
+            raise CheckpointFormatError(
+                f"{folder} has two files for rank {rank}, {found[rank].name} and {match[0]}: it was saved over another "
+                f"checkpoint. Remove the files of the older one."
+            )
+        found[rank] = folder / match[0]
+    if any(rank not in found for rank in range(len(found))):
+        missing = min(set(range(max(found))) - found.keys())
+        raise CheckpointNotFoundError(f"{folder} lacks the file of rank {missing} beside {found[max(found)].name}.")
+    return [found[rank] for rank in range(len(found))]

@@ -1,0 +1,170 @@
+"""Reader for a checkpoint in several files under one index, the layout of the Hugging Face Hub.
+
+The format: ``model.safetensors.index.json`` or ``pytorch_model.bin.index.json``, with a ``weight_map`` of key -> file
+name, see https://huggingface.co/docs/transformers/big_models#sharded-checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import torch
+
+from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
+from fabric_init.checkpoints.formats.torch_save.reader import TorchFileReader
+from fabric_init.checkpoints.reader import CheckpointReader, TensorSpec
+from fabric_init.checkpoints.region import Region
+from fabric_init.checkpoints.storage.local import Opener, open_bytes
+from fabric_init.checkpoints.storage.remote import AnyPath, as_path
+from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
+
+# The limit that safetensors sets its own header; the index of DeepSeek-V3, with 90,000 keys, takes 9 MB.
+_INDEX_BYTES = 100_000_000
+
+
+class ShardedReader:
+    """The shards that one index file names; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`.
+
+    Opening reads every shard's header (no weight) and checks that each indexed key is where the index says. ``path`` is
+    the folder or index that was asked for. ``mmap`` as in the readers of the single files.
+
+    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when the index or a shard is missing, and
+    :class:`~fabric_init.errors.CheckpointFormatError` when the index is not what it should be, names a file outside its
+    folder or a key that its shard lacks, or when a shard cannot be read.
+    """
+
+    note: str | None = None
+
+    def __init__(
+        self,
+        index: str | os.PathLike[str] | AnyPath,
+        *,
+        path: str | os.PathLike[str] | AnyPath | None = None,
+        mmap: bool = True,
+        opener: Opener | None = None,
+    ) -> None:
+        index = as_path(index)
+        self.path = index if path is None else as_path(path)
+        weight_map = read_weight_map(index, opener)
+        counts = Counter(weight_map.values())
+        for name, count in counts.items():
+            if isinstance(index, Path):
+                check_shard(index, name, count)
+            else:
+                _refuse_outside(index, name)
+                if not (index.parent / name).is_file():
+                    raise _missing(index, name, count)
+        self._shards = {name: _open_shard(index.parent / name, mmap, opener) for name in counts}
+        known = {name: frozenset(shard.keys()) for name, shard in self._shards.items()}
+        self._where: dict[str, CheckpointReader] = {}
+        for key, name in weight_map.items():
+            if key not in known[name]:
+                raise CheckpointFormatError(
+                    f"{index} says that {key!r} is in {name}, which does not hold it. Index and shards are not of the "
+                    f"same checkpoint: fetch or save them together."
+                )
+            self._where[key] = self._shards[name]
+        self._keys = tuple(weight_map)
+        kinds = sorted({shard.format for shard in self._shards.values()})
+        self.format = f"sharded {' and '.join(kinds)}"
+        self.note = self._notes(sum(map(len, known.values())) - len(weight_map))
+
+    def _notes(self, unlisted: int) -> str | None:
+        notes = [f"{name}: {shard.note}" for name, shard in self._shards.items() if shard.note]
+        if unlisted > 0:
+            notes.append(f"tensors in the shards that the index does not list, ignored: {unlisted}")
+        return "; ".join(notes) or None
+
+    @property
+    def extra_state(self) -> dict[str, Any]:
+        """Entries ``*_extra_state`` of torch shards that are not tensors."""
+        shards = (shard for shard in self._shards.values() if isinstance(shard, TorchFileReader))
+        return {key: value for shard in shards for key, value in shard.extra_state.items()}
+
+    def keys(self) -> Sequence[str]:
+        """Every key of the index, in its order."""
+        return self._keys
+
+    def spec(self, key: str) -> TensorSpec:
+        """Shape and dtype of one tensor, from the header of its shard. Raises ``KeyError`` for an unknown key."""
+        return self._find(key).spec(key)
+
+    def read(self, key: str, region: Region | None = None) -> torch.Tensor:
+        """The tensor or a region of it, as its shard's reader gives it. Raises ``KeyError`` for an unknown key."""
+        return self._find(key).read(key, region)
+
+    def _find(self, key: str) -> CheckpointReader:
+        try:
+            return self._where[key]
+        except KeyError:
+            raise KeyError(f"{self.path} has no tensor {key!r}") from None
+
+
+def _open_shard(path: AnyPath, mmap: bool, opener: Opener | None) -> SafetensorsReader | TorchFileReader:
+    kind = SafetensorsReader if path.suffix == ".safetensors" else TorchFileReader
+    return kind(path, mmap=mmap, opener=opener)
+
+
+def read_weight_map(index: AnyPath, opener: Opener | None = None) -> dict[str, str]:
+    """What an index says: checkpoint key -> name of the shard that holds it."""
+    file = open_bytes(index, mmap=False) if opener is None else opener(index)
+    if file.size > _INDEX_BYTES:
+        raise CheckpointFormatError(f"{index} has {file.size:,} bytes; an index has at most {_INDEX_BYTES:,}.")
+
+    def refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise ValueError(f"the key {twice!r} is given twice")
+        return found
+
+    try:
+        content = json.loads(file.head(file.size), object_pairs_hook=refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointFormatError(f"{index} is not a readable index: {error}. Fetch or save it again.") from error
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointFormatError(
+            f'{index} has no "weight_map" of key -> file name, so it is no index of a sharded checkpoint.'
+        )
+    for key, name in weight_map.items():
+        if not isinstance(name, str):
+            raise CheckpointFormatError(f"{index}: the file of {key!r} should be a name, and is {name!r:.80}.")
+    return weight_map
+
+
+def check_shard(index: Path, name: str, count: int) -> os.stat_result:
+    """Refuse a file name in ``index`` (of ``count`` keys) that leaves its folder, or that no file there has.
+
+    Returns what the system knows of the file.
+    """
+    _refuse_outside(index, name)
+    try:
+        found = os.stat(index.parent / name)
+    except PermissionError as error:
+        raise CheckpointFormatError(f"{index}: shard {name!r} cannot be reached: {error}.") from error
+    except (OSError, ValueError):  # ValueError: a null byte
+        raise _missing(index, name, count) from None
+    if not stat.S_ISREG(found.st_mode):
+        raise _missing(index, name, count)
+    return found
+
+
+def _refuse_outside(index: AnyPath, name: str) -> None:
+    # By the letters of the name, not by resolving it: the Hub's cache keeps shards as symbolic links out of the folder.
+    parts = (*PurePosixPath(name).parts, *PureWindowsPath(name).parts)
+    if not name or ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
+        raise CheckpointFormatError(f"{index} names the shard {name!r}, outside its folder; that is refused as unsafe.")
+
+
+def _missing(index: AnyPath, name: str, count: int) -> CheckpointNotFoundError:
+    return CheckpointNotFoundError(
+        f"{index} names the shard {name!r}, which holds {count} of its keys, but there is no such file in "
+        f"{index.parent}. Is the download complete?"
+    )

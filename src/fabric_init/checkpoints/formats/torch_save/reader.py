@@ -1,0 +1,240 @@
+"""Reader for one file written by ``torch.save``: ``.pt``, ``.pth``, ``.bin``, ``.ckpt``.
+
+The format: a zip archive with a pickle and one uncompressed record a storage, see
+https://docs.pytorch.org/docs/stable/notes/serialization.html. The pickle goes through torch's ``weights_only``
+unpickler, always: no code in it runs, and there is no option to let it. Only the pickle is read when a file is opened.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pickle
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fabric_init.checkpoints.formats.torch_save.archive import TorchArchive, unsafe_globals
+from fabric_init.checkpoints.formats.torch_save.legacy import BoundedFile, check_sizes
+from fabric_init.checkpoints.reader import TensorSpec
+from fabric_init.checkpoints.region import Region, take
+from fabric_init.checkpoints.state_dicts import EXTRA_STATE, OPTIMIZER_PARTS, Location, choose_state_dict, describe
+from fabric_init.checkpoints.storage.local import FileBytes, Opener, open_bytes
+from fabric_init.checkpoints.storage.remote import AnyPath, as_path
+from fabric_init.errors import CheckpointFormatError, FabricInitError, OutOfMemoryError, is_out_of_memory
+
+_ZIP_MAGIC = b"PK\x03\x04"
+
+_CODE_IN_PICKLE = """\
+{path} holds more than tensors: its pickle names {globals}, which could run code, so it is not loaded.
+If you trust the file, convert it once:
+    state = torch.load({name!r}, weights_only=False)   # runs the code in it
+    safetensors.torch.save_file(state_dict_of(state), "model.safetensors")
+or allow harmless classes beforehand: torch.serialization.add_safe_globals([...])."""
+
+_LEGACY_NOTE = "legacy format of before torch 1.6: all of the file is in memory"
+
+
+class TorchFileReader:
+    """One open file of ``torch.save``; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`.
+
+    The state dict is what ``entry`` names (``"generator"``, ``"app.model"``), or else the dict found under ``model``,
+    ``state_dict`` or ``module``, else the file's own dict, else the only one in it that has tensors; ``note`` says
+    where. The state of optimizers is not looked at. Entries that are no tensors have no key; those whose name ends in
+    ``_extra_state`` are kept in ``extra_state``.
+
+    ``read`` returns a view of a private copy-on-write map; tensors that share storage in the file share memory here,
+    too. With ``mmap=False`` it copies the region by plain reads: there is no map that a change of the file could break.
+    A file in the legacy format (of before torch 1.6, or with ``_use_new_zipfile_serialization=False``) cannot be
+    mapped: opening reads all of it into memory, once.
+
+    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` for a missing file and
+    :class:`~fabric_init.errors.CheckpointFormatError` for one that is truncated, corrupt, carries code, or holds no
+    state dict of dense tensors, or several of which none is named.
+    """
+
+    format = "torch"
+    note: str | None = None
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | AnyPath,
+        *,
+        mmap: bool = True,
+        entry: str | None = None,
+        opener: Opener | None = None,
+    ) -> None:
+        self.path = as_path(path)
+        self._copy = not mmap
+        file = open_bytes(self.path, mmap=mmap) if opener is None else opener(self.path)
+        loaded, legacy, self._archive = _load_from(file, direct=opener is None and isinstance(self.path, Path))
+        if not isinstance(loaded, dict):
+            raise CheckpointFormatError(
+                f"{path} holds a {type(loaded).__name__}, not a state dict. Save model.state_dict() instead."
+            )
+        found = dict(state_dicts_in(loaded))
+        counts = {location: count_tensors(state) for location, state in found.items()}
+        location = choose_state_dict(self.path, counts, entry)
+        state = found[location]
+        notes = [note for note in (describe(location), _LEGACY_NOTE if legacy else None) if note]
+        self.note = "; ".join(notes) or None
+        self._tensors: dict[str, torch.Tensor] = {}
+        self.extra_state: dict[str, Any] = {}
+        """Entries ``*_extra_state`` (``nn.Module.get_extra_state``) that are not tensors."""
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                self._tensors[checked_key(self.path, key, value, self._archive)] = value.detach()
+            elif isinstance(key, str) and key.endswith(EXTRA_STATE):
+                with corruption_of(self.path):
+                    self.extra_state[key] = value if self._archive is None else self._archive.with_values(value)
+        self._specs = {key: TensorSpec(value.shape, value.dtype) for key, value in self._tensors.items()}
+
+    def keys(self) -> Sequence[str]:
+        """Every tensor's key, in the order of the state dict."""
+        return tuple(self._tensors)
+
+    def spec(self, key: str) -> TensorSpec:
+        """Shape and dtype of one tensor. Raises ``KeyError`` for an unknown key."""
+        try:
+            return self._specs[key]
+        except KeyError:
+            raise KeyError(f"{self.path} has no tensor {key!r}") from None
+
+    def read(self, key: str, region: Region | None = None) -> torch.Tensor:
+        """The tensor or a region of it, on the CPU. Raises ``KeyError`` for an unknown key."""
+        self.spec(key)
+        if self._archive is not None:
+            with corruption_of(self.path):
+                return self._archive.read(self._tensors[key], region).detach()
+        part = take(self._tensors[key], region).resolve_conj().resolve_neg()
+        if self._copy:  # of the legacy format, all of which is in memory
+            part = part.clone(memory_format=torch.contiguous_format)
+        return part.detach()
+
+
+def _load_from(file: FileBytes, *, direct: bool) -> tuple[Any, bool, TorchArchive | None]:
+    """What ``torch.save`` was given, and whether in the legacy format; else its tensors have no values, which the
+    archive reads. ``direct``: the file may be opened anew, without the way that ``file`` has to its bytes.
+    """
+    with corruption_of(file.path):
+        if _is_legacy(file.path, file.head(64)):
+            # all that it holds is read at once; not twice, where that can be helped
+            content = BoundedFile(Path(str(file.path))) if direct else io.BytesIO(file.head(file.size))
+            try:
+                with content:
+                    check_sizes(content, file.size)
+                    return torch.load(content, weights_only=True, map_location="cpu"), True, None
+            except pickle.UnpicklingError as error:
+                refuse_code(file.path, _named_global(error))
+                raise
+        archive = TorchArchive(file)
+        try:
+            return archive.load(), False, archive
+        except pickle.UnpicklingError:
+            refuse_code(file.path, unsafe_globals(archive.pickle))
+            raise
+
+
+@contextmanager
+def corruption_of(path: AnyPath) -> Iterator[None]:
+    """Context in which every error says that the file at ``path`` is corrupt."""
+    # A corrupt pickle calls allowed functions with wrong arguments: the error can be of any type.
+    try:
+        yield
+    except FabricInitError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(f"{path}: there is no memory to read it ({error}).") from error
+        raise CheckpointFormatError(_corrupt(path, error)) from error
+
+
+def _is_legacy(path: AnyPath, head: bytes) -> bool:
+    # A legacy file begins as a pickle of protocol 2 or later does.
+    if not head.startswith((_ZIP_MAGIC, b"\x80")):
+        raise CheckpointFormatError(
+            f"{path} is not a file of torch.save: it begins with {head[:8]!r}, not with a zip header. Wrong file?"
+        )
+    return not head.startswith(_ZIP_MAGIC)
+
+
+def refuse_code(path: AnyPath, blocked: list[str]) -> None:
+    """Raise if a pickle names what ``weights_only`` refuses."""
+    if blocked:
+        named = ", ".join(blocked[:5]) + (f" and {len(blocked) - 5} more" if len(blocked) > 5 else "")
+        raise CheckpointFormatError(_CODE_IN_PICKLE.format(path=path, name=path.name, globals=named)) from None
+
+
+def _named_global(error: Exception) -> list[str]:
+    return re.findall(r" GLOBAL (\S+) ", str(error))
+
+
+def _corrupt(path: AnyPath, error: Exception) -> str:
+    reason = str(error).strip().split("\n")[-1][:300]
+    return (
+        f"{path} cannot be read as a file of torch.save: {reason} ({type(error).__name__}). If a download or copy was "
+        f"cut short, fetch it again; a TorchScript archive must be saved as a state dict first."
+    )
+
+
+def state_dicts_in(loaded: dict[object, object]) -> Iterator[tuple[Location, dict[object, object]]]:
+    """Each dict that has tensors, and the keys that lead to it; the state of optimizers is left out."""
+    waiting: list[tuple[Location, dict[object, object]]] = [((), loaded)]
+    seen = set()  # a pickle can make dicts that hold themselves
+    for location, state in waiting:
+        if id(state) in seen or state.keys() >= OPTIMIZER_PARTS:
+            continue
+        seen.add(id(state))
+        if count_tensors(state):
+            yield location, state
+        inner = [(str(key), value) for key, value in state.items() if isinstance(value, dict)]
+        waiting += [((*location, key), value) for key, value in inner if not key.endswith(EXTRA_STATE)]
+
+
+def count_tensors(state: dict[object, object]) -> int:
+    return sum(isinstance(value, torch.Tensor) for value in state.values())
+
+
+class Storages(Protocol):
+    """What knows where the values of tensors on the meta device are."""
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether they are in the file."""
+        ...
+
+    def reaches(self, tensor: torch.Tensor) -> bool:
+        """Whether the last of them is."""
+        ...
+
+
+def checked_key(path: AnyPath, key: object, value: torch.Tensor, archive: Storages | None = None) -> str:
+    """The key, if it is a name and its tensor is one whose values lie densely in this file."""
+    has_values = value.device.type == "cpu" or (archive is not None and archive.holds(value))
+    if not isinstance(key, str):
+        raise CheckpointFormatError(
+            f"{path}: a tensor has the key {key!r}, a {type(key).__name__}; keys must be strings."
+        )
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):
+        why = f"a {type(value).__name__}: gather it into a plain tensor before saving"
+    elif value.layout is not torch.strided or value.is_quantized:
+        why = f"{value.layout}, {value.dtype}: only dense, unquantized tensors can be read; convert it before saving"
+    elif not has_values:
+        why = f"on the {value.device.type!r} device: it was saved before it had values"
+    elif not _is_possible(value):
+        why = f"of shape {tuple(value.shape)} and strides {value.stride()}: the file is damaged"
+    elif archive is not None and not archive.reaches(value):
+        why = "larger than its storage: the file is damaged"
+    else:
+        return key
+    raise CheckpointFormatError(f"{path}: tensor {key!r} is {why}.")
+
+
+def _is_possible(value: torch.Tensor) -> bool:
+    """Whether its sizes and strides are such that torch can take regions of it; it accepts others, too."""
+    reach = int(value.storage_offset()) + sum(n * stride for n, stride in zip(value.shape, value.stride(), strict=True))
+    return min(value.shape, default=0) >= 0 and math.prod(value.shape) < 2**62 and reach < 2**62

@@ -1,0 +1,85 @@
+"""A checkpoint whose tensors lie as a model's do, after declared conversions, and still can be read in parts."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fabric_init.checkpoints.mapping.convert import Conversion
+from fabric_init.checkpoints.mapping.lazy import Made
+from fabric_init.checkpoints.reader import CheckpointReader, TensorSpec
+from fabric_init.checkpoints.region import Region, Span, boxes_of, whole
+from fabric_init.errors import CheckpointMismatchError
+
+
+def converted(reader: CheckpointReader, conversions: Sequence[Conversion]) -> CheckpointReader:
+    """``reader`` as ``conversions`` make it, each of what the one before it gives. Only headers are looked at.
+
+    Raises :class:`~fabric_init.errors.CheckpointMismatchError` when the checkpoint is not as declared, or two of its
+    tensors would get one key; ``TypeError`` when ``conversions`` is no list of conversions.
+    """
+    if not isinstance(conversions, Sequence):
+        raise TypeError(f"convert takes a list of conversions, not {conversions!r}: convert=[Split(…), …]")
+    for conversion in conversions:
+        if isinstance(conversion, type) or not callable(getattr(conversion, "made", None)):
+            raise TypeError(f"convert takes a list of conversions (Split, Fuse, …), and {conversion!r} is none")
+        reader = ConvertedReader(reader, conversion)
+    return reader
+
+
+class ConvertedReader:
+    """``below`` after one conversion; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`."""
+
+    def __init__(self, below: CheckpointReader, conversion: Conversion) -> None:
+        self.path, self.format = below.path, below.format
+        self._below = below
+        specs = {key: below.spec(key) for key in below.keys()}
+        try:
+            self._made = conversion.made(specs)
+            self._keys = _keys_after(specs, self._made)
+        except CheckpointMismatchError as error:
+            raise CheckpointMismatchError(f"{below.path}: {conversion}: {error}.") from None
+        self._specs = {key: specs[key] for key in self._keys if key not in self._made}
+        self.extra_state: Mapping[str, Any] = getattr(below, "extra_state", {})
+        """What is no tensor is no conversion's concern."""
+        self.note: str | None = "; ".join(filter(None, [below.note, f"{conversion}: {len(self._made)} tensors made"]))
+
+    def keys(self) -> Sequence[str]:
+        """Every key after the conversion; what is made stands where its first source stood."""
+        return self._keys
+
+    def spec(self, key: str) -> TensorSpec:
+        """Shape and dtype of one tensor. Raises ``KeyError`` for an unknown key, and for one that was converted."""
+        made = self._made.get(key)
+        spec = self._specs.get(key) if made is None else made.spec
+        if spec is None:
+            raise KeyError(f"{self.path} has no tensor {key!r}")
+        return spec
+
+    def read(self, key: str, region: Region | None = None) -> torch.Tensor:
+        """The tensor or a region of it; of its sources, only what the region needs is read."""
+        made = self._made.get(key)
+        if made is None:
+            self.spec(key)
+            return self._below.read(key, region)
+        if not isinstance(region, Span):
+            return made.read(self._below.read, region or whole(made.spec.shape))
+        out = torch.empty(region.numel, dtype=made.spec.dtype, device="cpu")
+        at = 0
+        for box in boxes_of(made.spec.shape, region):
+            out[at : at + box.numel].view(box.sizes).copy_(made.read(self._below.read, box))
+            at += box.numel
+        return out
+
+
+def _keys_after(specs: Mapping[str, TensorSpec], made: Mapping[str, Made]) -> tuple[str, ...]:
+    used = {source for one in made.values() for source in one.sources}
+    first: defaultdict[str, list[str]] = defaultdict(list)
+    for key, one in made.items():
+        if key in specs and key not in used:
+            raise CheckpointMismatchError(f"it makes {key}, and the checkpoint has a tensor of that name already")
+        first[one.sources[0]].append(key)
+    return tuple(name for key in specs for name in (first[key] if key in used else (key,)))

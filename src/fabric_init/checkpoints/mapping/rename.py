@@ -1,0 +1,81 @@
+"""Checkpoint keys -> tensor names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from fabric_init.checkpoints.mapping.select import Layers, Part
+from fabric_init.errors import CheckpointMismatchError
+
+_OneRename = Mapping[str, str] | Callable[[str], str | None]
+Rename = _OneRename | Sequence[_OneRename] | None
+
+
+def rename_keys(keys: Iterable[str], rename: Rename) -> dict[str, str]:
+    """Checkpoint key -> tensor name, in the order of ``keys``.
+
+    ``rename`` is a mapping of regex -> replacement (each applied with ``re.sub``, in order), or a callable that is
+    given a key and returns the name, or ``None`` to drop it, or a list of these, applied in order; dropped keys are
+    absent. ``None`` keeps every key.
+
+    Raises :class:`~fabric_init.errors.CheckpointMismatchError` for an invalid regex or replacement, a callable that
+    returns something else than a name, a part or layer that is not there, and two keys that land on one name. What the
+    callable raises goes through.
+    """
+    names = {key: key for key in keys}
+    for one in _as_list(rename):
+        if isinstance(one, (Part, Layers)):
+            one.check(names.values())
+        apply = _as_function(one)
+        names = {key: new for key, name in names.items() if (new := _checked(name, apply(name))) is not None}
+    taken: dict[str, str] = {}
+    for key, name in names.items():
+        if taken.setdefault(name, key) != key:
+            raise CheckpointMismatchError(
+                f"rename takes both {taken[name]!r} and {key!r} to {name!r}. Make the rename more specific, or drop "
+                f"one of them: a callable that returns None drops a key."
+            )
+    return names
+
+
+def _as_list(rename: Rename) -> Sequence[_OneRename]:
+    if rename is None:
+        return []
+    return rename if isinstance(rename, Sequence) else [rename]
+
+
+def _checked(key: str, name: str | None) -> str | None:
+    if name is not None and not isinstance(name, str):
+        raise CheckpointMismatchError(f"rename({key!r}) returned {name!r}, not a name (or None to drop the key).")
+    return name
+
+
+def _as_function(rename: _OneRename) -> Callable[[str], str | None]:
+    if not isinstance(rename, Mapping):
+        if not callable(rename):
+            raise CheckpointMismatchError(
+                f"rename: {rename!r} is neither a mapping of regex to replacement nor a callable"
+            )
+        return rename
+    rules = [(_compiled(pattern, replacement), replacement) for pattern, replacement in rename.items()]
+
+    def apply(key: str) -> str:
+        for pattern, replacement in rules:
+            key = pattern.sub(replacement, key)
+        return key
+
+    return apply
+
+
+def _compiled(pattern: str, replacement: str) -> re.Pattern[str]:
+    try:
+        compiled = re.compile(pattern)
+        compiled.sub(replacement, "")  # parses the replacement, whether it matches or not
+    except (re.error, IndexError, TypeError) as error:
+        # IndexError: a group name that the pattern lacks; TypeError: not strings.
+        raise CheckpointMismatchError(
+            f"rename={{{pattern!r}: {replacement!r}}} is not a valid regular expression with its replacement: {error}. "
+            f"Escape literal dots and brackets; refer to groups as \\1."
+        ) from error
+    return compiled

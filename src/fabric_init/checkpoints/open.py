@@ -1,0 +1,253 @@
+"""A path, URL or model id -> the reader for what is there: the table of the formats that are known."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+
+from fabric_init.checkpoints.formats.dcp.reader import DCPReader
+from fabric_init.checkpoints.formats.deepspeed.reader import DeepSpeedFolderReader, is_deepspeed_folder
+from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
+from fabric_init.checkpoints.formats.sharded import ShardedReader
+from fabric_init.checkpoints.formats.torch_save.reader import TorchFileReader
+from fabric_init.checkpoints.reader import CheckpointReader
+from fabric_init.checkpoints.registry import Candidate, Format, Way, registered_formats
+from fabric_init.checkpoints.storage import hub
+from fabric_init.checkpoints.storage.checksums import Manifest
+from fabric_init.checkpoints.storage.remote import RemotePath
+from fabric_init.errors import CheckpointError, CheckpointFormatError, CheckpointNotFoundError, is_out_of_memory
+
+_TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+# What a training run saves beside the weights: files of torch.save, yet no model. Lightning's is meta.pt.
+_NOT_WEIGHTS = frozenset(
+    f"{name}{suffix}"
+    for name in ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "meta")
+    for suffix in _TORCH_SUFFIXES
+)
+
+_LOOKED_FOR = """\
+*.safetensors.index.json, model.safetensors or a single *.safetensors, .metadata of torch.distributed.checkpoint, \
+latest of DeepSpeed, *.bin.index.json, pytorch_model.bin or a single *.bin, *.pt, *.pth or *.ckpt"""
+
+_KNOWN_ELSEWHERE = {
+    b"GGUF": "a GGUF file (llama.cpp)",
+    b"\x89HDF": "an HDF5 file (Keras)",
+    b"\x93NUM": "a NumPy array",
+    b"\x1f\x8b": "compressed with gzip: unpack it first",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it first",
+    b"version https://git-lfs": "a Git LFS pointer, not the weights: run `git lfs pull`",
+    b"<": "an HTML or XML page: the download answered with an error page",
+}
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str] | RemotePath,
+    *,
+    mmap: bool = True,
+    entry: str | None = None,
+    manifest: str | os.PathLike[str] | None = None,
+) -> CheckpointReader:
+    """Open a checkpoint; no weight is read.
+
+    Files are told apart by their first bytes. In a folder a safetensors index is preferred, then a single safetensors
+    file, then the metadata of ``torch.distributed.checkpoint`` (which is what sharded strategies save), then a
+    DeepSpeed checkpoint, then a torch index, then a single torch file. Formats of
+    :func:`~fabric_init.checkpoints.register_reader` are asked first.
+
+    Args:
+        path: a file, the folder it lies in, its ``*.index.json``, a DeepSpeed folder, a URL for fsspec (``s3://…``), or
+            the id of a model on the Hugging Face Hub, ``org/name`` or ``org/name@revision``, where nothing local has
+            that name.
+        mmap: what is read later is a view of a private copy-on-write map. ``False`` copies, for files that may be
+            overwritten in place. What is remote, or checked block by block, is always copied.
+        entry: the state dict that is meant, by its key (``"generator"``, or ``"app.model"`` for one in a dict in it),
+            for a torch file or distributed checkpoint that holds several.
+        manifest: SHA-256 digests to compare with: a file as ``sha256sum`` or
+            :func:`~fabric_init.checkpoints.write_manifest` writes it.
+
+    Raises:
+        CheckpointNotFoundError: nothing is there, or a folder has no checkpoint in it.
+        CheckpointFormatError: what is there cannot be read, is not what the manifest says, or several unrelated files,
+            or state dicts in it, could be meant.
+    """
+    sums = None if manifest is None else Manifest(manifest)
+    candidate = Candidate(path, mmap=mmap, manifest=sums, entry=entry)
+    try:
+        found, candidate = find_format(candidate)
+        reader = found.open(candidate)
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError) or is_out_of_memory(error):
+            raise
+        raise CheckpointFormatError(f"{path} cannot be opened: {error}. Check the path and permissions.") from error
+    if candidate.origin:
+        reader.note = f"{candidate.origin}; {reader.note}" if reader.note else candidate.origin
+    return reader
+
+
+def find_format(candidate: Candidate) -> tuple[Format, Candidate]:
+    """The format of a checkpoint, and where it lies: of a folder the file to open, of a model id its cached folder.
+
+    Raises what :func:`open_checkpoint` does, and ``OSError`` or ``ValueError`` for a path that cannot be looked at.
+    """
+    formats: Sequence[Format | Way] = (*registered_formats(), *_KNOWN)
+    while True:
+        found = next(one for one in formats if one.recognises(candidate))
+        if isinstance(found, Format):
+            return found, candidate
+        candidate, formats = found.follow(candidate), _KNOWN
+
+
+def _fetched(candidate: Candidate) -> Candidate:
+    folder = hub.fetch(candidate.asked, _chosen)
+    return candidate.at(folder, f"{candidate.asked} at commit {folder.name}")
+
+
+def _refuse_missing(candidate: Candidate) -> CheckpointReader:
+    near = _nearby(candidate.path) if isinstance(candidate.path, Path) else ""
+    raise CheckpointNotFoundError(f"{candidate.path} does not exist.{near}")
+
+
+def _cached(candidate: Candidate) -> Candidate:
+    return candidate.at(hub.snapshot_in(Path(candidate.asked)))
+
+
+def _inside(candidate: Candidate) -> Candidate:
+    chosen = _chosen(str(candidate.path), candidate.names)
+    assert chosen is not None
+    return candidate.at(candidate.path / chosen)
+
+
+def _open_distributed(candidate: Candidate) -> CheckpointReader:
+    whole = candidate if candidate.is_dir else candidate.at(candidate.path.parent)
+    return DCPReader(_local(whole, "a torch.distributed.checkpoint"), mmap=whole.mmap, entry=whole.entry)
+
+
+def _refuse_part(candidate: Candidate) -> CheckpointReader:
+    raise CheckpointFormatError(
+        f"{candidate.path} is one rank's part of a torch.distributed.checkpoint: give the folder, "
+        f"{candidate.path.parent}."
+    )
+
+
+def _open_deepspeed(candidate: Candidate) -> CheckpointReader:
+    candidate.refuse_entry()
+    return DeepSpeedFolderReader(_local(candidate, "a DeepSpeed checkpoint"), mmap=candidate.mmap)
+
+
+def _local(candidate: Candidate, what: str) -> Path:
+    """The path, for readers that open files by themselves."""
+    if not isinstance(candidate.path, Path):
+        raise CheckpointFormatError(f"{candidate.path} is {what}, which is read from a local folder: download it.")
+    candidate.check_whole()
+    return candidate.path
+
+
+def _refuse_folder(candidate: Candidate) -> CheckpointReader:
+    path, there = candidate.path, list(candidate.names)
+    if isinstance(path, Path):
+        there = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
+    raise CheckpointNotFoundError(
+        f"{path} has no checkpoint in it. Looked for {_LOOKED_FOR}; found {_listed(there) or 'an empty folder'}."
+    )
+
+
+def _open_index(candidate: Candidate) -> CheckpointReader:
+    candidate.refuse_entry()
+    return ShardedReader(candidate.path, mmap=candidate.mmap, opener=candidate.opener)
+
+
+def _is_safetensors(candidate: Candidate) -> bool:
+    # A header length leaves its upper bytes zero, then comes the JSON object.
+    if candidate.head[5:9] == b"\0\0\0{":
+        return True
+    return candidate.path.suffix == ".safetensors" and _elsewhere(candidate.head) is None
+
+
+def _open_safetensors(candidate: Candidate) -> CheckpointReader:
+    candidate.refuse_entry()
+    return SafetensorsReader(candidate.path, mmap=candidate.mmap, opener=candidate.opener)
+
+
+def _open_torch(candidate: Candidate) -> CheckpointReader:
+    return TorchFileReader(candidate.path, mmap=candidate.mmap, entry=candidate.entry, opener=candidate.opener)
+
+
+def _refuse_unknown(candidate: Candidate) -> CheckpointReader:
+    what = _elsewhere(candidate.head)
+    if what is not None:
+        raise CheckpointFormatError(f"{candidate.path} is {what}.")
+    raise CheckpointFormatError(
+        f"{candidate.path} is in no format that is known here (safetensors, torch.save, a *.index.json): it begins "
+        f"with {candidate.head[:8]!r}."
+    )
+
+
+# In the order of preference; what says no to all is refused by the last.
+_KNOWN: Sequence[Format | Way] = (
+    Way("model id", lambda it: not it.is_url and hub.is_model_id(it.asked), _fetched),
+    Format("nothing", lambda it: not it.path.exists(), _refuse_missing),
+    Way("Hugging Face cache", lambda it: isinstance(it.path, Path) and hub.is_cache_folder(it.path), _cached),
+    Way("folder of safetensors", lambda it: _safetensors_in(it.asked, it.names) is not None, _inside),
+    # Before looking for torch files: Lightning puts a meta.pt beside it, with everything but the weights.
+    Format("torch.distributed.checkpoint", lambda it: ".metadata" in (it.path.name, *it.names), _open_distributed),
+    Format("part of that", lambda it: it.path.suffix == ".distcp", _refuse_part),
+    Format("DeepSpeed", lambda it: is_deepspeed_folder(it.names), _open_deepspeed),
+    Way("folder of torch files", lambda it: _torch_in(it.asked, it.names) is not None, _inside),
+    Format("other folder", lambda it: it.is_dir, _refuse_folder),
+    Format("index", lambda it: it.path.name.endswith(".index.json"), _open_index),
+    Format("safetensors", _is_safetensors, _open_safetensors),
+    Format("torch", lambda it: it.head.startswith((b"PK\x03\x04", b"\x80")), _open_torch),
+    Format("unknown", lambda it: True, _refuse_unknown),
+)
+
+
+def _chosen(folder: str, names: Sequence[str]) -> str | None:
+    """The one file of ``folder`` to open."""
+    return _safetensors_in(folder, names) or _torch_in(folder, names)
+
+
+def _safetensors_in(folder: str, names: Sequence[str]) -> str | None:
+    weights = [name for name in names if name.endswith(".safetensors")]
+    indices = [name for name in names if name.endswith(".safetensors.index.json")]
+    chosen = _prefer(folder, indices, "model.safetensors.index.json")
+    return chosen or _prefer(folder, weights, "model.safetensors")
+
+
+def _torch_in(folder: str, names: Sequence[str]) -> str | None:
+    weights = [name for name in names if name.endswith(_TORCH_SUFFIXES) and name not in _NOT_WEIGHTS]
+    indices = [name for name in names if name.endswith(".index.json") and ".safetensors." not in name]
+    chosen = _prefer(folder, indices, "pytorch_model.bin.index.json")
+    return chosen or _prefer(folder, weights, "pytorch_model.bin")
+
+
+def _prefer(folder: str, names: Sequence[str], usual: str) -> str | None:
+    """The usual name if it is there, else the only one."""
+    if usual in names or len(names) < 2:
+        return usual if usual in names else next(iter(names), None)
+    raise CheckpointFormatError(
+        f"{folder} has {len(names)} files that could be meant: {_listed(names)}. Give the path of one; if they are "
+        f"shards of one checkpoint, its index is missing."
+    )
+
+
+def _elsewhere(head: bytes) -> str | None:
+    """What begins like this, of what is known and not read here."""
+    return next((what for magic, what in _KNOWN_ELSEWHERE.items() if head.startswith(magic)), None)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _nearby(path: Path) -> str:
+    """A sentence on what lies where ``path`` should be."""
+    if not path.parent.is_dir():
+        return f" There is no folder {path.parent} either."
+    # A folder of millions of files is not worth reading for a hint.
+    names: Iterable[str] = (entry.name for entry in islice(path.parent.iterdir(), 10_000))
+    close = difflib.get_close_matches(path.name, names, n=3)
+    return f" In {path.parent} there is {', '.join(close)}." if close else ""

@@ -1,0 +1,153 @@
+"""What is to be opened, and the table of formats: what recognises one, and what opens it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from fabric_init.checkpoints.reader import CheckpointReader
+from fabric_init.checkpoints.storage.checksums import Manifest
+from fabric_init.checkpoints.storage.local import Opener, open_bytes
+from fabric_init.checkpoints.storage.remote import AnyPath, RemotePath, as_path, is_url
+from fabric_init.errors import CheckpointFormatError
+
+_HEAD_BYTES = 64
+
+
+class Candidate:
+    """What is to be opened. Nothing is asked of the disk or the network before someone looks at it."""
+
+    def __init__(
+        self,
+        given: str | os.PathLike[str] | RemotePath,
+        *,
+        mmap: bool = True,
+        manifest: Manifest | None = None,
+        entry: str | None = None,
+        origin: str | None = None,
+    ) -> None:
+        self.given = given
+        self.asked = str(given) if isinstance(given, RemotePath) else os.fspath(given)
+        """What the user gave, as text."""
+        self.mmap = mmap
+        self.manifest = manifest
+        self.entry = entry
+        """The state dict that is meant, where there are several."""
+        self.origin = origin
+        """Where it was fetched from."""
+
+    def at(self, path: AnyPath, origin: str | None = None) -> Candidate:
+        """The same for another path: the file to open in a folder, say."""
+        origin = origin or self.origin
+        return Candidate(path, mmap=self.mmap, manifest=self.manifest, entry=self.entry, origin=origin)
+
+    @property
+    def opener(self) -> Opener | None:
+        """How its files must be opened; ``None``: as the reader likes."""
+        return None if self.manifest is None else self.manifest.opener(mmap=self.mmap)
+
+    @property
+    def is_url(self) -> bool:
+        """Whether it is a URL for fsspec."""
+        return isinstance(self.given, RemotePath) or (isinstance(self.given, str) and is_url(self.given))
+
+    @cached_property
+    def path(self) -> AnyPath:
+        """The path or URL."""
+        return as_path(self.given)
+
+    @cached_property
+    def is_dir(self) -> bool:
+        """Whether it is a folder."""
+        return self.path.is_dir()
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The sorted names of the files in the folder; none of a file."""
+        if not self.is_dir:
+            return ()
+        if isinstance(self.path, RemotePath):
+            return self.path.names()
+        return tuple(sorted(entry.name for entry in self.path.iterdir() if not entry.is_dir()))
+
+    @cached_property
+    def head(self) -> bytes:
+        """The first 64 bytes of the file; none of a folder."""
+        return b"" if self.is_dir else open_bytes(self.path, mmap=False).head(_HEAD_BYTES)
+
+    def refuse_entry(self) -> None:
+        """For formats with one state dict."""
+        if self.entry is not None:
+            raise CheckpointFormatError(
+                f"{self.path} has no entries, so entry={self.entry!r} names nothing in it. Leave it out."
+            )
+
+    def check_whole(self) -> None:
+        """Compare every file with the manifest, if there is one: for readers that open files by themselves."""
+        if self.manifest is None:
+            return
+        if not isinstance(self.path, Path):
+            raise ValueError(f"what this format reads at {self.path} cannot be compared with a manifest")
+        if self.is_dir:
+            self.manifest.check_folder(self.path)
+        else:
+            self.manifest.check(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One way to keep a checkpoint; formats are asked one after the other."""
+
+    name: str
+    recognises: Callable[[Candidate], bool]
+    open: Callable[[Candidate], CheckpointReader]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """What is no checkpoint by itself and leads to one: a folder to a file in it, say."""
+
+    name: str
+    recognises: Callable[[Candidate], bool]
+    follow: Callable[[Candidate], Candidate]
+
+
+_registered: list[Format] = []
+
+
+def register_reader(name: str, recognises: Callable[[Candidate], bool], opens: Callable[..., CheckpointReader]) -> None:
+    """Teach :func:`~fabric_init.checkpoints.open_checkpoint`, and so everything here, a format of your own.
+
+    Registered formats are asked before the known ones, the latest first; the same name again replaces the earlier one.
+    A manifest, where one is given, is compared with the files whole before the reader gets them.
+
+    Args:
+        name: what it is, in words; for :func:`unregister_reader`.
+        recognises: whether a :class:`Candidate` is of this format: by what was asked for, its path, its first bytes or,
+            for a folder, the names in it.
+        opens: ``opens(path, mmap=...)`` returns a :class:`~fabric_init.checkpoints.CheckpointReader`; a class with such
+            a constructor will do. ``path`` is a :class:`~pathlib.Path`; for a URL it is the text that was given.
+    """
+    if not callable(recognises) or not callable(opens):
+        raise TypeError("register_reader needs two functions: recognises(candidate) and opens(path, mmap=...)")
+
+    def open_own(candidate: Candidate) -> CheckpointReader:
+        candidate.refuse_entry()
+        candidate.check_whole()
+        return opens(candidate.asked if candidate.is_url else candidate.path, mmap=candidate.mmap)
+
+    unregister_reader(name)
+    _registered.insert(0, Format(name, recognises, open_own))
+
+
+def unregister_reader(name: str) -> None:
+    """Forget a format that was registered; nothing happens where there is none of that name."""
+    _registered[:] = [one for one in _registered if one.name != name]
+
+
+def registered_formats() -> tuple[Format, ...]:
+    """What was registered, the latest first."""
+    return tuple(_registered)

@@ -1,0 +1,280 @@
+"""SHA-256 of files, checked while they are read.
+
+A manifest is what ``sha256sum`` writes, a line a file: ``<digest>  <name>``. Then each file is read whole, once, when
+it is opened. :func:`write_manifest` adds the digest of every block of a file, in comment lines that ``sha256sum
+--check`` skips. With those nothing is read ahead: each read checks the blocks that it touches, and takes its values
+from the bytes that were checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import torch
+
+from fabric_init.checkpoints.region import Window
+from fabric_init.checkpoints.storage.local import FileBytes, Opener, memory, open_bytes
+from fabric_init.checkpoints.storage.remote import AnyPath, as_path
+from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
+
+BLOCK_BYTES = 1 << 20
+"""The usual block: what a tiny read costs at least, about a millisecond to hash; a manifest takes 67 bytes for each."""
+_KEPT_BLOCKS = 8
+
+_HEAD = "# fabric_init manifest: the digests of a file's blocks of {} bytes follow its line"
+_HEAD_LINE = re.compile(r"# fabric_init manifest: the digests of a file's blocks of (\d{1,12}) bytes follow its line")
+_FILE_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
+_BLOCK_LINE = re.compile(r"# ([0-9a-f]{64})")
+
+
+@dataclass(slots=True)
+class _Digests:
+    whole: str
+    blocks: list[str] = field(default_factory=list)
+
+
+class Manifest:
+    """The digests of some files.
+
+    A file is looked up by its name with as many folders before it as the manifest has: ``model.safetensors`` stands for
+    a file of that name wherever it is, ``a/model.safetensors`` only for one in a folder ``a``.
+
+    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when there is no such file and
+    :class:`~fabric_init.errors.CheckpointFormatError` when it is no manifest.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = as_path(path)
+        file = open_bytes(self.path, mmap=False)
+        self.block_bytes = 0
+        self._files: dict[tuple[str, ...], _Digests] = {}
+        last = None
+        for number, line in enumerate(file.head(file.size).decode(errors="replace").splitlines(), 1):
+            if head := _HEAD_LINE.fullmatch(line):
+                self.block_bytes = int(head[1])
+            elif (block := _BLOCK_LINE.fullmatch(line)) and last is not None and self.block_bytes:
+                last.blocks.append(block[1])
+            elif named := _FILE_LINE.fullmatch(line):
+                last = self._files.setdefault(PurePosixPath(named[2]).parts, _Digests(named[1].lower()))
+                if last.whole != named[1].lower() or last.blocks:
+                    raise CheckpointFormatError(f"{self.path}, line {number}: {named[2]!r} is listed twice.")
+            elif line.strip() and not line.startswith("#"):
+                raise CheckpointFormatError(
+                    f"{self.path}, line {number}: expected '<SHA-256 in hex>  <file name>', as sha256sum writes it, "
+                    f"and found {line!r:.100}."
+                )
+        if not self._files:
+            raise CheckpointFormatError(f"{self.path} lists no file, so it is no manifest.")
+
+    def opener(self, *, mmap: bool) -> Opener:
+        """How to open files so that what is read is checked."""
+        return lambda path: self._checked(path, mmap)
+
+    def check(self, path: AnyPath) -> None:
+        """Read a whole file and compare. Raises :class:`~fabric_init.errors.CheckpointFormatError` if it differs."""
+        file = open_bytes(path, mmap=False)
+        self._check_whole(file, self._find(path))
+
+    def differing(self, path: AnyPath, report: Callable[[int], None]) -> list[tuple[int, int]]:
+        """Read a whole file, and find the bytes, from start to stop, that are not as listed: by blocks, if it has such.
+
+        ``report`` is told of bytes that were read. Raises :class:`~fabric_init.errors.CheckpointFormatError` when the
+        file is not listed or cannot be read.
+        """
+        file, digests = open_bytes(path, mmap=False), self._find(path)
+        whole, wrong, size = hashlib.sha256(), list[tuple[int, int]](), self.block_bytes or BLOCK_BYTES
+        for index, start in enumerate(range(0, file.size, size)):
+            block = _range(file, start, min(start + size, file.size))
+            whole.update(block)
+            if digests.blocks and digests.blocks[index : index + 1] != [hashlib.sha256(block).hexdigest()]:
+                wrong.append((start, start + len(block)))
+            report(len(block))
+        return wrong or ([] if whole.hexdigest() == digests.whole else [(0, file.size)])
+
+    def check_folder(self, folder: Path) -> None:
+        """Compare all of a folder whose every file counts: what is listed for it must be there, too.
+
+        Raises :class:`~fabric_init.errors.CheckpointFormatError` if a file differs, is missing or is not listed.
+        """
+        found = {file.absolute() for file in sorted(folder.rglob("*")) if file.is_file()}
+        if isinstance(self.path, Path):
+            found.discard(self.path.absolute())
+        for file in sorted(found):
+            self.check(file)
+        # A name in the manifest ends a path; what is before it is the folder that the manifest is of.
+        listed = list(self._files)
+        roots = {one.parents[len(parts) - 1] for one in found for parts in listed if one.parts[-len(parts) :] == parts}
+        for path in sorted(root.joinpath(*parts) for root in roots for parts in listed):
+            if path.is_relative_to(folder.absolute()) and path not in found:
+                raise CheckpointNotFoundError(f"{path} is listed in {self.path}, and is not there. {_CHANGED}")
+
+    def _checked(self, path: AnyPath, mmap: bool) -> FileBytes:
+        digests = self._find(path)
+        # Blocks are copied anyway: a map would show later changes of the file.
+        file = open_bytes(path, mmap=mmap and not digests.blocks)
+        if not digests.blocks:
+            self._check_whole(file, digests)
+            return file
+        if len(digests.blocks) != -(-file.size // self.block_bytes):
+            raise CheckpointFormatError(
+                f"{file.path} has {file.size:,} bytes, and {self.path} lists {len(digests.blocks)} blocks of "
+                f"{self.block_bytes:,} for it. {_CHANGED}"
+            )
+        return _CheckedBytes(file, digests.blocks, self)
+
+    def _check_whole(self, file: FileBytes, digests: _Digests) -> None:
+        whole = hashlib.sha256()
+        for start in range(0, file.size, BLOCK_BYTES):
+            whole.update(_range(file, start, min(start + BLOCK_BYTES, file.size)))
+        if whole.hexdigest() != digests.whole:
+            raise CheckpointFormatError(f"{file.path} has not the SHA-256 that {self.path} lists. {_CHANGED}")
+
+    def _find(self, path: AnyPath) -> _Digests:
+        parts = PurePosixPath(str(path)).parts if not isinstance(path, Path) else path.absolute().parts
+        for first in range(len(parts)):
+            if parts[first:] in self._files:
+                return self._files[parts[first:]]
+        raise CheckpointFormatError(
+            f"{path} is not listed in the manifest {self.path}, so it is not read. It lists "
+            f"{', '.join('/'.join(parts) for parts in list(self._files)[:8])}."
+        )
+
+
+_CHANGED = "It was changed or damaged, or the manifest is of another file: fetch both again from where you trust them."
+
+
+class _CheckedBytes:
+    """A file whose every block is compared before a byte of it is used."""
+
+    def __init__(self, file: FileBytes, blocks: list[str], manifest: Manifest) -> None:
+        self.path, self.size = file.path, file.size
+        self._file, self._blocks, self._manifest = file, blocks, manifest
+        self._kept: OrderedDict[int, torch.Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def head(self, stop: int) -> bytes:
+        return self.part(0, min(stop, self.size))
+
+    def part(self, start: int, stop: int) -> bytes:
+        data = bytearray(stop - start)
+        self._copy(memoryview(data), start)
+        return bytes(data)
+
+    def tensor(self, dtype: torch.dtype, offset: int, window: Window) -> torch.Tensor:
+        out = torch.empty(window.sizes, dtype=dtype, device="cpu")
+        if out.numel():
+            self._gather(out, offset, window)
+        return out
+
+    def _gather(self, out: torch.Tensor, offset: int, window: Window) -> None:
+        """Fill the contiguous ``out``: run by run, or through a scratch copy where a block spans many short ones."""
+        size, extent = out.element_size(), window.extent
+        start = offset + window.start * size
+        if extent == out.numel():
+            self._copy(memory(out), start)
+        elif extent * size <= self._manifest.block_bytes:
+            scratch = torch.empty(extent, dtype=out.dtype, device="cpu")
+            self._copy(memory(scratch), start)
+            out.copy_(scratch.as_strided(window.sizes, window.strides))
+        else:
+            for row in range(window.sizes[0]):
+                inner = Window(window.start + row * window.strides[0], window.sizes[1:], window.strides[1:])
+                self._gather(out[row], offset, inner)
+
+    def _copy(self, target: memoryview, start: int) -> None:
+        done = 0
+        while done < len(target):
+            index, skip = divmod(start + done, self._manifest.block_bytes)
+            block = self._block(index).numpy().data[skip:]
+            count = min(len(block), len(target) - done)
+            if not count:
+                raise CheckpointFormatError(f"{self.path} ends before byte {start + len(target):,}. {_CHANGED}")
+            target[done : done + count] = block[:count]
+            done += count
+
+    def _block(self, index: int) -> torch.Tensor:
+        with self._lock:
+            if index in self._kept:
+                self._kept.move_to_end(index)
+                return self._kept[index]
+        size = self._manifest.block_bytes
+        first, stop = index * size, min((index + 1) * size, self.size)
+        block = self._file.tensor(torch.uint8, 0, Window(first, (max(0, stop - first),), (1,)))
+        if index >= len(self._blocks) or hashlib.sha256(block.numpy().data).hexdigest() != self._blocks[index]:
+            raise CheckpointFormatError(
+                f"{self.path} has not the SHA-256 that {self._manifest.path} lists for its bytes {first:,} to "
+                f"{stop:,}. {_CHANGED}"
+            )
+        with self._lock:
+            self._kept[index] = block
+            while len(self._kept) > _KEPT_BLOCKS:
+                self._kept.popitem(last=False)
+        return block
+
+
+def write_manifest(
+    path: str | os.PathLike[str], manifest: str | os.PathLike[str] | None = None, *, block_bytes: int = BLOCK_BYTES
+) -> Path:
+    """Write the digests of a checkpoint, a file or every file in a folder, to check it by when it is read.
+
+    Args:
+        path: the file or folder.
+        manifest: where to; by default ``SHA256SUMS`` in the folder, or the file's name with ``.sha256`` beside it.
+        block_bytes: how many bytes each digest covers.
+
+    Returns:
+        The manifest's path. ``sha256sum --check`` takes it, too.
+
+    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` and
+    :class:`~fabric_init.errors.CheckpointFormatError` for what is not there or cannot be read.
+    """
+    if block_bytes < 1:
+        raise ValueError(f"block_bytes should be at least 1, and is {block_bytes}")
+    path = Path(path)
+    root = path if path.is_dir() else path.parent
+    usual = root / "SHA256SUMS" if path.is_dir() else Path(f"{path}.sha256")
+    target = usual if manifest is None else Path(manifest)
+    files = sorted(_files_in(path)) if path.is_dir() else [path]
+    files = [file for file in files if file.absolute() != target.absolute()]
+    if not files:
+        raise CheckpointNotFoundError(f"{path} has no file in it.")
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib lets other threads run
+        digests = list(pool.map(lambda file: _digests(file, block_bytes), files))
+    lines = [_HEAD.format(block_bytes)]
+    for file, found in zip(files, digests, strict=True):
+        lines += [f"{found.whole}  {file.relative_to(root).as_posix()}", *(f"# {block}" for block in found.blocks)]
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(beside, target)
+    return target
+
+
+def _files_in(folder: Path) -> Iterator[Path]:
+    for entry in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in entry.relative_to(folder).parts)
+        # A checkpoint of torch.distributed.checkpoint keeps its index in a hidden file.
+        if entry.is_file() and (not hidden or entry.name == ".metadata"):
+            yield entry
+
+
+def _digests(path: Path, block_bytes: int) -> _Digests:
+    if not path.stat().st_size:
+        return _Digests(hashlib.sha256().hexdigest())
+    file, whole, blocks = open_bytes(path, mmap=False), hashlib.sha256(), []
+    for start in range(0, file.size, block_bytes):
+        block = _range(file, start, min(start + block_bytes, file.size))
+        whole.update(block)
+        blocks.append(hashlib.sha256(block).hexdigest())
+    return _Digests(whole.hexdigest(), blocks)
+
+
+def _range(file: FileBytes, start: int, stop: int) -> memoryview:
+    return file.tensor(torch.uint8, 0, Window(start, (stop - start,), (1,))).numpy().data

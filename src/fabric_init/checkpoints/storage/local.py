@@ -1,0 +1,233 @@
+"""The bytes of one file as tensors: mapped into memory, copied out by plain reads, or fetched from a URL.
+
+All know nothing of formats. A format's reader finds out where a tensor lies and asks for a window of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap as _mmap
+import os
+import stat
+import sys
+from collections.abc import Callable
+from io import FileIO
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from fabric_init.checkpoints.region import Window
+from fabric_init.checkpoints.storage.remote import AnyPath, RemoteBytes, RemotePath
+from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError, OutOfMemoryError, is_out_of_memory
+
+# Without it Linux refuses a private writable map larger than memory plus swap, although most of it is never written.
+# Python 3.11 lacks the name; the number is the one of x86, Arm and RISC-V.
+_MAP_NORESERVE: int = getattr(_mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+
+# Runs shorter than this are read together with the gap between them: one system call costs about as much as this copy.
+_GATHER_BYTES = 1 << 20
+
+
+class FileBytes(Protocol):
+    """The bytes of one open file; every method may be called from any thread."""
+
+    @property
+    def path(self) -> AnyPath:
+        """Where it is; error messages name it."""
+        ...
+
+    size: int
+    """Bytes in the file when it was opened."""
+
+    def head(self, stop: int) -> bytes:
+        """The first ``stop`` bytes; fewer when the file is shorter."""
+        ...
+
+    def part(self, start: int, stop: int) -> bytes:
+        """Bytes ``start:stop``. Raises :class:`~fabric_init.errors.CheckpointFormatError` when they are not there."""
+        ...
+
+    def tensor(self, dtype: torch.dtype, offset: int, window: Window) -> torch.Tensor:
+        """The ``window`` (in elements) of a row-major tensor whose first byte lies at ``offset``, on the CPU.
+
+        Raises :class:`~fabric_init.errors.CheckpointFormatError` when the file no longer holds those bytes.
+        """
+        ...
+
+
+Opener = Callable[[AnyPath], FileBytes]
+"""How a reader gets at the bytes of a file: :func:`open_bytes`, or one that checks them on the way."""
+
+
+def open_bytes(path: AnyPath, *, mmap: bool) -> FileBytes:
+    """Open a regular file: mapped privately (zero copy, copy on write), or for plain reads that copy.
+
+    One at a URL is read by requests for the parts wanted.
+
+    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when it is missing and
+    :class:`~fabric_init.errors.CheckpointFormatError` when it is a folder, a pipe, empty or not readable.
+    """
+    if isinstance(path, RemotePath):
+        return RemoteBytes(path)
+    try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):
+            # Asked before open(): opening a pipe would wait for a writer.
+            what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+            raise CheckpointFormatError(f"{path} is {what}; expected a checkpoint file.")
+        with FileIO(path) as file:
+            found = os.fstat(file.fileno())
+            if not found.st_size:
+                raise CheckpointFormatError(f"{path} is empty (0 bytes): fetch or save it again.")
+            return _Mapped(path, file, found) if mmap else _Plain(path, found)
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(f"{path} does not exist.") from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointFormatError):
+            raise
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(
+                f"{path}: there is no address space for a map of the file ({error}). Raise the limit (ulimit -v), or "
+                "read it without a map: mmap=False."
+            ) from error
+        raise CheckpointFormatError(f"{path} cannot be read: {error}. Check its permissions and path.") from error
+
+
+class _Mapped:
+    """A private copy-on-write map: tensors are views of it, and writes to them stay in this process.
+
+    Each tensor gets a storage of its own, exactly as long as its window: code that compares storages (tied weights,
+    ``torch.save``) sees what it would see after a copy.
+    """
+
+    def __init__(self, path: Path, file: FileIO, found: os.stat_result) -> None:
+        self.path = path
+        self.size = size = found.st_size
+        self._identity = identity(found)
+        if sys.platform == "win32":
+            self._map = _mmap.mmap(file.fileno(), size, access=_mmap.ACCESS_COPY)
+        else:
+            flags = _mmap.MAP_PRIVATE | _MAP_NORESERVE
+            self._map = _mmap.mmap(file.fileno(), size, flags=flags, prot=_mmap.PROT_READ | _mmap.PROT_WRITE)
+
+    def head(self, stop: int) -> bytes:
+        return self._map[:stop]
+
+    def part(self, start: int, stop: int) -> bytes:
+        self._check(stop)
+        return self._map[start:stop]
+
+    def tensor(self, dtype: torch.dtype, offset: int, window: Window) -> torch.Tensor:
+        count = window.extent
+        if not count:
+            return torch.empty(window.sizes, dtype=dtype, device="cpu")
+        size = dtype.itemsize
+        start = offset + window.start * size
+        self._check(start + count * size)
+        if start % size:
+            # Legal in old safetensors files and usual in those of torch.distributed.checkpoint. Kernels may assume
+            # alignment, so this one is a copy, of no more than the window.
+            raw = torch.frombuffer(self._map, dtype=torch.uint8, count=count * size, offset=start)
+            strides = (*(stride * size for stride in window.strides), 1)
+            copy = raw.as_strided((*window.sizes, size), strides).clone(memory_format=torch.contiguous_format)
+            return copy.view(dtype).view(window.sizes).detach()
+        flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=start)
+        # detach() drops the autograd view record: what is returned becomes a parameter and should be nobody's view.
+        return flat.as_strided(window.sizes, window.strides).detach()
+
+    def _check(self, stop: int) -> None:
+        try:
+            now = identity(os.stat(self.path))
+        except OSError:
+            now = ()  # removed, or out of reach: the map keeps what was there, unless somebody else cuts it short
+        # A file that was put in its place does not concern the map.
+        rewritten = now[:2] == self._identity[:2] and now != self._identity
+        if rewritten or stop > self.size or self._map.size() < self.size:
+            # Touching a page past the end would kill the process with SIGBUS.
+            raise CheckpointFormatError(changed(self.path, self.size))
+
+
+class _Plain:
+    """Plain reads into new memory. What was read stays if the file changes; a change between open and read is seen."""
+
+    def __init__(self, path: Path, found: os.stat_result) -> None:
+        self.path = path
+        self.size = found.st_size
+        self._identity = identity(found)
+
+    def head(self, stop: int) -> bytes:
+        with FileIO(self.path) as file:
+            data = bytearray(min(stop, self.size))
+            _read_into(file, 0, memoryview(data), self)
+            return bytes(data)
+
+    def part(self, start: int, stop: int) -> bytes:
+        data = bytearray(stop - start)
+        try:
+            with FileIO(self.path) as file:
+                _read_into(file, start, memoryview(data), self)
+                self._check_unchanged(file)
+        except OSError as error:
+            raise CheckpointFormatError(f"{self.path} can no longer be read: {error}.") from error
+        return bytes(data)
+
+    def tensor(self, dtype: torch.dtype, offset: int, window: Window) -> torch.Tensor:
+        out = torch.empty(window.sizes, dtype=dtype, device="cpu")
+        if not out.numel():
+            return out
+        try:
+            # Opened anew each time: no lock between threads, no descriptor held open.
+            with FileIO(self.path) as file:
+                self._gather(file, out, offset, window)
+                self._check_unchanged(file)
+        except OSError as error:
+            raise CheckpointFormatError(f"{self.path} can no longer be read: {error}.") from error
+        return out
+
+    def _check_unchanged(self, file: FileIO) -> None:
+        if identity(os.fstat(file.fileno())) != self._identity:
+            raise CheckpointFormatError(changed(self.path, self.size))
+
+    def _gather(self, file: FileIO, out: torch.Tensor, offset: int, window: Window) -> None:
+        """Fill the contiguous ``out``: in one read where the window is one run or a small range, else row by row."""
+        size, start = out.element_size(), offset + window.start * out.element_size()
+        extent = window.extent
+        if extent == out.numel():
+            _read_into(file, start, memory(out), self)
+        elif extent * size <= _GATHER_BYTES:
+            scratch = torch.empty(extent, dtype=out.dtype, device="cpu")
+            _read_into(file, start, memory(scratch), self)
+            out.copy_(scratch.as_strided(window.sizes, window.strides))
+        else:
+            for row in range(window.sizes[0]):
+                inner = Window(window.start + row * window.strides[0], window.sizes[1:], window.strides[1:])
+                self._gather(file, out[row], offset, inner)
+
+
+def _read_into(file: FileIO, start: int, target: memoryview, source: FileBytes) -> None:
+    file.seek(start)
+    while target:
+        # One call returns at most about 2 GiB.
+        got = file.readinto(target)
+        if not got:
+            raise CheckpointFormatError(changed(source.path, source.size))
+        target = target[got:]
+
+
+def memory(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, writable; ``Tensor.numpy`` knows neither bfloat16 nor fp8."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def identity(found: os.stat_result) -> tuple[int, ...]:
+    """What differs once a file was replaced or written to."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def changed(path: AnyPath, size: int) -> str:
+    """The message for a file that did."""
+    return (
+        f"{path} changed after it was opened (it held {size:,} bytes then). Open it again; save a new checkpoint "
+        f"beside the old one and rename it, rather than over it."
+    )

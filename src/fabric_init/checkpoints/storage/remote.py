@@ -1,0 +1,239 @@
+"""Files that are reached by a URL through fsspec: ``https://``, ``s3://``, ``memory://`` and what else it knows.
+
+:class:`RemotePath` has the few things of a :class:`~pathlib.Path` that the readers ask for, :class:`RemoteBytes` is the
+third way to the bytes of a file beside the two of :mod:`~fabric_init.checkpoints.storage.local`. Every read asks for
+just the bytes of its region; parts that are nearly neighbours are asked for together, large ones in several requests at
+once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+
+from fabric_init.checkpoints.region import Window
+from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
+
+_GAP_BYTES = 1 << 16
+"""A gap up to this is read along with what lies on both sides of it: a request costs more than these bytes."""
+_REQUEST_BYTES = 8 << 20
+"""At most so much in one request, and eight requests at once: what is in flight stays small beside the weights."""
+_AT_ONCE = 8
+
+_FILES = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt")
+# What a web server is asked for under a URL that names no file. (fsspec would fetch the page and look for links in it.)
+_USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+_NO_RANGES = """\
+{path}: the server does not answer requests for a part of a file, so a region of a tensor cannot be read from it. \
+Download the file and open the copy."""
+
+
+def is_url(text: str) -> bool:
+    """Whether this names something for fsspec: ``scheme://…`` or a chain ``cache::scheme://…``."""
+    return _URL.match(text) is not None
+
+
+class RemotePath:
+    """A file or folder at a URL.
+
+    Raises :class:`~fabric_init.errors.CheckpointFormatError` when fsspec, or what it needs for this scheme, is missing.
+    """
+
+    def __init__(self, url: str, filesystem: Any = None) -> None:
+        self._url = url
+        if filesystem is None:
+            try:
+                from fsspec.core import url_to_fs
+
+                filesystem, _ = url_to_fs(url)
+            except Exception as error:  # ImportError names the package to install, ValueError the unknown scheme
+                raise CheckpointFormatError(f"{self} cannot be opened with fsspec: {error}.") from error
+        self.filesystem = filesystem
+        self.location = str(filesystem._strip_protocol(url))
+        """The path as the file system wants it."""
+
+    def __str__(self) -> str:
+        # What signs a request is a secret: error messages end up in logs.
+        return re.sub(r"//[^/@]*@", "//", self._url.partition("?")[0])
+
+    def __repr__(self) -> str:
+        return f"RemotePath({str(self)!r})"
+
+    def __truediv__(self, name: str) -> RemotePath:
+        return RemotePath(f"{self._url.partition('?')[0].rstrip('/')}/{name}", self.filesystem)
+
+    @property
+    def name(self) -> str:
+        return self._url.partition("?")[0].rstrip("/").rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        dot = self.name.rfind(".")
+        return self.name[dot:] if dot > 0 else ""
+
+    @property
+    def parent(self) -> RemotePath:
+        return RemotePath(self._url.partition("?")[0].rstrip("/").rpartition("/")[0], self.filesystem)
+
+    @property
+    def lists_folders(self) -> bool:
+        """Whether the file system knows what a folder is; web servers do not."""
+        return urlsplit(self._url).scheme not in ("http", "https")
+
+    def exists(self) -> bool:
+        """Whether there is anything."""
+        return self.is_file() or self.is_dir()
+
+    def is_file(self) -> bool:
+        """Whether there is a file; of a web server: whether it answers."""
+        with _errors_of(self):
+            try:
+                # Not exists(): of a web server that asks for the whole file.
+                return bool(self.filesystem.info(self.location)["type"] == "file")
+            except FileNotFoundError:
+                return False
+
+    def is_dir(self) -> bool:
+        """Whether there is a folder; of a web server: whether the usual files of a checkpoint are under this URL."""
+        if not self.lists_folders:
+            return self.suffix not in _FILES and bool(self.names())
+        with _errors_of(self):
+            return bool(self.filesystem.isdir(self.location))
+
+    def names(self) -> tuple[str, ...]:
+        """The sorted names of the files in this folder; of a web server, which usual ones it has."""
+        if not self.lists_folders:
+            return tuple(name for name in _USUAL if (self / name).is_file())
+        with _errors_of(self):
+            entries = self.filesystem.ls(self.location, detail=True)
+        return tuple(sorted(str(one["name"]).rpartition("/")[2] for one in entries if one["type"] == "file"))
+
+
+AnyPath = Path | RemotePath
+
+
+def as_path(path: str | os.PathLike[str] | AnyPath) -> AnyPath:
+    """What a user gave, as a path on this machine or a URL."""
+    if isinstance(path, RemotePath):
+        return path
+    return RemotePath(path) if isinstance(path, str) and is_url(path) else Path(path)
+
+
+class RemoteBytes:
+    """The bytes of a remote file; a :class:`~fabric_init.checkpoints.storage.local.FileBytes`.
+
+    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when there is no such file and
+    :class:`~fabric_init.errors.CheckpointFormatError` when it cannot be read, or not in parts.
+    """
+
+    def __init__(self, path: RemotePath) -> None:
+        self.path = path
+        with _errors_of(path):
+            details = path.filesystem.info(path.location)
+        if details.get("type") == "directory":
+            raise CheckpointFormatError(f"{path} is a folder; expected a checkpoint file.")
+        size = details.get("size")
+        if not isinstance(size, int):
+            raise CheckpointFormatError(_NO_RANGES.format(path=path))
+        if not size:
+            raise CheckpointFormatError(f"{path} is empty (0 bytes): fetch or save it again.")
+        self.size = size
+        if not path.lists_folders and size > 1:
+            self._require_ranges(details)
+
+    def head(self, stop: int) -> bytes:
+        return self._fetch([(0, min(stop, self.size))])[0]
+
+    def part(self, start: int, stop: int) -> bytes:
+        return self._fetch([(start, stop)])[0]
+
+    def tensor(self, dtype: torch.dtype, offset: int, window: Window) -> torch.Tensor:
+        out = torch.empty(window.sizes, dtype=dtype, device="cpu")
+        if not out.numel():
+            return out
+        parts = list(_parts(out, window))
+        for first in range(0, len(parts), _AT_ONCE):
+            batch = parts[first : first + _AT_ONCE]
+            size = dtype.itemsize
+            ranges = [(offset + w.start * size, offset + (w.start + w.extent) * size) for _, w in batch]
+            for (target, wanted), data in zip(batch, self._fetch(ranges), strict=True):
+                flat = torch.frombuffer(bytearray(data), dtype=dtype)
+                target.copy_(flat.as_strided(wanted.sizes, wanted.strides))
+        return out
+
+    def _fetch(self, ranges: list[tuple[int, int]]) -> list[bytes]:
+        """These byte ranges, with requests at the same time where the file system can."""
+        starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
+        with _errors_of(self.path):
+            places = [self.path.location] * len(ranges)
+            found: list[bytes] = self.path.filesystem.cat_ranges(places, starts, stops, on_error="raise")
+        for (start, stop), data in zip(ranges, found, strict=True):
+            if len(data) != stop - start:
+                raise CheckpointFormatError(
+                    f"{self.path} answered with {len(data):,} bytes for {stop - start:,} from {start:,} on. "
+                    f"Did it change meanwhile?"
+                )
+        return found
+
+    def _require_ranges(self, details: dict[str, Any]) -> None:
+        """Ask for one byte. By a file object of fsspec, which looks at the answer before it takes the whole file in."""
+        refused = CheckpointFormatError(_NO_RANGES.format(path=self.path))
+        if not details.get("partial", True):
+            raise refused
+        with _errors_of(self.path), self.path.filesystem.open(self.path.location, cache_type="none") as file:
+            try:
+                file.seek(1)
+                file.read(1)
+            except ValueError:
+                raise refused from None
+
+
+def _parts(out: torch.Tensor, window: Window) -> Iterator[tuple[torch.Tensor, Window]]:
+    """Cut a window into pieces for one request each, with the parts of ``out`` that they fill."""
+    size = out.element_size()
+    if window.extent * size <= _REQUEST_BYTES and _is_dense(window, size):
+        yield out, window
+        return
+    dim = next(dim for dim, count in enumerate(window.sizes) if count > 1)
+    half = window.sizes[dim] // 2
+    for first, count in ((0, half), (half, window.sizes[dim] - half)):
+        sizes = (*window.sizes[:dim], count, *window.sizes[dim + 1 :])
+        part = Window(window.start + first * window.strides[dim], sizes, window.strides)
+        yield from _parts(out.narrow(dim, first, count), part)
+
+
+def _is_dense(window: Window, size: int) -> bool:
+    """Whether no gap in the window is worth a request of its own."""
+    inside = 1
+    for count, stride in zip(reversed(window.sizes), reversed(window.strides), strict=True):
+        if count > 1:
+            if (stride - inside) * size > _GAP_BYTES:
+                return False
+            inside += (count - 1) * stride
+    return True
+
+
+class _errors_of:
+    """Whatever a file system or network raises becomes an error of ours that names the URL."""
+
+    def __init__(self, path: RemotePath) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, FileNotFoundError) and not isinstance(error, CheckpointNotFoundError):
+            raise CheckpointNotFoundError(f"{self._path} does not exist.") from error
+        if isinstance(error, Exception) and not isinstance(error, (CheckpointFormatError, CheckpointNotFoundError)):
+            reason = str(error).strip()[:300] or type(error).__name__
+            raise CheckpointFormatError(f"{self._path} cannot be read: {reason}.") from error

@@ -1,0 +1,190 @@
+"""Rank 0 reads each tensor of a checkpoint once and sends it on: for storage that all ranks share and that is slow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fabric_init.checkpoints import CheckpointReader, Region, Span, TensorSpec
+from fabric_init.checkpoints.reader import read
+from fabric_init.checkpoints.region import copy_part
+from fabric_init.checkpoints.storage.remote import AnyPath
+from fabric_init.distributed.agreement import Agreement
+from fabric_init.distributed.batches import ALIGNMENT, aligned, batches, chunks
+from fabric_init.distributed.lockstep import InStep
+from fabric_init.planning.extra_state import extra_states
+from fabric_init.planning.loads import Load, check_tie, loads
+from fabric_init.planning.placement import Placement
+from fabric_init.planning.plan import Action, Plan
+
+_READ_AT_ONCE = 1 << 20  # bytes; what is larger and freed between tensors that stay leaves holes in the heap
+
+
+class _Header(NamedTuple):
+    """What a checkpoint says of itself."""
+
+    path: AnyPath
+    format: str
+    note: str | None
+    specs: dict[str, TensorSpec]
+    extra_state: dict[str, Any]
+
+
+class OneReader:
+    """A checkpoint that rank 0 has open, and the others know by its header.
+
+    A :class:`~fabric_init.checkpoints.reader.CheckpointReader`, but for one thing: ``read`` and ``load`` are for all
+    ranks of torch's default process group to call together, with the same keys in the same order. Regions may differ.
+
+    Args:
+        header: the same on every rank.
+        reader: the checkpoint itself, on rank 0.
+        budget: bytes that a rank holds beside its regions while reading; a larger tensor goes in pieces, smaller ones
+            go together.
+    """
+
+    def __init__(self, header: _Header, reader: CheckpointReader | None, budget: int) -> None:
+        assert budget >= 2 * ALIGNMENT
+        self.path, self.format, self.note, self._specs, self.extra_state = header
+        self._reader = reader
+        self._budget = budget
+
+    @classmethod
+    def open(cls, make: Callable[[], CheckpointReader], agreement: Agreement, budget: int) -> OneReader:
+        """Let rank 0 ``make`` the reader, and tell the others what is in it."""
+
+        def on_rank_zero() -> tuple[CheckpointReader, _Header] | None:
+            if dist.get_rank():
+                return None
+            reader = make()
+            specs = {key: reader.spec(key) for key in reader.keys()}
+            return reader, _Header(reader.path, reader.format, reader.note, specs, dict(extra_states(reader)))
+
+        opened = agreement.same("opening the checkpoint", on_rank_zero, lambda _: "")
+        reader, header = opened if opened is not None else (None, None)
+        return cls(agreement.from_rank_zero(header), reader, budget)
+
+    def keys(self) -> Sequence[str]:
+        """Every key, in the file's own order."""
+        return tuple(self._specs)
+
+    def spec(self, key: str) -> TensorSpec:
+        """Shape and dtype of one tensor. Raises ``KeyError`` for an unknown key."""
+        try:
+            return self._specs[key]
+        except KeyError:
+            raise KeyError(f"{self.path} has no tensor {key!r}") from None
+
+    def read(self, key: str, region: Region | None = None) -> Tensor:
+        """The tensor or a region of it, on the CPU, in memory of its own. Raises as :meth:`load` does."""
+        spec = self.spec(key)
+        target = _Target(region, _sizes(spec.shape, region), None, spec.dtype, torch.device("cpu"))
+        [(_, value)] = self._share([key], lambda: [target], lambda index, part, values: None)
+        return value
+
+    def load(self, plan: Plan, placement: Placement) -> Iterator[tuple[int, Tensor]]:
+        """Positions in the plan, and the values that this rank keeps for them.
+
+        Args:
+            plan: the same on every rank.
+            placement: where this rank keeps what.
+
+        Raises:
+            CheckpointError: on rank 0, which cannot read on.
+            CheckpointMismatchError: on rank 0, where tied tensors differ in the file.
+            RanksLostError: a rank is gone.
+            FabricInitError: another rank has failed, with its message.
+        """
+        in_file = {key: index for index, key in enumerate(self._specs)}
+        entries = [(position, entry) for position, entry in enumerate(plan.entries) if entry.action is Action.LOAD]
+        if not entries:
+            return  # a strategy that fills piece by piece may have pieces without
+        entries.sort(key=lambda item: in_file[item[1].keys[0]])  # slow storage likes to be read from front to back
+
+        def targets() -> list[_Target]:
+            wanted = {load.position: _target(load) for load in loads(plan, placement)}
+            return [wanted[position] for position, _ in entries]
+
+        def check_ties(index: int, part: Span, values: Tensor) -> None:
+            assert self._reader is not None
+            entry = entries[index][1]
+            for key in entry.keys[1:]:
+                check_tie(self.path, entry, key, values, read(self._reader, key, part))
+
+        for index, value in self._share([entry.keys[0] for _, entry in entries], targets, check_ties):
+            yield entries[index][0], value
+
+    def _share(
+        self,
+        keys: Sequence[str],
+        targets: Callable[[], Sequence[_Target]],
+        check: Callable[[int, Span, Tensor], None],
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Index in ``keys`` and this rank's part of that tensor, for all ``keys``, which are the same on every rank.
+
+        ``check`` gets, on rank 0, what has been read: index in ``keys``, elements of that tensor, and their values.
+        """
+        specs = [self.spec(key) for key in keys]
+        chunk = max(ALIGNMENT, min(_READ_AT_ONCE, self._budget // 16))
+        room = (self._budget - chunk) // ALIGNMENT * ALIGNMENT
+        room = min(room, sum(aligned(spec.shape.numel() * spec.dtype.itemsize) for spec in specs))
+        begun: dict[int, Tensor] = {}
+        with InStep(f"reading {self.path}") as ranks:
+            with ranks.mine():
+                wanted = targets()
+                buffer = torch.empty(room, dtype=torch.uint8, device=ranks.device)
+            ranks.roll_call()
+            for batch in batches(specs, room):
+                parts = [buffer[piece.offset : piece.end].view(piece.dtype) for piece in batch]
+                with ranks.mine():
+                    if self._reader is not None:
+                        for piece, part in zip(batch, parts, strict=True):
+                            for span in chunks(piece, chunk):
+                                values = read(self._reader, keys[piece.tensor], span)
+                                check(piece.tensor, span, values)
+                                part[span.start - piece.start : span.stop - piece.start].copy_(values)
+                ranks.roll_call()
+                ranks.broadcast(buffer[: batch[-1].end])
+                done = []
+                with ranks.mine():
+                    for piece, part in zip(batch, parts, strict=True):
+                        target = wanted[piece.tensor]
+                        value = begun.pop(piece.tensor) if piece.start else target.room()
+                        copy_part(part, piece.start, specs[piece.tensor].shape, target.region, value)
+                        if piece.is_last:
+                            done.append((piece.tensor, value))
+                        else:
+                            begun[piece.tensor] = value
+                yield from done
+            ranks.roll_call()
+
+
+class _Target(NamedTuple):
+    """What a rank wants of a tensor, and how it is to lie in memory; ``stride`` is ``None`` for row-major."""
+
+    region: Region | None
+    sizes: tuple[int, ...]
+    stride: tuple[int, ...] | None
+    dtype: torch.dtype
+    device: torch.device
+
+    def room(self) -> Tensor:
+        if self.stride is None:
+            return torch.empty(self.sizes, dtype=self.dtype, device=self.device)
+        return torch.empty_strided(self.sizes, self.stride, dtype=self.dtype, device=self.device)
+
+
+def _target(load: Load) -> _Target:
+    slot = load.entry.slot
+    stride = slot.ref.stride if slot.ref is not None and load.region is None else None
+    return _Target(load.region, _sizes(slot.shape, load.region), stride, slot.dtype, load.device)
+
+
+def _sizes(shape: torch.Size, region: Region | None) -> tuple[int, ...]:
+    if isinstance(region, Span):
+        return (region.numel,)
+    return shape if region is None else region.sizes

@@ -1,0 +1,70 @@
+"""Open a checkpoint on all ranks, in one of two ways: each reads what it keeps, or rank 0 reads and sends it on."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from fabric_init.checkpoints import CheckpointReader, Source
+from fabric_init.checkpoints.fingerprint import checkpoint_digest
+from fabric_init.checkpoints.storage.file_system import file_system_of, is_network
+from fabric_init.distributed.agreement import Agreement, Alone
+from fabric_init.distributed.broadcast import OneReader
+
+BUDGET = 64 << 20  # bytes; with more, reading took as long
+
+Io = Literal["auto", "local", "broadcast"]
+
+
+def check_io(io: Io) -> Io:
+    """``io`` itself, if it is one of the three.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if io not in get_args(Io):
+        raise ValueError(
+            f"io={io!r}: give 'local' (each rank reads what it keeps), 'broadcast' (rank 0 reads each tensor once and "
+            "sends it to the others) or 'auto'"
+        )
+    return io
+
+
+def choose_io(io: Io, *, whole: bool, machines: int, file_system: str | None) -> Literal["local", "broadcast"]:
+    """How to read, if ``io`` leaves it open.
+
+    One reader pays where the same bytes would go to several machines over a network: ranks of one machine share what
+    it has read, and ranks that keep shards read each byte once in total.
+
+    Args:
+        io: what the user asked for.
+        whole: whether every rank keeps every tensor whole.
+        machines: how many the ranks are on.
+        file_system: type of the one that the checkpoint is on.
+    """
+    if io != "auto":
+        return io
+    return "broadcast" if whole and machines > 1 and is_network(file_system) else "local"
+
+
+def open_on_all_ranks(
+    source: Source,
+    io: Io,
+    *,
+    whole: bool,
+    machines: int,
+    agreement: Agreement,
+) -> CheckpointReader:
+    """Open ``source`` the same way on every rank. Which that is with ``io="auto"``, rank 0 decides.
+
+    Raises:
+        CheckpointError: the file cannot be used; on ranks without fault, :class:`FabricInitError` with its message.
+        CheckpointMismatchError: ``io``, or what is in the file where each rank reads it, is not the same on all ranks.
+    """
+    if isinstance(agreement, Alone):
+        return source.open()
+    agreement.same("io", lambda: check_io(io), str)
+    way = choose_io(io, whole=whole, machines=machines, file_system=file_system_of(source.path))
+    if agreement.from_rank_zero(way) == "local":
+        return agreement.same("opening the checkpoint", source.open, checkpoint_digest)
+    # not mapped: rank 0 reads everything, from front to back, and a file that changes is an error, not a crash
+    return OneReader.open(lambda: source.open(copy=True), agreement, BUDGET)

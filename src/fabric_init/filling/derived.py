@@ -1,0 +1,49 @@
+"""Values for tensors that the constructor computes from loaded ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from fabric_init.checkpoints import CheckpointReader
+from fabric_init.checkpoints.reader import read
+from fabric_init.planning.plan import Given
+from fabric_init.planning.tensors import Slot
+from fabric_init.recording.replay import real_execution, replay_with
+from fabric_init.recording.tape import Tape, TensorRef
+
+
+def compute(
+    slot: Slot,
+    tapes: Mapping[int, Tape],
+    sources: Iterable[Given],
+    reader: CheckpointReader,
+    device: torch.device,
+    *,
+    exact: bool,
+) -> torch.UntypedStorage:
+    """The storage of ``slot``, computed from what ``reader`` has for its ``sources``, which are read whole."""
+    # the same order on every rank: reading may be for all of them together
+    in_order = sorted(sources, key=lambda source: source.ref.storage)
+    assert slot.ref is not None
+    return compute_with(
+        slot, tapes[slot.ref.storage], ((ref, read(reader, key)) for ref, key, _ in in_order), device, exact=exact
+    )
+
+
+def compute_with(
+    slot: Slot, tape: Tape, sources: Iterable[tuple[TensorRef, Tensor]], device: torch.device, *, exact: bool = False
+) -> torch.UntypedStorage:
+    """The storage of ``slot``, computed from these values of its ``sources``."""
+    assert slot.ref is not None
+    with real_execution():
+        given = {ref.storage: _laid_out(value, ref, device) for ref, value in sources}
+        return replay_with(tape, slot.ref.storage, given, exact=exact, to=lambda _: device)
+
+
+def _laid_out(value: Tensor, ref: TensorRef, device: torch.device) -> torch.UntypedStorage:
+    """Memory with ``value`` in it as ``ref`` says, which is all of a storage."""
+    memory = torch.empty_strided(ref.size, ref.stride, dtype=ref.dtype, device=device)
+    return memory.copy_(value).untyped_storage()

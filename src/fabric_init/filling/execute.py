@@ -1,0 +1,308 @@
+"""Carry a plan out: read or replay each tensor once, straight to where its strategy keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from fabric_init._gc import PausedCollector
+from fabric_init._interrupts import interrupts_held
+from fabric_init.checkpoints import CheckpointReader
+from fabric_init.checkpoints.region import take
+from fabric_init.distributed.agreement import Agreement, Alone
+from fabric_init.distributed.broadcast import OneReader
+from fabric_init.errors import FabricInitError
+from fabric_init.filling import loader as loading
+from fabric_init.filling.derived import compute
+from fabric_init.filling.loader import set_extra_states
+from fabric_init.filling.out_of_memory import out_of_memory_explained
+from fabric_init.filling.progress import with_progress
+from fabric_init.guard.recorded import loaded_since, refuse_lost_writes, release_recorded
+from fabric_init.planning.derived import loaded_storages, sources_of
+from fabric_init.planning.placement import Placement
+from fabric_init.planning.plan import Action, Entry, Given, Plan, Wanted, storage_groups
+from fabric_init.planning.prepare import Prepared, plan_for, prepared_digest
+from fabric_init.recording.replay import real_execution, replay, view
+from fabric_init.recording.tape import Rng, Tape
+from fabric_init.reports.init_report import InitReport, keep_report
+from fabric_init.reports.rows import Row, dtype_name
+from fabric_init.reports.rules import describe_rule
+from fabric_init.reports.trace import recording_of
+
+
+def check_ties(plan: Plan, reader: CheckpointReader | None, placement: Placement) -> None:
+    """Before any memory is taken: tied tensors have one value in the file. One reader sees to that while it reads.
+
+    Raises:
+        CheckpointMismatchError: they have not.
+    """
+    if reader is not None and not isinstance(reader, OneReader):
+        with torch.inference_mode(False), real_execution():
+            loading.check_ties(plan, reader, placement)
+
+
+def fill(
+    plan: Plan,
+    tensors: Sequence[Tensor],
+    tapes: Mapping[int, Tape],
+    reader: CheckpointReader | None,
+    placement: Placement,
+    *,
+    exact: bool,
+    loaded: Mapping[int, Given] | None = None,
+) -> InitReport:
+    """Give every tensor its value. Nothing of the model changes before all values are there.
+
+    Args:
+        plan: from :func:`~fabric_init.planning.validation.make_plan`.
+        tensors: the tensors of the plan's entries, in that order.
+        tapes: the tape of each recorded storage.
+        reader: where loaded tensors come from.
+        placement: where values are to be.
+        exact: replay the random streams in order (``rng="eager"``).
+        loaded: what others may be computed from, if the plan is only a part of one.
+    """
+    loaded = loaded if loaded is not None else loaded_storages(plan, tapes)
+    with torch.inference_mode(False), real_execution():
+        values: dict[int, Tensor] = {}
+        with out_of_memory_explained(plan, values), ExitStack() as stack:
+            found = stack.enter_context(closing(_values(plan, tensors, tapes, reader, placement, loaded, exact=exact)))
+            shown = stack.enter_context(closing(with_progress(found, len(plan.entries))))
+            for position, value in shown:  # closed at once, and their threads with them, when it does not end
+                values[position] = value
+            _keep_apart(plan, values)
+    as_built = any(tensor.is_inference() for tensor in tensors)
+    # tensor subclasses (DTensor) need their own dispatch here
+    with interrupts_held(), torch.inference_mode(as_built), torch.no_grad(), torch._C.DisableTorchFunction():
+        filled = list(tensors)
+        for position, value in values.items():
+            filled[position] = placement.put(plan.entries[position].slot, tensors[position], value)
+        _check(plan, filled)
+    return make_report(plan, tapes, reader)
+
+
+def _values(
+    plan: Plan,
+    tensors: Sequence[Tensor],
+    tapes: Mapping[int, Tape],
+    reader: CheckpointReader | None,
+    placement: Placement,
+    loaded: Mapping[int, Given],
+    *,
+    exact: bool,
+) -> Generator[tuple[int, Tensor], None, None]:
+    """Positions in the plan, and the values that this rank keeps for them."""
+    entries = plan.entries
+    to_replay = {
+        storage: positions
+        for storage, positions in storage_groups(entries).items()
+        if not _is_loaded_whole(entries, positions, tapes[storage])
+    }
+    shared = {position for positions in to_replay.values() for position in positions}
+    parts: dict[int, Tensor] = {}  # loaded into memory that other tensors share
+    if reader is not None:
+        load = reader.load if isinstance(reader, OneReader) else partial(loading.load_by_itself, reader=reader)
+        for position, value in load(plan, placement=placement):
+            if position in shared:
+                parts[position] = value
+            else:
+                yield position, value
+    for position, entry in enumerate(entries):
+        slot = entry.slot
+        if slot.ref is None and entry.action is not Action.LOAD and slot.real:
+            device = placement.device(slot)
+            if device != slot.device:
+                yield position, tensors[position].detach().to(device)
+    since = {storage: source.since for storage, source in loaded.items()}
+    for storage, positions in list(to_replay.items()):
+        entry = entries[positions[0]]
+        sources = sources_of(entry, tapes, since, exact=exact)
+        if sources and len(positions) == 1:
+            assert reader is not None
+            del to_replay[storage]
+            needed = [loaded[source] for source in sources]
+            memory = compute(entry.slot, tapes, needed, reader, placement.device(entry.slot), exact=exact)
+            yield positions[0], _kept(memory, entry, placement)
+    yield from _replayed(entries, to_replay, tapes, parts, placement, exact=exact)
+
+
+def _kept(memory: torch.UntypedStorage, entry: Entry, placement: Placement) -> Tensor:
+    """What this rank keeps of a tensor whose storage is ``memory``."""
+    assert entry.slot.ref is not None
+    value, region = view(memory, entry.slot.ref), placement.region(entry.slot)
+    return value if region is None else take(value, region).clone()
+
+
+def _is_loaded_whole(entries: Sequence[Entry], positions: Sequence[int], tape: Tape) -> bool:
+    """Whether a storage is all one tensor, which is loaded: then nothing of it has to be replayed."""
+    slot, action, *_ = entries[positions[0]]
+    assert slot.ref is not None
+    return len(positions) == 1 and action is Action.LOAD and tape.covers(slot.ref)
+
+
+def _replayed(
+    entries: Sequence[Entry],
+    groups: Mapping[int, Sequence[int]],
+    tapes: Mapping[int, Tape],
+    parts: dict[int, Tensor],
+    placement: Placement,
+    *,
+    exact: bool,
+) -> Iterator[tuple[int, Tensor]]:
+    by_tape: dict[int, list[int]] = {}
+    for storage in groups:
+        by_tape.setdefault(id(tapes[storage]), []).append(storage)
+    for storages in by_tape.values():
+        tape = tapes[storages[0]]
+        targets = {placement.device(entries[groups[storage][0]].slot) for storage in storages}
+        for target in sorted(targets, key=str):
+            here = [s for s in storages if placement.device(entries[groups[s][0]].slot) == target]
+            wanted: Iterable[dict[int, torch.UntypedStorage]] = replay(
+                tape,
+                here,
+                exact=exact,
+                to=lambda _, target=target: target,  # type: ignore[misc]
+            )
+            for memories in wanted:
+                for storage, memory in memories.items():
+                    for position in groups[storage]:
+                        entry = entries[position]
+                        if position in parts:
+                            assert entry.slot.ref is not None
+                            here_of_it = take(view(memory, entry.slot.ref), placement.region(entry.slot))
+                            here_of_it.copy_(parts.pop(position))
+                        yield position, _kept(memory, entry, placement)
+
+
+def _keep_apart(plan: Plan, values: dict[int, Tensor]) -> None:
+    """A torch file keeps ties and views; tensors that are not tied in the model must not share memory either."""
+    loaded = [
+        (value.data_ptr(), position)
+        for position, value in values.items()
+        if plan.entries[position].action is Action.LOAD and value.numel()
+    ]
+    end = 0
+    for start, position in sorted(loaded):
+        value = values[position]
+        if start < end:
+            values[position] = value.clone()
+        end = max(end, start + value.nbytes)
+
+
+def _check(plan: Plan, tensors: Sequence[Tensor]) -> None:
+    left = [entry.slot.name for entry, tensor in zip(plan.entries, tensors, strict=True) if tensor.is_meta]
+    if left:
+        raise FabricInitError(f"fabric_init left these tensors on the meta device, which is a bug of its own: {left}")
+
+
+_STATUS = {
+    Action.LOAD: "loaded",
+    Action.INIT: "initialised",
+    Action.KEEP: "set when built",
+    Action.SCRATCH: "scratch",
+}
+
+
+def make_report(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader | None) -> InitReport:
+    rows = []
+    for entry in plan.entries:
+        slot = entry.slot
+        origin = ""
+        if entry.action is Action.LOAD:
+            origin = ", ".join(entry.keys)
+            if entry.spec is not None and entry.spec.made:
+                origin += f" ({entry.spec.made})"
+        elif entry.action is Action.INIT and slot.ref is not None:
+            origin = describe_rule(tapes[slot.ref.storage], slot.ref)
+        rows.append(
+            Row(
+                name=slot.name,
+                status=_STATUS[entry.action],  # type: ignore[arg-type]
+                shape=tuple(slot.shape),
+                dtype=dtype_name(slot.dtype),
+                kind=slot.kind,
+                origin=origin,
+                cast_from=None if entry.cast_from is None else dtype_name(entry.cast_from),
+                ties=slot.names[1:],
+                recording=None if slot.ref is None else recording_of(slot, tapes[slot.ref.storage]),
+            )
+        )
+    return InitReport(
+        rows, None if reader is None else str(reader.path), None if reader is None else reader.note, plan.unexpected
+    )
+
+
+_ALONE = Alone()
+
+
+_PLANNING = "planning the initialisation"
+
+
+def fill_model(
+    model: nn.Module,
+    reader: CheckpointReader | None,
+    wanted: Wanted,
+    placement: Placement,
+    rng: Rng | None = None,
+    agreement: Agreement = _ALONE,
+) -> InitReport:
+    """:func:`materialize`, for any placement, an open checkpoint and ranks that agree."""
+
+    def plan() -> Prepared:
+        source, asked = _with_earlier_load(model, reader, wanted)
+        return plan_for(model, source, asked, rng)
+
+    with PausedCollector():
+        prepared = agreement.same(_PLANNING, plan, prepared_digest)
+        return carry_out(prepared, model, prepared.tensors, placement, agreement)
+
+
+def prepare(
+    model: nn.Module,
+    reader: CheckpointReader | None,
+    wanted: Wanted,
+    agreement: Agreement = _ALONE,
+) -> Prepared:
+    """:func:`plan_for`, on ranks that agree."""
+    return agreement.same(_PLANNING, lambda: plan_for(model, reader, wanted), prepared_digest)
+
+
+def carry_out(
+    prepared: Prepared, model: nn.Module, tensors: Sequence[Tensor], placement: Placement, agreement: Agreement = _ALONE
+) -> InitReport:
+    """Fill ``tensors``: the plan's own, or what a strategy has made of them."""
+    plan, _, tapes, reader, exact = prepared
+
+    def check_and_fill() -> InitReport:
+        check_ties(plan, reader, placement)
+        report = fill(plan, tensors, tapes, reader, placement, exact=exact)
+        set_extra_states(plan.extras)
+        return report
+
+    report = agreement.same("filling the model", check_and_fill, lambda report: "")
+    release_recorded(model)
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()  # cuDNN's layout: the constructor's own call came before there was memory
+    keep_report(model, report)
+    return report
+
+
+def _with_earlier_load(
+    model: nn.Module, reader: CheckpointReader | None, wanted: Wanted
+) -> tuple[CheckpointReader | None, Wanted]:
+    """The checkpoint to fill from, where ``load_state_dict`` was called on the recorded model before."""
+    refuse_lost_writes(model)
+    earlier = loaded_since(model)
+    if earlier is None or (reader is not None and wanted.strict):
+        return reader, wanted  # a strict load brings everything anyway
+    if reader is not None:
+        raise FabricInitError(
+            f"load_state_dict has brought {len(earlier.keys())} tensors into this recorded model, and {reader.path} "
+            "is to fill it as well, not strictly. Load the second one once the model has values."
+        )
+    return earlier, Wanted(strict=False)

@@ -1,0 +1,163 @@
+"""The model's own init for tensors that have memory and wait, by now moved, cast, or beside others that were loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fabric_init.checkpoints.region import take
+from fabric_init.distributed.agreement import Alone
+from fabric_init.errors import UninitializedTensorError
+from fabric_init.filling.derived import compute_with
+from fabric_init.filling.execute import fill
+from fabric_init.guard.hooks import items_under, ranks_of, release, settle
+from fabric_init.guard.state import ATTRIBUTE, Place, Unfilled, tensor_at, waiting_under
+from fabric_init.planning.placement import Placement
+from fabric_init.planning.plan import Wanted
+from fabric_init.planning.tensors import Slot
+from fabric_init.planning.validation import make_plan
+from fabric_init.recording.replay import view
+from fabric_init.recording.tape import TensorRef
+from fabric_init.reports.rows import dtype_name
+
+Waits = Sequence[tuple[nn.Module, Unfilled]]
+"""What waits, and in which modules."""
+
+
+def initialise_all(waits: Waits) -> None:
+    """Run the model's own init for all of them.
+
+    Raises:
+        UninitializedTensorError: the model's own code never gives some tensor a value, or it would be the wrong one.
+    """
+    computed = [item.slot.name for _, item in waits if item.slot.ref is None]
+    if computed:
+        raise UninitializedTensorError(
+            f"{', '.join(computed)} came in (by weight_norm, prune, a parametrization, …) when there were no "
+            "values to compute with. Do that in the init_module block, or call fabric.init_missing(model) before."
+        )
+    partly = [item.slot.name for module, item in waits if item.changed(_tensor_of(module, item))]
+    if partly:
+        raise UninitializedTensorError(
+            f"the model's own init would overwrite what was written into a part of {', '.join(partly)}. Call "
+            "fabric.init_missing(model) first and write afterwards, or write the whole tensor."
+        )
+    sources = _sources(waits)
+    if lost := dict.fromkeys(item.slot.name for _, item in waits if sources.get(id(item), ()) is None):
+        raise UninitializedTensorError(
+            f"the model's own init computes {', '.join(lost)} from other tensors, of which this rank has to have "
+            "all, with their values. Call init_missing for the whole model; or load it as well, or before setup; "
+            "or declare the load: init_module(checkpoint=…)."
+        )
+    _initialise(waits, sources)
+
+
+def initialise_what_can_be(waits: Waits) -> None:
+    """Run the model's own init for those of them that it gives a value, from what this rank has."""
+    with_init = [both for both in waits if both[1].slot.ref is not None]
+    sources = _sources(with_init)
+    _initialise(
+        [
+            (module, item)
+            for module, item in with_init
+            if sources.get(id(item), ()) is not None and not item.tape.never_written(_ref(item))
+        ],
+        sources,
+    )
+
+
+_Sources = dict[int, list[tuple[TensorRef, Tensor]] | None]
+
+
+def _sources(waits: Waits) -> _Sources:
+    """Of those that wait (by id), and that the model's own init computes from others that do not: from which.
+
+    ``None`` where these cannot be had whole.
+    """
+    still = {_ref(item).storage for _, item in waits}
+    found: _Sources = {}
+    with_values: dict[int, dict[int, None]] = {}  # by what the modules share: the same for thousands of tensors
+    for module, item in waits:
+        built = vars(module)[ATTRIBUTE].built
+        places = built.places
+        others = with_values.get(id(built))
+        if others is None:
+            others = with_values[id(built)] = dict.fromkeys(places.keys() - still)
+        if item.slot.saved and (storages := item.tape.computed_from(_ref(item).storage, others)):
+            tensors = [_whole(item, places[storage]) for storage in sorted(storages)]
+            whole = [tensor for tensor in tensors if tensor is not None]
+            found[id(item)] = whole if len(whole) == len(tensors) else None
+    return found
+
+
+def _whole(item: Unfilled, place: Place | None) -> tuple[TensorRef, Tensor] | None:
+    if place is None or (module := place[0]()) is None:
+        return None
+    _, attribute, ref = place
+    if (waiting := vars(module).get(ATTRIBUTE)) is not None:  # elsewhere in the model
+        waiting.settle()
+        if any(other.attribute == attribute for other in waiting.items):
+            return None
+    tensor = tensor_at(module, attribute)
+    if tensor is None or item.placement.held(tensor) is not tensor or tensor.shape != ref.size:
+        return None
+    return ref, tensor.detach()
+
+
+def _initialise(waits: Waits, sources: _Sources) -> None:
+    by_tensor = {id(tensor := _tensor_of(module, item)): (item, tensor) for module, item in waits}
+    items = [item for item, _ in by_tensor.values()]
+    if not items:
+        return
+    tapes = {_ref(item).storage: item.tape for item in items}
+    plan = make_plan([item.slot for item in items], tapes, None, Wanted())
+    tensors = [tensor for _, tensor in by_tensor.values()]
+    placement = _AsTheyAreNow(items[0].placement)
+    report = fill(plan, tensors, tapes, None, placement, exact=False)
+    for item, tensor, row in zip(items, tensors, report.rows, strict=True):
+        for_it = sources.get(id(item))
+        if for_it:
+            memory = compute_with(item.slot, item.tape, for_it, tensor.device)
+            with torch.no_grad():
+                placement.put(item.slot, tensor, take(view(memory, _ref(item)), placement.region(item.slot)))
+        item.row.status, item.row.origin, item.row.dtype = "initialised", row.origin, dtype_name(tensor.dtype)
+
+
+def _ref(item: Unfilled) -> TensorRef:
+    assert item.slot.ref is not None
+    return item.slot.ref
+
+
+def _tensor_of(module: nn.Module, item: Unfilled) -> Tensor:
+    tensor = tensor_at(module, item.attribute)
+    assert tensor is not None  # otherwise the model does without it, and it does not wait
+    return tensor
+
+
+class _AsTheyAreNow:
+    """A placement for tensors that may have been moved, cast or laid out anew since they were given memory."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.device = placement.device
+        self.region = placement.region
+        self.held = placement.held
+
+    def put(self, slot: Slot, tensor: Tensor, value: Tensor) -> Tensor:
+        self.held(tensor).detach().copy_(value)  # in place: layout, views and ties stay
+        return tensor
+
+
+def initialise_rest(model: nn.Module) -> None:
+    """Run the model's own recorded init for every tensor under ``model`` that still waits.
+
+    Raises:
+        UninitializedTensorError: the model's own code never gives some tensor a value.
+    """
+    settle(model)
+    waits = list(items_under(model))
+    (ranks_of(model) or Alone()).same("initialising what is missing", lambda: initialise_all(waits), lambda _: "")
+    for module, waiting in list(waiting_under(model)):
+        waiting.settle("initialised", module)
+    release(model)

@@ -1,0 +1,119 @@
+"""Tensors that the constructor computes from others, which a checkpoint brings: DoRA's magnitudes, say.
+
+They are computed from what the checkpoint brings. A mere copy (``copy.deepcopy`` of a layer) keeps the init of what it
+was copied from, as in plain PyTorch, unless it was made after the block that declared the load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from fabric_init.errors import CheckpointMismatchError
+from fabric_init.planning.plan import Action, Entry, Given, Plan, storage_groups
+from fabric_init.planning.tensors import Slot
+from fabric_init.recording.op_schemas import is_cast, only_copies
+from fabric_init.recording.tape import Tape, TensorRef
+
+
+def loaded_storages(plan: Plan, tapes: Mapping[int, Tape]) -> dict[int, Given]:
+    """Storages that are loaded whole, and those that they were cast from."""
+    found = dict(plan.sources)
+    for storage, positions in storage_groups(plan.entries).items():
+        entry, ref = plan.entries[positions[0]], plan.entries[positions[0]].slot.ref
+        assert ref is not None
+        if len(positions) == 1 and entry.action is Action.LOAD and tapes[storage].covers(ref):
+            found[storage] = Given(ref, entry.keys[0], entry.since)
+    for storage, source in list(found.items()):
+        for earlier in _cast_from(storage, tapes[storage]) if storage in tapes else ():
+            found.setdefault(earlier.storage, source._replace(ref=earlier))
+    return found
+
+
+def _cast_from(storage: int, tape: Tape) -> Iterator[TensorRef]:
+    """``model.to(dtype)`` puts values on new storages; what was computed before reads the old ones."""
+    while True:
+        writers = [tape.ops[number] for number in tape.writers.get(storage, ())]
+        if len(writers) != 1 or not is_cast(writers[0].func):
+            return
+        (read,) = writers[0].reads()
+        if not tape.is_final(read.storage, writers[0].number) or not tape.covers(read):
+            return
+        storage = read.storage
+        yield read
+
+
+def sources_of(
+    entry: Entry, tapes: Mapping[int, Tape], others: Mapping[int, int | None], *, exact: bool = False
+) -> set[int]:
+    """Which of the storages ``others`` the model's own init computes a parameter or buffer from."""
+    ref = entry.slot.ref
+    if ref is None or entry.action is not Action.INIT or not entry.slot.saved or not others:
+        return set()
+    return tapes[ref.storage].computed_from(ref.storage, others, exact=exact)
+
+
+def check_nothing_is_undone(entries: Sequence[Entry], tapes: Mapping[int, Tape]) -> None:
+    """The reverse: what the checkpoint brings must not replace what was computed from tensors that it does not bring.
+
+    PiSSA takes what it puts into the adapters out of the base weight; loading the base weight afterwards would count
+    that twice. So both go back to one tensor, and one of them goes through the other.
+
+    Raises:
+        CheckpointMismatchError: naming the loaded tensors.
+    """
+    initialised = [e for e in entries if e.slot.ref is not None and e.slot.saved and e.action is Action.INIT]
+    fresh = {e.slot.ref.storage for e in initialised if e.slot.ref is not None}
+    if not fresh:
+        return
+    undone = []
+    for tape in set(tapes.values()):
+        here = {storage for storage in fresh if storage in tape.storages}
+        computed = _computed_out_of(here, tape)
+        for slot, action, *_ in entries:
+            # buffers may follow one another in a circle, as spectral_norm's do
+            if action is Action.LOAD and slot.kind == "parameter" and slot.ref and slot.ref.storage in computed:
+                beside = tape.live([slot.ref.storage], exact=False, given=here)  # what it has not from those
+                if any(beside & tape.live([storage], exact=False) for storage in here):
+                    undone.append(slot.name)
+    if undone:
+        raise CheckpointMismatchError(
+            f"the model's own code has computed {len(undone)} tensors that the checkpoint would replace ({undone[0]} "
+            "first) from tensors that the checkpoint does not bring, so the two would not fit together. Load the "
+            "checkpoint before that code runs: build the model in one init_module block, and change it in another."
+        )
+
+
+def replaced_since(entry: Entry, slot: Slot, tapes: Mapping[int, Tape]) -> bool:
+    """Whether the tensor that ``entry`` was planned for has been given other memory since, and not only been cast."""
+    was, ref = entry.slot.ref, slot.ref
+    if was is None or ref is None or ref.storage == was.storage:
+        return False
+    return all(cast.storage != was.storage for cast in _cast_from(ref.storage, tapes[ref.storage]))
+
+
+def written_since(entry: Entry, tapes: Mapping[int, Tape]) -> bool:
+    """Whether a later block has written in place to a tensor whose load was declared before."""
+    ref, since = entry.slot.ref, entry.since
+    if ref is None or since is None:
+        return False
+    tape = tapes[ref.storage]
+    earlier = [ref.storage, *(cast.storage for cast in _cast_from(ref.storage, tape))]
+    numbers = [number for storage in earlier for number in tape.writers.get(storage, ())]
+    return any(number > since and not is_cast(tape.ops[number].func) for number in numbers)
+
+
+def _computed_out_of(fresh: set[int], tape: Tape) -> set[int]:
+    """Which storages are computed from those in ``fresh``; mere copies of them are not."""
+    copied = fresh | {cast.storage for storage in fresh for cast in _cast_from(storage, tape)}
+    computed: set[int] = set()
+    for number in sorted(tape.ops):
+        op = tape.ops[number]
+        reads = {ref.storage for ref in op.reads()}
+        for storage in {ref.storage for ref in (*op.targets, *op.outputs)} - fresh:
+            if reads & computed or (reads & copied and not only_copies(op.func)):
+                computed.add(storage)
+            elif reads & copied:
+                copied.add(storage)
+            elif tape.writes_whole(op, storage):
+                computed.discard(storage)
+    return computed

@@ -1,0 +1,41 @@
+"""What has to be read for a plan on this rank, and how one tensor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fabric_init.checkpoints import Region
+from fabric_init.checkpoints.storage.remote import AnyPath
+from fabric_init.errors import CheckpointMismatchError
+from fabric_init.planning.placement import Placement
+from fabric_init.planning.plan import Action, Entry, Plan
+
+
+class Load(NamedTuple):
+    """One tensor to be loaded, as this rank wants it. ``position`` is that of ``entry`` in the plan."""
+
+    position: int
+    entry: Entry
+    region: Region | None
+    device: torch.device
+
+
+def loads(plan: Plan, placement: Placement) -> Iterator[Load]:
+    """What this rank wants of each tensor that is to be loaded, in the plan's order."""
+    for position, entry in enumerate(plan.entries):
+        if entry.action is Action.LOAD:
+            device = placement.device(entry.slot)
+            yield Load(position, entry, placement.region(entry.slot), device)
+
+
+def check_tie(path: AnyPath, entry: Entry, key: str, value: Tensor, other: Tensor) -> None:
+    """What the model ties has the same value under each of its keys: ``value`` under the first, ``other`` here."""
+    if not torch.allclose(value, other, rtol=0, atol=0, equal_nan=True):
+        raise CheckpointMismatchError(
+            f"{path}: {entry.keys[0]} and {key} hold different values, but in the model they are one tied tensor "
+            f"({' = '.join(entry.slot.names)}). Build the model untied, or drop one key with rename."
+        )

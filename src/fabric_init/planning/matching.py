@@ -1,0 +1,179 @@
+"""How a model's tensors and a checkpoint's keys meet, and what would make more of them meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+
+from fabric_init.checkpoints import CheckpointReader, TensorSpec, rename_keys
+from fabric_init.checkpoints.state_dicts import EXTRA_STATE
+from fabric_init.errors import CheckpointMismatchError
+from fabric_init.planning.extra_state import Extra, ExtraSlot, extra_states
+from fabric_init.planning.hints.adapters import likely_adapters
+from fabric_init.planning.hints.conversions import likely_conversions, likely_transposes
+from fabric_init.planning.hints.renames import likely_part, likely_renames, renamed_as_suggested
+from fabric_init.planning.plan import Action, Entry, Wanted
+from fabric_init.planning.tensors import Slot
+from fabric_init.recording.tape import Tape
+
+
+class Misfit(NamedTuple):
+    """A tensor whose checkpoint key has another shape, or a dtype that cannot become the model's; in words."""
+
+    slot: Slot
+    key: str
+    spec: TensorSpec
+    problem: str
+
+
+class Matching(NamedTuple):
+    """How the tensors of a model and the keys of a checkpoint meet, before it is judged."""
+
+    entries: tuple[Entry, ...]
+    names: Mapping[str, str]
+    """Checkpoint key → tensor name, as renamed."""
+    taken: frozenset[str]
+    """The keys that a tensor has, also where it is to be initialised afresh."""
+    loadable: int
+    """How many tensors have a key."""
+    missing: tuple[Slot, ...]
+    unexpected: tuple[str, ...]
+    misfits: tuple[Misfit, ...]
+    extras: tuple[Extra, ...] = ()
+    missing_extras: tuple[str, ...] = ()
+    """Names of extra state that modules take and the checkpoint has not."""
+
+    @property
+    def lacks_some(self) -> bool:
+        """Whether the checkpoint lacks something that the model takes."""
+        return bool(self.missing or self.missing_extras)
+
+
+def match(
+    slots: Sequence[Slot],
+    tapes: Mapping[int, Tape],
+    reader: CheckpointReader | None,
+    wanted: Wanted,
+    extra_slots: Sequence[ExtraSlot] = (),
+) -> Matching:
+    """What :func:`~fabric_init.planning.validation.make_plan` judges. Arguments as there.
+
+    Raises:
+        CheckpointMismatchError: ``rename`` or ``reinit`` is not usable.
+    """
+    keys = rename_keys((*reader.keys(), *extra_states(reader)), wanted.rename) if reader is not None else {}
+    key_of = {name: key for key, name in keys.items()}
+    _check_reinit(slots, wanted.reinit)
+
+    entries: list[Entry] = []
+    missing: list[Slot] = []
+    misfits: list[Misfit] = []
+    taken: set[str] = set()
+    loadable = 0
+    for slot in slots:
+        names = [name for name in slot.names if name in key_of] if slot.saved else []
+        fresh = bool(wanted.reinit) and any(fnmatchcase(n, glob) for glob in wanted.reinit for n in slot.names)
+        taken.update(key_of[name] for name in names)
+        loadable += bool(names)
+        if names and not fresh:
+            assert reader is not None
+            found = tuple(key_of[name] for name in names)
+            specs = [reader.spec(key) for key in found]
+            misfits.extend(
+                Misfit(slot, key, spec, problem)
+                for key, spec in zip(found, specs, strict=True)
+                if (problem := _mismatch(slot, key, spec)) is not None
+            )
+            entries.append(Entry(slot, Action.LOAD, found, specs[0]))
+            continue
+        if reader is not None and slot.saved and not fresh:
+            missing.append(slot)
+        entries.append(Entry(slot, own_init(slot, tapes)))
+    extras: list[Extra] = []
+    missing_extras: list[str] = []
+    for extra in extra_slots if reader is not None else ():
+        assert reader is not None
+        under = [key_of[name] for name in extra.names if name in key_of]
+        taken.update(under)
+        extras += [Extra(extra.module, key, reader) for key in under[:1]]
+        missing_extras += extra.names[: not under]
+    return Matching(
+        entries=tuple(entries),
+        names=keys,
+        taken=frozenset(taken),
+        loadable=loadable,
+        missing=tuple(missing),
+        unexpected=tuple(key for key in keys if key not in taken),
+        misfits=tuple(misfits),
+        extras=tuple(extras),
+        missing_extras=tuple(missing_extras),
+    )
+
+
+def own_init(slot: Slot, tapes: Mapping[int, Tape]) -> Action:
+    """What becomes of a tensor that nothing is loaded into."""
+    if slot.real:
+        return Action.KEEP
+    if slot.ref is not None and not slot.saved and tapes[slot.ref.storage].never_written(slot.ref):
+        return Action.SCRATCH  # room that the model's own code fills when it needs it
+    return Action.INIT
+
+
+def _mismatch(slot: Slot, key: str, spec: TensorSpec) -> str | None:
+    named = slot.name if key in slot.names else f"{slot.name} (checkpoint key {key})"
+    made = f", {spec.made}" if spec.made else ""
+    if spec.shape != slot.shape:
+        return f"{named} is {tuple(slot.shape)} in the model and {tuple(spec.shape)} in the checkpoint{made}"
+    if _number_kind(spec.dtype) != _number_kind(slot.dtype):
+        return f"{named} is {slot.dtype} in the model and {spec.dtype} in the checkpoint, and no cast keeps its meaning"
+    return None
+
+
+def _number_kind(dtype: torch.dtype) -> str:
+    if dtype == torch.bool:
+        return "bool"
+    if dtype.is_complex:
+        return "complex"
+    return "float" if dtype.is_floating_point else "int"
+
+
+def _check_reinit(slots: Sequence[Slot], patterns: Sequence[str]) -> None:
+    if isinstance(patterns, str):
+        raise CheckpointMismatchError(f"reinit takes a list of globs, not one string: reinit=[{patterns!r}]")
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for slot in slots for name in slot.names):
+            raise CheckpointMismatchError(
+                f"reinit={pattern!r} names no tensor of the model; names look like {slots[0].name!r}"
+                if slots
+                else f"reinit={pattern!r}: the model has no tensors"
+            )
+
+
+def likely_mends(found: Matching, reader: CheckpointReader) -> list[str]:
+    """Sentences, each with a rename or conversion under which missing tensors would be found."""
+    missing = {slot.name: slot.shape for slot in found.missing} | dict.fromkeys(found.missing_extras, torch.Size())
+    offered = {found.names[key]: _shape_of(key, found.names[key], reader) for key in found.unexpected}
+    adapters = likely_adapters(missing, offered, [name for entry in found.entries for name in entry.slot.names])
+    if adapters is not None:
+        return [adapters]
+    renames = likely_renames(missing, offered)
+    wanting, offered = renamed_as_suggested(renames, missing, offered)
+    return [*map(str, renames), *likely_part(renames, wanting, offered), *likely_conversions(wanting, offered)]
+
+
+def _shape_of(key: str, name: str, reader: CheckpointReader) -> torch.Size:
+    """Extra state has none, even where it is a tensor: modules take it as it comes."""
+    extra = key in extra_states(reader) or name.endswith(EXTRA_STATE)
+    return torch.Size() if extra else reader.spec(key).shape
+
+
+def likely_transpose(found: Matching, reader: CheckpointReader) -> str | None:
+    """The conversion under which tensors that do not fit would, in words; ``None`` for nothing."""
+    if likely_transposes({misfit.key: (misfit.slot.shape, misfit.spec.shape) for misfit in found.misfits}) is None:
+        return None
+    # square ones beside them lie the other way round, too, and fit all the same
+    shapes = {key: (slot.shape, reader.spec(key).shape) for slot, _, keys, *_ in found.entries for key in keys}
+    return f"convert=[{likely_transposes(shapes)}], in the names of the checkpoint."

@@ -1,0 +1,61 @@
+"""A plan for one model, with all that it takes to carry it out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from fabric_init.checkpoints import CheckpointReader
+from fabric_init.errors import RecordingError
+from fabric_init.planning.derived import check_nothing_is_undone
+from fabric_init.planning.extra_state import find_extra_slots
+from fabric_init.planning.plan import Plan, Wanted
+from fabric_init.planning.tensors import survey
+from fabric_init.planning.validation import make_plan
+from fabric_init.recording.tape import Rng, Tape
+
+
+class Prepared(NamedTuple):
+    """A plan for one model, and all that it takes to carry it out."""
+
+    plan: Plan
+    tensors: list[Tensor]
+    tapes: Mapping[int, Tape]
+    reader: CheckpointReader | None
+    exact: bool
+
+
+def plan_for(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, rng: Rng | None = None) -> Prepared:
+    """Plan for ``model``, while its tensors are still recorded and whole. Raises all that is the user's to mend."""
+    slots, tensors, tapes = survey(model)
+    exact = _exact(set(tapes.values()), rng)
+    plan = make_plan(slots, tapes, reader, wanted, find_extra_slots(model))
+    check_nothing_is_undone(plan.entries, tapes)
+    return Prepared(plan, tensors, tapes, reader, exact)
+
+
+def prepared_digest(prepared: Prepared) -> str:
+    """What tells one plan from another."""
+    return plan_digest(prepared.plan)
+
+
+def _exact(tapes: set[Tape], rng: Rng | None) -> bool:
+    modes = {tape.rng for tape in tapes}
+    mode = rng or ("eager" if modes == {"eager"} else "per_op")
+    for tape in tapes:
+        if tape.sealed_rng not in (None, mode):
+            raise RecordingError(
+                f"rng={mode!r}, but the constructor has seen random values that were drawn with "
+                f"rng={tape.sealed_rng!r} (through .item(), .tolist() or the like). "
+                f"Record with deferred_init(rng={mode!r})."
+            )
+    return mode == "eager"
+
+
+def plan_digest(plan: Plan) -> str:
+    """What tells one plan from another."""
+    lines = "\n".join(f"{entry.slot.names} {entry.slot.shape} {entry.action} {entry.keys}" for entry in plan.entries)
+    return f"{len(plan.entries)} tensors, plan {hashlib.sha256(lines.encode()).hexdigest()[:12]}"

@@ -1,0 +1,166 @@
+"""The tensors of a model, each once, with every name it has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from fabric_init.recording.tape import Tape, TensorRef, recorded, ref_of
+
+Kind = Literal["parameter", "buffer", "non-persistent buffer", "attribute"]
+
+_MODULE_INTERNALS = frozenset(vars(nn.Module()))
+_OUR_OWN = "_fabric_init_"
+
+
+class Slot(NamedTuple):
+    """One tensor of a model: what has to be filled.
+
+    ``names[0]`` is the first name in module order; further names are ties. ``ref`` is its place on the tape, ``None``
+    if the tensor was not recorded. ``real`` says that it has memory of its own already.
+    """
+
+    names: tuple[str, ...]
+    kind: Kind
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    ref: TensorRef | None
+    real: bool
+    requires_grad: bool
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def saved(self) -> bool:
+        """Whether ``state_dict`` holds it, so that a checkpoint can bring it."""
+        return self.kind in ("parameter", "buffer")
+
+
+_PLAIN = (str, bytes, int, float, bool, complex, type(None), type, torch.dtype, torch.device, torch.Size)
+_PLAIN_TYPES = frozenset(_PLAIN)
+_DEPTH = 5
+
+
+def _tensors_in(value: Any, path: str, seen: set[int], depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in an attribute of a module: itself, or in containers and plain objects behind it."""
+    kind = type(value)  # not isinstance(): that asks objects for their __class__, which some (configs) compute
+    if issubclass(kind, Tensor):
+        yield path, value
+        return
+    if issubclass(kind, (*_PLAIN, nn.Module)) or depth == _DEPTH or id(value) in seen:
+        return
+    seen.add(id(value))
+    if issubclass(kind, dict):
+        for key, item in list(value.items()):
+            yield from _tensors_in(item, f"{path}[{key!r}]", seen, depth + 1)
+    elif issubclass(kind, (list, tuple, set, frozenset)):
+        for index, item in enumerate(value):
+            yield from _tensors_in(item, f"{path}[{index}]", seen, depth + 1)
+    elif not callable(value):
+        for name, item in list(getattr(value, "__dict__", {}).items()):
+            yield from _tensors_in(item, f"{path}.{name}", seen, depth + 1)
+
+
+def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every module under every name it has, in module order. ``Module.named_modules`` does the same, but slower."""
+    found: list[tuple[str, nn.Module]] = []
+    _visit("", model, found, set())
+    return found
+
+
+def _visit(prefix: str, module: nn.Module, found: list[tuple[str, nn.Module]], above: set[int]) -> None:
+    # not a function in a function: one that calls itself is a cycle, and would keep the model until it is collected
+    if id(module) in above:
+        return  # a cycle: the module has its names already
+    above.add(id(module))
+    found.append((prefix, module))
+    dot = f"{prefix}." if prefix else ""
+    for name, child in module._modules.items():
+        if child is not None:
+            _visit(dot + name, child, found, above)
+    above.remove(id(module))
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:
+    """Every parameter, buffer and plain tensor attribute of ``model``, under every name it has."""
+    modules = named_modules(model)
+    for prefix, module in modules:
+        dot = f"{prefix}." if prefix else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield dot + name, "parameter", parameter
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                temporary = name in module._non_persistent_buffers_set
+                yield dot + name, "non-persistent buffer" if temporary else "buffer", buffer
+    seen: set[int] = set()
+    for prefix, module in modules:
+        for name, value in vars(module).items():
+            if type(value) not in _PLAIN_TYPES and name not in _MODULE_INTERNALS and not name.startswith(_OUR_OWN):
+                for path, tensor in _tensors_in(value, f"{prefix}.{name}" if prefix else name, seen):
+                    yield path, "attribute", tensor
+
+
+def find_slots(model: nn.Module) -> list[tuple[Slot, Tensor]]:
+    """Every parameter, buffer and plain tensor attribute of ``model``, with the tensor itself.
+
+    Plain attributes are looked for in the modules' own attributes, and in containers and plain objects there.
+    """
+    names: dict[int, list[str]] = {}
+    first: dict[int, tuple[Kind, Tensor]] = {}
+    for name, kind, tensor in named_tensors(model):
+        key = id(tensor)
+        if key not in first:
+            first[key] = (kind, tensor)
+            names[key] = [name]
+        elif kind != "attribute":
+            names[key].append(name)
+            if first[key][0] == "non-persistent buffer" and kind != "non-persistent buffer":
+                first[key] = (kind, tensor)
+    with torch._C.DisableTorchFunction():  # lazy parameters refuse every question otherwise
+        return [
+            (slot, tensor)
+            for key, (kind, tensor) in first.items()
+            if (slot := _slot(tuple(names[key]), kind, tensor)) is not None
+        ]
+
+
+def _slot(names: tuple[str, ...], kind: Kind, tensor: Tensor) -> Slot | None:
+    found = recorded(tensor)
+    if is_lazy(tensor):
+        kind = "attribute"  # no shape yet, so nothing that a checkpoint could bring
+    if kind == "attribute" and found is None:
+        return None  # a real tensor of the model's own
+    return Slot(
+        names,
+        kind,
+        tensor.size(),
+        tensor.dtype,
+        tensor.device if found is None else found.device,
+        None if found is None else ref_of(tensor, found.storage),
+        not tensor.is_meta,
+        tensor.requires_grad,
+    )
+
+
+def survey(model: nn.Module) -> tuple[list[Slot], list[Tensor], Mapping[int, Tape]]:
+    """The model's slots, their tensors, and the tape of each recorded storage among them."""
+    slots: list[Slot] = []
+    tensors: list[Tensor] = []
+    tapes: dict[int, Tape] = {}
+    for slot, tensor in find_slots(model):
+        slots.append(slot)
+        tensors.append(tensor)
+        if slot.ref is not None:
+            with torch._C.DisableTorchFunction():
+                found = recorded(tensor)
+            assert found is not None
+            tapes[found.storage] = found.tape
+    return slots, tensors, tapes

@@ -1,0 +1,80 @@
+"""What an op gives on the meta device, and the tensors in its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from fabric_init.recording.op_schemas import PLAIN_FACTORIES, traits
+
+META = torch.device("meta")
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_quantized
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """Memory of its own for what has stride 0: an expanded tensor, and what meta kernels make of one."""
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.size(), strict=True)):
+        return torch.empty(tensor.size(), dtype=tensor.dtype, device=META)
+    return tensor
+
+
+def like_on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=META)
+
+
+def pointwise_result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """A pointwise op's result on meta, without the meta kernel where that is plain: contiguous in, contiguous out.
+
+    Those kernels are Python, and take a hundred times as long as asking the CPU's kernel about tensors of no elements.
+    """
+    tensors = list(tensors_in((args, kwargs.values())))
+    if not all(tensor.is_contiguous() for tensor in tensors) or traits(func).has_device:
+        return None
+    probe_args, probe_kwargs = map_tensors(
+        (args, kwargs), lambda tensor: torch.ones((0,) if tensor.dim() else (), dtype=tensor.dtype)
+    )
+    probe = func(*probe_args, **probe_kwargs)
+    return torch.empty(torch.broadcast_shapes(*(t.size() for t in tensors)), dtype=probe.dtype, device=META)
+
+
+def plain_shape(func: Any, args: tuple[Any, ...]) -> Sequence[int] | None:
+    """The shape of a plain factory's result, where it can be told without asking the meta kernel."""
+    name = traits(func).name
+    if name in PLAIN_FACTORIES and len(args) == 1:
+        shape: Sequence[int] = args[0]
+        return shape
+    if name == "aten::arange" and all(type(value) is int for value in args) and 0 not in args[2:]:
+        return (len(range(*args)),)
+    return None
+
+
+def written_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    return [
+        tensor
+        for position, name in traits(func).written
+        for tensor in tensors_in((args[position] if position < len(args) else kwargs.get(name),))
+    ]
+
+
+def tensors_in(values: Any) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)) or type(value) is type({}.values()):
+            yield from tensors_in(value)
+
+
+def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if type(value) is dict:
+        return {name: map_tensors(item, change) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [map_tensors(item, change) for item in value]
+        return type(value)(items) if type(value) in (list, tuple) else type(value)(*items)
+    return value

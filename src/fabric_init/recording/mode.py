@@ -1,0 +1,159 @@
+"""The context that records and skips: no init kernel runs and no weight memory is taken inside it.
+
+``RecordMode``, a ``TorchFunctionMode``, sees what Python code calls: whole init functions, questions such as
+``tensor.device``, and values that leave torch (``tolist``, ``numpy``). Under it the
+:class:`~fabric_init.recording.recorder.Recorder` sees every op that those calls come down to.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType, FunctionType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from typing_extensions import Self
+
+from fabric_init._gc import PausedCollector
+from fabric_init.recording import device_queries, escapes
+from fabric_init.recording.call_site import init_call
+from fabric_init.recording.device_queries import Handler
+from fabric_init.recording.op_schemas import INIT_FUNCTIONS
+from fabric_init.recording.recorder import Recorder
+from fabric_init.recording.tape import Rng, Tape, check_rng, recorded
+
+# The init functions that hand over to a function mode; the others are known by their frame.
+_SEEN_WHOLE: dict[str, Any] = {
+    name: INIT_FUNCTIONS[name] for name in ("uniform_", "normal_", "constant_", "kaiming_uniform_")
+}
+_TRUNC_NORMAL = torch.nn.init._no_grad_trunc_normal_.__code__
+
+
+class RecordMode(TorchFunctionMode):
+    """Record how a model would be built, and build it without values.
+
+    Inside, tensors are on the meta device but answer as if they were on the device they were asked for. Code that
+    needs a value (``.item()``, ``.tolist()``, ``if t.any()``) gets the true one, by replaying just that tensor.
+
+    Args:
+        rng: how random numbers will be drawn at replay; see :func:`fabric_init.deferred_init`.
+        agree: makes the seed of this process the one that all ranks use.
+    """
+
+    def __init__(self, rng: Rng = "per_op", agree: Callable[[int], int] = int) -> None:
+        super().__init__()
+        self.tape = Tape(rng)
+        self.recorder = Recorder(self.tape, agree)
+        self._collector = PausedCollector()
+
+    def __enter__(self) -> Self:
+        self.recorder.__enter__()
+        self._collector.__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
+        self.recorder.__exit__(kind, error, trace)
+        self._collector.__exit__(kind, error, trace)
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        handler = _HANDLERS.get(func)
+        if handler is not None:
+            return handler(self.recorder, func, args, kwargs or {})
+        if type(func) is FunctionType and (original := _replaced(func, sys._getframe(2))) is not None:
+            return _init_function(self.recorder, original, args, kwargs or {})
+        if not kwargs:
+            return func(*args)
+        if kwargs.get("device") is not None:
+            return device_queries.on_device_by_name(self.recorder, func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+# -- whole init functions ----------------------------------------------------------------------------------------------
+
+
+def _replaced(func: FunctionType, asking: FrameType) -> FunctionType | None:
+    """The init function that is asking, when it does so under another function's name.
+
+    torch.nn.init looks its own name up when it hands over, so where somebody replaced that (transformers does while it
+    initialises) the replacement arrives here, though the original was called.
+    """
+    original = _SEEN_WHOLE.get(func.__name__)
+    return original if original is not None and asking.f_code is original.__code__ else None
+
+
+def _init_function(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    rest = dict(kwargs)
+    tensor: Tensor = rest.pop("tensor", None) if "tensor" in rest else args[0]
+    with torch._C.DisableTorchFunction():
+        if recorded(tensor) is None or not _recordable(func, tensor):
+            return func(tensor, **rest)  # eager code's own warnings and errors
+        recorder.add_init(func, tensor, rest, sys._getframe(2))
+    return tensor
+
+
+def _recordable(func: Any, tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and (
+        tensor.dim() >= 2
+        if func is torch.nn.init.kaiming_uniform_
+        else tensor.is_floating_point() or tensor.is_complex()
+    )
+
+
+def _is_meta(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    with torch._C.DisableTorchFunction():
+        if recorded(args[0]) is None:
+            return bool(args[0].is_meta)
+        caller = sys._getframe(2)
+        if caller.f_code is _TRUNC_NORMAL and (call := init_call(caller)) is not None:
+            # torch skips sampling on meta, and could not run its rejection loop there: take the call as a whole
+            recorder.record_init_frame(call)
+            return True
+    return False
+
+
+_HANDLERS: dict[Any, Handler] = {
+    **dict.fromkeys(_SEEN_WHOLE.values(), _init_function),
+    Tensor.is_meta.__get__: _is_meta,  # type: ignore[attr-defined]
+    **device_queries.HANDLERS,
+    **escapes.HANDLERS,
+}
+
+
+def active() -> RecordMode | None:
+    """The recording that is open in this thread, if one is."""
+    return next((mode for mode in reversed(_function_modes()) if isinstance(mode, RecordMode)), None)
+
+
+def _function_modes() -> list[TorchFunctionMode]:
+    from torch.overrides import _get_current_function_mode_stack
+
+    modes: list[TorchFunctionMode] = _get_current_function_mode_stack()
+    return modes
+
+
+@contextmanager
+def recorded_build(rng: Rng = "per_op") -> Iterator[None]:
+    """Record what is built in this block; a block inside another one continues the outer recording.
+
+    Args:
+        rng: how random numbers will be drawn at replay; see :func:`fabric_init.deferred_init`.
+
+    Raises:
+        RecordingError: in the block, when a constructor does something that cannot be recorded.
+    """
+    check_rng(rng)
+    if active() is not None:
+        yield
+        return
+    with RecordMode(rng):
+        yield

@@ -1,0 +1,36 @@
+"""Write a report to a file: a page or JSON, by the name of the file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class SavesItself(Protocol):
+    """A page, which is only imported and built where one is asked for."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the page to ``path``."""
+        ...
+
+
+def is_page(path: str | os.PathLike[str]) -> bool:
+    """Return whether a report saved to ``path`` is an HTML page: its name ends in ``.html`` or ``.htm``."""
+    return Path(path).suffix.lower() in (".html", ".htm")
+
+
+def save_report(
+    path: str | os.PathLike[str], data: Callable[[], dict[str, Any]], page: Callable[[], SavesItself]
+) -> None:
+    """Write ``page()`` where ``path`` ends in ``.html``, and ``data()`` as JSON otherwise.
+
+    Raises:
+        FabricInitError: a page is asked for, and Plotly is not installed.
+    """
+    if is_page(path):
+        page().save(path)
+    else:
+        Path(path).write_text(json.dumps(data(), indent=2, allow_nan=False) + "\n", encoding="utf-8")

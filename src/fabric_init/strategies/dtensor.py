@@ -1,0 +1,138 @@
+"""Models whose parameters are DTensors: each rank fills its own shards, and takes no memory for others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
+
+from fabric_init.checkpoints import Box, Region
+from fabric_init.checkpoints.region import take
+from fabric_init.errors import FabricInitError
+from fabric_init.planning.placement import become
+from fabric_init.planning.tensors import Slot, named_modules
+from fabric_init.strategies.optimizers import plain_name
+
+
+class ShardedTensors:
+    """A placement for models whose parameters are DTensors, beside whole ones.
+
+    Args:
+        model: the model after sharding, its parameters still without memory.
+        device: where shards are to be.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._device = device
+        self._owners = {plain_name(prefix): module for prefix, module in named_modules(model)}
+        self._attributes: dict[str, dict[str, Any]] = {}
+
+    def current(self, slot: Slot, tensor: Tensor) -> Tensor:
+        """What the sharded model holds where it held ``tensor``."""
+        owner, attribute = self._place(slot.name)
+        found = getattr(owner, attribute, None) if owner is not None else None
+        if not isinstance(found, Tensor) or slot.kind == "attribute":
+            return tensor
+        if found is not tensor:  # sharding makes new parameters, and forgets what model code put on the old ones
+            self._attributes[slot.name] = dict(vars(tensor))
+        return found
+
+    def _place(self, name: str) -> tuple[nn.Module | None, str]:
+        prefix, _, attribute = name.rpartition(".")
+        return self._owners.get(plain_name(prefix)), attribute
+
+    def device(self, slot: Slot) -> torch.device:
+        return slot.device if slot.real else self._device
+
+    def region(self, slot: Slot) -> Region | None:
+        owner, attribute = self._place(slot.name)
+        tensor = getattr(owner, attribute, None) if owner is not None else None
+        return region_of(tensor) if isinstance(tensor, DTensor) else None
+
+    def put(self, slot: Slot, tensor: Tensor, value: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            become(tensor, value)
+            return tensor
+        _become_shard(tensor, value.contiguous())
+        vars(tensor).update(self._attributes.get(slot.name, {}))
+        return tensor
+
+    def held(self, tensor: Tensor) -> Tensor:
+        return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _become_shard(parameter: DTensor, local: Tensor) -> None:
+    """Give a sharded parameter, which stays the same object, the memory of its shard."""
+    whole = DTensor(local, parameter._spec, requires_grad=False)
+    torch._C._swap_tensor_impl(parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad))
+    parameter._local_tensor = local  # beside the impl, a DTensor keeps its shard in a slot of its own
+
+
+def region_of(tensor: DTensor) -> Box:
+    """The part of the full tensor that this rank holds: offsets and sizes, in elements of each dimension.
+
+    Raises:
+        FabricInitError: the part is no box: a partial value, or a shard that is not one contiguous range.
+    """
+    placements, mesh = tensor.placements, tensor.device_mesh
+    sizes = tuple(tensor._local_tensor.shape)
+    if any(placement.is_partial() for placement in placements):
+        raise FabricInitError(f"cannot fill a DTensor with {placements}: a partial value is no part of the full tensor")
+    for index, placement in enumerate(placements):
+        if isinstance(placement, _StridedShard):  # FSDP over tensor parallel: mesh dimensions to its right come first
+            later = 1
+            for other, along in enumerate(placements[index + 1 :], index + 1):
+                if isinstance(along, (Shard, _StridedShard)) and along.dim == placement.dim:
+                    later *= mesh.size(other)
+            if placement.split_factor != later and 0 not in sizes:
+                raise FabricInitError(f"cannot fill a DTensor with {placements} on {mesh}: its shard is not contiguous")
+    if 0 in sizes:
+        return Box((0,) * len(sizes), sizes)
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None, "a rank outside the mesh holds nothing"
+    box = shard_box(tensor.shape, mesh.shape, coordinate, placements)
+    if box.sizes != sizes:
+        raise FabricInitError(f"{placements} on {mesh}: torch says {box.sizes}, the local tensor is {sizes}")
+    return box
+
+
+def shard_box(
+    shape: Sequence[int], mesh: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
+) -> Box:
+    """The part of a tensor of ``shape`` at a ``coordinate`` of a device mesh of these sizes; may have no element."""
+    sizes, offsets = _compute_local_shape_and_global_offset(tuple(shape), tuple(mesh), list(coordinate), placements)
+    return Box((0,) * len(sizes) if 0 in sizes else tuple(offsets), tuple(sizes))
+
+
+def accept_whole_tensors(model: nn.Module) -> None:
+    """Let ``load_state_dict`` take whole tensors for sharded parameters, too: each rank takes its part of them."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            cast(nn.Module, module).register_load_state_dict_pre_hook(_reshard)  # units come before what is in them
+        if any(isinstance(parameter, DTensor) for parameter in module._parameters.values()):
+            module.register_load_state_dict_pre_hook(_take_parts)
+
+
+def _reshard(module: Any, *args: Any) -> None:
+    module.reshard()  # with reshard_after_forward=False, whole parameters lie in the shards' places since the forward
+
+
+def _take_parts(module: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:
+    parameters: dict[str, Any] = dict(module._parameters)
+    for name, parameter in parameters.items():
+        value: Any = state_dict.get(prefix + name)
+        if not isinstance(parameter, DTensor) or type(value) not in (Tensor, nn.Parameter):
+            continue
+        if value.shape == parameter.shape:  # otherwise torch says so
+            part = take(value.detach(), region_of(parameter))
+            part = part.to(parameter._local_tensor.device, copy=True, memory_format=torch.contiguous_format)
+            meta = TensorMeta(parameter.shape, parameter.stride(), value.dtype)
+            spec = DTensorSpec(parameter.device_mesh, parameter.placements, tensor_meta=meta)
+            state_dict[prefix + name] = DTensor(part, spec, requires_grad=False)  # in this call's own copy

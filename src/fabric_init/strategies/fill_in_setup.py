@@ -1,0 +1,195 @@
+"""A model that stays recorded until its strategy shards it, bound to what it will then be filled from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fabric_init.checkpoints import CheckpointReader
+from fabric_init.distributed.agreement import Agreement
+from fabric_init.errors import FabricInitError
+from fabric_init.filling.allocate import Rooms, move_in, plan_rooms, rooms_digest, with_rooms
+from fabric_init.filling.execute import carry_out, prepare
+from fabric_init.filling.merge import planned_tensors, revised
+from fabric_init.guard.recorded import guard_recorded, loaded_since, mend_of, overrule_loads, refuse_lost_writes
+from fabric_init.planning.placement import Placement
+from fabric_init.planning.plan import Action, Entry, Wanted
+from fabric_init.planning.prepare import Prepared, plan_for, prepared_digest
+from fabric_init.planning.tensors import Slot
+from fabric_init.recording.tape import now
+from fabric_init.strategies.optimizers import parameters_by_name
+
+_ATTRIBUTE = "_fabric_init_bound"
+_PLANS = "_fabric_init_plans"  # on the modules of a bound model: a part that is put into another one keeps its load
+
+
+class ShardedPlacement(Placement, Protocol):
+    """A placement for a model that has been sharded since it was planned for."""
+
+    def current(self, slot: Slot, tensor: Tensor) -> Tensor:
+        """What the sharded model holds where it held ``tensor``."""
+        ...
+
+
+class Bound(NamedTuple):
+    """What a recorded model gets when it is set up.
+
+    What it got in a block without checkpoint gets its own init, or room until a later load.
+    """
+
+    waits: bool = False
+    own_init: bool = False
+
+
+def bind(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, agreement: Agreement) -> None:
+    """Plan for ``model``, if there is a checkpoint, and remember that until it is sharded, beside what it got in
+    earlier blocks.
+
+    Raises:
+        CheckpointMismatchError: keys, shapes or dtypes of file and model disagree.
+    """
+    bound: Bound = vars(model).get(_ATTRIBUTE, Bound())
+    if reader is None:
+        _keep(model, bound._replace(waits=True))
+        return
+    prepared, since = prepare(model, reader, wanted, agreement), now()
+    entries = tuple(entry._replace(since=since) for entry in prepared.plan.entries)
+    planned = prepared._replace(plan=replace(prepared.plan, entries=entries))
+    loaded = {name for entry in entries if entry.action is Action.LOAD for name in entry.slot.names}
+    overrule_loads(model, loaded, {extra.module for extra in planned.plan.extras})
+    _keep(model, bound)  # first: its guard refuses copies, which would find the plans
+    for module in model.modules():
+        if mend_of(module) is None:
+            continue  # nothing to load; an activation function may be one object for all models of a library
+        vars(module)[_PLANS] = (*vars(module).get(_PLANS, ()), planned)
+
+
+def _keep(model: nn.Module, bound: Bound) -> None:
+    guard_recorded(model, "fabric.setup(model), with all that its block built, shards and fills it: call that first")
+    vars(model)[_ATTRIBUTE] = bound
+
+
+def is_bound(model: nn.Module) -> bool:
+    """Whether ``model``, or a model in it, waits to be sharded and filled."""
+    return any(_ATTRIBUTE in vars(module) for module in model.modules())
+
+
+def choose_own_init(model: nn.Module) -> None:
+    """Let a bound model run its own init, when it is sharded, for what no checkpoint brings."""
+    for module in model.modules():
+        bound: Bound | None = vars(module).get(_ATTRIBUTE)
+        if bound is not None:
+            vars(module)[_ATTRIBUTE] = bound._replace(own_init=True)
+
+
+@contextmanager
+def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[Prepared | Rooms]:
+    """Context in which the bound ``model`` is sharded and filled after the plan that it gives.
+
+    If planning fails, the model is as it was. If the rest fails, it stays bound, so that nobody can use it.
+    """
+    bounds = [(module, vars(module).pop(_ATTRIBUTE)) for module in model.modules() if _ATTRIBUTE in vars(module)]
+    declared = [(module, vars(module).pop(_PLANS)) for module in model.modules() if _PLANS in vars(module)]
+    plans = sorted({id(plan): plan for _, its in declared for plan in its}.values(), key=_declared_at)
+    try:
+        yield agreement.same(
+            "planning for the model as it is now", lambda: _plan(model, [b for _, b in bounds], plans), _digest
+        )
+    except BaseException:
+        for module, bound in bounds:
+            _keep(module, bound)
+        for module, its in declared:
+            vars(module)[_PLANS] = its
+        raise
+
+
+def _plan(model: nn.Module, bounds: Sequence[Bound], plans: Sequence[Prepared]) -> Prepared | Rooms:
+    _refuse_sharded(model)
+    waits = any(bound.waits and not bound.own_init for bound in bounds)
+    if plans:
+        prepared = revised(plans, model)
+        return with_rooms(prepared, model, planned_tensors(plans)) if waits else prepared
+    refuse_lost_writes(model)
+    earlier = loaded_since(model)
+    if earlier is not None:
+        return plan_for(model, earlier, Wanted(strict=False))
+    return plan_rooms(model) if waits else plan_for(model, None, Wanted())
+
+
+def _without_new_values(planned: Prepared | Rooms, placement: ShardedPlacement) -> Prepared | Rooms:
+    """The plan, but for tensors in whose places sharding has put others that have values: those stay."""
+
+    def is_given(slot: Slot, tensor: Tensor) -> bool:
+        return tensor.is_meta and not placement.current(slot, tensor).is_meta
+
+    def as_given(entry: Entry, tensor: Tensor) -> Entry:
+        return Entry(entry.slot._replace(ref=None, real=True), Action.KEEP) if is_given(entry.slot, tensor) else entry
+
+    tensors = [tensor for _, tensor in planned.now] if isinstance(planned, Rooms) else planned.tensors
+    entries = tuple(map(as_given, planned.plan.entries, tensors))
+    plan = replace(planned.plan, entries=entries)
+    if not isinstance(planned, Rooms):
+        return planned._replace(plan=plan)
+    now = [(entry.slot, tensor) for entry, tensor in zip(entries, tensors, strict=True)]
+    return planned._replace(later=[both for both in planned.later if not is_given(*both)], now=now, plan=plan)
+
+
+def _declared_at(prepared: Prepared) -> int:
+    """Plans in the order of their blocks: a later load wins."""
+    return max((entry.since or 0 for entry in prepared.plan.entries), default=0)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor) or hasattr(p, "ds_id")]
+    if sharded:
+        raise FabricInitError(
+            f"{sharded[0]} was sharded by an earlier setup, and is in this model, too ({len(sharded)} such parameters)."
+            " Set models that share modules up as one: fabric.setup(nn.ModuleList([one, other])) shards them once."
+        )
+
+
+def _digest(planned: Prepared | Rooms) -> str:
+    return rooms_digest(planned) if isinstance(planned, Rooms) else prepared_digest(planned)
+
+
+def shard_and_fill(
+    model: nn.Module,
+    shard: Callable[[nn.Module], nn.Module],
+    placement_for: Callable[[nn.Module], ShardedPlacement],
+    agreement: Agreement,
+) -> nn.Module:
+    """Plan for the bound ``model``, let ``shard`` put the strategy's tensors in its parameters' places, fill those.
+
+    Args:
+        model: bound by :func:`bind`.
+        shard: gives the model with the strategy's own tensors, which have no memory yet.
+        placement_for: where this rank keeps the tensors of what ``shard`` gave.
+        agreement: how the ranks keep in step.
+
+    Raises:
+        CheckpointMismatchError: keys, shapes or dtypes of file and model disagree.
+        FabricInitError: a rank failed, or ``shard`` made parameters that were not in the plan.
+    """
+    with planned_for(model, agreement) as planned:
+        sharded = agreement.same("sharding the model", lambda: shard(model), lambda _: "")
+        placement = placement_for(sharded)
+        planned = _without_new_values(planned, placement)
+        if isinstance(planned, Rooms):
+            agreement.same(
+                "giving the model memory",
+                lambda: move_in(sharded, planned, placement, agreement, placement.current),
+                lambda _: "",
+            )
+        else:
+            slots = [entry.slot for entry in planned.plan.entries]
+            tensors = [placement.current(slot, tensor) for slot, tensor in zip(slots, planned.tensors, strict=True)]
+            carry_out(planned, sharded, tensors, placement, agreement)
+        left = [name for name, tensor in parameters_by_name(sharded).items() if tensor.is_meta]
+        if left:
+            raise FabricInitError(f"sharding split a tie or made parameters of its own, which have no values: {left}")
+        return sharded

@@ -1,0 +1,171 @@
+"""The block in which a model is recorded, and what becomes of it at the block's end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import chain
+from typing import Any, Protocol
+
+import torch
+from lightning.fabric.plugins import BitsandbytesPrecision, Precision, TransformerEnginePrecision
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from fabric_init.checkpoints import CheckpointReader, Source
+from fabric_init.distributed.agreement import Agreement
+from fabric_init.distributed.io import Io, open_on_all_ranks
+from fabric_init.errors import FabricInitError, RecordingError
+from fabric_init.filling.allocate import allocate
+from fabric_init.filling.execute import fill_model
+from fabric_init.guard.recorded import guard_recorded, release_recorded
+from fabric_init.planning.placement import Placement
+from fabric_init.planning.plan import Wanted
+from fabric_init.recording.built_modules import BuiltModules
+from fabric_init.recording.mode import RecordMode, active
+from fabric_init.strategies.fill_in_setup import bind
+
+_NOTHING_WANTED = Wanted()
+
+
+class RecordsInit(Protocol):
+    """What the block asks of a strategy: what :class:`~fabric_init.strategies.RecordedInit` has."""
+
+    io: Io
+
+    @property
+    def fills_in_setup(self) -> bool:
+        """Whether the model is filled in ``setup``, after it is sharded."""
+        ...
+
+    @property
+    def precision(self) -> Precision:
+        """The plugin that says in which dtypes the model is built."""
+        ...
+
+    @property
+    def root_device(self) -> torch.device:
+        """The device that the model is built for."""
+        ...
+
+    @property
+    def agreement(self) -> Agreement:
+        """How the ranks keep in step."""
+        ...
+
+    def placement(self, model: nn.Module) -> Placement:
+        """Return where this rank keeps the tensors of ``model``."""
+        ...
+
+    def while_recording(self) -> AbstractContextManager[Any]:
+        """Return the context that the constructor runs in."""
+        ...
+
+
+@contextmanager
+def recorded_block(
+    strategy: RecordsInit,
+    source: Source | None = None,
+    wanted: Wanted = _NOTHING_WANTED,
+) -> Iterator[None]:
+    """Record the model that is built in the block, and fill it, give it room, or bind it until it is sharded.
+
+    Raises:
+        RecordingError: a block in a block, or one that builds no model, or several for one checkpoint.
+        FabricInitError: a rank failed, or the precision plugin puts layers of its own in the place of the model's.
+    """
+    refuse_nesting()
+    _refuse_precision(strategy.precision)
+    agreement = strategy.agreement
+    reader = None
+    if source is not None:  # a bad path fails before the build
+        machines, whole = getattr(strategy, "num_nodes", 1), not strategy.fills_in_setup
+        reader = open_on_all_ranks(source, strategy.io, whole=whole, machines=machines, agreement=agreement)
+    failure: BaseException | None = None
+    try:
+        with ExitStack() as contexts:
+            built = contexts.enter_context(BuiltModules())
+            recording = contexts.enter_context(RecordMode(agree=agreement.from_rank_zero))
+            device = strategy.root_device
+            if device != torch.get_default_device():  # a default device makes every call in the block slower
+                contexts.enter_context(device)
+            contexts.enter_context(strategy.precision.module_init_context())
+            contexts.enter_context(strategy.while_recording())
+            yield
+            if strategy.fills_in_setup:
+                for model in built.roots():  # setup casts to the precision: that belongs to the recording, too
+                    strategy.precision.convert_module(model)
+    except (Exception, KeyboardInterrupt) as error:  # the other ranks have to hear of it
+        failure = error
+
+    def built_models() -> list[nn.Module]:
+        if failure is not None:
+            raise failure
+        models = built.roots()
+        if not models and (reader is not None or recording.tape.storages):
+            raise RecordingError("no module was built in this init_module block; build the model inside it")
+        if reader is not None:
+            _one_model(models, reader)
+        return models
+
+    try:
+        models = agreement.same("building the model", built_models, _described)
+        _complete(models, reader, wanted, strategy)
+    except BaseException:
+        _guard_unfilled(built.roots())
+        raise
+
+
+def refuse_nesting() -> None:
+    """Raise if a recorded block is open."""
+    if active() is not None:
+        raise RecordingError(
+            "init_module inside a recorded block: build both models in one block, or one after the other"
+        )
+
+
+def _refuse_precision(precision: Precision) -> None:
+    if isinstance(precision, (BitsandbytesPrecision, TransformerEnginePrecision)):
+        raise FabricInitError(
+            f"{type(precision).__name__} puts layers of its own in the place of the model's, which cannot be recorded "
+            "yet. Use init_module() without empty_init or checkpoint, and load the weights into that model."
+        )
+
+
+def _complete(models: list[nn.Module], reader: CheckpointReader | None, wanted: Wanted, strategy: RecordsInit) -> None:
+    if strategy.fills_in_setup:
+        for model in models:
+            bind(model, reader, wanted, strategy.agreement)
+    elif reader is None:
+        room = lambda: allocate(models, strategy.placement)  # noqa: E731
+        strategy.agreement.same("giving the model memory", room, lambda _: "")
+    else:
+        fill_model(models[0], reader, wanted, strategy.placement(models[0]), agreement=strategy.agreement)
+
+
+def _guard_unfilled(models: list[nn.Module]) -> None:
+    """Nobody shall use what is left of models whose block has failed; what had values in them before may be used."""
+    for model in models:
+        guard_recorded(model, "Its init_module block ended with an error: build it again")
+        for module in model.modules():
+            if not any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers())):
+                release_recorded(module)
+
+
+def _one_model(models: list[nn.Module], reader: CheckpointReader) -> None:
+    if len(models) > 1:
+        names = ", ".join(sorted(type(model).__name__ for model in models))
+        raise RecordingError(
+            f"{len(models)} models were built in one init_module(checkpoint={str(reader.path)!r}) block: {names}. "
+            "Give each its own block, so that it is clear which one the checkpoint is for."
+        )
+
+
+def _described(models: list[nn.Module]) -> str:
+    """What tells models that differ between ranks apart."""
+    described = []
+    for model in models:
+        shapes = [p.shape for p in model.parameters() if not is_lazy(p)]
+        elements = sum(shape.numel() for shape in shapes)
+        described.append(f"{type(model).__name__} with {len(shapes)} parameters of {elements:,} elements")
+    return ", ".join(described) or "no model"

@@ -1,0 +1,172 @@
+"""What a Lightning strategy needs to build models without running their init: a mixin, and where it is registered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from lightning.fabric.strategies.strategy import Strategy
+from torch import nn
+from torch.optim import Optimizer
+
+from fabric_init.distributed.agreement import Agreement, AllRanks, Alone
+from fabric_init.distributed.io import Io, check_io
+from fabric_init.errors import FabricInitError
+from fabric_init.guard.hooks import loading, release, require, settle
+from fabric_init.planning.placement import Placement
+from fabric_init.strategies.fill_in_setup import ShardedPlacement, is_bound, shard_and_fill
+from fabric_init.strategies.init_context import recorded_block
+from fabric_init.strategies.optimizers import parameters_by_name, refuse_left_behind, remap
+
+
+class RecordedInit(Strategy):
+    """Mixin for a Lightning strategy whose models are recorded first and filled where the strategy keeps them.
+
+    Put it before the strategy's own class, and say where tensors live::
+
+        class MyStrategy(RecordedInit, TheirStrategy):
+            def placement(self, model):
+                return MyPlacement(...)
+
+    Such a strategy works in :class:`fabric_init.Fabric`, and in an unchanged ``lightning.Fabric``, whose
+    ``init_module(empty_init=True)`` then records, and guards what has no values. The order of calls:
+    ``module_init_context`` around the model's constructor; at its end ``placement(model)``; later ``setup_module``.
+    With ``fills_in_setup`` nothing is placed at the end of the block: ``setup_module`` calls ``shard(model)`` and then
+    ``placement(what shard gave)``.
+    """
+
+    fills_in_setup: bool = False
+    """Whether models stay recorded until they are set up; ``shard`` is called there, and before ``placement``."""
+
+    io: Io = "auto"
+    """How the ranks read a checkpoint, see :class:`fabric_init.Fabric`; also an argument of every strategy of ours."""
+
+    def __init__(self, *args: Any, io: Io = "auto", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.io = check_io(io)
+
+    def placement(self, model: nn.Module) -> Placement:
+        """Where this rank keeps the tensors of ``model``; a ``ShardedPlacement`` where it ``fills_in_setup``."""
+        raise NotImplementedError(f"{type(self).__name__} has to say where it keeps tensors: override placement(model)")
+
+    def shard(self, model: nn.Module) -> nn.Module:
+        """Put the strategy's own tensors, without memory, in the places of the recorded ones, and give the model."""
+        raise NotImplementedError(f"{type(self).__name__} fills in setup, and has to override shard(model)")
+
+    def sharded_placement(self, model: nn.Module) -> ShardedPlacement:
+        """:meth:`placement`, of a strategy that ``fills_in_setup``."""
+        return self.placement(model)  # type: ignore[return-value]
+
+    def while_recording(self) -> AbstractContextManager[Any]:
+        """What else a constructor that is recorded runs in."""
+        return nullcontext()
+
+    @property
+    def agreement(self) -> Agreement:
+        """How the ranks keep in step while a model is built and filled."""
+        return AllRanks() if getattr(self, "world_size", 1) > 1 else Alone()
+
+    # -- what Lightning calls ------------------------------------------------------------------------------------------
+
+    def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
+        """Context in which a model is built: recorded with ``empty_init=True``, else eagerly."""
+        if empty_init:
+            return recorded_block(self)
+        return super().module_init_context(empty_init=False)
+
+    def setup_module(self, module: nn.Module) -> nn.Module:
+        """Take what the user has written into account; shard and fill the model if it waits for that."""
+        settle(module)
+        release(module)
+        if not is_bound(module):
+            return super().setup_module(module)
+        before = parameters_by_name(module)
+        sharded = shard_and_fill(module, self.shard, self.sharded_placement, self.agreement)
+        self.remember(before, sharded)
+        return sharded
+
+    def setup_module_and_optimizers(
+        self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
+    ) -> tuple[nn.Module, list[Optimizer], Any]:
+        """As Lightning's; the optimizers get the parameters that sharding has made."""
+        module = self.setup_module(module)
+        for optimizer in optimizers:
+            self.adopt(optimizer)
+        return module, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
+
+    def load_checkpoint(self, path: Any, state: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As Lightning's; what it brings to tensors that wait for values counts as loaded when it ends."""
+        with ExitStack() as stack:
+            for module in _modules(state):
+                stack.enter_context(loading(module))
+            return super().load_checkpoint(path, state, *args, **kwargs)
+
+    def save_checkpoint(self, path: Any, state: Any, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's; raises on every rank if a tensor has no values."""
+        for module in _modules(state):
+            require(module, "be saved")
+        super().save_checkpoint(path, state, *args, **kwargs)
+
+    # -- optimizers that were made before setup ------------------------------------------------------------------------
+
+    def remember(self, before: Mapping[str, nn.Parameter], sharded: nn.Module) -> None:
+        """Keep in mind, while ``sharded`` lives, in which parameters' place it has put others."""
+        replaced = getattr(self, "_replaced", None)
+        if replaced is None:
+            replaced = self._replaced = WeakKeyDictionary[nn.Module, dict[str, nn.Parameter]]()
+        replaced[sharded] = dict(before)
+
+    def adopt(self, optimizer: Optimizer) -> None:
+        """Make an optimizer that was made before ``setup`` hold the sharded parameters.
+
+        Raises:
+            FabricInitError: they are not those of a model that was set up.
+        """
+        for sharded, before in list(getattr(self, "_replaced", {}).items()):
+            remap(optimizer, before, parameters_by_name(sharded))
+        refuse_left_behind(optimizer)
+
+
+def _modules(state: Any) -> list[nn.Module]:
+    if isinstance(state, nn.Module):
+        return [state]
+    return [value for value in state.values() if isinstance(value, nn.Module)] if isinstance(state, dict) else []
+
+
+_instead: dict[type[Strategy], type[RecordedInit]] = {}
+
+
+def register_strategy(ours: type[RecordedInit], instead_of: type[Strategy]) -> None:
+    """Let :class:`fabric_init.Fabric` use ``ours`` wherever it meets an instance of exactly ``instead_of``.
+
+    Args:
+        ours: a subclass of ``instead_of`` without attributes of its own that only ``__init__`` sets.
+        instead_of: a strategy, by name or instance, as users ask for it.
+    """
+    _instead[instead_of] = ours
+
+
+def with_recorded_init(strategy: Strategy) -> Strategy:
+    """The strategy itself, now of the class that was registered for it."""
+    ours = _instead.get(type(strategy))
+    if ours is not None:
+        strategy.__class__ = ours  # the same object, which the accelerator, launcher and precision know already
+    return strategy
+
+
+def require_recorded_init(strategy: Strategy) -> RecordedInit:
+    """The strategy, if it can build models without values.
+
+    Raises:
+        FabricInitError: it is none of ours, and none is registered for its class.
+    """
+    if isinstance(strategy, RecordedInit):
+        return strategy
+    known = ", ".join(sorted(cls.__name__ for cls in _instead))
+    raise FabricInitError(
+        f"fabric_init cannot build models without values for {type(strategy).__name__} yet (it can for: {known}). "
+        "Use init_module() without empty_init or checkpoint, or register a strategy (fabric_init.strategies."
+        "register_strategy) that says where it keeps tensors."
+    )

@@ -1,0 +1,104 @@
+"""What the layers' moments say: values that vanish, explode or are not numbers, and units that never fire."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from fabric_init.tools.audit.activations import Flow, Moments
+from fabric_init.tools.audit.findings import Finding, Level
+
+_LARGEST = 1e4
+_VANISHED = 1e-6
+_DEAD = 0.9
+_MEND_SCALE = "keep the variance from layer to layer: std = gain / sqrt(fan-in), or a normalisation layer in between"
+_MEND_FINITE = "look at what this layer is given, and at its weights: too large, a division by zero, a log of zero"
+
+
+def flow_findings(flows: Sequence[Flow]) -> list[Finding]:
+    """Findings about one pass; ``flows`` are in the order of its forward half.
+
+    The thresholds lie far outside of what sound models do: over 45 architectures as transformers builds them, with
+    norms, layer scales of 1e-6 and gates that start closed, a trunk's activations stay within a factor of 1000.
+    """
+    broken = list(_not_finite(flows))
+    if any(finding.level is Level.ERROR for finding in broken):
+        return broken  # nothing behind it can be measured
+    return [*broken, *_exploding(flows), *_vanishing(flows), *_dead(flows), *_constant(flows)]
+
+
+def _not_finite(flows: Sequence[Flow]) -> Iterator[Finding]:
+    """An error where it spreads to the end; a mask, say, may take back what the softmax of a hidden row has made."""
+    back = [flow for flow in reversed(flows) if flow.gradient.known]
+    for path, of, seen in (
+        (flows, _activation, "NaN or infinity comes out of it, first of all layers"),
+        (back, _gradient, "its gradient is the first on the way back with NaN or infinity"),
+    ):
+        first = next((flow for flow in path if of(flow).broken), None)
+        if first is not None and of(path[-1]).broken:
+            yield _finding(Level.ERROR, "not-finite", first, seen, _MEND_FINITE)
+            return
+        if first is not None:
+            yield _finding(Level.NOTE, "not-finite", first, f"{seen}; it does not reach the end", _MEND_FINITE)
+
+
+def _exploding(flows: Sequence[Flow]) -> Iterator[Finding]:
+    first = next((flow for flow in flows if flow.activation.rms > _LARGEST), None)
+    if first is not None:
+        seen = f"the root mean square of its output is {first.activation.rms:.3g}; float16 ends at 65504"
+        yield _finding(Level.WARNING, "exploding-activations", first, seen, _MEND_SCALE)
+    early, late = _ends(flows, _gradient)
+    if late is not None and early is not None and 0 < late.gradient.rms < _VANISHED * early.gradient.rms:
+        seen = f"gradients grow from {late.gradient.rms:.3g} at {late.name} to {early.gradient.rms:.3g} here"
+        yield _finding(Level.WARNING, "exploding-gradients", early, seen, _MEND_SCALE)
+
+
+def _vanishing(flows: Sequence[Flow]) -> Iterator[Finding]:
+    early, late = _ends(flows, _activation)
+    if early is not None and late is not None and 0 < late.activation.rms < _VANISHED * early.activation.rms:
+        seen = f"activations shrink from {early.activation.rms:.3g} at {early.name} to {late.activation.rms:.3g} here"
+        yield _finding(Level.WARNING, "vanishing-activations", late, seen, _MEND_SCALE)
+    early, late = _ends(flows, _gradient)
+    if early is not None and late is not None and 0 < early.gradient.rms < _VANISHED * late.gradient.rms:
+        seen = f"gradients shrink from {late.gradient.rms:.3g} at {late.name} to {early.gradient.rms:.3g} here"
+        yield _finding(Level.WARNING, "vanishing-gradients", early, seen, _MEND_SCALE)
+
+
+def _activation(flow: Flow) -> Moments:
+    return flow.activation
+
+
+def _gradient(flow: Flow) -> Moments:
+    return flow.gradient
+
+
+def _ends(flows: Sequence[Flow], of: Callable[[Flow], Moments]) -> tuple[Flow | None, Flow | None]:
+    """Of the first and of the last quarter of the layers, the one with the largest values.
+
+    A branch may be as small as it likes (a layer scale, a key's gradient); the largest shows what the trunk carries.
+    """
+    known = [flow for flow in flows if of(flow).known]
+    quarter = -(-len(known) // 4)
+    if len(known) < 2:
+        return None, None
+    return max(known[:quarter], key=lambda flow: of(flow).rms), max(known[-quarter:], key=lambda flow: of(flow).rms)
+
+
+def _dead(flows: Sequence[Flow]) -> Iterator[Finding]:
+    dead = [flow for flow in flows if flow.dead is not None and flow.dead > _DEAD]
+    if dead:
+        worst = max(flow.dead or 0.0 for flow in dead)
+        names = tuple(flow.name for flow in dead)
+        seen = f"up to {worst:.0%} of the units are zero for every sample of the batch"
+        mend = "look at the biases and the mean of what goes in: a rectifier that never fires learns nothing"
+        yield Finding(Level.WARNING, "dead-units", names, seen, mend)
+
+
+def _constant(flows: Sequence[Flow]) -> Iterator[Finding]:
+    names = tuple(flow.name for flow in flows if flow.leaf and flow.activation.count > 1 and flow.activation.var == 0)
+    if names:
+        mend = "nothing, where a branch is meant to start closed; else its weights, or what it is given, are constant"
+        yield Finding(Level.NOTE, "constant-output", names, "every element of the output has the same value", mend)
+
+
+def _finding(level: Level, check: str, flow: Flow, evidence: str, mend: str) -> Finding:
+    return Finding(level, check, (flow.name,), f"{flow.module_class}: {evidence}", mend)

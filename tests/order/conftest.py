@@ -1,8 +1,0 @@
-"""The helpers of this folder and of ``tests/distributed``: importlib mode does not make them importable."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "distributed")]

@@ -1,8 +1,0 @@
-"""Makes ``identity``, which the fidelity tests are built on, importable here too."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "fidelity"))

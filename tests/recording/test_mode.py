@@ -1,0 +1,274 @@
+"""The block itself: nothing runs, nothing is allocated, questions get true answers, and nothing stays behind."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import init
+from torch.nn.init import trunc_normal_, xavier_uniform_  # captured references, as model code has them
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fabric_init import deferred_init
+from fabric_init.api import materialize
+from fabric_init.recording.mode import active
+from fabric_init.recording.tape import recorded
+
+INIT: dict[str, Callable[[torch.Tensor], object]] = {
+    name: getattr(init, name)
+    for name in [
+        "uniform_",
+        "normal_",
+        "trunc_normal_",
+        "ones_",
+        "zeros_",
+        "eye_",
+        "xavier_uniform_",
+        "xavier_normal_",
+        "kaiming_uniform_",
+        "kaiming_normal_",
+        "orthogonal_",
+    ]
+} | {
+    "constant_": lambda t: init.constant_(t, 0.5),
+    "sparse_": lambda t: init.sparse_(t, 0.5),
+    "dirac_": lambda t: init.dirac_(t.view(2, 3, 1)),
+    "captured xavier_uniform_": xavier_uniform_,
+    "captured trunc_normal_": lambda t: trunc_normal_(t, std=0.02),
+}
+
+
+class RealOps(TorchDispatchMode):
+    """Notes the ops that reach a kernel with real memory, of tensors large enough to be weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in (*args, result) if isinstance(t, torch.Tensor)]
+        if any(not t.is_meta and t.numel() > 1 for t in tensors):
+            self.seen.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("name", INIT)
+def test_no_init_kernel_runs_in_the_block(name: str) -> None:
+    with RealOps() as spy, deferred_init():
+        INIT[name](torch.empty(2, 3))
+    assert spy.seen == []
+
+
+def test_the_spy_above_sees_eager_kernels() -> None:
+    with RealOps() as spy:
+        init.xavier_uniform_(torch.empty(2, 3))
+    assert any("uniform_" in op for op in spy.seen)
+
+
+def test_a_model_of_100_gb_takes_neither_memory_nor_time() -> None:
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    with deferred_init():
+        model = nn.ModuleList([nn.Linear(50_000, 50_000) for _ in range(10)])
+        for layer in model:
+            init.trunc_normal_(layer.weight, std=0.02)
+            layer.weight.data.mul_(0.5)
+    assert sum(p.nbytes for p in model.parameters()) > 100e9
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+    assert time.perf_counter() - start < 20
+
+
+def test_another_thread_builds_eagerly_meanwhile() -> None:
+    opened, built = threading.Event(), threading.Event()
+    made: list[nn.Linear] = []
+    seen: list[object] = []
+
+    def other() -> None:
+        opened.wait(30)
+        seen.append(active())
+        made.append(nn.Linear(4, 4))
+        trunc_normal_(made[0].weight)
+        built.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with deferred_init():
+        opened.set()
+        assert built.wait(30)
+        mine = nn.Linear(4, 4)
+    thread.join()
+    assert seen == [None]
+    assert recorded(made[0].weight) is None
+    assert not made[0].weight.is_meta
+    assert float(made[0].weight.detach().abs().sum()) > 0
+    assert recorded(mine.weight) is not None
+
+
+def test_two_threads_record_at_once_without_mixing_their_tapes() -> None:
+    models: dict[int, nn.Module] = {}
+    both_open = threading.Barrier(2)
+
+    def build(number: int) -> None:
+        with deferred_init():
+            both_open.wait(30)
+            models[number] = nn.Sequential(*[nn.Linear(3, 3) for _ in range(20)])
+
+    threads = [threading.Thread(target=build, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    tapes = [{id(recorded(p).tape) for p in model.parameters()} for model in models.values()]  # type: ignore[union-attr]
+    assert [len(found) for found in tapes] == [1, 1]
+    assert tapes[0] != tapes[1]
+    for model in models.values():
+        materialize(model)
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_a_constructor_that_raises_leaves_nothing_changed() -> None:
+    functions = {name: getattr(init, name) for name in dir(init)}
+
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = nn.Linear(3, 3)
+            raise KeyError("the model's own")
+
+    with pytest.raises(KeyError, match="own"), deferred_init():
+        Broken()
+    assert active() is None
+    assert {name: getattr(init, name) for name in dir(init)} == functions
+    assert not nn.Linear(3, 3).weight.is_meta
+    torch.manual_seed(1)
+    one = torch.randn(3)
+    torch.manual_seed(1)
+    assert torch.equal(one, torch.randn(3))
+
+
+def test_an_init_function_that_raises_inside_is_not_recorded_as_done() -> None:
+    with deferred_init():
+        weight = torch.ones(3)
+        with pytest.raises(ValueError, match="Fan in and fan out"):
+            init.xavier_uniform_(weight)
+        after = nn.Parameter(weight)
+    model = nn.Module()
+    model.after = after
+    materialize(model)
+    assert model.after.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_the_random_stream_moves_on_over_a_block() -> None:
+    torch.manual_seed(3)
+    with deferred_init():
+        nn.Linear(3, 3)
+    one = torch.randn(4)
+    torch.manual_seed(3)
+    with deferred_init():
+        nn.Linear(3, 3)
+    assert torch.equal(one, torch.randn(4))
+    torch.manual_seed(3)
+    assert not torch.equal(one, torch.randn(4))
+
+
+def test_a_block_inside_a_block_continues_the_outer_recording() -> None:
+    with deferred_init(rng="eager"):
+        outer = active()
+        first = nn.Linear(3, 3)
+        with deferred_init():
+            assert active() is outer
+            second = nn.Linear(3, 3)
+        assert active() is outer
+        third = nn.Linear(3, 3)
+    tapes = {id(recorded(layer.weight).tape) for layer in (first, second, third)}  # type: ignore[union-attr]
+    assert len(tapes) == 1
+
+
+def test_a_model_made_in_two_blocks_fills_as_one() -> None:
+    torch.manual_seed(0)
+    eager = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    eager[1].weight.data.copy_(eager[0].weight.data)
+    torch.manual_seed(0)
+    with deferred_init(rng="eager"):
+        first = nn.Linear(3, 3)
+    with deferred_init(rng="eager"):
+        second = nn.Linear(3, 3)
+        second.weight.data.copy_(first.weight.data)
+    model = nn.Sequential(first, second)
+    materialize(model)
+    assert torch.equal(model[0].weight, eager[0].weight)
+    assert torch.equal(model[1].weight, model[0].weight)
+
+
+def test_recorded_tensors_answer_with_the_device_that_was_asked_for() -> None:
+    with deferred_init():
+        plain, cuda = torch.zeros(3), torch.zeros(3, device="cuda")
+        layer = nn.Linear(3, 3, device="cuda:1")
+        assert (plain.device.type, plain.is_meta, plain.is_cpu, plain.get_device()) == ("cpu", False, True, -1)
+        assert (cuda.device.type, cuda.is_meta, cuda.is_cuda, cuda.is_cpu) == ("cuda", False, True, False)
+        assert layer.weight.device == torch.device("cuda", 1)
+        assert plain.to("cpu") is plain
+        assert plain.to("cuda").device.type == "cuda"
+        assert cuda.cpu().device.type == "cpu"
+        assert torch.zeros_like(cuda).device.type == "cuda"
+        assert (cuda + 1).device.type == "cuda"
+
+
+def test_a_meta_tensor_that_was_asked_for_stays_on_meta() -> None:
+    with deferred_init():
+        asked = torch.zeros(3, device="meta")
+        with torch.device("meta"):
+            layer = nn.Linear(3, 3)
+        assert asked.is_meta
+        assert layer.weight.device.type == "meta"
+    assert recorded(asked) is None
+
+
+def test_a_model_recorded_for_cuda_can_be_filled_on_the_cpu() -> None:
+    with deferred_init():
+        model = nn.Linear(3, 3, device="cuda")
+    materialize(model, device="cpu")
+    assert model.weight.device.type == "cpu"
+    assert float(model.weight.detach().abs().sum()) > 0
+
+
+def test_arrays_that_left_torch_are_read_only() -> None:
+    with deferred_init():
+        array = torch.arange(3.0).numpy()
+    assert array.tolist() == [0, 1, 2]
+    assert not array.flags.writeable
+
+
+def test_a_value_looked_at_is_the_value_filled_in() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Parameter(torch.randn(5))
+            self.seen = self.a.tolist()
+            self.b = nn.Parameter(torch.randn(5))
+            self.first = self.b[0].item()
+
+    for rng in ("eager", "per_op"):
+        with deferred_init(rng=rng):  # type: ignore[arg-type]
+            model = Model()
+        materialize(model)
+        assert model.a.tolist() == model.seen
+        assert model.b[0].item() == model.first
+
+
+def test_the_recording_goes_when_its_tensors_go() -> None:
+    with deferred_init():
+        model = nn.Linear(3, 3)
+    tape = recorded(model.weight).tape  # type: ignore[union-attr]
+    watched = [tape]
+    del tape, model
+    gc.collect()
+    assert len(gc.get_referrers(watched[0])) <= 1  # the list here

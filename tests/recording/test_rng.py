@@ -1,0 +1,137 @@
+"""Random numbers: seeds, forks and rewinds in a constructor, generators of its own, and streams that do not collide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from fabric_init import deferred_init
+from fabric_init.api import materialize
+from fabric_init.errors import RecordingError
+from fabric_init.recording.rng import derived_seed
+
+
+def build(make: Callable[[], list[torch.Tensor]], rng: str, seed: int = 0) -> list[torch.Tensor]:
+    torch.manual_seed(seed)
+    model = nn.Module()
+    with deferred_init(rng=rng):  # type: ignore[arg-type]
+        model.made = nn.ParameterList([nn.Parameter(tensor, requires_grad=False) for tensor in make()])
+    materialize(model)
+    return [tensor.detach() for tensor in model.made]
+
+
+def eager(make: Callable[[], list[torch.Tensor]], seed: int = 0) -> list[torch.Tensor]:
+    torch.manual_seed(seed)
+    return make()
+
+
+def seeded() -> list[torch.Tensor]:
+    made = [torch.randn(3)]
+    torch.manual_seed(5)
+    made.append(torch.randn(3))
+    torch.manual_seed(5)
+    return [*made, torch.randn(3), torch.rand(2)]
+
+
+def forked() -> list[torch.Tensor]:
+    made = [torch.randn(3)]
+    with torch.random.fork_rng(devices=[]):
+        made.append(torch.randn(3))
+        torch.manual_seed(9)
+        made.append(torch.randn(3))
+    return [*made, torch.randn(3)]
+
+
+def rewound() -> list[torch.Tensor]:
+    torch.randn(2)
+    state = torch.get_rng_state()
+    made = [torch.randn(3), torch.randn(3)]
+    torch.set_rng_state(state)
+    return [*made, torch.randn(3), torch.randn(4)]
+
+
+def own_generator() -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(4)
+    return [torch.randn(3, generator=g), torch.randn(2), torch.randperm(5, generator=g), torch.rand(3, generator=g)]
+
+
+MAKERS = [seeded, forked, rewound, own_generator]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_exact_streams_are_drawn_as_eager_code_draws_them(make: Callable[[], list[torch.Tensor]]) -> None:
+    for one, other in zip(eager(make), build(make, "eager"), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_seed_of_the_constructors_own_gives_eager_values_in_per_op_mode_too() -> None:
+    expected, found = eager(seeded), build(seeded, "per_op")
+    assert not torch.equal(expected[0], found[0])
+    assert all(torch.equal(one, other) for one, other in zip(expected[1:], found[1:], strict=True))
+
+
+def test_a_generator_of_the_constructors_own_gives_eager_values_in_per_op_mode_too() -> None:
+    expected, found = eager(own_generator), build(own_generator, "per_op")
+    assert [torch.equal(one, other) for one, other in zip(expected, found, strict=True)] == [True, False, True, True]
+
+
+def test_a_rewound_stream_repeats_itself_in_per_op_mode_too() -> None:
+    first, second, again, _ = build(rewound, "per_op")
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_the_same_seed_gives_the_same_values_and_another_seed_others(make: Callable[[], list[torch.Tensor]]) -> None:
+    one, same, other = build(make, "per_op"), build(make, "per_op"), build(make, "per_op", seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_draws_of_one_model_never_share_a_seed() -> None:
+    seeds = {derived_seed(seed, position) for seed in range(50) for position in range(200)}
+    assert len(seeds) == 50 * 200
+    assert all(0 <= seed < 1 << 63 for seed in seeds)
+
+
+def test_a_generator_used_on_after_the_block_does_not_repeat_the_weights() -> None:
+    g = torch.Generator().manual_seed(4)
+    model = nn.Module()
+    with deferred_init():
+        model.weight = nn.Parameter(torch.randn(6, generator=g))
+    later = torch.randn(6, generator=g)
+    materialize(model)
+    assert not torch.equal(model.weight.detach(), later)
+
+
+def test_numbers_drawn_after_the_block_do_not_repeat_the_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.Module()
+    with deferred_init(rng="eager"):
+        model.weight = nn.Parameter(torch.randn(6))
+    later = torch.randn(6)
+    materialize(model)
+    assert not torch.equal(model.weight.detach(), later)
+
+
+def test_filling_leaves_the_default_stream_where_it_was() -> None:
+    model = nn.Module()
+    with deferred_init(rng="eager"):
+        model.weight = nn.Parameter(torch.nn.init.sparse_(torch.empty(4, 4), 0.5))
+        model.order = torch.randperm(5)
+    before = torch.get_rng_state()
+    materialize(model)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_values_shown_in_one_mode_cannot_be_filled_in_the_other() -> None:
+    model = nn.Module()
+    with deferred_init(rng="per_op"):
+        model.weight = nn.Parameter(torch.randn(3))
+        model.weight.tolist()
+    with pytest.raises(RecordingError, match="rng='eager'"):
+        materialize(model, rng="eager")
+    materialize(model)

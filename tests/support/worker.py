@@ -1,0 +1,107 @@
+"""Compares architectures named on stdin, one a line, and answers each with one line of JSON on stdout.
+
+A process of its own, so that a crash, a hang or a hunger for memory costs one architecture and not the test run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+import warnings
+from types import FrameType
+from typing import Any
+
+_MOST_MEMORY = 10 << 30
+_EAGER_SECONDS = 25
+
+
+class _TooSlowError(Exception):
+    pass
+
+
+def _alarm(number: int, frame: FrameType | None) -> None:
+    raise _TooSlowError(f"more than {_EAGER_SECONDS} s")
+
+
+def _brief(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"
+
+
+def _buildable(model_class: Any) -> tuple[Any, str]:
+    """A config maker from which plain PyTorch builds the class, or ``None`` and why there is none."""
+    import torch
+
+    from tests.support.architectures import configs
+
+    why = ""
+    brief: list[str] = []
+    for make in configs(model_class):
+        signal.alarm(_EAGER_SECONDS)
+        try:
+            torch.manual_seed(0)
+            model_class(make())
+            return make, ""
+        except Exception as error:  # whatever eager code raises, the architecture cannot be built: that is the answer
+            brief.append(_brief(error))
+            why = brief[0]
+            if brief[-4:] == [brief[-1]] * 4:  # size is not what it is about
+                break
+        finally:
+            signal.alarm(0)
+    return None, why
+
+
+def run(architecture: str) -> dict[str, Any]:
+    from tests.support.architectures import model_classes
+    from tests.support.identity import compare
+
+    answer: dict[str, Any] = {"architecture": architecture, "models": [], "not_built": {}}
+    try:
+        classes = model_classes(architecture)
+    except Exception as error:
+        return {**answer, "not_built": {architecture: _brief(error)}}
+    if not classes:
+        return {**answer, "not_built": {architecture: "no model class with a config"}}
+    for model_class in classes:
+        name = model_class.__name__
+        start = time.perf_counter()
+        make, why = _buildable(model_class)
+        if make is None:
+            answer["not_built"][name] = why
+            continue
+        model: dict[str, Any] = {"name": name, "differences": [], "tensors": 0, "never_written": []}
+        try:
+            model.update(vars(compare(lambda model_class=model_class, make=make: model_class(make()))))
+        except Exception:
+            model["differences"] = [traceback.format_exc()]
+        if not model["tensors"] and not model["differences"]:
+            answer["not_built"][name] = "nothing to compare: no tensors"
+            continue
+        model["seconds"] = round(time.perf_counter() - start, 2)
+        answer["models"].append(model)
+    return answer
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what models print must not get between the answers
+    resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
+    signal.signal(signal.SIGALRM, _alarm)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    import torch
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(json.dumps(run(line.strip())), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
