@@ -18,7 +18,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from fabric_init import Fabric
-from fabric_init.strategies import DeepSpeedStrategy, FSDP2Strategy, FSDPStrategy, ModelParallelStrategy, RecordedInit
+from fabric_init.strategies import (
+    DeepSpeedStrategy,
+    DeferredInitMixin,
+    FSDP2Strategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+)
 
 
 class Block(nn.Module):
@@ -50,7 +56,7 @@ def split_blocks(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return model
 
 
-def strategy(name: str) -> str | RecordedInit:
+def strategy(name: str) -> str | DeferredInitMixin:
     """The names alone would do for most; the classes take options."""
     if name == "fsdp2":
         return FSDP2Strategy(units="blocks", reshard_after_forward=True)

@@ -15,17 +15,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fabric_init
-from fabric_init.strategies import Placement, RecordedInit, Slot, WholeTensors, register_strategy
+from fabric_init.strategies import DeferredInitMixin, Placement, TensorInfo, WholeTensors, register_strategy
 
 
 class InSharedMemory(WholeTensors):
     """Every tensor whole, where other processes can reach it."""
 
-    def put(self, slot: Slot, tensor: Tensor, value: Tensor) -> Tensor:
+    def put(self, slot: TensorInfo, tensor: Tensor, value: Tensor) -> Tensor:
         return super().put(slot, tensor, value.share_memory_())
 
 
-class HogwildStrategy(RecordedInit, SingleDeviceStrategy):
+class HogwildStrategy(DeferredInitMixin, SingleDeviceStrategy):
     """One device, whose models can be handed to other processes."""
 
     def placement(self, model: nn.Module) -> Placement:

@@ -12,11 +12,11 @@ from torch import nn
 from fabric_init.checkpoints import Conversion, Source
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.filling.execute import fill_model
-from fabric_init.filling.missing import initialise_rest
+from fabric_init.filling.missing import initialize_missing
 from fabric_init.guard.hooks import release, settle
 from fabric_init.guard.recorded import guard_recorded
 from fabric_init.planning.placement import WholeTensors
-from fabric_init.planning.plan import Wanted
+from fabric_init.planning.plan import LoadOptions
 from fabric_init.recording.built_modules import BuiltModules
 from fabric_init.recording.mode import active, recorded_build
 from fabric_init.recording.tape import Rng, check_rng
@@ -79,7 +79,7 @@ def materialize(
         check_rng(rng)
     reader = Source(checkpoint, mmap, entry, manifest, convert).open() if checkpoint is not None else None
     placement = WholeTensors(None if device is None else torch.device(device))
-    return fill_model(model, reader, Wanted(strict, rename, reinit), placement, rng)
+    return fill_model(model, reader, LoadOptions(strict, rename, reinit), placement, rng)
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def init_missing(model: nn.Module) -> None:
     if is_bound(model):
         choose_own_init(model)
     else:
-        initialise_rest(model)
+        initialize_missing(model)
 
 
 def init_report(model: nn.Module) -> InitReport:

@@ -19,13 +19,13 @@ from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.distributed.io import Io, check_io
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.guard.recorded import mend_of
-from fabric_init.planning.plan import Wanted
+from fabric_init.planning.plan import LoadOptions
 from fabric_init.recording.mode import active
 from fabric_init.reports.init_report import InitReport
-from fabric_init.strategies import FSDP2Strategy, RecordedInit
+from fabric_init.strategies import DeferredInitMixin, FSDP2Strategy
 from fabric_init.strategies.fill_in_setup import is_bound
-from fabric_init.strategies.init_context import recorded_block, refuse_nesting
-from fabric_init.strategies.mixin import require_recorded_init, with_recorded_init
+from fabric_init.strategies.init_context import init_context, refuse_nesting
+from fabric_init.strategies.mixin import require_deferred_init, with_deferred_init
 from fabric_init.strategies.unwrap import original
 
 
@@ -46,8 +46,8 @@ class Fabric(lightning.Fabric):
         if "fsdp2" not in STRATEGY_REGISTRY:  # there it is found by name, also in LT_STRATEGY under `fabric run`
             STRATEGY_REGISTRY.register("fsdp2", FSDP2Strategy)
         super().__init__(**kwargs)
-        with_recorded_init(self._strategy)
-        if io != "auto" and isinstance(self._strategy, RecordedInit):
+        with_deferred_init(self._strategy)
+        if io != "auto" and isinstance(self._strategy, DeferredInitMixin):
             self._strategy.io = io
 
     def init_module(
@@ -109,11 +109,11 @@ class Fabric(lightning.Fabric):
             if not empty_init:
                 refuse_nesting()
                 return super().init_module(empty_init=False)
-            return recorded_block(require_recorded_init(self.strategy))
+            return init_context(require_deferred_init(self.strategy))
         if empty_init is False:
             raise FabricInitError("empty_init=False contradicts checkpoint=…: a declared load never runs init first")
-        source, wanted = Source(checkpoint, mmap, entry, manifest, convert), Wanted(strict, rename, reinit)
-        return recorded_block(require_recorded_init(self.strategy), source, wanted)
+        source, wanted = Source(checkpoint, mmap, entry, manifest, convert), LoadOptions(strict, rename, reinit)
+        return init_context(require_deferred_init(self.strategy), source, wanted)
 
     def init_missing(self, model: nn.Module) -> None:
         """Run the model's own recorded init for whatever is still unfilled.
@@ -143,7 +143,7 @@ class Fabric(lightning.Fabric):
         super()._validate_setup(module, optimizers)
 
     def setup_optimizers(self, *optimizers: Optimizer) -> Any:
-        if isinstance(self.strategy, RecordedInit):
+        if isinstance(self.strategy, DeferredInitMixin):
             for optimizer in optimizers:
                 self.strategy.adopt(optimizer)
         return super().setup_optimizers(*optimizers)
@@ -153,7 +153,7 @@ class Fabric(lightning.Fabric):
             _require_tensors(module)
             return set_up(module, *args, **kwargs)
 
-        if not isinstance(self.strategy, RecordedInit):
+        if not isinstance(self.strategy, DeferredInitMixin):
             return whole_setup()
         return self.strategy.agreement.same("setting the model up", whole_setup, lambda _: "")
 

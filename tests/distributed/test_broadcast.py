@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fabric_init.checkpoints import Box, Region, Source, Span, open_checkpoint
 from fabric_init.distributed import io
-from fabric_init.distributed.agreement import AllRanks
-from fabric_init.distributed.broadcast import OneReader
+from fabric_init.distributed.agreement import RankGroup
+from fabric_init.distributed.broadcast import BroadcastReader
 from fabric_init.distributed.io import open_on_all_ranks
 from tests.support.ranks import run_ranks, run_ranks_each
 from tests.support.watched import watched
@@ -133,7 +133,7 @@ def test_a_rank_takes_its_regions_and_the_budget(strategy: str, kept: int, tmp_p
 def read_regions(path: Path) -> list[Tensor]:
     launch("ddp")
     rank = torch.distributed.get_rank()
-    reader = OneReader.open(lambda: open_checkpoint(path), AllRanks(), 64)
+    reader = BroadcastReader.open(lambda: open_checkpoint(path), RankGroup(), 64)
     regions = [None, Box((rank, 0, 2), (1, 7, 3)), Span(rank * 10, rank * 10 + 25), Box((0, 0, 0), (0, 7, 7))]
     assert reader.spec("mix") == open_checkpoint(path).spec("mix")
     return [reader.read("mix", region) for region in regions]
@@ -174,7 +174,7 @@ def how_it_is_opened(path: Path) -> list[str]:
     launch("ddp")
     network = torch.distributed.get_rank() == 0
     io.file_system_of = lambda path: "nfs4" if network else "ext4"
-    agreement = AllRanks()
+    agreement = RankGroup()
     return [
         type(open_on_all_ranks(Source(path), "auto", whole=whole, machines=2, agreement=agreement)).__name__
         for whole in (True, False)

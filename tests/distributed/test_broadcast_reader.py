@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from fabric_init import CheckpointMismatchError, deferred_init
 from fabric_init.checkpoints import Box, open_checkpoint
-from fabric_init.distributed.agreement import AllRanks
-from fabric_init.distributed.broadcast import OneReader
+from fabric_init.distributed.agreement import RankGroup
+from fabric_init.distributed.broadcast import BroadcastReader
 from fabric_init.filling.execute import fill_model
 from fabric_init.planning.placement import WholeTensors
-from fabric_init.planning.plan import Wanted
+from fabric_init.planning.plan import LoadOptions
 
 
 @pytest.fixture(autouse=True)
@@ -31,15 +31,15 @@ def budget(request: pytest.FixtureRequest) -> int:
     return request.param
 
 
-def opened(path: Path, state: dict[str, Tensor], budget: int = 64) -> OneReader:
+def opened(path: Path, state: dict[str, Tensor], budget: int = 64) -> BroadcastReader:
     torch.save(state, path / "m.pt")
-    return OneReader.open(lambda: open_checkpoint(path / "m.pt", mmap=False), AllRanks(), budget)
+    return BroadcastReader.open(lambda: open_checkpoint(path / "m.pt", mmap=False), RankGroup(), budget)
 
 
-def filled(build: type[nn.Module], reader: OneReader, strict: bool = True) -> nn.Module:
+def filled(build: type[nn.Module], reader: BroadcastReader, strict: bool = True) -> nn.Module:
     with deferred_init():
         model = build()
-    fill_model(model, reader, Wanted(strict), WholeTensors(), agreement=AllRanks())
+    fill_model(model, reader, LoadOptions(strict), WholeTensors(), agreement=RankGroup())
     return model
 
 

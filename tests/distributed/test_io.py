@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from fabric_init import Fabric
 from fabric_init.checkpoints import SafetensorsReader, Source
-from fabric_init.distributed.agreement import Alone
+from fabric_init.distributed.agreement import SingleProcess
 from fabric_init.distributed.io import Io, choose_io, open_on_all_ranks
 
 
@@ -46,5 +46,7 @@ def test_fabric_refuses_another_way() -> None:
 @pytest.mark.parametrize("io", ["auto", "local", "broadcast"])
 def test_one_process_reads_by_itself(io: Io, tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2)}, tmp_path / "m.safetensors")
-    reader = open_on_all_ranks(Source(tmp_path / "m.safetensors"), io, whole=True, machines=1, agreement=Alone())
+    reader = open_on_all_ranks(
+        Source(tmp_path / "m.safetensors"), io, whole=True, machines=1, agreement=SingleProcess()
+    )
     assert isinstance(reader, SafetensorsReader)

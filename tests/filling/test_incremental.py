@@ -7,10 +7,10 @@ from torch import nn
 
 from fabric_init import deferred_init, materialize
 from fabric_init.filling.execute import prepare
-from fabric_init.filling.incremental import Piecewise
+from fabric_init.filling.incremental import IncrementalFill
 from fabric_init.guard.recorded import release_recorded
 from fabric_init.planning.placement import WholeTensors
-from fabric_init.planning.plan import Wanted
+from fabric_init.planning.plan import LoadOptions
 
 
 class Net(nn.Module):
@@ -35,7 +35,7 @@ def recorded() -> Net:
 def test_parts_have_the_values_of_the_whole_and_so_has_the_report() -> None:
     whole, model = recorded(), recorded()
     expected = materialize(whole)
-    filling = Piecewise(prepare(model, None, Wanted()), WholeTensors())
+    filling = IncrementalFill(prepare(model, None, LoadOptions()), WholeTensors())
     filling.begin()
     for part in (model.right, model.tied, model):
         filling.fill_under(part)
@@ -50,7 +50,7 @@ def test_parts_have_the_values_of_the_whole_and_so_has_the_report() -> None:
 
 def test_only_what_is_asked_for_has_memory_and_what_shares_it() -> None:
     model = recorded()
-    filling = Piecewise(prepare(model, None, Wanted()), WholeTensors())
+    filling = IncrementalFill(prepare(model, None, LoadOptions()), WholeTensors())
     filling.begin()
     filling.fill_under(model.right)
     left = {name for name, value in model.named_parameters() if value.is_meta}

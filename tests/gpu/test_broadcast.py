@@ -12,12 +12,12 @@ from torch import nn
 
 from fabric_init import deferred_init
 from fabric_init.checkpoints import open_checkpoint
-from fabric_init.distributed.agreement import AllRanks
-from fabric_init.distributed.broadcast import OneReader
-from fabric_init.distributed.lockstep import InStep
+from fabric_init.distributed.agreement import RankGroup
+from fabric_init.distributed.broadcast import BroadcastReader
+from fabric_init.distributed.lockstep import Lockstep
 from fabric_init.filling.execute import fill_model
 from fabric_init.planning.placement import WholeTensors
-from fabric_init.planning.plan import Wanted
+from fabric_init.planning.plan import LoadOptions
 
 
 def _why_no_cuda() -> str:
@@ -45,17 +45,17 @@ def group() -> Iterator[None]:
 def test_values_go_by_way_of_the_gpu(budget: int, tmp_path: Path) -> None:
     state = nn.TransformerEncoderLayer(32, 2, 64).state_dict()
     torch.save({key: value.bfloat16() for key, value in state.items()}, tmp_path / "m.pt")
-    reader = OneReader.open(lambda: open_checkpoint(tmp_path / "m.pt", mmap=False), AllRanks(), budget)
+    reader = BroadcastReader.open(lambda: open_checkpoint(tmp_path / "m.pt", mmap=False), RankGroup(), budget)
     with deferred_init():
         model = nn.TransformerEncoderLayer(32, 2, 64)
-    fill_model(model, reader, Wanted(), WholeTensors(torch.device("cuda", 0)), agreement=AllRanks())
+    fill_model(model, reader, LoadOptions(), WholeTensors(torch.device("cuda", 0)), agreement=RankGroup())
     for key, value in model.state_dict().items():
         assert value.is_cuda
         assert torch.equal(value.cpu(), state[key].bfloat16().float()), key
 
 
 def test_what_is_sent_is_on_the_gpu() -> None:
-    with InStep("testing") as ranks:
+    with Lockstep("testing") as ranks:
         assert ranks.device == torch.device("cuda", 0)
         sent = torch.arange(4, device=ranks.device)
         ranks.broadcast(sent)

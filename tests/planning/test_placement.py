@@ -10,7 +10,7 @@ from torch import nn
 
 from fabric_init import deferred_init
 from fabric_init.planning.placement import WholeTensors, become
-from fabric_init.planning.tensors import find_slots
+from fabric_init.planning.tensors import find_tensors
 
 
 def recorded_parameter(**options: bool) -> nn.Parameter:
@@ -85,8 +85,8 @@ def test_whole_tensors_are_where_they_were_asked_for_unless_a_device_is_given() 
     with deferred_init():
         model = nn.Linear(2, 2)
         other = nn.Linear(2, 2, device="cuda")
-    (here, _), *_ = find_slots(model)
-    (there, _), *_ = find_slots(other)
+    (here, _), *_ = find_tensors(model)
+    (there, _), *_ = find_tensors(other)
     assert WholeTensors().device(here) == torch.device("cpu")
     assert WholeTensors().device(there).type == "cuda"
     assert WholeTensors(torch.device("cpu")).device(there) == torch.device("cpu")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fabric_init import deferred_init
 from fabric_init.checkpoints import Region, TensorSpec
 from fabric_init.errors import CheckpointMismatchError, UninitializedTensorError
-from fabric_init.planning.plan import Action, Plan, Wanted, storage_groups
+from fabric_init.planning.plan import Action, LoadOptions, Plan, storage_groups
 from fabric_init.planning.tensors import survey
 from fabric_init.planning.validation import make_plan
 
@@ -70,7 +70,7 @@ def recorded(kind: type[nn.Module]) -> nn.Module:
 
 def plan(model: nn.Module, reader: Header | None, **wanted: object) -> Plan:
     slots, _, tapes = survey(model)
-    return make_plan(slots, tapes, reader, Wanted(**wanted))  # type: ignore[arg-type]
+    return make_plan(slots, tapes, reader, LoadOptions(**wanted))  # type: ignore[arg-type]
 
 
 def actions(made: Plan) -> dict[str, Action]:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fabric_init import deferred_init, materialize
-from fabric_init.planning.tensors import Slot, find_slots
+from fabric_init.planning.tensors import TensorInfo, find_tensors
 
 
-def slots(model: nn.Module) -> dict[str, Slot]:
-    return {slot.name: slot for slot, _ in find_slots(model)}
+def slots(model: nn.Module) -> dict[str, TensorInfo]:
+    return {slot.name: slot for slot, _ in find_tensors(model)}
 
 
 class Everything(nn.Module):

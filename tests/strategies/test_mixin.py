@@ -14,14 +14,14 @@ from torch import nn
 from fabric_init import Fabric, FabricInitError, UninitializedTensorError, init_missing, init_report
 from fabric_init import strategies as ours
 from fabric_init.planning.placement import Placement, WholeTensors
-from fabric_init.strategies import RecordedInit, mixin, register_strategy
+from fabric_init.strategies import DeferredInitMixin, mixin, register_strategy
 
 
 class Elsewhere(SingleDeviceStrategy):
     """A strategy of a user's own that nobody registered."""
 
 
-class ElsewhereRecorded(RecordedInit, Elsewhere):
+class ElsewhereRecorded(DeferredInitMixin, Elsewhere):
     def placement(self, model: nn.Module) -> Placement:
         return WholeTensors(self.root_device)
 
@@ -57,7 +57,7 @@ def test_a_registered_strategy_stands_in_for_the_plain_one(monkeypatch: pytest.M
 
 
 def test_a_strategy_that_forgot_to_say_where_tensors_live_is_told_so() -> None:
-    class Forgetful(RecordedInit, SingleDeviceStrategy):
+    class Forgetful(DeferredInitMixin, SingleDeviceStrategy):
         pass
 
     fabric = Fabric(accelerator="cpu", strategy=Forgetful(torch.device("cpu")))

@@ -8,7 +8,7 @@ from lightning.fabric.strategies import SingleDeviceStrategy
 from torch import nn
 
 from fabric_init import Fabric, deferred_init
-from fabric_init.planning.tensors import find_slots
+from fabric_init.planning.tensors import find_tensors
 from fabric_init.strategies import SingleDeviceStrategy as Ours
 
 
@@ -16,7 +16,7 @@ def test_tensors_are_whole_and_on_the_strategys_device_whatever_the_constructor_
     with deferred_init():
         model = nn.Linear(2, 2, device="cuda")
     placement = Ours(torch.device("cpu")).placement(model)
-    for slot, _ in find_slots(model):
+    for slot, _ in find_tensors(model):
         assert placement.device(slot) == torch.device("cpu")
         assert placement.region(slot) is None
 

@@ -42,7 +42,7 @@ class Device(str, Enum):
     CUDA = "cuda"
 
 
-class Way(str, Enum):
+class Contender(str, Enum):
     """How a model can be started."""
 
     PLAIN = "plain"
@@ -51,9 +51,9 @@ class Way(str, Enum):
 
 
 STARTS = {
-    Way.PLAIN: "plain PyTorch, then load",
-    Way.LIGHTNING: "Lightning empty_init=True, then load",
-    Way.OURS: "fabric_init checkpoint=…",
+    Contender.PLAIN: "plain PyTorch, then load",
+    Contender.LIGHTNING: "Lightning empty_init=True, then load",
+    Contender.OURS: "fabric_init checkpoint=…",
 }
 
 # The checkpoint holds a bare BertModel; BertForSequenceClassification keeps that under "bert.".
@@ -85,7 +85,7 @@ class Sentences:
 class Start:
     """What one way of starting took; measured in a process of its own."""
 
-    way: Way
+    way: Contender
     ready_seconds: float
     answered_seconds: float
     peak_megabytes: float | None
@@ -185,7 +185,7 @@ def accuracy(model: torch.nn.Module, sentences: Sentences, device: torch.device)
     return hits.float().mean().item()
 
 
-def measure_start(way: Way, device: Device, folder: Path) -> Start:
+def measure_start(way: Contender, device: Device, folder: Path) -> Start:
     """Start the model in this process, which must not have built one before."""
     config, sentences = load_config(folder), load_sentences(folder, "test")
     fabric = Fabric(accelerator=device.value, devices=1)
@@ -198,10 +198,10 @@ def measure_start(way: Way, device: Device, folder: Path) -> Start:
         Path("/proc/self/clear_refs").write_text("5")
     before = memory_megabytes("VmRSS")
     clock = time.perf_counter()
-    if way is Way.OURS:
+    if way is Contender.OURS:
         model = fabric.setup(build(fabric, folder, config))
     else:
-        model = peers.setup(build_then_load(peers, folder, config, empty_init=way is Way.LIGHTNING))
+        model = peers.setup(build_then_load(peers, folder, config, empty_init=way is Contender.LIGHTNING))
     ready = time.perf_counter() - clock
     # A mapped file costs nothing until it is used: only after a forward pass is the comparison fair.
     model.eval()
@@ -238,7 +238,7 @@ def warm_up(config: BertConfig) -> None:
         model(input_ids=torch.zeros(16, 16, dtype=torch.long))
 
 
-def measure_start_elsewhere(way: Way, device: Device) -> Start:
+def measure_start_elsewhere(way: Contender, device: Device) -> Start:
     command = [sys.executable, "-m", "fabric_init", "demo", "--start", way.value, "--device", device.value]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -261,7 +261,7 @@ def run(
     seed: Annotated[int, typer.Option(min=0, help="Seed for the head, dropout and shuffling.")] = 0,
     device: Annotated[Device, typer.Option(help="Where to run.")] = Device.CPU,
     start: Annotated[
-        Way | None, typer.Option(help="Only start the model in this one way, and print time and memory as JSON.")
+        Contender | None, typer.Option(help="Only start the model in this one way, and print time and memory as JSON.")
     ] = None,
 ) -> int:
     """Finetune a small real model under a new head, and compare three ways of starting it.
@@ -293,5 +293,5 @@ def run(
     finetune(fabric, model, folder, epochs)
 
     print("\nThe same start, three ways, each in a process of its own:", flush=True)
-    print(format_starts([measure_start_elsewhere(way, device) for way in Way]))
+    print(format_starts([measure_start_elsewhere(way, device) for way in Contender]))
     return 0

@@ -15,7 +15,7 @@ from fabric_init.cli import CommandError, model_argument, plan_tables
 from fabric_init.distributed.io import Io
 from fabric_init.errors import FabricInitError
 from fabric_init.strategies.fsdp2 import Units
-from fabric_init.tools.forecast import OptimizerName, PrecisionName, Setting, StrategyName, forecast
+from fabric_init.tools.forecast import OptimizerName, PrecisionName, StrategyName, TrainingConfig, forecast
 
 _COMPLETE, _INCOMPLETE, _WRONG_CALL = 0, 1, 2
 
@@ -146,7 +146,7 @@ def run(
     speed = None if bandwidth is None else bytes_a_second(bandwidth)
     mapping = renames(rename or ())
     try:
-        Setting(strategy, devices, nodes, precision, optimizer)
+        TrainingConfig(strategy, devices, nodes, precision, optimizer)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     try:

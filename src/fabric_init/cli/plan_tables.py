@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fabric_init.cli.console import bytes_text, is_terminal, new_table, out, printable, shape_text
-from fabric_init.tools.forecast import Coverage, Forecast, Fresh, Memory, Reading
+from fabric_init.tools.forecast import Coverage, Forecast, Fresh, IoEstimate, Memory
 
 _MOST_ROWS = 20
 
@@ -100,7 +100,7 @@ def _show_reading(console: Console, forecast: Forecast) -> None:
         )
 
 
-def _runs(reading: Reading) -> Iterator[tuple[str, int]]:
+def _runs(reading: IoEstimate) -> Iterator[tuple[str, int]]:
     """Ranks that follow one another and read as much."""
     first = 0
     for rank in range(1, len(reading.by_rank) + 1):

@@ -37,7 +37,7 @@ class Agreement(Protocol):
         ...
 
 
-class Alone:
+class SingleProcess:
     """One process, or one that is not to wait for others."""
 
     def same(self, what: str, make: Callable[[], _T], digest: Callable[[_T], str]) -> _T:
@@ -59,7 +59,7 @@ _PATIENCE_OF_USERS = timedelta(seconds=5)
 _meetings = itertools.count()
 
 
-class AllRanks:
+class RankGroup:
     """The ranks of torch's default process group. Every rank has to make the same calls in the same order.
 
     Calls may lie in one another. What goes wrong in the outer one meets the others in whichever they have come to.

@@ -15,7 +15,7 @@ from fabric_init.checkpoints.region import copy_part
 from fabric_init.checkpoints.storage.remote import AnyPath
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.distributed.batches import ALIGNMENT, aligned, batches, chunks
-from fabric_init.distributed.lockstep import InStep
+from fabric_init.distributed.lockstep import Lockstep
 from fabric_init.planning.extra_state import extra_states
 from fabric_init.planning.loads import Load, check_tie, loads
 from fabric_init.planning.placement import Placement
@@ -34,7 +34,7 @@ class _Header(NamedTuple):
     extra_state: dict[str, Any]
 
 
-class OneReader:
+class BroadcastReader:
     """A checkpoint that rank 0 has open, and the others know by its header.
 
     A :class:`~fabric_init.checkpoints.reader.CheckpointReader`, but for one thing: ``read`` and ``load`` are for all
@@ -54,7 +54,7 @@ class OneReader:
         self._budget = budget
 
     @classmethod
-    def open(cls, make: Callable[[], CheckpointReader], agreement: Agreement, budget: int) -> OneReader:
+    def open(cls, make: Callable[[], CheckpointReader], agreement: Agreement, budget: int) -> BroadcastReader:
         """Let rank 0 ``make`` the reader, and tell the others what is in it."""
 
         def on_rank_zero() -> tuple[CheckpointReader, _Header] | None:
@@ -133,7 +133,7 @@ class OneReader:
         room = (self._budget - chunk) // ALIGNMENT * ALIGNMENT
         room = min(room, sum(aligned(spec.shape.numel() * spec.dtype.itemsize) for spec in specs))
         begun: dict[int, Tensor] = {}
-        with InStep(f"reading {self.path}") as ranks:
+        with Lockstep(f"reading {self.path}") as ranks:
             with ranks.mine():
                 wanted = targets()
                 buffer = torch.empty(room, dtype=torch.uint8, device=ranks.device)

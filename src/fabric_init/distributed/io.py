@@ -7,8 +7,8 @@ from typing import Literal, get_args
 from fabric_init.checkpoints import CheckpointReader, Source
 from fabric_init.checkpoints.fingerprint import checkpoint_digest
 from fabric_init.checkpoints.storage.file_system import file_system_of, is_network
-from fabric_init.distributed.agreement import Agreement, Alone
-from fabric_init.distributed.broadcast import OneReader
+from fabric_init.distributed.agreement import Agreement, SingleProcess
+from fabric_init.distributed.broadcast import BroadcastReader
 
 BUDGET = 64 << 20  # bytes; with more, reading took as long
 
@@ -60,11 +60,11 @@ def open_on_all_ranks(
         CheckpointError: the file cannot be used; on ranks without fault, :class:`FabricInitError` with its message.
         CheckpointMismatchError: ``io``, or what is in the file where each rank reads it, is not the same on all ranks.
     """
-    if isinstance(agreement, Alone):
+    if isinstance(agreement, SingleProcess):
         return source.open()
     agreement.same("io", lambda: check_io(io), str)
     way = choose_io(io, whole=whole, machines=machines, file_system=file_system_of(source.path))
     if agreement.from_rank_zero(way) == "local":
         return agreement.same("opening the checkpoint", source.open, checkpoint_digest)
     # not mapped: rank 0 reads everything, from front to back, and a file that changes is an error, not a crash
-    return OneReader.open(lambda: source.open(copy=True), agreement, BUDGET)
+    return BroadcastReader.open(lambda: source.open(copy=True), agreement, BUDGET)

@@ -21,7 +21,7 @@ from fabric_init.errors import FabricInitError
 _SECONDS_TO_ANSWER = 5.0
 
 
-class InStep:
+class Lockstep:
     """The ranks of torch's default process group, while they work on one thing; a context manager.
 
     Order of calls, the same on every rank: :meth:`mine` around what this rank does by itself, then :meth:`roll_call`,
@@ -44,7 +44,7 @@ class InStep:
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         """Where what is sent and received has to be."""
 
-    def __enter__(self) -> InStep:
+    def __enter__(self) -> Lockstep:
         self._group = dist.new_group(backend="gloo")
         self._name = self._group.group_name
         return self

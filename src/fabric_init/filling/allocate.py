@@ -15,16 +15,16 @@ from fabric_init.checkpoints.region import Box
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.filling.execute import check_ties, fill, make_report
 from fabric_init.filling.loader import set_extra_states
-from fabric_init.filling.missing import initialise_what_can_be
+from fabric_init.filling.missing import initialize_possible
 from fabric_init.guard.hooks import hook
 from fabric_init.guard.recorded import release_recorded
 from fabric_init.guard.sentinels import place_mark
-from fabric_init.guard.state import ATTRIBUTE, Built, Unfilled, Waiting, own_tensors, version_in
+from fabric_init.guard.state import ATTRIBUTE, ModelState, ModuleState, Unfilled, own_tensors, version_in
 from fabric_init.planning.derived import loaded_storages, sources_of
 from fabric_init.planning.placement import Placement
-from fabric_init.planning.plan import Action, Entry, Plan, Wanted
-from fabric_init.planning.prepare import Prepared, plan_digest
-from fabric_init.planning.tensors import Slot, named_modules, survey
+from fabric_init.planning.plan import Action, LoadOptions, Plan, PlanEntry
+from fabric_init.planning.prepare import PreparedPlan, plan_digest
+from fabric_init.planning.tensors import TensorInfo, named_modules, survey
 from fabric_init.planning.validation import make_plan
 from fabric_init.recording.replay import real_execution
 from fabric_init.recording.tape import Tape
@@ -35,8 +35,8 @@ from fabric_init.reports.rows import Row
 class Rooms(NamedTuple):
     """Which tensors of a model get room only, and which the model's own init at once: what no checkpoint brings."""
 
-    later: list[tuple[Slot, Tensor]]
-    now: list[tuple[Slot, Tensor]]
+    later: list[tuple[TensorInfo, Tensor]]
+    now: list[tuple[TensorInfo, Tensor]]
     plan: Plan  # for ``now``
     tapes: Mapping[int, Tape]
     name: str  # of the class that the user built
@@ -49,19 +49,19 @@ def plan_rooms(model: nn.Module) -> Rooms:
     both = list(zip(slots, tensors, strict=True))
     later = [(slot, tensor) for slot, tensor in both if _waits(slot, tapes)]
     now = [(slot, tensor) for slot, tensor in both if not _waits(slot, tapes)]
-    plan = make_plan([slot for slot, _ in now], tapes, None, Wanted())
+    plan = make_plan([slot for slot, _ in now], tapes, None, LoadOptions())
     return Rooms(later, now, plan, tapes, type(model).__name__)
 
 
-def with_rooms(prepared: Prepared, model: nn.Module, planned: Collection[int]) -> Prepared | Rooms:
+def with_rooms(prepared: PreparedPlan, model: nn.Module, planned: Collection[int]) -> PreparedPlan | Rooms:
     """``prepared``, in which what is recorded and not among the ``planned`` tensors (by id) waits for a later load.
 
     What is computed from loaded tensors does not: it has all that it takes.
     """
     plan, tensors, tapes, reader, exact = prepared
     loaded = {storage: source.since for storage, source in loaded_storages(plan, tapes).items()}
-    later: list[tuple[Slot, Tensor]] = []
-    now: list[tuple[Entry, Tensor]] = []
+    later: list[tuple[TensorInfo, Tensor]] = []
+    now: list[tuple[PlanEntry, Tensor]] = []
     for entry, tensor in zip(plan.entries, tensors, strict=True):
         waits = entry.action is Action.INIT and id(tensor) not in planned and _waits(entry.slot, tapes)
         if waits and not sources_of(entry, tapes, loaded, exact=exact):
@@ -88,7 +88,7 @@ def move_in(
     rooms: Rooms,
     placement: Placement,
     agreement: Agreement | None = None,
-    current: Callable[[Slot, Tensor], Tensor] = lambda _, tensor: tensor,
+    current: Callable[[TensorInfo, Tensor], Tensor] = lambda _, tensor: tensor,
     shared: dict[int, Tensor] | None = None,
     memory: dict[int, torch.UntypedStorage] | None = None,
 ) -> None:
@@ -127,8 +127,8 @@ def move_in(
     set_extra_states(rooms.plan.extras)
 
 
-def _plan_of(later: Sequence[tuple[Slot, Tensor]]) -> Plan:
-    return Plan(tuple(Entry(slot, Action.INIT) for slot, _ in later))
+def _plan_of(later: Sequence[tuple[TensorInfo, Tensor]]) -> Plan:
+    return Plan(tuple(PlanEntry(slot, Action.INIT) for slot, _ in later))
 
 
 def rooms_digest(rooms: Rooms) -> str:
@@ -136,7 +136,7 @@ def rooms_digest(rooms: Rooms) -> str:
     return plan_digest(Plan((*_plan_of(rooms.later).entries, *rooms.plan.entries)))
 
 
-def _waits(slot: Slot, tapes: Mapping[int, Tape]) -> bool:
+def _waits(slot: TensorInfo, tapes: Mapping[int, Tape]) -> bool:
     if not slot.saved or slot.ref is None:
         return False
     # no mark can be put into bools: they get the model's own init at once, where it has one
@@ -146,13 +146,13 @@ def _waits(slot: Slot, tapes: Mapping[int, Tape]) -> bool:
 def _guard(
     model: nn.Module,
     rooms: Rooms,
-    unfilled: Sequence[tuple[Slot, Tensor]],
+    unfilled: Sequence[tuple[TensorInfo, Tensor]],
     rows: Sequence[Row],
     placement: Placement,
     agreement: Agreement | None,
 ) -> None:
     owners = dict(named_modules(model))
-    built = Built(rooms.name, initialise_what_can_be, agreement)
+    built = ModelState(rooms.name, initialize_possible, agreement)
     sharded: set[str] = set()  # modules that no rank holds alone; the others may run on one rank only
     for (slot, tensor), row in zip(unfilled, rows, strict=True):
         row.status, row.origin = "unfilled", ""
@@ -163,7 +163,7 @@ def _guard(
             owner = owners[prefix]
             waiting = vars(owner).get(ATTRIBUTE)
             if waiting is None:
-                waiting = vars(owner)[ATTRIBUTE] = Waiting(owner, built, own_tensors(owner))
+                waiting = vars(owner)[ATTRIBUTE] = ModuleState(owner, built, own_tensors(owner))
             if all(item.attribute != attribute for item in waiting.items):
                 item = Unfilled(attribute, slot, rooms.tapes[slot.ref.storage], placement, row, tensor, version)
                 waiting.items.append(item)
@@ -183,7 +183,7 @@ def _with_all_around(name: str) -> Iterator[str]:
 
 
 def _room(
-    slot: Slot, tapes: Mapping[int, Tape], memory: dict[int, torch.UntypedStorage], placement: Placement
+    slot: TensorInfo, tapes: Mapping[int, Tape], memory: dict[int, torch.UntypedStorage], placement: Placement
 ) -> Tensor:
     """Memory for what this rank keeps of one tensor, with the marks of the unfilled in it.
 

@@ -9,16 +9,16 @@ from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.reader import read
-from fabric_init.planning.plan import Given
-from fabric_init.planning.tensors import Slot
+from fabric_init.planning.plan import DerivedFrom
+from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.replay import real_execution, replay_with
 from fabric_init.recording.tape import Tape, TensorRef
 
 
 def compute(
-    slot: Slot,
+    slot: TensorInfo,
     tapes: Mapping[int, Tape],
-    sources: Iterable[Given],
+    sources: Iterable[DerivedFrom],
     reader: CheckpointReader,
     device: torch.device,
     *,
@@ -34,7 +34,12 @@ def compute(
 
 
 def compute_with(
-    slot: Slot, tape: Tape, sources: Iterable[tuple[TensorRef, Tensor]], device: torch.device, *, exact: bool = False
+    slot: TensorInfo,
+    tape: Tape,
+    sources: Iterable[tuple[TensorRef, Tensor]],
+    device: torch.device,
+    *,
+    exact: bool = False,
 ) -> torch.UntypedStorage:
     """The storage of ``slot``, computed from these values of its ``sources``."""
     assert slot.ref is not None

@@ -13,8 +13,8 @@ from fabric_init._gc import PausedCollector
 from fabric_init._interrupts import interrupts_held
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.region import take
-from fabric_init.distributed.agreement import Agreement, Alone
-from fabric_init.distributed.broadcast import OneReader
+from fabric_init.distributed.agreement import Agreement, SingleProcess
+from fabric_init.distributed.broadcast import BroadcastReader
 from fabric_init.errors import FabricInitError
 from fabric_init.filling import loader as loading
 from fabric_init.filling.derived import compute
@@ -24,8 +24,8 @@ from fabric_init.filling.progress import with_progress
 from fabric_init.guard.recorded import loaded_since, refuse_lost_writes, release_recorded
 from fabric_init.planning.derived import loaded_storages, sources_of
 from fabric_init.planning.placement import Placement
-from fabric_init.planning.plan import Action, Entry, Given, Plan, Wanted, storage_groups
-from fabric_init.planning.prepare import Prepared, plan_for, prepared_digest
+from fabric_init.planning.plan import Action, DerivedFrom, LoadOptions, Plan, PlanEntry, storage_groups
+from fabric_init.planning.prepare import PreparedPlan, plan_for, prepared_digest
 from fabric_init.recording.replay import real_execution, replay, view
 from fabric_init.recording.tape import Rng, Tape
 from fabric_init.reports.init_report import InitReport, keep_report
@@ -40,7 +40,7 @@ def check_ties(plan: Plan, reader: CheckpointReader | None, placement: Placement
     Raises:
         CheckpointMismatchError: they have not.
     """
-    if reader is not None and not isinstance(reader, OneReader):
+    if reader is not None and not isinstance(reader, BroadcastReader):
         with torch.inference_mode(False), real_execution():
             loading.check_ties(plan, reader, placement)
 
@@ -53,7 +53,7 @@ def fill(
     placement: Placement,
     *,
     exact: bool,
-    loaded: Mapping[int, Given] | None = None,
+    loaded: Mapping[int, DerivedFrom] | None = None,
 ) -> InitReport:
     """Give every tensor its value. Nothing of the model changes before all values are there.
 
@@ -91,7 +91,7 @@ def _values(
     tapes: Mapping[int, Tape],
     reader: CheckpointReader | None,
     placement: Placement,
-    loaded: Mapping[int, Given],
+    loaded: Mapping[int, DerivedFrom],
     *,
     exact: bool,
 ) -> Generator[tuple[int, Tensor], None, None]:
@@ -105,7 +105,7 @@ def _values(
     shared = {position for positions in to_replay.values() for position in positions}
     parts: dict[int, Tensor] = {}  # loaded into memory that other tensors share
     if reader is not None:
-        load = reader.load if isinstance(reader, OneReader) else partial(loading.load_by_itself, reader=reader)
+        load = reader.load if isinstance(reader, BroadcastReader) else partial(loading.load_by_itself, reader=reader)
         for position, value in load(plan, placement=placement):
             if position in shared:
                 parts[position] = value
@@ -130,14 +130,14 @@ def _values(
     yield from _replayed(entries, to_replay, tapes, parts, placement, exact=exact)
 
 
-def _kept(memory: torch.UntypedStorage, entry: Entry, placement: Placement) -> Tensor:
+def _kept(memory: torch.UntypedStorage, entry: PlanEntry, placement: Placement) -> Tensor:
     """What this rank keeps of a tensor whose storage is ``memory``."""
     assert entry.slot.ref is not None
     value, region = view(memory, entry.slot.ref), placement.region(entry.slot)
     return value if region is None else take(value, region).clone()
 
 
-def _is_loaded_whole(entries: Sequence[Entry], positions: Sequence[int], tape: Tape) -> bool:
+def _is_loaded_whole(entries: Sequence[PlanEntry], positions: Sequence[int], tape: Tape) -> bool:
     """Whether a storage is all one tensor, which is loaded: then nothing of it has to be replayed."""
     slot, action, *_ = entries[positions[0]]
     assert slot.ref is not None
@@ -145,7 +145,7 @@ def _is_loaded_whole(entries: Sequence[Entry], positions: Sequence[int], tape: T
 
 
 def _replayed(
-    entries: Sequence[Entry],
+    entries: Sequence[PlanEntry],
     groups: Mapping[int, Sequence[int]],
     tapes: Mapping[int, Tape],
     parts: dict[int, Tensor],
@@ -236,7 +236,7 @@ def make_report(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader 
     )
 
 
-_ALONE = Alone()
+_ALONE = SingleProcess()
 
 
 _PLANNING = "planning the initialisation"
@@ -245,14 +245,14 @@ _PLANNING = "planning the initialisation"
 def fill_model(
     model: nn.Module,
     reader: CheckpointReader | None,
-    wanted: Wanted,
+    wanted: LoadOptions,
     placement: Placement,
     rng: Rng | None = None,
     agreement: Agreement = _ALONE,
 ) -> InitReport:
     """:func:`materialize`, for any placement, an open checkpoint and ranks that agree."""
 
-    def plan() -> Prepared:
+    def plan() -> PreparedPlan:
         source, asked = _with_earlier_load(model, reader, wanted)
         return plan_for(model, source, asked, rng)
 
@@ -264,15 +264,19 @@ def fill_model(
 def prepare(
     model: nn.Module,
     reader: CheckpointReader | None,
-    wanted: Wanted,
+    wanted: LoadOptions,
     agreement: Agreement = _ALONE,
-) -> Prepared:
+) -> PreparedPlan:
     """:func:`plan_for`, on ranks that agree."""
     return agreement.same(_PLANNING, lambda: plan_for(model, reader, wanted), prepared_digest)
 
 
 def carry_out(
-    prepared: Prepared, model: nn.Module, tensors: Sequence[Tensor], placement: Placement, agreement: Agreement = _ALONE
+    prepared: PreparedPlan,
+    model: nn.Module,
+    tensors: Sequence[Tensor],
+    placement: Placement,
+    agreement: Agreement = _ALONE,
 ) -> InitReport:
     """Fill ``tensors``: the plan's own, or what a strategy has made of them."""
     plan, _, tapes, reader, exact = prepared
@@ -293,8 +297,8 @@ def carry_out(
 
 
 def _with_earlier_load(
-    model: nn.Module, reader: CheckpointReader | None, wanted: Wanted
-) -> tuple[CheckpointReader | None, Wanted]:
+    model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions
+) -> tuple[CheckpointReader | None, LoadOptions]:
     """The checkpoint to fill from, where ``load_state_dict`` was called on the recorded model before."""
     refuse_lost_writes(model)
     earlier = loaded_since(model)
@@ -305,4 +309,4 @@ def _with_earlier_load(
             f"load_state_dict has brought {len(earlier.keys())} tensors into this recorded model, and {reader.path} "
             "is to fill it as well, not strictly. Load the second one once the model has values."
         )
-    return earlier, Wanted(strict=False)
+    return earlier, LoadOptions(strict=False)

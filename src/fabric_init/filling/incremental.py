@@ -11,18 +11,18 @@ from fabric_init.filling.loader import set_extra_states
 from fabric_init.planning.derived import loaded_storages
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Plan, storage_groups
-from fabric_init.planning.prepare import Prepared
+from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.reports.init_report import InitReport
 from fabric_init.reports.rows import Row
 
 
-class Piecewise:
+class IncrementalFill:
     """A plan of which each part is carried out when the strategy asks for it.
 
     Order of calls: ``begin``, then ``fill_under`` as often as wanted, then ``finish``.
     """
 
-    def __init__(self, prepared: Prepared, placement: Placement) -> None:
+    def __init__(self, prepared: PreparedPlan, placement: Placement) -> None:
         self._prepared = prepared
         self._placement = placement
         self._position = {id(tensor): position for position, tensor in enumerate(prepared.tensors)}

@@ -7,19 +7,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from fabric_init.checkpoints import CheckpointReader
-from fabric_init.checkpoints.mapping.combined import Several
+from fabric_init.checkpoints.mapping.combined import CombinedReader
 from fabric_init.errors import RecordingError
 from fabric_init.guard.recorded import given_since, loaded_since, refuse_lost_writes, wants_extra_state
 from fabric_init.planning.derived import replaced_since, written_since
 from fabric_init.planning.matching import own_init
-from fabric_init.planning.plan import Action, Entry, Given, Plan
-from fabric_init.planning.prepare import Prepared
+from fabric_init.planning.plan import Action, DerivedFrom, Plan, PlanEntry
+from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.planning.tensors import survey
 from fabric_init.planning.validation import check_all_have_values
 from fabric_init.recording.tape import Tape
 
 
-def revised(plans: Sequence[Prepared], model: nn.Module) -> Prepared:
+def revised(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
     """One plan for ``model`` as it is today: as if it had been filled when each block ended, and changed afterwards.
 
     Tensors are known by identity, so modules may have been moved, wrapped or renamed, and models of several blocks put
@@ -39,7 +39,7 @@ def revised(plans: Sequence[Prepared], model: nn.Module) -> Prepared:
     given, earlier = given_since(model), loaded_since(model)
     readers: list[CheckpointReader] = [plan.reader for plan in plans if plan.reader is not None]
     readers += [earlier] if earlier is not None else []
-    several = Several(readers)
+    several = CombinedReader(readers)
     reader = several if len(several) > 1 else readers[0]  # which may have a way of its own to load all
     planned = _by_tensor(plans, several)
     loaded = frozenset(earlier.keys()) if earlier is not None else frozenset()
@@ -47,13 +47,13 @@ def revised(plans: Sequence[Prepared], model: nn.Module) -> Prepared:
     for slot, tensor in zip(slots, tensors, strict=True):
         over = next((name for name in slot.names if name in loaded), None)
         if over is not None and earlier is not None:
-            entries.append(Entry(slot, Action.LOAD, (several.key(earlier, over),), earlier.spec(over)))
+            entries.append(PlanEntry(slot, Action.LOAD, (several.key(earlier, over),), earlier.spec(over)))
         elif slot.real and any(name in given for name in slot.names):
-            entries.append(Entry(slot, Action.KEEP))
+            entries.append(PlanEntry(slot, Action.KEEP))
         elif (entry := planned.get(id(tensor))) is not None and not replaced_since(entry, slot, tapes):
             entries.append(entry._replace(slot=slot))
         else:
-            entries.append(Entry(slot, own_init(slot, tapes)))
+            entries.append(PlanEntry(slot, own_init(slot, tapes)))
     check_all_have_values(entries, tapes, reader)
     _refuse_lost_changes(entries, tapes)
     unexpected = tuple(key for plan in plans for key in plan.plan.unexpected)
@@ -65,16 +65,16 @@ def revised(plans: Sequence[Prepared], model: nn.Module) -> Prepared:
         if extra.module in held and wants_extra_state(extra.module)
     )
     plan = Plan(tuple(entries), unexpected, extras, _sources(planned.values(), plans))
-    return Prepared(plan, tensors, tapes, reader, any(plan.exact for plan in plans))
+    return PreparedPlan(plan, tensors, tapes, reader, any(plan.exact for plan in plans))
 
 
-def planned_tensors(plans: Sequence[Prepared]) -> set[int]:
+def planned_tensors(plans: Sequence[PreparedPlan]) -> set[int]:
     """Ids of the tensors that the plans are about."""
     return {id(tensor) for plan in plans for tensor in plan.tensors}
 
 
-def _by_tensor(plans: Sequence[Prepared], reader: Several) -> dict[int, Entry]:
-    found: dict[int, Entry] = {}
+def _by_tensor(plans: Sequence[PreparedPlan], reader: CombinedReader) -> dict[int, PlanEntry]:
+    found: dict[int, PlanEntry] = {}
     for plan in plans:
         for entry, tensor in zip(plan.plan.entries, plan.tensors, strict=True):
             if entry.action is Action.LOAD:
@@ -85,18 +85,18 @@ def _by_tensor(plans: Sequence[Prepared], reader: Several) -> dict[int, Entry]:
     return found
 
 
-def _sources(entries: Iterable[Entry], plans: Sequence[Prepared]) -> dict[int, Given]:
+def _sources(entries: Iterable[PlanEntry], plans: Sequence[PreparedPlan]) -> dict[int, DerivedFrom]:
     """What was to be loaded when the blocks ended, also where the model holds something else by now."""
     tapes = {storage: tape for plan in plans for storage, tape in plan.tapes.items()}
     return {
-        ref.storage: Given(ref, entry.keys[0], entry.since)
+        ref.storage: DerivedFrom(ref, entry.keys[0], entry.since)
         for entry in entries
         if entry.action is Action.LOAD and (ref := entry.slot.ref) is not None
         if tapes[ref.storage].current().covers(ref)
     }
 
 
-def _refuse_lost_changes(entries: Sequence[Entry], tapes: Mapping[int, Tape]) -> None:
+def _refuse_lost_changes(entries: Sequence[PlanEntry], tapes: Mapping[int, Tape]) -> None:
     loads = [entry for entry in entries if entry.action is Action.LOAD]
     written = [entry for entry in loads if written_since(entry, tapes)]
     resized = [entry for entry in loads if entry.spec is not None and entry.spec.shape != entry.slot.shape]

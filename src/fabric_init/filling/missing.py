@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from fabric_init.checkpoints.region import take
-from fabric_init.distributed.agreement import Alone
+from fabric_init.distributed.agreement import SingleProcess
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.derived import compute_with
 from fabric_init.filling.execute import fill
 from fabric_init.guard.hooks import items_under, ranks_of, release, settle
 from fabric_init.guard.state import ATTRIBUTE, Place, Unfilled, tensor_at, waiting_under
 from fabric_init.planning.placement import Placement
-from fabric_init.planning.plan import Wanted
-from fabric_init.planning.tensors import Slot
+from fabric_init.planning.plan import LoadOptions
+from fabric_init.planning.tensors import TensorInfo
 from fabric_init.planning.validation import make_plan
 from fabric_init.recording.replay import view
 from fabric_init.recording.tape import TensorRef
@@ -26,7 +26,7 @@ Waits = Sequence[tuple[nn.Module, Unfilled]]
 """What waits, and in which modules."""
 
 
-def initialise_all(waits: Waits) -> None:
+def initialize_all(waits: Waits) -> None:
     """Run the model's own init for all of them.
 
     Raises:
@@ -54,7 +54,7 @@ def initialise_all(waits: Waits) -> None:
     _initialise(waits, sources)
 
 
-def initialise_what_can_be(waits: Waits) -> None:
+def initialize_possible(waits: Waits) -> None:
     """Run the model's own init for those of them that it gives a value, from what this rank has."""
     with_init = [both for both in waits if both[1].slot.ref is not None]
     sources = _sources(with_init)
@@ -112,7 +112,7 @@ def _initialise(waits: Waits, sources: _Sources) -> None:
     if not items:
         return
     tapes = {_ref(item).storage: item.tape for item in items}
-    plan = make_plan([item.slot for item in items], tapes, None, Wanted())
+    plan = make_plan([item.slot for item in items], tapes, None, LoadOptions())
     tensors = [tensor for _, tensor in by_tensor.values()]
     placement = _AsTheyAreNow(items[0].placement)
     report = fill(plan, tensors, tapes, None, placement, exact=False)
@@ -144,12 +144,12 @@ class _AsTheyAreNow:
         self.region = placement.region
         self.held = placement.held
 
-    def put(self, slot: Slot, tensor: Tensor, value: Tensor) -> Tensor:
+    def put(self, slot: TensorInfo, tensor: Tensor, value: Tensor) -> Tensor:
         self.held(tensor).detach().copy_(value)  # in place: layout, views and ties stay
         return tensor
 
 
-def initialise_rest(model: nn.Module) -> None:
+def initialize_missing(model: nn.Module) -> None:
     """Run the model's own recorded init for every tensor under ``model`` that still waits.
 
     Raises:
@@ -157,7 +157,9 @@ def initialise_rest(model: nn.Module) -> None:
     """
     settle(model)
     waits = list(items_under(model))
-    (ranks_of(model) or Alone()).same("initialising what is missing", lambda: initialise_all(waits), lambda _: "")
+    (ranks_of(model) or SingleProcess()).same(
+        "initialising what is missing", lambda: initialize_all(waits), lambda _: ""
+    )
     for module, waiting in list(waiting_under(model)):
         waiting.settle("initialised", module)
     release(model)

@@ -16,16 +16,16 @@ from fabric_init.guard.sentinels import has_exact_mark, has_mark, is_float, is_m
 from fabric_init.guard.state import ATTRIBUTE, BUILT, Unfilled, own_tensors, tensor_at, version_in, waiting_under
 
 
-class _Outermost(threading.local):
+class _OutermostCall(threading.local):
     """The call that this thread is in, which sees to all modules in it: strategies move their parts once more."""
 
     running = False
 
 
-_outermost = _Outermost()
+_outermost = _OutermostCall()
 
 
-class Moving:
+class GuardedApply:
     """In the place of a guarded module's ``_apply``, under ``to``, ``half`` and ``to_empty``.
 
     What waited for values before it waits for them afterwards; what had values, has them.
@@ -72,12 +72,12 @@ class Moving:
         assert module is not None
         return module
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Moving:
+    def __deepcopy__(self, memo: dict[int, Any]) -> GuardedApply:
         module = self._owner()
-        return Moving(memo.get(id(module), module))
+        return GuardedApply(memo.get(id(module), module))
 
-    def __reduce__(self) -> tuple[type[Moving], tuple[nn.Module]]:
-        return Moving, (self._owner(),)
+    def __reduce__(self) -> tuple[type[GuardedApply], tuple[nn.Module]]:
+        return GuardedApply, (self._owner(),)
 
 
 class _Before(NamedTuple):

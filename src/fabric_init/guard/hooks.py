@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from fabric_init.distributed.agreement import Agreement
-from fabric_init.guard.apply import Moving
+from fabric_init.guard.apply import GuardedApply
 from fabric_init.guard.rehome import follow
-from fabric_init.guard.state import ATTRIBUTE, BUILT, Built, Unfilled, tensor_at, waiting_under
+from fabric_init.guard.state import ATTRIBUTE, BUILT, ModelState, Unfilled, tensor_at, waiting_under
 from fabric_init.reports.rows import Row
 
 _RANKS = "_fabric_init_ranks"
@@ -43,7 +43,7 @@ def _check_outside_the_graph(module: nn.Module) -> None:
     torch.compiler.disable(_check_forward)(module)
 
 
-class _Load(threading.local):
+class _CurrentLoad(threading.local):
     """The load that this thread is in."""
 
     errors: Any = (
@@ -54,7 +54,7 @@ class _Load(threading.local):
     whole = False  # inside `loading`, whose many calls are one load
 
 
-_load = _Load()
+_load = _CurrentLoad()
 
 
 def _before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -124,7 +124,7 @@ def _complete(model: nn.Module, before: int) -> None:
             waiting.settle("initialised", owner)
 
 
-def hook(module: nn.Module, built: Built, agreement: Agreement | None = None) -> None:
+def hook(module: nn.Module, built: ModelState, agreement: Agreement | None = None) -> None:
     """Let ``module`` ask before each use whether anything in it waits.
 
     Args:
@@ -133,7 +133,7 @@ def hook(module: nn.Module, built: Built, agreement: Agreement | None = None) ->
         agreement: of the ranks that only together hold what is in ``module``.
     """
     vars(module)[BUILT] = built
-    vars(module).setdefault("_apply", Moving(module))  # over one that is recorded, too, lies the guard of that
+    vars(module).setdefault("_apply", GuardedApply(module))  # over one that is recorded, too, lies the guard of that
     if _before_forward not in module._forward_pre_hooks.values():
         # before what a strategy has put there, which may gather from other ranks
         module.register_forward_pre_hook(_before_forward, prepend=True)
@@ -166,7 +166,7 @@ def _unhook(model: nn.Module, running: Any = None) -> None:
                 del table[key]
         vars(module).pop(_RANKS, None)
         vars(module).pop(BUILT, None)
-        if isinstance(vars(module).get("_apply"), Moving):
+        if isinstance(vars(module).get("_apply"), GuardedApply):
             del vars(module)["_apply"]
 
 
@@ -193,7 +193,7 @@ def require(model: nn.Module, use: str) -> None:
         return
     names = ranks.from_all([item.slot.name for item in _visible(model)])
     if names:
-        (under[0].built if under else Built(type(model).__name__, lambda _: None)).refuse(use, under, names)
+        (under[0].built if under else ModelState(type(model).__name__, lambda _: None)).refuse(use, under, names)
     for module, waiting in list(waiting_under(model)):
         waiting.end(module)  # shards without elements, which the other ranks say are filled
 

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fabric_init.checkpoints.mapping.in_memory import LoadedReader
+from fabric_init.checkpoints.mapping.in_memory import StateDictReader
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.errors import FabricInitError, RecordingError, UninitializedTensorError
-from fabric_init.guard.apply import Moving
+from fabric_init.guard.apply import GuardedApply
 from fabric_init.guard.sentinels import is_exact_mark, marked_elements, place_mark, version_of
 from fabric_init.guard.state import BUILT
 from fabric_init.planning.extra_state import takes_extra_state
@@ -28,7 +28,7 @@ from fabric_init.recording.tape import recorded
 _ATTRIBUTE = "_fabric_init_recorded"
 
 
-class _Recorded:
+class _RecordedState:
     """What a module that was recorded remembers until it has memory."""
 
     __slots__ = ("emptied", "extra_loaded", "loaded", "mend", "seen")
@@ -49,7 +49,7 @@ class _Recorded:
         name = type(module).__name__
         raise UninitializedTensorError(f"{name} cannot {use}: it was recorded, and has no memory. {self.mend}.")
 
-    def __deepcopy__(self, memo: Any) -> _Recorded:
+    def __deepcopy__(self, memo: Any) -> _RecordedState:
         raise RecordingError(f"a recorded model cannot be copied: copy it once it has values. {self.mend}.")
 
     def __reduce__(self) -> NoReturn:
@@ -69,7 +69,7 @@ def guard_recorded(model: nn.Module, mend: str) -> None:
             continue
         if module is not model and not (module._modules or _own(module) or takes_extra_state(module)):
             continue  # nothing to wait for; an activation function may be one object for all models of a library
-        vars(module)[_ATTRIBUTE] = _Recorded(mend, seen)
+        vars(module)[_ATTRIBUTE] = _RecordedState(mend, seen)
         vars(module)["_apply"] = partial(_apply, weakref.ref(module))
         with torch._C.DisableTorchFunction():
             for tensor in _own(module).values():
@@ -97,7 +97,7 @@ def release_recorded(model: nn.Module) -> None:
         if vars(module).pop(_ATTRIBUTE, None) is not None:
             del vars(module)["_apply"]
             if BUILT in vars(module):
-                vars(module)["_apply"] = Moving(module)
+                vars(module)["_apply"] = GuardedApply(module)
             tables: tuple[Any, ...] = (
                 module._forward_pre_hooks,
                 module._state_dict_pre_hooks,
@@ -114,11 +114,11 @@ def guards_in_copy(model: nn.Module) -> dict[int, object]:
 
     The copy's tensors are the caller's business, and so is to take its guard away with :func:`release_recorded`.
     """
-    return {id(record): _Recorded(record.mend, {}) for _, _, record in _records(model) if record is not None}
+    return {id(record): _RecordedState(record.mend, {}) for _, _, record in _records(model) if record is not None}
 
 
-def _of(module: nn.Module) -> _Recorded:
-    found: _Recorded = vars(module)[_ATTRIBUTE]
+def _of(module: nn.Module) -> _RecordedState:
+    found: _RecordedState = vars(module)[_ATTRIBUTE]
     return found
 
 
@@ -136,7 +136,7 @@ def _apply(itself: weakref.ref[nn.Module], fn: Callable[[Tensor], Tensor], recur
         except (NotImplementedError, RuntimeError):
             _of(module).refuse(module, "be moved or shared")
     if BUILT in vars(module):  # an earlier block has built it, and what that left waits still
-        Moving(module)(fn, recurse)
+        GuardedApply(module)(fn, recurse)
     else:
         type(module)._apply(module, fn, recurse)
     for name in own:
@@ -184,7 +184,7 @@ def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
 _HOOKS = (_before_forward, _before_state_dict, _before_load, _after_load)
 
 
-def _records(model: nn.Module) -> Iterator[tuple[str, nn.Module, _Recorded | None]]:
+def _records(model: nn.Module) -> Iterator[tuple[str, nn.Module, _RecordedState | None]]:
     for prefix, module in named_modules(model):
         yield f"{prefix}." if prefix else "", module, vars(module).get(_ATTRIBUTE)
 
@@ -233,7 +233,7 @@ def given_since(model: nn.Module) -> set[str]:
     }
 
 
-def loaded_since(model: nn.Module) -> LoadedReader | None:
+def loaded_since(model: nn.Module) -> StateDictReader | None:
     """What ``load_state_dict`` has brought for the recorded ``model``, as a checkpoint; ``None`` for nothing.
 
     Raises:
@@ -253,7 +253,7 @@ def loaded_since(model: nn.Module) -> LoadedReader | None:
             "before the model got memory, which is when it is read. Load copies (tensor.clone()), or load once the "
             "model has values."
         )
-    return LoadedReader({name: tensor for name, (tensor, _) in found.items()}) if found else None
+    return StateDictReader({name: tensor for name, (tensor, _) in found.items()}) if found else None
 
 
 def overrule_loads(model: nn.Module, names: Collection[str], with_extra_state: Collection[nn.Module]) -> None:
@@ -267,5 +267,5 @@ def overrule_loads(model: nn.Module, names: Collection[str], with_extra_state: C
 
 def wants_extra_state(module: nn.Module) -> bool:
     """Whether a checkpoint that was declared for ``module`` is what last brought extra state for it."""
-    record: _Recorded | None = vars(module).get(_ATTRIBUTE)
+    record: _RecordedState | None = vars(module).get(_ATTRIBUTE)
     return record is None or not record.extra_loaded

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from fabric_init.guard.state import (
     ATTRIBUTE,
     BUILT,
+    ModuleState,
     Unfilled,
-    Waiting,
     all_waiting,
     own_tensors,
     tensor_at,
@@ -25,8 +25,8 @@ def follow(model: nn.Module) -> Iterator[nn.Module]:
     ``convert_sync_batchnorm`` puts tensors into modules of its own; ``weight_norm``, ``prune`` and parametrizations
     give them other names and compute more from them. Gives the modules that are not guarded yet.
     """
-    known: dict[int, tuple[Waiting, Unfilled]] = {}
-    same: dict[int, tuple[Waiting, Unfilled]] = {}
+    known: dict[int, tuple[ModuleState, Unfilled]] = {}
+    same: dict[int, tuple[ModuleState, Unfilled]] = {}
     for waiting in all_waiting():
         for item in waiting.items:
             if item.slot.ref is not None and item.tensor is not None and not item.tensor.is_meta:
@@ -46,7 +46,7 @@ def follow(model: nn.Module) -> Iterator[nn.Module]:
                     version = version_in(item.placement, tensor)
                     _wait(module, waiting, replace(item, attribute=name, tensor=tensor, version=version))
     for module in modules:
-        here: Waiting | None = vars(module).get(ATTRIBUTE)
+        here: ModuleState | None = vars(module).get(ATTRIBUTE)
         if here is not None:
             for item in [item for item in here.items if _is_computed(module, item)]:
                 _wait_for_what_computes_it(module, here, item)
@@ -59,10 +59,10 @@ def _address(tensor: Tensor) -> int:
     return int(getattr(tensor, "_local_tensor", tensor).data_ptr())
 
 
-def _wait(module: nn.Module, other: Waiting, item: Unfilled) -> None:
+def _wait(module: nn.Module, other: ModuleState, item: Unfilled) -> None:
     waiting = vars(module).get(ATTRIBUTE)
     if waiting is None:
-        waiting = vars(module)[ATTRIBUTE] = Waiting(module, other.built, own_tensors(module))
+        waiting = vars(module)[ATTRIBUTE] = ModuleState(module, other.built, own_tensors(module))
     if all(known.attribute != item.attribute for known in waiting.items):
         waiting.items.append(item)
 
@@ -74,7 +74,7 @@ def _is_computed(module: nn.Module, item: Unfilled) -> bool:
     return item.attribute in vars(module) or hasattr(type(module), item.attribute)
 
 
-def _wait_for_what_computes_it(module: nn.Module, waiting: Waiting, item: Unfilled) -> None:
+def _wait_for_what_computes_it(module: nn.Module, waiting: ModuleState, item: Unfilled) -> None:
     """In its place wait for what has come into ``module`` since: it was computed from memory without values."""
     prefix = item.slot.name.rpartition(".")[0]
     for path, inner in module.named_modules(prefix=prefix):

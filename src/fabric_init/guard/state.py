@@ -23,7 +23,7 @@ from fabric_init.guard.sentinels import (
     version_of,
 )
 from fabric_init.planning.placement import Placement
-from fabric_init.planning.tensors import Slot
+from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.replay import real_execution
 from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.reports.rows import Row, Status, dtype_name
@@ -49,7 +49,7 @@ class Unfilled:
     """
 
     attribute: str
-    slot: Slot
+    slot: TensorInfo
     tape: Tape
     placement: Placement
     row: Row
@@ -112,21 +112,21 @@ def tensor_at(module: nn.Module | None, attribute: str) -> Tensor | None:
     return found if found is not None else module._buffers.get(attribute)
 
 
-Initialise = Callable[[Sequence[tuple[nn.Module, "Unfilled"]]], None]
+Initialize = Callable[[Sequence[tuple[nn.Module, "Unfilled"]]], None]
 """Runs the model's own init for those of the tensors that it gives a value."""
 
 
-class Built:
+class ModelState:
     """What the modules of one model share while some of their tensors wait for values.
 
     A deep copy of modules shares one of its own, which they enter as they are copied.
     """
 
-    def __init__(self, model: str, initialise: Initialise, agreement: Agreement | None = None) -> None:
+    def __init__(self, model: str, initialise: Initialize, agreement: Agreement | None = None) -> None:
         self.model = model  # the class of the model that was built
         self.initialise = initialise  # what a load does not bring
         self.agreement = agreement  # of ranks that only together hold it
-        self.waiting: dict[Waiting, None] = {}  # in all its modules, in order
+        self.waiting: dict[ModuleState, None] = {}  # in all its modules, in order
         self.places: dict[int, Place | None] = {}  # by recorded storage, all tensors that have waited
         with _alive_changes:
             _alive.add(self)
@@ -139,7 +139,7 @@ class Built:
             if known is None or tensor_at(known[0](), known[1]) is None:
                 self.places[ref.storage] = weakref.ref(module), item.attribute, ref
 
-    def refuse(self, use: str, others: Sequence[Waiting] = (), elsewhere: Iterable[str] = ()) -> NoReturn:
+    def refuse(self, use: str, others: Sequence[ModuleState] = (), elsewhere: Iterable[str] = ()) -> NoReturn:
         """Raise with the names of all that waits, here and elsewhere in the model: one round to mend it all."""
         for waiting in tuple(self.waiting):
             waiting.settle()
@@ -153,20 +153,20 @@ class Built:
             f"{self.model} cannot {use}: {which} neither loaded nor initialised:\n{listed}\n" + _THREE_WAYS
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Built:
-        copied = Built(self.model, self.initialise, self.agreement)
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelState:
+        copied = ModelState(self.model, self.initialise, self.agreement)
         copied.places = dict.fromkeys(self.places)
         return copied
 
-    def __reduce__(self) -> tuple[type[Built], tuple[str, Initialise]]:
-        return Built, (self.model, self.initialise)
+    def __reduce__(self) -> tuple[type[ModelState], tuple[str, Initialize]]:
+        return ModelState, (self.model, self.initialise)
 
 
-_alive: weakref.WeakSet[Built] = weakref.WeakSet()
+_alive: weakref.WeakSet[ModelState] = weakref.WeakSet()
 _alive_changes = threading.Lock()
 
 
-def all_waiting() -> Iterator[Waiting]:
+def all_waiting() -> Iterator[ModuleState]:
     """In every model of this process."""
     with _alive_changes:  # other threads build models, too
         alive = tuple(_alive)
@@ -174,10 +174,10 @@ def all_waiting() -> Iterator[Waiting]:
         yield from tuple(built.waiting)
 
 
-class Waiting:
+class ModuleState:
     """A module's own tensors that wait for values. Guards a deep copy too, and refuses to be pickled."""
 
-    def __init__(self, module: nn.Module | None, built: Built, names: Iterable[str] = ()) -> None:
+    def __init__(self, module: nn.Module | None, built: ModelState, names: Iterable[str] = ()) -> None:
         self.items: list[Unfilled] = []
         self.built = built
         self.names = frozenset(names)  # of all tensors of the module, when some began to wait
@@ -221,10 +221,10 @@ class Waiting:
             item if t is None else replace(item, tensor=t, version=version_in(item.placement, t)) for item, t in now
         ]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Waiting:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleState:
         module = self.module
         other = memo.get(id(module)) if module is not None else None
-        copied = Waiting(other, copy.deepcopy(self.built, memo), self.names)
+        copied = ModuleState(other, copy.deepcopy(self.built, memo), self.names)
         for item in self.items:  # the module's tensors have been copied already
             tensor = memo.get(id(item.tensor)) if item.tensor is not None else None
             version = 0 if tensor is None else version_in(item.placement, tensor)
@@ -232,14 +232,14 @@ class Waiting:
             copied.items.append(replace(item, row=row, tensor=tensor, version=version))
         return copied
 
-    def __reduce__(self) -> tuple[type[Waiting], tuple[None, Built]]:
+    def __reduce__(self) -> tuple[type[ModuleState], tuple[None, ModelState]]:
         self.settle()
         if self.items:
             self.built.refuse("be pickled")
-        return Waiting, (None, self.built)
+        return ModuleState, (None, self.built)
 
 
-def waiting_under(model: nn.Module) -> Iterator[tuple[nn.Module, Waiting]]:
+def waiting_under(model: nn.Module) -> Iterator[tuple[nn.Module, ModuleState]]:
     """Every module in ``model`` with tensors that wait for values."""
     for module in model.modules():
         waiting = vars(module).get(ATTRIBUTE)

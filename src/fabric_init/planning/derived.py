@@ -9,20 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from fabric_init.errors import CheckpointMismatchError
-from fabric_init.planning.plan import Action, Entry, Given, Plan, storage_groups
-from fabric_init.planning.tensors import Slot
+from fabric_init.planning.plan import Action, DerivedFrom, Plan, PlanEntry, storage_groups
+from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.op_schemas import is_cast, only_copies
 from fabric_init.recording.tape import Tape, TensorRef
 
 
-def loaded_storages(plan: Plan, tapes: Mapping[int, Tape]) -> dict[int, Given]:
+def loaded_storages(plan: Plan, tapes: Mapping[int, Tape]) -> dict[int, DerivedFrom]:
     """Storages that are loaded whole, and those that they were cast from."""
     found = dict(plan.sources)
     for storage, positions in storage_groups(plan.entries).items():
         entry, ref = plan.entries[positions[0]], plan.entries[positions[0]].slot.ref
         assert ref is not None
         if len(positions) == 1 and entry.action is Action.LOAD and tapes[storage].covers(ref):
-            found[storage] = Given(ref, entry.keys[0], entry.since)
+            found[storage] = DerivedFrom(ref, entry.keys[0], entry.since)
     for storage, source in list(found.items()):
         for earlier in _cast_from(storage, tapes[storage]) if storage in tapes else ():
             found.setdefault(earlier.storage, source._replace(ref=earlier))
@@ -43,7 +43,7 @@ def _cast_from(storage: int, tape: Tape) -> Iterator[TensorRef]:
 
 
 def sources_of(
-    entry: Entry, tapes: Mapping[int, Tape], others: Mapping[int, int | None], *, exact: bool = False
+    entry: PlanEntry, tapes: Mapping[int, Tape], others: Mapping[int, int | None], *, exact: bool = False
 ) -> set[int]:
     """Which of the storages ``others`` the model's own init computes a parameter or buffer from."""
     ref = entry.slot.ref
@@ -52,7 +52,7 @@ def sources_of(
     return tapes[ref.storage].computed_from(ref.storage, others, exact=exact)
 
 
-def check_nothing_is_undone(entries: Sequence[Entry], tapes: Mapping[int, Tape]) -> None:
+def check_nothing_is_undone(entries: Sequence[PlanEntry], tapes: Mapping[int, Tape]) -> None:
     """The reverse: what the checkpoint brings must not replace what was computed from tensors that it does not bring.
 
     PiSSA takes what it puts into the adapters out of the base weight; loading the base weight afterwards would count
@@ -83,7 +83,7 @@ def check_nothing_is_undone(entries: Sequence[Entry], tapes: Mapping[int, Tape])
         )
 
 
-def replaced_since(entry: Entry, slot: Slot, tapes: Mapping[int, Tape]) -> bool:
+def replaced_since(entry: PlanEntry, slot: TensorInfo, tapes: Mapping[int, Tape]) -> bool:
     """Whether the tensor that ``entry`` was planned for has been given other memory since, and not only been cast."""
     was, ref = entry.slot.ref, slot.ref
     if was is None or ref is None or ref.storage == was.storage:
@@ -91,7 +91,7 @@ def replaced_since(entry: Entry, slot: Slot, tapes: Mapping[int, Tape]) -> bool:
     return all(cast.storage != was.storage for cast in _cast_from(ref.storage, tapes[ref.storage]))
 
 
-def written_since(entry: Entry, tapes: Mapping[int, Tape]) -> bool:
+def written_since(entry: PlanEntry, tapes: Mapping[int, Tape]) -> bool:
     """Whether a later block has written in place to a tensor whose load was declared before."""
     ref, since = entry.slot.ref, entry.since
     if ref is None or since is None:

@@ -12,7 +12,7 @@ from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.planning.tensors import named_modules
 
 
-class ExtraSlot(NamedTuple):
+class ExtraStateInfo(NamedTuple):
     """A module that takes extra state, and the names of that in a state dict: several for a shared module."""
 
     module: nn.Module
@@ -32,7 +32,7 @@ def takes_extra_state(module: nn.Module) -> bool:
     return type(module).set_extra_state is not nn.Module.set_extra_state
 
 
-def find_extra_slots(model: nn.Module) -> list[ExtraSlot]:
+def find_extra_states(model: nn.Module) -> list[ExtraStateInfo]:
     """The modules of ``model`` that take extra state."""
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
@@ -40,7 +40,7 @@ def find_extra_slots(model: nn.Module) -> list[ExtraSlot]:
         if takes_extra_state(module):
             modules[id(module)] = module
             names.setdefault(id(module), []).append(f"{prefix}.{EXTRA_STATE}" if prefix else EXTRA_STATE)
-    return [ExtraSlot(module, tuple(names[key])) for key, module in modules.items()]
+    return [ExtraStateInfo(module, tuple(names[key])) for key, module in modules.items()]
 
 
 def extra_states(reader: CheckpointReader) -> Mapping[str, Any]:

@@ -12,14 +12,14 @@ from fabric_init.checkpoints import Region
 from fabric_init.checkpoints.storage.remote import AnyPath
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.placement import Placement
-from fabric_init.planning.plan import Action, Entry, Plan
+from fabric_init.planning.plan import Action, Plan, PlanEntry
 
 
 class Load(NamedTuple):
     """One tensor to be loaded, as this rank wants it. ``position`` is that of ``entry`` in the plan."""
 
     position: int
-    entry: Entry
+    entry: PlanEntry
     region: Region | None
     device: torch.device
 
@@ -32,7 +32,7 @@ def loads(plan: Plan, placement: Placement) -> Iterator[Load]:
             yield Load(position, entry, placement.region(entry.slot), device)
 
 
-def check_tie(path: AnyPath, entry: Entry, key: str, value: Tensor, other: Tensor) -> None:
+def check_tie(path: AnyPath, entry: PlanEntry, key: str, value: Tensor, other: Tensor) -> None:
     """What the model ties has the same value under each of its keys: ``value`` under the first, ``other`` here."""
     if not torch.allclose(value, other, rtol=0, atol=0, equal_nan=True):
         raise CheckpointMismatchError(

@@ -11,19 +11,19 @@ import torch
 from fabric_init.checkpoints import CheckpointReader, TensorSpec, rename_keys
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.errors import CheckpointMismatchError
-from fabric_init.planning.extra_state import Extra, ExtraSlot, extra_states
+from fabric_init.planning.extra_state import Extra, ExtraStateInfo, extra_states
 from fabric_init.planning.hints.adapters import likely_adapters
 from fabric_init.planning.hints.conversions import likely_conversions, likely_transposes
 from fabric_init.planning.hints.renames import likely_part, likely_renames, renamed_as_suggested
-from fabric_init.planning.plan import Action, Entry, Wanted
-from fabric_init.planning.tensors import Slot
+from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
+from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.tape import Tape
 
 
-class Misfit(NamedTuple):
+class Mismatch(NamedTuple):
     """A tensor whose checkpoint key has another shape, or a dtype that cannot become the model's; in words."""
 
-    slot: Slot
+    slot: TensorInfo
     key: str
     spec: TensorSpec
     problem: str
@@ -32,16 +32,16 @@ class Misfit(NamedTuple):
 class Matching(NamedTuple):
     """How the tensors of a model and the keys of a checkpoint meet, before it is judged."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[PlanEntry, ...]
     names: Mapping[str, str]
     """Checkpoint key → tensor name, as renamed."""
     taken: frozenset[str]
     """The keys that a tensor has, also where it is to be initialised afresh."""
     loadable: int
     """How many tensors have a key."""
-    missing: tuple[Slot, ...]
+    missing: tuple[TensorInfo, ...]
     unexpected: tuple[str, ...]
-    misfits: tuple[Misfit, ...]
+    misfits: tuple[Mismatch, ...]
     extras: tuple[Extra, ...] = ()
     missing_extras: tuple[str, ...] = ()
     """Names of extra state that modules take and the checkpoint has not."""
@@ -53,11 +53,11 @@ class Matching(NamedTuple):
 
 
 def match(
-    slots: Sequence[Slot],
+    slots: Sequence[TensorInfo],
     tapes: Mapping[int, Tape],
     reader: CheckpointReader | None,
-    wanted: Wanted,
-    extra_slots: Sequence[ExtraSlot] = (),
+    wanted: LoadOptions,
+    extra_infos: Sequence[ExtraStateInfo] = (),
 ) -> Matching:
     """What :func:`~fabric_init.planning.validation.make_plan` judges. Arguments as there.
 
@@ -68,9 +68,9 @@ def match(
     key_of = {name: key for key, name in keys.items()}
     _check_reinit(slots, wanted.reinit)
 
-    entries: list[Entry] = []
-    missing: list[Slot] = []
-    misfits: list[Misfit] = []
+    entries: list[PlanEntry] = []
+    missing: list[TensorInfo] = []
+    misfits: list[Mismatch] = []
     taken: set[str] = set()
     loadable = 0
     for slot in slots:
@@ -83,18 +83,18 @@ def match(
             found = tuple(key_of[name] for name in names)
             specs = [reader.spec(key) for key in found]
             misfits.extend(
-                Misfit(slot, key, spec, problem)
+                Mismatch(slot, key, spec, problem)
                 for key, spec in zip(found, specs, strict=True)
                 if (problem := _mismatch(slot, key, spec)) is not None
             )
-            entries.append(Entry(slot, Action.LOAD, found, specs[0]))
+            entries.append(PlanEntry(slot, Action.LOAD, found, specs[0]))
             continue
         if reader is not None and slot.saved and not fresh:
             missing.append(slot)
-        entries.append(Entry(slot, own_init(slot, tapes)))
+        entries.append(PlanEntry(slot, own_init(slot, tapes)))
     extras: list[Extra] = []
     missing_extras: list[str] = []
-    for extra in extra_slots if reader is not None else ():
+    for extra in extra_infos if reader is not None else ():
         assert reader is not None
         under = [key_of[name] for name in extra.names if name in key_of]
         taken.update(under)
@@ -113,7 +113,7 @@ def match(
     )
 
 
-def own_init(slot: Slot, tapes: Mapping[int, Tape]) -> Action:
+def own_init(slot: TensorInfo, tapes: Mapping[int, Tape]) -> Action:
     """What becomes of a tensor that nothing is loaded into."""
     if slot.real:
         return Action.KEEP
@@ -122,7 +122,7 @@ def own_init(slot: Slot, tapes: Mapping[int, Tape]) -> Action:
     return Action.INIT
 
 
-def _mismatch(slot: Slot, key: str, spec: TensorSpec) -> str | None:
+def _mismatch(slot: TensorInfo, key: str, spec: TensorSpec) -> str | None:
     named = slot.name if key in slot.names else f"{slot.name} (checkpoint key {key})"
     made = f", {spec.made}" if spec.made else ""
     if spec.shape != slot.shape:
@@ -140,7 +140,7 @@ def _number_kind(dtype: torch.dtype) -> str:
     return "float" if dtype.is_floating_point else "int"
 
 
-def _check_reinit(slots: Sequence[Slot], patterns: Sequence[str]) -> None:
+def _check_reinit(slots: Sequence[TensorInfo], patterns: Sequence[str]) -> None:
     if isinstance(patterns, str):
         raise CheckpointMismatchError(f"reinit takes a list of globs, not one string: reinit=[{patterns!r}]")
     for pattern in patterns:
@@ -152,7 +152,7 @@ def _check_reinit(slots: Sequence[Slot], patterns: Sequence[str]) -> None:
             )
 
 
-def likely_mends(found: Matching, reader: CheckpointReader) -> list[str]:
+def likely_fixes(found: Matching, reader: CheckpointReader) -> list[str]:
     """Sentences, each with a rename or conversion under which missing tensors would be found."""
     missing = {slot.name: slot.shape for slot in found.missing} | dict.fromkeys(found.missing_extras, torch.Size())
     offered = {found.names[key]: _shape_of(key, found.names[key], reader) for key in found.unexpected}

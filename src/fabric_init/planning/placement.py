@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fabric_init.checkpoints.region import Region
-from fabric_init.planning.tensors import Slot
+from fabric_init.planning.tensors import TensorInfo
 
 
 class Placement(Protocol):
@@ -18,15 +18,15 @@ class Placement(Protocol):
     tensors may be gathered before the first ``put``. Every rank makes the same calls in the same order.
     """
 
-    def device(self, slot: Slot) -> torch.device:
+    def device(self, slot: TensorInfo) -> torch.device:
         """Where the values are to be."""
         ...
 
-    def region(self, slot: Slot) -> Region | None:
+    def region(self, slot: TensorInfo) -> Region | None:
         """The part of the full tensor that this rank owns; ``None`` for all of it."""
         ...
 
-    def put(self, slot: Slot, tensor: Tensor, value: Tensor) -> Tensor:
+    def put(self, slot: TensorInfo, tensor: Tensor, value: Tensor) -> Tensor:
         """Make the model hold ``value`` (the region's values, on ``device(slot)``) where it holds ``tensor``.
 
         Gives what the model holds now: ``tensor`` itself, unless the strategy has made tensors of its own anyway.
@@ -48,15 +48,15 @@ class WholeTensors:
     def __init__(self, target: torch.device | None = None) -> None:
         self._target = target
 
-    def device(self, slot: Slot) -> torch.device:
+    def device(self, slot: TensorInfo) -> torch.device:
         if self._target is not None:
             return self._target
         return slot.device if slot.device.type != "meta" else torch.device("cpu")  # built on meta, by the user
 
-    def region(self, slot: Slot) -> Region | None:
+    def region(self, slot: TensorInfo) -> Region | None:
         return None
 
-    def put(self, slot: Slot, tensor: Tensor, value: Tensor) -> Tensor:
+    def put(self, slot: TensorInfo, tensor: Tensor, value: Tensor) -> Tensor:
         become(tensor, value)
         return tensor
 

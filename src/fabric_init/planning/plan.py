@@ -12,7 +12,7 @@ import torch
 from fabric_init.checkpoints import TensorSpec
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.planning.extra_state import Extra
-from fabric_init.planning.tensors import Slot
+from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.tape import TensorRef
 
 
@@ -25,10 +25,10 @@ class Action(Enum):
     SCRATCH = "scratch"
 
 
-class Entry(NamedTuple):
+class PlanEntry(NamedTuple):
     """One tensor's part of the plan. ``keys`` are the checkpoint keys that hold it: several where ties were saved."""
 
-    slot: Slot
+    slot: TensorInfo
     action: Action
     keys: tuple[str, ...] = ()
     spec: TensorSpec | None = None
@@ -40,8 +40,8 @@ class Entry(NamedTuple):
         return self.spec.dtype if self.spec is not None and self.spec.dtype != self.slot.dtype else None
 
 
-class Given(NamedTuple):
-    """A tensor that is all of its recorded storage, the checkpoint key for its value, and :attr:`Entry.since`."""
+class DerivedFrom(NamedTuple):
+    """A tensor that is all of its recorded storage, the checkpoint key for its value, and :attr:`PlanEntry.since`."""
 
     ref: TensorRef
     key: str
@@ -52,15 +52,15 @@ class Given(NamedTuple):
 class Plan:
     """What :func:`~fabric_init.filling.execute.fill` carries out. ``unexpected`` has the keys that nothing takes."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[PlanEntry, ...]
     unexpected: tuple[str, ...] = ()
     extras: tuple[Extra, ...] = field(default=(), compare=False)
-    sources: Mapping[int, Given] = field(default_factory=dict)
+    sources: Mapping[int, DerivedFrom] = field(default_factory=dict)
     """By storage: what the model does not hold any more, but others may have been computed from."""
 
 
 @dataclass(frozen=True)
-class Wanted:
+class LoadOptions:
     """What the user asked of a load."""
 
     strict: bool = True
@@ -68,7 +68,7 @@ class Wanted:
     reinit: Sequence[str] = ()
 
 
-def storage_groups(entries: Sequence[Entry]) -> dict[int, list[int]]:
+def storage_groups(entries: Sequence[PlanEntry]) -> dict[int, list[int]]:
     """Which entries lie on the same recorded storage: storage number → positions in ``entries``."""
     groups: dict[int, list[int]] = {}
     for position, entry in enumerate(entries):

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import RecordingError
 from fabric_init.planning.derived import check_nothing_is_undone
-from fabric_init.planning.extra_state import find_extra_slots
-from fabric_init.planning.plan import Plan, Wanted
+from fabric_init.planning.extra_state import find_extra_states
+from fabric_init.planning.plan import LoadOptions, Plan
 from fabric_init.planning.tensors import survey
 from fabric_init.planning.validation import make_plan
 from fabric_init.recording.tape import Rng, Tape
 
 
-class Prepared(NamedTuple):
+class PreparedPlan(NamedTuple):
     """A plan for one model, and all that it takes to carry it out."""
 
     plan: Plan
@@ -28,16 +28,18 @@ class Prepared(NamedTuple):
     exact: bool
 
 
-def plan_for(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, rng: Rng | None = None) -> Prepared:
+def plan_for(
+    model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions, rng: Rng | None = None
+) -> PreparedPlan:
     """Plan for ``model``, while its tensors are still recorded and whole. Raises all that is the user's to mend."""
     slots, tensors, tapes = survey(model)
     exact = _exact(set(tapes.values()), rng)
-    plan = make_plan(slots, tapes, reader, wanted, find_extra_slots(model))
+    plan = make_plan(slots, tapes, reader, wanted, find_extra_states(model))
     check_nothing_is_undone(plan.entries, tapes)
-    return Prepared(plan, tensors, tapes, reader, exact)
+    return PreparedPlan(plan, tensors, tapes, reader, exact)
 
 
-def prepared_digest(prepared: Prepared) -> str:
+def prepared_digest(prepared: PreparedPlan) -> str:
     """What tells one plan from another."""
     return plan_digest(prepared.plan)
 

@@ -17,7 +17,7 @@ _MODULE_INTERNALS = frozenset(vars(nn.Module()))
 _OUR_OWN = "_fabric_init_"
 
 
-class Slot(NamedTuple):
+class TensorInfo(NamedTuple):
     """One tensor of a model: what has to be filled.
 
     ``names[0]`` is the first name in module order; further names are ties. ``ref`` is its place on the tape, ``None``
@@ -108,7 +108,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:
                     yield path, "attribute", tensor
 
 
-def find_slots(model: nn.Module) -> list[tuple[Slot, Tensor]]:
+def find_tensors(model: nn.Module) -> list[tuple[TensorInfo, Tensor]]:
     """Every parameter, buffer and plain tensor attribute of ``model``, with the tensor itself.
 
     Plain attributes are looked for in the modules' own attributes, and in containers and plain objects there.
@@ -132,13 +132,13 @@ def find_slots(model: nn.Module) -> list[tuple[Slot, Tensor]]:
         ]
 
 
-def _slot(names: tuple[str, ...], kind: Kind, tensor: Tensor) -> Slot | None:
+def _slot(names: tuple[str, ...], kind: Kind, tensor: Tensor) -> TensorInfo | None:
     found = recorded(tensor)
     if is_lazy(tensor):
         kind = "attribute"  # no shape yet, so nothing that a checkpoint could bring
     if kind == "attribute" and found is None:
         return None  # a real tensor of the model's own
-    return Slot(
+    return TensorInfo(
         names,
         kind,
         tensor.size(),
@@ -150,12 +150,12 @@ def _slot(names: tuple[str, ...], kind: Kind, tensor: Tensor) -> Slot | None:
     )
 
 
-def survey(model: nn.Module) -> tuple[list[Slot], list[Tensor], Mapping[int, Tape]]:
+def survey(model: nn.Module) -> tuple[list[TensorInfo], list[Tensor], Mapping[int, Tape]]:
     """The model's slots, their tensors, and the tape of each recorded storage among them."""
-    slots: list[Slot] = []
+    slots: list[TensorInfo] = []
     tensors: list[Tensor] = []
     tapes: dict[int, Tape] = {}
-    for slot, tensor in find_slots(model):
+    for slot, tensor in find_tensors(model):
         slots.append(slot)
         tensors.append(tensor)
         if slot.ref is not None:

@@ -9,19 +9,19 @@ from collections.abc import Mapping, Sequence
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError, UninitializedTensorError
-from fabric_init.planning.extra_state import ExtraSlot
-from fabric_init.planning.matching import Matching, likely_mends, likely_transpose, match
-from fabric_init.planning.plan import Action, Entry, Plan, Wanted
-from fabric_init.planning.tensors import Slot
+from fabric_init.planning.extra_state import ExtraStateInfo
+from fabric_init.planning.matching import Matching, likely_fixes, likely_transpose, match
+from fabric_init.planning.plan import Action, LoadOptions, Plan, PlanEntry
+from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.tape import Tape
 
 
 def make_plan(
-    slots: Sequence[Slot],
+    slots: Sequence[TensorInfo],
     tapes: Mapping[int, Tape],
     reader: CheckpointReader | None,
-    wanted: Wanted,
-    extra_slots: Sequence[ExtraSlot] = (),
+    wanted: LoadOptions,
+    extra_infos: Sequence[ExtraStateInfo] = (),
 ) -> Plan:
     """Decide for each tensor: load this key, run the model's own init, or keep what it has.
 
@@ -36,7 +36,7 @@ def make_plan(
         CheckpointMismatchError: missing, unexpected or mismatched keys.
         UninitializedTensorError: a tensor that neither the checkpoint nor the model's own code gives a value.
     """
-    found = match(slots, tapes, reader, wanted, extra_slots)
+    found = match(slots, tapes, reader, wanted, extra_infos)
     if reader is not None:
         if found.lacks_some or found.unexpected:
             nothing_matches = found.lacks_some and not found.taken
@@ -55,7 +55,7 @@ def make_plan(
     return Plan(found.entries, found.unexpected, found.extras)
 
 
-def without_values(entries: Sequence[Entry], tapes: Mapping[int, Tape]) -> tuple[list[str], list[str]]:
+def without_values(entries: Sequence[PlanEntry], tapes: Mapping[int, Tape]) -> tuple[list[str], list[str]]:
     """Names of tensors to initialise for which there is no init: not recorded at all; never written by the model."""
     outside, garbage = [], []
     for slot, action, *_ in entries:
@@ -67,7 +67,9 @@ def without_values(entries: Sequence[Entry], tapes: Mapping[int, Tape]) -> tuple
     return outside, garbage
 
 
-def check_all_have_values(entries: Sequence[Entry], tapes: Mapping[int, Tape], reader: CheckpointReader | None) -> None:
+def check_all_have_values(
+    entries: Sequence[PlanEntry], tapes: Mapping[int, Tape], reader: CheckpointReader | None
+) -> None:
     """Raise if neither a checkpoint nor the model's own code gives some tensor a value.
 
     Raises:
@@ -104,7 +106,7 @@ def _keys_message(found: Matching, reader: CheckpointReader) -> str:
         lines.append(f"Missing from the checkpoint ({len(names)}):\n" + _listed(names))
     if found.unexpected:
         lines.append(f"Not in the model ({len(found.unexpected)}):\n" + _listed(found.unexpected))
-    hints = likely_mends(found, reader)
+    hints = likely_fixes(found, reader)
     lines += [f"Likely: {hint}" for hint in hints]
     if not hints:
         if not found.loadable:

@@ -9,7 +9,7 @@ from types import CodeType, FrameType
 import torch
 
 from fabric_init.recording.op_schemas import INIT_FUNCTIONS
-from fabric_init.recording.tape import Source
+from fabric_init.recording.tape import CallSite
 
 _OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
@@ -44,13 +44,13 @@ def _is_init_wrapper(frame: FrameType) -> bool:
     return frame.f_code.co_name in _WRAPPERS
 
 
-def caller(frame: FrameType | None) -> Source | None:
+def caller(frame: FrameType | None) -> CallSite | None:
     """The innermost line outside torch at or above ``frame``. O(depth of torch frames), about a microsecond."""
     constructed = False
     while frame is not None:
         code = frame.f_code
         if not _is_plumbing(code.co_filename) and not _is_init_wrapper(frame):
-            return Source(code.co_filename, frame.f_lineno, constructed)
+            return CallSite(code.co_filename, frame.f_lineno, constructed)
         constructed = constructed or (code.co_name == "__init__" and code.co_filename.startswith(_MODULES))
         frame = frame.f_back
     return None

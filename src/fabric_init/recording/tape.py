@@ -65,7 +65,7 @@ class Constant(NamedTuple):
     tensor: torch.Tensor
 
 
-class Source(NamedTuple):
+class CallSite(NamedTuple):
     """Where the model's own code asked for an op.
 
     ``constructed`` says that the line only built one of torch's own modules, whose constructor chose the rule.
@@ -121,7 +121,7 @@ class Op(NamedTuple):
     targets: tuple[TensorRef, ...]
     outputs: tuple[TensorRef, ...]
     draw: Draw | None
-    source: Source | None
+    source: CallSite | None
     default_dtype: torch.dtype | None = None  # set where the result's dtype came from torch's default one
 
     def refs(self) -> Iterator[TensorRef]:
@@ -200,7 +200,7 @@ class Tape:
         targets: tuple[TensorRef, ...],
         outputs: tuple[TensorRef, ...],
         draw: Draw | None,
-        source: Source | None,
+        source: CallSite | None,
         default_dtype: torch.dtype | None = None,
     ) -> int:
         index = next(_numbers)

@@ -75,7 +75,7 @@ class Expectations:
             return None
         given = {one.name: one.default_value for one in schema.arguments if one.has_default_value()}
         given |= dict(zip((one.name for one in schema.arguments), op.args, strict=False)) | dict(op.kwargs)
-        return rule(_Call(self, op, given))
+        return rule(_InitCall(self, op, given))
 
     def operand(self, op: Op, value: Any) -> Moments | None:
         """An argument of ``op``, as it was when that ran."""
@@ -146,7 +146,7 @@ def _shape_of_work(ops: list[Op], ref: TensorRef) -> Any:
 # -- aten ops ----------------------------------------------------------------------------------------------------------
 
 
-class _Call(NamedTuple):
+class _InitCall(NamedTuple):
     expectations: Expectations
     op: Op
     given: dict[str, Any]
@@ -159,14 +159,14 @@ class _Call(NamedTuple):
         return float(value)
 
 
-def _constant(value: float) -> Callable[[_Call], Moments | None]:
+def _constant(value: float) -> Callable[[_InitCall], Moments | None]:
     return lambda call: Moments(value, 0.0)
 
 
-def _affine(factor: Callable[[float], float] | None, sign: float = 0.0) -> Callable[[_Call], Moments | None]:
+def _affine(factor: Callable[[float], float] | None, sign: float = 0.0) -> Callable[[_InitCall], Moments | None]:
     """``x · factor(other)``, or ``x + sign · alpha · other``, where ``other`` is the same for every element."""
 
-    def rule(call: _Call) -> Moments | None:
+    def rule(call: _InitCall) -> Moments | None:
         one, other = call.operand("self"), call.operand("other")
         if one is None or other is None or other.std:
             return None
@@ -177,7 +177,7 @@ def _affine(factor: Callable[[float], float] | None, sign: float = 0.0) -> Calla
     return rule
 
 
-def _joined(call: _Call) -> Moments | None:
+def _joined(call: _InitCall) -> Moments | None:
     refs = call.given["tensors"]
     parts = [(one, call.expectations.operand(call.op, one)) for one in refs]
     known = [(float(_elements(one)), value) for one, value in parts if value is not None]
@@ -188,7 +188,7 @@ def _elements(value: TensorRef | Constant) -> int:
     return value.size.numel() if isinstance(value, TensorRef) else value.tensor.numel()
 
 
-_ATEN: dict[str, Callable[[_Call], Moments | None]] = {
+_ATEN: dict[str, Callable[[_InitCall], Moments | None]] = {
     **dict.fromkeys(("zero_", "zeros", "zeros_like", "new_zeros"), _constant(0.0)),
     **dict.fromkeys(("ones", "ones_like", "new_ones"), _constant(1.0)),
     "fill_": lambda call: call.operand("value"),

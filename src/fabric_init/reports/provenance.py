@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fabric_init.recording.op_schemas import only_copies, pointwise
-from fabric_init.recording.tape import Op, Source, Tape
+from fabric_init.recording.tape import CallSite, Op, Tape
 from fabric_init.reports.rules import import_path, rule_of
 from fabric_init.reports.write_history import Event, History
 
@@ -77,12 +77,12 @@ def write_of(event: Event) -> Write:
     )
 
 
-def file_of(source: Source | None) -> str | None:
+def file_of(source: CallSite | None) -> str | None:
     """As its import would find it."""
     return None if source is None else import_path(source.file)
 
 
-def place_of(source: Source | None) -> str:
+def place_of(source: CallSite | None) -> str:
     """``file:line``."""
     return "somewhere" if source is None else f"{import_path(source.file)}:{source.line}"
 

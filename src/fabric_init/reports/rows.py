@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from fabric_init.planning.tensors import Slot
+from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.tape import Tape
 from fabric_init.reports.provenance import Write
 
@@ -93,7 +93,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 class Recording(NamedTuple):
     """What a row keeps to be able to tell: a tensor, and the tape that it is on."""
 
-    slot: Slot
+    slot: TensorInfo
     tape: Tape
 
 

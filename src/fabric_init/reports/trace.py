@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fabric_init.planning.tensors import Slot, named_tensors
+from fabric_init.planning.tensors import TensorInfo, named_tensors
 from fabric_init.recording.tape import Tape
 from fabric_init.reports.expectations import Expectations
 from fabric_init.reports.provenance import file_of, rule_said, write_of
@@ -29,7 +29,7 @@ _MOST_KEPT = 1 << 24
 _OF_WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
-def recording_of(slot: Slot, tape: Tape) -> Recording | None:
+def recording_of(slot: TensorInfo, tape: Tape) -> Recording | None:
     """What a row keeps. ``None`` where the constructor brought in much memory of its own, which the tape holds."""
     return None if tape.brought > _MOST_KEPT else Recording(slot, tape)
 

@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from fabric_init.planning.tensors import Slot
+from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.op_schemas import only_copies, overwrites
-from fabric_init.recording.tape import Op, Source, Tape, TensorRef
+from fabric_init.recording.tape import CallSite, Op, Tape, TensorRef
 
 
 class Event(NamedTuple):
@@ -23,7 +23,7 @@ class Event(NamedTuple):
     dead: bool
 
     @property
-    def source(self) -> Source | None:
+    def source(self) -> CallSite | None:
         return self.op.source
 
     @property
@@ -45,7 +45,7 @@ class Event(NamedTuple):
 class History(NamedTuple):
     """A tensor and its events."""
 
-    slot: Slot
+    slot: TensorInfo
     tape: Tape | None
     events: tuple[Event, ...]
 
@@ -62,7 +62,7 @@ class History(NamedTuple):
         return tuple(event for event in self.events if winner is not None and event.op.number > winner.op.number)
 
 
-def histories(slots: Sequence[Slot], tapes: Mapping[int, Tape]) -> list[History]:
+def histories(slots: Sequence[TensorInfo], tapes: Mapping[int, Tape]) -> list[History]:
     """One history a parameter or buffer, in the order of ``slots``."""
     by_tape: dict[Tape, set[int]] = defaultdict(set)
     for storage, tape in tapes.items():

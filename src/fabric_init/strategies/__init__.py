@@ -2,31 +2,31 @@
 
 from fabric_init.checkpoints import Box, Region, Span
 from fabric_init.planning.placement import Placement, WholeTensors
-from fabric_init.planning.tensors import Slot
+from fabric_init.planning.tensors import TensorInfo
 from fabric_init.strategies.ddp import DDPStrategy
 from fabric_init.strategies.deepspeed import DeepSpeedStrategy
 from fabric_init.strategies.dtensor import ShardedTensors
 from fabric_init.strategies.fill_in_setup import ShardedPlacement
 from fabric_init.strategies.fsdp import FSDPStrategy
 from fabric_init.strategies.fsdp2 import FSDP2Strategy, ModelParallelStrategy
-from fabric_init.strategies.mixin import RecordedInit, register_strategy
+from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
 from fabric_init.strategies.single_device import SingleDeviceStrategy
 
 __all__ = [
     "Box",
     "DDPStrategy",
     "DeepSpeedStrategy",
+    "DeferredInitMixin",
     "FSDP2Strategy",
     "FSDPStrategy",
     "ModelParallelStrategy",
     "Placement",
-    "RecordedInit",
     "Region",
     "ShardedPlacement",
     "ShardedTensors",
     "SingleDeviceStrategy",
-    "Slot",
     "Span",
+    "TensorInfo",
     "WholeTensors",
     "register_strategy",
 ]

@@ -10,14 +10,14 @@ import lightning.fabric.strategies as lightning_strategies
 import torch
 from torch import nn
 
-from fabric_init.distributed.agreement import AllRanks
+from fabric_init.distributed.agreement import RankGroup
 from fabric_init.guard.hooks import settle
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.reports.init_report import filled_by_us
-from fabric_init.strategies.mixin import RecordedInit, register_strategy
+from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
 
 
-class DDPStrategy(RecordedInit, lightning_strategies.DDPStrategy):
+class DDPStrategy(DeferredInitMixin, lightning_strategies.DDPStrategy):
     """Lightning's strategy of the same name; models built without values are filled on every rank, in its own memory.
 
     ``setup_module`` does without DDP's first broadcast of all weights where the ranks have filled the model alike: they
@@ -33,7 +33,7 @@ class DDPStrategy(RecordedInit, lightning_strategies.DDPStrategy):
         given = self._ddp_kwargs
         waits = bool(settle(module))
         mine = _sample(module, values=not waits) if waits or filled_by_us(module) else None
-        if AllRanks().alike(mine):
+        if RankGroup().alike(mine):
             self._ddp_kwargs = {"init_sync": False} | given
         try:
             return super().setup_module(module)

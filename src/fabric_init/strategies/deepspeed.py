@@ -28,8 +28,8 @@ from fabric_init.guard.hooks import loading, release, require, settle
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.recording.mode import RecordMode
 from fabric_init.strategies.fill_in_setup import is_bound, shard_and_fill
-from fabric_init.strategies.init_context import recorded_block
-from fabric_init.strategies.mixin import RecordedInit, register_strategy
+from fabric_init.strategies.init_context import init_context
+from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
 from fabric_init.strategies.optimizers import refuse_left_behind
 from fabric_init.strategies.unwrap import original, register_wrapper
 from fabric_init.strategies.zero3 import ZeroPartitions, accept_whole_tensors, partition_without_values
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-class DeepSpeedStrategy(RecordedInit, lightning_deepspeed.DeepSpeedStrategy):
+class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy):
     """Lightning's strategy of the same name, for every device that DeepSpeed itself runs on.
 
     With ZeRO-3, models built without values are partitioned in ``setup``, where each rank fills its own slices.
@@ -78,7 +78,7 @@ class DeepSpeedStrategy(RecordedInit, lightning_deepspeed.DeepSpeedStrategy):
 
     def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
         # Lightning's builds under zero.Init for ZeRO-3: the model's own init finds no weights there and does nothing
-        return recorded_block(self) if empty_init else Strategy.module_init_context(self, empty_init=False)
+        return init_context(self) if empty_init else Strategy.module_init_context(self, empty_init=False)
 
     def module_to_device(self, module: nn.Module) -> None:
         if not is_bound(module):

@@ -17,7 +17,7 @@ from fabric_init.checkpoints import Box, Region
 from fabric_init.checkpoints.region import take
 from fabric_init.errors import FabricInitError
 from fabric_init.planning.placement import become
-from fabric_init.planning.tensors import Slot, named_modules
+from fabric_init.planning.tensors import TensorInfo, named_modules
 from fabric_init.strategies.optimizers import plain_name
 
 
@@ -34,7 +34,7 @@ class ShardedTensors:
         self._owners = {plain_name(prefix): module for prefix, module in named_modules(model)}
         self._attributes: dict[str, dict[str, Any]] = {}
 
-    def current(self, slot: Slot, tensor: Tensor) -> Tensor:
+    def current(self, slot: TensorInfo, tensor: Tensor) -> Tensor:
         """What the sharded model holds where it held ``tensor``."""
         owner, attribute = self._place(slot.name)
         found = getattr(owner, attribute, None) if owner is not None else None
@@ -48,15 +48,15 @@ class ShardedTensors:
         prefix, _, attribute = name.rpartition(".")
         return self._owners.get(plain_name(prefix)), attribute
 
-    def device(self, slot: Slot) -> torch.device:
+    def device(self, slot: TensorInfo) -> torch.device:
         return slot.device if slot.real else self._device
 
-    def region(self, slot: Slot) -> Region | None:
+    def region(self, slot: TensorInfo) -> Region | None:
         owner, attribute = self._place(slot.name)
         tensor = getattr(owner, attribute, None) if owner is not None else None
         return region_of(tensor) if isinstance(tensor, DTensor) else None
 
-    def put(self, slot: Slot, tensor: Tensor, value: Tensor) -> Tensor:
+    def put(self, slot: TensorInfo, tensor: Tensor, value: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
             become(tensor, value)
             return tensor

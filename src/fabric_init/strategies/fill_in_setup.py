@@ -18,9 +18,9 @@ from fabric_init.filling.execute import carry_out, prepare
 from fabric_init.filling.merge import planned_tensors, revised
 from fabric_init.guard.recorded import guard_recorded, loaded_since, mend_of, overrule_loads, refuse_lost_writes
 from fabric_init.planning.placement import Placement
-from fabric_init.planning.plan import Action, Entry, Wanted
-from fabric_init.planning.prepare import Prepared, plan_for, prepared_digest
-from fabric_init.planning.tensors import Slot
+from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
+from fabric_init.planning.prepare import PreparedPlan, plan_for, prepared_digest
+from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.tape import now
 from fabric_init.strategies.optimizers import parameters_by_name
 
@@ -31,12 +31,12 @@ _PLANS = "_fabric_init_plans"  # on the modules of a bound model: a part that is
 class ShardedPlacement(Placement, Protocol):
     """A placement for a model that has been sharded since it was planned for."""
 
-    def current(self, slot: Slot, tensor: Tensor) -> Tensor:
+    def current(self, slot: TensorInfo, tensor: Tensor) -> Tensor:
         """What the sharded model holds where it held ``tensor``."""
         ...
 
 
-class Bound(NamedTuple):
+class BoundPlans(NamedTuple):
     """What a recorded model gets when it is set up.
 
     What it got in a block without checkpoint gets its own init, or room until a later load.
@@ -46,14 +46,14 @@ class Bound(NamedTuple):
     own_init: bool = False
 
 
-def bind(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, agreement: Agreement) -> None:
+def bind(model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions, agreement: Agreement) -> None:
     """Plan for ``model``, if there is a checkpoint, and remember that until it is sharded, beside what it got in
     earlier blocks.
 
     Raises:
         CheckpointMismatchError: keys, shapes or dtypes of file and model disagree.
     """
-    bound: Bound = vars(model).get(_ATTRIBUTE, Bound())
+    bound: BoundPlans = vars(model).get(_ATTRIBUTE, BoundPlans())
     if reader is None:
         _keep(model, bound._replace(waits=True))
         return
@@ -69,7 +69,7 @@ def bind(model: nn.Module, reader: CheckpointReader | None, wanted: Wanted, agre
         vars(module)[_PLANS] = (*vars(module).get(_PLANS, ()), planned)
 
 
-def _keep(model: nn.Module, bound: Bound) -> None:
+def _keep(model: nn.Module, bound: BoundPlans) -> None:
     guard_recorded(model, "fabric.setup(model), with all that its block built, shards and fills it: call that first")
     vars(model)[_ATTRIBUTE] = bound
 
@@ -82,13 +82,13 @@ def is_bound(model: nn.Module) -> bool:
 def choose_own_init(model: nn.Module) -> None:
     """Let a bound model run its own init, when it is sharded, for what no checkpoint brings."""
     for module in model.modules():
-        bound: Bound | None = vars(module).get(_ATTRIBUTE)
+        bound: BoundPlans | None = vars(module).get(_ATTRIBUTE)
         if bound is not None:
             vars(module)[_ATTRIBUTE] = bound._replace(own_init=True)
 
 
 @contextmanager
-def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[Prepared | Rooms]:
+def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan | Rooms]:
     """Context in which the bound ``model`` is sharded and filled after the plan that it gives.
 
     If planning fails, the model is as it was. If the rest fails, it stays bound, so that nobody can use it.
@@ -108,7 +108,7 @@ def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[Prepared | R
         raise
 
 
-def _plan(model: nn.Module, bounds: Sequence[Bound], plans: Sequence[Prepared]) -> Prepared | Rooms:
+def _plan(model: nn.Module, bounds: Sequence[BoundPlans], plans: Sequence[PreparedPlan]) -> PreparedPlan | Rooms:
     _refuse_sharded(model)
     waits = any(bound.waits and not bound.own_init for bound in bounds)
     if plans:
@@ -117,18 +117,20 @@ def _plan(model: nn.Module, bounds: Sequence[Bound], plans: Sequence[Prepared]) 
     refuse_lost_writes(model)
     earlier = loaded_since(model)
     if earlier is not None:
-        return plan_for(model, earlier, Wanted(strict=False))
-    return plan_rooms(model) if waits else plan_for(model, None, Wanted())
+        return plan_for(model, earlier, LoadOptions(strict=False))
+    return plan_rooms(model) if waits else plan_for(model, None, LoadOptions())
 
 
-def _without_new_values(planned: Prepared | Rooms, placement: ShardedPlacement) -> Prepared | Rooms:
+def _without_new_values(planned: PreparedPlan | Rooms, placement: ShardedPlacement) -> PreparedPlan | Rooms:
     """The plan, but for tensors in whose places sharding has put others that have values: those stay."""
 
-    def is_given(slot: Slot, tensor: Tensor) -> bool:
+    def is_given(slot: TensorInfo, tensor: Tensor) -> bool:
         return tensor.is_meta and not placement.current(slot, tensor).is_meta
 
-    def as_given(entry: Entry, tensor: Tensor) -> Entry:
-        return Entry(entry.slot._replace(ref=None, real=True), Action.KEEP) if is_given(entry.slot, tensor) else entry
+    def as_given(entry: PlanEntry, tensor: Tensor) -> PlanEntry:
+        return (
+            PlanEntry(entry.slot._replace(ref=None, real=True), Action.KEEP) if is_given(entry.slot, tensor) else entry
+        )
 
     tensors = [tensor for _, tensor in planned.now] if isinstance(planned, Rooms) else planned.tensors
     entries = tuple(map(as_given, planned.plan.entries, tensors))
@@ -139,7 +141,7 @@ def _without_new_values(planned: Prepared | Rooms, placement: ShardedPlacement) 
     return planned._replace(later=[both for both in planned.later if not is_given(*both)], now=now, plan=plan)
 
 
-def _declared_at(prepared: Prepared) -> int:
+def _declared_at(prepared: PreparedPlan) -> int:
     """Plans in the order of their blocks: a later load wins."""
     return max((entry.since or 0 for entry in prepared.plan.entries), default=0)
 
@@ -153,7 +155,7 @@ def _refuse_sharded(model: nn.Module) -> None:
         )
 
 
-def _digest(planned: Prepared | Rooms) -> str:
+def _digest(planned: PreparedPlan | Rooms) -> str:
     return rooms_digest(planned) if isinstance(planned, Rooms) else prepared_digest(planned)
 
 

@@ -20,19 +20,19 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import CustomPolicy, _Policy, enable_wrap
 
 from fabric_init.errors import FabricInitError
-from fabric_init.filling.incremental import Piecewise
+from fabric_init.filling.incremental import IncrementalFill
 from fabric_init.guard.recorded import release_recorded
 from fabric_init.planning.placement import Placement, WholeTensors
-from fabric_init.planning.prepare import Prepared
-from fabric_init.planning.tensors import Slot, named_modules
+from fabric_init.planning.prepare import PreparedPlan
+from fabric_init.planning.tensors import TensorInfo, named_modules
 from fabric_init.reports.init_report import InitReport, keep_report
 from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound, planned_for
-from fabric_init.strategies.mixin import RecordedInit, register_strategy
+from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
 
 _Marks = WeakKeyDictionary[nn.Module, dict[str, Any]]
 
 
-class FSDPStrategy(RecordedInit, lightning_fsdp.FSDPStrategy):
+class FSDPStrategy(DeferredInitMixin, lightning_fsdp.FSDPStrategy):
     """Lightning's strategy of the same name; models built without values are filled unit by unit in ``setup``.
 
     What no declared checkpoint brings gets the model's own init there; nothing waits for a later load.
@@ -93,8 +93,8 @@ class FSDPStrategy(RecordedInit, lightning_fsdp.FSDPStrategy):
         options["sync_module_states"] = False  # each rank fills its own after the plan that all agree on
         choose_own_init(module)
         with planned_for(module, self.agreement) as prepared:
-            assert isinstance(prepared, Prepared)
-            filling = Piecewise(prepared, self.placement(module))
+            assert isinstance(prepared, PreparedPlan)
+            filling = IncrementalFill(prepared, self.placement(module))
 
             def wrap() -> tuple[nn.Module, InitReport]:
                 filling.begin()
@@ -131,7 +131,7 @@ class FSDPStrategy(RecordedInit, lightning_fsdp.FSDPStrategy):
 class _WholeUnits(WholeTensors):
     """Everything on the device, but for what has memory of its own: FSDP moves that when it wraps it."""
 
-    def device(self, slot: Slot) -> torch.device:
+    def device(self, slot: TensorInfo) -> torch.device:
         return slot.device if slot.real else super().device(slot)
 
 
@@ -146,7 +146,7 @@ def _without_split_storages(model: nn.Module, policy: Policy) -> Policy:
     """
     whole = _modules_with_storages_of_their_own(model)
     if isinstance(policy, _Policy):
-        return _Within(policy, whole)
+        return _FlatSlice(policy, whole)
 
     def chosen(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
         wanted = policy(module=module, recurse=recurse, nonwrapped_numel=nonwrapped_numel)
@@ -155,7 +155,7 @@ def _without_split_storages(model: nn.Module, policy: Policy) -> Policy:
     return chosen
 
 
-class _Within(_Policy):
+class _FlatSlice(_Policy):
     """A policy restricted to some modules, named by id."""
 
     def __init__(self, policy: _Policy, whole: set[int]) -> None:

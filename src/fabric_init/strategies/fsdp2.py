@@ -21,12 +21,12 @@ from fabric_init.errors import FabricInitError
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.tensors import named_modules
 from fabric_init.strategies.dtensor import ShardedTensors, accept_whole_tensors, shard_box
-from fabric_init.strategies.mixin import RecordedInit, register_strategy
+from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
 
 Units = Literal["blocks"] | int | type[nn.Module] | Sequence[type[nn.Module]] | Callable[[nn.Module], bool]
 
 
-class ModelParallelStrategy(RecordedInit, lightning_strategies.ModelParallelStrategy):
+class ModelParallelStrategy(DeferredInitMixin, lightning_strategies.ModelParallelStrategy):
     """Lightning's strategy of the same name; models built without values are filled shard by shard in ``setup``."""
 
     fills_in_setup = True

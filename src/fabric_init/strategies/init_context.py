@@ -20,16 +20,16 @@ from fabric_init.filling.allocate import allocate
 from fabric_init.filling.execute import fill_model
 from fabric_init.guard.recorded import guard_recorded, release_recorded
 from fabric_init.planning.placement import Placement
-from fabric_init.planning.plan import Wanted
+from fabric_init.planning.plan import LoadOptions
 from fabric_init.recording.built_modules import BuiltModules
 from fabric_init.recording.mode import RecordMode, active
 from fabric_init.strategies.fill_in_setup import bind
 
-_NOTHING_WANTED = Wanted()
+_NOTHING_WANTED = LoadOptions()
 
 
-class RecordsInit(Protocol):
-    """What the block asks of a strategy: what :class:`~fabric_init.strategies.RecordedInit` has."""
+class RecordingStrategy(Protocol):
+    """What the block asks of a strategy: what :class:`~fabric_init.strategies.DeferredInitMixin` has."""
 
     io: Io
 
@@ -63,10 +63,10 @@ class RecordsInit(Protocol):
 
 
 @contextmanager
-def recorded_block(
-    strategy: RecordsInit,
+def init_context(
+    strategy: RecordingStrategy,
     source: Source | None = None,
-    wanted: Wanted = _NOTHING_WANTED,
+    wanted: LoadOptions = _NOTHING_WANTED,
 ) -> Iterator[None]:
     """Record the model that is built in the block, and fill it, give it room, or bind it until it is sharded.
 
@@ -132,7 +132,9 @@ def _refuse_precision(precision: Precision) -> None:
         )
 
 
-def _complete(models: list[nn.Module], reader: CheckpointReader | None, wanted: Wanted, strategy: RecordsInit) -> None:
+def _complete(
+    models: list[nn.Module], reader: CheckpointReader | None, wanted: LoadOptions, strategy: RecordingStrategy
+) -> None:
     if strategy.fills_in_setup:
         for model in models:
             bind(model, reader, wanted, strategy.agreement)

@@ -11,17 +11,17 @@ from lightning.fabric.strategies.strategy import Strategy
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_init.distributed.agreement import Agreement, AllRanks, Alone
+from fabric_init.distributed.agreement import Agreement, RankGroup, SingleProcess
 from fabric_init.distributed.io import Io, check_io
 from fabric_init.errors import FabricInitError
 from fabric_init.guard.hooks import loading, release, require, settle
 from fabric_init.planning.placement import Placement
 from fabric_init.strategies.fill_in_setup import ShardedPlacement, is_bound, shard_and_fill
-from fabric_init.strategies.init_context import recorded_block
+from fabric_init.strategies.init_context import init_context
 from fabric_init.strategies.optimizers import parameters_by_name, refuse_left_behind, remap
 
 
-class RecordedInit(Strategy):
+class DeferredInitMixin(Strategy):
     """Mixin for a Lightning strategy whose models are recorded first and filled where the strategy keeps them.
 
     Put it before the strategy's own class, and say where tensors live::
@@ -66,14 +66,14 @@ class RecordedInit(Strategy):
     @property
     def agreement(self) -> Agreement:
         """How the ranks keep in step while a model is built and filled."""
-        return AllRanks() if getattr(self, "world_size", 1) > 1 else Alone()
+        return RankGroup() if getattr(self, "world_size", 1) > 1 else SingleProcess()
 
     # -- what Lightning calls ------------------------------------------------------------------------------------------
 
     def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
         """Context in which a model is built: recorded with ``empty_init=True``, else eagerly."""
         if empty_init:
-            return recorded_block(self)
+            return init_context(self)
         return super().module_init_context(empty_init=False)
 
     def setup_module(self, module: nn.Module) -> nn.Module:
@@ -135,10 +135,10 @@ def _modules(state: Any) -> list[nn.Module]:
     return [value for value in state.values() if isinstance(value, nn.Module)] if isinstance(state, dict) else []
 
 
-_instead: dict[type[Strategy], type[RecordedInit]] = {}
+_instead: dict[type[Strategy], type[DeferredInitMixin]] = {}
 
 
-def register_strategy(ours: type[RecordedInit], instead_of: type[Strategy]) -> None:
+def register_strategy(ours: type[DeferredInitMixin], instead_of: type[Strategy]) -> None:
     """Let :class:`fabric_init.Fabric` use ``ours`` wherever it meets an instance of exactly ``instead_of``.
 
     Args:
@@ -148,7 +148,7 @@ def register_strategy(ours: type[RecordedInit], instead_of: type[Strategy]) -> N
     _instead[instead_of] = ours
 
 
-def with_recorded_init(strategy: Strategy) -> Strategy:
+def with_deferred_init(strategy: Strategy) -> Strategy:
     """The strategy itself, now of the class that was registered for it."""
     ours = _instead.get(type(strategy))
     if ours is not None:
@@ -156,13 +156,13 @@ def with_recorded_init(strategy: Strategy) -> Strategy:
     return strategy
 
 
-def require_recorded_init(strategy: Strategy) -> RecordedInit:
+def require_deferred_init(strategy: Strategy) -> DeferredInitMixin:
     """The strategy, if it can build models without values.
 
     Raises:
         FabricInitError: it is none of ours, and none is registered for its class.
     """
-    if isinstance(strategy, RecordedInit):
+    if isinstance(strategy, DeferredInitMixin):
         return strategy
     known = ", ".join(sorted(cls.__name__ for cls in _instead))
     raise FabricInitError(

@@ -6,10 +6,10 @@ import lightning.fabric.strategies as lightning_strategies
 from torch import nn
 
 from fabric_init.planning.placement import Placement, WholeTensors
-from fabric_init.strategies.mixin import RecordedInit, register_strategy
+from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
 
 
-class SingleDeviceStrategy(RecordedInit, lightning_strategies.SingleDeviceStrategy):
+class SingleDeviceStrategy(DeferredInitMixin, lightning_strategies.SingleDeviceStrategy):
     """Lightning's strategy of the same name; models built without values are filled when their block ends."""
 
     def placement(self, model: nn.Module) -> Placement:

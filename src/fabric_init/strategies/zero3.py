@@ -12,7 +12,7 @@ from fabric_init.checkpoints import Region, Span
 from fabric_init.checkpoints.region import take
 from fabric_init.errors import FabricInitError
 from fabric_init.planning.placement import become
-from fabric_init.planning.tensors import Slot
+from fabric_init.planning.tensors import TensorInfo
 
 
 def partition_without_values(module: nn.Module, config: Any, remote_device: str | None) -> None:
@@ -66,7 +66,7 @@ class ZeroPartitions:
         self._device = device
         self._parameters: dict[str, Any] = {}
 
-    def current(self, slot: Slot, tensor: Tensor) -> Tensor:
+    def current(self, slot: TensorInfo, tensor: Tensor) -> Tensor:
         """What the model holds where it held ``tensor``: the same object still."""
         if hasattr(tensor, "ds_tensor"):
             self._parameters[slot.name] = tensor
@@ -77,18 +77,18 @@ class ZeroPartitions:
         parameter: Any = tensor
         return parameter.ds_tensor[: _span(parameter).numel] if hasattr(parameter, "ds_tensor") else tensor
 
-    def device(self, slot: Slot) -> torch.device:
+    def device(self, slot: TensorInfo) -> torch.device:
         parameter = self._parameters.get(slot.name)
         if parameter is not None:
             place: tuple[torch.device, bool] = parameter.ds_tensor.fabric_init_place
             return place[0]
         return slot.device if slot.real else self._device
 
-    def region(self, slot: Slot) -> Region | None:
+    def region(self, slot: TensorInfo) -> Region | None:
         parameter = self._parameters.get(slot.name)
         return None if parameter is None else _span(parameter)
 
-    def put(self, slot: Slot, tensor: Tensor, value: Tensor) -> Tensor:
+    def put(self, slot: TensorInfo, tensor: Tensor, value: Tensor) -> Tensor:
         parameter = self._parameters.get(slot.name)
         if parameter is None:
             become(tensor, value)

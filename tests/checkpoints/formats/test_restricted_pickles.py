@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fabric_init.checkpoints.formats.pickles.restricted import InertPickleError, Record, load_inert
+from fabric_init.checkpoints.formats.pickles.restricted import Record, RestrictedPickleError, load_inert
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**80), 2**80) | st.floats(allow_nan=False) | st.text(),
@@ -41,7 +41,7 @@ ORDERED = "collections.OrderedDict"
 def test_a_name_that_is_not_expected_is_refused(harmful: object, marker: Path) -> None:
     for value, name in ((harmful, r"posix\.mkdir"), (PurePosixPath("a"), "PurePosixPath"), (eval, "eval")):
         for protocol in (2, 4):
-            with pytest.raises(InertPickleError, match=f"it names .*{name}, which is not expected"):
+            with pytest.raises(RestrictedPickleError, match=f"it names .*{name}, which is not expected"):
                 load_inert(pickle.dumps({"a": value}, protocol), [ORDERED])
     assert not marker.exists()
 
@@ -70,7 +70,7 @@ def test_wrong_instructions_are_refused_in_little_memory(data: bytes) -> None:
     try:
         try:
             load_inert(data, ["torch.Size"])
-        except InertPickleError:
+        except RestrictedPickleError:
             refused = True
         else:
             refused = False
@@ -82,5 +82,5 @@ def test_wrong_instructions_are_refused_in_little_memory(data: bytes) -> None:
 
 @given(st.binary(max_size=200))
 def test_any_bytes_at_all(data: bytes) -> None:
-    with suppress(InertPickleError):
+    with suppress(RestrictedPickleError):
         load_inert(b"\x80\x04" + data, ["torch.Size"])

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from fabric_init.checkpoints import Transpose, open_checkpoint
-from fabric_init.checkpoints.mapping.combined import Several
+from fabric_init.checkpoints.mapping.combined import CombinedReader
 from fabric_init.checkpoints.mapping.converted import converted
 
 
@@ -19,7 +19,7 @@ def test_one_file_that_is_converted_in_two_ways_has_both_values(tmp_path: Path) 
     plain = open_checkpoint(tmp_path / "other.safetensors")
     transposed = converted(plain, [Transpose(["weight"])])
     readers = [base, plain, transposed]
-    several = Several(readers)
+    several = CombinedReader(readers)
     for reader in readers:
         assert torch.equal(several.read(several.key(reader, "weight")), reader.read("weight"))
     assert len(several.keys()) == 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fabric_init.tools.audit.activations import Moments, watched
+from fabric_init.tools.audit.activations import ActivationMoments, watched
 from fabric_init.tools.audit.checks.signal import flow_findings
 from fabric_init.tools.audit.findings import Level
 from tests.tools.audit.networks import Classifier, images_and_labels
@@ -17,7 +17,7 @@ def test_moments_of_several_tensors_are_those_of_all_their_elements(dtype: torch
     generator = torch.Generator().manual_seed(0)
     first, second = torch.randn(4, 5, generator=generator) + 3, 9 * torch.randn(7, generator=generator)
     parts = [first.to(dtype), second.to(dtype)]
-    moments = Moments()
+    moments = ActivationMoments()
     for part in parts:
         moments.add(part)
     both = torch.cat([part.flatten() for part in parts]).double()

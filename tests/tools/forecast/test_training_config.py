@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from fabric_init import Fabric
-from fabric_init.tools.forecast import Setting
+from fabric_init.tools.forecast import TrainingConfig
 
 
 def test_auto_is_one_device_or_ddp() -> None:
-    assert Setting().strategy == "single_device"
-    assert Setting(devices=2).strategy == Setting(nodes=2).strategy == "ddp"
+    assert TrainingConfig().strategy == "single_device"
+    assert TrainingConfig(devices=2).strategy == TrainingConfig(nodes=2).strategy == "ddp"
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_auto_is_one_device_or_ddp() -> None:
 )
 def test_what_is_not_known_is_refused_with_what_is(asked: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Setting(**asked)
+        TrainingConfig(**asked)
 
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_stage_2"])
@@ -43,7 +43,7 @@ def test_what_lightning_refuses_is_refused(strategy: Any, precision: Any) -> Non
         return False
 
     theirs = refused(lambda: Fabric(accelerator="cpu", devices=1, strategy=strategy, precision=precision))
-    assert refused(lambda: Setting(strategy, precision=precision)) == theirs
+    assert refused(lambda: TrainingConfig(strategy, precision=precision)) == theirs
 
 
 @pytest.mark.parametrize(
@@ -60,5 +60,5 @@ def test_what_lightning_refuses_is_refused(strategy: Any, precision: Any) -> Non
 def test_numbers_are_those_of_lightnings_precision_plugins(
     strategy: Any, precision: Any, kept: torch.dtype | None, masters: torch.dtype | None
 ) -> None:
-    numbers = Setting(strategy, devices=2, precision=precision).numbers
+    numbers = TrainingConfig(strategy, devices=2, precision=precision).numbers
     assert (numbers.kept, numbers.masters) == (kept, masters)

@@ -10,7 +10,7 @@ from torch import Tensor
 from fabric_init.checkpoints import CheckpointReader, Region, TensorSpec
 
 
-class Several:
+class CombinedReader:
     """A :class:`~fabric_init.checkpoints.reader.CheckpointReader` over others.
 
     Keys of the first reader stay as they are; those of the others have their path in front, and a number where several

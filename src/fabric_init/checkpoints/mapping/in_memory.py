@@ -12,7 +12,7 @@ from fabric_init.checkpoints import Region, TensorSpec
 from fabric_init.checkpoints.region import take
 
 
-class LoadedReader:
+class StateDictReader:
     """A state dict in memory, as a :class:`~fabric_init.checkpoints.reader.CheckpointReader`."""
 
     path = Path("load_state_dict")

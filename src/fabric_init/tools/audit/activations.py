@@ -18,7 +18,7 @@ _RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardshrink, nn.Softshrink, nn
 
 
 @dataclass
-class Moments:
+class ActivationMoments:
     """Mean and variance over all elements of several tensors, merged by the pairwise formula of Chan et al. (1979).
 
     Attributes:
@@ -77,8 +77,8 @@ class Flow:
     name: str
     module_class: str
     leaf: bool
-    activation: Moments = field(default_factory=Moments)
-    gradient: Moments = field(default_factory=Moments)
+    activation: ActivationMoments = field(default_factory=ActivationMoments)
+    gradient: ActivationMoments = field(default_factory=ActivationMoments)
     dead: float | None = None
 
     def layer(self) -> Layer:

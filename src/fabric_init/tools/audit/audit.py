@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fabric_init._gc import PausedCollector
 from fabric_init.api import deferred_init
 from fabric_init.errors import RecordingError
-from fabric_init.planning.tensors import Slot, survey
+from fabric_init.planning.tensors import TensorInfo, survey
 from fabric_init.recording.tape import Tape
 from fabric_init.reports.init_report import filled_by_us, report_of
 from fabric_init.reports.write_history import histories
@@ -65,7 +65,7 @@ def audit(model: nn.Module | Callable[[], nn.Module], batch: Any = None) -> Audi
     return replace(report, findings=tuple(worst_first), layers=layers, first_loss=first, expected_loss=expected)
 
 
-def _recording(model: nn.Module, *, given: bool) -> tuple[list[Slot], Mapping[int, Tape], dict[str, Tensor]]:
+def _recording(model: nn.Module, *, given: bool) -> tuple[list[TensorInfo], Mapping[int, Tape], dict[str, Tensor]]:
     """The model's tensors, the tapes that they are on, and those with memory that were never on any."""
     slots, tensors, tapes = survey(model)
     if not tapes and filled_by_us(model):  # its tensors have values now; the report remembers where they were recorded

@@ -14,27 +14,27 @@ from fabric_init.reports.rows import dtype_name
 from fabric_init.reports.statistics import Moments
 from fabric_init.reports.write_history import Event, History
 from fabric_init.tools.audit.findings import Row
-from fabric_init.tools.audit.write_cost import Stopwatch
+from fabric_init.tools.audit.write_cost import WriteTimer
 
 
-class Told(NamedTuple):
+class AuditedTensor(NamedTuple):
     """What the checks look at: a row, and the history that it was made from."""
 
     row: Row
     history: History
     unwritten: bool  # some of it is as torch.empty made it
     expectations: Expectations | None
-    stopwatch: Stopwatch
+    stopwatch: WriteTimer
 
     def seconds_of(self, event: Event) -> float:
         """What this one write costs in plain PyTorch."""
         return self.stopwatch.seconds(event.op)
 
 
-def rows_of(model: nn.Module, found: Iterable[History], real: Mapping[str, Tensor]) -> Iterator[Told]:
+def rows_of(model: nn.Module, found: Iterable[History], real: Mapping[str, Tensor]) -> Iterator[AuditedTensor]:
     """The row of each history. ``real`` has the tensors that were never recorded, by name."""
     expectations: dict[Tape, Expectations] = {}
-    stopwatch = Stopwatch()
+    stopwatch = WriteTimer()
     counted: set[int] = set()
     modules = dict(model.named_modules(remove_duplicate=False))
     for history in found:
@@ -65,7 +65,7 @@ def rows_of(model: nn.Module, found: Iterable[History], real: Mapping[str, Tenso
             kind=slot.kind,
             ties=slot.names[1:],
         )
-        yield Told(row, history, unwritten, known, stopwatch)
+        yield AuditedTensor(row, history, unwritten, known, stopwatch)
 
 
 def _unwritten(history: History) -> bool:
@@ -77,6 +77,6 @@ def _unwritten(history: History) -> bool:
     return tape.never_written(ref)
 
 
-def expected_of(told: Told, event: Event) -> Moments | None:
+def expected_of(told: AuditedTensor, event: Event) -> Moments | None:
     """What this one write leaves where it wrote."""
     return None if told.expectations is None else told.expectations.of_op(event.op, event.ref)

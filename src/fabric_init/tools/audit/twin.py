@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fabric_init.api import materialize
 from fabric_init.errors import FabricInitError
 from fabric_init.guard.recorded import guards_in_copy, release_recorded
-from fabric_init.planning.tensors import find_slots
+from fabric_init.planning.tensors import find_tensors
 
 
 def with_values(model: nn.Module) -> nn.Module:
@@ -21,7 +21,7 @@ def with_values(model: nn.Module) -> nn.Module:
         FabricInitError: the model cannot be copied.
         UninitializedTensorError: its own code never gives some tensor a value.
     """
-    recorded = [tensor for slot, tensor in find_slots(model) if slot.ref is not None]
+    recorded = [tensor for slot, tensor in find_tensors(model) if slot.ref is not None]
     if not recorded:
         return model
     # the twin's tensors lie on the same recorded storages, so the same tape fills them

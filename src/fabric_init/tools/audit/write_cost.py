@@ -17,7 +17,7 @@ _SAMPLE = 1 << 18
 _CUBIC = frozenset({"orthogonal_"})  # a QR decomposition: elements × the shorter side
 
 
-class Stopwatch:
+class WriteTimer:
     """Seconds that one op takes. Runs it on memory of its own, on the CPU, with a random stream of its own."""
 
     def __init__(self) -> None:

@@ -2,9 +2,9 @@
 
 from fabric_init.tools.forecast.coverage import Amount, Cast, Coverage, Fresh, Unexpected, WrongShape
 from fabric_init.tools.forecast.forecast import Forecast, forecast
-from fabric_init.tools.forecast.io_estimate import Reading
+from fabric_init.tools.forecast.io_estimate import IoEstimate
 from fabric_init.tools.forecast.memory import Memory
-from fabric_init.tools.forecast.training_config import OptimizerName, PrecisionName, Setting, StrategyName
+from fabric_init.tools.forecast.training_config import OptimizerName, PrecisionName, StrategyName, TrainingConfig
 
 __all__ = [
     "Amount",
@@ -12,12 +12,12 @@ __all__ = [
     "Coverage",
     "Forecast",
     "Fresh",
+    "IoEstimate",
     "Memory",
     "OptimizerName",
     "PrecisionName",
-    "Reading",
-    "Setting",
     "StrategyName",
+    "TrainingConfig",
     "Unexpected",
     "WrongShape",
     "forecast",

@@ -11,9 +11,9 @@ from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.derived import check_nothing_is_undone
 from fabric_init.planning.extra_state import extra_states
-from fabric_init.planning.matching import Matching, likely_mends, likely_transpose
-from fabric_init.planning.plan import Action, Entry, Wanted
-from fabric_init.planning.tensors import Slot
+from fabric_init.planning.matching import Matching, likely_fixes, likely_transpose
+from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
+from fabric_init.planning.tensors import TensorInfo
 from fabric_init.planning.validation import without_values
 from fabric_init.recording.tape import Tape
 from fabric_init.reports.rows import dtype_name
@@ -105,7 +105,7 @@ def coverage_of(
     found: Matching,
     tapes: Mapping[int, Tape],
     reader: CheckpointReader | None,
-    wanted: Wanted,
+    wanted: LoadOptions,
     problems: Sequence[str] = (),
 ) -> Coverage:
     """All that loading would raise, and what it would do, from how model and checkpoint meet.
@@ -147,16 +147,16 @@ def coverage_of(
     )
 
 
-def _amount(entries: Sequence[Entry]) -> Amount:
+def _amount(entries: Sequence[PlanEntry]) -> Amount:
     return Amount(len(entries), sum(bytes_of(entry.slot) for entry in entries))
 
 
-def bytes_of(slot: Slot) -> int:
+def bytes_of(slot: TensorInfo) -> int:
     """Of the whole tensor, as the model keeps it."""
     return slot.shape.numel() * slot.dtype.itemsize
 
 
-def _fresh(entries: Iterable[Entry], tapes: Mapping[int, Tape]) -> tuple[Fresh, ...]:
+def _fresh(entries: Iterable[PlanEntry], tapes: Mapping[int, Tape]) -> tuple[Fresh, ...]:
     found = []
     for slot, *_ in entries:
         rule = "" if slot.ref is None else describe_rule(tapes[slot.ref.storage], slot.ref)
@@ -171,7 +171,7 @@ def _left_over(key: str, reader: CheckpointReader) -> Unexpected:
     return Unexpected(key, tuple(spec.shape), dtype_name(spec.dtype), math.prod(spec.shape) * spec.dtype.itemsize)
 
 
-def _casts(entries: Sequence[Entry]) -> tuple[Cast, ...]:
+def _casts(entries: Sequence[PlanEntry]) -> tuple[Cast, ...]:
     found: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
     for entry in entries:
         if entry.cast_from is not None:
@@ -182,11 +182,11 @@ def _casts(entries: Sequence[Entry]) -> tuple[Cast, ...]:
 
 def _proposed(found: Matching, reader: CheckpointReader) -> tuple[str, ...]:
     transpose = likely_transpose(found, reader) if found.misfits else None
-    mends = likely_mends(found, reader) if found.lacks_some and found.unexpected else []
+    mends = likely_fixes(found, reader) if found.lacks_some and found.unexpected else []
     return (*mends, *([transpose] if transpose is not None else []))
 
 
-def _undone(entries: Sequence[Entry], tapes: Mapping[int, Tape]) -> list[str]:
+def _undone(entries: Sequence[PlanEntry], tapes: Mapping[int, Tape]) -> list[str]:
     try:
         check_nothing_is_undone(entries, tapes)
     except CheckpointMismatchError as error:

@@ -15,16 +15,16 @@ from fabric_init.checkpoints import Conversion, Source
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.checkpoints.storage.file_system import file_system_of
 from fabric_init.distributed.io import Io, check_io, choose_io
-from fabric_init.planning.extra_state import find_extra_slots
+from fabric_init.planning.extra_state import find_extra_states
 from fabric_init.planning.matching import match
-from fabric_init.planning.plan import Action, Plan, Wanted
-from fabric_init.planning.tensors import Slot, survey
+from fabric_init.planning.plan import Action, LoadOptions, Plan
+from fabric_init.planning.tensors import TensorInfo, survey
 from fabric_init.recording.mode import recorded_build
 from fabric_init.strategies.fsdp2 import Units
 from fabric_init.tools.forecast.coverage import Coverage, coverage_of
-from fabric_init.tools.forecast.io_estimate import Reading, reading_of
+from fabric_init.tools.forecast.io_estimate import IoEstimate, reading_of
 from fabric_init.tools.forecast.memory import Memory, gathered_units, memory_of
-from fabric_init.tools.forecast.training_config import OptimizerName, PrecisionName, Setting, StrategyName
+from fabric_init.tools.forecast.training_config import OptimizerName, PrecisionName, StrategyName, TrainingConfig
 
 _MOST_NAMES = 5
 
@@ -48,9 +48,9 @@ class Forecast:
     checkpoint: str | None
     format: str | None
     note: str | None
-    setting: Setting
+    setting: TrainingConfig
     coverage: Coverage
-    reading: Reading
+    reading: IoEstimate
     memory: Memory
 
     @property
@@ -135,17 +135,17 @@ def forecast(
         CheckpointMismatchError: ``rename``, ``reinit`` or ``convert`` is not usable with it.
         RecordingError: the constructor does what cannot be recorded.
     """
-    setting = Setting(strategy, devices, nodes, precision, optimizer)
+    setting = TrainingConfig(strategy, devices, nodes, precision, optimizer)
     if bandwidth is not None and bandwidth <= 0:
         raise ValueError(f"bandwidth={bandwidth}: give bytes a second, more than none")
     check_io(io)
     reader = None if checkpoint is None else Source(checkpoint, entry=entry, convert=convert).open()
-    wanted = Wanted(strict, rename, reinit)
+    wanted = LoadOptions(strict, rename, reinit)
     with PausedCollector():
         module = model if isinstance(model, nn.Module) else _recorded(model, setting)
         slots, _, tapes = survey(module)
         slots = [setting.kept(slot) for slot in slots]
-        found = match(slots, tapes, reader, wanted, find_extra_slots(module))
+        found = match(slots, tapes, reader, wanted, find_extra_states(module))
         misfits = {misfit.slot.name for misfit in found.misfits}
         loads = [e for e in found.entries if e.action is not Action.LOAD or e.slot.name not in misfits]
         file_system = None if checkpoint is None else file_system_of(checkpoint)
@@ -162,7 +162,7 @@ def forecast(
         )
 
 
-def _recorded(build: Callable[[], nn.Module], setting: Setting) -> nn.Module:
+def _recorded(build: Callable[[], nn.Module], setting: TrainingConfig) -> nn.Module:
     with recorded_build("per_op"), setting.building():
         model = build()
     if not isinstance(model, nn.Module):
@@ -170,7 +170,7 @@ def _recorded(build: Callable[[], nn.Module], setting: Setting) -> nn.Module:
     return model
 
 
-def _refused(slots: Sequence[Slot], setting: Setting) -> list[str]:
+def _refused(slots: Sequence[TensorInfo], setting: TrainingConfig) -> list[str]:
     """What the strategy itself would not take."""
     scalars = [slot.name for slot in slots if slot.kind == "parameter" and not slot.shape]
     if setting.strategy != "fsdp2" or not scalars:

@@ -11,10 +11,10 @@ import torch
 
 from fabric_init.checkpoints import Region
 from fabric_init.planning.derived import loaded_storages, sources_of
-from fabric_init.planning.plan import Action, Entry, Plan, storage_groups
+from fabric_init.planning.plan import Action, Plan, PlanEntry, storage_groups
 from fabric_init.recording.tape import Tape
 from fabric_init.strategies import fsdp2, zero3
-from fabric_init.tools.forecast.training_config import Setting
+from fabric_init.tools.forecast.training_config import TrainingConfig
 
 REGIONS: Mapping[str, Callable[[torch.Size, int, int], Region]] = {
     "fsdp2": fsdp2.region_on,
@@ -24,7 +24,7 @@ REGIONS: Mapping[str, Callable[[torch.Size, int, int], Region]] = {
 
 
 @dataclass(frozen=True)
-class Reading:
+class IoEstimate:
     """What is read, in bytes of the checkpoint; headers aside, which take some 100 bytes a tensor.
 
     Attributes:
@@ -47,10 +47,10 @@ class Reading:
 def reading_of(
     plan: Plan,
     tapes: Mapping[int, Tape],
-    setting: Setting,
+    setting: TrainingConfig,
     way: Literal["local", "broadcast"],
     bandwidth: float | None,
-) -> Reading:
+) -> IoEstimate:
     """What loading after ``plan`` reads, rank by rank. Arguments as in :class:`Reading`."""
     region = REGIONS.get(setting.strategy) if way == "local" else None
     by_rank, from_storage = [0] * setting.ranks, 0
@@ -66,7 +66,7 @@ def reading_of(
         by_rank[1:] = [0] * (setting.ranks - 1)
         from_storage = by_rank[0]
     times = (None, None) if bandwidth is None else (max(by_rank) / bandwidth, from_storage / bandwidth)
-    return Reading(way, tuple(by_rank), from_storage, bandwidth, *times)
+    return IoEstimate(way, tuple(by_rank), from_storage, bandwidth, *times)
 
 
 def _reads(plan: Plan, tapes: Mapping[int, Tape]) -> Iterator[tuple[torch.Size, int, bool]]:
@@ -80,7 +80,7 @@ def _reads(plan: Plan, tapes: Mapping[int, Tape]) -> Iterator[tuple[torch.Size, 
         yield entry.spec.shape, entry.spec.dtype.itemsize, False
 
 
-def _sources(plan: Plan, tapes: Mapping[int, Tape]) -> Iterable[Entry]:
+def _sources(plan: Plan, tapes: Mapping[int, Tape]) -> Iterable[PlanEntry]:
     """What is read once more, and whole, because something that is not loaded is computed from it."""
     loaded = loaded_storages(plan, tapes)
     by_key = {entry.keys[0]: entry for entry in plan.entries if entry.action is Action.LOAD}

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fabric_init.planning.tensors import Slot
+from fabric_init.planning.tensors import TensorInfo
 from fabric_init.strategies.fsdp2 import Units, units_of
 from fabric_init.tools.forecast.coverage import bytes_of
 from fabric_init.tools.forecast.io_estimate import REGIONS
-from fabric_init.tools.forecast.training_config import Setting
+from fabric_init.tools.forecast.training_config import TrainingConfig
 
 # As Lightning's DeepSpeedStrategy, and DeepSpeed where that says nothing, configure it; in elements.
 _REDUCE_BUCKET = 200_000_000
@@ -59,7 +59,7 @@ class Unit(NamedTuple):
     gradients: int
 
 
-def gathered_units(model: nn.Module, units: Units | None, setting: Setting) -> list[Unit]:
+def gathered_units(model: nn.Module, units: Units | None, setting: TrainingConfig) -> list[Unit]:
     """The units of ``model`` under FSDP, inner before outer; the model itself is the last. None in other strategies.
 
     Args:
@@ -86,7 +86,7 @@ def gathered_units(model: nn.Module, units: Units | None, setting: Setting) -> l
     return found
 
 
-def memory_of(slots: Sequence[Slot], units: Sequence[Unit], setting: Setting) -> Memory:
+def memory_of(slots: Sequence[TensorInfo], units: Sequence[Unit], setting: TrainingConfig) -> Memory:
     """What each rank needs.
 
     Args:
@@ -114,22 +114,24 @@ def memory_of(slots: Sequence[Slot], units: Sequence[Unit], setting: Setting) ->
 _Elements = Callable[[torch.Size], int]
 
 
-def _part_of(setting: Setting) -> _Elements:
+def _part_of(setting: TrainingConfig) -> _Elements:
     """How many elements of a parameter of some shape a rank has memory for."""
     if (region := REGIONS.get(setting.strategy)) is not None:
         return cache(lambda shape: region(shape, 0, setting.ranks).numel)  # others are padded to that
     return _equal_part(setting) if setting.strategy == "fsdp" else torch.Size.numel
 
 
-def _equal_part(setting: Setting) -> _Elements:
+def _equal_part(setting: TrainingConfig) -> _Elements:
     return lambda shape: -(-shape.numel() // setting.ranks)
 
 
-def _bytes(slots: Sequence[Slot], elements: _Elements, dtype: torch.dtype | None = None) -> int:
+def _bytes(slots: Sequence[TensorInfo], elements: _Elements, dtype: torch.dtype | None = None) -> int:
     return sum(elements(slot.shape) * (dtype or slot.dtype).itemsize for slot in slots)
 
 
-def _passing(parameters: Sequence[Slot], trained: Sequence[Slot], units: Sequence[Unit], setting: Setting) -> int:
+def _passing(
+    parameters: Sequence[TensorInfo], trained: Sequence[TensorInfo], units: Sequence[Unit], setting: TrainingConfig
+) -> int:
     """The most that comes and goes in a step."""
     gradients = _bytes(trained, torch.Size.numel)
     if setting.strategy.startswith("deepspeed"):
@@ -148,7 +150,9 @@ def _passing(parameters: Sequence[Slot], trained: Sequence[Slot], units: Sequenc
     return copies + (gradients if setting.ranks > 1 else 0)  # DDP's buckets
 
 
-def _passing_in_deepspeed(parameters: Sequence[Slot], trained: Sequence[Slot], gradients: int, setting: Setting) -> int:
+def _passing_in_deepspeed(
+    parameters: Sequence[TensorInfo], trained: Sequence[TensorInfo], gradients: int, setting: TrainingConfig
+) -> int:
     itemsize = max((slot.dtype.itemsize for slot in parameters), default=0)
     bucket = _REDUCE_BUCKET * itemsize if trained else 0
     in_fp32 = _bytes(trained, _equal_part(setting), torch.float32)  # of gradients, for the step

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from lightning.fabric.plugins import DoublePrecision, HalfPrecision
 
-from fabric_init.planning.tensors import Slot
+from fabric_init.planning.tensors import TensorInfo
 
 _HALF = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
@@ -48,7 +48,7 @@ _STATES: Mapping[OptimizerName, int] = {
 """Numbers that an optimizer keeps for each weight, as ``torch.optim`` makes it."""
 
 
-class Numbers(NamedTuple):
+class Dtypes(NamedTuple):
     """In which dtypes a strategy keeps what it trains. ``None``: the dtype that the model was built with."""
 
     kept: torch.dtype | None
@@ -62,7 +62,7 @@ class Numbers(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Setting:
+class TrainingConfig:
     """How a model is to be trained. Names as Lightning's Fabric has them.
 
     Args:
@@ -115,16 +115,16 @@ class Setting:
         return self.strategy in ("fsdp", "fsdp2", "deepspeed_stage_3")
 
     @property
-    def numbers(self) -> Numbers:
+    def numbers(self) -> Dtypes:
         half = _HALF.get(self.precision)
         mixed = self.precision.endswith("-mixed")
         if self.strategy.startswith("deepspeed"):
-            return Numbers(half, masters=torch.float32)  # a second copy in fp32, too
+            return Dtypes(half, masters=torch.float32)  # a second copy in fp32, too
         if self.strategy == "fsdp":
-            return Numbers(None if mixed else half or torch.float32, computed=half)
+            return Dtypes(None if mixed else half or torch.float32, computed=half)
         if mixed:
-            return Numbers(None, autocast=half)
-        return Numbers(torch.float64 if self.precision == "64-true" else half)
+            return Dtypes(None, autocast=half)
+        return Dtypes(torch.float64 if self.precision == "64-true" else half)
 
     def building(self) -> AbstractContextManager[None]:
         """What a constructor runs in, under this precision."""
@@ -136,7 +136,7 @@ class Setting:
             return DoublePrecision().module_init_context()
         return nullcontext()
 
-    def kept(self, slot: Slot) -> Slot:
+    def kept(self, slot: TensorInfo) -> TensorInfo:
         """``slot`` in the dtype that it is kept in."""
         dtype = self.numbers.kept
         is_number = slot.dtype.is_floating_point and slot.kind != "attribute"

@@ -42,7 +42,7 @@ def _try(one: Found, report: Report) -> Values | Exception:
 
 def _count(one: Found, report: Report) -> Values:
     digest = hashlib.blake2b(f"{one.dtype} {one.shape} {one.layout}".encode(), digest_size=16)
-    moments = _Moments()
+    moments = _ValueMoments()
     for block in _blocks(one.runs):
         digest.update(memory(block))
         moments.add(block)
@@ -61,7 +61,7 @@ def _blocks(runs: Sequence[Run]) -> Iterator[torch.Tensor]:
             start = stop
 
 
-class _Moments:
+class _ValueMoments:
     """Mean and squared deviations, merged block by block: Chan, Golub and LeVeque, "Updating formulae" (1979)."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from fabric_init.checkpoints.formats.dcp.contents import Chunk, Contents, Item, Tensor
-from fabric_init.checkpoints.formats.pickles.restricted import InertPickleError, Record, load_inert
+from fabric_init.checkpoints.formats.pickles.restricted import Record, RestrictedPickleError, load_inert
 from fabric_init.checkpoints.reader import TensorSpec
 from fabric_init.checkpoints.region import Box, overlap
 from fabric_init.checkpoints.state_dicts import Location
@@ -52,7 +52,7 @@ def read_metadata(path: Path) -> Contents:
         return _contents(load_inert(file.head(file.size), _NAMES))
     except _WrongError as error:
         raise CheckpointFormatError(f"{path}: {error}.") from None
-    except InertPickleError as error:
+    except RestrictedPickleError as error:
         raise CheckpointFormatError(
             f"{path} is not the metadata of torch.distributed.checkpoint: {error}. Nothing in it was run."
         ) from error

@@ -74,7 +74,7 @@ class DCPReader:
                 )
         self._mmap = mmap and len(counts) <= _MAPPED_FILES
         self._files: dict[str, FileBytes | SafetensorsReader] = {}
-        self._found: dict[tuple[str, Box], _Source] = {}
+        self._found: dict[tuple[str, Box], _ChunkSource] = {}
 
     @cached_property
     def extra_state(self) -> Mapping[str, Any]:
@@ -86,7 +86,7 @@ class DCPReader:
         places: dict[str, list[tuple[Location, str]]] = {}
         for path, key in self._contents.extra_state(self._location):
             places.setdefault(path[0], []).append((path[1:], key))
-        return _WhenAskedFor({name: partial(self._put_together, parts) for name, parts in places.items()})
+        return _LazyMapping({name: partial(self._put_together, parts) for name, parts in places.items()})
 
     def _put_together(self, parts: list[tuple[Location, str]]) -> Any:
         """One extra state; the writer has flattened dicts."""
@@ -146,7 +146,7 @@ class DCPReader:
             out[tuple(slice(at, at + n) for at, n in zip(target.offsets, target.sizes, strict=True))].copy_(value)
         return out
 
-    def _source(self, full: str, tensor: Tensor, chunk: Chunk) -> _Source:
+    def _source(self, full: str, tensor: Tensor, chunk: Chunk) -> _ChunkSource:
         """What reads a chunk. Two threads may both look for it, and find the same."""
         source = self._found.get((full, chunk.box))
         if source is None:
@@ -194,7 +194,7 @@ class DCPReader:
             raise KeyError(f"{self.path} has no tensor {key!r}") from None
 
 
-class _WhenAskedFor(Mapping[str, Any]):
+class _LazyMapping(Mapping[str, Any]):
     """Values that are made when they are asked for, once."""
 
     def __init__(self, made: dict[str, Callable[[], Any]]) -> None:
@@ -210,7 +210,7 @@ class _WhenAskedFor(Mapping[str, Any]):
         return len(self._made)
 
 
-class _Source(Protocol):
+class _ChunkSource(Protocol):
     """What reads regions of one chunk."""
 
     @property

@@ -40,15 +40,15 @@ _NOWHERE = """\
 it is of ZeRO-3, where the ranks' parts of weights are in the files *_optim_states.pt, and those of {key!r} are not"""
 
 
-class _Inert:
+class _PlainValue:
     """Takes the place of a class of DeepSpeed in a pickle: it holds attributes and does nothing."""
 
 
 STAND_INS: list[tuple[type, str]] = [
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
-    (_Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    (_Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    (_Inert, "deepspeed.utils.tensor_fragment.fragment_address"),
+    (_PlainValue, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (_PlainValue, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
+    (_PlainValue, "deepspeed.utils.tensor_fragment.fragment_address"),
 ]
 """The classes that DeepSpeed's own files name. None of its code runs, and it need not be installed."""
 

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, ClassVar
 
 from torch._weights_only_unpickler import _get_allowed_globals, _get_user_allowed_globals
 
-from fabric_init.checkpoints.formats.pickles.restricted import InertReader, Name
+from fabric_init.checkpoints.formats.pickles.restricted import Name, RestrictedUnpickler
 
 _TIMES, _LEAST = 16, 1 << 20
 """So many times the size of the file, or bytes, may all calls take; what torch.save writes takes twice the pickle."""
@@ -30,7 +30,7 @@ _LINEAR = frozenset(
 """What takes memory for its arguments at most, or none beside that of a known storage."""
 
 
-class AsksForMemoryError(ValueError):
+class ExcessiveAllocationError(ValueError):
     """More memory than the file can be meant to take."""
 
 
@@ -39,12 +39,12 @@ def check_calls(data: bytes, size: int) -> None:
 
     Names that ``weights_only`` does not allow are let pass: it will refuse them, and says better why.
 
-    Raises :class:`AsksForMemoryError`, and ``pickle.UnpicklingError`` for what is no such pickle.
+    Raises :class:`ExcessiveAllocationError`, and ``pickle.UnpicklingError`` for what is no such pickle.
     """
-    CallsReader(io.BytesIO(data), size).look_through()
+    AllocationUnpickler(io.BytesIO(data), size).look_through()
 
 
-class Made(dict[Any, Any]):
+class Allocated(dict[Any, Any]):
     """Stands for whatever object was made: it takes what is put into it, and does nothing."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
@@ -54,13 +54,13 @@ class Made(dict[Any, Any]):
     def extend(self, values: object) -> None: ...
 
 
-class CallsReader(InertReader):
+class AllocationUnpickler(RestrictedUnpickler):
     """Adds up what calls would take. All else in the pickle is passed over.
 
     It knows every instruction that torch's unpickler knows: where it cannot go on, that cannot either.
     """
 
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(InertReader.dispatch)
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(RestrictedUnpickler.dispatch)
     for _name in ("EMPTY_SET", "ADDITEMS", "SHORT_BINSTRING"):
         dispatch[getattr(pickle, _name)[0]] = pickle._Unpickler.dispatch[getattr(pickle, _name)[0]]
 
@@ -73,7 +73,7 @@ class CallsReader(InertReader):
         """Read the next pickle of the file."""
         try:
             self.load()
-        except AsksForMemoryError:
+        except ExcessiveAllocationError:
             raise
         except Exception as error:  # wrong bytes make an unpickler misuse its stack: any error can come of it
             raise pickle.UnpicklingError(f"{error} ({type(error).__name__})") from error
@@ -83,14 +83,14 @@ class CallsReader(InertReader):
         return Name(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
-        return Made()
+        return Allocated()
 
     def called(self, function: object, arguments: Any) -> None:
-        """Raise :class:`AsksForMemoryError` if this call, with those before it, takes too much."""
+        """Raise :class:`ExcessiveAllocationError` if this call, with those before it, takes too much."""
         name = function.full if isinstance(function, Name) else ""
         self._for_calls -= _cost(name, arguments)
         if self._for_calls < 0:
-            raise AsksForMemoryError(f"its pickle calls {name}, which takes memory without bound")
+            raise ExcessiveAllocationError(f"its pickle calls {name}, which takes memory without bound")
         if name == "torch._tensor._rebuild_from_type_v2":  # function, type, arguments, state
             self.called(arguments[0], arguments[2])
 
@@ -99,7 +99,7 @@ class CallsReader(InertReader):
         function = self.stack[-1]
         self.called(function, arguments)
         is_size = isinstance(function, Name) and function.full == "torch.Size" and len(arguments) == 1
-        self.stack[-1] = tuple(arguments[0]) if is_size else Made()
+        self.stack[-1] = tuple(arguments[0]) if is_size else Allocated()
 
     def _build(self) -> None:
         self.called(None, (self.stack.pop(),))
@@ -111,7 +111,7 @@ class CallsReader(InertReader):
 
 def _cost(name: str, arguments: Any) -> float:
     """Bytes, roughly, that a call takes; infinite for what can take any amount and ``torch.save`` never writes."""
-    given = sum(len(one) for one in arguments if isinstance(one, Sized) and not isinstance(one, Made))
+    given = sum(len(one) for one in arguments if isinstance(one, Sized) and not isinstance(one, Allocated))
     if name == "builtins.bytearray":
         return given + sum(abs(one) for one in arguments if isinstance(one, int))
     if name == "_codecs.encode":  # of text; where it is of bytes, each call could double what the last one gave

@@ -26,7 +26,7 @@ _INSTRUCTIONS = re.findall(
 )
 
 
-class InertPickleError(ValueError):
+class RestrictedPickleError(ValueError):
     """The bytes are no pickle of what is expected. The message does not name the file: the caller knows it."""
 
 
@@ -52,16 +52,16 @@ def load_inert(data: bytes, names: Collection[str]) -> Any:
     Memory and time are linear in ``len(data)``. Containers may hold themselves. Raises :class:`InertPickleError`.
     """
     try:
-        return InertReader(data, names).load()
-    except InertPickleError:
+        return RestrictedUnpickler(data, names).load()
+    except RestrictedPickleError:
         raise
     except KeyError as error:
-        raise InertPickleError(f"unexpected instruction or reference {error} in the pickle") from error
+        raise RestrictedPickleError(f"unexpected instruction or reference {error} in the pickle") from error
     except Exception as error:  # wrong bytes make the interpreter misuse its own stack: any error can come of it
-        raise InertPickleError(f"the pickle is damaged: {error} ({type(error).__name__})") from error
+        raise RestrictedPickleError(f"the pickle is damaged: {error} ({type(error).__name__})") from error
 
 
-class InertReader(pickle._Unpickler):
+class RestrictedUnpickler(pickle._Unpickler):
     """An unpickler that makes nothing; by its own name for those who want to know something else of a pickle."""
 
     stack: list[Any]
@@ -78,7 +78,7 @@ class InertReader(pickle._Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)  # type: ignore[no-any-return]
         if full not in self._names:
-            raise InertPickleError(f"it names {full}, which is not expected there and could run code")
+            raise RestrictedPickleError(f"it names {full}, which is not expected there and could run code")
         return Name(full)
 
     def persistent_load(self, pid: Any) -> Any:
@@ -88,7 +88,7 @@ class InertReader(pickle._Unpickler):
         arguments = self.stack.pop()
         name = self.stack[-1]
         if not isinstance(name, Name) or not isinstance(arguments, tuple):
-            raise InertPickleError(f"it calls {name!r:.80}, which is no class")
+            raise RestrictedPickleError(f"it calls {name!r:.80}, which is no class")
         empty_dict = name.full == "collections.OrderedDict" and not arguments  # as all dicts are by now
         self.stack[-1] = {} if empty_dict else Record(name.full, arguments)
 
@@ -96,7 +96,7 @@ class InertReader(pickle._Unpickler):
         state = self.stack.pop()
         record = self.stack[-1]
         if not isinstance(record, Record):
-            raise InertPickleError(f"it sets the state of {record!r:.80}, which has none")
+            raise RestrictedPickleError(f"it sets the state of {record!r:.80}, which has none")
         record.state = state
 
     dispatch[pickle.REDUCE[0]] = _call

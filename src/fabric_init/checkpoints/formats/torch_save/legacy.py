@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from fabric_init.checkpoints.formats.pickles.limits import AsksForMemoryError, CallsReader
+from fabric_init.checkpoints.formats.pickles.limits import AllocationUnpickler, ExcessiveAllocationError
 from fabric_init.checkpoints.formats.torch_save.saved_tensor import STORAGES
 from fabric_init.checkpoints.region import Window
 
@@ -35,8 +35,8 @@ class BoundedFile(io.BufferedReader):
 def check_sizes(file: BinaryIO, size: int) -> None:
     """Look through the pickles of ``file``, which has ``size`` bytes. The file is left where it was.
 
-    Raises :class:`~fabric_init.checkpoints.formats.pickles.limits.AsksForMemoryError` when its storages take more than
-    that, or a tensor does not fit in its storage, which ``torch.load`` would then let grow, and
+    Raises :class:`~fabric_init.checkpoints.formats.pickles.limits.ExcessiveAllocationError` when its storages take more
+    than that, or a tensor does not fit in its storage, which ``torch.load`` would then let grow, and
     ``pickle.UnpicklingError`` for what is no such file.
     """
     start = file.tell()
@@ -53,7 +53,7 @@ class _Storage(NamedTuple):
     size_bytes: int
 
 
-class _Claims(CallsReader):
+class _Claims(AllocationUnpickler):
     """Adds up the sizes of storages, too, and compares those of tensors."""
 
     def __init__(self, file: BinaryIO, size: int, encoding: str) -> None:
@@ -68,7 +68,9 @@ class _Claims(CallsReader):
         self._for_storages -= 0 if key in self._known else storage.size_bytes
         self._known.add(key)
         if self._for_storages < 0:
-            raise AsksForMemoryError(f"its storages should take more than the {self._size:,} bytes of all of the file")
+            raise ExcessiveAllocationError(
+                f"its storages should take more than the {self._size:,} bytes of all of the file"
+            )
         return storage
 
     def called(self, function: object, arguments: Any) -> None:
@@ -77,7 +79,9 @@ class _Claims(CallsReader):
             if isinstance(made, tuple) and made and isinstance(made[0], _Storage):
                 storage, first, sizes, strides = made[:4]
                 if min(strides, default=0) < 0:
-                    raise AsksForMemoryError(f"a tensor has the strides {strides!r:.80}")
+                    raise ExcessiveAllocationError(f"a tensor has the strides {strides!r:.80}")
                 end = (first + Window(0, sizes, strides).extent) * storage.item_bytes
                 if end > storage.size_bytes:
-                    raise AsksForMemoryError(f"a tensor ends at byte {end:,} of a storage of {storage.size_bytes:,}")
+                    raise ExcessiveAllocationError(
+                        f"a tensor ends at byte {end:,} of a storage of {storage.size_bytes:,}"
+                    )

@@ -11,13 +11,13 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
-from fabric_init.recording.tape import Source
+from fabric_init.recording.tape import CallSite
 from fabric_init.reports.provenance import place_of
 from fabric_init.reports.rules import rule_of
 from fabric_init.reports.statistics import Moments
 from fabric_init.reports.write_history import Event
 from fabric_init.tools.audit.findings import Finding, Level
-from fabric_init.tools.audit.rows import Told, expected_of
+from fabric_init.tools.audit.rows import AuditedTensor, expected_of
 
 _ALIKE = 0.05  # of the larger standard deviation: closer than that, two rules are one
 
@@ -32,7 +32,7 @@ def differ(one: Moments | None, other: Moments | None) -> bool:
     )
 
 
-def _own_rules(one: Told) -> list[Event]:
+def _own_rules(one: AuditedTensor) -> list[Event]:
     """Full writes by the model's own code, to memory that was there already: the one that won, and those in vain.
 
     What a later rule has read (to scale it, say) is a step on the way to that.
@@ -41,9 +41,9 @@ def _own_rules(one: Told) -> list[Event]:
     return [event for event in one.history.events if event.is_rule and event.whole and (event.dead or event == winner)]
 
 
-def repeated(told: Sequence[Told]) -> Iterator[Finding]:
+def repeated(told: Sequence[AuditedTensor]) -> Iterator[Finding]:
     """Tensors that the model's code initialises several times in the same way."""
-    groups: dict[tuple[tuple[str, int], ...], list[Told]] = defaultdict(list)
+    groups: dict[tuple[tuple[str, int], ...], list[AuditedTensor]] = defaultdict(list)
     for one in told:
         rules = _own_rules(one)
         values = [expected_of(one, event) for event in rules]
@@ -70,7 +70,7 @@ def repeated(told: Sequence[Told]) -> Iterator[Finding]:
         )
 
 
-def two_rules(told: Sequence[Told], own_files: Collection[str | None]) -> Iterator[Finding]:
+def two_rules(told: Sequence[AuditedTensor], own_files: Collection[str | None]) -> Iterator[Finding]:
     """Tensors that two lines of the model's code initialise differently.
 
     An exception after the rule is how people write init: a note. Where the last line is no exception, it may well undo
@@ -81,7 +81,7 @@ def two_rules(told: Sequence[Told], own_files: Collection[str | None]) -> Iterat
         own_files: the source files of the classes of the model's modules.
     """
     reach = _Reach(told, own_files)
-    groups: dict[tuple[Source, ...], list[_Conflict]] = defaultdict(list)
+    groups: dict[tuple[CallSite, ...], list[_Conflict]] = defaultdict(list)
     for one in told:
         rules = [event for event in _own_rules(one) if event.source is not None]
         if not rules or rules[-1] != one.history.winner:
@@ -102,7 +102,7 @@ def two_rules(told: Sequence[Told], own_files: Collection[str | None]) -> Iterat
 
 
 class _Conflict(NamedTuple):
-    told: Told
+    told: AuditedTensor
     lost: list[Event]
     won: Event
     exception: bool
@@ -111,9 +111,9 @@ class _Conflict(NamedTuple):
 class _Reach:
     """How much of a model each line, and each file, initialises."""
 
-    def __init__(self, told: Sequence[Told], own_files: Collection[str | None]) -> None:
+    def __init__(self, told: Sequence[AuditedTensor], own_files: Collection[str | None]) -> None:
         self._own_files = own_files
-        self._lines: dict[Source, set[str]] = defaultdict(set)
+        self._lines: dict[CallSite, set[str]] = defaultdict(set)
         self._files: dict[str, set[str]] = defaultdict(set)
         for one in told:
             for event in _own_rules(one):
@@ -121,7 +121,7 @@ class _Reach:
                     self._lines[event.source].add(one.row.name)
                     self._files[event.source.file].add(one.row.name)
 
-    def is_exception(self, later: Source, earlier: Source) -> bool:
+    def is_exception(self, later: CallSite, earlier: CallSite) -> bool:
         """Whether ``later`` is the more special of two lines.
 
         It is if it writes only a part of what the other one does, or if it is in a file that has less to say of the
@@ -162,6 +162,6 @@ def _exceptions(group: Sequence[_Conflict]) -> Finding:
     )
 
 
-def _described(one: Told, event: Event) -> str:
+def _described(one: AuditedTensor, event: Event) -> str:
     expected, rule = expected_of(one, event), rule_of(event.op)
     return rule if expected is None or "std=" in rule else f"{rule} (std {expected.std:.3g})"

@@ -10,7 +10,7 @@ from fabric_init.reports.provenance import place_of
 from fabric_init.reports.statistics import Moments
 from fabric_init.tools.audit.checks.conflicts import differ
 from fabric_init.tools.audit.findings import Finding, Level
-from fabric_init.tools.audit.rows import Told, expected_of
+from fabric_init.tools.audit.rows import AuditedTensor, expected_of
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
@@ -23,23 +23,23 @@ def _role(name: str) -> str:
     return _INDEX.sub("*", name)
 
 
-def _value(one: Told) -> Moments | None:
+def _value(one: AuditedTensor) -> Moments | None:
     winner = one.history.winner
     return None if winner is None else expected_of(one, winner)
 
 
-def differs_between_twins(told: Sequence[Told]) -> Iterator[Finding]:
+def differs_between_twins(told: Sequence[AuditedTensor]) -> Iterator[Finding]:
     """Weights of one role in modules of one class that different lines initialise, differently.
 
     One line may give every layer a value of its own (a standard deviation that falls with depth, a fan): that is one
     rule. Shapes may differ for the same reason, so only tensors of one shape are compared.
     """
-    groups: dict[tuple[str, str, tuple[int, ...]], list[Told]] = defaultdict(list)
+    groups: dict[tuple[str, str, tuple[int, ...]], list[AuditedTensor]] = defaultdict(list)
     for one in told:
         if one.history.winner is not None and _role(one.row.name) != one.row.name and one.row.kind == "parameter":
             groups[_role(one.row.name), one.row.module_class, one.row.shape].append(one)
     for (role, module_class, _), group in groups.items():
-        lines: dict[str, list[Told]] = defaultdict(list)
+        lines: dict[str, list[AuditedTensor]] = defaultdict(list)
         for one in group:
             assert one.history.winner is not None
             lines[place_of(one.history.winner.source)].append(one)
@@ -58,20 +58,22 @@ def differs_between_twins(told: Sequence[Told]) -> Iterator[Finding]:
             )
 
 
-def default_init(told: Sequence[Told]) -> Iterator[Finding]:
+def default_init(told: Sequence[AuditedTensor]) -> Iterator[Finding]:
     """Weights left at torch's own init, in a model that initialises most of its weights by rules of its own.
 
     Where most of one class get the model's rule and a few do not, that looks like an oversight: a warning. What the
     model leaves alone altogether is one note. (A zeroed output layer does not make a model one that sets its own.)
     """
-    own: dict[tuple[str, str], list[Told]] = defaultdict(list)  # by the module's class and its name for the tensor
-    left: dict[tuple[str, str], list[Told]] = defaultdict(list)
+    own: dict[tuple[str, str], list[AuditedTensor]] = defaultdict(
+        list
+    )  # by the module's class and its name for the tensor
+    left: dict[tuple[str, str], list[AuditedTensor]] = defaultdict(list)
     for one in told:
         if one.history.winner is not None and one.row.kind == "parameter" and len(one.row.shape) > 1:
             (left if _by_default(one) else own)[one.row.module_class, one.row.name.rpartition(".")[2]].append(one)
     if sum(map(len, own.values())) <= sum(map(len, left.values())):
         return
-    untouched: list[Told] = []
+    untouched: list[AuditedTensor] = []
     for key, group in left.items():
         handled, first = own.get(key, []), group[0].row
         if len(handled) <= len(group):
@@ -97,9 +99,9 @@ def default_init(told: Sequence[Told]) -> Iterator[Finding]:
         )
 
 
-def _by_default(one: Told) -> bool:
+def _by_default(one: AuditedTensor) -> bool:
     return one.history.winner is not None and one.history.winner.by_default
 
 
-def _others(group: Sequence[Told]) -> str:
+def _others(group: Sequence[AuditedTensor]) -> str:
     return group[0].row.name if len(group) == 1 else f"{len(group)} others ({group[0].row.name})"

@@ -11,7 +11,7 @@ from fabric_init.reports.write_history import Event
 from fabric_init.tools.audit.checks.conflicts import repeated, two_rules
 from fabric_init.tools.audit.checks.consistency import default_init, differs_between_twins
 from fabric_init.tools.audit.findings import Finding, Level
-from fabric_init.tools.audit.rows import Told
+from fabric_init.tools.audit.rows import AuditedTensor
 
 _MEND_NEVER = (
     "write it in the constructor, or in the function that initialises its module: torch.nn.init.normal_(…, std=…), "
@@ -19,7 +19,7 @@ _MEND_NEVER = (
 )
 
 
-def tape_findings(model: nn.Module, told: Sequence[Told]) -> list[Finding]:
+def tape_findings(model: nn.Module, told: Sequence[AuditedTensor]) -> list[Finding]:
     """The findings of every check on the tape, the worst first."""
     modules = {type(module).__module__ for module in model.modules()}
     files = {getattr(sys.modules.get(name), "__file__", None) for name in modules}
@@ -34,7 +34,7 @@ def tape_findings(model: nn.Module, told: Sequence[Told]) -> list[Finding]:
     return sorted(found, key=lambda finding: -finding.level)
 
 
-def never_written(told: Sequence[Told]) -> Iterator[Finding]:
+def never_written(told: Sequence[AuditedTensor]) -> Iterator[Finding]:
     """Parameters and saved buffers of which no op wrote some part: plain PyTorch leaves garbage there."""
     for one in told:
         if not one.unwritten or not one.history.slot.saved:
@@ -50,9 +50,9 @@ def never_written(told: Sequence[Told]) -> Iterator[Finding]:
         yield Finding(Level.ERROR, "never-written", names, f"{seen}, with whatever the memory held", _MEND_NEVER)
 
 
-def overwritten_defaults(told: Sequence[Told]) -> Iterator[Finding]:
+def overwritten_defaults(told: Sequence[AuditedTensor]) -> Iterator[Finding]:
     """The usual waste, in one note: torch's own modules initialise themselves, and the model's code does it again."""
-    dead: dict[int, tuple[Told, Event]] = {}
+    dead: dict[int, tuple[AuditedTensor, Event]] = {}
     for one in told:
         for event in one.history.events:
             if event.dead and not event.is_rule:

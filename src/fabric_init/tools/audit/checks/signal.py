@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from fabric_init.tools.audit.activations import Flow, Moments
+from fabric_init.tools.audit.activations import ActivationMoments, Flow
 from fabric_init.tools.audit.findings import Finding, Level
 
 _LARGEST = 1e4
@@ -63,15 +63,15 @@ def _vanishing(flows: Sequence[Flow]) -> Iterator[Finding]:
         yield _finding(Level.WARNING, "vanishing-gradients", early, seen, _MEND_SCALE)
 
 
-def _activation(flow: Flow) -> Moments:
+def _activation(flow: Flow) -> ActivationMoments:
     return flow.activation
 
 
-def _gradient(flow: Flow) -> Moments:
+def _gradient(flow: Flow) -> ActivationMoments:
     return flow.gradient
 
 
-def _ends(flows: Sequence[Flow], of: Callable[[Flow], Moments]) -> tuple[Flow | None, Flow | None]:
+def _ends(flows: Sequence[Flow], of: Callable[[Flow], ActivationMoments]) -> tuple[Flow | None, Flow | None]:
     """Of the first and of the last quarter of the layers, the one with the largest values.
 
     A branch may be as small as it likes (a layer scale, a key's gradient); the largest shows what the trunk carries.

@@ -41,7 +41,9 @@ def survey_dcp(folder: Path, entry: str | None) -> Survey:
         one.whole = all(_is_there(survey, chunk) for chunk in tensor.chunks)
         one.layout = [chunk.box for chunk in tensor.chunks] if len(tensor.chunks) > 1 else None
         if one.whole:
-            one.runs = tuple(Run(chunk.box.numel, _Chunk(folder, full, tensor, chunk).read) for chunk in tensor.chunks)
+            one.runs = tuple(
+                Run(chunk.box.numel, _SurveyedChunk(folder, full, tensor, chunk).read) for chunk in tensor.chunks
+            )
         survey.found.append(one)
     return survey
 
@@ -122,7 +124,7 @@ def _compare(survey: Survey, contents: Contents, taken: Taken) -> None:
                 end, before = last, key
 
 
-class _Chunk:
+class _SurveyedChunk:
     """One chunk, found in its file when it is first read."""
 
     def __init__(self, folder: Path, key: str, tensor: Tensor, chunk: Chunk) -> None:

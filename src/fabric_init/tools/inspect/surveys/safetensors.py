@@ -23,7 +23,7 @@ from fabric_init.tools.inspect.survey import Found, Run, Survey, count, dtype_na
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6} | {code: 8 * dtype.itemsize for code, dtype in DTYPES.items()}
 
 
-class _Entry(NamedTuple):
+class _HeaderEntry(NamedTuple):
     key: str
     code: str
     shape: tuple[int, ...]
@@ -92,7 +92,7 @@ def _header(file: FileBytes, survey: Survey) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _entry(survey: Survey, name: str, key: str, value: object, start: int) -> _Entry | None:
+def _entry(survey: Survey, name: str, key: str, value: object, start: int) -> _HeaderEntry | None:
     """One tensor of the header, with its place in the file; ``None``, and damage, where it makes no sense."""
     fields = value if isinstance(value, dict) else {}
     code, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
@@ -105,7 +105,7 @@ def _entry(survey: Survey, name: str, key: str, value: object, start: int) -> _E
     if code not in DTYPES:
         message = f"its dtype {code} is none that torch {torch.__version__} can hold as a plain tensor"
         survey.damage.append(Damage("unknown dtype", message, name, (key,)))
-    entry = _Entry(key, code, tuple(sizes), start + places[0], start + places[1])
+    entry = _HeaderEntry(key, code, tuple(sizes), start + places[0], start + places[1])
     needed = -(-math.prod(sizes) * _BITS[code] // 8) if code in _BITS else places[1] - places[0]
     if needed != places[1] - places[0]:
         message = f"takes {needed:,} bytes by shape and dtype, and {places[1] - places[0]:,} by its offsets"
@@ -114,7 +114,7 @@ def _entry(survey: Survey, name: str, key: str, value: object, start: int) -> _E
     return entry
 
 
-def _compare(survey: Survey, name: str, entries: list[_Entry], start: int, size: int) -> None:
+def _compare(survey: Survey, name: str, entries: list[_HeaderEntry], start: int, size: int) -> None:
     """Tensors must follow one another without a gap, from the header to the end of the file."""
     reach, before = start, ""
     for entry in entries:

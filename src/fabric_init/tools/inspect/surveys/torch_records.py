@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
-from fabric_init.checkpoints.formats.pickles.limits import AsksForMemoryError, CallsReader
+from fabric_init.checkpoints.formats.pickles.limits import AllocationUnpickler, ExcessiveAllocationError
 from fabric_init.checkpoints.formats.torch_save.archive import Readable, load_meta
 from fabric_init.checkpoints.formats.torch_save.legacy import BoundedFile, check_sizes
 from fabric_init.checkpoints.storage.local import FileBytes
@@ -201,7 +201,7 @@ def legacy_records(
     """
     records = Records(file)
     with BoundedFile(file.path) if isinstance(file.path, Path) else io.BytesIO(file.head(file.size)) as content:
-        calls = CallsReader(content, file.size, "latin1")
+        calls = AllocationUnpickler(content, file.size, "latin1")
         for _ in range(4):  # looked through before anything is made: a damaged pickle may ask for any amount of memory
             calls.look_through()
         content.seek(0)
@@ -223,7 +223,7 @@ def legacy_records(
             try:
                 content.seek(0)
                 check_sizes(content, file.size)
-            except AsksForMemoryError as error:
+            except ExcessiveAllocationError as error:
                 records.damage.append(Damage("unreadable", str(error), file.path.name))
     for key in order if isinstance(order, list) else []:
         head = _part(file, at, 8)

@@ -36,7 +36,7 @@ def survey_torch(file: FileBytes, entry: str | None) -> Survey:
     Raises any exception when the pickle cannot be read.
     """
     legacy = not file.head(4).startswith(b"PK\3\4")
-    claims = _Claims()
+    claims = _StorageClaims()
     records: Records
     if legacy:
 
@@ -65,7 +65,7 @@ def survey_torch(file: FileBytes, entry: str | None) -> Survey:
     return survey
 
 
-class _Claims:
+class _StorageClaims:
     """The storages that a pickle names; they stand on the meta device."""
 
     def __init__(self) -> None:
@@ -126,7 +126,13 @@ def _choose(
 
 
 def _found(
-    survey: Survey, file: FileBytes, claims: _Claims, records: Records, prefix: str, key: object, value: torch.Tensor
+    survey: Survey,
+    file: FileBytes,
+    claims: _StorageClaims,
+    records: Records,
+    prefix: str,
+    key: object,
+    value: torch.Tensor,
 ) -> Found:
     shown = f"{prefix}{key}"
     nbytes = max(0, math.prod(value.shape)) * value.element_size()
@@ -168,7 +174,7 @@ def _read(file: FileBytes, offset: int, tensor: torch.Tensor, start: int, stop: 
     return read_region(file, offset, tensor, Span(start, stop)).reshape(-1)
 
 
-def _report(survey: Survey, claims: _Claims, records: Records, file: FileBytes) -> None:
+def _report(survey: Survey, claims: _StorageClaims, records: Records, file: FileBytes) -> None:
     """Which tensors the damaged storages belong to."""
     name = file.path.name
     cut = tuple(one.key for one in survey.found if not one.whole and (one.extent is None or one.extent[1] > file.size))
