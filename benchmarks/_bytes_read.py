@@ -5,7 +5,7 @@
   and stays there until the file is unmapped. So the climbs of ``RssFile`` are summed, sampled each millisecond, less
   the pages of other mapped files (libraries), which are looked up when the process waits.
 
-A touched page brings its neighbours along: 64 KiB in all (``fault_around_bytes``), or the whole entry of the page cache
+A touched page brings its neighbors along: 64 KiB in all (``fault_around_bytes``), or the whole entry of the page cache
 that it is in, up to 2 MB. So count when the cache is warmed in small pages; then each end of a part that is read in a
 map counts at most 60 KiB too much.
 """

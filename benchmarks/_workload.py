@@ -1,7 +1,7 @@
 """The model and the files that every contender for a Llama gets: the same weights in each format.
 
 The checkpoint holds *half* of what eager init from seed 0 gives. Halving is exact in bf16, so one file is the reference
-for both groups, and a tensor that was initialised but never loaded (a norm's ones, say) does not pass for loaded.
+for both groups, and a tensor that was initialized but never loaded (a norm's ones, say) does not pass for loaded.
 """
 
 from __future__ import annotations

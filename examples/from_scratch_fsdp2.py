@@ -20,7 +20,7 @@ VOCABULARY, CONTEXT = 1000, 64
 
 
 class LanguageModel(nn.Module):
-    """A small GPT, initialised as GPT-2 is."""
+    """A small GPT, initialized as GPT-2 is."""
 
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()

@@ -81,7 +81,7 @@ for step in range(options.steps):
 
 fabric.save(options.out, {"model": model})
 
-# The whole model is in the file now: a strict load, no rename, no head to initialise.
+# The whole model is in the file now: a strict load, no rename, no head to initialize.
 with fabric.init_module(checkpoint=options.out):
     finetuned = BertForSequenceClassification(config)
 finetuned.eval()

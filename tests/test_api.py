@@ -45,7 +45,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "net.pt"
 
 
-@pytest.mark.parametrize("load", [False, True], ids=["initialised", "loaded"])
+@pytest.mark.parametrize("load", [False, True], ids=["initialized", "loaded"])
 def test_an_optimizer_made_on_the_recorded_model_goes_on_working(path: Path, load: bool) -> None:
     model = recorded()
     optimizer = torch.optim.AdamW(
@@ -71,7 +71,7 @@ def test_an_optimizer_made_on_the_recorded_model_goes_on_working(path: Path, loa
         assert torch.equal(model.get_parameter(name), parameter), name
 
 
-@pytest.mark.parametrize("load", [False, True], ids=["initialised", "loaded"])
+@pytest.mark.parametrize("load", [False, True], ids=["initialized", "loaded"])
 def test_weak_references_hooks_and_attributes_survive(path: Path, load: bool) -> None:
     model = recorded()
     alive = weakref.ref(model.first.weight)

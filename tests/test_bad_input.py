@@ -1,4 +1,4 @@
-"""Bad input: an error that names the file, key or tensor and the mend, and everything is as it was before."""
+"""Bad input: an error that names the file, key or tensor and the fix, and everything is as it was before."""
 
 from __future__ import annotations
 

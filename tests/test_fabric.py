@@ -153,7 +153,7 @@ def test_init_missing_gives_values_of_the_right_dtype_and_of_the_right_spread(pr
     weight = model.hidden[0].weight.detach().double()
     assert 0.015 < weight.std() < 0.025
     assert 0.9 < model.embedding.weight.detach().double().std() < 1.1 or (
-        0.015 < model.embedding.weight.detach().double().std() < 0.025  # tied to the head, which is initialised after
+        0.015 < model.embedding.weight.detach().double().std() < 0.025  # tied to the head, which is initialized after
     )
     assert torch.equal(model.scale, torch.ones_like(model.scale))
     assert fabric.init_report(model).complete
@@ -225,7 +225,7 @@ def test_a_load_that_is_not_strict_completes_the_model_with_its_own_init(
     report = fabric.init_report(model)
     by_status = {row.name: row.status for row in report.rows}
     assert by_status["scale"] == by_status["hidden.0.bias"] == "loaded"
-    assert by_status["hidden.0.weight"] == by_status["steps"] == "initialised"
+    assert by_status["hidden.0.weight"] == by_status["steps"] == "initialized"
     assert report.complete
 
 
@@ -254,7 +254,7 @@ def test_two_loads_that_are_not_strict_bring_what_each_of_them_has(fabric: Fabri
     assert torch.equal(model(torch.ones(1, 3)), torch.full((1, 3), 9.0))
 
 
-def test_what_the_first_of_two_loads_lacks_may_come_with_the_second_although_the_model_never_initialises_it(
+def test_what_the_first_of_two_loads_lacks_may_come_with_the_second_although_the_model_never_initializes_it(
     fabric: Fabric,
 ) -> None:
     class Half(nn.Module):
@@ -387,7 +387,7 @@ def test_init_missing_leaves_alone_what_was_loaded_or_written(fabric: Fabric) ->
     status = {row.name: row.status for row in fabric.init_report(model).rows}
     assert status["0.weight"] == "loaded"
     assert status["1.weight"] == "written by the user"
-    assert status["1.bias"] == "initialised"
+    assert status["1.bias"] == "initialized"
 
 
 def test_init_missing_on_what_setup_returned_and_twice_is_fine(fabric: Fabric) -> None:
@@ -476,7 +476,7 @@ def test_rename_maps_checkpoint_keys_to_tensor_names(
     assert report.unexpected == ()
 
 
-def test_reinit_names_what_is_initialised_afresh_although_the_file_has_it(
+def test_reinit_names_what_is_initialized_afresh_although_the_file_has_it(
     fabric: Fabric, checkpoint: tuple[Path, dict[str, Tensor]]
 ) -> None:
     with fabric.init_module(checkpoint=checkpoint[0], reinit=["hidden.1.*", "sca?e"]):
@@ -485,7 +485,7 @@ def test_reinit_names_what_is_initialised_afresh_although_the_file_has_it(
     assert torch.equal(model.scale, torch.ones(8))
     assert torch.equal(model.hidden[0].weight, checkpoint[1]["hidden.0.weight"])
     status = {row.name: row.status for row in fabric.init_report(model).rows}
-    assert status["scale"] == status["hidden.1.weight"] == "initialised"
+    assert status["scale"] == status["hidden.1.weight"] == "initialized"
     assert status["hidden.0.weight"] == "loaded"
 
 
@@ -676,7 +676,7 @@ def test_a_model_made_in_two_blocks_is_whole(fabric: Fabric) -> None:
         model(torch.ones(1, 3))
     fabric.init_missing(model)
     assert model(torch.ones(1, 3)).isfinite().all()
-    assert fabric.init_report(body).count("initialised") == 2
+    assert fabric.init_report(body).count("initialized") == 2
 
 
 def test_the_second_block_may_build_on_the_first(fabric: Fabric) -> None:

@@ -1,4 +1,4 @@
-"""Never empty: whatever a checkpoint lacks, every tensor is loaded or initialised, or its name is in an error."""
+"""Never empty: whatever a checkpoint lacks, every tensor is loaded or initialized, or its name is in an error."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def checkpoint_of(build: Callable[[], nn.Module], path: Path, part: float, seed:
 
 @MODELS
 @pytest.mark.parametrize("part", [0.2, 0.7, 1.0])
-def test_every_tensor_is_loaded_or_initialised_whatever_the_checkpoint_lacks(
+def test_every_tensor_is_loaded_or_initialized_whatever_the_checkpoint_lacks(
     tmp_path: Path, name: str, part: float
 ) -> None:
     build, run = EVERY[name]
@@ -306,7 +306,7 @@ def test_every_tensor_is_loaded_or_initialised_whatever_the_checkpoint_lacks(
         assert torch.equal(model.state_dict()[key], value), key
         assert status[key] == "loaded", key
     for key in model.state_dict().keys() - state.keys():
-        assert status[key] in ("initialised", "set when built"), key
+        assert status[key] in ("initialized", "set when built"), key
     for key, tensor in mine.items():
         assert (tensor.shape, tensor.dtype) == (eager[key].shape, eager[key].dtype), key
 
@@ -488,5 +488,5 @@ def test_a_buffer_that_is_never_saved_and_never_written_is_the_models_own_busine
     with deferred_init():
         model = Cache()
     report = materialize(model)
-    assert {row.name: row.status for row in report.rows} == {"weight": "initialised", "cache": "scratch"}
+    assert {row.name: row.status for row in report.rows} == {"weight": "initialized", "cache": "scratch"}
     assert not model.cache.is_meta

@@ -54,7 +54,7 @@ def materialize(
         rename: regex → replacement, or a callable from checkpoint key to tensor name, or to ``None`` to drop the key.
             Or a list of these, applied in order; :class:`~fabric_init.checkpoints.Part` and
             :class:`~fabric_init.checkpoints.Layers` choose what to load.
-        reinit: globs of tensors to initialise afresh although the checkpoint has them.
+        reinit: globs of tensors to initialize afresh although the checkpoint has them.
         rng: ``"per_op"`` or ``"eager"``, see :func:`~fabric_init.deferred_init`; default: as recorded.
         mmap: on the CPU, let the mapped file be the parameters: nothing is copied. ``False`` copies, for a file that
             may be overwritten in place while the model lives.

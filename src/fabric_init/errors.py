@@ -44,7 +44,7 @@ class CheckpointMismatchError(FabricInitError, ValueError):
 
 
 class UninitializedTensorError(FabricInitError, RuntimeError):
-    """A tensor that was neither loaded nor initialised is about to be used or saved."""
+    """A tensor that was neither loaded nor initialized is about to be used or saved."""
 
 
 class OutOfMemoryError(FabricInitError, torch.OutOfMemoryError, MemoryError):

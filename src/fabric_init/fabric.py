@@ -18,7 +18,7 @@ from fabric_init.checkpoints import Conversion, Source
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.distributed.io import Io, check_io
 from fabric_init.errors import FabricInitError, RecordingError
-from fabric_init.guard.recorded import mend_of
+from fabric_init.guard.recorded import fix_of
 from fabric_init.planning.plan import LoadOptions
 from fabric_init.recording.mode import active
 from fabric_init.reports.init_report import InitReport
@@ -68,7 +68,7 @@ class Fabric(lightning.Fabric):
         ================================  ==================================  =======================================
         call                              in the block                        after it (one device)
         ================================  ==================================  =======================================
-        ``init_module()``                 eager, as in Lightning              initialised
+        ``init_module()``                 eager, as in Lightning              initialized
         ``init_module(empty_init=True)``  recorded, no init kernel runs       has memory but no values: load them, or
                                                                               call :meth:`init_missing`
         ``init_module(checkpoint=path)``  recorded, no init kernel runs       filled
@@ -84,7 +84,7 @@ class Fabric(lightning.Fabric):
             rename: regex → replacement, or a callable from checkpoint key to tensor name, or to ``None`` to drop it.
                 Or a list of these, applied in order; :class:`~fabric_init.checkpoints.Part` and
                 :class:`~fabric_init.checkpoints.Layers` choose what to load.
-            reinit: globs of tensors to initialise afresh although the checkpoint has them (a new head, say).
+            reinit: globs of tensors to initialize afresh although the checkpoint has them (a new head, say).
             mmap: on the CPU, let the mapped file be the parameters: nothing is copied. ``False`` copies, for a file
                 that may be overwritten in place while the model lives.
             entry: the state dict that is meant, by its key, where a torch file or distributed checkpoint holds several.
@@ -166,8 +166,8 @@ def _require_tensors(module: nn.Module) -> None:
     waiting = [name for name, tensor in module.named_parameters() if tensor.is_meta]
     if waiting and not is_bound(module):
         raise RecordingError(
-            f"{len(waiting)} parameters are on the meta device (first: {waiting[0]}). {mend_of(module) or _MEND}."
+            f"{len(waiting)} parameters are on the meta device (first: {waiting[0]}). {fix_of(module) or _FIX}."
         )
 
 
-_MEND = "Call fabric_init.materialize(model), or build the model under fabric.init_module(...), before setup"
+_FIX = "Call fabric_init.materialize(model), or build the model under fabric.init_module(...), before setup"

@@ -1,4 +1,4 @@
-"""Every order in which a user may load, initialise and set up a model, and what it must hold afterwards."""
+"""Every order in which a user may load, initialize and set up a model, and what it must hold afterwards."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def test_a_state_dict_can_be_named_where_there_are_several(tmp_path: Path) -> No
         (b"\x1f\x8b\x08\0", "gzip"),
     ],
 )
-def test_what_people_have_instead_of_weights_is_recognised(
+def test_what_people_have_instead_of_weights_is_recognized(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)

@@ -77,7 +77,7 @@ def test_the_latest_is_asked_first_and_a_name_again_replaces_it(array: Path) -> 
         open_checkpoint(array)
 
 
-def test_a_folder_is_recognised_by_the_names_in_it(array: Path) -> None:
+def test_a_folder_is_recognized_by_the_names_in_it(array: Path) -> None:
     register_reader("npy", lambda it: it.names == ("w.npy",), lambda path, mmap: NumpyReader(path / "w.npy", mmap=mmap))
     assert torch.equal(open_checkpoint(array.parent).read("weight")[1], torch.tensor([3.0, 4, 5]))
 

@@ -181,7 +181,7 @@ def test_a_wrong_name_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_as_a_process_it_finds_models_in_the_working_folder_and_writes_no_colour_codes_to_a_pipe(here: Path) -> None:
+def test_as_a_process_it_finds_models_in_the_working_folder_and_writes_no_color_codes_to_a_pipe(here: Path) -> None:
     command = [sys.executable, "-m", "fabric_init", "audit", "models_to_audit:Garbage", "--no-batch"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=here)
     assert done.returncode == 1, done.stderr

@@ -55,7 +55,7 @@ def test_a_pipe_gets_plain_text_of_which_nothing_is_cut() -> None:
     assert second.split() == ["b", "3,000"]
 
 
-def test_a_terminal_gets_lines_of_its_width_and_colours() -> None:
+def test_a_terminal_gets_lines_of_its_width_and_colors() -> None:
     text = shown(terminal=True)
     assert "\x1b[31m" in text
     plain = text.replace("\x1b[31m", "").replace("\x1b[0m", "").replace("\x1b[1m", "")
@@ -67,7 +67,7 @@ def test_no_color_is_honoured_on_a_terminal() -> None:
     assert "\x1b[31m" not in shown(terminal=True, NO_COLOR="1")
 
 
-def test_forced_colours_leave_lines_whole() -> None:
+def test_forced_colors_leave_lines_whole() -> None:
     assert "x" * 60 in shown(terminal=False, FORCE_COLOR="1")
 
 

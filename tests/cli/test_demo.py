@@ -23,13 +23,13 @@ def demo_output() -> str:
     return done.stdout
 
 
-def test_report_says_that_the_base_was_loaded_and_the_head_initialised(demo_output: str) -> None:
+def test_report_says_that_the_base_was_loaded_and_the_head_initialized(demo_output: str) -> None:
     report = demo_output.partition("Finetuning on")[0]
     lines = report.splitlines()
     head = [line for line in lines if "classifier.weight" in line]
     base = [line for line in lines if "bert.embeddings.word_embeddings.weight" in line]
     assert head, report
-    assert all("initialised" in line for line in head), report
+    assert all("initialized" in line for line in head), report
     assert base, report
     assert all("loaded" in line for line in base), report
 

@@ -89,11 +89,11 @@ def test_no_color_is_honoured() -> None:
     command = [sys.executable, "-m", "fabric_init", "--help"]
     terminal = {**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color"}
     terminal.pop("NO_COLOR", None)
-    coloured = subprocess.run(command, env=terminal, capture_output=True, text=True, check=True).stdout
+    colored = subprocess.run(command, env=terminal, capture_output=True, text=True, check=True).stdout
     plain = subprocess.run(command, env={**terminal, "NO_COLOR": "1"}, capture_output=True, text=True, check=True)
-    colour = re.compile(r"\x1b\[[\d;]*3[0-7]")
-    assert colour.search(coloured)
-    assert not colour.search(plain.stdout)
+    color = re.compile(r"\x1b\[[\d;]*3[0-7]")
+    assert color.search(colored)
+    assert not color.search(plain.stdout)
 
 
 def test_the_shell_completes_commands() -> None:

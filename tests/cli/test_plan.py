@@ -70,7 +70,7 @@ def test_the_exit_status_tells_whether_the_load_would_go_through(capsys: pytest.
     assert "With --no-strict it would go through" in capsys.readouterr().out
     assert plan(*BODY, *STRIP, "--no-strict") == 0
     assert plan(*BODY, *STRIP, "--reinit", "head.*") == 0
-    assert "Initialised afresh, as asked" in capsys.readouterr().out
+    assert "Initialized afresh, as asked" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_a_budget_smaller_than_one_tensor_will_do(strategy: str, tmp_path: Path)
     [(torch.bfloat16, "32-true", torch.float32), (torch.float32, "bf16-true", torch.bfloat16)],
     ids=["bf16 into fp32", "fp32 into bf16"],
 )
-def test_what_the_file_lacks_is_initialised_and_dtypes_are_the_models(
+def test_what_the_file_lacks_is_initialized_and_dtypes_are_the_models(
     saved: torch.dtype, precision: str, kept: torch.dtype, strategy: str, tmp_path: Path
 ) -> None:
     cases: dict[str, dict[str, Any]] = {}
@@ -74,7 +74,7 @@ def test_what_the_file_lacks_is_initialised_and_dtypes_are_the_models(
     found = run_ranks_each(2, load, cases, strategy=strategy, budget=500, precision=precision)
     for name, case in cases.items():
         check(found[name], one_device(dtype=kept, **case))
-        assert {"loaded", "initialised"} <= set(found[name][1]["statuses"].values())
+        assert {"loaded", "initialized"} <= set(found[name][1]["statuses"].values())
 
 
 # -- who reads what ----------------------------------------------------------------------------------------------------

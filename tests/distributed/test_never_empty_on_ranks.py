@@ -1,4 +1,4 @@
-"""``init_module(empty_init=True)`` on several ranks: loading, initialising, and forgetting to do either."""
+"""``init_module(empty_init=True)`` on several ranks: loading, initializing, and forgetting to do either."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_partial_load_after_setup_leaves_the_rest_to_the_models_own_init(strat
     expected = weights(one_device("transformerish", checkpoint=path, strict=False))
     for found, statuses in run_ranks(2, load_after_setup, strategy=strategy, path=path, how="load_raw", strict=False):
         assert_same(found, expected)
-        assert {"loaded", "initialised"} <= statuses
+        assert {"loaded", "initialized"} <= statuses
 
 
 USES: dict[str, Callable[[Any, Any, Path], Any]] = {

@@ -95,9 +95,9 @@ def test_what_the_checkpoint_lacks_gets_the_models_own_init(strategy: str, world
         found = [rank[name] for rank in ranks]
         check(found, one_device(name, checkpoint=path, strict=False))
         for rank in found:
-            initialised = {key for key, status in rank["statuses"].items() if status == "initialised"}
-            assert initialised & set(LEFT_OUT[name])
-            assert {status for key, status in rank["statuses"].items() if key in LEFT_OUT[name]} == {"initialised"}
+            initialized = {key for key, status in rank["statuses"].items() if status == "initialized"}
+            assert initialized & set(LEFT_OUT[name])
+            assert {status for key, status in rank["statuses"].items() if key in LEFT_OUT[name]} == {"initialized"}
 
 
 @in_every_strategy
@@ -131,7 +131,7 @@ def test_rename_and_reinit_reach_every_rank(strategy: str, tmp_path: Path) -> No
     found = run_ranks(2, load_declared, strategy=strategy, name="uneven", **options)
     check(found, one_device("uneven", **options))
     for rank in found:
-        afresh = {key for key, status in rank["statuses"].items() if status == "initialised"}
+        afresh = {key for key, status in rank["statuses"].items() if status == "initialized"}
         assert afresh == {"first.weight", "first.bias", "mix"}
 
 

@@ -58,7 +58,7 @@ def test_integers_are_cast_to_wider_integers(tmp_path: Path) -> None:
     assert [row.cast_from for row in report.rows if row.cast_from] == ["int32"]
 
 
-@pytest.mark.parametrize("checkpoint", [False, True], ids=["initialised", "loaded"])
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["initialized", "loaded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["as it is", "cast"])
 def test_strides_are_those_of_the_constructor(tmp_path: Path, checkpoint: bool, dtype: torch.dtype) -> None:
     def build() -> nn.Module:
@@ -202,7 +202,7 @@ def test_a_loaded_float32_weight_is_the_file_itself_not_a_copy(tmp_path: Path) -
     assert any(start <= address < stop for start, stop in ranges)
 
 
-def test_each_tensor_is_initialised_by_the_rule_that_would_have_won() -> None:
+def test_each_tensor_is_initialized_by_the_rule_that_would_have_won() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()

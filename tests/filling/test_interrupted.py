@@ -223,7 +223,7 @@ def test_a_block_that_runs_out_of_memory_leaves_no_part_that_can_be_used() -> No
         TooLarge(built)
     with pytest.raises(UninitializedTensorError, match="Its init_module block ended with an error"):
         built[0].linear(torch.ones(1, 4))
-    with pytest.raises(UninitializedTensorError, match="neither loaded nor initialised"):
+    with pytest.raises(UninitializedTensorError, match="neither loaded nor initialized"):
         first(torch.ones(1, 2))
     first.load_state_dict(nn.Linear(2, 2).state_dict())  # what was complete before goes on waiting for its load
     assert first(torch.ones(1, 2)).isfinite().all()

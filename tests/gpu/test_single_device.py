@@ -128,7 +128,7 @@ def test_moving_an_unfilled_model_neither_fills_it_nor_gets_lost() -> None:
     assert {tensor.device.type for tensor in everything(model)} == {"cuda"}
 
 
-def test_a_recorded_model_can_be_materialised_on_the_device() -> None:
+def test_a_recorded_model_can_be_materialized_on_the_device() -> None:
     with deferred_init():
         model = Net()
     materialize(model, device="cuda")

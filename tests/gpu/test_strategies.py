@@ -97,7 +97,7 @@ def fill_and_train(strategy: str, name: str, precision: str, path: Path | None) 
     assert_same(weights(model), weights(expected))
     if path is not None:
         statuses = {row.name: row.status for row in fabric.init_report(model).rows}
-        assert {statuses[key] for key in LEFT_OUT[name] if key in statuses} == {"initialised"}
+        assert {statuses[key] for key in LEFT_OUT[name] if key in statuses} == {"initialized"}
     reference = torch.optim.SGD(expected.parameters(), lr=0.1)
     if precision == "32-true":
         for step in range(3):

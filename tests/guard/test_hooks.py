@@ -285,7 +285,7 @@ def test_a_value_that_was_given_is_taken_whatever_it_is(
     ids=str,
 )
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3)], ids=str)
-def test_tensors_of_every_dtype_and_size_are_guarded_and_initialised(
+def test_tensors_of_every_dtype_and_size_are_guarded_and_initialized(
     fabric: Fabric, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     class One(nn.Module):
@@ -340,7 +340,7 @@ def test_a_strict_load_that_fails_raises_as_in_plain_pytorch_and_leaves_no_garba
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"bias\""):
         model.load_state_dict({"weight": torch.ones(2, 2)})
     row = next(row for row in fabric.init_report(model).rows if row.name == "bias")
-    assert row.status in ("unfilled", "initialised")
+    assert row.status in ("unfilled", "initialized")
     assert row.status == "unfilled" or model.bias.abs().max() < 1
 
 

@@ -184,7 +184,7 @@ def test_a_write_after_the_block_would_be_lost_so_it_is_an_error(write: Callable
         materialize(model)
 
 
-def test_a_part_of_a_recorded_model_can_be_materialised_in_another() -> None:
+def test_a_part_of_a_recorded_model_can_be_materialized_in_another() -> None:
     parts = build()
     model = nn.Sequential(parts.body, nn.Linear(3, 1))
     model[0].load_state_dict({k.removeprefix("body."): v for k, v in state(1).items() if k.startswith("body")})
@@ -193,7 +193,7 @@ def test_a_part_of_a_recorded_model_can_be_materialised_in_another() -> None:
     assert model(torch.ones(2, 4)).shape == (2, 1)
 
 
-def test_fabric_says_what_to_do_with_a_model_that_was_never_materialised() -> None:
+def test_fabric_says_what_to_do_with_a_model_that_was_never_materialized() -> None:
     fabric = Fabric(accelerator="cpu", devices=1)
     model = build()
     with pytest.raises(RecordingError, match="materialize"):

@@ -173,7 +173,7 @@ ON_THEIR_OWN = {"any_strategy.py", "finetune_fsdp2.py", "from_zero_init.py"}
 @pytest.mark.parametrize("example", [example for example in EXAMPLES if example not in ON_THEIR_OWN])
 def test_example_runs(example: str, tmp_path: Path) -> None:
     output = run_example(example, COMMANDS.get(example, []), tmp_path)
-    assert "initialised" in output
+    assert "initialized" in output
     assert ("loaded" in output) == (example != "from_scratch_fsdp2.py")
 
 
@@ -188,7 +188,7 @@ def test_zero_init_loses_what_a_constructor_writes_and_a_recording_keeps_it(tmp_
     output = run_example("from_zero_init.py", [], tmp_path)
     std = {name: float(value) for name, value in re.findall(r"^(\S+) +std of head.weight (\S+)$", output, re.MULTILINE)}
     assert std["fabric_init"] == pytest.approx(0.001, rel=0.3)
-    assert std["zero.Init"] > 0.03, "DeepSpeed has mended this: say so in docs/coming_from/deepspeed.md"
+    assert std["zero.Init"] > 0.03, "DeepSpeed has fixed this: say so in docs/coming_from/deepspeed.md"
 
 
 def test_the_finetuning_recipe_goes_on_where_it_stopped(tmp_path: Path) -> None:

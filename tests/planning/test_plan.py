@@ -77,7 +77,7 @@ def actions(made: Plan) -> dict[str, Action]:
     return {entry.slot.name: entry.action for entry in made.entries}
 
 
-def test_what_the_checkpoint_has_is_loaded_and_what_it_cannot_have_is_initialised() -> None:
+def test_what_the_checkpoint_has_is_loaded_and_what_it_cannot_have_is_initialized() -> None:
     made = plan(recorded(Model), of_state(Model().state_dict()))
     assert actions(made) == {
         "body.weight": Action.LOAD,
@@ -89,7 +89,7 @@ def test_what_the_checkpoint_has_is_loaded_and_what_it_cannot_have_is_initialise
     assert made.unexpected == ()
 
 
-def test_without_a_checkpoint_everything_is_initialised() -> None:
+def test_without_a_checkpoint_everything_is_initialized() -> None:
     assert set(actions(plan(recorded(Model), None)).values()) == {Action.INIT}
 
 
@@ -231,7 +231,7 @@ def test_casts_between_floats_are_planned_and_kept_for_the_report(dtype: torch.d
     assert set(casts.values()) == {None}
 
 
-def test_not_strict_initialises_what_is_missing_and_keeps_a_list_of_the_rest() -> None:
+def test_not_strict_initializes_what_is_missing_and_keeps_a_list_of_the_rest() -> None:
     made = plan(recorded(Model), header(body__weight=(2, 3), extra=(3,)), strict=False)
     assert actions(made)["body.weight"] is Action.LOAD
     assert actions(made)["head.weight"] is Action.INIT

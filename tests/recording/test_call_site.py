@@ -101,7 +101,7 @@ def test_a_deep_copy_is_put_down_to_the_rule_that_made_the_original() -> None:
     assert found.endswith(f"{HERE}:{model.line}")
 
 
-def test_a_line_that_only_builds_one_of_torchs_modules_is_told_from_one_that_initialises() -> None:
+def test_a_line_that_only_builds_one_of_torchs_modules_is_told_from_one_that_initializes() -> None:
     class Own(nn.Linear):
         def __init__(self) -> None:
             super().__init__(3, 3)

@@ -60,7 +60,7 @@ def test_the_winning_rule_is_given_with_its_arguments_and_the_models_own_line() 
     assert report["norm.weight"].origin.endswith(line_of("nn.LayerNorm"))
     assert report["angles"].origin.startswith("arange(")
     assert report["angles"].origin.endswith(line_of("torch.arange"))
-    assert {row.status for row in report.values()} == {"initialised"}
+    assert {row.status for row in report.values()} == {"initialized"}
 
 
 def test_a_loaded_row_has_its_checkpoint_keys_its_cast_and_its_ties(path: Path) -> None:
@@ -78,7 +78,7 @@ def test_a_loaded_row_has_its_checkpoint_keys_its_cast_and_its_ties(path: Path) 
     assert report["norm.weight"].cast_from == "bfloat16"
     assert report["norm.weight"].dtype == "float32"
     assert "head.weight" not in report
-    assert report["angles"].status == "initialised"
+    assert report["angles"].status == "initialized"
     assert report["angles"].kind == "non-persistent buffer"
 
 
@@ -98,19 +98,19 @@ def test_str_gives_counts_checkpoint_casts_unexpected_keys_and_ties(path: Path) 
     text = str(materialize(recorded(), checkpoint=path, strict=False, reinit=["norm.bias"]))
     lines = text.splitlines()
     assert lines[0].startswith("5 tensors: 3 loaded (")
-    assert "2 initialised (" in lines[0]
+    assert "2 initialized (" in lines[0]
     assert f"checkpoint: {path} (state dict found under 'model')" in lines
     assert "cast: 1 tensors bfloat16 → float32" in lines
     assert "ignored: 1 checkpoint key that the model does not have: more" in lines
     assert any("embedding.weight" in line and "= head.weight" in line and "6×4" in line for line in lines)
-    assert any(line.split()[:2] == ["norm.bias", "initialised"] for line in lines)
+    assert any(line.split()[:2] == ["norm.bias", "initialized"] for line in lines)
 
 
 def test_a_long_report_shows_what_was_not_loaded_first() -> None:
     report = InitReport([Row(f"w{i}", "loaded", (1,), "float32", "parameter") for i in range(100)])
-    report.rows.append(Row("odd", "initialised", (), "bfloat16", "buffer", "zeros() at m.py:1"))
+    report.rows.append(Row("odd", "initialized", (), "bfloat16", "buffer", "zeros() at m.py:1"))
     lines = str(report).splitlines()
-    assert lines[1].split() == ["odd", "initialised", "scalar", "bfloat16", "zeros()", "at", "m.py:1"]
+    assert lines[1].split() == ["odd", "initialized", "scalar", "bfloat16", "zeros()", "at", "m.py:1"]
     assert "and 71 more" in lines[-1]
     assert len(lines) < 40
 
@@ -124,7 +124,7 @@ def test_to_dict_is_plain_data_and_save_writes_it_as_json(path: Path, tmp_path: 
     assert json.loads((tmp_path / "größe.json").read_text(encoding="utf-8")) == data
     assert data["checkpoint"] == str(path)
     assert data["complete"] is True
-    assert data["counts"] == {"loaded": 4, "initialised": 1}
+    assert data["counts"] == {"loaded": 4, "initialized": 1}
     assert data["unexpected"] == ["more"]
     by_name = {row["name"]: row for row in data["tensors"]}
     assert by_name["embedding.weight"]["ties"] == ["head.weight"]

@@ -1,4 +1,4 @@
-"""Whether a recorded and materialised model is, bit for bit, the model that plain PyTorch builds from the same seed."""
+"""Whether a recorded and materialized model is, bit for bit, the model that plain PyTorch builds from the same seed."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ _COUNT = re.compile(r"never gives (\d+) tensors? a value")
 
 
 def compare(build: Callable[[], nn.Module], seed: int = 0) -> Verdict:
-    """Build eagerly, and recorded with ``rng="eager"`` from the same seed, materialise, and compare everything.
+    """Build eagerly, and recorded with ``rng="eager"`` from the same seed, materialize, and compare everything.
 
     Where the constructor leaves a parameter or persistent buffer unwritten, plain PyTorch leaves garbage and
     ``materialize`` refuses: then exactly the tensors that hold poison must be named, and the model must fill once

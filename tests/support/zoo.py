@@ -35,7 +35,7 @@ class Uneven(nn.Module):
         self.embedding = nn.Embedding(VOCABULARY, 5)
         self.first = nn.Linear(5, 7)
         self.norm = nn.LayerNorm(7)
-        self.mix = nn.Parameter(torch.randn(3, 7, 7) / 7)  # initialised by plain ops, not by torch.nn.init
+        self.mix = nn.Parameter(torch.randn(3, 7, 7) / 7)  # initialized by plain ops, not by torch.nn.init
         self.second = nn.Linear(7, 1)
         self.nothing = nn.Parameter(torch.zeros(0 if empty else 1, 3), requires_grad=False)
         self.out = nn.Linear(1, VOCABULARY)

@@ -95,7 +95,7 @@ def find_format(candidate: Candidate) -> tuple[Format, Candidate]:
     """
     formats: Sequence[Format | Way] = (*registered_formats(), *_KNOWN)
     while True:
-        found = next(one for one in formats if one.recognises(candidate))
+        found = next(one for one in formats if one.recognizes(candidate))
         if isinstance(found, Format):
             return found, candidate
         candidate, formats = found.follow(candidate), _KNOWN

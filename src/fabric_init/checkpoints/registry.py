@@ -1,4 +1,4 @@
-"""What is to be opened, and the table of formats: what recognises one, and what opens it."""
+"""What is to be opened, and the table of formats: what recognizes one, and what opens it."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Format:
     """One way to keep a checkpoint; formats are asked one after the other."""
 
     name: str
-    recognises: Callable[[Candidate], bool]
+    recognizes: Callable[[Candidate], bool]
     open: Callable[[Candidate], CheckpointReader]
 
 
@@ -111,14 +111,14 @@ class Way:
     """What is no checkpoint by itself and leads to one: a folder to a file in it, say."""
 
     name: str
-    recognises: Callable[[Candidate], bool]
+    recognizes: Callable[[Candidate], bool]
     follow: Callable[[Candidate], Candidate]
 
 
 _registered: list[Format] = []
 
 
-def register_reader(name: str, recognises: Callable[[Candidate], bool], opens: Callable[..., CheckpointReader]) -> None:
+def register_reader(name: str, recognizes: Callable[[Candidate], bool], opens: Callable[..., CheckpointReader]) -> None:
     """Teach :func:`~fabric_init.checkpoints.open_checkpoint`, and so everything here, a format of your own.
 
     Registered formats are asked before the known ones, the latest first; the same name again replaces the earlier one.
@@ -126,13 +126,13 @@ def register_reader(name: str, recognises: Callable[[Candidate], bool], opens: C
 
     Args:
         name: what it is, in words; for :func:`unregister_reader`.
-        recognises: whether a :class:`Candidate` is of this format: by what was asked for, its path, its first bytes or,
+        recognizes: whether a :class:`Candidate` is of this format: by what was asked for, its path, its first bytes or,
             for a folder, the names in it.
         opens: ``opens(path, mmap=...)`` returns a :class:`~fabric_init.checkpoints.CheckpointReader`; a class with such
             a constructor will do. ``path`` is a :class:`~pathlib.Path`; for a URL it is the text that was given.
     """
-    if not callable(recognises) or not callable(opens):
-        raise TypeError("register_reader needs two functions: recognises(candidate) and opens(path, mmap=...)")
+    if not callable(recognizes) or not callable(opens):
+        raise TypeError("register_reader needs two functions: recognizes(candidate) and opens(path, mmap=...)")
 
     def open_own(candidate: Candidate) -> CheckpointReader:
         candidate.refuse_entry()
@@ -140,7 +140,7 @@ def register_reader(name: str, recognises: Callable[[Candidate], bool], opens: C
         return opens(candidate.asked if candidate.is_url else candidate.path, mmap=candidate.mmap)
 
     unregister_reader(name)
-    _registered.insert(0, Format(name, recognises, open_own))
+    _registered.insert(0, Format(name, recognizes, open_own))
 
 
 def unregister_reader(name: str) -> None:

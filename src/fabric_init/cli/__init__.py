@@ -2,4 +2,4 @@
 
 
 class CommandError(Exception):
-    """A command cannot go on, for a reason the user can mend. ``main`` prints it as one line, without a traceback."""
+    """A command cannot go on, for a reason the user can fix. ``main`` prints it as one line, without a traceback."""

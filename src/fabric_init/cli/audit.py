@@ -26,7 +26,7 @@ from fabric_init.tools.audit.audit import audit
 from fabric_init.tools.audit.findings import Finding, Level, Row
 from fabric_init.tools.audit.report import AuditReport
 
-_COLOURS = {Level.ERROR: "bold red", Level.WARNING: "yellow", Level.NOTE: "cyan"}
+_COLORS = {Level.ERROR: "bold red", Level.WARNING: "yellow", Level.NOTE: "cyan"}
 _NAMES = 3  # of the tensors that a finding is about
 _NARROW = 120  # columns of a terminal in which rules and lines do not fit beside names
 _FOUND = 1
@@ -68,8 +68,8 @@ def run(
 
     The model is recorded, not built; without a batch no weight memory is taken, so its size does not matter.
 
-    Errors are tensors that nobody initialises, and a first loss far from ln(classes). Warnings are rules that undo each
-    other, weights that are initialised several times, and layers that were forgotten. Notes are worth knowing.
+    Errors are tensors that nobody initializes, and a first loss far from ln(classes). Warnings are rules that undo each
+    other, weights that are initialized several times, and layers that were forgotten. Notes are worth knowing.
 
     The exit status is 0 without an error (see `--fail-on`), 1 with one or if there is no such model, and 2 if an option
     is wrong.
@@ -178,7 +178,7 @@ def _number(value: float | None) -> str:
 def _finding_text(finding: Finding) -> Text:
     more = len(finding.tensors) - _NAMES
     text = Text.assemble(
-        (str(finding.level), _COLOURS[finding.level]),
+        (str(finding.level), _COLORS[finding.level]),
         f" [{finding.check}] ",
         (", ".join(finding.tensors[:_NAMES]), "bold"),
         f" … and {more} more" if more > 0 else "",
@@ -188,5 +188,5 @@ def _finding_text(finding: Finding) -> Text:
         text.append(f"\n    std that brings it right: {finding.std:.4g}")
     if finding.loss_before is not None and finding.loss_after is not None:
         text.append(f"; first loss {finding.loss_before:.4g}, with it {finding.loss_after:.4g}")
-    text.append(f"\n    → {finding.mend}\n")
+    text.append(f"\n    → {finding.fix}\n")
     return text

@@ -1,6 +1,6 @@
 """What the commands print with: consoles, one style of tables, and numbers as people read them.
 
-A terminal gets colours (unless ``NO_COLOR`` is set) and tables cut to its width. A pipe or a file gets plain text, and
+A terminal gets colors (unless ``NO_COLOR`` is set) and tables cut to its width. A pipe or a file gets plain text, and
 nothing of it is cut: it is read by other programs.
 """
 

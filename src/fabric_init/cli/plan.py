@@ -118,13 +118,13 @@ def run(
     ] = True,
     reinit: Annotated[
         list[str] | None,
-        typer.Option(metavar="GLOB", help="Tensors to initialise although they are there; repeatable."),
+        typer.Option(metavar="GLOB", help="Tensors to initialize although they are there; repeatable."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="All of it as JSON, nothing left out.")] = False,
 ) -> int:
     """What a load would do and take: no weight is read, no memory taken, on any machine.
 
-    It tells what of the model the checkpoint covers; what is missing, with the rule and line that would initialise it;
+    It tells what of the model the checkpoint covers; what is missing, with the rule and line that would initialize it;
     what is left over, cast, or of a wrong shape, and the renames that would help; how many bytes each rank reads, and
     how long that takes; and the memory that training takes on each rank, activations aside.
 

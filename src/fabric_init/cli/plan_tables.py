@@ -49,7 +49,7 @@ def _show_coverage(console: Console, coverage: Coverage) -> None:
     for cast in coverage.casts:
         console.print(f"casts {cast.tensors:,} tensors, {bytes_text(cast.bytes)}: {cast.saved_as} → {cast.kept_as}")
     _show_fresh(console, "Missing from the checkpoint", coverage.missing)
-    _show_fresh(console, "Initialised afresh, as asked", coverage.reinit)
+    _show_fresh(console, "Initialized afresh, as asked", coverage.reinit)
     if coverage.unexpected:
         table = new_table(console, "key", "shape", "dtype", "size", right=["shape", "size"])
         for one in _shown(console, coverage.unexpected):

@@ -201,7 +201,7 @@ def _check(plan: Plan, tensors: Sequence[Tensor]) -> None:
 
 _STATUS = {
     Action.LOAD: "loaded",
-    Action.INIT: "initialised",
+    Action.INIT: "initialized",
     Action.KEEP: "set when built",
     Action.SCRATCH: "scratch",
 }
@@ -239,7 +239,7 @@ def make_report(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader 
 _ALONE = SingleProcess()
 
 
-_PLANNING = "planning the initialisation"
+_PLANNING = "planning the initialization"
 
 
 def fill_model(

@@ -51,14 +51,14 @@ def initialize_all(waits: Waits) -> None:
             "all, with their values. Call init_missing for the whole model; or load it as well, or before setup; "
             "or declare the load: init_module(checkpoint=…)."
         )
-    _initialise(waits, sources)
+    _initialize(waits, sources)
 
 
 def initialize_possible(waits: Waits) -> None:
     """Run the model's own init for those of them that it gives a value, from what this rank has."""
     with_init = [both for both in waits if both[1].slot.ref is not None]
     sources = _sources(with_init)
-    _initialise(
+    _initialize(
         [
             (module, item)
             for module, item in with_init
@@ -106,7 +106,7 @@ def _whole(item: Unfilled, place: Place | None) -> tuple[TensorRef, Tensor] | No
     return ref, tensor.detach()
 
 
-def _initialise(waits: Waits, sources: _Sources) -> None:
+def _initialize(waits: Waits, sources: _Sources) -> None:
     by_tensor = {id(tensor := _tensor_of(module, item)): (item, tensor) for module, item in waits}
     items = [item for item, _ in by_tensor.values()]
     if not items:
@@ -122,7 +122,7 @@ def _initialise(waits: Waits, sources: _Sources) -> None:
             memory = compute_with(item.slot, item.tape, for_it, tensor.device)
             with torch.no_grad():
                 placement.put(item.slot, tensor, take(view(memory, _ref(item)), placement.region(item.slot)))
-        item.row.status, item.row.origin, item.row.dtype = "initialised", row.origin, dtype_name(tensor.dtype)
+        item.row.status, item.row.origin, item.row.dtype = "initialized", row.origin, dtype_name(tensor.dtype)
 
 
 def _ref(item: Unfilled) -> TensorRef:
@@ -158,8 +158,8 @@ def initialize_missing(model: nn.Module) -> None:
     settle(model)
     waits = list(items_under(model))
     (ranks_of(model) or SingleProcess()).same(
-        "initialising what is missing", lambda: initialize_all(waits), lambda _: ""
+        "initializing what is missing", lambda: initialize_all(waits), lambda _: ""
     )
     for module, waiting in list(waiting_under(model)):
-        waiting.settle("initialised", module)
+        waiting.settle("initialized", module)
     release(model)

@@ -119,9 +119,9 @@ def _complete(model: nn.Module, before: int) -> None:
     """
     left = list(items_under(model))
     if 0 < len(left) < before:
-        vars(left[0][0])[ATTRIBUTE].built.initialise(left)
+        vars(left[0][0])[ATTRIBUTE].built.initialize(left)
         for owner, waiting in list(waiting_under(model)):
-            waiting.settle("initialised", owner)
+            waiting.settle("initialized", owner)
 
 
 def hook(module: nn.Module, built: ModelState, agreement: Agreement | None = None) -> None:

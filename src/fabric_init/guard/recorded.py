@@ -1,4 +1,4 @@
-"""The public block without Fabric, and the guard of recorded models until they are materialised.
+"""The public block without Fabric, and the guard of recorded models until they are materialized.
 
 A recorded model has no memory: it cannot run or be saved. What is loaded into it is kept, and read when it gets memory,
 as a checkpoint would be; torch alone would answer "all keys matched" and lose it.
@@ -31,10 +31,10 @@ _ATTRIBUTE = "_fabric_init_recorded"
 class _RecordedState:
     """What a module that was recorded remembers until it has memory."""
 
-    __slots__ = ("emptied", "extra_loaded", "loaded", "mend", "seen")
+    __slots__ = ("emptied", "extra_loaded", "fix", "loaded", "seen")
 
-    def __init__(self, mend: str, seen: dict[int, tuple[Tensor, int]]) -> None:
-        self.mend = mend
+    def __init__(self, fix: str, seen: dict[int, tuple[Tensor, int]]) -> None:
+        self.fix = fix
         self.seen = seen  # the model's tensors when the block ended, by identity, with their versions
         self.emptied: set[str] = set()  # those that to_empty has given memory
         self.loaded: dict[str, tuple[Tensor, int]] = {}  # what load_state_dict has brought since, with versions
@@ -47,29 +47,29 @@ class _RecordedState:
 
     def refuse(self, module: nn.Module, use: str) -> NoReturn:
         name = type(module).__name__
-        raise UninitializedTensorError(f"{name} cannot {use}: it was recorded, and has no memory. {self.mend}.")
+        raise UninitializedTensorError(f"{name} cannot {use}: it was recorded, and has no memory. {self.fix}.")
 
     def __deepcopy__(self, memo: Any) -> _RecordedState:
-        raise RecordingError(f"a recorded model cannot be copied: copy it once it has values. {self.mend}.")
+        raise RecordingError(f"a recorded model cannot be copied: copy it once it has values. {self.fix}.")
 
     def __reduce__(self) -> NoReturn:
-        raise UninitializedTensorError(f"a recorded model cannot be pickled: it has no memory. {self.mend}.")
+        raise UninitializedTensorError(f"a recorded model cannot be pickled: it has no memory. {self.fix}.")
 
 
-def guard_recorded(model: nn.Module, mend: str) -> None:
-    """Let ``model`` refuse to run, be saved or copied, and keep what is loaded into it; ``mend`` says what to do."""
+def guard_recorded(model: nn.Module, fix: str) -> None:
+    """Let ``model`` refuse to run, be saved or copied, and keep what is loaded into it; ``fix`` says what to do."""
     seen: dict[int, tuple[Tensor, int]] = {}
     for module in model.modules():
         record = vars(module).get(_ATTRIBUTE)
         if record is not None:
-            record.mend = mend
+            record.fix = fix
             hooks: Any = module._forward_pre_hooks
             for key in [key for key, hook in hooks.items() if hook is _before_forward]:
                 hooks.move_to_end(key, last=False)  # sharding has put hooks before it that gather
             continue
         if module is not model and not (module._modules or _own(module) or takes_extra_state(module)):
             continue  # nothing to wait for; an activation function may be one object for all models of a library
-        vars(module)[_ATTRIBUTE] = _RecordedState(mend, seen)
+        vars(module)[_ATTRIBUTE] = _RecordedState(fix, seen)
         vars(module)["_apply"] = partial(_apply, weakref.ref(module))
         with torch._C.DisableTorchFunction():
             for tensor in _own(module).values():
@@ -80,10 +80,10 @@ def guard_recorded(model: nn.Module, mend: str) -> None:
         module.register_load_state_dict_post_hook(_after_load)
 
 
-def mend_of(module: nn.Module) -> str | None:
+def fix_of(module: nn.Module) -> str | None:
     """What to do with a recorded ``module``; ``None`` for others."""
     record = vars(module).get(_ATTRIBUTE)
-    return None if record is None else record.mend
+    return None if record is None else record.fix
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:
@@ -114,7 +114,7 @@ def guards_in_copy(model: nn.Module) -> dict[int, object]:
 
     The copy's tensors are the caller's business, and so is to take its guard away with :func:`release_recorded`.
     """
-    return {id(record): _RecordedState(record.mend, {}) for _, _, record in _records(model) if record is not None}
+    return {id(record): _RecordedState(record.fix, {}) for _, _, record in _records(model) if record is not None}
 
 
 def _of(module: nn.Module) -> _RecordedState:
@@ -157,7 +157,7 @@ def _before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 
 def _before_load(module: nn.Module, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
-    mend, kept = _of(module).mend, _of(module).loaded
+    fix, kept = _of(module).fix, _of(module).loaded
     _of(module).extra_loaded |= prefix + EXTRA_STATE in state_dict
     for name, tensor in _own(module).items():
         value = state_dict.get(prefix + name)
@@ -167,7 +167,7 @@ def _before_load(module: nn.Module, state_dict: Any, prefix: str, local_metadata
         if local_metadata.get("assign_to_params_buffers"):
             continue
         if isinstance(value, DTensor):
-            raise FabricInitError(f"{prefix}{name}: shards cannot be loaded before the model is sharded. {mend}.")
+            raise FabricInitError(f"{prefix}{name}: shards cannot be loaded before the model is sharded. {fix}.")
         if value.is_meta:
             raise UninitializedTensorError(f"{prefix}{name} has no values in the state dict: its model had no memory.")
         kept[name] = value.detach(), version_of(value)

@@ -122,9 +122,9 @@ class ModelState:
     A deep copy of modules shares one of its own, which they enter as they are copied.
     """
 
-    def __init__(self, model: str, initialise: Initialize, agreement: Agreement | None = None) -> None:
+    def __init__(self, model: str, initialize: Initialize, agreement: Agreement | None = None) -> None:
         self.model = model  # the class of the model that was built
-        self.initialise = initialise  # what a load does not bring
+        self.initialize = initialize  # what a load does not bring
         self.agreement = agreement  # of ranks that only together hold it
         self.waiting: dict[ModuleState, None] = {}  # in all its modules, in order
         self.places: dict[int, Place | None] = {}  # by recorded storage, all tensors that have waited
@@ -140,7 +140,7 @@ class ModelState:
                 self.places[ref.storage] = weakref.ref(module), item.attribute, ref
 
     def refuse(self, use: str, others: Sequence[ModuleState] = (), elsewhere: Iterable[str] = ()) -> NoReturn:
-        """Raise with the names of all that waits, here and elsewhere in the model: one round to mend it all."""
+        """Raise with the names of all that waits, here and elsewhere in the model: one round to fix it all."""
         for waiting in tuple(self.waiting):
             waiting.settle()
         names = dict.fromkeys(
@@ -150,16 +150,16 @@ class ModelState:
         listed = "\n".join(f"  {name}" for name in names)
         which = "one of its tensors was" if len(names) == 1 else f"{len(names)} of its tensors were"
         raise UninitializedTensorError(
-            f"{self.model} cannot {use}: {which} neither loaded nor initialised:\n{listed}\n" + _THREE_WAYS
+            f"{self.model} cannot {use}: {which} neither loaded nor initialized:\n{listed}\n" + _THREE_WAYS
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelState:
-        copied = ModelState(self.model, self.initialise, self.agreement)
+        copied = ModelState(self.model, self.initialize, self.agreement)
         copied.places = dict.fromkeys(self.places)
         return copied
 
     def __reduce__(self) -> tuple[type[ModelState], tuple[str, Initialize]]:
-        return ModelState, (self.model, self.initialise)
+        return ModelState, (self.model, self.initialize)
 
 
 _alive: weakref.WeakSet[ModelState] = weakref.WeakSet()

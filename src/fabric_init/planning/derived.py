@@ -61,8 +61,8 @@ def check_nothing_is_undone(entries: Sequence[PlanEntry], tapes: Mapping[int, Ta
     Raises:
         CheckpointMismatchError: naming the loaded tensors.
     """
-    initialised = [e for e in entries if e.slot.ref is not None and e.slot.saved and e.action is Action.INIT]
-    fresh = {e.slot.ref.storage for e in initialised if e.slot.ref is not None}
+    initialized = [e for e in entries if e.slot.ref is not None and e.slot.saved and e.action is Action.INIT]
+    fresh = {e.slot.ref.storage for e in initialized if e.slot.ref is not None}
     if not fresh:
         return
     undone = []

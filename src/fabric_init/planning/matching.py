@@ -36,7 +36,7 @@ class Matching(NamedTuple):
     names: Mapping[str, str]
     """Checkpoint key → tensor name, as renamed."""
     taken: frozenset[str]
-    """The keys that a tensor has, also where it is to be initialised afresh."""
+    """The keys that a tensor has, also where it is to be initialized afresh."""
     loadable: int
     """How many tensors have a key."""
     missing: tuple[TensorInfo, ...]

@@ -20,7 +20,7 @@ class Action(Enum):
     """Where a tensor's value comes from."""
 
     LOAD = "loaded"
-    INIT = "initialised"
+    INIT = "initialized"
     KEEP = "set when built"
     SCRATCH = "scratch"
 

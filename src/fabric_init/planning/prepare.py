@@ -31,7 +31,7 @@ class PreparedPlan(NamedTuple):
 def plan_for(
     model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions, rng: Rng | None = None
 ) -> PreparedPlan:
-    """Plan for ``model``, while its tensors are still recorded and whole. Raises all that is the user's to mend."""
+    """Plan for ``model``, while its tensors are still recorded and whole. Raises all that is the user's to fix."""
     slots, tensors, tapes = survey(model)
     exact = _exact(set(tapes.values()), rng)
     plan = make_plan(slots, tapes, reader, wanted, find_extra_states(model))

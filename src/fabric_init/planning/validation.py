@@ -28,7 +28,7 @@ def make_plan(
     Args:
         slots: the model's tensors.
         tapes: the tape of each recorded storage among them.
-        reader: the checkpoint, of which only the header is asked; ``None`` to initialise everything.
+        reader: the checkpoint, of which only the header is asked; ``None`` to initialize everything.
         wanted: ``strict``, ``rename`` and ``reinit``.
         extra_slots: the model's modules that take extra state.
 
@@ -48,7 +48,7 @@ def make_plan(
                 f"{reader.path}: {len(found.misfits)} of {found.loadable} tensors do not fit the model:\n"
                 + _listed([misfit.problem for misfit in found.misfits])
                 + ("" if transpose is None else f"\nLikely: {transpose}")
-                + "\nBuild the model from the checkpoint's own config, or name what is to be initialised afresh "
+                + "\nBuild the model from the checkpoint's own config, or name what is to be initialized afresh "
                 'instead, e.g. reinit=["' + found.misfits[0].slot.name + '"].'
             )
     check_all_have_values(found.entries, tapes, reader)
@@ -56,7 +56,7 @@ def make_plan(
 
 
 def without_values(entries: Sequence[PlanEntry], tapes: Mapping[int, Tape]) -> tuple[list[str], list[str]]:
-    """Names of tensors to initialise for which there is no init: not recorded at all; never written by the model."""
+    """Names of tensors to initialize for which there is no init: not recorded at all; never written by the model."""
     outside, garbage = [], []
     for slot, action, *_ in entries:
         if action is Action.INIT:
@@ -91,7 +91,7 @@ def check_all_have_values(
         )
     where = f"{reader.path} does not hold them" if reader is not None else "no checkpoint brings them"
     raise UninitializedTensorError(
-        "; ".join(parts) + f"\nand {where}. Initialise them in the model's constructor (inside the block), or load a "
+        "; ".join(parts) + f"\nand {where}. Initialize them in the model's constructor (inside the block), or load a "
         "checkpoint that has them."
     )
 

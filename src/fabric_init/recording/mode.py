@@ -85,7 +85,7 @@ def _replaced(func: FunctionType, asking: FrameType) -> FunctionType | None:
     """The init function that is asking, when it does so under another function's name.
 
     torch.nn.init looks its own name up when it hands over, so where somebody replaced that (transformers does while it
-    initialises) the replacement arrives here, though the original was called.
+    initializes) the replacement arrives here, though the original was called.
     """
     original = _SEEN_WHOLE.get(func.__name__)
     return original if original is not None and asking.f_code is original.__code__ else None

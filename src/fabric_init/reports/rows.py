@@ -12,7 +12,7 @@ from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.tape import Tape
 from fabric_init.reports.provenance import Write
 
-Status = Literal["loaded", "initialised", "set when built", "scratch", "written by the user", "unfilled"]
+Status = Literal["loaded", "initialized", "set when built", "scratch", "written by the user", "unfilled"]
 
 
 @dataclass

@@ -47,7 +47,7 @@ def trace(rows: Sequence[Row]) -> None:
         counted.update(event.op.number for event in dead)
         row.wasted_elements = sum(event.ref.size.numel() for event in dead)
         row.rule, row.file, row.line, row.mean, row.std = "", None, None, None, None
-        if row.status in ("initialised", "unfilled"):
+        if row.status in ("initialized", "unfilled"):
             _explain(row, history, expectations)
 
 

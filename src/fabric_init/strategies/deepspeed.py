@@ -1,6 +1,6 @@
 """DeepSpeed: ZeRO-1 and 2 keep every parameter whole on each rank; ZeRO-3 keeps a flat slice of each.
 
-A model for ZeRO-3 is not built under ``deepspeed.zero.Init``, which initialises each layer whole and sends it around.
+A model for ZeRO-3 is not built under ``deepspeed.zero.Init``, which initializes each layer whole and sends it around.
 It is recorded, partitioned in ``setup`` while it has no values, and each rank then fills its own slices.
 """
 

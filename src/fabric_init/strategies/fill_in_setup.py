@@ -16,7 +16,7 @@ from fabric_init.errors import FabricInitError
 from fabric_init.filling.allocate import Rooms, move_in, plan_rooms, rooms_digest, with_rooms
 from fabric_init.filling.execute import carry_out, prepare
 from fabric_init.filling.merge import planned_tensors, revised
-from fabric_init.guard.recorded import guard_recorded, loaded_since, mend_of, overrule_loads, refuse_lost_writes
+from fabric_init.guard.recorded import fix_of, guard_recorded, loaded_since, overrule_loads, refuse_lost_writes
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan, plan_for, prepared_digest
@@ -64,7 +64,7 @@ def bind(model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions,
     overrule_loads(model, loaded, {extra.module for extra in planned.plan.extras})
     _keep(model, bound)  # first: its guard refuses copies, which would find the plans
     for module in model.modules():
-        if mend_of(module) is None:
+        if fix_of(module) is None:
             continue  # nothing to load; an activation function may be one object for all models of a library
         vars(module)[_PLANS] = (*vars(module).get(_PLANS, ()), planned)
 

@@ -117,7 +117,7 @@ def test_what_was_left_out_is_noted(tmp_path: Path) -> None:
     assert DCPReader(tmp_path / "b").keys() == ("model.w",), "a model's own names are not taken for a wrapper"
 
 
-def test_optimizers_whose_state_is_flattened_are_recognised(tmp_path: Path) -> None:
+def test_optimizers_whose_state_is_flattened_are_recognized(tmp_path: Path) -> None:
     state = {"net": {"w": torch.ones(2)}, "adam": {"state.w.exp_avg": torch.zeros(2), "param_groups.w.lr": 0.1}}
     assert DCPReader(save_alone(state, tmp_path)).note == (
         "state dict found under 'net'; other tensors, left out: 1; entries that are no tensors, left out: 1"

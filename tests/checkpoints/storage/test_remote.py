@@ -136,7 +136,7 @@ def test_opening_fetches_the_header_and_a_region_its_own_bytes(big: tuple[Server
         assert part.nbytes <= server.sent <= part.nbytes + 100
 
 
-def test_nearly_neighbours_are_fetched_together(big: tuple[Server, str]) -> None:
+def test_nearly_neighbors_are_fetched_together(big: tuple[Server, str]) -> None:
     server, url = big
     reader = open_checkpoint(url)
     server.reset()

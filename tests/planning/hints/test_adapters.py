@@ -64,7 +64,7 @@ def test_what_the_error_proposes_works_when_it_is_copied(tmp_path: Path, name: s
     adapter = ADAPTERS[name]
     with pytest.raises(CheckpointMismatchError) as caught:
         materialize(build(adapter, tied), checkpoint=tmp_path / "model.pt")
-    proposed = re.findall(r"Likely: (.*) would load \d+ tensors and initialise the adapters' \d+", str(caught.value))
+    proposed = re.findall(r"Likely: (.*) would load \d+ tensors and initialize the adapters' \d+", str(caught.value))
     assert len(proposed) == 1, str(caught.value)
     assert str(caught.value).count("Likely:") == 1
     model = build(adapter, tied)

@@ -57,8 +57,8 @@ class Seen:
         self.page.goto(path.as_uri())
         self.page.wait_for_selector("html[data-drawn]", state="attached")
 
-    def colours(self, of: Locator | None = None) -> Counter[tuple[int, int, int]]:
-        """How many pixels of a screenshot have which colour."""
+    def colors(self, of: Locator | None = None) -> Counter[tuple[int, int, int]]:
+        """How many pixels of a screenshot have which color."""
         picture = Image.open(io.BytesIO((of or self.page).screenshot())).convert("RGB")
         raw = picture.tobytes()
         return Counter(zip(raw[0::3], raw[1::3], raw[2::3], strict=True))

@@ -23,7 +23,7 @@ def example_page() -> Page:
     rows = [
         (
             HOSTILE if i == 7 else f"layers.{i}.weight",
-            "loaded" if i % 3 else "initialised",
+            "loaded" if i % 3 else "initialized",
             std,
             1000 * i,
             1e-6 * i,
@@ -43,7 +43,7 @@ def example_page() -> Page:
         table=Table(COLUMNS, rows),
         facts=[Fact("700", "tensors"), Fact("1", "error", "error")],
         cards=[
-            Card("error", "no good", [HOSTILE, *layers], "seen: " + HOSTILE, "mend it"),
+            Card("error", "no good", [HOSTILE, *layers], "seen: " + HOSTILE, "fix it"),
             Card("warning", "two rules"),
             Card("note", "by the way"),
         ],

@@ -28,12 +28,12 @@ def row(page: Page, name: str) -> dict[str, Any]:
     return {column.title: cell for column, cell in zip(page.table.columns, found, strict=True)}
 
 
-def test_findings_keep_their_order_and_say_level_evidence_mend_and_both_losses(page: Page) -> None:
+def test_findings_keep_their_order_and_say_level_evidence_fix_and_both_losses(page: Page) -> None:
     assert [card.level for card in page.cards] == ["error", "error", "warning", "note"]
     first = page.cards[0]
     assert (first.title, list(first.about)) == ("first loss", ["lm_head.weight"])
-    assert first.text.endswith("First loss: 179.3 as it is, 10.6 once mended.")
-    assert "std=0.0442" in first.mend
+    assert first.text.endswith("First loss: 179.3 as it is, 10.6 once fixed.")
+    assert "std=0.0442" in first.fix
 
 
 def test_the_facts_count_findings_and_waste(page: Page) -> None:

@@ -16,8 +16,8 @@ from tests.reports.html.browser import NONE_FOUND, Seen, started
 from tests.reports.html.example import HOSTILE, ROWS, example_page
 from tests.reports.html.init_reports import mixed_report
 
-Colour = tuple[int, int, int]
-BLUE, ORANGE = (59, 130, 214), (224, 114, 46)  # the first two colours of every plot
+Color = tuple[int, int, int]
+BLUE, ORANGE = (59, 130, 214), (224, 114, 46)  # the first two colors of every plot
 PHONE = {"viewport": {"width": 390, "height": 844}, "is_mobile": True}
 
 
@@ -42,9 +42,9 @@ def seen(browser: Browser, path: Path) -> Seen:
     return Seen(browser, path)
 
 
-def near(pixels: Counter[Colour], colour: Colour) -> int:
-    """How many pixels look like ``colour``, which may be mixed with what is behind it."""
-    return sum(n for c, n in pixels.items() if max(abs(a - b) for a, b in zip(c, colour, strict=True)) < 60)
+def near(pixels: Counter[Color], color: Color) -> int:
+    """How many pixels look like ``color``, which may be mixed with what is behind it."""
+    return sum(n for c, n in pixels.items() if max(abs(a - b) for a, b in zip(c, color, strict=True)) < 60)
 
 
 def names(seen: Seen) -> list[str]:
@@ -66,9 +66,9 @@ def test_the_page_of_an_audit_is_drawn_whole(browser: Browser, tmp_path: Path, o
     assert seen.overflow() == 0
     assert seen.texts(".card .level") == ["error", "error", "warning", "note"]
     variance, stds, wasted = seen.page.locator(".drawing").all()
-    assert min(seen.colours(variance)[BLUE], seen.colours(variance)[ORANGE]) > 50
-    assert near(seen.colours(stds), BLUE) > 50
-    assert seen.colours(wasted)[ORANGE] > 500
+    assert min(seen.colors(variance)[BLUE], seen.colors(variance)[ORANGE]) > 50
+    assert near(seen.colors(stds), BLUE) > 50
+    assert seen.colors(wasted)[ORANGE] > 500
     assert {"activations", "gradients", "variance", "1 / √inputs"} <= set(seen.texts(".drawing text"))
     seen.page.get_by_role("searchbox").fill("lm_head")
     assert names(seen) == ["lm_head.weight"]
@@ -83,19 +83,19 @@ def test_the_page_of_an_init_report_is_drawn_whole(browser: Browser, tmp_path: P
     assert seen.overflow() == 0
     assert "NaN or infinity in 1 tensor" in " ".join(seen.texts(".card h2"))
     sources, stds, saved = seen.page.locator(".drawing").all()
-    assert min(seen.colours(sources)[ORANGE], seen.colours(saved)[ORANGE]) > 500
-    assert near(seen.colours(stds), BLUE) > 20
-    assert {"loaded", "initialised", "std now"} <= set(seen.texts(".drawing text"))
+    assert min(seen.colors(sources)[ORANGE], seen.colors(saved)[ORANGE]) > 500
+    assert near(seen.colors(stds), BLUE) > 20
+    assert {"loaded", "initialized", "std now"} <= set(seen.texts(".drawing text"))
     assert len(names(seen)) == len(report.rows)
 
 
 def test_every_plot_is_drawn_with_its_lines_and_its_words(seen: Seen) -> None:
     drawings = seen.page.locator(".drawing")
     assert drawings.count() == 3
-    for drawing, colours in zip(drawings.all(), ((BLUE, ORANGE), (BLUE, ORANGE), (ORANGE,)), strict=True):
-        pixels = seen.colours(drawing)
-        for colour in colours:
-            assert near(pixels, colour) > 100, f"{colour} is not in {pixels.most_common(8)}"
+    for drawing, colors in zip(drawings.all(), ((BLUE, ORANGE), (BLUE, ORANGE), (ORANGE,)), strict=True):
+        pixels = seen.colors(drawing)
+        for color in colors:
+            assert near(pixels, color) > 100, f"{color} is not in {pixels.most_common(8)}"
     words = seen.texts(".drawing text")
     assert {"variance", "activations", "gradients", "expected std", "std now", "rule 3", "elements"} <= set(words)
     assert "zeros_() at a.py:1" in words
@@ -117,7 +117,7 @@ def test_hostile_names_are_only_ever_shown(seen: Seen) -> None:
     assert HOSTILE in seen.texts("tbody tr:nth-child(8) td:first-child")
 
 
-def test_findings_come_before_plots_and_wear_the_colour_of_their_level(seen: Seen) -> None:
+def test_findings_come_before_plots_and_wear_the_color_of_their_level(seen: Seen) -> None:
     assert seen.texts(".card .level") == ["error", "warning", "note"]
     tops = [seen.page.locator(selector).first.bounding_box() for selector in (".facts", ".card", ".plot", "table")]
     heights = [box["y"] for box in tops if box is not None]
@@ -156,9 +156,9 @@ def test_the_table_is_searched_by_words_and_filtered_by_choice(browser: Browser,
     assert names(seen)[0] == "layers.12.weight"
     assert all("layers.12" in name for name in names(seen))
     before = len(names(seen))
-    seen.page.get_by_role("combobox", name="status").select_option("initialised")
+    seen.page.get_by_role("combobox", name="status").select_option("initialized")
     assert 0 < len(names(seen)) < before
-    assert set(seen.texts("tbody td:nth-child(2)")) == {"initialised"}
+    assert set(seen.texts("tbody td:nth-child(2)")) == {"initialized"}
     seen.page.get_by_role("searchbox").fill("no such tensor")
     assert names(seen) == []
     assert seen.texts(".controls output") == [f"0 of {ROWS:,}"]
@@ -175,7 +175,7 @@ def test_several_texts_in_a_cell_unfold(seen: Seen) -> None:
 def test_it_is_dark_where_the_reader_likes_it_dark(browser: Browser, path: Path, seen: Seen) -> None:
     dark = Seen(browser, path, color_scheme="dark")
     for page, bright in ((seen, True), (dark, False)):
-        ground = page.colours().most_common(1)[0][0]
+        ground = page.colors().most_common(1)[0][0]
         assert (min(ground) > 200) if bright else (max(ground) < 60)
         words = page.page.locator(".drawing text").first.evaluate("text => getComputedStyle(text).fill")
         assert words == ("rgb(28, 35, 48)" if bright else "rgb(230, 234, 240)")
@@ -188,7 +188,7 @@ def test_a_phone_shows_all_of_it_without_scrolling_sideways(browser: Browser, pa
     seen = Seen(browser, path, **PHONE)
     assert seen.console == []
     assert seen.overflow() == 0
-    assert seen.colours(seen.page.locator(".drawing").first)[BLUE] > 50
+    assert seen.colors(seen.page.locator(".drawing").first)[BLUE] > 50
     seen.page.get_by_label("Sort by").select_option("std")
     assert "0.696" in seen.texts("tbody tr:nth-child(3) td:nth-child(3)")
 

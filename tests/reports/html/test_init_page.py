@@ -41,7 +41,7 @@ def cells(page: Page, name: str) -> dict[str, Any]:
 def test_a_row_says_what_it_got_and_what_it_is_now() -> None:
     page = page_of(materialize(_model := recording()).measure())
     found = cells(page, "inner.weight")
-    assert found["status"] == "initialised"
+    assert found["status"] == "initialized"
     assert found["from"].startswith("normal_(mean=0, std=0.1) at ")
     assert (found["std expected"], found["full writes"], found["wasted"]) == (0.1, 2, 64)
     assert 0.05 < found["std now"] < 0.2

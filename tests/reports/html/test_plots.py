@@ -36,7 +36,7 @@ def test_the_line_of_equals_spans_all_points() -> None:
     assert equal["x"] == equal["y"] == [0.005, 6.0]
 
 
-def test_only_the_largest_groups_have_a_colour_of_their_own() -> None:
+def test_only_the_largest_groups_have_a_color_of_their_own() -> None:
     points = [Point(1.0 + i, 1.0, f"rule {i}", f"w{i}.{j}") for i in range(20) for j in range(20 - i)]
     found = traces(scatter("t", "n", points, "x", "y"))
     assert list(found) == ["equal", *(f"rule {i}" for i in range(7)), "others"]
@@ -56,9 +56,9 @@ def test_bars_too_short_to_be_seen_share_one() -> None:
 
 
 def test_a_short_bar_that_is_alone_keeps_its_name() -> None:
-    plot = bars("t", "n", [Bar("loaded", 1e6), Bar("initialised", 1.0)], "bytes")
+    plot = bars("t", "n", [Bar("loaded", 1e6), Bar("initialized", 1.0)], "bytes")
     assert plot.figure["data"][0]["x"] == [1e6, 1.0]
-    assert [note["text"] for note in plot.figure["layout"]["annotations"]] == ["loaded", "initialised"]
+    assert [note["text"] for note in plot.figure["layout"]["annotations"]] == ["loaded", "initialized"]
 
 
 @pytest.mark.parametrize(

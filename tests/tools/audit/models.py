@@ -49,7 +49,7 @@ class Plain(nn.Module):
 
 
 class ThreeLevels(nn.Module):
-    """What transformers #21431 is about: every level initialises all that is below it."""
+    """What transformers #21431 is about: every level initializes all that is below it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class _Body(nn.Module):
 
 
 class Undone(nn.Module):
-    """A layer that its parent initialises on purpose, and a general rule that comes later."""
+    """A layer that its parent initializes on purpose, and a general rule that comes later."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Unwritten(nn.Module):
 
 
 class Forgotten(nn.Module):
-    """One block of three is not initialised by the model's rule, and one class never is."""
+    """One block of three is not initialized by the model's rule, and one class never is."""
 
     def __init__(self) -> None:
         super().__init__()

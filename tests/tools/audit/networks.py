@@ -48,13 +48,13 @@ def t5_config() -> Any:
     return T5Config(feed_forward_proj="gated-gelu", decoder_start_token_id=0, tie_word_embeddings=False, **sizes)
 
 
-def t5(mended: bool = False) -> nn.Module:
+def t5(fixed: bool = False) -> nn.Module:
     """transformers' T5 v1.1 with an untied head of std 1, or with the std that brings it right."""
     from transformers import T5ForConditionalGeneration
 
     config = t5_config()
     config.tie_word_embeddings = False
     model = T5ForConditionalGeneration(config)
-    if mended:
+    if fixed:
         nn.init.normal_(model.lm_head.weight, std=1 / math.sqrt(512))
     return model

@@ -104,12 +104,12 @@ def test_a_sound_model_has_nothing_worse_than_notes() -> None:
     assert only(report, "two-rules").tensors == tuple(f"blocks.{i}.down.weight" for i in range(3))
 
 
-def test_three_levels_that_each_initialise_everything_are_told_and_what_they_waste() -> None:
+def test_three_levels_that_each_initialize_everything_are_told_and_what_they_waste() -> None:
     report = audit(models.ThreeLevels)
     found = [finding for finding in report.findings if finding.check == "written-more-than-once"]
     weights = next(finding for finding in found if "body.blocks.0.up.weight" in finding.tensors)
     assert weights.level is Level.WARNING
-    assert "initialised 3× by the model's own code: 3× normal_(mean=0, std=0.02) at " in weights.evidence
+    assert "initialized 3× by the model's own code: 3× normal_(mean=0, std=0.02) at " in weights.evidence
     assert f"models.py:{models.line_of('the general rule')}" in weights.evidence
     in_vain = 2 * 4 * 2 * models.WIDTH**2  # two of three writes, to four weights
     assert f"In vain: {in_vain:,} elements, " in weights.evidence

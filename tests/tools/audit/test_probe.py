@@ -41,7 +41,7 @@ def test_t5s_untied_head_comes_first_with_both_losses_and_the_std_that_brings_it
 
 
 def test_its_mended_twin_has_no_finding() -> None:
-    _, loss, expected, findings = examine(recorded(lambda: t5(mended=True)), ())
+    _, loss, expected, findings = examine(recorded(lambda: t5(fixed=True)), ())
     assert loss == pytest.approx(expected, rel=0.1)
     assert [finding for finding in findings if finding.check == "first-loss"] == []
 
@@ -123,7 +123,7 @@ def test_every_normal_weight_of_a_classifier_is_found_with_its_own_std() -> None
     for finding in errors(findings):
         assert finding.loss_before == loss
         assert finding.loss_after == pytest.approx(expected, rel=0.1)
-        assert "together with" in finding.mend
+        assert "together with" in finding.fix
 
 
 def test_what_a_finding_proposes_brings_a_model_built_so_right() -> None:
@@ -152,10 +152,10 @@ def test_a_loss_that_no_weight_explains_says_so() -> None:
 
     (finding,) = errors(examine(Biased(), (), (torch.randn(8, 8), torch.ones(8, dtype=torch.int64)))[-1])
     assert finding.std is None
-    assert "No weight was found" in finding.mend
+    assert "No weight was found" in finding.fix
 
 
-def test_a_recorded_model_stays_recorded_and_is_materialised_as_if_nothing_had_been() -> None:
+def test_a_recorded_model_stays_recorded_and_is_materialized_as_if_nothing_had_been() -> None:
     build = lambda: Classifier(std=1.0)  # noqa: E731
     model, same = recorded(build), recorded(build)
     examine(model, (), images_and_labels())

@@ -71,7 +71,7 @@ def test_every_tensor_has_a_rule_a_place_and_a_standard_deviation(name: str) -> 
         assert row.std is not None, row.name
 
 
-def test_csms_head_is_initialised_once_for_each_codebook() -> None:
+def test_csms_head_is_initialized_once_for_each_codebook() -> None:
     report = audited("csm", "CsmDepthDecoderForCausalLM")
     (found,) = (finding for finding in report.findings if finding.level > Level.NOTE)
     assert (found.check, found.tensors) == ("written-more-than-once", ("codebooks_head.weight",))
@@ -91,6 +91,6 @@ def test_a_shape_of_70_billion_parameters_is_audited_without_their_memory() -> N
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     report = audit(lambda: LlamaForCausalLM(config))
     assert sum(row.elements for row in report.rows) > 70e9
-    assert report.wasted_elements > 70e9  # each is initialised by torch, and then by the model
+    assert report.wasted_elements > 70e9  # each is initialized by torch, and then by the model
     assert {finding.level for finding in report.findings} == {Level.NOTE}
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 500e6

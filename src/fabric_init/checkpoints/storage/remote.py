@@ -2,7 +2,7 @@
 
 :class:`RemotePath` has the few things of a :class:`~pathlib.Path` that the readers ask for, :class:`RemoteBytes` is the
 third way to the bytes of a file beside the two of :mod:`~fabric_init.checkpoints.storage.local`. Every read asks for
-just the bytes of its region; parts that are nearly neighbours are asked for together, large ones in several requests at
+just the bytes of its region; parts that are nearly neighbors are asked for together, large ones in several requests at
 once.
 """
 

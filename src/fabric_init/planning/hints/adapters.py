@@ -18,7 +18,7 @@ _WRAPPED = re.compile(r"(?P<layer>.+)\.(?P<inside>base_layer|original_module)\.(
 
 
 def likely_adapters(missing: _Shapes, unexpected: _Shapes, names: Collection[str]) -> str | None:
-    """One sentence with arguments that load the model inside and initialise the adapters; ``None`` for nothing.
+    """One sentence with arguments that load the model inside and initialize the adapters; ``None`` for nothing.
 
     Args:
         missing: tensors of the model that no key is for.
@@ -39,7 +39,7 @@ def likely_adapters(missing: _Shapes, unexpected: _Shapes, names: Collection[str
     mapping = ", ".join(f"{_quoted(old)}: {_quoted(new)}" for old, new in rules)
     exact = renamed.keys() <= set(names)
     rest = f"reinit=[{', '.join(map(_quoted, globs))}]" if exact else "strict=False"
-    return f"rename={{{mapping}}}, {rest} would load {found} tensors and initialise the adapters' {len(adapters)}"
+    return f"rename={{{mapping}}}, {rest} would load {found} tensors and initialize the adapters' {len(adapters)}"
 
 
 def _prefix(wrapped: Iterable[re.Match[str]], missing: _Shapes, unexpected: _Shapes) -> str | None:

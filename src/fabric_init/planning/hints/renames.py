@@ -146,7 +146,7 @@ def _candidates(wanted: _Shapes, offered: _Shapes) -> Iterator[_Rule]:
                 if run or not head:
                     yield _rule(head, run, other, tail)
                     continue
-                # Parts are added inside the name: one of the neighbours says where.
+                # Parts are added inside the name: one of the neighbors says where.
                 yield _rule(head[:-1], head[-1:], (head[-1], *other), tail)
                 if tail:
                     yield _rule(head, tail[:1], (*other, tail[0]), tail[1:])

@@ -13,7 +13,7 @@ from fabric_init.reports.rows import InitRecord, Row
 _COLUMNS = (
     Column("tensor", "code"),
     Column("status", "choice", "what it got"),
-    Column("from", "code", "the checkpoint's key, or the rule that initialised it and the line that asked for it"),
+    Column("from", "code", "the checkpoint's key, or the rule that initialized it and the line that asked for it"),
     Column("shape"),
     Column("dtype", "choice"),
     Column("size", "bytes"),
@@ -63,7 +63,7 @@ def _cards(report: InitRecord) -> Iterator[Card]:
             "error",
             f"no values yet: {counted(len(unfilled), 'tensor')}",
             unfilled,
-            mend="Load them, or call fabric.init_missing(model).",
+            fix="Load them, or call fabric.init_missing(model).",
         )
     if report.not_finite:
         yield Card("error", f"NaN or infinity in {counted(len(report.not_finite), 'tensor')}", report.not_finite)
@@ -88,7 +88,7 @@ def _plots(report: InitRecord) -> Iterator[Plot]:
     if points := list(_points(report.rows)):
         yield scatter(
             "Std by tensor against expectation",
-            "Tensors that the model's own code initialised. On the line, the values in memory vary as much as the "
+            "Tensors that the model's own code initialized. On the line, the values in memory vary as much as the "
             "rule promised.",
             points,
             "std of its rule",

@@ -46,18 +46,18 @@ class Card:
     """Something to know: a finding, with what was seen and what to do about it.
 
     Attributes:
-        level: its colour, and the word it begins with.
+        level: its color, and the word it begins with.
         title: what it is, in a few words.
         about: the names of the tensors it is about.
         text: what was seen.
-        mend: what to do.
+        fix: what to do.
     """
 
     level: Level
     title: str
     about: Sequence[str] = ()
     text: str = ""
-    mend: str = ""
+    fix: str = ""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 from fabric_init.errors import FabricInitError
 
-_COLOURS = ("#3b82d6", "#e0722e", "#2e9e6b", "#a855c7", "#c9a227", "#d6456e", "#17a2b8", "#7f8794")
+_COLORS = ("#3b82d6", "#e0722e", "#2e9e6b", "#a855c7", "#c9a227", "#d6456e", "#17a2b8", "#7f8794")
 _PER_DECADE = 60
 _MOST_BARS = 12
 _SEEN = 0.005
@@ -59,7 +59,7 @@ def lines(title: str, note: str, places: Sequence[str], series: Mapping[str, Seq
     """One line a series over ``places``, on a logarithmic scale. What is not a positive number leaves a gap."""
     go = _plotly()
     figure = go.Figure()
-    for colour, (name, values) in zip(_COLOURS, series.items(), strict=False):
+    for color, (name, values) in zip(_COLORS, series.items(), strict=False):
         figure.add_scatter(
             name=name,
             x=list(range(1, len(places) + 1)),
@@ -67,7 +67,7 @@ def lines(title: str, note: str, places: Sequence[str], series: Mapping[str, Seq
             customdata=[escape(place) for place in places],
             mode="lines+markers",
             marker={"size": 5},
-            line={"color": colour, "width": 2},
+            line={"color": color, "width": 2},
             hovertemplate=f"%{{customdata}}<br>{escape(y)}: %{{y:.4g}}<extra>{escape(name)}</extra>",
         )
     figure.update_layout(hovermode="x unified" if len(series) > 1 else "closest")
@@ -95,7 +95,7 @@ def scatter(title: str, note: str, points: Sequence[Point], x: str, y: str) -> P
         figure.add_scatter(
             name="equal", x=ends, y=ends, mode="lines", line={"color": "#8a8f98", "dash": "dot"}, hoverinfo="skip"
         )
-    for colour, name in zip(_COLOURS, groups, strict=False):
+    for color, name in zip(_COLORS, groups, strict=False):
         found = [spot for (group, _, _), spot in spots.items() if group == name]
         figure.add_scatter(
             name=escape(_short(name)),
@@ -103,7 +103,7 @@ def scatter(title: str, note: str, points: Sequence[Point], x: str, y: str) -> P
             y=[spot[0].y for spot in found],
             customdata=[_described(spot) for spot in found],
             mode="markers",
-            marker={"color": colour, "size": [min(8 + 2 * math.log2(len(spot)), 20) for spot in found], "opacity": 0.8},
+            marker={"color": color, "size": [min(8 + 2 * math.log2(len(spot)), 20) for spot in found], "opacity": 0.8},
             hovertemplate=f"%{{customdata}}<br>{escape(x)}: %{{x:.4g}}<br>{escape(y)}: %{{y:.4g}}<extra></extra>",
         )
     figure.update_xaxes(title_text=x, **_logarithmic(ends))
@@ -130,7 +130,7 @@ def bars(title: str, note: str, found: Sequence[Bar], x: str, unit: str = "") ->
         x=[bar.value for bar in shown],
         y=list(range(len(shown))),
         customdata=[escape(bar.label) + (f"<br>{escape(bar.more)}" if bar.more else "") for bar in shown],
-        marker={"color": _COLOURS[1]},
+        marker={"color": _COLORS[1]},
         width=0.4,
         hovertemplate=f"%{{customdata}}<br>{escape(x)}: %{{x:,.4g}}<extra></extra>",
     )
@@ -183,9 +183,9 @@ def _plain(figure: Any, left: int = 64) -> dict[str, Any]:
 
 
 def _groups(points: Sequence[Point]) -> list[str]:
-    """The groups that get a colour of their own, the largest first; the rest share the last."""
+    """The groups that get a color of their own, the largest first; the rest share the last."""
     names = [name for name, _ in Counter(point.group for point in points).most_common()]
-    return names if len(names) <= len(_COLOURS) else [*names[: len(_COLOURS) - 1], _OTHERS]
+    return names if len(names) <= len(_COLORS) else [*names[: len(_COLORS) - 1], _OTHERS]
 
 
 def _logarithmic(values: Sequence[float]) -> dict[str, Any]:

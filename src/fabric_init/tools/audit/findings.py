@@ -78,7 +78,7 @@ class Finding:
         check: which check found it, such as ``never-written``.
         tensors: the names of the tensors (or modules) it is about.
         evidence: what was seen.
-        mend: what to do about it.
+        fix: what to do about it.
         std: the standard deviation that would bring it right, where there is one.
         loss_before: the first loss as it is.
         loss_after: the first loss with ``std`` applied.
@@ -88,7 +88,7 @@ class Finding:
     check: str
     tensors: tuple[str, ...]
     evidence: str
-    mend: str
+    fix: str
     std: float | None = None
     loss_before: float | None = None
     loss_after: float | None = None

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 
 from fabric_init.reports.html import Bar, Card, Column, Fact, Page, Plot, Point, Table, bars, in_short, lines, scatter
-from fabric_init.reports.html.page import Level as Colour
+from fabric_init.reports.html.page import Level as Color
 from fabric_init.reports.provenance import wasted_by_rule
 from fabric_init.tools.audit.findings import AuditResult, Finding, Level, Row
 
-_COLOURS: dict[str, Colour] = {"error": "error", "warning": "warning", "note": "note"}
+_COLORS: dict[str, Color] = {"error": "error", "warning": "warning", "note": "note"}
 
 _COLUMNS = (
     Column("tensor", "code"),
@@ -44,10 +44,10 @@ def page_of(report: AuditResult) -> Page:
 def _facts(report: AuditResult) -> Iterator[Fact]:
     yield Fact(f"{len(report.rows):,}", "tensors")
     yield Fact(in_short(sum(row.elements for row in report.rows)), "elements in them")
-    levels = Counter(_colour(finding.level) for finding in report.findings)
-    for colour in _COLOURS.values():
-        if count := levels[colour]:
-            yield Fact(f"{count}", f"{colour}s" if count > 1 else colour, colour)
+    levels = Counter(_color(finding.level) for finding in report.findings)
+    for color in _COLORS.values():
+        if count := levels[color]:
+            yield Fact(f"{count}", f"{color}s" if count > 1 else color, color)
     if report.wasted_elements:
         yield Fact(in_short(report.wasted_elements), "elements written in vain", "warning")
         yield Fact(f"{report.wasted_seconds:.3g} s", "of work, on one thread", "warning")
@@ -57,15 +57,15 @@ def _facts(report: AuditResult) -> Iterator[Fact]:
         yield Fact(f"{report.expected_loss:.4g}", "expected: ln(classes)")
 
 
-def _colour(level: Level) -> Colour:
-    return _COLOURS[str(level)]
+def _color(level: Level) -> Color:
+    return _COLORS[str(level)]
 
 
 def _card(finding: Finding) -> Card:
     text = finding.evidence
     if finding.loss_before is not None and finding.loss_after is not None:
-        text += f"\nFirst loss: {finding.loss_before:.4g} as it is, {finding.loss_after:.4g} once mended."
-    return Card(_colour(finding.level), finding.check.replace("-", " "), finding.tensors, text, finding.mend)
+        text += f"\nFirst loss: {finding.loss_before:.4g} as it is, {finding.loss_after:.4g} once fixed."
+    return Card(_color(finding.level), finding.check.replace("-", " "), finding.tensors, text, finding.fix)
 
 
 def _plots(report: AuditResult) -> Iterator[Plot]:

@@ -16,7 +16,7 @@ _SEED = 0
 def untouched(model: nn.Module) -> Iterator[None]:
     """Run ``model`` in this block with gradients and without noise; its buffers, modes and the generators come back.
 
-    Everything is in ``eval`` mode, which switches dropout off however it is written. Normalisation by batch is not: at
+    Everything is in ``eval`` mode, which switches dropout off however it is written. Normalization by batch is not: at
     the start of training it takes the batch's own statistics, and its running ones say nothing yet.
     """
     modes = [(module, module.training) for module in model.modules()]

@@ -70,7 +70,7 @@ class AuditReport(AuditResult):
         lines = [self.summary()]
         for finding in self.findings:
             lines.append(f"{finding.level} [{finding.check}] {', '.join(finding.tensors[:3])}{_more(finding.tensors)}")
-            lines += [f"    {finding.evidence}", f"    → {finding.mend}"]
+            lines += [f"    {finding.evidence}", f"    → {finding.fix}"]
         shown = self.rows[:_MOST_ROWS]
         width = max((len(row.name) for row in shown), default=0)
         for row in shown:

@@ -77,8 +77,8 @@ class Coverage:
     Attributes:
         wanted: the tensors that ``state_dict`` has: parameters and persistent buffers, ties once.
         loaded: those of them that the checkpoint brings.
-        missing: those that it lacks, with the rule that would initialise each.
-        reinit: those that are to be initialised afresh although it may have them.
+        missing: those that it lacks, with the rule that would initialize each.
+        reinit: those that are to be initialized afresh although it may have them.
         unexpected: its keys that are left over.
         casts: by pair of dtypes.
         wrong_shapes: what cannot be loaded as it is.
@@ -113,7 +113,7 @@ def coverage_of(
     Args:
         found: how they meet.
         tapes: the tape of each recorded storage.
-        reader: the checkpoint, of which only the header is asked; ``None`` to initialise everything.
+        reader: the checkpoint, of which only the header is asked; ``None`` to initialize everything.
         wanted: what was asked of the load.
         problems: what else is against it.
     """
@@ -182,8 +182,8 @@ def _casts(entries: Sequence[PlanEntry]) -> tuple[Cast, ...]:
 
 def _proposed(found: Matching, reader: CheckpointReader) -> tuple[str, ...]:
     transpose = likely_transpose(found, reader) if found.misfits else None
-    mends = likely_fixes(found, reader) if found.lacks_some and found.unexpected else []
-    return (*mends, *([transpose] if transpose is not None else []))
+    fixes = likely_fixes(found, reader) if found.lacks_some and found.unexpected else []
+    return (*fixes, *([transpose] if transpose is not None else []))
 
 
 def _undone(entries: Sequence[PlanEntry], tapes: Mapping[int, Tape]) -> list[str]:

@@ -35,7 +35,7 @@ class Forecast:
 
     Attributes:
         model: its class.
-        checkpoint: as the user named it; ``None`` for a model that is initialised.
+        checkpoint: as the user named it; ``None`` for a model that is initialized.
         format: that of the checkpoint, in words.
         note: anything worth knowing of how the checkpoint is read.
         setting: where the model is to be trained.
@@ -113,7 +113,7 @@ def forecast(
     Args:
         model: a callable that builds it, which is recorded under ``precision``; or a model, recorded or not, which
             stays as it is.
-        checkpoint: all that :func:`~fabric_init.checkpoints.open_checkpoint` takes; ``None`` to initialise everything.
+        checkpoint: all that :func:`~fabric_init.checkpoints.open_checkpoint` takes; ``None`` to initialize everything.
         strategy: ``"single_device"``, ``"ddp"``, ``"fsdp"`` (the first FSDP), ``"fsdp2"``, ``"deepspeed_stage_1"``,
             ``_2`` or ``_3``; ``"auto"`` is one device, or DDP where there are several ranks.
         devices: ranks a machine.

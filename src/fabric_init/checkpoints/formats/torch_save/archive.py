@@ -80,7 +80,7 @@ class TorchArchive:
         if known is not None:
             return known
         record = self._zip.getinfo(f"{self._prefix}data/{key}")
-        # torch never compresses; a record that lies about its size would give bytes of its neighbour
+        # torch never compresses; a record that lies about its size would give bytes of its neighbor
         if record.compress_type != zipfile.ZIP_STORED or record.file_size != count * dtype.itemsize:
             raise zipfile.BadZipFile(f"the record of storage {key} has not the size that the pickle gives")
         untyped = torch.UntypedStorage(record.file_size, device="meta")

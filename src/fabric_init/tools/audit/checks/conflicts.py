@@ -1,4 +1,4 @@
-"""Tensors that the model's own code initialises more than once: alike (wasted), or differently (which one is meant?).
+"""Tensors that the model's own code initializes more than once: alike (wasted), or differently (which one is meant?).
 
 That a model's rule replaces torch's default, or the values that a tensor was made with, is how models are written, and
 no finding here.
@@ -42,7 +42,7 @@ def _own_rules(one: AuditedTensor) -> list[Event]:
 
 
 def repeated(told: Sequence[AuditedTensor]) -> Iterator[Finding]:
-    """Tensors that the model's code initialises several times in the same way."""
+    """Tensors that the model's code initializes several times in the same way."""
     groups: dict[tuple[tuple[str, int], ...], list[AuditedTensor]] = defaultdict(list)
     for one in told:
         rules = _own_rules(one)
@@ -62,16 +62,16 @@ def repeated(told: Sequence[AuditedTensor]) -> Iterator[Finding]:
             Level.WARNING if same_line else Level.NOTE,
             "written-more-than-once",
             tuple(one.row.name for one in group),
-            f"{count} initialised {times}× by the model's own code: {lines}. "
+            f"{count} initialized {times}× by the model's own code: {lines}. "
             f"In vain: {elements:,} elements, {seconds:.3g} s",
-            "initialise once, from the outermost module (after the submodules are built), and mark what is done"
+            "initialize once, from the outermost module (after the submodules are built), and mark what is done"
             if same_line
             else "one of the two rules can go",
         )
 
 
 def two_rules(told: Sequence[AuditedTensor], own_files: Collection[str | None]) -> Iterator[Finding]:
-    """Tensors that two lines of the model's code initialise differently.
+    """Tensors that two lines of the model's code initialize differently.
 
     An exception after the rule is how people write init: a note. Where the last line is no exception, it may well undo
     an earlier one by accident: a warning. See :class:`_Reach`.
@@ -109,7 +109,7 @@ class _Conflict(NamedTuple):
 
 
 class _Reach:
-    """How much of a model each line, and each file, initialises."""
+    """How much of a model each line, and each file, initializes."""
 
     def __init__(self, told: Sequence[AuditedTensor], own_files: Collection[str | None]) -> None:
         self._own_files = own_files
@@ -144,7 +144,7 @@ def _conflict(group: Sequence[_Conflict]) -> Finding:
         tuple(conflict.told.row.name for conflict in group),
         f"{', then '.join(lines)}, and last {_described(one, won)} at {place_of(won.source)}, which wins",
         "decide which rule is meant: the first never takes effect on these tensors. If it is, mark its module as "
-        "initialised, or let the last rule pass it by",
+        "initialized, or let the last rule pass it by",
     )
 
 

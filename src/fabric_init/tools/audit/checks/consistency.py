@@ -15,7 +15,7 @@ from fabric_init.tools.audit.rows import AuditedTensor, expected_of
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 
-_MEND = "initialise them as the rest of the model, or leave a word in its init that the default is meant"
+_FIX = "initialize them as the rest of the model, or leave a word in its init that the default is meant"
 
 
 def _role(name: str) -> str:
@@ -29,7 +29,7 @@ def _value(one: AuditedTensor) -> Moments | None:
 
 
 def differs_between_twins(told: Sequence[AuditedTensor]) -> Iterator[Finding]:
-    """Weights of one role in modules of one class that different lines initialise, differently.
+    """Weights of one role in modules of one class that different lines initialize, differently.
 
     One line may give every layer a value of its own (a standard deviation that falls with depth, a fan): that is one
     rule. Shapes may differ for the same reason, so only tensors of one shape are compared.
@@ -54,12 +54,12 @@ def differs_between_twins(told: Sequence[AuditedTensor]) -> Iterator[Finding]:
                 tuple(one.row.name for one in odd),
                 f"{role} of {module_class}: {odd[0].row.rule} at {line} here, but {other.row.rule} at {usual} in "
                 f"{_others(lines[usual])}",
-                "nothing, if these layers are meant to start differently; else initialise all by one rule",
+                "nothing, if these layers are meant to start differently; else initialize all by one rule",
             )
 
 
 def default_init(told: Sequence[AuditedTensor]) -> Iterator[Finding]:
-    """Weights left at torch's own init, in a model that initialises most of its weights by rules of its own.
+    """Weights left at torch's own init, in a model that initializes most of its weights by rules of its own.
 
     Where most of one class get the model's rule and a few do not, that looks like an oversight: a warning. What the
     model leaves alone altogether is one note. (A zeroed output layer does not make a model one that sets its own.)
@@ -85,7 +85,7 @@ def default_init(told: Sequence[AuditedTensor]) -> Iterator[Finding]:
             tuple(one.row.name for one in group),
             f"torch's own {first.rule}, from when {first.module_class} was made at {first.place}, while "
             f"{handled[0].row.rule} is what {_others(handled)} get",
-            _MEND,
+            _FIX,
         )
     if untouched:
         classes = Counter(one.row.module_class for one in untouched)
@@ -95,7 +95,7 @@ def default_init(told: Sequence[AuditedTensor]) -> Iterator[Finding]:
             "default-init",
             tuple(one.row.name for one in untouched),
             f"{counts}: weights with torch's own init ({untouched[0].row.rule}, say), from when they were made",
-            _MEND,
+            _FIX,
         )
 
 

@@ -32,8 +32,8 @@ def loss_findings(
     """
     loss, expected = outcome.first_loss, outcome.expected
     if loss is not None and not math.isfinite(loss):
-        mend = "look for the first layer that is not finite; if all are, at the loss itself"
-        return [Finding(Level.ERROR, CHECK, (), f"first loss {loss}", mend, loss_before=loss)]
+        fix = "look for the first layer that is not finite; if all are, at the loss itself"
+        return [Finding(Level.ERROR, CHECK, (), f"first loss {loss}", fix, loss_before=loss)]
     if loss is None or expected is None:
         return []
     if outcome.far_without_echo:
@@ -58,8 +58,8 @@ def _too_high(
     if trial is None or not trial.right:
         tried = tuple(trial.stds) if trial is not None else ()
         what = f"Scaling {' and '.join(tried)} down gave {trial.loss:.4g}. " if trial is not None and tried else ""
-        mend = f"{what}No weight was found that brings it right alone: look at the layers' variances, where they jump"
-        return [Finding(Level.ERROR, CHECK, tried, seen, mend, None, loss, trial.loss if trial is not None else None)]
+        fix = f"{what}No weight was found that brings it right alone: look at the layers' variances, where they jump"
+        return [Finding(Level.ERROR, CHECK, tried, seen, fix, None, loss, trial.loss if trial is not None else None)]
     by_name = {one.name: one for one in candidates}
     by_row = {name: row for row in rows for name in (row.name, *row.ties)}
     found = []
@@ -69,8 +69,8 @@ def _too_high(
         evidence = f"{seen}; its std is {one.std:.3g}{rule}, where 1/sqrt(fan-in) is {one.proposed:.3g}"
         others = [other for other in trial.stds if other != name]
         together = f", together with {', '.join(others)}" if others else ""
-        mend = f"initialise with std={std:.3g}{together}: tried, first loss {trial.loss:.4g}"
-        found.append(Finding(Level.ERROR, CHECK, one.names, evidence, mend, std, loss, trial.loss))
+        fix = f"initialize with std={std:.3g}{together}: tried, first loss {trial.loss:.4g}"
+        found.append(Finding(Level.ERROR, CHECK, one.names, evidence, fix, std, loss, trial.loss))
     return found
 
 
@@ -105,8 +105,8 @@ def _constant(outcome: Outcome) -> list[Finding]:
     if logits is None or len(logits) < 2 or bool((logits != logits[0]).any()):
         return []
     if not bool(torch.count_nonzero(logits)):
-        mend = "nothing, if the head is meant to start at zero"
-        return [Finding(Level.NOTE, "constant-logits", (), "every logit is zero", mend)]
+        fix = "nothing, if the head is meant to start at zero"
+        return [Finding(Level.NOTE, "constant-logits", (), "every logit is zero", fix)]
     return [
         Finding(
             Level.WARNING,

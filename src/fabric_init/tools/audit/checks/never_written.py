@@ -14,7 +14,7 @@ from fabric_init.tools.audit.findings import Finding, Level
 from fabric_init.tools.audit.rows import AuditedTensor
 
 _MEND_NEVER = (
-    "write it in the constructor, or in the function that initialises its module: torch.nn.init.normal_(…, std=…), "
+    "write it in the constructor, or in the function that initializes its module: torch.nn.init.normal_(…, std=…), "
     "say; torch.empty promises no values"
 )
 
@@ -51,7 +51,7 @@ def never_written(told: Sequence[AuditedTensor]) -> Iterator[Finding]:
 
 
 def overwritten_defaults(told: Sequence[AuditedTensor]) -> Iterator[Finding]:
-    """The usual waste, in one note: torch's own modules initialise themselves, and the model's code does it again."""
+    """The usual waste, in one note: torch's own modules initialize themselves, and the model's code does it again."""
     dead: dict[int, tuple[AuditedTensor, Event]] = {}
     for one in told:
         for event in one.history.events:

@@ -10,7 +10,7 @@ from fabric_init.tools.audit.findings import Finding, Level
 _LARGEST = 1e4
 _VANISHED = 1e-6
 _DEAD = 0.9
-_MEND_SCALE = "keep the variance from layer to layer: std = gain / sqrt(fan-in), or a normalisation layer in between"
+_MEND_SCALE = "keep the variance from layer to layer: std = gain / sqrt(fan-in), or a normalization layer in between"
 _MEND_FINITE = "look at what this layer is given, and at its weights: too large, a division by zero, a log of zero"
 
 
@@ -89,16 +89,16 @@ def _dead(flows: Sequence[Flow]) -> Iterator[Finding]:
         worst = max(flow.dead or 0.0 for flow in dead)
         names = tuple(flow.name for flow in dead)
         seen = f"up to {worst:.0%} of the units are zero for every sample of the batch"
-        mend = "look at the biases and the mean of what goes in: a rectifier that never fires learns nothing"
-        yield Finding(Level.WARNING, "dead-units", names, seen, mend)
+        fix = "look at the biases and the mean of what goes in: a rectifier that never fires learns nothing"
+        yield Finding(Level.WARNING, "dead-units", names, seen, fix)
 
 
 def _constant(flows: Sequence[Flow]) -> Iterator[Finding]:
     names = tuple(flow.name for flow in flows if flow.leaf and flow.activation.count > 1 and flow.activation.var == 0)
     if names:
-        mend = "nothing, where a branch is meant to start closed; else its weights, or what it is given, are constant"
-        yield Finding(Level.NOTE, "constant-output", names, "every element of the output has the same value", mend)
+        fix = "nothing, where a branch is meant to start closed; else its weights, or what it is given, are constant"
+        yield Finding(Level.NOTE, "constant-output", names, "every element of the output has the same value", fix)
 
 
-def _finding(level: Level, check: str, flow: Flow, evidence: str, mend: str) -> Finding:
-    return Finding(level, check, (flow.name,), f"{flow.module_class}: {evidence}", mend)
+def _finding(level: Level, check: str, flow: Flow, evidence: str, fix: str) -> Finding:
+    return Finding(level, check, (flow.name,), f"{flow.module_class}: {evidence}", fix)
