@@ -30,7 +30,7 @@ class Model(nn.Module):
 def line_of(text: str) -> str:
     """The line as the report gives it, whatever folder of ``sys.path`` it is told from."""
     source, start = inspect.getsourcelines(Model)
-    return f"test_report.py:{start + next(i for i, line in enumerate(source) if text in line)}"
+    return f"test_init_report.py:{start + next(i for i, line in enumerate(source) if text in line)}"
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def test_the_rule_its_line_its_promise_and_what_is_there_now() -> None:
     source, start = inspect.getsourcelines(Model)
     line = start + next(i for i, text in enumerate(source) if "# the last word" in text)
     assert found.rule.startswith("xavier_uniform_(")
-    assert found.place.endswith(f"test_report_measured.py:{line}")
+    assert found.place.endswith(f"test_trace.py:{line}")
     assert (found.mean, found.std) == (0.0, pytest.approx(math.sqrt(2 / 128)))
     assert found.std_now == pytest.approx(model.first.weight.detach().std(correction=0).item(), rel=1e-6)
     assert found.std_now == pytest.approx(found.std, rel=0.1)
