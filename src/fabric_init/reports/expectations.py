@@ -13,7 +13,7 @@ from fabric_init.recording.op_schemas import INIT_FUNCTIONS
 from fabric_init.recording.replay import replay_with, view
 from fabric_init.recording.tape import Constant, Op, Tape, TensorRef
 from fabric_init.reports.statistics import Moments, measured, mixture, of_init_function, uniform
-from fabric_init.reports.write_history import overlap, span
+from fabric_init.reports.write_history import byte_span, spans_overlap
 
 _MOST_MEASURED = 1 << 24
 """Elements that one tensor's own replay may write: well under a second, and 64 MB."""
@@ -55,7 +55,7 @@ class Expectations:
             target = next((one for one in (*op.targets, *op.outputs) if one.storage == ref.storage), None)
             if target is None or target.dtype != ref.dtype:
                 return None
-            if not overlap(target, ref) or target in parts:
+            if not spans_overlap(target, ref) or target in parts:
                 continue
             value = self._result(op, target)
             if value is None:
@@ -101,7 +101,7 @@ class Expectations:
 
 def _together(ref: TensorRef, parts: dict[TensorRef, Moments], rest: Moments | None) -> Moments | None:
     """Of ``ref``, from the last write to each of its parts, and the one before those to all of it."""
-    spans = sorted(map(span, parts))
+    spans = sorted(map(byte_span, parts))
     if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
         return None  # parts that overlap cannot be told apart without their values
     left = ref.size.numel() - sum(part.size.numel() for part in parts)

@@ -70,7 +70,7 @@ def test_a_row_has_its_rule_its_line_its_waste_and_its_worst_finding(page: Page)
     assert (head["finding"], head["rule"], head["line"]) == ("error", "normal_(std=1)", f"{MODEL}:40")
     assert (head["std"], head["full writes"], head["wasted"]) == (1.0, 2, 32128 * 512)
     assert head["writes"] == [
-        f"kaiming_uniform_(a=2.23607) at {MODEL}:12, in vain",
+        f"kaiming_uniform_(a=2.23607) at {MODEL}:12, overwritten before being read",
         f"normal_(std=1) at {MODEL}:40",
     ]
     assert row(page, "shared.weight")["tensor"] == "shared.weight, encoder.embed_tokens.weight"

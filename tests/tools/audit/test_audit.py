@@ -13,7 +13,7 @@ from torch import nn
 import fabric_init
 from fabric_init import audit, deferred_init
 from fabric_init.errors import RecordingError
-from fabric_init.tools.audit.findings import Finding, Level, Row
+from fabric_init.tools.audit.findings import AuditRow, Finding, Level
 from fabric_init.tools.audit.report import AuditReport
 from tests.tools.audit import models
 
@@ -25,7 +25,7 @@ def only(report: AuditReport, check: str) -> Finding:
     return found[0]
 
 
-def row(report: AuditReport, name: str) -> Row:
+def row(report: AuditReport, name: str) -> AuditRow:
     return next(one for one in report.rows if one.name == name)
 
 

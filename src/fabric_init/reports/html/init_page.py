@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from fabric_init.reports.html import Bar, Card, Column, Fact, Page, Plot, Point, Table, bars, counted, in_short, scatter
 from fabric_init.reports.provenance import wasted_by_rule
-from fabric_init.reports.rows import InitRecord, Row
+from fabric_init.reports.rows import InitReportData, InitRow
 
 _COLUMNS = (
     Column("tensor", "code"),
@@ -28,7 +28,7 @@ _COLUMNS = (
 )
 
 
-def page_of(report: InitRecord) -> Page:
+def page_of(report: InitReportData) -> Page:
     """``report`` as a page."""
     return Page(
         title="Init report",
@@ -40,7 +40,7 @@ def page_of(report: InitRecord) -> Page:
     )
 
 
-def _source(report: InitRecord) -> str:
+def _source(report: InitReportData) -> str:
     if report.checkpoint is None:
         return "What every tensor got, from where."
     return f"What every tensor got, from where. Loaded from {report.checkpoint}" + (
@@ -48,7 +48,7 @@ def _source(report: InitRecord) -> str:
     )
 
 
-def _facts(report: InitRecord) -> Iterator[Fact]:
+def _facts(report: InitReportData) -> Iterator[Fact]:
     yield Fact(f"{len(report.rows):,}", "tensors")
     yield Fact(in_short(sum(row.nbytes for row in report.rows), "B"), "in all")
     for status, count in Counter(row.status for row in report.rows).most_common():
@@ -57,7 +57,7 @@ def _facts(report: InitRecord) -> Iterator[Fact]:
         yield Fact(in_short(wasted), "elements not written in vain", "good")
 
 
-def _cards(report: InitRecord) -> Iterator[Card]:
+def _cards(report: InitReportData) -> Iterator[Card]:
     if unfilled := [row.name for row in report.rows if row.status == "unfilled"]:
         yield Card(
             "error",
@@ -74,7 +74,7 @@ def _cards(report: InitRecord) -> Iterator[Card]:
         yield Card("note", f"cast: {counted(count, 'tensor')}, {cast}")
 
 
-def _plots(report: InitRecord) -> Iterator[Plot]:
+def _plots(report: InitReportData) -> Iterator[Plot]:
     tensors, sizes = Counter[str](row.status for row in report.rows), Counter[str]()
     for row in report.rows:
         sizes[row.status] += row.nbytes
@@ -103,13 +103,13 @@ def _plots(report: InitRecord) -> Iterator[Plot]:
         )
 
 
-def _points(rows: list[Row]) -> Iterator[Point]:
+def _points(rows: tuple[InitRow, ...]) -> Iterator[Point]:
     for row in rows:
         if row.std and row.std_now and math.isfinite(row.std_now):
             yield Point(row.std, row.std_now, row.rule.partition("(")[0], row.name, row.origin)
 
 
-def _cells(row: Row) -> tuple[str | int | float | list[str] | None, ...]:
+def _cells(row: InitRow) -> tuple[str | int | float | list[str] | None, ...]:
     return (
         ", ".join((row.name, *row.ties)),
         row.status,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from fabric_init.reports.html import Bar, Card, Column, Fact, Page, Plot, Point, Table, bars, in_short, lines, scatter
 from fabric_init.reports.html.page import Level as Color
 from fabric_init.reports.provenance import wasted_by_rule
-from fabric_init.tools.audit.findings import AuditResult, Finding, Level, Row
+from fabric_init.tools.audit.findings import AuditReportData, AuditRow, Finding, Level
 
 _COLORS: dict[str, Color] = {"error": "error", "warning": "warning", "note": "note"}
 
@@ -29,7 +29,7 @@ _COLUMNS = (
 )
 
 
-def page_of(report: AuditResult) -> Page:
+def page_of(report: AuditReportData) -> Page:
     """``report`` as a page."""
     return Page(
         title=f"Init audit of {report.model}",
@@ -41,7 +41,7 @@ def page_of(report: AuditResult) -> Page:
     )
 
 
-def _facts(report: AuditResult) -> Iterator[Fact]:
+def _facts(report: AuditReportData) -> Iterator[Fact]:
     yield Fact(f"{len(report.rows):,}", "tensors")
     yield Fact(in_short(sum(row.elements for row in report.rows)), "elements in them")
     levels = Counter(_color(finding.level) for finding in report.findings)
@@ -68,7 +68,7 @@ def _card(finding: Finding) -> Card:
     return Card(_color(finding.level), finding.check.replace("-", " "), finding.tensors, text, finding.fix)
 
 
-def _plots(report: AuditResult) -> Iterator[Plot]:
+def _plots(report: AuditReportData) -> Iterator[Plot]:
     if report.layers:
         yield lines(
             "Variance by layer",
@@ -99,7 +99,7 @@ def _plots(report: AuditResult) -> Iterator[Plot]:
         )
 
 
-def _points(rows: tuple[Row, ...]) -> Iterator[Point]:
+def _points(rows: tuple[AuditRow, ...]) -> Iterator[Point]:
     for row in rows:
         looked_up = row.module_class.endswith("Embedding") and not row.ties  # by row: nothing is added up
         std = row.std or 0.0
@@ -109,7 +109,7 @@ def _points(rows: tuple[Row, ...]) -> Iterator[Point]:
             yield Point(1 / math.sqrt(inputs), std, row.rule.partition("(")[0], row.name, said)
 
 
-def _table(report: AuditResult) -> Table:
+def _table(report: AuditReportData) -> Table:
     worst: dict[str, Level] = {}
     for finding in report.findings:
         for name in finding.tensors:

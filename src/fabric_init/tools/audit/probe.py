@@ -17,7 +17,7 @@ from fabric_init.tools.audit.batch import Call, as_call
 from fabric_init.tools.audit.checks.loss import loss_findings
 from fabric_init.tools.audit.checks.signal import flow_findings
 from fabric_init.tools.audit.dummy_batch import dummy_batch
-from fabric_init.tools.audit.findings import Finding, Layer, Row
+from fabric_init.tools.audit.findings import AuditRow, Finding, Layer
 from fabric_init.tools.audit.first_loss import Outcome, outcome_of
 from fabric_init.tools.audit.preserve_state import untouched
 from fabric_init.tools.audit.std_search import scaled, suspects
@@ -27,7 +27,7 @@ _SEED = 2
 
 
 def examine(
-    model: nn.Module, rows: Sequence[Row], batch: Any = "auto"
+    model: nn.Module, rows: Sequence[AuditRow], batch: Any = "auto"
 ) -> tuple[tuple[Layer, ...], float | None, float | None, tuple[Finding, ...]]:
     """Run ``model`` forward and backward once, and look at what flows through it.
 

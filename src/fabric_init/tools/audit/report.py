@@ -10,13 +10,13 @@ from typing import Any
 
 from fabric_init.reports.provenance import Write
 from fabric_init.reports.save import SavesItself, save_report
-from fabric_init.tools.audit.findings import AuditResult, Finding, Layer, Level, Row
+from fabric_init.tools.audit.findings import AuditReportData, AuditRow, Finding, Layer, Level
 
 _MOST_ROWS = 30
 
 
 @dataclass(frozen=True)
-class AuditReport(AuditResult):
+class AuditReport(AuditReportData):
     """What an audit found out about a model's init. ``str()`` gives a readable text.
 
     Attributes:
@@ -98,6 +98,6 @@ def _plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, (Write, Row, Finding, Layer, AuditReport)):
+    if isinstance(value, (Write, AuditRow, Finding, Layer, AuditReport)):
         return {one.name: _plain(getattr(value, one.name)) for one in fields(value)}
     return value

@@ -16,8 +16,8 @@ from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.planning.validation import without_values
 from fabric_init.recording.tape import Tape
+from fabric_init.reports.provenance import describe_rule
 from fabric_init.reports.rows import dtype_name
-from fabric_init.reports.rules import describe_rule
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,11 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from fabric_init.recording.tape import CallSite
-from fabric_init.reports.provenance import place_of
-from fabric_init.reports.rules import rule_of
+from fabric_init.reports.provenance import place_of, rule_of
 from fabric_init.reports.statistics import Moments
 from fabric_init.reports.write_history import Event
 from fabric_init.tools.audit.findings import Finding, Level
-from fabric_init.tools.audit.rows import AuditedTensor, expected_of
+from fabric_init.tools.audit.rows import AuditedTensor
 
 _ALIKE = 0.05  # of the larger standard deviation: closer than that, two rules are one
 
@@ -46,7 +45,7 @@ def repeated(told: Sequence[AuditedTensor]) -> Iterator[Finding]:
     groups: dict[tuple[tuple[str, int], ...], list[AuditedTensor]] = defaultdict(list)
     for one in told:
         rules = _own_rules(one)
-        values = [expected_of(one, event) for event in rules]
+        values = [one.expected(event) for event in rules]
         if len(rules) > 1 and not any(differ(value, values[-1]) for value in values):
             counts = Counter(f"{rule_of(event.op)} at {place_of(event.source)}" for event in rules)
             groups[tuple(counts.items())].append(one)
@@ -86,8 +85,8 @@ def two_rules(told: Sequence[AuditedTensor], own_files: Collection[str | None]) 
         rules = [event for event in _own_rules(one) if event.source is not None]
         if not rules or rules[-1] != one.history.winner:
             continue
-        expected = expected_of(one, rules[-1])
-        lost = {event.source: event for event in rules if differ(expected_of(one, event), expected)}
+        expected = one.expected(rules[-1])
+        lost = {event.source: event for event in rules if differ(one.expected(event), expected)}
         won = rules[-1].source
         lost.pop(won, None)
         losers = tuple(source for source in lost if source is not None)
@@ -163,5 +162,5 @@ def _exceptions(group: Sequence[_Conflict]) -> Finding:
 
 
 def _described(one: AuditedTensor, event: Event) -> str:
-    expected, rule = expected_of(one, event), rule_of(event.op)
+    expected, rule = one.expected(event), rule_of(event.op)
     return rule if expected is None or "std=" in rule else f"{rule} (std {expected.std:.3g})"

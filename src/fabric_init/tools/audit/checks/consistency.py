@@ -10,7 +10,7 @@ from fabric_init.reports.provenance import place_of
 from fabric_init.reports.statistics import Moments
 from fabric_init.tools.audit.checks.conflicts import differ
 from fabric_init.tools.audit.findings import Finding, Level
-from fabric_init.tools.audit.rows import AuditedTensor, expected_of
+from fabric_init.tools.audit.rows import AuditedTensor
 
 _INDEX = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
@@ -25,7 +25,7 @@ def _role(name: str) -> str:
 
 def _value(one: AuditedTensor) -> Moments | None:
     winner = one.history.winner
-    return None if winner is None else expected_of(one, winner)
+    return None if winner is None else one.expected(winner)
 
 
 def differs_between_twins(told: Sequence[AuditedTensor]) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from fabric_init.tools.audit.findings import Finding, Level, Row
+from fabric_init.tools.audit.findings import AuditRow, Finding, Level
 from fabric_init.tools.audit.first_loss import Outcome
 from fabric_init.tools.audit.std_search import Suspect, Trial, search
 
@@ -17,7 +17,7 @@ _NO_LUCK = 4.0  # standard deviations
 
 
 def loss_findings(
-    rows: Sequence[Row],
+    rows: Sequence[AuditRow],
     outcome: Outcome,
     candidates: Sequence[Suspect],
     loss_with: Callable[[Mapping[str, float]], float],
@@ -47,7 +47,7 @@ def loss_findings(
 
 
 def _too_high(
-    rows: Sequence[Row],
+    rows: Sequence[AuditRow],
     outcome: Outcome,
     loss: float,
     expected: float,
