@@ -96,9 +96,9 @@ class InitReport(InitReportData):
         save_report(path, self.to_dict, self._page)
 
     def _page(self) -> SavesItself:
-        from fabric_init.reports.html.init_page import page_of  # HTML is imported on request
+        from fabric_init.reports.html.init_page import init_page  # HTML is imported on request
 
-        return page_of(self.trace())
+        return init_page(self.trace())
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_model": None}

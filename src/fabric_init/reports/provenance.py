@@ -96,7 +96,10 @@ def _import_path(file: str) -> str:
 
 
 def describe_rule(tape: Tape, ref: TensorRef) -> str:
-    """Return the rule that determined the value of a recorded tensor, with its line; read as little as that takes."""
+    """Return the rule that determined the value of a recorded tensor, with its line.
+
+    Unlike a history this reads only the last writes of the tensor, so that filling a model can afford it.
+    """
     winner, later = last_full_write(events_backward(tape, ref))
     return "" if winner is None else _rule_in_words(tape, winner, later, with_place=True)
 
@@ -110,15 +113,16 @@ def rule_of_history(history: History) -> str:
 
 def _rule_in_words(tape: Tape, winner: Event, later: Sequence[Event], *, with_place: bool) -> str:
     """Return the last full write, then what changed its result."""
-    rule = _rule_with_inputs(tape, winner.op)
-    if with_place and winner.source is not None:
-        rule = f"{rule} at {place_of(winner.source)}"
+
+    def placed(rule: str, event: Event) -> str:
+        return f"{rule} at {place_of(event.source)}" if with_place and event.source is not None else rule
+
     steps = []
     for event in later:
         part = event.ref.size.numel() < winner.ref.size.numel()
-        steps.append(rule_of(event.op) + (" in a part" if part else ""))
-    shown = list(dict.fromkeys(steps))
-    return ", then ".join([rule, *shown[:_LONGEST_CHAIN]]) + (", …" if len(shown) > _LONGEST_CHAIN else "")
+        steps.append(placed(rule_of(event.op) + (" in a part" if part else ""), event))
+    shown = [placed(_rule_with_inputs(tape, winner.op), winner), *dict.fromkeys(steps)]
+    return ", then ".join(shown[: _LONGEST_CHAIN + 1]) + (", …" if len(shown) > _LONGEST_CHAIN + 1 else "")
 
 
 def _rule_with_inputs(tape: Tape, op: Op, depth: int = 0) -> str:

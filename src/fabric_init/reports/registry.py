@@ -34,6 +34,12 @@ class FillRecord:
     note: str | None = None
     unexpected: tuple[str, ...] = ()
 
+    def report(self, model: nn.Module, unfilled: Collection[RowRecord] | None = None) -> InitReport:
+        """Return a report of the current state; see :func:`report_of`."""
+        kept = [each for each in self.rows if unfilled is None or each.row.status != "unfilled" or each in unfilled]
+        rows = tuple(each.row for each in kept)
+        return InitReport(rows, self.checkpoint, self.note, self.unexpected, weakref.ref(model))
+
 
 _records: weakref.WeakKeyDictionary[nn.Module, FillRecord] = weakref.WeakKeyDictionary()
 
@@ -41,7 +47,7 @@ _records: weakref.WeakKeyDictionary[nn.Module, FillRecord] = weakref.WeakKeyDict
 def keep_record(model: nn.Module, record: FillRecord) -> InitReport:
     """Keep ``record`` for the lifetime of ``model``, and return the first report of it."""
     _records[model] = record
-    return report_of(model)
+    return record.report(model)
 
 
 def filled_by_us(model: nn.Module) -> bool:
@@ -70,6 +76,4 @@ def report_of(model: nn.Module, unfilled: Collection[RowRecord] | None = None) -
             "True), init_module(checkpoint=…) or deferred_init() and materialize(). Ask for the outermost module that "
             "was built in the block."
         )
-    kept = [each for each in record.rows if unfilled is None or each.row.status != "unfilled" or each in unfilled]
-    rows = tuple(each.row for each in kept)
-    return InitReport(rows, record.checkpoint, record.note, record.unexpected, weakref.ref(model))
+    return record.report(model, unfilled)

@@ -32,9 +32,9 @@ def differ(one: Moments | None, other: Moments | None) -> bool:
 
 
 def _own_rules(one: AuditedTensor) -> list[Event]:
-    """Full writes by the model's own code, to memory that was there already: the one that won, and those in vain.
+    """Return the full writes by the model's own code to existing memory: the one that won, and the dead ones.
 
-    What a later rule has read (to scale it, say) is a step on the way to that.
+    A write that a later rule has read (to scale it, for example) is a step of that rule.
     """
     winner = one.history.winner
     return [event for event in one.history.events if event.is_rule and event.whole and (event.dead or event == winner)]
@@ -62,7 +62,7 @@ def repeated(told: Sequence[AuditedTensor]) -> Iterator[Finding]:
             "written-more-than-once",
             tuple(one.row.name for one in group),
             f"{count} initialized {times}× by the model's own code: {lines}. "
-            f"In vain: {elements:,} elements, {seconds:.3g} s",
+            f"Overwritten before being read: {elements:,} elements, {seconds:.3g} s",
             "initialize once, from the outermost module (after the submodules are built), and mark what is done"
             if same_line
             else "one of the two rules can go",

@@ -67,7 +67,7 @@ def overwritten_defaults(told: Sequence[AuditedTensor]) -> Iterator[Finding]:
         Level.NOTE,
         "overwritten-default",
         names,
-        f"values that tensors were made with, and that were then written over ({count}): "
-        f"{elements:,} elements and {seconds:.3g} s in vain where the model is built eagerly",
+        f"default values that were overwritten before being read ({count}): "
+        f"{elements:,} elements and {seconds:.3g} s where the model is built eagerly",
         "nothing, if the model is recorded: dead writes are not run. Elsewhere: torch.nn.utils.skip_init",
     )
