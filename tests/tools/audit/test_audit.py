@@ -111,8 +111,8 @@ def test_three_levels_that_each_initialize_everything_are_told_and_what_they_was
     assert weights.level is Level.WARNING
     assert "initialized 3× by the model's own code: 3× normal_(mean=0, std=0.02) at " in weights.evidence
     assert f"models.py:{models.line_of('the general rule')}" in weights.evidence
-    in_vain = 2 * 4 * 2 * models.WIDTH**2  # two of three writes, to four weights
-    assert f"In vain: {in_vain:,} elements, " in weights.evidence
+    dead = 2 * 4 * 2 * models.WIDTH**2  # two of three writes, to four weights
+    assert f"Overwritten before being read: {dead:,} elements, " in weights.evidence
     assert row(report, "body.blocks.0.up.weight").full_writes == 4  # torch's own, too
 
 

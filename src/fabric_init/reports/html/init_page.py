@@ -56,7 +56,7 @@ def init_page(report: InitReportData) -> Page:
         subtitle=_source(report),
         facts=list(_init_facts(report)),
         cards=list(_cards(report)),
-        plots=list(_plots(report)),
+        plots=list(_init_plots(report)),
         table=table_of(_COLUMNS, report.rows),
     )
 
@@ -95,7 +95,7 @@ def _cards(report: InitReportData) -> Iterator[Card]:
         yield Card("note", f"cast: {counted(count, 'tensor')}, {cast}")
 
 
-def _plots(report: InitReportData) -> Iterator[Plot]:
+def _init_plots(report: InitReportData) -> Iterator[Plot]:
     tensors, sizes = Counter[str](row.status for row in report.rows), Counter[str]()
     for row in report.rows:
         sizes[row.status] += row.nbytes
@@ -106,7 +106,7 @@ def _plots(report: InitReportData) -> Iterator[Plot]:
         "bytes",
         unit="B",
     )
-    if points := list(_points(report.rows)):
+    if points := list(_init_points(report.rows)):
         yield scatter(
             "Std by tensor against expectation",
             "Tensors that the model's own code initialized. On the line, the values in memory have the standard "
@@ -122,7 +122,7 @@ def _plots(report: InitReportData) -> Iterator[Plot]:
     )
 
 
-def _points(rows: tuple[InitRow, ...]) -> Iterator[Point]:
+def _init_points(rows: tuple[InitRow, ...]) -> Iterator[Point]:
     for row in rows:
         if row.std and row.std_now and math.isfinite(row.std_now):
             yield Point(row.std, row.std_now, row.rule.partition("(")[0], row.name, row.origin)

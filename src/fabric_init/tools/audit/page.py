@@ -33,7 +33,7 @@ def audit_page(report: AuditReportData) -> Page:
         subtitle="How each tensor is written, how often, and what looks wrong.",
         facts=list(_audit_facts(report)),
         cards=[_card(finding) for finding in report.findings] or [Card("good", "Nothing found")],
-        plots=list(_plots(report)),
+        plots=list(_audit_plots(report)),
         table=_table(report),
     )
 
@@ -65,7 +65,7 @@ def _card(finding: Finding) -> Card:
     return Card(_card_level(finding.level), finding.check.replace("-", " "), finding.tensors, text, finding.fix)
 
 
-def _plots(report: AuditReportData) -> Iterator[Plot]:
+def _audit_plots(report: AuditReportData) -> Iterator[Plot]:
     if report.layers:
         yield lines(
             "Variance by layer",
@@ -78,7 +78,7 @@ def _plots(report: AuditReportData) -> Iterator[Plot]:
             },
             "variance",
         )
-    if points := list(_points(report.rows)):
+    if points := list(_audit_points(report.rows)):
         yield scatter(
             "Std by tensor against expectation",
             "Weights of two or more dimensions without embeddings; inputs are counted as in torch.nn.init. On the "
@@ -92,7 +92,7 @@ def _plots(report: AuditReportData) -> Iterator[Plot]:
     )
 
 
-def _points(rows: tuple[AuditRow, ...]) -> Iterator[Point]:
+def _audit_points(rows: tuple[AuditRow, ...]) -> Iterator[Point]:
     for row in rows:
         is_lookup = row.module_class.endswith("Embedding") and not row.ties  # by row, without a sum over inputs
         std = row.std or 0.0

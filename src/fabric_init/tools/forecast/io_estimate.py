@@ -68,12 +68,12 @@ def _reads(plan: Plan, tapes: Mapping[int, Tape]) -> Iterator[tuple[torch.Size, 
         if entry.action is Action.LOAD and entry.spec is not None:
             for _ in entry.keys:  # ties are compared
                 yield entry.spec.shape, entry.spec.dtype.itemsize, entry.slot.kind == "parameter"
-    for entry in _sources(plan, tapes):
+    for entry in _read_again(plan, tapes):
         assert entry.spec is not None
         yield entry.spec.shape, entry.spec.dtype.itemsize, False
 
 
-def _sources(plan: Plan, tapes: Mapping[int, Tape]) -> Iterable[PlanEntry]:
+def _read_again(plan: Plan, tapes: Mapping[int, Tape]) -> Iterable[PlanEntry]:
     """Yield the entries that are read again, unsharded, because a tensor that is not loaded is computed from them."""
     loaded = loaded_storages(plan, tapes)
     by_key = {entry.keys[0]: entry for entry in plan.entries if entry.action is Action.LOAD}

@@ -60,9 +60,9 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if min(self.devices, self.nodes) < 1:
             raise ValueError(f"devices={self.devices}, nodes={self.nodes}: there has to be at least one of each")
-        _require("strategy", self.strategy, get_args(StrategyName))
-        _require("precision", self.precision, get_args(PrecisionName))
-        _require("optimizer", self.optimizer, get_args(OptimizerName))
+        _check_name("strategy", self.strategy, get_args(StrategyName))
+        _check_name("precision", self.precision, get_args(PrecisionName))
+        _check_name("optimizer", self.optimizer, get_args(OptimizerName))
         if self.strategy == "auto":
             object.__setattr__(self, "strategy", "ddp" if self.ranks > 1 else "single_device")
         if self.model.single_rank and self.ranks > 1:
@@ -113,6 +113,6 @@ class TrainingConfig:
         return slot._replace(dtype=dtype) if dtype is not None and is_number else slot
 
 
-def _require(what: str, name: str, known: Iterable[str]) -> None:
+def _check_name(what: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
         raise ValueError(f"{what}={name!r} is not known here; known are {', '.join(known)}")

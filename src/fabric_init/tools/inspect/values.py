@@ -13,7 +13,7 @@ import torch
 from fabric_init.checkpoints.storage.local import memory
 from fabric_init.reports.statistics import RunningMoments
 from fabric_init.tools.inspect.contents import Values
-from fabric_init.tools.inspect.survey import Found, Run
+from fabric_init.tools.inspect.survey import ElementRun, SurveyedTensor
 
 _READ_BYTES = 8 << 20
 """The most that each thread reads of the file at once."""
@@ -25,33 +25,33 @@ Report = Callable[[int], None]
 """Called with the number of bytes that were read."""
 
 
-def count_values(found: Sequence[Found], report: Report) -> Iterator[Values | Exception]:
+def count_values(tensors: Sequence[SurveyedTensor], report: Report) -> Iterator[Values | Exception]:
     """Yield the values of each tensor in order, or the error that reading it raised.
 
     Needs about 16 MB in each of up to four threads, regardless of tensor sizes.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
-        yield from pool.map(lambda one: _try(one, report), found)
+        yield from pool.map(lambda tensor: _try(tensor, report), tensors)
 
 
-def _try(one: Found, report: Report) -> Values | Exception:
+def _try(tensor: SurveyedTensor, report: Report) -> Values | Exception:
     try:
-        return _count(one, report)
+        return _measure(tensor, report)
     except Exception as error:  # a registered reader may raise anything
         return error
 
 
-def _count(one: Found, report: Report) -> Values:
-    digest = hashlib.blake2b(f"{one.dtype} {one.shape} {one.layout}".encode(), digest_size=16)
+def _measure(tensor: SurveyedTensor, report: Report) -> Values:
+    digest = hashlib.blake2b(f"{tensor.dtype} {tensor.shape} {tensor.layout}".encode(), digest_size=16)
     counter = _ValueCounter()
-    for block in _blocks(one.runs):
+    for block in _blocks(tensor.runs):
         digest.update(memory(block))
         counter.add(block)
         report(block.nbytes)
     return counter.values(digest.hexdigest())
 
 
-def _blocks(runs: Sequence[Run]) -> Iterator[torch.Tensor]:
+def _blocks(runs: Sequence[ElementRun]) -> Iterator[torch.Tensor]:
     for run in runs:
         start, step = 0, _COUNTED
         while start < run.numel:
