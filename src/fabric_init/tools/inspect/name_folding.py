@@ -101,4 +101,7 @@ def _braces(numbers: Sequence[int]) -> str:
             runs[-1][1:] = [number]
         else:
             runs.append([number])
+    if [len(run) for run in runs] == [1, 2]:  # {0,2..9} would be read as a step of 2, so write {0,2,3..9}
+        first, last = runs.pop()
+        runs += [[first], [last] if last == first + 1 else [first + 1, last]]
     return "{" + ",".join("..".join(map(str, run)) for run in runs) + "}"
