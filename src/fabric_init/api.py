@@ -20,7 +20,8 @@ from fabric_init.planning.plan import LoadOptions
 from fabric_init.recording.built_modules import BuiltModules
 from fabric_init.recording.mode import active, recorded_build
 from fabric_init.recording.tape import Rng, check_rng
-from fabric_init.reports.init_report import InitReport, report_of
+from fabric_init.reports.init_report import InitReport
+from fabric_init.reports.registry import report_of
 from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound
 from fabric_init.strategies.unwrap import original
 
@@ -128,14 +129,12 @@ def init_missing(model: nn.Module) -> None:
 
 
 def init_report(model: nn.Module) -> InitReport:
-    """What every tensor of ``model`` got, from where. Also takes what ``setup`` returned.
+    """Return how each tensor of ``model`` got its value, as of now; also for what ``setup`` returned.
 
     Raises:
         FabricInitError: the model was not built in a recorded block.
     """
     model = original(model)
-    report = report_of(model)
-    waiting = {id(row) for row in settle(model)}
+    report = report_of(model, unfilled=set(settle(model)))
     release(model)
-    report.rows = [row for row in report.rows if row.status != "unfilled" or id(row) in waiting]
     return report

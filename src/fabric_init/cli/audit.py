@@ -23,7 +23,7 @@ from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.reports.html import check_plotly
 from fabric_init.reports.save import is_page
 from fabric_init.tools.audit.audit import audit
-from fabric_init.tools.audit.findings import Finding, Level, Row
+from fabric_init.tools.audit.findings import AuditRow, Finding, Level
 from fabric_init.tools.audit.report import AuditReport
 
 _COLORS = {Level.ERROR: "bold red", Level.WARNING: "yellow", Level.NOTE: "cyan"}
@@ -158,7 +158,7 @@ def _show(report: AuditReport, most_rows: int) -> None:
     to.print(report.summary())
 
 
-def _tensor_table(console: Console, rows: tuple[Row, ...]) -> Table:
+def _tensor_table(console: Console, rows: tuple[AuditRow, ...]) -> Table:
     narrow = console.width < _NARROW
     texts, numbers = ("tensor", "rule", "at"), ("shape", "mean", "std", "writes")
     heads = ("tensor, rule and line",) if narrow else texts

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fabric_init.cli.console import bytes_text, count_text, is_terminal, new_table, printable, shape_text
-from fabric_init.tools.inspect import Contents, Folded, TensorRow, Values, fold, fold_names
+from fabric_init.tools.inspect import CheckpointContents, Folded, TensorRow, Values, fold, fold_names
 
 _FEW = 6
 """Names that a terminal shows of many; a pipe gets all."""
@@ -20,7 +20,7 @@ _NARROW = 100
 """Columns of a terminal that has none to spare."""
 
 
-def show(out: Console, contents: Contents, each: bool) -> None:
+def show(out: Console, contents: CheckpointContents, each: bool) -> None:
     """Print everything. ``each``: a line for each tensor and file, else one for what differs by its number only."""
     for text in _head(contents):
         out.print(text, soft_wrap=True)
@@ -49,7 +49,7 @@ def show(out: Console, contents: Contents, each: bool) -> None:
         out.print(_damage(out, contents, every))
 
 
-def _head(contents: Contents) -> Iterable[Text]:
+def _head(contents: CheckpointContents) -> Iterable[Text]:
     files = len(contents.files)
     yield Text(printable(contents.path), style="bold") + Text(
         f": {contents.format}" + (f", {files} files" if files > 1 else ""), style="not bold"
@@ -68,7 +68,7 @@ def _head(contents: Contents) -> Iterable[Text]:
         yield Text(printable(contents.note), style="dim")
 
 
-def _tensors(out: Console, contents: Contents, lines: Sequence[Folded], each: bool) -> Table:
+def _tensors(out: Console, contents: CheckpointContents, lines: Sequence[Folded], each: bool) -> Table:
     counted = any(line.rows[0].values for line in lines)
     strange = any(row.values and (row.values.nans or row.values.infs) for row in contents.tensors)
     numbers = ["min", "max", "mean", "std"] * counted + ["NaN", "Inf"] * strange
@@ -108,7 +108,7 @@ def _together(values: Sequence[Values]) -> tuple[float, float]:
     return mean, math.sqrt(variance)
 
 
-def _files(out: Console, contents: Contents) -> Table:
+def _files(out: Console, contents: CheckpointContents) -> Table:
     table = new_table(out, "file", "size", "tensors", "of size", right=["size", "tensors", "of size"])
     for row in contents.files:
         size = "not there" if row.nbytes is None else bytes_text(row.nbytes)
@@ -117,7 +117,7 @@ def _files(out: Console, contents: Contents) -> Table:
     return table
 
 
-def _damage(out: Console, contents: Contents, every: bool) -> Table:
+def _damage(out: Console, contents: CheckpointContents, every: bool) -> Table:
     named = any(one.tensors for one in contents.damage)
     table = new_table(out, "damage", "file", "what is wrong", *["tensors"] * named)
     for one in contents.damage:

@@ -13,7 +13,7 @@ from fabric_init._interrupts import interrupts_held
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.region import Box
 from fabric_init.distributed.agreement import Agreement
-from fabric_init.filling.execute import check_ties, fill, make_report
+from fabric_init.filling.execute import check_ties, fill, make_record
 from fabric_init.filling.loader import set_extra_states
 from fabric_init.filling.missing import initialize_possible
 from fabric_init.guard.hooks import hook
@@ -28,8 +28,7 @@ from fabric_init.planning.tensors import TensorInfo, named_modules, survey
 from fabric_init.planning.validation import make_plan
 from fabric_init.recording.replay import real_execution
 from fabric_init.recording.tape import Tape
-from fabric_init.reports.init_report import keep_report
-from fabric_init.reports.rows import Row
+from fabric_init.reports.registry import RowRecord, keep_record
 
 
 class Rooms(NamedTuple):
@@ -112,8 +111,8 @@ def move_in(
             if id(tensor) not in shared:
                 values[id(tensor)] = _room(slot, rooms.tapes, memory, placement)
     check_ties(rooms.plan, rooms.reader, placement)
-    report = fill(rooms.plan, now, rooms.tapes, rooms.reader, placement, exact=False)
-    rows = make_report(_plan_of(rooms.later), rooms.tapes, None).rows
+    record = fill(rooms.plan, now, rooms.tapes, rooms.reader, placement, exact=False)
+    rows = make_record(_plan_of(rooms.later), rooms.tapes, None).rows
     with interrupts_held():  # nothing has memory without values before all of it is under guard
         for slot, tensor in later:
             if id(tensor) not in shared:
@@ -122,8 +121,8 @@ def move_in(
         release_recorded(model)
         unfilled = [(slot, shared[id(tensor)]) for slot, tensor in later]
         _guard(model, rooms, unfilled, rows, placement, agreement)
-    report.rows += rows
-    keep_report(model, report)
+    record.rows += rows
+    keep_record(model, record)
     set_extra_states(rooms.plan.extras)
 
 
@@ -147,7 +146,7 @@ def _guard(
     model: nn.Module,
     rooms: Rooms,
     unfilled: Sequence[tuple[TensorInfo, Tensor]],
-    rows: Sequence[Row],
+    rows: Sequence[RowRecord],
     placement: Placement,
     agreement: Agreement | None,
 ) -> None:
@@ -155,7 +154,7 @@ def _guard(
     built = ModelState(rooms.name, initialize_possible, agreement)
     sharded: set[str] = set()  # modules that no rank holds alone; the others may run on one rank only
     for (slot, tensor), row in zip(unfilled, rows, strict=True):
-        row.status, row.origin = "unfilled", ""
+        row.update(status="unfilled", origin="")
         assert slot.ref is not None
         version = version_in(placement, tensor)
         for name in slot.names:  # under each: a tie may be used through any of its modules

@@ -28,9 +28,10 @@ from fabric_init.planning.plan import Action, DerivedFrom, LoadOptions, Plan, Pl
 from fabric_init.planning.prepare import PreparedPlan, plan_for, prepared_digest
 from fabric_init.recording.replay import real_execution, replay, view
 from fabric_init.recording.tape import Rng, Tape
-from fabric_init.reports.init_report import InitReport, keep_report
-from fabric_init.reports.rows import Row, dtype_name
-from fabric_init.reports.rules import describe_rule
+from fabric_init.reports.init_report import InitReport
+from fabric_init.reports.provenance import describe_rule
+from fabric_init.reports.registry import FillRecord, RowRecord, keep_record
+from fabric_init.reports.rows import InitRow, dtype_name
 from fabric_init.reports.trace import recording_of
 
 
@@ -54,7 +55,7 @@ def fill(
     *,
     exact: bool,
     loaded: Mapping[int, DerivedFrom] | None = None,
-) -> InitReport:
+) -> FillRecord:
     """Give every tensor its value. Nothing of the model changes before all values are there.
 
     Args:
@@ -82,7 +83,7 @@ def fill(
         for position, value in values.items():
             filled[position] = placement.put(plan.entries[position].slot, tensors[position], value)
         _check(plan, filled)
-    return make_report(plan, tapes, reader)
+    return make_record(plan, tapes, reader)
 
 
 def _values(
@@ -207,7 +208,7 @@ _STATUS = {
 }
 
 
-def make_report(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader | None) -> InitReport:
+def make_record(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader | None) -> FillRecord:
     rows = []
     for entry in plan.entries:
         slot = entry.slot
@@ -219,7 +220,7 @@ def make_report(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader 
         elif entry.action is Action.INIT and slot.ref is not None:
             origin = describe_rule(tapes[slot.ref.storage], slot.ref)
         rows.append(
-            Row(
+            InitRow(
                 name=slot.name,
                 status=_STATUS[entry.action],  # type: ignore[arg-type]
                 shape=tuple(slot.shape),
@@ -231,9 +232,8 @@ def make_report(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader 
                 recording=None if slot.ref is None else recording_of(slot, tapes[slot.ref.storage]),
             )
         )
-    return InitReport(
-        rows, None if reader is None else str(reader.path), None if reader is None else reader.note, plan.unexpected
-    )
+    path, note = (None, None) if reader is None else (str(reader.path), reader.note)
+    return FillRecord(list(map(RowRecord, rows)), path, note, plan.unexpected)
 
 
 _ALONE = SingleProcess()
@@ -281,19 +281,18 @@ def carry_out(
     """Fill ``tensors``: the plan's own, or what a strategy has made of them."""
     plan, _, tapes, reader, exact = prepared
 
-    def check_and_fill() -> InitReport:
+    def check_and_fill() -> FillRecord:
         check_ties(plan, reader, placement)
-        report = fill(plan, tensors, tapes, reader, placement, exact=exact)
+        record = fill(plan, tensors, tapes, reader, placement, exact=exact)
         set_extra_states(plan.extras)
-        return report
+        return record
 
-    report = agreement.same("filling the model", check_and_fill, lambda report: "")
+    record = agreement.same("filling the model", check_and_fill, lambda record: "")
     release_recorded(model)
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()  # cuDNN's layout: the constructor's own call came before there was memory
-    keep_report(model, report)
-    return report
+    return keep_record(model, record)
 
 
 def _with_earlier_load(

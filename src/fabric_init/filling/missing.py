@@ -115,14 +115,14 @@ def _initialize(waits: Waits, sources: _Sources) -> None:
     plan = make_plan([item.slot for item in items], tapes, None, LoadOptions())
     tensors = [tensor for _, tensor in by_tensor.values()]
     placement = _AsTheyAreNow(items[0].placement)
-    report = fill(plan, tensors, tapes, None, placement, exact=False)
-    for item, tensor, row in zip(items, tensors, report.rows, strict=True):
+    record = fill(plan, tensors, tapes, None, placement, exact=False)
+    for item, tensor, row in zip(items, tensors, record.rows, strict=True):
         for_it = sources.get(id(item))
         if for_it:
             memory = compute_with(item.slot, item.tape, for_it, tensor.device)
             with torch.no_grad():
                 placement.put(item.slot, tensor, take(view(memory, _ref(item)), placement.region(item.slot)))
-        item.row.status, item.row.origin, item.row.dtype = "initialized", row.origin, dtype_name(tensor.dtype)
+        item.row.update(status="initialized", origin=row.row.origin, dtype=dtype_name(tensor.dtype))
 
 
 def _ref(item: Unfilled) -> TensorRef:

@@ -20,7 +20,7 @@ from fabric_init.distributed.agreement import Agreement
 from fabric_init.guard.apply import GuardedApply
 from fabric_init.guard.rehome import follow
 from fabric_init.guard.state import ATTRIBUTE, BUILT, ModelState, Unfilled, tensor_at, waiting_under
-from fabric_init.reports.rows import Row
+from fabric_init.reports.registry import RowRecord
 
 _RANKS = "_fabric_init_ranks"
 
@@ -209,7 +209,7 @@ def _visible(model: nn.Module) -> Iterator[Unfilled]:
             yield item
 
 
-def settle(model: nn.Module) -> list[Row]:
+def settle(model: nn.Module) -> list[RowRecord]:
     """Take note of what has been written since the last look; gives the report's rows of what still waits."""
     for module in follow(model):
         built = next(waiting.built for _, waiting in waiting_under(module))

@@ -26,7 +26,8 @@ from fabric_init.planning.placement import Placement
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.replay import real_execution
 from fabric_init.recording.tape import Tape, TensorRef
-from fabric_init.reports.rows import Row, Status, dtype_name
+from fabric_init.reports.registry import RowRecord
+from fabric_init.reports.rows import Status, dtype_name
 
 _THREE_WAYS = (
     "Load them (fabric.load, fabric.load_raw or load_state_dict), or declare the load so that it is done for you "
@@ -52,7 +53,7 @@ class Unfilled:
     slot: TensorInfo
     tape: Tape
     placement: Placement
-    row: Row
+    row: RowRecord
     tensor: Tensor | None
     version: int
 
@@ -201,9 +202,10 @@ class ModuleState:
                 now = tensor_at(module, item.attribute)
                 if not item.written(now, by_load=status == "loaded"):
                     left.append(item)
-                elif item.row.status == "unfilled":
-                    item.row.status = status
-                    item.row.dtype = item.row.dtype if now is None else dtype_name(now.dtype)
+                elif item.row.row.status == "unfilled":
+                    item.row.update(status=status)
+                    if now is not None:
+                        item.row.update(dtype=dtype_name(now.dtype))
         self.items = left
         if not left:
             self.end(module)

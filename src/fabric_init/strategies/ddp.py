@@ -13,7 +13,7 @@ from torch import nn
 from fabric_init.distributed.agreement import RankGroup
 from fabric_init.guard.hooks import settle
 from fabric_init.planning.placement import Placement, WholeTensors
-from fabric_init.reports.init_report import filled_by_us
+from fabric_init.reports.registry import filled_by_us
 from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
 
 

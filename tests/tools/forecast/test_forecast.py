@@ -89,7 +89,7 @@ def test_a_wrong_call_raises(build: Build, save: Save, tmp_path: Path) -> None:
         forecast(build, tmp_path / "nothing.safetensors")
     with pytest.raises(CheckpointMismatchError, match="names no tensor of the model"):
         forecast(build, save(), reinit=["body.*"])
-    with pytest.raises(ValueError, match="bandwidth=0: give bytes a second"):
+    with pytest.raises(ValueError, match="bandwidth must be a positive number of bytes per second, got 0"):
         forecast(build, bandwidth=0)
-    with pytest.raises(TypeError, match="a module, or what builds one, and got int"):
+    with pytest.raises(TypeError, match="a module or a callable that builds one, got int"):
         forecast(lambda: 3)  # type: ignore[arg-type, return-value]

@@ -1,4 +1,4 @@
-"""A recorded model's twin with values: the model itself stays recorded, to be loaded or sharded later."""
+"""Make a filled copy of a recorded model, which itself stays recorded, to be loaded or sharded later."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from fabric_init.planning.tensors import find_tensors
 
 
 def with_values(model: nn.Module) -> nn.Module:
-    """``model`` itself if it has values; else a copy that its own init has filled. Takes the memory of one model.
+    """Return ``model`` if it has values, else a copy filled by its own init, which takes the memory of the model.
 
     Raises:
         FabricInitError: the model cannot be copied.
-        UninitializedTensorError: its own code never gives some tensor a value.
+        UninitializedTensorError: its own code does not initialize some tensor.
     """
     recorded = [tensor for slot, tensor in find_tensors(model) if slot.ref is not None]
     if not recorded:
         return model
-    # the twin's tensors lie on the same recorded storages, so the same tape fills them
+    # the tensors of the twin share the recorded storages, so the same tape fills them
     memo: dict[int, Any] = {id(tensor): _twin(tensor) for tensor in recorded}
     memo.update(guards_in_copy(model))
     try:

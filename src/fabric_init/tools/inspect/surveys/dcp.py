@@ -16,8 +16,9 @@ from fabric_init.checkpoints.region import Span, boxes_of
 from fabric_init.checkpoints.state_dicts import Location, choose_state_dict, describe
 from fabric_init.checkpoints.storage.local import FileBytes, open_bytes
 from fabric_init.errors import CheckpointError, CheckpointFormatError
+from fabric_init.reports.rows import dtype_name
 from fabric_init.tools.inspect.contents import Damage
-from fabric_init.tools.inspect.survey import Found, Run, Survey, count, dtype_name
+from fabric_init.tools.inspect.survey import ElementRun, Survey, SurveyedTensor, count
 
 _METADATA = ".metadata"
 
@@ -37,12 +38,12 @@ def survey_dcp(folder: Path, entry: str | None) -> Survey:
         for chunk in tensor.chunks:
             files[chunk.item.file] += chunk.box.numel * tensor.spec.dtype.itemsize
         nbytes = tensor.spec.shape.numel() * tensor.spec.dtype.itemsize
-        one = Found(shown, tuple(tensor.spec.shape), dtype_name(tensor.spec.dtype), nbytes, dict(files))
+        one = SurveyedTensor(shown, tuple(tensor.spec.shape), dtype_name(tensor.spec.dtype), nbytes, dict(files))
         one.whole = all(_is_there(survey, chunk) for chunk in tensor.chunks)
         one.layout = [chunk.box for chunk in tensor.chunks] if len(tensor.chunks) > 1 else None
         if one.whole:
             one.runs = tuple(
-                Run(chunk.box.numel, _SurveyedChunk(folder, full, tensor, chunk).read) for chunk in tensor.chunks
+                ElementRun(chunk.box.numel, _SurveyedChunk(folder, full, tensor, chunk).read) for chunk in tensor.chunks
             )
         survey.found.append(one)
     return survey

@@ -21,8 +21,9 @@ from fabric_init.checkpoints.region import Span, Window
 from fabric_init.checkpoints.state_dicts import Location, choose_state_dict, describe
 from fabric_init.checkpoints.storage.local import FileBytes
 from fabric_init.errors import CheckpointFormatError
+from fabric_init.reports.rows import dtype_name
 from fabric_init.tools.inspect.contents import Damage
-from fabric_init.tools.inspect.survey import Found, Run, Survey, count, dtype_name, sharing_bytes
+from fabric_init.tools.inspect.survey import ElementRun, Survey, SurveyedTensor, count, sharing_bytes
 from fabric_init.tools.inspect.surveys.torch_records import Records, legacy_records, zip_records
 
 
@@ -133,10 +134,10 @@ def _found(
     prefix: str,
     key: object,
     value: torch.Tensor,
-) -> Found:
+) -> SurveyedTensor:
     shown = f"{prefix}{key}"
     nbytes = max(0, math.prod(value.shape)) * value.element_size()
-    one = Found(shown, tuple(value.shape), dtype_name(value.dtype), nbytes, {file.path.name: nbytes})
+    one = SurveyedTensor(shown, tuple(value.shape), dtype_name(value.dtype), nbytes, {file.path.name: nbytes})
     try:
         checked_key(file.path, key, value, claims)
     except CheckpointFormatError as error:
@@ -154,7 +155,7 @@ def _found(
     if one.whole and start is not None:
         ordered = _in_order(value)
         one.layout = None if ordered is value else (value.shape, value.stride())
-        one.runs = (Run(ordered.numel(), partial(_read, file, start, ordered)),)
+        one.runs = (ElementRun(ordered.numel(), partial(_read, file, start, ordered)),)
     return one
 
 
