@@ -1,7 +1,7 @@
 """The exceptions of fabric_init::
 
     FabricInitError
-    ├── OptionError                  an option that is no use as it was given (also a ValueError)
+    ├── OptionError                  an option that is invalid, or useless here (also a ValueError)
     ├── RecordingError               a constructor did what cannot be recorded (also a RuntimeError)
     ├── CheckpointError              the file itself (also a ValueError)
     │   ├── CheckpointNotFoundError  no such file, shard or folder (also a FileNotFoundError)
@@ -29,7 +29,7 @@ class FabricInitError(Exception):
 
 
 class OptionError(FabricInitError, ValueError):
-    """An option needs another one, or names nothing in this model: ``rename`` without ``checkpoint``, for example."""
+    """An option is invalid, needs another one, or names nothing: ``rename`` without ``checkpoint``, for example."""
 
 
 class RecordingError(FabricInitError, RuntimeError):

@@ -15,9 +15,10 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from fabric_init._text import human_bytes, joined, shape_text
 from fabric_init.api import deferred_init
 from fabric_init.cli import CommandError
-from fabric_init.cli.console import bytes_text, err, new_table, out, shape_text
+from fabric_init.cli.console import err, new_table, out
 from fabric_init.cli.model_argument import HELP, model_builder
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.reports.html import check_plotly
@@ -112,7 +113,7 @@ def _audited(model: nn.Module, batch: bool | None) -> AuditReport:
         return audit(model, batch="auto" if batch else None)
     taken, most = 2 * sum(one.nbytes for one in model.parameters()), _half_of_memory()
     if taken > most:
-        _say(f"not run: weights and gradients take {bytes_text(taken)}, over {bytes_text(most)}; --batch runs it")
+        _say(f"not run: weights and gradients take {human_bytes(taken)}, over {human_bytes(most)}; --batch runs it")
         return audit(model)
     try:
         return audit(model, batch="auto")
@@ -176,12 +177,10 @@ def _number(value: float | None) -> str:
 
 
 def _finding_text(finding: Finding) -> Text:
-    more = len(finding.tensors) - _NAMES
     text = Text.assemble(
         (str(finding.level), _COLORS[finding.level]),
         f" [{finding.check}] ",
-        (", ".join(finding.tensors[:_NAMES]), "bold"),
-        f" … and {more} more" if more > 0 else "",
+        (joined(finding.tensors, _NAMES), "bold"),
         f"\n    {finding.evidence}",
     )
     if finding.std is not None:

@@ -13,7 +13,7 @@ from typing import TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.filesize import decimal, pick_unit_and_suffix
+from rich.filesize import pick_unit_and_suffix
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
@@ -84,22 +84,12 @@ def new_progress(wanted: bool = True) -> Progress:
     )
 
 
-def bytes_text(nbytes: int) -> str:
-    """``13.5 GB``, in powers of 1,000."""
-    return decimal(nbytes)
-
-
 def count_text(count: int) -> str:
     """``70.6 B``: thousands K, millions M, billions B, trillions T. Up to 10,000 exactly: ``9,216``."""
     if count < _NO_SCALE:
         return f"{count:,}"
     unit, suffix = pick_unit_and_suffix(count, ["", "K", "M", "B", "T", "Q"], 1000)
     return f"{count / unit:.1f} {suffix}"
-
-
-def shape_text(shape: Sequence[int]) -> str:
-    """``4096×11008``; ``scalar`` for a tensor without dimensions."""
-    return "×".join(map(str, shape)) or "scalar"
 
 
 def printable(text: str) -> str:

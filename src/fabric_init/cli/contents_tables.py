@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fabric_init.cli.console import bytes_text, count_text, is_terminal, new_table, printable, shape_text
+from fabric_init._text import counted, human_bytes, shape_text
+from fabric_init.cli.console import count_text, is_terminal, new_table, printable
 from fabric_init.tools.inspect import Contents, Folded, TensorRow, Values, fold, fold_names
 
 _FEW = 6
@@ -43,8 +44,7 @@ def show(out: Console, contents: Contents, each: bool) -> None:
     if contents.sound:
         out.print("sound", style="green")
     else:
-        number = len(contents.damage)
-        out.print(f"not sound: {number:,} fault{'s' * (number != 1)}", style="bold red")
+        out.print(f"not sound: {counted(len(contents.damage), 'fault')}", style="bold red")
         out.print()
         out.print(_damage(out, contents, every))
 
@@ -55,12 +55,9 @@ def _head(contents: Contents) -> Iterable[Text]:
         f": {contents.format}" + (f", {files} files" if files > 1 else ""), style="not bold"
     )
     dtypes = contents.dtypes
-    kinds = ", ".join(dtypes if len(dtypes) < 2 else (f"{kind} {bytes_text(size)}" for kind, size in dtypes.items()))
-    number = len(contents.tensors)
-    yield Text(
-        f"{number:,} tensor{'s' * (number != 1)}, {count_text(contents.numel)} elements, {bytes_text(contents.nbytes)}"
-        + (f": {kinds}" if kinds else "")
-    )
+    kinds = ", ".join(dtypes if len(dtypes) < 2 else (f"{kind} {human_bytes(size)}" for kind, size in dtypes.items()))
+    sizes = f"{count_text(contents.numel)} elements, {human_bytes(contents.nbytes)}"
+    yield Text(f"{counted(len(contents.tensors), 'tensor')}, {sizes}" + (f": {kinds}" if kinds else ""))
     if len(contents.entries) > 1:
         shown = (f"{printable(name) or 'the outermost'} ({number})" for name, number in contents.entries.items())
         yield Text(f"state dicts, and their tensors: {', '.join(shown)}")
@@ -69,9 +66,9 @@ def _head(contents: Contents) -> Iterable[Text]:
 
 
 def _tensors(out: Console, contents: Contents, lines: Sequence[Folded], each: bool) -> Table:
-    counted = any(line.rows[0].values for line in lines)
+    with_values = any(line.rows[0].values for line in lines)
     strange = any(row.values and (row.values.nans or row.values.infs) for row in contents.tensors)
-    numbers = ["min", "max", "mean", "std"] * counted + ["NaN", "Inf"] * strange
+    numbers = ["min", "max", "mean", "std"] * with_values + ["NaN", "Inf"] * strange
     with_file = each and len({row.files for row in contents.tensors}) > 1
     folded = any(len(line.rows) > 1 for line in lines)
     # What the head says already makes room for the names.
@@ -83,7 +80,7 @@ def _tensors(out: Console, contents: Contents, lines: Sequence[Folded], each: bo
         cells = [printable(line.name)]
         cells += [f"{len(line.rows):,} ×" if len(line.rows) > 1 else ""] * folded
         cells += [shape_text(first.shape), *[first.dtype] * with_dtype]
-        cells.append(bytes_text(sum(row.nbytes for row in line.rows)))
+        cells.append(human_bytes(sum(row.nbytes for row in line.rows)))
         cells += _numbers(line.rows)[: len(numbers)] if numbers else []
         cells += [", ".join(map(printable, first.files))] * with_file
         table.add_row(*cells, style=None if first.whole else "red")
@@ -111,9 +108,9 @@ def _together(values: Sequence[Values]) -> tuple[float, float]:
 def _files(out: Console, contents: Contents) -> Table:
     table = new_table(out, "file", "size", "tensors", "of size", right=["size", "tensors", "of size"])
     for row in contents.files:
-        size = "not there" if row.nbytes is None else bytes_text(row.nbytes)
+        size = "not there" if row.nbytes is None else human_bytes(row.nbytes)
         style = "red" if row.nbytes is None else None
-        table.add_row(printable(row.name), size, f"{row.tensors:,}", bytes_text(row.tensor_nbytes), style=style)
+        table.add_row(printable(row.name), size, f"{row.tensors:,}", human_bytes(row.tensor_nbytes), style=style)
     return table
 
 

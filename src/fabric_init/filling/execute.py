@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fabric_init._gc import PausedCollector
 from fabric_init._interrupts import interrupts_held
+from fabric_init._text import dtype_name
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import Agreement, SingleProcess
@@ -29,7 +30,7 @@ from fabric_init.planning.prepare import PreparedPlan, plan_for, prepared_digest
 from fabric_init.recording.replay import real_execution, replay, view
 from fabric_init.recording.tape import Rng, Tape
 from fabric_init.reports.init_report import InitReport, keep_report
-from fabric_init.reports.rows import Row, dtype_name
+from fabric_init.reports.rows import Row
 from fabric_init.reports.rules import describe_rule
 from fabric_init.reports.trace import recording_of
 

@@ -10,7 +10,7 @@ import torch
 
 from fabric_init.checkpoints import CheckpointReader, TensorSpec, rename_keys
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
-from fabric_init.errors import CheckpointMismatchError
+from fabric_init.errors import OptionError
 from fabric_init.planning.extra_state import Extra, ExtraStateInfo, extra_states
 from fabric_init.planning.hints.adapters import likely_adapters
 from fabric_init.planning.hints.conversions import likely_conversions, likely_transposes
@@ -62,7 +62,8 @@ def match(
     """What :func:`~fabric_init.planning.validation.make_plan` judges. Arguments as there.
 
     Raises:
-        CheckpointMismatchError: ``rename`` or ``reinit`` is not usable.
+        CheckpointMismatchError: ``rename`` gives two keys the same name, or selects a part that is not there.
+        OptionError: ``rename`` is invalid, or ``reinit`` matches no tensor.
     """
     keys = rename_keys((*reader.keys(), *extra_states(reader)), wanted.rename) if reader is not None else {}
     key_of = {name: key for key, name in keys.items()}
@@ -141,11 +142,9 @@ def _number_kind(dtype: torch.dtype) -> str:
 
 
 def _check_reinit(slots: Sequence[TensorInfo], patterns: Sequence[str]) -> None:
-    if isinstance(patterns, str):
-        raise CheckpointMismatchError(f"reinit takes a list of globs, not one string: reinit=[{patterns!r}]")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for slot in slots for name in slot.names):
-            raise CheckpointMismatchError(
+            raise OptionError(
                 f"reinit={pattern!r} names no tensor of the model; names look like {slots[0].name!r}"
                 if slots
                 else f"reinit={pattern!r}: the model has no tensors"

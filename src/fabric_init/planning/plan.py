@@ -61,11 +61,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What the user asked of a load."""
+    """The options of a load that concern the model; see :func:`fabric_init.materialize`.
+
+    Raises:
+        TypeError: ``reinit`` is one string.
+    """
 
     strict: bool = True
     rename: Rename = None
     reinit: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.reinit, str):
+            raise TypeError(f"reinit takes a list of globs, not one string: reinit=[{self.reinit!r}]")
 
 
 def storage_groups(entries: Sequence[PlanEntry]) -> dict[int, list[int]]:

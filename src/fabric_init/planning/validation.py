@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from fabric_init._text import listed
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError, UninitializedTensorError
 from fabric_init.planning.extra_state import ExtraStateInfo
@@ -46,7 +47,7 @@ def make_plan(
             transpose = likely_transpose(found, reader)
             raise CheckpointMismatchError(
                 f"{reader.path}: {len(found.misfits)} of {found.loadable} tensors do not fit the model:\n"
-                + _listed([misfit.problem for misfit in found.misfits])
+                + listed([misfit.problem for misfit in found.misfits])
                 + ("" if transpose is None else f"\nLikely: {transpose}")
                 + "\nBuild the model from the checkpoint's own config, or name what is to be initialized afresh "
                 'instead, e.g. reinit=["' + found.misfits[0].slot.name + '"].'
@@ -82,12 +83,12 @@ def check_all_have_values(
     if garbage:
         parts.append(
             f"the model's own code never gives {len(garbage)} tensors a value (torch.empty and no init), so they would "
-            "be garbage:\n" + _listed(garbage)
+            "be garbage:\n" + listed(garbage)
         )
     if outside:
         parts.append(
             f"{len(outside)} tensors are on the meta device but were not recorded, so there is no init to run:\n"
-            + _listed(outside)
+            + listed(outside)
         )
     where = f"{reader.path} does not hold them" if reader is not None else "no checkpoint brings them"
     raise UninitializedTensorError(
@@ -103,9 +104,9 @@ def _keys_message(found: Matching, reader: CheckpointReader) -> str:
         lines.append(f"({reader.note}.)")
     if found.lacks_some:
         names = [*(slot.name for slot in found.missing), *found.missing_extras]
-        lines.append(f"Missing from the checkpoint ({len(names)}):\n" + _listed(names))
+        lines.append(f"Missing from the checkpoint ({len(names)}):\n" + listed(names, most=None))
     if found.unexpected:
-        lines.append(f"Not in the model ({len(found.unexpected)}):\n" + _listed(found.unexpected))
+        lines.append(f"Not in the model ({len(found.unexpected)}):\n" + listed(found.unexpected, most=None))
     hints = likely_fixes(found, reader)
     lines += [f"Likely: {hint}" for hint in hints]
     if not hints:
@@ -116,7 +117,3 @@ def _keys_message(found: Matching, reader: CheckpointReader) -> str:
                 "strict=False gives missing tensors the model's own init and ignores the rest; rename= maps keys."
             )
     return "\n".join(lines)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return "\n".join(f"  {name}" for name in names)

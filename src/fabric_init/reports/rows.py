@@ -85,11 +85,6 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float32`` as ``float32``."""
-    return str(dtype).removeprefix("torch.")
-
-
 class Recording(NamedTuple):
     """What a row keeps to be able to tell: a tensor, and the tape that it is on."""
 

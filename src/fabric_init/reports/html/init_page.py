@@ -6,7 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
-from fabric_init.reports.html import Bar, Card, Column, Fact, Page, Plot, Point, Table, bars, counted, in_short, scatter
+from fabric_init._text import counted
+from fabric_init.reports.html import Bar, Card, Column, Fact, Page, Plot, Point, Table, bars, in_short, scatter
 from fabric_init.reports.provenance import wasted_by_rule
 from fabric_init.reports.rows import InitRecord, Row
 

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from fabric_init._text import dtype_name
 from fabric_init.recording.tape import Tape
 from fabric_init.reports.expectations import Expectations, moments
 from fabric_init.reports.provenance import file_of, rule_said, write_of
-from fabric_init.reports.rows import dtype_name
 from fabric_init.reports.statistics import Moments
 from fabric_init.reports.write_history import Event, History
 from fabric_init.tools.audit.findings import Row

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from fabric_init._text import counted
 from fabric_init.checkpoints.formats.torch_save.reader import TorchFileReader
 from fabric_init.checkpoints.open import find_format
 from fabric_init.checkpoints.registry import Candidate, Format, registered_formats
@@ -17,7 +18,7 @@ from fabric_init.checkpoints.storage.local import open_bytes
 from fabric_init.checkpoints.storage.remote import AnyPath, RemotePath
 from fabric_init.errors import CheckpointError, CheckpointFormatError, CheckpointNotFoundError
 from fabric_init.tools.inspect.contents import Contents, Damage, FileRow, TensorRow, Values
-from fabric_init.tools.inspect.survey import Found, Survey, count
+from fabric_init.tools.inspect.survey import Found, Survey
 from fabric_init.tools.inspect.surveys.dcp import survey_dcp
 from fabric_init.tools.inspect.surveys.readers import survey_deepspeed, survey_reader
 from fabric_init.tools.inspect.surveys.safetensors import survey_safetensors
@@ -65,19 +66,19 @@ def inspect(
     damage = list(survey.damage)
     if sums is not None:
         damage += _compare_digests(sums, survey, root, progress)
-    counted: dict[str, Values] = {}
+    by_key: dict[str, Values] = {}
     if values:
-        counted = _values(found, damage, progress)
+        by_key = _values(found, damage, progress)
     ties = tuple(tie for tie in survey.ties if shown.intersection(tie))
     return Contents(
         path=candidate.asked,
         format=survey.format,
         note="; ".join(survey.notes) or None,
-        tensors=tuple(_row(one, counted.get(one.key)) for one in found),
+        tensors=tuple(_row(one, by_key.get(one.key)) for one in found),
         files=_files(survey),
         entries=survey.entries,
         ties=ties,
-        duplicates=_duplicates(counted, ties),
+        duplicates=_duplicates(by_key, ties),
         damage=tuple(damage),
     )
 
@@ -198,27 +199,27 @@ def _compare_digests(sums: Manifest, survey: Survey, root: AnyPath, progress: Pr
 def _values(found: Sequence[Found], damage: list[Damage], progress: Progress | None) -> dict[str, Values]:
     readable = [one for one in found if one.runs and one.whole]
     report = _Report("values", sum(one.nbytes for one in readable), progress)
-    counted: dict[str, Values] = {}
+    by_key: dict[str, Values] = {}
     for one, values in zip(readable, count_values(readable, report), strict=True):
         file = next(iter(one.files), None)
         if isinstance(values, Exception):
             damage.append(Damage("unreadable", str(values), file, (one.key,)))
             continue
-        counted[one.key] = values
+        by_key[one.key] = values
         if values.nans:
-            message = f"{count(values.nans, 'element')} of {one.numel:,} NaN"
+            message = f"{counted(values.nans, 'element')} of {one.numel:,} NaN"
             damage.append(Damage("NaN", message, file, (one.key,)))
         if values.infs:
-            message = f"{count(values.infs, 'element')} of {one.numel:,} infinite"
+            message = f"{counted(values.infs, 'element')} of {one.numel:,} infinite"
             damage.append(Damage("Inf", message, file, (one.key,)))
-    return counted
+    return by_key
 
 
-def _duplicates(counted: dict[str, Values], ties: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+def _duplicates(by_key: dict[str, Values], ties: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
     """Tensors of equal values; of constant ones (zeros, ones) that says nothing."""
     again = {key for tie in ties for key in tie[1:]}
     groups: defaultdict[str, list[str]] = defaultdict(list)
-    for key, values in counted.items():
+    for key, values in by_key.items():
         if key not in again and values.min != values.max:
             groups[values.digest].append(key)
     return tuple(tuple(keys) for keys in groups.values() if len(keys) > 1)

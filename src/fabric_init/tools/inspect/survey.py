@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -60,12 +59,6 @@ class Survey:
     """Whether our own reader should open it, without reading weights."""
 
 
-@cache
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float32`` as ``float32``."""
-    return str(dtype).removeprefix("torch.")
-
-
 def sharing_bytes(found: Iterable[Found]) -> Iterator[tuple[Found, ...]]:
     """Groups of tensors with extents in one file that overlap; empty tensors share nothing."""
     by_file: dict[tuple[str, ...], list[tuple[int, int, Found]]] = {}
@@ -83,8 +76,3 @@ def sharing_bytes(found: Iterable[Found]) -> Iterator[tuple[Found, ...]]:
             reach = max(reach, stop)
         if len(group) > 1:
             yield tuple(group)
-
-
-def count(number: int, thing: str) -> str:
-    """``1 tensor``, ``2 tensors``."""
-    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
