@@ -1,4 +1,4 @@
-"""The contents of a checkpoint on a terminal or in a pipe."""
+"""Print the contents of a checkpoint, on a terminal or into a pipe."""
 
 from __future__ import annotations
 
@@ -14,15 +14,12 @@ from fabric_init._text import counted, human_bytes, shape_text
 from fabric_init.cli.console import count_text, is_terminal, new_table, printable
 from fabric_init.tools.inspect import Contents, Folded, TensorRow, Values, fold, fold_names
 
-_FEW = 6
-"""Names that a terminal shows of many; a pipe gets all."""
-
-_NARROW = 100
-"""Columns of a terminal that has none to spare."""
+_FEW = 6  # names that a terminal shows of many; a pipe gets all
+_NARROW = 100  # columns of a terminal below which dtypes are omitted
 
 
 def show(out: Console, contents: Contents, each: bool) -> None:
-    """Print everything. ``each``: a line for each tensor and file, else one for what differs by its number only."""
+    """Print everything. ``each``: a line for each tensor and file, else one for all that differ only by a number."""
     for text in _head(contents):
         out.print(text, soft_wrap=True)
     if contents.tensors:
@@ -71,7 +68,7 @@ def _tensors(out: Console, contents: Contents, lines: Sequence[Folded], each: bo
     numbers = ["min", "max", "mean", "std"] * with_values + ["NaN", "Inf"] * strange
     with_file = each and len({row.files for row in contents.tensors}) > 1
     folded = any(len(line.rows) > 1 for line in lines)
-    # What the head says already makes room for the names.
+    # A single dtype is in the head already; omitting it leaves width for the names.
     with_dtype = out.width > _NARROW or len(contents.dtypes) > 1
     columns = ["tensor", *[""] * folded, "shape", *["dtype"] * with_dtype, "size", *numbers, *["file"] * with_file]
     table = new_table(out, *columns, right=["", "shape", "size", *numbers])
@@ -88,20 +85,21 @@ def _tensors(out: Console, contents: Contents, lines: Sequence[Folded], each: bo
 
 
 def _numbers(rows: Sequence[TensorRow]) -> list[str]:
-    """Of all elements of the tensors together; they are of one shape."""
-    found = [row.values for row in rows if row.values is not None]
-    some = [one for one in found if not math.isnan(one.mean)]
-    nans, infs = (f"{sum(one.nans for one in found):,}", f"{sum(one.infs for one in found):,}")
-    if not some:
+    """Return the statistics of all elements of the tensors together, which have the same shape."""
+    values = [row.values for row in rows if row.values is not None]
+    finite = [value for value in values if not math.isnan(value.mean)]
+    nans, infs = (f"{sum(value.nans for value in values):,}", f"{sum(value.infs for value in values):,}")
+    if not finite:
         return ["-", "-", "-", "-", nans, infs]
-    mean, std = _together(some)
-    spread = min(one.min for one in some), max(one.max for one in some), mean, std
-    return [*(f"{number:.4g}" for number in spread), nans, infs]
+    mean, std = _combined(finite)
+    statistics = min(value.min for value in finite), max(value.max for value in finite), mean, std
+    return [*(f"{number:.4g}" for number in statistics), nans, infs]
 
 
-def _together(values: Sequence[Values]) -> tuple[float, float]:
-    mean = math.fsum(one.mean for one in values) / len(values)
-    variance = math.fsum(one.std**2 + (one.mean - mean) ** 2 for one in values) / len(values)
+def _combined(values: Sequence[Values]) -> tuple[float, float]:
+    """Return mean and std of the union of samples of equal size."""
+    mean = math.fsum(value.mean for value in values) / len(values)
+    variance = math.fsum(value.std**2 + (value.mean - mean) ** 2 for value in values) / len(values)
     return mean, math.sqrt(variance)
 
 
@@ -115,12 +113,13 @@ def _files(out: Console, contents: Contents) -> Table:
 
 
 def _damage(out: Console, contents: Contents, every: bool) -> Table:
-    named = any(one.tensors for one in contents.damage)
+    named = any(damage.tensors for damage in contents.damage)
     table = new_table(out, "damage", "file", "what is wrong", *["tensors"] * named)
-    for one in contents.damage:
-        names = [printable(name) for name in fold_names(one.tensors)]
-        shown = ", ".join(names if every else _few(names))
-        table.add_row(Text(one.kind, style="red"), printable(one.file or ""), printable(one.message), *[shown] * named)
+    for damage in contents.damage:
+        names = [printable(name) for name in fold_names(damage.tensors)]
+        shown = [", ".join(names if every else _few(names))] * named
+        kind = Text(damage.kind, style="red")
+        table.add_row(kind, printable(damage.file or ""), printable(damage.message), *shown)
     return table
 
 

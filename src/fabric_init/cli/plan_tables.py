@@ -1,4 +1,4 @@
-"""What ``fabric-init plan`` prints for people."""
+"""Print a forecast as text and tables, for ``fabric-init plan``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Row = TypeVar("Row")
 
 
 def show(forecast: Forecast) -> None:
-    """Print ``forecast`` on standard output. On a terminal, long tables are cut; ``--json`` has all."""
+    """Print ``forecast`` on standard output. Long tables are cut on a terminal; ``--json`` has everything."""
     console = out()
     note = f"; {printable(forecast.note)}" if forecast.note else ""
     console.print(f"{forecast.model} from {printable(str(forecast.checkpoint))} ({forecast.format}{note})")
@@ -53,8 +53,8 @@ def _show_coverage(console: Console, coverage: Coverage) -> None:
     _show_fresh(console, "Initialized afresh, as asked", coverage.reinit)
     if coverage.unexpected:
         table = new_table(console, "key", "shape", "dtype", "size", right=["shape", "size"])
-        for one in _shown(console, coverage.unexpected):
-            table.add_row(printable(one.key), shape_text(one.shape), one.dtype, human_bytes(one.bytes))
+        for extra in _shown(console, coverage.unexpected):
+            table.add_row(printable(extra.key), shape_text(extra.shape), extra.dtype, human_bytes(extra.bytes))
         _print(console, "Not in the model", table, len(coverage.unexpected))
     if coverage.wrong_shapes:
         table = new_table(console, "tensor")
@@ -78,8 +78,8 @@ def _show_coverage(console: Console, coverage: Coverage) -> None:
 def _show_fresh(console: Console, heading: str, rows: Sequence[Fresh]) -> None:
     if rows:
         table = new_table(console, "tensor", "shape", "size", "its own init", right=["shape", "size"])
-        for one in _shown(console, rows):
-            table.add_row(one.name, shape_text(one.shape), human_bytes(one.bytes), one.rule or "none")
+        for row in _shown(console, rows):
+            table.add_row(row.name, shape_text(row.shape), human_bytes(row.bytes), row.rule or "none")
         _print(console, heading, table, len(rows))
 
 
@@ -102,7 +102,7 @@ def _show_reading(console: Console, forecast: Forecast) -> None:
 
 
 def _runs(reading: IoEstimate) -> Iterator[tuple[str, int]]:
-    """Ranks that follow one another and read as much."""
+    """Yield consecutive ranks that read the same number of bytes."""
     first = 0
     for rank in range(1, len(reading.by_rank) + 1):
         if rank == len(reading.by_rank) or reading.by_rank[rank] != reading.by_rank[first]:
