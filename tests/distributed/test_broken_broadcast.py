@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from fabric_init import CheckpointMismatchError, FabricInitError, RanksDisagreeError, RanksLostError
 from fabric_init.distributed import broadcast
+from fabric_init.distributed import io as distributed_io
 from tests.support.ranks import Outcome, run_ranks, try_ranks
 from tests.support.watched import watched
 from tests.support.zoo import STRATEGIES, build, launch, write_checkpoint
@@ -29,7 +30,7 @@ def fail(
 ) -> tuple[str, str, float]:
     """The error of a load that cannot succeed: class, message, and how long it took to come."""
     rank = int(os.environ["RANK"])
-    io.BUDGET = 200
+    distributed_io.BUDGET = budget
     fabric = launch(strategy, io=io[rank] if io else "broadcast")
     start = time.monotonic()
     with pytest.raises(FabricInitError) as raised:
