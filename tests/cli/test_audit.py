@@ -168,7 +168,7 @@ def test_a_model_beyond_this_machines_memory_is_audited_but_not_run(capsys: pyte
 
 def test_a_page_that_cannot_be_written_is_refused_before_anything_is_built(capsys: pytest.CaptureFixture[str]) -> None:
     assert status_of("models_to_audit:sound", "--html", "page.pdf") == 1
-    assert "name a file that ends in .html" in capsys.readouterr().err
+    assert "the file name must end in .html" in capsys.readouterr().err
     assert status_of("models_to_audit:absent", "--html", "nowhere/page.html") == 1
     assert capsys.readouterr().err == "fabric-init audit: --html nowhere/page.html: there is no folder nowhere\n"
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
+from fabric_init._text import joined
 from fabric_init.checkpoints.formats.dcp.reader import DCPReader
 from fabric_init.checkpoints.formats.deepspeed.reader import DeepSpeedFolderReader, is_deepspeed_folder
 from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
@@ -151,7 +152,7 @@ def _refuse_folder(candidate: Candidate) -> CheckpointReader:
     if isinstance(path, Path):
         there = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
     raise CheckpointNotFoundError(
-        f"{path} has no checkpoint in it. Looked for {_LOOKED_FOR}; found {_listed(there) or 'an empty folder'}."
+        f"{path} has no checkpoint in it. Looked for {_LOOKED_FOR}; found {joined(there) or 'an empty folder'}."
     )
 
 
@@ -229,7 +230,7 @@ def _prefer(folder: str, names: Sequence[str], usual: str) -> str | None:
     if usual in names or len(names) < 2:
         return usual if usual in names else next(iter(names), None)
     raise CheckpointFormatError(
-        f"{folder} has {len(names)} files that could be meant: {_listed(names)}. Give the path of one; if they are "
+        f"{folder} has {len(names)} files that could be meant: {joined(names)}. Give the path of one; if they are "
         f"shards of one checkpoint, its index is missing."
     )
 
@@ -237,10 +238,6 @@ def _prefer(folder: str, names: Sequence[str], usual: str) -> str | None:
 def _elsewhere(head: bytes) -> str | None:
     """What begins like this, of what is known and not read here."""
     return next((what for magic, what in _KNOWN_ELSEWHERE.items() if head.startswith(magic)), None)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _nearby(path: Path) -> str:

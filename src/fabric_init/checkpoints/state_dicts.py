@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fabric_init._text import counted, joined
 from fabric_init.checkpoints.storage.remote import AnyPath
 from fabric_init.errors import CheckpointFormatError
 
@@ -38,7 +39,7 @@ def choose_state_dict(path: AnyPath, counts: Mapping[Location, int], entry: str 
         for location in counts:
             if ".".join(location) == entry:
                 return location
-        raise CheckpointFormatError(f"{path} has no state dict {entry!r}. There are tensors under {_listed(counts)}.")
+        raise CheckpointFormatError(f"{path} has no state dict {entry!r}. There are tensors under {_named(counts)}.")
     usual = [location for location in counts if location and location[-1] in WRAPPERS]
     usual = [location for location in usual if len(location) == min(map(len, usual))]
     if not usual and () in counts:
@@ -47,7 +48,7 @@ def choose_state_dict(path: AnyPath, counts: Mapping[Location, int], entry: str 
     if len(candidates) == 1:
         return candidates[0]
     if candidates:
-        named = _listed({location: counts[location] for location in candidates})
+        named = _named({location: counts[location] for location in candidates})
         raise CheckpointFormatError(
             f"{path} holds {len(candidates)} state dicts: {named}. Name the one you mean, for example "
             f"entry={'.'.join(candidates[0])!r}."
@@ -63,6 +64,6 @@ def describe(location: Location) -> str | None:
     return f"state dict found under {'.'.join(location)!r}" if location else None
 
 
-def _listed(counts: Mapping[Location, int]) -> str:
-    shown = [f"{'.'.join(location)!r} ({count} tensors)" for location, count in list(counts.items())[:8]]
-    return ", ".join(shown) + (f" and {len(counts) - 8} more" if len(counts) > 8 else "") or "no name at all"
+def _named(counts: Mapping[Location, int]) -> str:
+    names = [f"{'.'.join(location)!r} ({counted(count, 'tensor')})" for location, count in counts.items()]
+    return joined(names) or "no name at all"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fabric_init._gc import PausedCollector
 from fabric_init._interrupts import interrupts_held
+from fabric_init._text import dtype_name
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import Agreement, SingleProcess
@@ -31,7 +32,7 @@ from fabric_init.recording.tape import Rng, Tape
 from fabric_init.reports.init_report import InitReport
 from fabric_init.reports.provenance import describe_rule
 from fabric_init.reports.registry import FillRecord, RowRecord, keep_record
-from fabric_init.reports.rows import InitRow, dtype_name
+from fabric_init.reports.rows import InitRow
 from fabric_init.reports.trace import recording_of
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fabric_init._text import dtype_name
 from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import SingleProcess
 from fabric_init.errors import UninitializedTensorError
@@ -20,7 +21,6 @@ from fabric_init.planning.tensors import TensorInfo
 from fabric_init.planning.validation import make_plan
 from fabric_init.recording.replay import view
 from fabric_init.recording.tape import TensorRef
-from fabric_init.reports.rows import dtype_name
 
 Waits = Sequence[tuple[nn.Module, Unfilled]]
 """What waits, and in which modules."""

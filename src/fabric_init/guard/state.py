@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor, nn
 
+from fabric_init._text import dtype_name
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.guard.sentinels import (
@@ -27,7 +28,7 @@ from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.replay import real_execution
 from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.reports.registry import RowRecord
-from fabric_init.reports.rows import Status, dtype_name
+from fabric_init.reports.rows import Status
 
 _THREE_WAYS = (
     "Load them (fabric.load, fabric.load_raw or load_state_dict), or declare the load so that it is done for you "

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from fabric_init._text import counted, human_bytes, shape_text
 from fabric_init.errors import FabricInitError
 from fabric_init.reports.rows import InitReportData, Status
 from fabric_init.reports.save import SavesItself, save_report
@@ -108,8 +109,8 @@ class InitReport(InitReportData):
         sizes: Counter[str] = Counter()
         for row in self.rows:
             sizes[row.status] += row.nbytes
-        head = f"{len(self.rows)} tensor{'s' if len(self.rows) != 1 else ''}: " + ", ".join(
-            f"{number} {status} ({_megabytes(sizes[status])})" for status, number in counts.most_common()
+        head = f"{counted(len(self.rows), 'tensor')}: " + ", ".join(
+            f"{number} {status} ({human_bytes(sizes[status])})" for status, number in counts.most_common()
         )
         lines = [head]
         if self.checkpoint:
@@ -118,13 +119,13 @@ class InitReport(InitReportData):
         lines += [f"cast: {number} tensors {cast}" for cast, number in casts.items()]
         if self.unexpected:
             shown = ", ".join(self.unexpected[:5]) + (" …" if len(self.unexpected) > 5 else "")
-            keys = "1 checkpoint key" if len(self.unexpected) == 1 else f"{len(self.unexpected)} checkpoint keys"
+            keys = counted(len(self.unexpected), "checkpoint key")
             lines.append(f"ignored: {keys} that the model does not have: {shown}")
         # tensors that were not loaded are the ones that readers look for, so they come first
         rows = sorted(self.rows, key=lambda row: row.status == "loaded")[:_MOST_ROWS]
         width = max((len(row.name) for row in rows), default=0)
         for row in rows:
-            shape = "×".join(map(str, row.shape)) or "scalar"
+            shape = shape_text(row.shape)
             ties = f" = {', '.join(row.ties)}" if row.ties else ""
             lines.append(
                 f"  {row.name:<{width}}  {row.status:<14} {shape:>12} {row.dtype:<9} {row.origin}{ties}".rstrip()
@@ -132,7 +133,3 @@ class InitReport(InitReportData):
         if len(self.rows) > len(rows):
             lines.append(f"  … and {len(self.rows) - len(rows)} more (.rows has all)")
         return "\n".join(lines)
-
-
-def _megabytes(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 1e5 else f"{nbytes / 1e3:.1f} kB"

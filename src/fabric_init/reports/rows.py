@@ -100,11 +100,6 @@ def _json_value(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return ``torch.float32`` as ``float32``."""
-    return str(dtype).removeprefix("torch.")
-
-
 class Recording(NamedTuple):
     """The recorded tensor behind a row, and its tape: what :meth:`InitReport.trace` reads."""
 

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fabric_init._text import dtype_name
 from fabric_init.planning.tensors import TensorInfo, named_tensors
 from fabric_init.recording.tape import Tape
 from fabric_init.reports.expectations import Expectations
 from fabric_init.reports.provenance import file_of, rule_of_history, write_of
-from fabric_init.reports.rows import InitRow, Recording, TensorTrace, dtype_name
+from fabric_init.reports.rows import InitRow, Recording, TensorTrace
 from fabric_init.reports.statistics import Moments, measured
 from fabric_init.reports.write_history import Event, History, histories
 

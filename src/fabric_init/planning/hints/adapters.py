@@ -13,6 +13,8 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from fabric_init._text import quoted
+
 _Shapes = Mapping[str, torch.Size]
 _WRAPPED = re.compile(r"(?P<layer>.+)\.(?P<inside>base_layer|original_module)\.(?P<tensor>[^.]+)")
 
@@ -36,9 +38,9 @@ def likely_adapters(missing: _Shapes, unexpected: _Shapes, names: Collection[str
     found = len(missing) - len(adapters)
     if not found or globs is None or any(fnmatchcase(name, glob) for name in renamed for glob in globs):
         return None
-    mapping = ", ".join(f"{_quoted(old)}: {_quoted(new)}" for old, new in rules)
+    mapping = ", ".join(f"{quoted(old)}: {quoted(new)}" for old, new in rules)
     exact = renamed.keys() <= set(names)
-    rest = f"reinit=[{', '.join(map(_quoted, globs))}]" if exact else "strict=False"
+    rest = f"reinit=[{', '.join(map(quoted, globs))}]" if exact else "strict=False"
     return f"rename={{{mapping}}}, {rest} would load {found} tensors and initialize the adapters' {len(adapters)}"
 
 
@@ -92,7 +94,3 @@ def _globs(adapters: Iterable[str], layers: Collection[str]) -> list[str] | None
         kind, underscore, _ = parts[after].partition("_")
         found[f"*.{kind}{underscore}*"] = None
     return list(found)
-
-
-def _quoted(text: str) -> str:
-    return f'r"{text}"' if "\\" in text else f'"{text}"'

@@ -11,6 +11,8 @@ from itertools import islice
 
 import torch
 
+from fabric_init._text import quoted
+
 _Shapes = dict[str, torch.Size]
 _Rule = tuple[str, str]
 
@@ -38,9 +40,7 @@ class Suggestion:
     def __str__(self) -> str:
         count = f"all {self.missing}" if self.matches == self.missing else f"{self.matches} of {self.missing}"
         plural = "" if self.missing == 1 else "s"
-        return (
-            f"rename={{{_quoted(self.pattern)}: {_quoted(self.replacement)}}} would match {count} missing key{plural}"
-        )
+        return f"rename={{{quoted(self.pattern)}: {quoted(self.replacement)}}} would match {count} missing key{plural}"
 
 
 def likely_renames(missing: Mapping[str, torch.Size], unexpected: Mapping[str, torch.Size]) -> list[Suggestion]:
@@ -200,8 +200,3 @@ def _last_number(name: str) -> str | None:
         if part.isdigit():
             return part
     return None
-
-
-def _quoted(text: str) -> str:
-    """As a string literal: raw where that reads better."""
-    return f'r"{text}"' if "\\" in text and '"' not in text else f'"{text}"' if '"' not in text else repr(text)

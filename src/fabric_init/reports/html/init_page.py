@@ -6,7 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
-from fabric_init.reports.html import Bar, Card, Column, Fact, Page, Plot, Point, bars, counted, in_short, scatter
+from fabric_init._text import counted
+from fabric_init.reports.html import Bar, Card, Column, Fact, Page, Plot, Point, bars, in_short, scatter
 from fabric_init.reports.html.tensor_table import (
     DTYPE,
     FULL_WRITES,

@@ -27,11 +27,6 @@ def in_short(number: int, unit: str = "") -> str:
     return f"{number:,} {unit}".rstrip()
 
 
-def counted(number: int, noun: str) -> str:
-    """Return ``1 tensor``, ``2 tensors``."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
 @dataclass(frozen=True)
 class Fact:
     """A figure at the head of the page, and its label."""

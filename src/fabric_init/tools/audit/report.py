@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, fields
 from typing import Any
 
+from fabric_init._text import counted, joined, shape_text
 from fabric_init.reports.provenance import Write
 from fabric_init.reports.save import SavesItself, save_report
 from fabric_init.tools.audit.findings import AuditReportData, AuditRow, Finding, Layer, Level
@@ -71,12 +72,12 @@ class AuditReport(AuditReportData):
     def __str__(self) -> str:
         lines = [self.summary()]
         for finding in self.findings:
-            lines.append(f"{finding.level} [{finding.check}] {', '.join(finding.tensors[:3])}{_more(finding.tensors)}")
+            lines.append(f"{finding.level} [{finding.check}] {joined(finding.tensors, most=3)}")
             lines += [f"    {finding.evidence}", f"    → {finding.fix}"]
         shown = self.rows[:_MOST_ROWS]
         width = max((len(row.name) for row in shown), default=0)
         for row in shown:
-            shape = "×".join(map(str, row.shape)) or "scalar"
+            shape = shape_text(row.shape)
             std = "?" if row.std is None else f"{row.std:.4g}"
             lines.append(f"  {row.name:<{width}} {shape:>12}  std {std:<9} {row.rule} {row.place}".rstrip())
         if len(self.rows) > len(shown):
@@ -84,13 +85,9 @@ class AuditReport(AuditReportData):
         return "\n".join(lines)
 
 
-def _more(names: tuple[str, ...]) -> str:
-    return f" … ({len(names)} tensors)" if len(names) > 3 else ""
-
-
 def _count_levels(findings: tuple[Finding, ...]) -> str:
     counts = Counter(str(finding.level) for finding in findings)
-    return ", ".join(f"{n} {level}{'s' if n > 1 else ''}" for level, n in counts.items()) or "nothing found"
+    return ", ".join(counted(n, level) for level, n in counts.items()) or "nothing found"
 
 
 def _json_data(value: Any) -> Any:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from fabric_init._text import dtype_name
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.derived import check_nothing_is_undone
@@ -17,7 +18,6 @@ from fabric_init.planning.tensors import TensorInfo
 from fabric_init.planning.validation import without_values
 from fabric_init.recording.tape import Tape
 from fabric_init.reports.provenance import describe_rule
-from fabric_init.reports.rows import dtype_name
 
 
 @dataclass(frozen=True)

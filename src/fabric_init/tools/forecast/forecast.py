@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.filesize import decimal
 from torch import nn
 
 from fabric_init._gc import PausedCollector
+from fabric_init._text import human_bytes, joined
 from fabric_init.checkpoints import Conversion, Source
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.checkpoints.storage.file_system import file_system_of
@@ -70,23 +70,22 @@ class Forecast:
         lines = [
             f"{self.model} {source}: {'complete' if self.complete else 'not complete'}",
             f"covers {coverage.loaded.tensors} of {coverage.wanted.tensors} tensors, "
-            f"{decimal(coverage.loaded.bytes)} of {decimal(coverage.wanted.bytes)}",
+            f"{human_bytes(coverage.loaded.bytes)} of {human_bytes(coverage.wanted.bytes)}",
             *(f"cast: {cast.tensors} tensors {cast.saved_as} → {cast.kept_as}" for cast in coverage.casts),
-            *_name_list("missing", [tensor.name for tensor in coverage.missing]),
-            *_name_list("not in the model", [tensor.key for tensor in coverage.unexpected]),
-            *_name_list("does not fit", [tensor.name for tensor in coverage.wrong_shapes]),
-            *_name_list("without a value", coverage.without_values),
+            *_names_line("missing", [tensor.name for tensor in coverage.missing]),
+            *_names_line("not in the model", [tensor.key for tensor in coverage.unexpected]),
+            *_names_line("does not fit", [tensor.name for tensor in coverage.wrong_shapes]),
+            *_names_line("without a value", coverage.without_values),
             *coverage.problems,
             *(f"likely to help: {text}" for text in coverage.proposed),
             f"{setting.strategy}, ranks: {setting.ranks}, {setting.precision}, {setting.optimizer}: a rank reads "
-            f"{decimal(max(self.reading.by_rank))} and needs {decimal(self.memory.peak)} beside activations",
+            f"{human_bytes(max(self.reading.by_rank))} and needs {human_bytes(self.memory.peak)} beside activations",
         ]
         return "\n".join(lines)
 
 
-def _name_list(what: str, names: Sequence[str]) -> list[str]:
-    more = f" … and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return [f"{what}: {', '.join(names[:_MOST_NAMES])}{more}"] if names else []
+def _names_line(what: str, names: Sequence[str]) -> list[str]:
+    return [f"{what}: {joined(names, _MOST_NAMES)}"] if names else []
 
 
 def forecast(
@@ -133,7 +132,8 @@ def forecast(
     Raises:
         ValueError: a name is unknown, or Lightning refuses the combination of strategy and precision.
         CheckpointError: the checkpoint cannot be opened.
-        CheckpointMismatchError: ``rename``, ``reinit`` or ``convert`` is not usable with it.
+        CheckpointMismatchError: ``rename`` or ``convert`` is not usable with it.
+        OptionError: ``rename`` is invalid, or ``reinit`` matches no tensor.
         RecordingError: the constructor does what cannot be recorded.
     """
     setting = TrainingConfig(strategy, devices, nodes, precision, optimizer)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from fabric_init._text import counted
 from fabric_init.checkpoints.formats.torch_save.reader import TorchFileReader
 from fabric_init.checkpoints.open import find_format
 from fabric_init.checkpoints.registry import Candidate, Format, registered_formats
@@ -17,7 +18,7 @@ from fabric_init.checkpoints.storage.local import open_bytes
 from fabric_init.checkpoints.storage.remote import AnyPath, RemotePath
 from fabric_init.errors import CheckpointError, CheckpointFormatError, CheckpointNotFoundError
 from fabric_init.tools.inspect.contents import CheckpointContents, Damage, FileRow, TensorRow, Values
-from fabric_init.tools.inspect.survey import Survey, SurveyedTensor, count
+from fabric_init.tools.inspect.survey import Survey, SurveyedTensor
 from fabric_init.tools.inspect.surveys.dcp import survey_dcp
 from fabric_init.tools.inspect.surveys.readers import survey_deepspeed, survey_reader
 from fabric_init.tools.inspect.surveys.safetensors import survey_safetensors
@@ -65,19 +66,19 @@ def inspect(
     damage = list(survey.damage)
     if sums is not None:
         damage += _compare_digests(sums, survey, root, progress)
-    counted: dict[str, Values] = {}
+    by_key: dict[str, Values] = {}
     if values:
-        counted = _read_values(listed, damage, progress)
+        by_key = _read_values(listed, damage, progress)
     ties = tuple(tie for tie in survey.ties if shown.intersection(tie))
     return CheckpointContents(
         path=candidate.asked,
         format=survey.format,
         note="; ".join(survey.notes) or None,
-        tensors=tuple(_row(each, counted.get(each.key)) for each in listed),
+        tensors=tuple(_row(each, by_key.get(each.key)) for each in listed),
         files=_file_rows(survey),
         entries=survey.entries,
         ties=ties,
-        duplicates=_duplicates(counted, ties),
+        duplicates=_duplicates(by_key, ties),
         damage=tuple(damage),
     )
 
@@ -202,27 +203,27 @@ def _read_values(
 ) -> dict[str, Values]:
     readable = [tensor for tensor in tensors if tensor.runs and tensor.whole]
     report = _Report("values", sum(tensor.nbytes for tensor in readable), progress)
-    counted: dict[str, Values] = {}
+    by_key: dict[str, Values] = {}
     for tensor, values in zip(readable, count_values(readable, report), strict=True):
         file = next(iter(tensor.files), None)
         if isinstance(values, Exception):
             damage.append(Damage("unreadable", str(values), file, (tensor.key,)))
             continue
-        counted[tensor.key] = values
+        by_key[tensor.key] = values
         if values.nans:
-            message = f"{count(values.nans, 'element')} of {tensor.numel:,} NaN"
+            message = f"{counted(values.nans, 'element')} of {tensor.numel:,} NaN"
             damage.append(Damage("NaN", message, file, (tensor.key,)))
         if values.infs:
-            message = f"{count(values.infs, 'element')} of {tensor.numel:,} infinite"
+            message = f"{counted(values.infs, 'element')} of {tensor.numel:,} infinite"
             damage.append(Damage("Inf", message, file, (tensor.key,)))
-    return counted
+    return by_key
 
 
-def _duplicates(counted: dict[str, Values], ties: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
+def _duplicates(by_key: dict[str, Values], ties: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
     """Return groups of tensors with equal values; constant ones (zeros, ones) are not compared."""
     again = {key for tie in ties for key in tie[1:]}
     groups: defaultdict[str, list[str]] = defaultdict(list)
-    for key, values in counted.items():
+    for key, values in by_key.items():
         if key not in again and values.min != values.max:
             groups[values.digest].append(key)
     return tuple(tuple(keys) for keys in groups.values() if len(keys) > 1)

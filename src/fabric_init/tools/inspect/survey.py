@@ -77,8 +77,3 @@ def sharing_bytes(tensors: Iterable[SurveyedTensor]) -> Iterator[tuple[SurveyedT
             reach = max(reach, stop)
         if len(group) > 1:
             yield tuple(group)
-
-
-def count(number: int, thing: str) -> str:
-    """Return ``1 tensor``, ``2 tensors``."""
-    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fabric_init._text import joined
 from fabric_init.checkpoints.formats.torch_save.archive import TorchArchive, unsafe_globals
 from fabric_init.checkpoints.formats.torch_save.legacy import BoundedFile, check_sizes
 from fabric_init.checkpoints.reader import TensorSpec
@@ -166,7 +167,7 @@ def _is_legacy(path: AnyPath, head: bytes) -> bool:
 def refuse_code(path: AnyPath, blocked: list[str]) -> None:
     """Raise if a pickle names what ``weights_only`` refuses."""
     if blocked:
-        named = ", ".join(blocked[:5]) + (f" and {len(blocked) - 5} more" if len(blocked) > 5 else "")
+        named = joined(blocked, most=5)
         raise CheckpointFormatError(_CODE_IN_PICKLE.format(path=path, name=path.name, globals=named)) from None
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from fabric_init._text import counted, dtype_name
 from fabric_init.checkpoints.formats.dcp.contents import Chunk, Contents, Tensor
 from fabric_init.checkpoints.formats.dcp.metadata import read_metadata
 from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
@@ -16,9 +17,8 @@ from fabric_init.checkpoints.region import Span, boxes_of
 from fabric_init.checkpoints.state_dicts import Location, choose_state_dict, describe
 from fabric_init.checkpoints.storage.local import FileBytes, open_bytes
 from fabric_init.errors import CheckpointError, CheckpointFormatError
-from fabric_init.reports.rows import dtype_name
 from fabric_init.tools.inspect.contents import Damage
-from fabric_init.tools.inspect.survey import ElementRun, Survey, SurveyedTensor, count
+from fabric_init.tools.inspect.survey import ElementRun, Survey, SurveyedTensor
 
 _METADATA = ".metadata"
 
@@ -108,10 +108,10 @@ def _compare(survey: Survey, contents: Contents, taken: Taken) -> None:
         size = survey.files[name]
         keys = tuple(cut[name])
         if size is None:
-            message = f"not there; it should hold parts of {count(len(keys), 'tensor')}"
+            message = f"not there; it should hold parts of {counted(len(keys), 'tensor')}"
             survey.damage.append(Damage("missing file", message, name, keys))
         elif size < stop:
-            message = f"ends at byte {size:,}, {stop - size:,} too early: {count(len(keys), 'tensor')} not whole"
+            message = f"ends at byte {size:,}, {stop - size:,} too early: {counted(len(keys), 'tensor')} not whole"
             survey.damage.append(Damage("truncated", message, name, keys))
         elif size > stop:
             message = f"{size - stop:,} bytes after the last of what the metadata names, from {stop:,} on"

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from fabric_init._text import dtype_name
 from fabric_init.checkpoints.formats.deepspeed.reader import STAND_INS, DeepSpeedFolderReader, states_in, tag_folder
 from fabric_init.checkpoints.formats.torch_save.mapped_archive import MappedArchive
 from fabric_init.checkpoints.reader import CheckpointReader
 from fabric_init.checkpoints.region import Span
 from fabric_init.errors import CheckpointError
-from fabric_init.reports.rows import dtype_name
 from fabric_init.tools.inspect.contents import Damage
 from fabric_init.tools.inspect.survey import ElementRun, Survey, SurveyedTensor
 

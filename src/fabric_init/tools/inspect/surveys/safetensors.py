@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fabric_init._text import counted, dtype_name
 from fabric_init.checkpoints.formats.safetensors import DTYPES, HEADER_BYTES
 from fabric_init.checkpoints.region import Window
 from fabric_init.checkpoints.storage.local import FileBytes
 from fabric_init.errors import CheckpointFormatError
-from fabric_init.reports.rows import dtype_name
 from fabric_init.tools.inspect.contents import Damage
-from fabric_init.tools.inspect.survey import ElementRun, Survey, SurveyedTensor, count
+from fabric_init.tools.inspect.survey import ElementRun, Survey, SurveyedTensor
 
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6} | {code: 8 * dtype.itemsize for code, dtype in DTYPES.items()}
 
@@ -131,8 +131,8 @@ def _compare(survey: Survey, name: str, entries: list[_HeaderEntry], start: int,
         cut = tuple(entry.key for entry in entries if entry.stop > size)
         partly = sum(entry.start < size for entry in entries if entry.stop > size)
         message = (
-            f"ends at byte {size:,}, {reach - size:,} too early: {count(len(cut) - partly, 'tensor')} beyond its end, "
-            f"{partly} in part"
+            f"ends at byte {size:,}, {reach - size:,} too early: {counted(len(cut) - partly, 'tensor')} beyond its "
+            f"end, {partly} in part"
         )
         survey.damage.append(Damage("truncated", message, name, cut))
     elif reach < size:

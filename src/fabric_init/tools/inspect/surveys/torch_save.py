@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from fabric_init._text import counted, dtype_name
 from fabric_init.checkpoints.formats.pickles.limits import check_calls
 from fabric_init.checkpoints.formats.torch_save.archive import load_meta, read_region
 from fabric_init.checkpoints.formats.torch_save.reader import checked_key, count_tensors, state_dicts_in
@@ -21,9 +22,8 @@ from fabric_init.checkpoints.region import Span, Window
 from fabric_init.checkpoints.state_dicts import Location, choose_state_dict, describe
 from fabric_init.checkpoints.storage.local import FileBytes
 from fabric_init.errors import CheckpointFormatError
-from fabric_init.reports.rows import dtype_name
 from fabric_init.tools.inspect.contents import Damage
-from fabric_init.tools.inspect.survey import ElementRun, Survey, SurveyedTensor, count, sharing_bytes
+from fabric_init.tools.inspect.survey import ElementRun, Survey, SurveyedTensor, sharing_bytes
 from fabric_init.tools.inspect.surveys.torch_records import Records, legacy_records, zip_records
 
 
@@ -183,7 +183,7 @@ def _report(survey: Survey, claims: _StorageClaims, records: Records, file: File
     explained = {key for one in survey.damage for key in one.tensors}
     cut = tuple(key for key in cut if key not in explained)
     if records.truncated:
-        message = f"ends at byte {file.size:,} before all of it is there: {count(len(cut), 'tensor')} not whole"
+        message = f"ends at byte {file.size:,} before all of it is there: {counted(len(cut), 'tensor')} not whole"
         survey.damage.insert(0, Damage("truncated", message, name, cut))
     elif wrong:
         shown = "; ".join(list(wrong.values())[:3]) + ("; …" if len(wrong) > 3 else "")
