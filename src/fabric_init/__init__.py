@@ -20,7 +20,7 @@ if typing.TYPE_CHECKING:
     from fabric_init.reports.init_report import InitReport
     from fabric_init.tools.audit.audit import audit
     from fabric_init.tools.audit.report import AuditReport
-    from fabric_init.tools.forecast import Forecast, forecast
+    from fabric_init.tools.forecast.forecast import Forecast, forecast
 
 __version__ = "0.1.0"
 
@@ -55,14 +55,14 @@ _HOMES = {
     "CheckpointNotFoundError": "errors",
     "Fabric": "fabric",
     "FabricInitError": "errors",
-    "Forecast": "tools.forecast",
+    "Forecast": "tools.forecast.forecast",
     "InitReport": "reports.init_report",
     "OutOfMemoryError": "errors",
     "RecordingError": "errors",
     "UninitializedTensorError": "errors",
     "audit": "tools.audit.audit",
     "deferred_init": "api",
-    "forecast": "tools.forecast",
+    "forecast": "tools.forecast.forecast",
     "init_missing": "api",
     "init_report": "api",
     "materialize": "api",

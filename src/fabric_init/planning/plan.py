@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -13,7 +14,7 @@ from fabric_init.checkpoints import TensorSpec
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.planning.extra_state import Extra
 from fabric_init.planning.tensors import TensorInfo
-from fabric_init.recording.tape import TensorRef
+from fabric_init.recording.tape import TensorRef, dtype_text
 
 
 class Action(Enum):
@@ -39,6 +40,12 @@ class PlanEntry(NamedTuple):
     def cast_from(self) -> torch.dtype | None:
         return self.spec.dtype if self.spec is not None and self.spec.dtype != self.slot.dtype else None
 
+    def __repr__(self) -> str:
+        source = f" from {' = '.join(self.keys)}" if self.keys else ""
+        cast = f", cast from {dtype_text(self.cast_from)}" if self.cast_from is not None else ""
+        tensor = f"{' = '.join(self.slot.names)}{list(self.slot.shape)} {dtype_text(self.slot.dtype)}"
+        return f"{tensor}: {self.action.value}{source}{cast}"
+
 
 class DerivedFrom(NamedTuple):
     """A tensor that is all of its recorded storage, the checkpoint key for its value, and :attr:`PlanEntry.since`."""
@@ -46,6 +53,9 @@ class DerivedFrom(NamedTuple):
     ref: TensorRef
     key: str
     since: int | None = None
+
+
+_SHOWN = 10  # entries of a plan that is printed
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,23 @@ class Plan:
     extras: tuple[Extra, ...] = field(default=(), compare=False)
     sources: Mapping[int, DerivedFrom] = field(default_factory=dict)
     """By storage: what the model does not hold any more, but others may have been computed from."""
+
+    def summary(self) -> str:
+        """Return how many tensors get their value in which way, in words."""
+        counts = Counter(entry.action.value for entry in self.entries)
+        ways = ", ".join(f"{number:,} {action}" for action, number in counts.most_common())
+        casts = sum(entry.cast_from is not None for entry in self.entries)
+        return (
+            f"{len(self.entries):,} tensors: {ways or 'nothing to do'}"
+            + (f"; {casts:,} cast" if casts else "")
+            + (f"; {len(self.unexpected):,} unexpected checkpoint keys" if self.unexpected else "")
+        )
+
+    def __repr__(self) -> str:
+        lines = [repr(entry) for entry in self.entries[:_SHOWN]]
+        if len(self.entries) > _SHOWN:
+            lines.append(f"… {len(self.entries) - _SHOWN:,} more tensors …")
+        return "\n  ".join([f"Plan: {self.summary()}", *lines])
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@ That is before a weight is read or memory is taken.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
+from fabric_init import _log
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError, UninitializedTensorError
 from fabric_init.planning.extra_state import ExtraStateInfo
@@ -14,6 +16,8 @@ from fabric_init.planning.matching import Matching, likely_fixes, likely_transpo
 from fabric_init.planning.plan import Action, LoadOptions, Plan, PlanEntry
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.tape import Tape
+
+_logger = _log.channel("plan")
 
 
 def make_plan(
@@ -52,7 +56,11 @@ def make_plan(
                 'instead, e.g. reinit=["' + found.misfits[0].slot.name + '"].'
             )
     check_all_have_values(found.entries, tapes, reader)
-    return Plan(found.entries, found.unexpected, found.extras)
+    plan = Plan(found.entries, found.unexpected, found.extras)
+    if _logger.isEnabledFor(logging.DEBUG):
+        source = "no checkpoint" if reader is None else f"checkpoint {reader.path} ({reader.format})"
+        _logger.debug("%s; %s", plan.summary(), source)
+    return plan
 
 
 def without_values(entries: Sequence[PlanEntry], tapes: Mapping[int, Tape]) -> tuple[list[str], list[str]]:
