@@ -35,6 +35,9 @@ HOOK_TABLES = tuple(
 SLOW = {
     "call_orders/*": "hundreds of orders of calls, some on two ranks",
     "checkpoints/formats/test_hostile_dcp.py": "thousands of damaged files",
+    "checkpoints/formats/test_dcp.py": "saves with ranks",
+    "checkpoints/formats/test_deepspeed.py": "saves with DeepSpeed",
+    "checkpoints/storage/test_hub.py": "starts a process without a network for each test",
     "checkpoints/test_every_format.py": "writes a checkpoint in every format",
     "cli/test_audit.py": "starts the command line anew for each test",
     "cli/test_demo.py": "finetunes the demo's encoder",
@@ -42,15 +45,18 @@ SLOW = {
     "distributed/*": "starts ranks",
     "fidelity/*": "builds every architecture twice",
     "filling/test_interrupted.py": "stops processes at many places",
-    "fuzz/test_any_bytes.py": "thousands of damaged files",
-    "fuzz/test_examples.py": "thousands of damaged files",
+    "fuzz/*": "thousands of damaged files",
     "gpu/*": "needs a GPU",
     "meta/test_docs.py": "runs the documentation and the examples",
+    "meta/test_leaks.py": "a pytest of its own",
     "meta/test_lint.py": "mypy",
     "meta/test_site.py": "builds the documentation",
+    "planning/test_extra_state.py": "starts ranks",
     "reports/html/test_in_a_browser.py": "starts a browser",
     "test_never_empty.py": "every way to leave a tensor without values",
+    "tools/audit/test_probe.py": "audits real architectures",
     "tools/audit/test_transformers.py": "audits real architectures",
+    "tools/inspect/test_formats.py": "writes a checkpoint in every format",
 }
 QUICK = {"distributed/test_batches.py", "distributed/test_broadcast_reader.py"}
 """Files that are quick although their folder is not."""

@@ -1,4 +1,4 @@
-"""What the pages for contributors say is so: quick tests, the CI's commands, the files and layers of the architecture."""
+"""What the pages for contributors say holds: quick tests, CI commands, files and layers of the architecture."""
 
 from __future__ import annotations
 
