@@ -24,8 +24,8 @@ if typing.TYPE_CHECKING:  # `as` marks a name as re-exported
     from fabric_init.reports.init_report import InitReport as InitReport
     from fabric_init.tools.audit.audit import audit as audit
     from fabric_init.tools.audit.report import AuditReport as AuditReport
-    from fabric_init.tools.forecast import Forecast as Forecast
-    from fabric_init.tools.forecast import forecast as forecast
+    from fabric_init.tools.forecast.forecast import Forecast as Forecast
+    from fabric_init.tools.forecast.forecast import forecast as forecast
 
 __version__ = "0.1.0"
 
@@ -39,7 +39,7 @@ _HOMES = {
     "CheckpointNotFoundError": "errors",
     "Fabric": "fabric",
     "FabricInitError": "errors",
-    "Forecast": "tools.forecast",
+    "Forecast": "tools.forecast.forecast",
     "InitReport": "reports.init_report",
     "OptionError": "errors",
     "OutOfMemoryError": "errors",
@@ -49,7 +49,7 @@ _HOMES = {
     "UninitializedTensorError": "errors",
     "audit": "tools.audit.audit",
     "deferred_init": "api",
-    "forecast": "tools.forecast",
+    "forecast": "tools.forecast.forecast",
     "init_missing": "api",
     "init_report": "api",
     "materialize": "api",

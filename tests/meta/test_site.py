@@ -14,7 +14,9 @@ import pytest
 from fabric_init.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
-PUBLIC = [f"fabric_init{part}" for part in ("", ".checkpoints", ".strategies", ".planning", ".inspection")]
+PUBLIC = [
+    f"fabric_init{part}" for part in ("", ".checkpoints", ".strategies", ".tools", ".tools.forecast", ".tools.inspect")
+]
 
 
 def documented(page: str) -> set[str]:

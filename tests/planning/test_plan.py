@@ -313,3 +313,14 @@ def test_views_of_one_storage_are_one_group() -> None:
 
     groups = storage_groups(plan(recorded(Views), None).entries)
     assert sorted(groups.values()) == [[0, 1], [2]]
+
+
+def test_a_plan_can_be_read() -> None:
+    saved = header(torch.bfloat16, embedding__weight=(4, 2), other=(1,))
+    assert repr(plan(recorded(Tied), saved, strict=False)) == (
+        "Plan: 1 tensors: 1 loaded; 1 cast; 1 unexpected checkpoint keys\n"
+        "  embedding.weight = head.weight[4, 2] float32: loaded from embedding.weight, cast from bfloat16"
+    )
+    assert repr(plan(recorded(Model), None)).startswith("Plan: 5 tensors: ")
+    many = nn.ModuleList([recorded(Model) for _ in range(5)])
+    assert repr(plan(many, None)).endswith("\n  … 15 more tensors …")

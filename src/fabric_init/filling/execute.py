@@ -19,6 +19,7 @@ from fabric_init.distributed.broadcast import BroadcastReader
 from fabric_init.errors import FabricInitError
 from fabric_init.filling import loader as loading
 from fabric_init.filling.derived import compute
+from fabric_init.filling.fill_log import with_log
 from fabric_init.filling.loader import set_extra_states
 from fabric_init.filling.out_of_memory import out_of_memory_explained
 from fabric_init.filling.progress import with_progress
@@ -73,7 +74,8 @@ def fill(
         values: dict[int, Tensor] = {}
         with out_of_memory_explained(plan, values), ExitStack() as stack:
             found = stack.enter_context(closing(_values(plan, tensors, tapes, reader, placement, loaded, exact=exact)))
-            shown = stack.enter_context(closing(with_progress(found, len(plan.entries))))
+            logged = stack.enter_context(closing(with_log(found, plan, tapes)))
+            shown = stack.enter_context(closing(with_progress(logged, len(plan.entries))))
             for position, value in shown:  # closed at once, and their threads with them, when it does not end
                 values[position] = value
             _keep_apart(plan, values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from fabric_init._text import dtype_name
 from fabric_init.checkpoints import TensorSpec
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.planning.extra_state import Extra
@@ -40,6 +42,12 @@ class PlanEntry(NamedTuple):
         """The dtype in the checkpoint, if it differs from the model's."""
         return self.spec.dtype if self.spec is not None and self.spec.dtype != self.slot.dtype else None
 
+    def __repr__(self) -> str:
+        source = f" from {' = '.join(self.keys)}" if self.keys else ""
+        cast = f", cast from {dtype_name(self.cast_from)}" if self.cast_from is not None else ""
+        tensor = f"{' = '.join(self.slot.names)}{list(self.slot.shape)} {dtype_name(self.slot.dtype)}"
+        return f"{tensor}: {self.action.value}{source}{cast}"
+
 
 class DerivedFrom(NamedTuple):
     """A loaded tensor that spans its whole recorded storage, its checkpoint key, and :attr:`PlanEntry.since`."""
@@ -47,6 +55,9 @@ class DerivedFrom(NamedTuple):
     ref: TensorRef
     key: str
     since: int | None = None
+
+
+_SHOWN = 10  # entries of a plan that is printed
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,23 @@ class Plan:
     extras: tuple[Extra, ...] = field(default=(), compare=False)
     sources: Mapping[int, DerivedFrom] = field(default_factory=dict)
     """By storage: loaded tensors that the model no longer holds, but that others may have been computed from."""
+
+    def summary(self) -> str:
+        """Return how many tensors get their value in which way, in words."""
+        counts = Counter(entry.action.value for entry in self.entries)
+        ways = ", ".join(f"{number:,} {action}" for action, number in counts.most_common())
+        casts = sum(entry.cast_from is not None for entry in self.entries)
+        return (
+            f"{len(self.entries):,} tensors: {ways or 'nothing to do'}"
+            + (f"; {casts:,} cast" if casts else "")
+            + (f"; {len(self.unexpected):,} unexpected checkpoint keys" if self.unexpected else "")
+        )
+
+    def __repr__(self) -> str:
+        lines = [repr(entry) for entry in self.entries[:_SHOWN]]
+        if len(self.entries) > _SHOWN:
+            lines.append(f"… {len(self.entries) - _SHOWN:,} more tensors …")
+        return "\n  ".join([f"Plan: {self.summary()}", *lines])
 
 
 @dataclass(frozen=True)

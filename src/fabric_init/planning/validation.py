@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
+from fabric_init import _log
 from fabric_init._text import counted, listed
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError, UninitializedTensorError
@@ -12,6 +14,8 @@ from fabric_init.planning.matching import Matching, likely_fixes, likely_transpo
 from fabric_init.planning.plan import Action, LoadOptions, Plan, PlanEntry
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.tape import Tape
+
+_logger = _log.channel("plan")
 
 
 def make_plan(
@@ -51,7 +55,11 @@ def make_plan(
                 'e.g. reinit=["' + matching.misfits[0].slot.name + '"].'
             )
     check_all_have_values(matching.entries, tapes, reader)
-    return Plan(matching.entries, matching.unexpected, matching.extras)
+    plan = Plan(matching.entries, matching.unexpected, matching.extras)
+    if _logger.isEnabledFor(logging.DEBUG):
+        source = "no checkpoint" if reader is None else f"checkpoint {reader.path} ({reader.format})"
+        _logger.debug("%s; %s", plan.summary(), source)
+    return plan
 
 
 def without_values(entries: Sequence[PlanEntry], tapes: Mapping[int, Tape]) -> tuple[list[str], list[str]]:

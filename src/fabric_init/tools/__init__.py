@@ -1,1 +1,5 @@
-"""Tools that look at models and checkpoints and change nothing: forecast, inspect, audit."""
+"""Tools that look at models, recordings and checkpoints, and never fill anything."""
+
+from fabric_init.tools.dump_tape import dump_tape
+
+__all__ = ["dump_tape"]
