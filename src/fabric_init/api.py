@@ -75,8 +75,8 @@ def materialize(
             of the checkpoint, and are applied before ``rename``.
 
     Returns:
-        A report with a row for each tensor: its status, and where its value came from. It is also kept for
-        :func:`~fabric_init.init_report`.
+        A report with a row for each tensor, which holds its status and where its value came from. Later,
+        :func:`~fabric_init.init_report` returns it too.
 
     Raises:
         CheckpointError: The file cannot be used.

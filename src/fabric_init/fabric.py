@@ -174,7 +174,7 @@ class Fabric(lightning.Fabric):
         """Run the model's own recorded init for every tensor that has no value yet.
 
         Args:
-            model: A model that was built under :meth:`init_module`, or what :meth:`setup` returned for it.
+            model: A model that was built under :meth:`init_module`, or what ``setup`` returned for it.
 
         Raises:
             UninitializedTensorError: The model's own code never gives some tensor a value.
@@ -185,7 +185,7 @@ class Fabric(lightning.Fabric):
         """Return the report on ``model``: for each tensor its status, and where its value came from.
 
         Args:
-            model: A model that was built under :meth:`init_module`, or what :meth:`setup` returned for it.
+            model: A model that was built under :meth:`init_module`, or what ``setup`` returned for it.
 
         Raises:
             FabricInitError: The model was not built in a recorded block.
@@ -229,7 +229,7 @@ class Fabric(lightning.Fabric):
     def setup_module(
         self, module: nn.Module, move_to_device: bool = True, _reapply_compile: bool = True
     ) -> _FabricModule:
-        """As :meth:`setup`, without optimizers."""
+        """As ``setup``, without optimizers."""
         return self._on_all_ranks(module, partial(super().setup_module, module, move_to_device, _reapply_compile))
 
     def setup_optimizers(self, *optimizers: Optimizer) -> _FabricOptimizer | tuple[_FabricOptimizer, ...]:

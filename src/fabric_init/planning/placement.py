@@ -35,7 +35,7 @@ class Placement(Protocol):
             value: The region's values: of its shape, in ``slot.dtype``, on ``device(slot)``.
 
         Returns:
-            The tensor that the model holds now: ``tensor`` itself, unless the strategy makes its own tensors.
+            The tensor that the model holds now, which is ``tensor`` itself unless the strategy makes its own tensors.
         """
         ...
 
