@@ -16,7 +16,7 @@ from fabric_init.checkpoints.mapping.convert import Conversion, Fuse, Split, Sta
 from fabric_init.checkpoints.mapping.rename import rename_keys
 from fabric_init.checkpoints.mapping.select import Layers, Part
 from fabric_init.checkpoints.open import open_checkpoint
-from fabric_init.checkpoints.reader import CheckpointReader, TensorSpec
+from fabric_init.checkpoints.reader import BaseReader, CheckpointReader, TensorSpec
 from fabric_init.checkpoints.region import Box, Region, Span, take
 from fabric_init.checkpoints.registry import Candidate, register_reader, unregister_reader
 from fabric_init.checkpoints.source import Source
@@ -24,6 +24,7 @@ from fabric_init.checkpoints.storage.checksums import write_manifest
 from fabric_init.checkpoints.storage.remote import RemotePath
 
 __all__ = [
+    "BaseReader",
     "Box",
     "Candidate",
     "CheckpointReader",

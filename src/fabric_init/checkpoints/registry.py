@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from fabric_init.checkpoints.reader import CheckpointReader
+from torch import Tensor
+
+from fabric_init.checkpoints.reader import BaseReader, CheckpointReader, TensorSpec
+from fabric_init.checkpoints.region import Region
 from fabric_init.checkpoints.storage.checksums import Manifest
 from fabric_init.checkpoints.storage.local import Opener, open_bytes
 from fabric_init.checkpoints.storage.remote import AnyPath, RemotePath, as_path, is_url
@@ -137,10 +140,28 @@ def register_reader(name: str, recognizes: Callable[[Candidate], bool], opens: C
     def open_own(candidate: Candidate) -> CheckpointReader:
         candidate.refuse_entry()
         candidate.check_whole()
-        return opens(candidate.asked if candidate.is_url else candidate.path, mmap=candidate.mmap)
+        reader = opens(candidate.asked if candidate.is_url else candidate.path, mmap=candidate.mmap)
+        return reader if hasattr(reader, "extra_state") else _WithoutExtraState(reader)
 
     unregister_reader(name)
     _registered.insert(0, Format(name, recognizes, open_own))
+
+
+class _WithoutExtraState(BaseReader):
+    """A registered reader that leaves out the optional member of the protocol."""
+
+    def __init__(self, reader: CheckpointReader) -> None:
+        self.path, self.format, self.note = reader.path, reader.format, reader.note
+        self._reader = reader
+
+    def keys(self) -> Sequence[str]:
+        return self._reader.keys()
+
+    def spec(self, key: str) -> TensorSpec:
+        return self._reader.spec(key)
+
+    def read(self, key: str, region: Region | None = None) -> Tensor:
+        return self._reader.read(key, region)
 
 
 def unregister_reader(name: str) -> None:

@@ -13,7 +13,6 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fabric_init.checkpoints.reader import TensorSpec
+from fabric_init.checkpoints.reader import BaseReader, TensorSpec
 from fabric_init.checkpoints.region import Region, window
 from fabric_init.checkpoints.storage.local import FileBytes, Opener, open_bytes
 from fabric_init.checkpoints.storage.remote import AnyPath, as_path
@@ -55,7 +54,7 @@ DTYPES = {code: getattr(torch, name) for code, name in _DTYPE_NAMES.items() if h
 """What the format calls a dtype -> the dtype; an older torch lacks the newest of them."""
 
 
-class SafetensorsReader:
+class SafetensorsReader(BaseReader):
     """One open ``.safetensors`` file; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`.
 
     With ``mmap=True`` (the default) ``read`` returns a view of a private copy-on-write map, without a copy: the tensor
@@ -68,23 +67,13 @@ class SafetensorsReader:
     """
 
     format = "safetensors"
-    note: str | None = None
 
     def __init__(
         self, path: str | os.PathLike[str] | AnyPath, *, mmap: bool = True, opener: Opener | None = None
     ) -> None:
         self.path = as_path(path)
         self._bytes = open_bytes(self.path, mmap=mmap) if opener is None else opener(self.path)
-        self._tensors = _parse_header(self._bytes, direct=opener is None and isinstance(self.path, Path))
-        self._keys = tuple(self._tensors)
-
-    def keys(self) -> Sequence[str]:
-        """Every key, in the order of the data in the file."""
-        return self._keys
-
-    def spec(self, key: str) -> TensorSpec:
-        """Shape and dtype of one tensor. Raises ``KeyError`` for an unknown key."""
-        return self._find(key)[1]
+        self._offsets, self.specs = _parse_header(self._bytes, direct=opener is None and isinstance(self.path, Path))
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
         """The tensor or a region of it, on the CPU; touches no byte outside the region (mapped: no page).
@@ -92,18 +81,12 @@ class SafetensorsReader:
         Raises ``KeyError`` for an unknown key, and :class:`~fabric_init.errors.CheckpointFormatError` when the file
         changed after it was opened.
         """
-        offset, spec = self._find(key)
-        return self._bytes.tensor(spec.dtype, offset, window(spec.shape, region))
-
-    def _find(self, key: str) -> tuple[int, TensorSpec]:
-        try:
-            return self._tensors[key]
-        except KeyError:
-            raise KeyError(f"{self.path} has no tensor {key!r}") from None
+        spec = self.spec(key)
+        return self._bytes.tensor(spec.dtype, self._offsets[key], window(spec.shape, region))
 
 
-def _parse_header(file: FileBytes, *, direct: bool) -> dict[str, tuple[int, TensorSpec]]:
-    """Checkpoint key -> (byte offset in the file, spec), in the order of the data."""
+def _parse_header(file: FileBytes, *, direct: bool) -> tuple[dict[str, int], dict[str, TensorSpec]]:
+    """Return the byte offset in the file and the spec of each key, in the order of the data."""
     try:
         entries = _entries(file.path) if direct else _entries_of_copy(file)
     except (SafetensorError, OSError) as error:
@@ -116,7 +99,7 @@ def _parse_header(file: FileBytes, *, direct: bool) -> dict[str, tuple[int, Tens
 
     start = 8 + int.from_bytes(file.head(8), "little")
     _refuse_duplicates(file, start, len(entries))
-    tensors: dict[str, tuple[int, TensorSpec]] = {}
+    offsets, specs = dict[str, int](), dict[str, TensorSpec]()
     # The library has checked that tensors follow one another without a hole, so sizes give the offsets.
     offset = start
     for key, code, shape in entries:
@@ -130,12 +113,12 @@ def _parse_header(file: FileBytes, *, direct: bool) -> dict[str, tuple[int, Tens
         # Only an empty tensor can lie about its other dimensions: the bytes of any other were counted.
         if not count and math.prod(size or 1 for size in shape) >= 2**63:
             raise CheckpointFormatError(f"{file.path}: tensor {key!r} has shape {shape}, beyond what torch can hold.")
-        tensors[key] = offset, TensorSpec(torch.Size(shape), dtype)
+        offsets[key], specs[key] = offset, TensorSpec(torch.Size(shape), dtype)
         offset += count * dtype.itemsize
     if offset != file.size:
         # The library opened the path by itself; between the two the file was replaced.
         raise CheckpointFormatError(f"{file.path} changed while it was opened; open it again.")
-    return tensors
+    return offsets, specs
 
 
 def _entries(path: AnyPath | str) -> list[tuple[str, str, list[int]]]:

@@ -10,15 +10,13 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
 
 import torch
 
 from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
 from fabric_init.checkpoints.formats.torch_save.reader import TorchFileReader
-from fabric_init.checkpoints.reader import CheckpointReader, TensorSpec
+from fabric_init.checkpoints.reader import BaseReader, CheckpointReader
 from fabric_init.checkpoints.region import Region
 from fabric_init.checkpoints.storage.local import Opener, open_bytes
 from fabric_init.checkpoints.storage.remote import AnyPath, as_path
@@ -28,7 +26,7 @@ from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
 _INDEX_BYTES = 100_000_000
 
 
-class ShardedReader:
+class ShardedReader(BaseReader):
     """The shards that one index file names; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`.
 
     Opening reads every shard's header (no weight) and checks that each indexed key is where the index says. ``path`` is
@@ -38,8 +36,6 @@ class ShardedReader:
     :class:`~fabric_init.errors.CheckpointFormatError` when the index is not what it should be, names a file outside its
     folder or a key that its shard lacks, or when a shard cannot be read.
     """
-
-    note: str | None = None
 
     def __init__(
         self,
@@ -70,7 +66,8 @@ class ShardedReader:
                     f"same checkpoint: fetch or save them together."
                 )
             self._where[key] = self._shards[name]
-        self._keys = tuple(weight_map)
+        self.specs = {key: shard.spec(key) for key, shard in self._where.items()}
+        self.extra_state = {key: state for shard in self._shards.values() for key, state in shard.extra_state.items()}
         kinds = sorted({shard.format for shard in self._shards.values()})
         self.format = f"sharded {' and '.join(kinds)}"
         self.note = self._notes(sum(map(len, known.values())) - len(weight_map))
@@ -81,29 +78,10 @@ class ShardedReader:
             notes.append(f"tensors in the shards that the index does not list, ignored: {unlisted}")
         return "; ".join(notes) or None
 
-    @property
-    def extra_state(self) -> dict[str, Any]:
-        """Entries ``*_extra_state`` of torch shards that are not tensors."""
-        shards = (shard for shard in self._shards.values() if isinstance(shard, TorchFileReader))
-        return {key: value for shard in shards for key, value in shard.extra_state.items()}
-
-    def keys(self) -> Sequence[str]:
-        """Every key of the index, in its order."""
-        return self._keys
-
-    def spec(self, key: str) -> TensorSpec:
-        """Shape and dtype of one tensor, from the header of its shard. Raises ``KeyError`` for an unknown key."""
-        return self._find(key).spec(key)
-
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
-        """The tensor or a region of it, as its shard's reader gives it. Raises ``KeyError`` for an unknown key."""
-        return self._find(key).read(key, region)
-
-    def _find(self, key: str) -> CheckpointReader:
-        try:
-            return self._where[key]
-        except KeyError:
-            raise KeyError(f"{self.path} has no tensor {key!r}") from None
+        """Return the tensor, or a region of it, from its shard. Raises ``KeyError`` for an unknown key."""
+        self.spec(key)
+        return self._where[key].read(key, region)
 
 
 def _open_shard(path: AnyPath, mmap: bool, opener: Opener | None) -> SafetensorsReader | TorchFileReader:

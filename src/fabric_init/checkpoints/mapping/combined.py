@@ -7,10 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fabric_init.checkpoints import CheckpointReader, Region, TensorSpec
+from fabric_init.checkpoints.reader import BaseReader, CheckpointReader
+from fabric_init.checkpoints.region import Region
 
 
-class CombinedReader:
+class CombinedReader(BaseReader):
     """A :class:`~fabric_init.checkpoints.reader.CheckpointReader` over others.
 
     Keys of the first reader stay as they are; those of the others have their path in front, and a number where several
@@ -25,6 +26,7 @@ class CombinedReader:
             for index, (reader, path) in enumerate(zip(self._readers, its_paths, strict=True))
         }
         self._places = {self.key(reader, key): (reader, key) for reader in self._readers for key in reader.keys()}
+        self.specs = {key: reader.spec(own) for key, (reader, own) in self._places.items()}
         paths = dict.fromkeys(its_paths)
         notes = dict.fromkeys(reader.note for reader in self._readers if reader.note)
         self.path, self.format = Path(" + ".join(paths)), self._readers[0].format
@@ -38,13 +40,7 @@ class CombinedReader:
         """What ``key`` of one of the readers is called here."""
         return key if reader is self._readers[0] else f"{self._labels[id(reader)]}: {key}"
 
-    def keys(self) -> Sequence[str]:
-        return tuple(self._places)
-
-    def spec(self, key: str) -> TensorSpec:
-        reader, own = self._places[key]
-        return reader.spec(own)
-
     def read(self, key: str, region: Region | None = None) -> Tensor:
+        self.spec(key)
         reader, own = self._places[key]
         return reader.read(own, region)

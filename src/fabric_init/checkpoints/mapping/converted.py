@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
 from fabric_init.checkpoints.mapping.convert import Conversion
 from fabric_init.checkpoints.mapping.lazy import Made
-from fabric_init.checkpoints.reader import CheckpointReader, TensorSpec
+from fabric_init.checkpoints.reader import BaseReader, CheckpointReader, TensorSpec
 from fabric_init.checkpoints.region import Region, Span, boxes_of, whole
 from fabric_init.errors import CheckpointMismatchError
 
@@ -30,7 +29,7 @@ def converted(reader: CheckpointReader, conversions: Sequence[Conversion]) -> Ch
     return reader
 
 
-class ConvertedReader:
+class ConvertedReader(BaseReader):
     """``below`` after one conversion; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`."""
 
     def __init__(self, below: CheckpointReader, conversion: Conversion) -> None:
@@ -39,25 +38,12 @@ class ConvertedReader:
         specs = {key: below.spec(key) for key in below.keys()}
         try:
             self._made = conversion.made(specs)
-            self._keys = _keys_after(specs, self._made)
+            keys = _keys_after(specs, self._made)
         except CheckpointMismatchError as error:
             raise CheckpointMismatchError(f"{below.path}: {conversion}: {error}.") from None
-        self._specs = {key: specs[key] for key in self._keys if key not in self._made}
-        self.extra_state: Mapping[str, Any] = getattr(below, "extra_state", {})
-        """What is no tensor is no conversion's concern."""
-        self.note: str | None = "; ".join(filter(None, [below.note, f"{conversion}: {len(self._made)} tensors made"]))
-
-    def keys(self) -> Sequence[str]:
-        """Every key after the conversion; what is made stands where its first source stood."""
-        return self._keys
-
-    def spec(self, key: str) -> TensorSpec:
-        """Shape and dtype of one tensor. Raises ``KeyError`` for an unknown key, and for one that was converted."""
-        made = self._made.get(key)
-        spec = self._specs.get(key) if made is None else made.spec
-        if spec is None:
-            raise KeyError(f"{self.path} has no tensor {key!r}")
-        return spec
+        self.specs = {key: self._made[key].spec if key in self._made else specs[key] for key in keys}
+        self.extra_state = below.extra_state  # conversions are of tensors
+        self.note = "; ".join(filter(None, [below.note, f"{conversion}: {len(self._made)} tensors made"]))
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
         """The tensor or a region of it; of its sources, only what the region needs is read."""

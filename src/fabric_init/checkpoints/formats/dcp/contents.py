@@ -75,5 +75,6 @@ class Contents:
         depth = len(location)
         for path, key in self.paths():
             is_weight = key in self.tensors and len(path) == depth + 1
-            if path[:depth] == location and path[depth].endswith(EXTRA_STATE) and not is_weight:
+            inside = len(path) > depth and path[:depth] == location
+            if inside and path[depth].endswith(EXTRA_STATE) and not is_weight:
                 yield path[depth:], key

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, cached_property, partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +22,7 @@ from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
 from fabric_init.checkpoints.formats.sharded import check_shard
 from fabric_init.checkpoints.formats.torch_save.archive import load_within
 from fabric_init.checkpoints.formats.torch_save.saved_tensor import find_saved_tensor
-from fabric_init.checkpoints.reader import TensorSpec
+from fabric_init.checkpoints.reader import BaseReader, TensorSpec
 from fabric_init.checkpoints.region import Box, Region, Span, boxes_of, overlap, whole
 from fabric_init.checkpoints.state_dicts import Location, choose_state_dict, describe
 from fabric_init.checkpoints.storage.local import FileBytes, changed, identity, open_bytes
@@ -33,7 +33,7 @@ from fabric_init.errors import CheckpointFormatError
 _MAPPED_FILES = 512
 
 
-class DCPReader:
+class DCPReader(BaseReader):
     """One folder of ``torch.distributed.checkpoint``; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`.
 
     Opening reads ``.metadata`` and asks each file for its size. A region is put together from the chunks that it
@@ -50,6 +50,7 @@ class DCPReader:
     or when it is not clear which state dict is meant.
     """
 
+    path: Path
     format = "torch.distributed.checkpoint"
 
     def __init__(self, folder: str | os.PathLike[str], *, mmap: bool = True, entry: str | None = None) -> None:
@@ -60,7 +61,9 @@ class DCPReader:
         self._tensors = {t.name: (key, t) for key, t in contents.tensors.items() if t.location == location}
         if len(self._tensors) < sum(t.location == location for t in contents.tensors.values()):
             raise CheckpointFormatError(f"{metadata}: two keys are of one name. Save the checkpoint again.")
-        self._contents, self._location = contents, location
+        self.specs = {name: tensor.spec for name, (_, tensor) in self._tensors.items()}
+        self._contents = contents
+        self.extra_state = self._lazy_extra_state(location)
         self.note = _note(location, contents, len(self._tensors))
         items = [chunk.item for _, tensor in self._tensors.values() for chunk in tensor.chunks]
         counts = Counter(item.file for item in items)
@@ -76,15 +79,13 @@ class DCPReader:
         self._files: dict[str, FileBytes | SafetensorsReader] = {}
         self._found: dict[tuple[str, Box], _ChunkSource] = {}
 
-    @cached_property
-    def extra_state(self) -> Mapping[str, Any]:
-        """Entries ``*_extra_state`` (``nn.Module.get_extra_state``) that are not tensors. Each is read when asked for.
+    def _lazy_extra_state(self, location: Location) -> Mapping[str, Any]:
+        """Return a mapping that loads each extra state when it is looked up.
 
-        Which raises :class:`~fabric_init.errors.CheckpointFormatError` if it cannot be loaded with
-        ``weights_only=True``.
+        A look-up raises :class:`~fabric_init.errors.CheckpointFormatError` for what ``weights_only=True`` refuses.
         """
         places: dict[str, list[tuple[Location, str]]] = {}
-        for path, key in self._contents.extra_state(self._location):
+        for path, key in self._contents.extra_state(location):
             places.setdefault(path[0], []).append((path[1:], key))
         return _LazyMapping({name: partial(self._put_together, parts) for name, parts in places.items()})
 
@@ -102,22 +103,14 @@ class DCPReader:
             inner[path[-1]] = self._value(key)
         return found
 
-    def keys(self) -> Sequence[str]:
-        """Every tensor's key, in the order of the metadata."""
-        return tuple(self._tensors)
-
-    def spec(self, key: str) -> TensorSpec:
-        """Shape and dtype of one tensor. Raises ``KeyError`` for an unknown key."""
-        return self._find(key)[1].spec
-
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
         """The tensor or a region of it, on the CPU; of no chunk outside the region is anything read.
 
         Raises ``KeyError`` for an unknown key, and :class:`~fabric_init.errors.CheckpointFormatError` when a file does
         not hold what the metadata says, or changed after it was opened.
         """
-        full, tensor = self._find(key)
-        shape = tensor.spec.shape
+        shape = self.spec(key).shape
+        full, tensor = self._tensors[key]
         if isinstance(region, Span):
             source = self._source(full, tensor, tensor.chunks[0]) if len(tensor.chunks) == 1 else None
             if source is not None and source.row_major:
@@ -186,12 +179,6 @@ class DCPReader:
             return load_within(file, item.offset, item.length)
         except Exception as error:
             raise CheckpointFormatError(f"{file.path}: {key!r} cannot be loaded as plain data: {error}") from error
-
-    def _find(self, key: str) -> tuple[str, Tensor]:
-        try:
-            return self._tensors[key]
-        except KeyError:
-            raise KeyError(f"{self.path} has no tensor {key!r}") from None
 
 
 class _LazyMapping(Mapping[str, Any]):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from fabric_init.checkpoints.formats.deepspeed.flat_shards import Pieces
 from fabric_init.checkpoints.formats.deepspeed.layout import locate
 from fabric_init.checkpoints.formats.torch_save.mapped_archive import MappedArchive, maps_privately
 from fabric_init.checkpoints.formats.torch_save.reader import checked_key
-from fabric_init.checkpoints.reader import TensorSpec
+from fabric_init.checkpoints.reader import BaseReader, TensorSpec
 from fabric_init.checkpoints.region import Region, take
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
@@ -58,7 +58,7 @@ def is_deepspeed_folder(names: Iterable[str]) -> bool:
     return any(name == "latest" or _MODEL_STATES.fullmatch(name) or _OPTIM_STATES.fullmatch(name) for name in names)
 
 
-class DeepSpeedFolderReader:
+class DeepSpeedFolderReader(BaseReader):
     """One checkpoint of DeepSpeed; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`.
 
     ``path`` is the folder with ``latest`` in it, or the folder of one tag. Files are mapped, so opening reads their
@@ -101,13 +101,11 @@ class DeepSpeedFolderReader:
             raise ValueError("the file *_model_states.pt has no state dict under 'module'")
         stage, parameters = locate(states, inner) if inner else (0, {})
         self.format = f"DeepSpeed ZeRO-{stage}" if stage else "DeepSpeed"
-        self.note: str | None = None
         if stage:
             self.note = f"trainable parameters are the fp32 masters that {len(inner)} ranks saved"
         elif states[0].get("param_shapes") is not None:
             self.note = "there are no fp32 masters (*_optim_states.pt); all weights are the module's own"
-        self.extra_state: dict[str, Any] = {}
-        """Entries ``*_extra_state`` of the module that are not tensors."""
+        extra_state: dict[str, Any] = {}
         self._tensors: dict[str, torch.Tensor | Pieces] = {}
         for key, value in module.items():
             if key in parameters:
@@ -117,17 +115,13 @@ class DeepSpeedFolderReader:
                     raise ValueError(_NOWHERE.format(key=key))
                 self._tensors[checked_key(self.path, key, value)] = value.detach()
             elif isinstance(key, str) and key.endswith(EXTRA_STATE):
-                self.extra_state[key] = value
+                extra_state[key] = value
         self._tensors.update(parameters)
-
-    def keys(self) -> Sequence[str]:
-        """Every tensor's key, in the order of the module's state dict."""
-        return tuple(self._tensors)
-
-    def spec(self, key: str) -> TensorSpec:
-        """Shape and dtype of one tensor. Raises ``KeyError`` for an unknown key."""
-        found = self._find(key)
-        return found.spec if isinstance(found, Pieces) else TensorSpec(found.shape, found.dtype)
+        self.extra_state = extra_state
+        self.specs = {
+            key: value.spec if isinstance(value, Pieces) else TensorSpec(value.shape, value.dtype)
+            for key, value in self._tensors.items()
+        }
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
         """The tensor or a region of it, on the CPU.
@@ -135,30 +129,25 @@ class DeepSpeedFolderReader:
         Raises ``KeyError`` for an unknown key, and :class:`~fabric_init.errors.CheckpointFormatError` when a file
         changed after it was opened.
         """
-        found = self._find(key)
+        self.spec(key)
+        value = self._tensors[key]
         for file in self._files:
             file.check_unchanged()
-        part = found.read(region) if isinstance(found, Pieces) else take(found, region)
+        part = value.read(region) if isinstance(value, Pieces) else take(value, region)
         return part.clone(memory_format=torch.contiguous_format) if self._copy else part.detach()
 
     def files(self, key: str) -> dict[str, int]:
         """The files that hold a tensor, and how many bytes of it each."""
-        found = self._find(key)
+        value = self._tensors[key]
         homes = {
             tensor.untyped_storage().data_ptr(): file.path.name
             for file in self._files
             for tensor in _tensors_in(file.content)
         }
         nbytes: Counter[str] = Counter()
-        for part in found.parts() if isinstance(found, Pieces) else [found]:
+        for part in value.parts() if isinstance(value, Pieces) else [value]:
             nbytes[homes[part.untyped_storage().data_ptr()]] += part.nbytes
         return dict(nbytes)
-
-    def _find(self, key: str) -> torch.Tensor | Pieces:
-        try:
-            return self._tensors[key]
-        except KeyError:
-            raise KeyError(f"{self.path} has no tensor {key!r}") from None
 
 
 def _tensors_in(value: object) -> Iterator[torch.Tensor]:

@@ -12,7 +12,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ import torch
 from fabric_init._text import joined
 from fabric_init.checkpoints.formats.torch_save.archive import TorchArchive, unsafe_globals
 from fabric_init.checkpoints.formats.torch_save.legacy import BoundedFile, check_sizes
-from fabric_init.checkpoints.reader import TensorSpec
+from fabric_init.checkpoints.reader import BaseReader, TensorSpec
 from fabric_init.checkpoints.region import Region, take
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE, OPTIMIZER_PARTS, Location, choose_state_dict, describe
 from fabric_init.checkpoints.storage.local import FileBytes, Opener, open_bytes
@@ -41,7 +41,7 @@ or allow harmless classes beforehand: torch.serialization.add_safe_globals([...]
 _LEGACY_NOTE = "legacy format of before torch 1.6: all of the file is in memory"
 
 
-class TorchFileReader:
+class TorchFileReader(BaseReader):
     """One open file of ``torch.save``; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`.
 
     The state dict is what ``entry`` names (``"generator"``, ``"app.model"``), or else the dict found under ``model``,
@@ -60,7 +60,6 @@ class TorchFileReader:
     """
 
     format = "torch"
-    note: str | None = None
 
     def __init__(
         self,
@@ -85,26 +84,15 @@ class TorchFileReader:
         notes = [note for note in (describe(location), _LEGACY_NOTE if legacy else None) if note]
         self.note = "; ".join(notes) or None
         self._tensors: dict[str, torch.Tensor] = {}
-        self.extra_state: dict[str, Any] = {}
-        """Entries ``*_extra_state`` (``nn.Module.get_extra_state``) that are not tensors."""
+        extra_state: dict[str, Any] = {}
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
                 self._tensors[checked_key(self.path, key, value, self._archive)] = value.detach()
             elif isinstance(key, str) and key.endswith(EXTRA_STATE):
                 with corruption_of(self.path):
-                    self.extra_state[key] = value if self._archive is None else self._archive.with_values(value)
-        self._specs = {key: TensorSpec(value.shape, value.dtype) for key, value in self._tensors.items()}
-
-    def keys(self) -> Sequence[str]:
-        """Every tensor's key, in the order of the state dict."""
-        return tuple(self._tensors)
-
-    def spec(self, key: str) -> TensorSpec:
-        """Shape and dtype of one tensor. Raises ``KeyError`` for an unknown key."""
-        try:
-            return self._specs[key]
-        except KeyError:
-            raise KeyError(f"{self.path} has no tensor {key!r}") from None
+                    extra_state[key] = value if self._archive is None else self._archive.with_values(value)
+        self.extra_state = extra_state
+        self.specs = {key: TensorSpec(value.shape, value.dtype) for key, value in self._tensors.items()}
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
         """The tensor or a region of it, on the CPU. Raises ``KeyError`` for an unknown key."""
