@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from fabric_init.checkpoints.region import Window
+from fabric_init.checkpoints.storage.gather import gather
 from fabric_init.checkpoints.storage.local import FileBytes, Opener, memory, open_bytes
 from fabric_init.checkpoints.storage.remote import AnyPath, as_path
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
@@ -170,24 +171,14 @@ class _CheckedBytes:
 
     def tensor(self, dtype: torch.dtype, offset: int, window: Window) -> torch.Tensor:
         out = torch.empty(window.sizes, dtype=dtype, device="cpu")
-        if out.numel():
-            self._gather(out, offset, window)
-        return out
+        if not out.numel():
+            return out
 
-    def _gather(self, out: torch.Tensor, offset: int, window: Window) -> None:
-        """Fill the contiguous ``out``: run by run, or through a scratch copy where a block spans many short ones."""
-        size, extent = out.element_size(), window.extent
-        start = offset + window.start * size
-        if extent == out.numel():
-            self._copy(memory(out), start)
-        elif extent * size <= self._manifest.block_bytes:
-            scratch = torch.empty(extent, dtype=out.dtype, device="cpu")
-            self._copy(memory(scratch), start)
-            out.copy_(scratch.as_strided(window.sizes, window.strides))
-        else:
-            for row in range(window.sizes[0]):
-                inner = Window(window.start + row * window.strides[0], window.sizes[1:], window.strides[1:])
-                self._gather(out[row], offset, inner)
+        def read_run(target: torch.Tensor, start: int) -> None:
+            self._copy(memory(target), offset + start * dtype.itemsize)
+
+        gather(out, window, read_run, self._manifest.block_bytes)
+        return out
 
     def _copy(self, target: memoryview, start: int) -> None:
         done = 0

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 
 from fabric_init.checkpoints.region import Window
+from fabric_init.checkpoints.storage.gather import gather
 from fabric_init.checkpoints.storage.remote import AnyPath, RemoteBytes, RemotePath
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError, OutOfMemoryError, is_out_of_memory
 
@@ -27,6 +28,9 @@ _MAP_NORESERVE: int = getattr(_mmap, "MAP_NORESERVE", 0x4000 if sys.platform == 
 
 # Runs shorter than this are read together with the gap between them: one system call costs about as much as this copy.
 _GATHER_BYTES = 1 << 20
+
+MAPPED_FILES = 512
+"""How many files to map at most: a map holds a descriptor, and a process may often have no more than 1,024."""
 
 
 class FileBytes(Protocol):
@@ -179,7 +183,11 @@ class _Plain:
         try:
             # Opened anew each time: no lock between threads, no descriptor held open.
             with FileIO(self.path) as file:
-                self._gather(file, out, offset, window)
+
+                def read_run(target: torch.Tensor, start: int) -> None:
+                    _read_into(file, offset + start * dtype.itemsize, memory(target), self)
+
+                gather(out, window, read_run, _GATHER_BYTES)
                 self._check_unchanged(file)
         except OSError as error:
             raise CheckpointFormatError(f"{self.path} can no longer be read: {error}.") from error
@@ -188,21 +196,6 @@ class _Plain:
     def _check_unchanged(self, file: FileIO) -> None:
         if identity(os.fstat(file.fileno())) != self._identity:
             raise CheckpointFormatError(changed(self.path, self.size))
-
-    def _gather(self, file: FileIO, out: torch.Tensor, offset: int, window: Window) -> None:
-        """Fill the contiguous ``out``: in one read where the window is one run or a small range, else row by row."""
-        size, start = out.element_size(), offset + window.start * out.element_size()
-        extent = window.extent
-        if extent == out.numel():
-            _read_into(file, start, memory(out), self)
-        elif extent * size <= _GATHER_BYTES:
-            scratch = torch.empty(extent, dtype=out.dtype, device="cpu")
-            _read_into(file, start, memory(scratch), self)
-            out.copy_(scratch.as_strided(window.sizes, window.strides))
-        else:
-            for row in range(window.sizes[0]):
-                inner = Window(window.start + row * window.strides[0], window.sizes[1:], window.strides[1:])
-                self._gather(file, out[row], offset, inner)
 
 
 def _read_into(file: FileIO, start: int, target: memoryview, source: FileBytes) -> None:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,17 +20,12 @@ from fabric_init.checkpoints.formats.dcp.contents import Chunk, Contents, Tensor
 from fabric_init.checkpoints.formats.dcp.metadata import read_metadata
 from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
 from fabric_init.checkpoints.formats.sharded import check_shard
-from fabric_init.checkpoints.formats.torch_save.archive import load_within
-from fabric_init.checkpoints.formats.torch_save.saved_tensor import find_saved_tensor
+from fabric_init.checkpoints.formats.torch_save.archive import SavedTensor, find_saved_tensor, load_within
 from fabric_init.checkpoints.reader import BaseReader, TensorSpec
 from fabric_init.checkpoints.region import Box, Region, Span, boxes_of, overlap, whole
 from fabric_init.checkpoints.state_dicts import Location, choose_state_dict, describe
-from fabric_init.checkpoints.storage.local import FileBytes, changed, identity, open_bytes
+from fabric_init.checkpoints.storage.local import MAPPED_FILES, FileBytes, changed, identity, open_bytes
 from fabric_init.errors import CheckpointFormatError
-
-# A map holds a descriptor, and a process may often have no more than 1,024. Ranks write a file each; it takes
-# FileSystemWriter(single_file_per_rank=False), with a file for each tensor, to get beyond this.
-_MAPPED_FILES = 512
 
 
 class DCPReader(BaseReader):
@@ -75,9 +70,10 @@ class DCPReader(BaseReader):
                     f"{self.path / item.file} has {size:,} bytes, and .metadata looks for "
                     f"{item.length:,} at {item.offset:,}. If a copy was cut short, make it again."
                 )
-        self._mmap = mmap and len(counts) <= _MAPPED_FILES
+        # Ranks write a file each; FileSystemWriter(single_file_per_rank=False) writes one for each tensor.
+        self._mmap = mmap and len(counts) <= MAPPED_FILES
         self._files: dict[str, FileBytes | SafetensorsReader] = {}
-        self._found: dict[tuple[str, Box], _ChunkSource] = {}
+        self._found: dict[tuple[str, Box], SavedTensor | _InSafetensors] = {}
 
     def _lazy_extra_state(self, location: Location) -> Mapping[str, Any]:
         """Return a mapping that loads each extra state when it is looked up.
@@ -112,9 +108,8 @@ class DCPReader(BaseReader):
         shape = self.spec(key).shape
         full, tensor = self._tensors[key]
         if isinstance(region, Span):
-            source = self._source(full, tensor, tensor.chunks[0]) if len(tensor.chunks) == 1 else None
-            if source is not None and source.row_major:
-                return source.read(region)
+            if len(tensor.chunks) == 1:
+                return self._source(full, tensor, tensor.chunks[0]).read(region)
             out = torch.empty(region.numel, dtype=tensor.spec.dtype, device="cpu")
             done = 0
             for box in boxes_of(shape, region):
@@ -139,7 +134,7 @@ class DCPReader(BaseReader):
             out[tuple(slice(at, at + n) for at, n in zip(target.offsets, target.sizes, strict=True))].copy_(value)
         return out
 
-    def _source(self, full: str, tensor: Tensor, chunk: Chunk) -> _ChunkSource:
+    def _source(self, full: str, tensor: Tensor, chunk: Chunk) -> SavedTensor | _InSafetensors:
         """What reads a chunk. Two threads may both look for it, and find the same."""
         source = self._found.get((full, chunk.box))
         if source is None:
@@ -197,25 +192,13 @@ class _LazyMapping(Mapping[str, Any]):
         return len(self._made)
 
 
-class _ChunkSource(Protocol):
-    """What reads regions of one chunk."""
-
-    @property
-    def row_major(self) -> bool:
-        """Whether ``read`` takes a span."""
-        ...
-
-    def read(self, region: Region) -> torch.Tensor: ...
-
-
 class _InSafetensors(NamedTuple):
     """A chunk that is a tensor of a safetensors file."""
 
     file: SafetensorsReader
     key: str
-    row_major: bool = True
 
-    def read(self, region: Region) -> torch.Tensor:
+    def read(self, region: Region | None) -> torch.Tensor:
         return self.file.read(self.key, region)
 
 

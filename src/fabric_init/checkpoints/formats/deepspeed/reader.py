@@ -12,19 +12,20 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fabric_init.checkpoints.formats.deepspeed.flat_shards import Pieces
+from fabric_init.checkpoints.formats.deepspeed.flat_shards import FlatShards
 from fabric_init.checkpoints.formats.deepspeed.layout import locate
-from fabric_init.checkpoints.formats.torch_save.mapped_archive import MappedArchive, maps_privately
-from fabric_init.checkpoints.formats.torch_save.reader import checked_key
+from fabric_init.checkpoints.formats.torch_save.archive import TorchArchives
+from fabric_init.checkpoints.formats.torch_save.reader import checked_key, load_archive
 from fabric_init.checkpoints.reader import BaseReader, TensorSpec
-from fabric_init.checkpoints.region import Region, take
+from fabric_init.checkpoints.region import Region
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
+from fabric_init.checkpoints.storage.local import MAPPED_FILES, open_bytes
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
 
 _MODEL_STATES = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<shard>\d+)_model_states\.pt")
@@ -72,16 +73,18 @@ class DeepSpeedFolderReader(BaseReader):
 
     def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
         self.path = Path(path)
-        self._copy = not mmap or not maps_privately()
         folder = tag_folder(self.path)
         names = sorted(entry.name for entry in folder.iterdir())
-        states = [MappedArchive(file, STAND_INS) for file in _by_rank(folder, names, _MODEL_STATES)]
-        optimizers = [MappedArchive(file, STAND_INS) for file in _by_rank(folder, names, _OPTIM_STATES)]
-        self._files = (*states, *optimizers)
+        states, optimizers = _by_rank(folder, names, _MODEL_STATES), _by_rank(folder, names, _OPTIM_STATES)
+        files = [*states, *optimizers]
+        mmap = mmap and len(files) <= MAPPED_FILES
+        archives = [load_archive(open_bytes(file, mmap=mmap), STAND_INS) for file in files]
+        self._archives = TorchArchives([archive for archive, _ in archives])
         if not states:
             raise CheckpointNotFoundError(f"{folder} has no file *_model_states.pt. Is the copy complete?")
+        contents = [content for _, content in archives]
         try:
-            self._open([file.content for file in states], [file.content for file in optimizers])
+            self._open(contents[: len(states)], contents[len(states) :])
         except (ValueError, TypeError, IndexError, OverflowError) as error:
             if isinstance(error, CheckpointFormatError):
                 raise
@@ -99,27 +102,27 @@ class DeepSpeedFolderReader(BaseReader):
         module = states[0].get("module")
         if not isinstance(module, dict):
             raise ValueError("the file *_model_states.pt has no state dict under 'module'")
-        stage, parameters = locate(states, inner) if inner else (0, {})
+        stage, parameters = locate(states, inner, self._archives) if inner else (0, {})
         self.format = f"DeepSpeed ZeRO-{stage}" if stage else "DeepSpeed"
         if stage:
             self.note = f"trainable parameters are the fp32 masters that {len(inner)} ranks saved"
         elif states[0].get("param_shapes") is not None:
             self.note = "there are no fp32 masters (*_optim_states.pt); all weights are the module's own"
         extra_state: dict[str, Any] = {}
-        self._tensors: dict[str, torch.Tensor | Pieces] = {}
+        self._tensors: dict[str, torch.Tensor | FlatShards] = {}
         for key, value in module.items():
             if key in parameters:
                 self._tensors[key] = parameters.pop(key)
             elif isinstance(value, torch.Tensor):
                 if len(states) > 1 and not value.numel() and key not in (states[0].get("buffer_names") or ()):
                     raise ValueError(_NOWHERE.format(key=key))
-                self._tensors[checked_key(self.path, key, value)] = value.detach()
+                self._tensors[checked_key(self.path, key, value, self._archives)] = value.detach()
             elif isinstance(key, str) and key.endswith(EXTRA_STATE):
-                extra_state[key] = value
+                extra_state[key] = self._archives.with_values(value)
         self._tensors.update(parameters)
         self.extra_state = extra_state
         self.specs = {
-            key: value.spec if isinstance(value, Pieces) else TensorSpec(value.shape, value.dtype)
+            key: value.spec if isinstance(value, FlatShards) else TensorSpec(value.shape, value.dtype)
             for key, value in self._tensors.items()
         }
 
@@ -131,35 +134,17 @@ class DeepSpeedFolderReader(BaseReader):
         """
         self.spec(key)
         value = self._tensors[key]
-        for file in self._files:
-            file.check_unchanged()
-        part = value.read(region) if isinstance(value, Pieces) else take(value, region)
-        return part.clone(memory_format=torch.contiguous_format) if self._copy else part.detach()
+        if isinstance(value, FlatShards):
+            return value.read(region, self._archives.read)
+        return self._archives.read(value, region)
 
     def files(self, key: str) -> dict[str, int]:
         """The files that hold a tensor, and how many bytes of it each."""
         value = self._tensors[key]
-        homes = {
-            tensor.untyped_storage().data_ptr(): file.path.name
-            for file in self._files
-            for tensor in _tensors_in(file.content)
-        }
         nbytes: Counter[str] = Counter()
-        for part in value.parts() if isinstance(value, Pieces) else [value]:
-            nbytes[homes[part.untyped_storage().data_ptr()]] += part.nbytes
+        for part in value.parts() if isinstance(value, FlatShards) else [value]:
+            nbytes[self._archives.home(part).file.path.name] += part.nbytes
         return dict(nbytes)
-
-
-def _tensors_in(value: object) -> Iterator[torch.Tensor]:
-    waiting, seen = [value], set[int]()  # a pickle can make containers that hold themselves
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, torch.Tensor):
-            if one.device.type == "cpu" and one.layout is torch.strided:
-                yield one
-        elif isinstance(one, (dict, list, tuple)) and id(one) not in seen:
-            seen.add(id(one))
-            waiting += one.values() if isinstance(one, dict) else one
 
 
 def states_in(folder: Path) -> list[Path]:

@@ -11,12 +11,29 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import torch
+
 from fabric_init.checkpoints.formats.pickles.limits import AllocationUnpickler, ExcessiveAllocationError
-from fabric_init.checkpoints.formats.torch_save.saved_tensor import STORAGES
 from fabric_init.checkpoints.region import Window
 
 _HEADERS = 3
 """Pickles before that of the content: a magic number, the version, the system's sizes."""
+
+
+_STORAGE_DTYPES = {
+    "torch.BoolStorage": torch.bool,
+    "torch.ByteStorage": torch.uint8,
+    "torch.CharStorage": torch.int8,
+    "torch.ShortStorage": torch.int16,
+    "torch.IntStorage": torch.int32,
+    "torch.LongStorage": torch.int64,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.FloatStorage": torch.float32,
+    "torch.DoubleStorage": torch.float64,
+    "torch.ComplexFloatStorage": torch.complex64,
+    "torch.ComplexDoubleStorage": torch.complex128,
+}
 
 
 class BoundedFile(io.BufferedReader):
@@ -63,7 +80,7 @@ class _Claims(AllocationUnpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         _, kind, key, _, count, _ = pid
-        dtype = STORAGES.get(kind.full)
+        dtype = _STORAGE_DTYPES.get(kind.full)
         storage = _Storage(dtype.itemsize if dtype else 1, count * (dtype.itemsize if dtype else 1))
         self._for_storages -= 0 if key in self._known else storage.size_bytes
         self._known.add(key)

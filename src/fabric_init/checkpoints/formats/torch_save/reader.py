@@ -15,13 +15,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from fabric_init._text import joined
-from fabric_init.checkpoints.formats.torch_save.archive import TorchArchive, unsafe_globals
+from fabric_init.checkpoints.formats.torch_save.archive import Stands, TorchArchive
 from fabric_init.checkpoints.formats.torch_save.legacy import BoundedFile, check_sizes
+from fabric_init.checkpoints.formats.torch_save.meta_tensors import Storages, unsafe_globals
 from fabric_init.checkpoints.reader import BaseReader, TensorSpec
 from fabric_init.checkpoints.region import Region, take
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE, OPTIMIZER_PARTS, Location, choose_state_dict, describe
@@ -119,13 +120,24 @@ def _load_from(file: FileBytes, *, direct: bool) -> tuple[Any, bool, TorchArchiv
                     check_sizes(content, file.size)
                     return torch.load(content, weights_only=True, map_location="cpu"), True, None
             except pickle.UnpicklingError as error:
-                refuse_code(file.path, _named_global(error))
+                _refuse_code(file.path, _named_global(error))
                 raise
+        archive, loaded = load_archive(file)
+        return loaded, False, archive
+
+
+def load_archive(file: FileBytes, stand_ins: Stands = ()) -> tuple[TorchArchive, Any]:
+    """Return a zip file of ``torch.save``, and what is in it, its tensors on the meta device.
+
+    Raises:
+        CheckpointFormatError: it is no such file, or carries code.
+    """
+    with corruption_of(file.path):
         archive = TorchArchive(file)
         try:
-            return archive.load(), False, archive
+            return archive, archive.load(stand_ins)
         except pickle.UnpicklingError:
-            refuse_code(file.path, unsafe_globals(archive.pickle))
+            _refuse_code(file.path, unsafe_globals(archive.pickle))
             raise
 
 
@@ -152,7 +164,7 @@ def _is_legacy(path: AnyPath, head: bytes) -> bool:
     return not head.startswith(_ZIP_MAGIC)
 
 
-def refuse_code(path: AnyPath, blocked: list[str]) -> None:
+def _refuse_code(path: AnyPath, blocked: list[str]) -> None:
     """Raise if a pickle names what ``weights_only`` refuses."""
     if blocked:
         named = joined(blocked, most=5)
@@ -189,21 +201,9 @@ def count_tensors(state: dict[object, object]) -> int:
     return sum(isinstance(value, torch.Tensor) for value in state.values())
 
 
-class Storages(Protocol):
-    """What knows where the values of tensors on the meta device are."""
-
-    def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether they are in the file."""
-        ...
-
-    def reaches(self, tensor: torch.Tensor) -> bool:
-        """Whether the last of them is."""
-        ...
-
-
 def checked_key(path: AnyPath, key: object, value: torch.Tensor, archive: Storages | None = None) -> str:
     """The key, if it is a name and its tensor is one whose values lie densely in this file."""
-    has_values = value.device.type == "cpu" or (archive is not None and archive.holds(value))
+    has_values = value.device.type == "cpu" if archive is None else archive.holds(value)
     if not isinstance(key, str):
         raise CheckpointFormatError(
             f"{path}: a tensor has the key {key!r}, a {type(key).__name__}; keys must be strings."
