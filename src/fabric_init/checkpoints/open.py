@@ -187,21 +187,28 @@ def _refuse_unknown(candidate: Candidate) -> CheckpointReader:
     )
 
 
-# In the order of preference; what says no to all is refused by the last.
+# The formats that are read. tools.inspect looks at each in its own way, and names them by these constants.
+DCP = Format("torch.distributed.checkpoint", lambda it: ".metadata" in (it.path.name, *it.names), _open_distributed)
+DEEPSPEED = Format("DeepSpeed", lambda it: is_deepspeed_folder(it.names), _open_deepspeed)
+INDEX = Format("index", lambda it: it.path.name.endswith(".index.json"), _open_index)
+SAFETENSORS = Format("safetensors", _is_safetensors, _open_safetensors)
+TORCH = Format("torch", lambda it: it.head.startswith((b"PK\x03\x04", b"\x80")), _open_torch)
+
+# In the order of preference. The last entry recognizes everything, and refuses it.
 _KNOWN: Sequence[Format | Way] = (
     Way("model id", lambda it: not it.is_url and hub.is_model_id(it.asked), _fetched),
     Format("nothing", lambda it: not it.path.exists(), _refuse_missing),
     Way("Hugging Face cache", lambda it: isinstance(it.path, Path) and hub.is_cache_folder(it.path), _cached),
     Way("folder of safetensors", lambda it: _safetensors_in(it.asked, it.names) is not None, _inside),
     # Before looking for torch files: Lightning puts a meta.pt beside it, with everything but the weights.
-    Format("torch.distributed.checkpoint", lambda it: ".metadata" in (it.path.name, *it.names), _open_distributed),
+    DCP,
     Format("part of that", lambda it: it.path.suffix == ".distcp", _refuse_part),
-    Format("DeepSpeed", lambda it: is_deepspeed_folder(it.names), _open_deepspeed),
+    DEEPSPEED,
     Way("folder of torch files", lambda it: _torch_in(it.asked, it.names) is not None, _inside),
     Format("other folder", lambda it: it.is_dir, _refuse_folder),
-    Format("index", lambda it: it.path.name.endswith(".index.json"), _open_index),
-    Format("safetensors", _is_safetensors, _open_safetensors),
-    Format("torch", lambda it: it.head.startswith((b"PK\x03\x04", b"\x80")), _open_torch),
+    INDEX,
+    SAFETENSORS,
+    TORCH,
     Format("unknown", lambda it: True, _refuse_unknown),
 )
 

@@ -84,9 +84,7 @@ class Candidate:
     def refuse_entry(self) -> None:
         """For formats with one state dict."""
         if self.entry is not None:
-            raise CheckpointFormatError(
-                f"{self.path} has no entries, so entry={self.entry!r} names nothing in it. Leave it out."
-            )
+            raise CheckpointFormatError(f"{self.path} holds a single state dict; remove entry={self.entry!r}.")
 
     def check_whole(self) -> None:
         """Compare every file with the manifest, if there is one: for readers that open files by themselves."""
@@ -166,7 +164,7 @@ class _WithoutExtraState(BaseReader):
 
 def unregister_reader(name: str) -> None:
     """Forget a format that was registered; nothing happens where there is none of that name."""
-    _registered[:] = [one for one in _registered if one.name != name]
+    _registered[:] = [format for format in _registered if format.name != name]
 
 
 def registered_formats() -> tuple[Format, ...]:

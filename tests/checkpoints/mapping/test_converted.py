@@ -300,7 +300,7 @@ def test_a_wrong_declaration_is_refused_where_it_is_written(declare: Callable[[]
 
 @pytest.mark.parametrize("wrong", [Transpose(["a"]), {"a": "b"}, ["a"], [Transpose], "a"])
 def test_convert_takes_a_list_of_conversions(wrong: Any) -> None:
-    with pytest.raises(TypeError, match="convert takes a list of conversions"):
+    with pytest.raises(TypeError, match="convert must be a list of conversions"):
         converted(header(a=(2, 2)), wrong)
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint whose tensors lie as a model's do, after declared conversions, and still can be read in parts."""
+"""A checkpoint after declared conversions; regions of its tensors can still be read alone."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from fabric_init.errors import CheckpointMismatchError
 
 
 def converted(reader: CheckpointReader, conversions: Sequence[Conversion]) -> CheckpointReader:
-    """``reader`` as ``conversions`` make it, each of what the one before it gives. Only headers are looked at.
+    """Apply ``conversions`` to ``reader``, one after the other. Only headers are read.
 
-    Raises :class:`~fabric_init.errors.CheckpointMismatchError` when the checkpoint is not as declared, or two of its
-    tensors would get one key; ``TypeError`` when ``conversions`` is no list of conversions.
+    Raises:
+        CheckpointMismatchError: the checkpoint is not as declared, or two of its tensors would get one key.
+        TypeError: ``conversions`` is no list of conversions.
     """
     if not isinstance(conversions, Sequence):
-        raise TypeError(f"convert takes a list of conversions, not {conversions!r}: convert=[Split(…), …]")
+        raise TypeError(f"convert must be a list of conversions, such as [Split(…), …], got {conversions!r}")
     for conversion in conversions:
         if isinstance(conversion, type) or not callable(getattr(conversion, "made", None)):
-            raise TypeError(f"convert takes a list of conversions (Split, Fuse, …), and {conversion!r} is none")
+            raise TypeError(f"convert must be a list of conversions (Split, Fuse, …), got {conversion!r}")
         reader = ConvertedReader(reader, conversion)
     return reader
 
@@ -46,7 +47,7 @@ class ConvertedReader(BaseReader):
         self.note = "; ".join(filter(None, [below.note, f"{conversion}: {len(self._made)} tensors made"]))
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
-        """The tensor or a region of it; of its sources, only what the region needs is read."""
+        """Return the tensor, or a region of it; of its sources, only what the region needs is read."""
         made = self._made.get(key)
         if made is None:
             self.spec(key)
@@ -62,10 +63,10 @@ class ConvertedReader(BaseReader):
 
 
 def _keys_after(specs: Mapping[str, TensorSpec], made: Mapping[str, Made]) -> tuple[str, ...]:
-    used = {source for one in made.values() for source in one.sources}
+    used = {source for tensor in made.values() for source in tensor.sources}
     first: defaultdict[str, list[str]] = defaultdict(list)
-    for key, one in made.items():
+    for key, tensor in made.items():
         if key in specs and key not in used:
             raise CheckpointMismatchError(f"it makes {key}, and the checkpoint has a tensor of that name already")
-        first[one.sources[0]].append(key)
+        first[tensor.sources[0]].append(key)
     return tuple(name for key in specs for name in (first[key] if key in used else (key,)))

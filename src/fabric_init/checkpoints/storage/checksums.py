@@ -136,7 +136,7 @@ class Manifest:
         for start in range(0, file.size, BLOCK_BYTES):
             whole.update(_range(file, start, min(start + BLOCK_BYTES, file.size)))
         if whole.hexdigest() != digests.whole:
-            raise CheckpointFormatError(f"{file.path} has not the SHA-256 that {self.path} lists. {_CHANGED}")
+            raise CheckpointFormatError(f"{file.path}: SHA-256 mismatch with {self.path}. {_CHANGED}")
 
     def _find(self, path: AnyPath) -> _Digests:
         parts = PurePosixPath(str(path)).parts if not isinstance(path, Path) else path.absolute().parts
@@ -201,8 +201,7 @@ class _CheckedBytes:
         block = self._file.tensor(torch.uint8, 0, Window(first, (max(0, stop - first),), (1,)))
         if index >= len(self._blocks) or hashlib.sha256(block.numpy().data).hexdigest() != self._blocks[index]:
             raise CheckpointFormatError(
-                f"{self.path} has not the SHA-256 that {self._manifest.path} lists for its bytes {first:,} to "
-                f"{stop:,}. {_CHANGED}"
+                f"{self.path}, bytes {first:,} to {stop:,}: SHA-256 mismatch with {self._manifest.path}. {_CHANGED}"
             )
         with self._lock:
             self._kept[index] = block

@@ -161,5 +161,5 @@ def _dict(value: object, what: str) -> Mapping[Any, Any]:
 
 def _list(value: object) -> Sequence[Any]:
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"a list a group of parameters was expected, and a {type(value).__name__} is there")
+        raise ValueError(f"expected one list per parameter group, got {type(value).__name__}")
     return value

@@ -49,7 +49,7 @@ class Record:
 def load_inert(data: bytes, names: Collection[str]) -> Any:
     """The content of the pickle ``data``: built-in values, dtypes and records; only ``names`` may be named in it.
 
-    Memory and time are linear in ``len(data)``. Containers may hold themselves. Raises :class:`InertPickleError`.
+    Memory and time are linear in ``len(data)``. Containers may hold themselves. Raises :class:`RestrictedPickleError`.
     """
     try:
         return RestrictedUnpickler(data, names).load()
