@@ -1,8 +1,7 @@
-"""Reading checkpoints: plan from the header, then read each tensor, or a region of it, once.
+"""Read checkpoints: the header first, to plan from, then each tensor, or a region of it, once.
 
 :func:`open_checkpoint` turns a path, URL or model id into a :class:`CheckpointReader`. Nothing here runs code from a
-file, and whatever bytes a file holds, what is wrong with it is a :class:`~fabric_init.errors.CheckpointError` with its
-name in it.
+file, and a damaged file raises a :class:`~fabric_init.errors.CheckpointError` that names it, whatever bytes it holds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether all ranks read the same checkpoint: a digest to compare."""
+"""A digest of a checkpoint, by which ranks make sure that they read the same one."""
 
 from __future__ import annotations
 

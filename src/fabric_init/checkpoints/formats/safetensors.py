@@ -27,7 +27,7 @@ from fabric_init.checkpoints.storage.remote import AnyPath, as_path
 from fabric_init.errors import CheckpointError, CheckpointFormatError
 
 HEADER_BYTES = 100_000_000
-"""The most that a header may have; the library's own limit."""
+"""The maximum size of a header; the library's own limit."""
 
 _DTYPE_NAMES = {
     "BOOL": "bool",
@@ -51,7 +51,7 @@ _DTYPE_NAMES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
 DTYPES = {code: getattr(torch, name) for code, name in _DTYPE_NAMES.items() if hasattr(torch, name)}
-"""What the format calls a dtype -> the dtype; an older torch lacks the newest of them."""
+"""Name of a dtype in the format -> the dtype; an older torch lacks the newest of them."""
 
 
 class SafetensorsReader(BaseReader):
@@ -61,9 +61,9 @@ class SafetensorsReader(BaseReader):
     can become the parameter. Writing to it never reaches the file, but two reads of one key share memory. With
     ``mmap=False`` each read copies just the bytes of its region; take that when the file may be overwritten in place.
 
-    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` for a missing file and
-    :class:`~fabric_init.errors.CheckpointFormatError` for one that is truncated, corrupt or holds a dtype that torch
-    lacks (F4, F6), before any weight is read.
+    Raises:
+        CheckpointNotFoundError: the file is missing.
+        CheckpointFormatError: it is truncated, corrupt or holds a dtype that torch lacks (F4, F6).
     """
 
     format = "safetensors"
@@ -76,10 +76,11 @@ class SafetensorsReader(BaseReader):
         self._offsets, self.specs = _parse_header(self._bytes, direct=opener is None and isinstance(self.path, Path))
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
-        """The tensor or a region of it, on the CPU; touches no byte outside the region (mapped: no page).
+        """Return the tensor, or a region of it, on the CPU; touches no byte outside the region (mapped: no page).
 
-        Raises ``KeyError`` for an unknown key, and :class:`~fabric_init.errors.CheckpointFormatError` when the file
-        changed after it was opened.
+        Raises:
+            KeyError: there is no such tensor.
+            CheckpointFormatError: the file changed after it was opened.
         """
         spec = self.spec(key)
         return self._bytes.tensor(spec.dtype, self._offsets[key], window(spec.shape, region))
@@ -122,7 +123,7 @@ def _parse_header(file: FileBytes, *, direct: bool) -> tuple[dict[str, int], dic
 
 
 def _entries(path: AnyPath | str) -> list[tuple[str, str, list[int]]]:
-    """Key, dtype and shape of each tensor, as the library reads and checks them."""
+    """Return key, dtype and shape of each tensor, as the library reads and checks them."""
     # "numpy" only chooses what get_tensor would return; "pt" would map the file a second time.
     header: Any = safe_open(path, "numpy")
     parts = [(key, header.get_slice(key)) for key in header.offset_keys()]
@@ -130,8 +131,8 @@ def _entries(path: AnyPath | str) -> list[tuple[str, str, list[int]]]:
 
 
 def _entries_of_copy(file: FileBytes) -> list[tuple[str, str, list[int]]]:
-    # The library takes a path only. It is given a file of the same size with the same header and a hole for the data:
-    # so it checks what was read, from wherever that came.
+    # The library takes a path only. It gets a file of the same size with the same header and a hole for the data: so it
+    # checks the header that was read, wherever that came from.
     length = int.from_bytes(file.head(8), "little")
     with TemporaryDirectory() as folder:
         copy = os.path.join(folder, "header.safetensors")
@@ -142,7 +143,7 @@ def _entries_of_copy(file: FileBytes) -> list[tuple[str, str, list[int]]]:
 
 
 def _refuse_duplicates(file: FileBytes, start: int, expected: int) -> None:
-    """The format forbids a key given twice; the library lets the last one win, which may not be what was meant."""
+    """Refuse a key that occurs twice: the format forbids it, but the library lets the last one win."""
     header = file.head(start)[8:]
     if header.count(b'"data_offsets"') == expected:
         return

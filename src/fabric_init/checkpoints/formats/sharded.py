@@ -32,9 +32,10 @@ class ShardedReader(BaseReader):
     Opening reads every shard's header (no weight) and checks that each indexed key is where the index says. ``path`` is
     the folder or index that was asked for. ``mmap`` as in the readers of the single files.
 
-    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when the index or a shard is missing, and
-    :class:`~fabric_init.errors.CheckpointFormatError` when the index is not what it should be, names a file outside its
-    folder or a key that its shard lacks, or when a shard cannot be read.
+    Raises:
+        CheckpointNotFoundError: the index or a shard is missing.
+        CheckpointFormatError: the index is damaged, names a file outside its folder or a key that its shard lacks, or a
+            shard cannot be read.
     """
 
     def __init__(
@@ -90,17 +91,17 @@ def _open_shard(path: AnyPath, mmap: bool, opener: Opener | None) -> Safetensors
 
 
 def read_weight_map(index: AnyPath, opener: Opener | None = None) -> dict[str, str]:
-    """What an index says: checkpoint key -> name of the shard that holds it."""
+    """Return the ``weight_map`` of an index: checkpoint key -> name of the shard that holds it."""
     file = open_bytes(index, mmap=False) if opener is None else opener(index)
     if file.size > _INDEX_BYTES:
         raise CheckpointFormatError(f"{index} has {file.size:,} bytes; an index has at most {_INDEX_BYTES:,}.")
 
     def refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        content = dict(pairs)
+        if len(content) < len(pairs):
             twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise ValueError(f"the key {twice!r} is given twice")
-        return found
+        return content
 
     try:
         content = json.loads(file.head(file.size), object_pairs_hook=refuse_duplicates)
@@ -120,18 +121,19 @@ def read_weight_map(index: AnyPath, opener: Opener | None = None) -> dict[str, s
 def check_shard(index: Path, name: str, count: int) -> os.stat_result:
     """Refuse a file name in ``index`` (of ``count`` keys) that leaves its folder, or that no file there has.
 
-    Returns what the system knows of the file.
+    Returns:
+        The result of ``os.stat``.
     """
     _refuse_outside(index, name)
     try:
-        found = os.stat(index.parent / name)
+        status = os.stat(index.parent / name)
     except PermissionError as error:
         raise CheckpointFormatError(f"{index}: shard {name!r} cannot be reached: {error}.") from error
     except (OSError, ValueError):  # ValueError: a null byte
         raise _missing(index, name, count) from None
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise _missing(index, name, count)
-    return found
+    return status
 
 
 def _refuse_outside(index: AnyPath, name: str) -> None:

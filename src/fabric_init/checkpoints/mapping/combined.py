@@ -1,4 +1,4 @@
-"""Several checkpoints that together fill one model, as one."""
+"""Several checkpoints that together fill one model, as a single reader."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class CombinedReader(BaseReader):
         self.note = "; ".join(notes) or None
 
     def __len__(self) -> int:
-        """How many readers."""
+        """Return the number of readers."""
         return len(self._readers)
 
     def key(self, reader: CheckpointReader, key: str) -> str:
-        """What ``key`` of one of the readers is called here."""
+        """Return the key in this reader for ``key`` of one of the readers."""
         return key if reader is self._readers[0] else f"{self._labels[id(reader)]}: {key}"
 
     def read(self, key: str, region: Region | None = None) -> Tensor:

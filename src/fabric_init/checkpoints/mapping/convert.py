@@ -1,4 +1,4 @@
-"""Declarations of how tensors lie differently in a checkpoint and in a model: joined or apart, stacked, transposed.
+"""Declare how tensors of a checkpoint differ from the model's: joined or split, stacked, transposed.
 
 Keys are named by their ends, see :class:`~fabric_init.checkpoints.mapping.key_pattern.KeyPattern`:
 ``"qkv_proj.weight"`` stands for that tensor of every layer, whatever comes before, and what comes before is kept.
@@ -34,12 +34,13 @@ from fabric_init.errors import CheckpointMismatchError
 
 
 class Conversion(Protocol):
-    """One declaration; ``str()`` of it is what error messages and reports say."""
+    """One declaration; error messages and reports show its ``str()``."""
 
     def made(self, specs: Specs) -> Mapping[str, Made]:
-        """The tensors that take the place of their sources, of a checkpoint that holds ``specs``; by their new keys.
+        """Return the tensors that replace their sources in a checkpoint with ``specs``, by their new keys.
 
-        Raises :class:`~fabric_init.errors.CheckpointMismatchError` when the checkpoint is not as declared.
+        Raises:
+            CheckpointMismatchError: the checkpoint is not as declared.
         """
         ...
 
@@ -211,8 +212,8 @@ class Unstack:
             if not spec.shape.numel():  # a header may then claim any count
                 raise CheckpointMismatchError(f"{key} is {shape_of(spec)}: there is nothing in it")
             for index in range(count):
-                one = _spec(spec.shape[1:], spec, f"number {index} of {key} {shape_of(spec)}")
-                made[into.key(Match(head, (*blanks, str(index))))] = Unstacked(one, key, index)
+                part = _spec(spec.shape[1:], spec, f"number {index} of {key} {shape_of(spec)}")
+                made[into.key(Match(head, (*blanks, str(index))))] = Unstacked(part, key, index)
         return made
 
 
@@ -242,9 +243,9 @@ class Transpose:
 
 
 def _said(conversion: Split | Fuse | Stack | Unstack | Transpose, first: object) -> str:
-    """The declaration as it would be written."""
-    others = [one for one in fields(conversion)[1:] if getattr(conversion, one.name) != one.default]
-    named = [f"{one.name}={getattr(conversion, one.name)!r}" for one in others]
+    """Return the declaration as source code."""
+    others = [field for field in fields(conversion)[1:] if getattr(conversion, field.name) != field.default]
+    named = [f"{field.name}={getattr(conversion, field.name)!r}" for field in others]
     return f"{type(conversion).__name__}({', '.join([repr(first), *named])})"
 
 

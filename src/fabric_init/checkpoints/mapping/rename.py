@@ -1,4 +1,4 @@
-"""Checkpoint keys -> tensor names."""
+"""Map checkpoint keys to tensor names."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from fabric_init.errors import CheckpointMismatchError, OptionError
 
 _OneRename = Mapping[str, str] | Callable[[str], str | None]
 Rename = _OneRename | Sequence[_OneRename] | None
+
+_WRONG_TYPE = "rename must be a mapping of regex to replacement or a callable, got {!r}"
 
 
 def rename_keys(keys: Iterable[str], rename: Rename) -> dict[str, str]:
@@ -47,7 +49,10 @@ def rename_keys(keys: Iterable[str], rename: Rename) -> dict[str, str]:
 def _as_list(rename: Rename) -> Sequence[_OneRename]:
     if rename is None:
         return []
-    return rename if isinstance(rename, Sequence) and not isinstance(rename, str) else [rename]
+    text: object = rename
+    if isinstance(text, str):  # a sequence, too
+        raise TypeError(_WRONG_TYPE.format(text))
+    return rename if isinstance(rename, Sequence) else [rename]
 
 
 def _checked(key: str, name: object) -> str | None:
@@ -59,7 +64,7 @@ def _checked(key: str, name: object) -> str | None:
 def _as_function(rename: _OneRename) -> Callable[[str], str | None]:
     if not isinstance(rename, Mapping):
         if not callable(rename):
-            raise TypeError(f"rename must be a mapping of regex to replacement or a callable, got {rename!r}")
+            raise TypeError(_WRONG_TYPE.format(rename))
         return rename
     rules = [(_compiled(pattern, replacement), replacement) for pattern, replacement in rename.items()]
 

@@ -48,8 +48,9 @@ class Manifest:
     A file is looked up by its name with as many folders before it as the manifest has: ``model.safetensors`` stands for
     a file of that name wherever it is, ``a/model.safetensors`` only for one in a folder ``a``.
 
-    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when there is no such file and
-    :class:`~fabric_init.errors.CheckpointFormatError` when it is no manifest.
+    Raises:
+        CheckpointNotFoundError: there is no such file.
+        CheckpointFormatError: it is not a manifest.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -76,19 +77,23 @@ class Manifest:
             raise CheckpointFormatError(f"{self.path} lists no file, so it is no manifest.")
 
     def opener(self, *, mmap: bool) -> Opener:
-        """How to open files so that what is read is checked."""
+        """Return a function that opens files so that all reads are checked."""
         return lambda path: self._checked(path, mmap)
 
     def check(self, path: AnyPath) -> None:
-        """Read a whole file and compare. Raises :class:`~fabric_init.errors.CheckpointFormatError` if it differs."""
+        """Compare all of a file. Raises :class:`~fabric_init.errors.CheckpointFormatError` if it differs."""
         file = open_bytes(path, mmap=False)
         self._check_whole(file, self._find(path))
 
     def differing(self, path: AnyPath, report: Callable[[int], None]) -> list[tuple[int, int]]:
-        """Read a whole file, and find the bytes, from start to stop, that are not as listed: by blocks, if it has such.
+        """Compare all of a file, and return the ranges of bytes that differ, block by block if the manifest has blocks.
 
-        ``report`` is told of bytes that were read. Raises :class:`~fabric_init.errors.CheckpointFormatError` when the
-        file is not listed or cannot be read.
+        Args:
+            path: of the file.
+            report: called with the number of bytes after each block.
+
+        Raises:
+            CheckpointFormatError: the file is not listed or cannot be read.
         """
         file, digests = open_bytes(path, mmap=False), self._find(path)
         whole, wrong, size = hashlib.sha256(), list[tuple[int, int]](), self.block_bytes or BLOCK_BYTES
@@ -101,20 +106,24 @@ class Manifest:
         return wrong or ([] if whole.hexdigest() == digests.whole else [(0, file.size)])
 
     def check_folder(self, folder: Path) -> None:
-        """Compare all of a folder whose every file counts: what is listed for it must be there, too.
+        """Compare every file of a folder; what is listed for the folder must be there, too.
 
-        Raises :class:`~fabric_init.errors.CheckpointFormatError` if a file differs, is missing or is not listed.
+        Raises:
+            CheckpointFormatError: a file differs or is not listed.
+            CheckpointNotFoundError: a listed file is missing.
         """
-        found = {file.absolute() for file in sorted(folder.rglob("*")) if file.is_file()}
+        files = {file.absolute() for file in sorted(folder.rglob("*")) if file.is_file()}
         if isinstance(self.path, Path):
-            found.discard(self.path.absolute())
-        for file in sorted(found):
+            files.discard(self.path.absolute())
+        for file in sorted(files):
             self.check(file)
         # A name in the manifest ends a path; what is before it is the folder that the manifest is of.
         listed = list(self._files)
-        roots = {one.parents[len(parts) - 1] for one in found for parts in listed if one.parts[-len(parts) :] == parts}
+        roots = {
+            file.parents[len(parts) - 1] for file in files for parts in listed if file.parts[-len(parts) :] == parts
+        }
         for path in sorted(root.joinpath(*parts) for root in roots for parts in listed):
-            if path.is_relative_to(folder.absolute()) and path not in found:
+            if path.is_relative_to(folder.absolute()) and path not in files:
                 raise CheckpointNotFoundError(f"{path} is listed in {self.path}, and is not there. {_CHANGED}")
 
     def _checked(self, path: AnyPath, mmap: bool) -> FileBytes:
@@ -153,7 +162,7 @@ _CHANGED = "It was changed or damaged, or the manifest is of another file: fetch
 
 
 class _CheckedBytes:
-    """A file whose every block is compared before a byte of it is used."""
+    """A file whose blocks are each compared before a byte of them is used."""
 
     def __init__(self, file: FileBytes, blocks: list[str], manifest: Manifest) -> None:
         self.path, self.size = file.path, file.size
@@ -213,7 +222,7 @@ class _CheckedBytes:
 def write_manifest(
     path: str | os.PathLike[str], manifest: str | os.PathLike[str] | None = None, *, block_bytes: int = BLOCK_BYTES
 ) -> Path:
-    """Write the digests of a checkpoint, a file or every file in a folder, to check it by when it is read.
+    """Write the SHA-256 digests of a checkpoint, a file or every file in a folder, for ``manifest=``.
 
     Args:
         path: the file or folder.
@@ -223,8 +232,9 @@ def write_manifest(
     Returns:
         The manifest's path. ``sha256sum --check`` takes it, too.
 
-    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` and
-    :class:`~fabric_init.errors.CheckpointFormatError` for what is not there or cannot be read.
+    Raises:
+        CheckpointNotFoundError: the file is missing, or the folder empty.
+        CheckpointFormatError: a file cannot be read.
     """
     if block_bytes < 1:
         raise ValueError(f"block_bytes should be at least 1, and is {block_bytes}")
@@ -239,8 +249,8 @@ def write_manifest(
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib lets other threads run
         digests = list(pool.map(lambda file: _digests(file, block_bytes), files))
     lines = [_HEAD.format(block_bytes)]
-    for file, found in zip(files, digests, strict=True):
-        lines += [f"{found.whole}  {file.relative_to(root).as_posix()}", *(f"# {block}" for block in found.blocks)]
+    for file, digest in zip(files, digests, strict=True):
+        lines += [f"{digest.whole}  {file.relative_to(root).as_posix()}", *(f"# {block}" for block in digest.blocks)]
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.replace(beside, target)

@@ -31,18 +31,19 @@ from fabric_init.errors import CheckpointFormatError
 class DCPReader(BaseReader):
     """One folder of ``torch.distributed.checkpoint``; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`.
 
-    Opening reads ``.metadata`` and asks each file for its size. A region is put together from the chunks that it
-    touches, and no others are read. What lies in one chunk comes as a view of a private copy-on-write map, unless its
-    bytes are not aligned to its dtype: nothing in the format sees to that, so it is a matter of luck, and what is not
-    aligned is copied, region by region. With ``mmap=False``, and of more files than can be mapped, all is copied.
+    Opening reads ``.metadata`` and the size of each file. A region is assembled from the chunks that it touches, and no
+    others are read. A region in one chunk is a view of a private copy-on-write map, unless its bytes are not aligned to
+    its dtype, which the format does not ensure: then it is copied. With ``mmap=False``, and where there are more files
+    than can be mapped, everything is copied.
 
     The state dict is found as in torch files: under ``entry`` (``"generator"``, ``"app.model"``), or else under
     ``model``, ``state_dict`` or ``module``, or at the top level, or the only one; the state of optimizers is left out.
-    ``note`` says what was. Keys are those of the state dict, without the names it was found under.
+    ``note`` says where. Keys are those of the state dict, without the names it was found under.
 
-    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when ``.metadata`` or a file that it names is missing,
-    and :class:`~fabric_init.errors.CheckpointFormatError` when it is damaged, carries code, disagrees with the files,
-    or when it is not clear which state dict is meant.
+    Raises:
+        CheckpointNotFoundError: ``.metadata`` or a file that it names is missing.
+        CheckpointFormatError: it is damaged, carries code, disagrees with the files, or several state dicts could be
+            meant.
     """
 
     path: Path
@@ -86,7 +87,7 @@ class DCPReader(BaseReader):
         return _LazyMapping({name: partial(self._put_together, parts) for name, parts in places.items()})
 
     def _put_together(self, parts: list[tuple[Location, str]]) -> Any:
-        """One extra state; the writer has flattened dicts."""
+        """Return one extra state, unflattened."""
         if parts[0][0] == ():
             return self._value(parts[0][1])
         found: dict[str, Any] = {}
@@ -100,10 +101,11 @@ class DCPReader(BaseReader):
         return found
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
-        """The tensor or a region of it, on the CPU; of no chunk outside the region is anything read.
+        """Return the tensor, or a region of it, on the CPU; chunks outside the region are not read.
 
-        Raises ``KeyError`` for an unknown key, and :class:`~fabric_init.errors.CheckpointFormatError` when a file does
-        not hold what the metadata says, or changed after it was opened.
+        Raises:
+            KeyError: there is no such tensor.
+            CheckpointFormatError: a file does not hold what the metadata says, or changed after it was opened.
         """
         shape = self.spec(key).shape
         full, tensor = self._tensors[key]
@@ -135,7 +137,7 @@ class DCPReader(BaseReader):
         return out
 
     def _source(self, full: str, tensor: Tensor, chunk: Chunk) -> SavedTensor | _InSafetensors:
-        """What reads a chunk. Two threads may both look for it, and find the same."""
+        """Return the reader of a chunk. Two threads may both create one, which does no harm."""
         source = self._found.get((full, chunk.box))
         if source is None:
             file, item = self._file(chunk.item.file), chunk.item
@@ -161,7 +163,7 @@ class DCPReader(BaseReader):
         return self._files[name]
 
     def _value(self, key: str) -> Any:
-        """What lies under a key that is not of the state dict."""
+        """Read what is saved under a key that is not one of the state dict's tensors."""
         if key in self._contents.tensors:
             tensor = self._contents.tensors[key]
             for chunk in tensor.chunks:
@@ -177,7 +179,7 @@ class DCPReader(BaseReader):
 
 
 class _LazyMapping(Mapping[str, Any]):
-    """Values that are made when they are asked for, once."""
+    """Values that are computed at their first look-up."""
 
     def __init__(self, made: dict[str, Callable[[], Any]]) -> None:
         self._made = {key: cache(make) for key, make in made.items()}

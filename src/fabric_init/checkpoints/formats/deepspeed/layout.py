@@ -1,4 +1,4 @@
-"""Where each tensor lies in DeepSpeed's files: from what their pickles say to parts of flat vectors.
+"""The layout of DeepSpeed's files: where each tensor lies in the flat vectors of the ranks.
 
 ``*_model_states.pt`` has the module's state dict in the dtype it trained in, and what its tensors are:
 ``param_shapes`` (the trainable ones, a dict an optimizer group, in the order they are flattened),
@@ -26,14 +26,15 @@ _VECTORS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_g
 def locate(
     states: Sequence[Mapping[Any, Any]], optimizers: Sequence[Mapping[Any, Any]], storages: Storages
 ) -> tuple[int, dict[str, torch.Tensor | FlatShards]]:
-    """The ZeRO stage, and the tensor or the shards of each trainable, frozen or tied parameter.
+    """Return the ZeRO stage, and the tensor or the shards of each trainable, frozen or tied parameter.
 
     Args:
         states: what the files ``*_model_states.pt`` hold, by rank (one for stages 1 and 2).
         optimizers: ``optimizer_state_dict`` of every rank.
         storages: knows which tensors have values.
 
-    Raises ``ValueError`` when they do not fit together, or are not what they should be.
+    Raises:
+        ValueError: they do not fit together, or are not what DeepSpeed writes.
     """
     stage = optimizers[0].get("zero_stage")
     if not isinstance(stage, int) or stage not in _VECTORS or any(one.get("zero_stage") != stage for one in optimizers):
@@ -107,7 +108,7 @@ def _frozen(
 
 
 def _cut(vectors: Sequence[torch.Tensor], start: int, stop: int) -> list[torch.Tensor]:
-    """Elements ``start:stop`` of the vectors laid end to end; fewer where they end earlier."""
+    """Return elements ``start:stop`` of the vectors laid end to end; fewer where they end earlier."""
     parts, first = [], 0
     for vector in vectors:
         low, high = max(start, first), min(stop, first + len(vector))

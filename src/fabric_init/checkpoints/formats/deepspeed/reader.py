@@ -42,7 +42,7 @@ it is of ZeRO-3, where the ranks' parts of weights are in the files *_optim_stat
 
 
 class _PlainValue:
-    """Takes the place of a class of DeepSpeed in a pickle: it holds attributes and does nothing."""
+    """Stand-in for a class of DeepSpeed in a pickle: it holds attributes and does nothing."""
 
 
 STAND_INS: list[tuple[type, str]] = [
@@ -55,7 +55,7 @@ STAND_INS: list[tuple[type, str]] = [
 
 
 def is_deepspeed_folder(names: Iterable[str]) -> bool:
-    """Whether a folder with files of these names is a DeepSpeed checkpoint, or the folder of one tag."""
+    """Return whether a folder with files of these names is a DeepSpeed checkpoint, or the folder of one tag."""
     return any(name == "latest" or _MODEL_STATES.fullmatch(name) or _OPTIM_STATES.fullmatch(name) for name in names)
 
 
@@ -66,9 +66,10 @@ class DeepSpeedFolderReader(BaseReader):
     pickles alone. A region that lies in one rank's part is a view of its map, any other is gathered into new memory;
     with ``mmap=False`` every region is copied.
 
-    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when the tag or a rank's file is missing, and
-    :class:`~fabric_init.errors.CheckpointFormatError` when a file cannot be read or carries code, when the parts do not
-    add up, and for checkpoints of tensor parallel, pipeline parallel or expert parallel training.
+    Raises:
+        CheckpointNotFoundError: the tag or a rank's file is missing.
+        CheckpointFormatError: a file cannot be read or carries code, the shards do not add up, or training was tensor,
+            pipeline or expert parallel.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
@@ -127,10 +128,11 @@ class DeepSpeedFolderReader(BaseReader):
         }
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
-        """The tensor or a region of it, on the CPU.
+        """Return the tensor, or a region of it, on the CPU.
 
-        Raises ``KeyError`` for an unknown key, and :class:`~fabric_init.errors.CheckpointFormatError` when a file
-        changed after it was opened.
+        Raises:
+            KeyError: there is no such tensor.
+            CheckpointFormatError: a file changed after it was opened.
         """
         self.spec(key)
         value = self._tensors[key]
@@ -139,7 +141,7 @@ class DeepSpeedFolderReader(BaseReader):
         return self._archives.read(value, region)
 
     def files(self, key: str) -> dict[str, int]:
-        """The files that hold a tensor, and how many bytes of it each."""
+        """Return the names of the files that hold a tensor, and how many bytes of it each holds."""
         value = self._tensors[key]
         nbytes: Counter[str] = Counter()
         for part in value.parts() if isinstance(value, FlatShards) else [value]:
@@ -148,13 +150,13 @@ class DeepSpeedFolderReader(BaseReader):
 
 
 def states_in(folder: Path) -> list[Path]:
-    """The files of one tag that hold weights."""
+    """Return the files of one tag that hold weights."""
     names = sorted(entry.name for entry in folder.iterdir())
     return [folder / name for name in names if _MODEL_STATES.fullmatch(name) or _OPTIM_STATES.fullmatch(name)]
 
 
 def tag_folder(path: Path) -> Path:
-    """The folder of the tag that ``latest`` names; ``path`` itself where there is no such file."""
+    """Return the folder of the tag that ``latest`` names; ``path`` itself where there is no such file."""
     latest = path / "latest"
     if not latest.is_file():
         return path
@@ -168,7 +170,7 @@ def tag_folder(path: Path) -> Path:
 
 
 def _by_rank(folder: Path, names: list[str], pattern: re.Pattern[str]) -> list[Path]:
-    """The files of one kind, by rank; each rank once and none left out."""
+    """Return the files of one kind in the order of ranks; refuse duplicates and gaps."""
     if any(_ELSEWHERE.fullmatch(name) for name in names):
         raise CheckpointFormatError(_WITH_MORE.format(folder=folder, what="pipeline or expert parallelism"))
     found: dict[int, Path] = {}

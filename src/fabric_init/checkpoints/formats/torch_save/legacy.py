@@ -1,4 +1,4 @@
-"""How much memory a legacy file of ``torch.save`` asks for, found out before ``torch.load`` allocates it.
+"""Limit the memory that a legacy file of ``torch.save`` asks for, before ``torch.load`` allocates it.
 
 In that format storages lie behind the pickle that gives their sizes, and ``torch.load`` believes the pickle. One wrong
 byte would make it ask for any amount.
@@ -37,7 +37,7 @@ _STORAGE_DTYPES = {
 
 
 class BoundedFile(io.BufferedReader):
-    """A file that never makes room for more than it holds: a damaged pickle may ask for any length."""
+    """A file that never allocates more than its size for a read: a damaged pickle may ask for any length."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))
@@ -50,11 +50,12 @@ class BoundedFile(io.BufferedReader):
 
 
 def check_sizes(file: BinaryIO, size: int) -> None:
-    """Look through the pickles of ``file``, which has ``size`` bytes. The file is left where it was.
+    """Check the sizes in the pickles of ``file``, which has ``size`` bytes. The file's position does not change.
 
-    Raises :class:`~fabric_init.checkpoints.formats.pickles.limits.ExcessiveAllocationError` when its storages take more
-    than that, or a tensor does not fit in its storage, which ``torch.load`` would then let grow, and
-    ``pickle.UnpicklingError`` for what is no such file.
+    Raises:
+        ExcessiveAllocationError: its storages take more than that, or a tensor does not fit in its storage, which
+            ``torch.load`` would let grow.
+        pickle.UnpicklingError: it is not a legacy file of ``torch.save``.
     """
     start = file.tell()
     claims = _Claims(file, size, "latin1")
@@ -71,7 +72,7 @@ class _Storage(NamedTuple):
 
 
 class _Claims(AllocationUnpickler):
-    """Adds up the sizes of storages, too, and compares those of tensors."""
+    """Unpickler that adds up the sizes of storages, too, and compares tensors with them."""
 
     def __init__(self, file: BinaryIO, size: int, encoding: str) -> None:
         super().__init__(file, size, encoding)

@@ -1,4 +1,4 @@
-"""What a pickle of ``torch.save`` holds, loaded with its tensors on the meta device; and their values, by region."""
+"""Load a pickle of ``torch.save`` with its tensors on the meta device, and read their values by region."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fabric_init.checkpoints.storage.local import FileBytes
 
 
 class Storages(Protocol):
-    """What knows where in files the values of tensors on the meta device lie."""
+    """Knows which tensors on the meta device have values in a file."""
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Return whether the tensor's values are in a file."""

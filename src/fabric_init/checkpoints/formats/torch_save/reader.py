@@ -55,9 +55,10 @@ class TorchFileReader(BaseReader):
     A file in the legacy format (of before torch 1.6, or with ``_use_new_zipfile_serialization=False``) cannot be
     mapped: opening reads all of it into memory, once.
 
-    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` for a missing file and
-    :class:`~fabric_init.errors.CheckpointFormatError` for one that is truncated, corrupt, carries code, or holds no
-    state dict of dense tensors, or several of which none is named.
+    Raises:
+        CheckpointNotFoundError: the file is missing.
+        CheckpointFormatError: it is truncated, corrupt, carries code, or holds no state dict of dense tensors, or
+            several of which ``entry`` names none.
     """
 
     format = "torch"
@@ -78,10 +79,10 @@ class TorchFileReader(BaseReader):
             raise CheckpointFormatError(
                 f"{path} holds a {type(loaded).__name__}, not a state dict. Save model.state_dict() instead."
             )
-        found = dict(state_dicts_in(loaded))
-        counts = {location: count_tensors(state) for location, state in found.items()}
+        states = dict(state_dicts_in(loaded))
+        counts = {location: count_tensors(state) for location, state in states.items()}
         location = choose_state_dict(self.path, counts, entry)
-        state = found[location]
+        state = states[location]
         notes = [note for note in (describe(location), _LEGACY_NOTE if legacy else None) if note]
         self.note = "; ".join(notes) or None
         self._tensors: dict[str, torch.Tensor] = {}
@@ -96,7 +97,7 @@ class TorchFileReader(BaseReader):
         self.specs = {key: TensorSpec(value.shape, value.dtype) for key, value in self._tensors.items()}
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
-        """The tensor or a region of it, on the CPU. Raises ``KeyError`` for an unknown key."""
+        """Return the tensor, or a region of it, on the CPU. Raises ``KeyError`` for an unknown key."""
         self.spec(key)
         if self._archive is not None:
             with corruption_of(self.path):
@@ -108,12 +109,13 @@ class TorchFileReader(BaseReader):
 
 
 def _load_from(file: FileBytes, *, direct: bool) -> tuple[Any, bool, TorchArchive | None]:
-    """What ``torch.save`` was given, and whether in the legacy format; else its tensors have no values, which the
-    archive reads. ``direct``: the file may be opened anew, without the way that ``file`` has to its bytes.
+    """Return the content, whether it is in the legacy format, and if not, the archive to read its tensors' values from.
+
+    ``direct``: the file may be opened again by its path, without ``file``.
     """
     with corruption_of(file.path):
         if _is_legacy(file.path, file.head(64)):
-            # all that it holds is read at once; not twice, where that can be helped
+            # All of it is read at once; not twice, where the file can be opened again.
             content = BoundedFile(Path(str(file.path))) if direct else io.BytesIO(file.head(file.size))
             try:
                 with content:
@@ -143,7 +145,7 @@ def load_archive(file: FileBytes, stand_ins: Stands = ()) -> tuple[TorchArchive,
 
 @contextmanager
 def corruption_of(path: AnyPath) -> Iterator[None]:
-    """Context in which every error says that the file at ``path`` is corrupt."""
+    """Turn every error of the block into one that says that the file at ``path`` is corrupt."""
     # A corrupt pickle calls allowed functions with wrong arguments: the error can be of any type.
     try:
         yield
@@ -151,7 +153,7 @@ def corruption_of(path: AnyPath) -> Iterator[None]:
         raise
     except Exception as error:
         if is_out_of_memory(error):
-            raise OutOfMemoryError(f"{path}: there is no memory to read it ({error}).") from error
+            raise OutOfMemoryError(f"{path}: out of memory while reading it ({error}).") from error
         raise CheckpointFormatError(_corrupt(path, error)) from error
 
 
@@ -184,7 +186,7 @@ def _corrupt(path: AnyPath, error: Exception) -> str:
 
 
 def state_dicts_in(loaded: dict[object, object]) -> Iterator[tuple[Location, dict[object, object]]]:
-    """Each dict that has tensors, and the keys that lead to it; the state of optimizers is left out."""
+    """Yield each dict that has tensors, and the keys that lead to it; optimizer state is left out."""
     waiting: list[tuple[Location, dict[object, object]]] = [((), loaded)]
     seen = set()  # a pickle can make dicts that hold themselves
     for location, state in waiting:
@@ -202,7 +204,7 @@ def count_tensors(state: dict[object, object]) -> int:
 
 
 def checked_key(path: AnyPath, key: object, value: torch.Tensor, archive: Storages | None = None) -> str:
-    """The key, if it is a name and its tensor is one whose values lie densely in this file."""
+    """Return ``key``. Raise if it is not a string, or its tensor is not a dense one with values in the file."""
     has_values = value.device.type == "cpu" if archive is None else archive.holds(value)
     if not isinstance(key, str):
         raise CheckpointFormatError(
@@ -224,6 +226,6 @@ def checked_key(path: AnyPath, key: object, value: torch.Tensor, archive: Storag
 
 
 def _is_possible(value: torch.Tensor) -> bool:
-    """Whether its sizes and strides are such that torch can take regions of it; it accepts others, too."""
+    """Return whether torch can take regions of a tensor with these sizes and strides; a pickle may state any."""
     reach = int(value.storage_offset()) + sum(n * stride for n, stride in zip(value.shape, value.stride(), strict=True))
     return min(value.shape, default=0) >= 0 and math.prod(value.shape) < 2**62 and reach < 2**62
