@@ -54,7 +54,7 @@ def open_checkpoint(
 ) -> CheckpointReader:
     """Open a checkpoint; no weight is read.
 
-    Files are told apart by their first bytes. In a folder a safetensors index is preferred, then a single safetensors
+    Files are recognized by their first bytes. In a folder a safetensors index is preferred, then a single safetensors
     file, then the metadata of ``torch.distributed.checkpoint`` (which is what sharded strategies save), then a
     DeepSpeed checkpoint, then a torch index, then a single torch file. Formats of
     :func:`~fabric_init.checkpoints.register_reader` are asked first.
@@ -145,7 +145,7 @@ def _local(candidate: Candidate, what: str) -> Path:
     """Return the path, checked against the manifest, for readers that open files by themselves."""
     if not isinstance(candidate.path, Path):
         raise CheckpointFormatError(f"{candidate.path} is {what}, which is read from a local folder: download it.")
-    candidate.check_whole()
+    candidate.check_files()
     return candidate.path
 
 

@@ -77,7 +77,7 @@ def window(shape: tuple[int, ...], region: Region | None) -> Window:
     return Window(start, region.sizes, tuple(strides))
 
 
-def whole(shape: tuple[int, ...]) -> Box:
+def full_box(shape: tuple[int, ...]) -> Box:
     """Return all of a tensor of ``shape`` as a box."""
     return Box((0,) * len(shape), tuple(shape))
 

@@ -86,7 +86,7 @@ class Candidate:
         if self.entry is not None:
             raise CheckpointFormatError(f"{self.path} holds a single state dict; remove entry={self.entry!r}.")
 
-    def check_whole(self) -> None:
+    def check_files(self) -> None:
         """Compare every file with the manifest, if there is one: for readers that open files by themselves."""
         if self.manifest is None:
             return
@@ -137,7 +137,7 @@ def register_reader(name: str, recognizes: Callable[[Candidate], bool], opens: C
 
     def open_own(candidate: Candidate) -> CheckpointReader:
         candidate.refuse_entry()
-        candidate.check_whole()
+        candidate.check_files()
         reader = opens(candidate.asked if candidate.is_url else candidate.path, mmap=candidate.mmap)
         return reader if hasattr(reader, "extra_state") else _WithoutExtraState(reader)
 

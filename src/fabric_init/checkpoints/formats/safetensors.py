@@ -94,7 +94,7 @@ def _parse_header(file: FileBytes, *, direct: bool) -> tuple[dict[str, int], dic
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointFormatError(
-            f"{file.path} is not a whole safetensors file of {file.size:,} bytes: {error}. "
+            f"{file.path} is not a complete safetensors file of {file.size:,} bytes: {error}. "
             f"If a download or copy was cut short, fetch it again."
         ) from error
 
@@ -158,4 +158,4 @@ def _refuse_duplicates(file: FileBytes, start: int, expected: int) -> None:
     except (ValueError, RecursionError) as error:
         raise CheckpointFormatError(f"{file.path}: the header is not JSON: {error}.") from error
     if repeated:
-        raise CheckpointFormatError(f"{file.path}: the header gives {repeated[0]!r} twice; save the file again.")
+        raise CheckpointFormatError(f"{file.path}: the header has {repeated[0]!r} twice; save the file again.")

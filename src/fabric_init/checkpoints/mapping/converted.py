@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fabric_init.checkpoints.mapping.convert import Conversion
-from fabric_init.checkpoints.mapping.lazy import Made
+from fabric_init.checkpoints.mapping.lazy import LazyTensor
 from fabric_init.checkpoints.reader import BaseReader, CheckpointReader, TensorSpec
-from fabric_init.checkpoints.region import Region, Span, boxes_of, whole
+from fabric_init.checkpoints.region import Region, Span, boxes_of, full_box
 from fabric_init.errors import CheckpointMismatchError
 
 
@@ -53,7 +53,7 @@ class ConvertedReader(BaseReader):
             self.spec(key)
             return self._below.read(key, region)
         if not isinstance(region, Span):
-            return made.read(self._below.read, region or whole(made.spec.shape))
+            return made.read(self._below.read, region or full_box(made.spec.shape))
         out = torch.empty(region.numel, dtype=made.spec.dtype, device="cpu")
         at = 0
         for box in boxes_of(made.spec.shape, region):
@@ -62,7 +62,7 @@ class ConvertedReader(BaseReader):
         return out
 
 
-def _keys_after(specs: Mapping[str, TensorSpec], made: Mapping[str, Made]) -> tuple[str, ...]:
+def _keys_after(specs: Mapping[str, TensorSpec], made: Mapping[str, LazyTensor]) -> tuple[str, ...]:
     used = {source for tensor in made.values() for source in tensor.sources}
     first: defaultdict[str, list[str]] = defaultdict(list)
     for key, tensor in made.items():

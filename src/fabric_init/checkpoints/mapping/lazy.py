@@ -20,7 +20,7 @@ _READ_AT_ONCE = 1 << 20  # bytes; what is larger and freed between tensors that 
 ReadBox = Callable[[str, Box], torch.Tensor]
 
 
-class Made(Protocol):
+class LazyTensor(Protocol):
     """One tensor that is made of those under the keys ``sources``."""
 
     spec: TensorSpec

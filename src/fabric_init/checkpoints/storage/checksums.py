@@ -38,7 +38,7 @@ _BLOCK_LINE = re.compile(r"# ([0-9a-f]{64})")
 
 @dataclass(slots=True)
 class _Digests:
-    whole: str
+    of_file: str
     blocks: list[str] = field(default_factory=list)
 
 
@@ -66,7 +66,7 @@ class Manifest:
                 last.blocks.append(block[1])
             elif named := _FILE_LINE.fullmatch(line):
                 last = self._files.setdefault(PurePosixPath(named[2]).parts, _Digests(named[1].lower()))
-                if last.whole != named[1].lower() or last.blocks:
+                if last.of_file != named[1].lower() or last.blocks:
                     raise CheckpointFormatError(f"{self.path}, line {number}: {named[2]!r} is listed twice.")
             elif line.strip() and not line.startswith("#"):
                 raise CheckpointFormatError(
@@ -83,7 +83,7 @@ class Manifest:
     def check(self, path: AnyPath) -> None:
         """Compare all of a file. Raises :class:`~fabric_init.errors.CheckpointFormatError` if it differs."""
         file = open_bytes(path, mmap=False)
-        self._check_whole(file, self._find(path))
+        self._check_file(file, self._find(path))
 
     def differing(self, path: AnyPath, report: Callable[[int], None]) -> list[tuple[int, int]]:
         """Compare all of a file, and return the ranges of bytes that differ, block by block if the manifest has blocks.
@@ -96,14 +96,14 @@ class Manifest:
             CheckpointFormatError: the file is not listed or cannot be read.
         """
         file, digests = open_bytes(path, mmap=False), self._find(path)
-        whole, wrong, size = hashlib.sha256(), list[tuple[int, int]](), self.block_bytes or BLOCK_BYTES
+        sha256, wrong, size = hashlib.sha256(), list[tuple[int, int]](), self.block_bytes or BLOCK_BYTES
         for index, start in enumerate(range(0, file.size, size)):
             block = _range(file, start, min(start + size, file.size))
-            whole.update(block)
+            sha256.update(block)
             if digests.blocks and digests.blocks[index : index + 1] != [hashlib.sha256(block).hexdigest()]:
                 wrong.append((start, start + len(block)))
             report(len(block))
-        return wrong or ([] if whole.hexdigest() == digests.whole else [(0, file.size)])
+        return wrong or ([] if sha256.hexdigest() == digests.of_file else [(0, file.size)])
 
     def check_folder(self, folder: Path) -> None:
         """Compare every file of a folder; what is listed for the folder must be there, too.
@@ -131,7 +131,7 @@ class Manifest:
         # Blocks are copied anyway: a map would show later changes of the file.
         file = open_bytes(path, mmap=mmap and not digests.blocks)
         if not digests.blocks:
-            self._check_whole(file, digests)
+            self._check_file(file, digests)
             return file
         if len(digests.blocks) != -(-file.size // self.block_bytes):
             raise CheckpointFormatError(
@@ -140,11 +140,11 @@ class Manifest:
             )
         return _CheckedBytes(file, digests.blocks, self)
 
-    def _check_whole(self, file: FileBytes, digests: _Digests) -> None:
-        whole = hashlib.sha256()
+    def _check_file(self, file: FileBytes, digests: _Digests) -> None:
+        sha256 = hashlib.sha256()
         for start in range(0, file.size, BLOCK_BYTES):
-            whole.update(_range(file, start, min(start + BLOCK_BYTES, file.size)))
-        if whole.hexdigest() != digests.whole:
+            sha256.update(_range(file, start, min(start + BLOCK_BYTES, file.size)))
+        if sha256.hexdigest() != digests.of_file:
             raise CheckpointFormatError(f"{file.path}: SHA-256 mismatch with {self.path}. {_CHANGED}")
 
     def _find(self, path: AnyPath) -> _Digests:
@@ -250,7 +250,7 @@ def write_manifest(
         digests = list(pool.map(lambda file: _digests(file, block_bytes), files))
     lines = [_HEAD.format(block_bytes)]
     for file, digest in zip(files, digests, strict=True):
-        lines += [f"{digest.whole}  {file.relative_to(root).as_posix()}", *(f"# {block}" for block in digest.blocks)]
+        lines += [f"{digest.of_file}  {file.relative_to(root).as_posix()}", *(f"# {block}" for block in digest.blocks)]
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.replace(beside, target)
@@ -268,12 +268,12 @@ def _files_in(folder: Path) -> Iterator[Path]:
 def _digests(path: Path, block_bytes: int) -> _Digests:
     if not path.stat().st_size:
         return _Digests(hashlib.sha256().hexdigest())
-    file, whole, blocks = open_bytes(path, mmap=False), hashlib.sha256(), []
+    file, sha256, blocks = open_bytes(path, mmap=False), hashlib.sha256(), []
     for start in range(0, file.size, block_bytes):
         block = _range(file, start, min(start + block_bytes, file.size))
-        whole.update(block)
+        sha256.update(block)
         blocks.append(hashlib.sha256(block).hexdigest())
-    return _Digests(whole.hexdigest(), blocks)
+    return _Digests(sha256.hexdigest(), blocks)
 
 
 def _range(file: FileBytes, start: int, stop: int) -> memoryview:

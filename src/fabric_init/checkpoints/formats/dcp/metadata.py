@@ -107,8 +107,8 @@ def _tensor(
         raise _WrongError(f"tensor {key!r} is not dense: convert it before saving")
     shape = _size(fields.get("size"), f"the size of {key!r}")
     chunks = []
-    for one in _typed(fields.get("chunks"), list, f"the chunks of {key!r}"):
-        parts = _fields(one, _CHUNK)
+    for chunk in _typed(fields.get("chunks"), list, f"the chunks of {key!r}"):
+        parts = _fields(chunk, _CHUNK)
         box = Box(_size(parts.get("offsets"), f"a chunk of {key!r}"), _size(parts.get("sizes"), f"a chunk of {key!r}"))
         if not len(box.offsets) == len(box.sizes) == len(shape):
             raise _WrongError(f"tensor {key!r} of shape {shape} has a chunk of other dimensions, {box}")
@@ -126,9 +126,9 @@ def _check_tiling(key: str, shape: tuple[int, ...], boxes: list[Box]) -> None:
     for box in boxes:
         if any(at + size > full for at, size, full in zip(box.offsets, box.sizes, shape, strict=True)):
             raise _WrongError(f"tensor {key!r} of shape {shape} has a chunk that sticks out, {box}")
-    held, whole = sum(box.numel for box in boxes), math.prod(shape)
-    if held != whole:
-        raise _WrongError(f"tensor {key!r} of shape {shape} has {whole} elements, and its chunks have {held}")
+    held, numel = sum(box.numel for box in boxes), math.prod(shape)
+    if held != numel:
+        raise _WrongError(f"tensor {key!r} of shape {shape} has {numel} elements, and its chunks have {held}")
     if len(boxes) < 2:
         return
     # A sweep along the dimension with most cuts, so that few chunks are open at a time.

@@ -22,7 +22,7 @@ from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
 from fabric_init.checkpoints.formats.sharded import check_shard
 from fabric_init.checkpoints.formats.torch_save.archive import SavedTensor, find_saved_tensor, load_within
 from fabric_init.checkpoints.reader import BaseReader, TensorSpec
-from fabric_init.checkpoints.region import Box, Region, Span, boxes_of, overlap, whole
+from fabric_init.checkpoints.region import Box, Region, Span, boxes_of, full_box, overlap
 from fabric_init.checkpoints.state_dicts import Location, choose_state_dict, describe
 from fabric_init.checkpoints.storage.local import MAPPED_FILES, FileBytes, changed, identity, open_bytes
 from fabric_init.errors import CheckpointFormatError
@@ -74,7 +74,7 @@ class DCPReader(BaseReader):
         # Ranks write a file each; FileSystemWriter(single_file_per_rank=False) writes one for each tensor.
         self._mmap = mmap and len(counts) <= MAPPED_FILES
         self._files: dict[str, FileBytes | SafetensorsReader] = {}
-        self._found: dict[tuple[str, Box], SavedTensor | _InSafetensors] = {}
+        self._sources: dict[tuple[str, Box], SavedTensor | _InSafetensors] = {}
 
     def _lazy_extra_state(self, location: Location) -> Mapping[str, Any]:
         """Return a mapping that loads each extra state when it is looked up.
@@ -90,15 +90,15 @@ class DCPReader(BaseReader):
         """Return one extra state, unflattened."""
         if parts[0][0] == ():
             return self._value(parts[0][1])
-        found: dict[str, Any] = {}
+        state: dict[str, Any] = {}
         for path, key in parts:
-            inner = found
+            inner = state
             for name in path[:-1]:
                 inner = inner.setdefault(name, {})
                 if not isinstance(inner, dict):
                     raise CheckpointFormatError(f"{self.path}: {key!r} lies in {name!r}, which is no dict.")
             inner[path[-1]] = self._value(key)
-        return found
+        return state
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
         """Return the tensor, or a region of it, on the CPU; chunks outside the region are not read.
@@ -118,7 +118,7 @@ class DCPReader(BaseReader):
                 out[done : done + box.numel].view(box.sizes).copy_(self._box(full, tensor, box))
                 done += box.numel
             return out
-        box = whole(shape) if region is None else region
+        box = full_box(shape) if region is None else region
         if any(at < 0 or at + size > dim for at, size, dim in zip(box.offsets, box.sizes, shape, strict=True)):
             raise AssertionError(f"{box} sticks out of shape {tuple(shape)}")
         return self._box(full, tensor, box)
@@ -138,7 +138,7 @@ class DCPReader(BaseReader):
 
     def _source(self, full: str, tensor: Tensor, chunk: Chunk) -> SavedTensor | _InSafetensors:
         """Return the reader of a chunk. Two threads may both create one, which does no harm."""
-        source = self._found.get((full, chunk.box))
+        source = self._sources.get((full, chunk.box))
         if source is None:
             file, item = self._file(chunk.item.file), chunk.item
             if isinstance(file, SafetensorsReader):
@@ -148,7 +148,7 @@ class DCPReader(BaseReader):
                     source = find_saved_tensor(file, item.offset, item.length, tensor.spec.dtype, chunk.box.sizes)
                 except CheckpointFormatError as error:
                     raise CheckpointFormatError(f"tensor {full!r}: {error}") from error
-            self._found[full, chunk.box] = source
+            self._sources[full, chunk.box] = source
         return source
 
     def _file(self, name: str) -> FileBytes | SafetensorsReader:
@@ -168,7 +168,7 @@ class DCPReader(BaseReader):
             tensor = self._contents.tensors[key]
             for chunk in tensor.chunks:
                 self._stats.setdefault(chunk.item.file, check_shard(self.path / ".metadata", chunk.item.file, 1))
-            return self._box(key, tensor, whole(tensor.spec.shape))
+            return self._box(key, tensor, full_box(tensor.spec.shape))
         item = self._contents.objects[key][2]
         check_shard(self.path / ".metadata", item.file, 1)
         file = open_bytes(self.path / item.file, mmap=False)
@@ -212,11 +212,11 @@ def _find_in_safetensors(file: SafetensorsReader, key: str, tensor: Tensor, chun
         )
     expected = TensorSpec(torch.Size(chunk.box.sizes), tensor.spec.dtype)
     try:
-        found = file.spec(key)
+        spec = file.spec(key)
     except KeyError:
-        found = None
-    if found != expected:
-        raise CheckpointFormatError(f"{file.path}: .metadata says that {key!r} is {expected}; there is {found}.")
+        spec = None
+    if spec != expected:
+        raise CheckpointFormatError(f"{file.path}: .metadata says that {key!r} is {expected}; there is {spec}.")
     return _InSafetensors(file, key)
 
 

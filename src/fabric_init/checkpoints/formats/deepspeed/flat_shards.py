@@ -22,8 +22,8 @@ ReadValues = Callable[[torch.Tensor], torch.Tensor]
 class FlatShards:
     """Vectors of one dtype that, one after the other, hold a tensor of ``shape`` in row-major order.
 
-    The last may reach beyond the tensor's end (padding). They are on the meta device; ``read`` is told how to get at
-    their values.
+    The last may reach beyond the tensor's end (padding). They are on the meta device; ``read``
+    gets a function that reads their values.
 
     Raises:
         ValueError: they are shorter than the tensor, or of several dtypes.

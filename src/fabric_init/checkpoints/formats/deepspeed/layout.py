@@ -37,8 +37,12 @@ def locate(
         ValueError: they do not fit together, or are not what DeepSpeed writes.
     """
     stage = optimizers[0].get("zero_stage")
-    if not isinstance(stage, int) or stage not in _VECTORS or any(one.get("zero_stage") != stage for one in optimizers):
-        raise ValueError(f"the ranks' zero_stage is {[one.get('zero_stage') for one in optimizers][:8]}")
+    if (
+        not isinstance(stage, int)
+        or stage not in _VECTORS
+        or any(state.get("zero_stage") != stage for state in optimizers)
+    ):
+        raise ValueError(f"the ranks' zero_stage is {[state.get('zero_stage') for state in optimizers][:8]}")
     counts = optimizers[0].get("partition_count")
     ranks = max(counts) if isinstance(counts, list) and counts else counts
     if ranks != len(optimizers):
@@ -47,16 +51,16 @@ def locate(
         [_vector(value, storages) for value in _list(optimizer.get(_VECTORS[stage]))] for optimizer in optimizers
     ]
     groups = [_shapes(group, "param_shapes") for group in _list(states[0].get("param_shapes"))]
-    found: dict[str, torch.Tensor | FlatShards] = {}
-    found.update(_frozen(states, ranks if stage == 3 else 1, storages))
+    parameters: dict[str, torch.Tensor | FlatShards] = {}
+    parameters.update(_frozen(states, ranks if stage == 3 else 1, storages))
     if stage == 3:
-        found.update(_equal_parts(groups, vectors))
+        parameters.update(_equal_parts(groups, vectors))
     else:
-        found.update(_end_to_end(groups, vectors, optimizers[0].get("param_alignment_paddings")))
+        parameters.update(_end_to_end(groups, vectors, optimizers[0].get("param_alignment_paddings")))
     for name, other in _dict(states[0].get("shared_params"), "shared_params").items():
-        if isinstance(name, str) and isinstance(other, str) and other in found:
-            found[name] = found[other]
-    return stage, found
+        if isinstance(name, str) and isinstance(other, str) and other in parameters:
+            parameters[name] = parameters[other]
+    return stage, parameters
 
 
 def _end_to_end(

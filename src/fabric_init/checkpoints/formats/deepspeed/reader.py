@@ -173,18 +173,18 @@ def _by_rank(folder: Path, names: list[str], pattern: re.Pattern[str]) -> list[P
     """Return the files of one kind in the order of ranks; refuse duplicates and gaps."""
     if any(_ELSEWHERE.fullmatch(name) for name in names):
         raise CheckpointFormatError(_WITH_MORE.format(folder=folder, what="pipeline or expert parallelism"))
-    found: dict[int, Path] = {}
+    by_rank: dict[int, Path] = {}
     for match in filter(None, map(pattern.fullmatch, names)):
         if int(match["shard"]):
             raise CheckpointFormatError(_WITH_MORE.format(folder=folder, what="tensor parallelism"))
         rank = int(match["rank"] or 0)
-        if rank in found:
+        if rank in by_rank:
             raise CheckpointFormatError(
-                f"{folder} has two files for rank {rank}, {found[rank].name} and {match[0]}: it was saved over another "
-                f"checkpoint. Remove the files of the older one."
+                f"{folder} has two files for rank {rank}, {by_rank[rank].name} and {match[0]}: it was saved over "
+                f"another checkpoint. Remove the files of the older one."
             )
-        found[rank] = folder / match[0]
-    if any(rank not in found for rank in range(len(found))):
-        missing = min(set(range(max(found))) - found.keys())
-        raise CheckpointNotFoundError(f"{folder} lacks the file of rank {missing} beside {found[max(found)].name}.")
-    return [found[rank] for rank in range(len(found))]
+        by_rank[rank] = folder / match[0]
+    if any(rank not in by_rank for rank in range(len(by_rank))):
+        missing = min(set(range(max(by_rank))) - by_rank.keys())
+        raise CheckpointNotFoundError(f"{folder} lacks the file of rank {missing} beside {by_rank[max(by_rank)].name}.")
+    return [by_rank[rank] for rank in range(len(by_rank))]

@@ -36,7 +36,7 @@ _CHUNK_TAIL_BYTES = 1 << 12
 _CHUNK_PICKLE_BYTES = 1 << 16
 """The pickle of one tensor takes about 200 bytes; a damaged archive may claim any size."""
 
-Stands = Sequence[tuple[type, str]]
+StandIns = Sequence[tuple[type, str]]
 """Harmless classes of ours for classes that a pickle may name, each with the full name in the file."""
 
 _allowed_list = threading.Lock()
@@ -62,7 +62,7 @@ class TorchArchive:
         self._starts: dict[str, int] = {}
         self.pickle = self._small_record("data.pkl", pickle_bytes)
 
-    def load(self, stand_ins: Stands = ()) -> Any:
+    def load(self, stand_ins: StandIns = ()) -> Any:
         """Return what was given to ``torch.save``, its tensors on the meta device."""
         check_calls(self.pickle, self.file.size)
         with _allowing(stand_ins):
@@ -243,7 +243,7 @@ def load_within(file: FileBytes, offset: int, length: int) -> Any:
 
 
 @contextmanager
-def _allowing(stand_ins: Stands) -> Iterator[None]:
+def _allowing(stand_ins: StandIns) -> Iterator[None]:
     if not stand_ins:
         yield
         return

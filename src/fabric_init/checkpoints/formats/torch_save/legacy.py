@@ -1,6 +1,6 @@
 """Limit the memory that a legacy file of ``torch.save`` asks for, before ``torch.load`` allocates it.
 
-In that format storages lie behind the pickle that gives their sizes, and ``torch.load`` believes the pickle. One wrong
+In that format storages follow the pickle that states their sizes, and ``torch.load`` believes the pickle. One wrong
 byte would make it ask for any amount.
 """
 

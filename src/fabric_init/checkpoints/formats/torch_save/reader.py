@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from fabric_init._text import joined
-from fabric_init.checkpoints.formats.torch_save.archive import Stands, TorchArchive
+from fabric_init.checkpoints.formats.torch_save.archive import StandIns, TorchArchive
 from fabric_init.checkpoints.formats.torch_save.legacy import BoundedFile, check_sizes
 from fabric_init.checkpoints.formats.torch_save.meta_tensors import Storages, unsafe_globals
 from fabric_init.checkpoints.reader import BaseReader, TensorSpec
@@ -128,7 +128,7 @@ def _load_from(file: FileBytes, *, direct: bool) -> tuple[Any, bool, TorchArchiv
         return loaded, False, archive
 
 
-def load_archive(file: FileBytes, stand_ins: Stands = ()) -> tuple[TorchArchive, Any]:
+def load_archive(file: FileBytes, stand_ins: StandIns = ()) -> tuple[TorchArchive, Any]:
     """Return a zip file of ``torch.save``, and what is in it, its tensors on the meta device.
 
     Raises:
