@@ -82,7 +82,7 @@ def test_a_file_that_lost_or_gained_bytes_is_refused(file: Path, tmp_path: Path,
     content = file.read_bytes()
     for sums in ("PLAIN", "BLOCKS"):
         (tmp_path / file.name).write_bytes(content[:-1] if cut < 0 else content + bytes(BLOCK))
-        with pytest.raises(CheckpointFormatError, match=r"m\.\w+ (has|is not a whole)"):
+        with pytest.raises(CheckpointFormatError, match=r"m\.\w+(: SHA-256 mismatch| has| is not a complete)"):
             reader = open_checkpoint(tmp_path / file.name, manifest=file.parent / sums)
             for key in reader.keys():
                 reader.read(key)

@@ -103,8 +103,9 @@ def read_weight_map(index: AnyPath, opener: Opener | None = None) -> dict[str, s
             raise ValueError(f"the key {twice!r} is given twice")
         return content
 
+    text = file.head(file.size)
     try:
-        content = json.loads(file.head(file.size), object_pairs_hook=refuse_duplicates)
+        content = json.loads(text, object_pairs_hook=refuse_duplicates)
     except (ValueError, RecursionError) as error:
         raise CheckpointFormatError(f"{index} is not a readable index: {error}. Fetch or save it again.") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None

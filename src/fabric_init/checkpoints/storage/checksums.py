@@ -210,7 +210,7 @@ class _CheckedBytes:
         block = self._file.tensor(torch.uint8, 0, Window(first, (max(0, stop - first),), (1,)))
         if index >= len(self._blocks) or hashlib.sha256(block.numpy().data).hexdigest() != self._blocks[index]:
             raise CheckpointFormatError(
-                f"{self.path}, bytes {first:,} to {stop:,}: SHA-256 mismatch with {self._manifest.path}. {_CHANGED}"
+                f"{self.path}: SHA-256 mismatch with {self._manifest.path} in bytes {first:,} to {stop:,}. {_CHANGED}"
             )
         with self._lock:
             self._kept[index] = block
