@@ -267,7 +267,7 @@ BAD_HEADERS = {
     "deep value": (b'{"a":' * 50_000, "header"),
     "key given twice": (
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
-        "gives 'a' twice",
+        "has 'a' twice",
     ),
 }
 
