@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -11,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fabric_init import deferred_init
-from fabric_init.checkpoints import Region, TensorSpec
+from fabric_init.checkpoints import BaseReader, Region, TensorSpec
 from fabric_init.errors import CheckpointMismatchError, OptionError, UninitializedTensorError
 from fabric_init.planning.plan import Action, LoadOptions, Plan, storage_groups
 from fabric_init.planning.tensors import survey
 from fabric_init.planning.validation import make_plan
 
 
-class Header:
+class Header(BaseReader):
     """A checkpoint of which there is only the header: whoever reads a weight of it fails."""
 
     format = "header"
@@ -26,13 +25,7 @@ class Header:
     def __init__(self, specs: dict[str, TensorSpec], note: str | None = None) -> None:
         self.path = Path("folder/model.safetensors")
         self.note = note
-        self._specs = specs
-
-    def keys(self) -> Sequence[str]:
-        return tuple(self._specs)
-
-    def spec(self, key: str) -> TensorSpec:
-        return self._specs[key]
+        self.specs = specs
 
     def read(self, key: str, region: Region | None = None) -> NoReturn:
         raise AssertionError(f"{key} was read while planning")

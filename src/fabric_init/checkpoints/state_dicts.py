@@ -1,4 +1,4 @@
-"""Which of the dicts in a training checkpoint is the model's state dict."""
+"""Find the model's state dict among the dicts of a training checkpoint."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ WRAPPERS = ("model", "state_dict", "module")
 """Where training checkpoints keep the state dict: Fabric and most scripts, Lightning's Trainer, DeepSpeed."""
 
 OPTIMIZER_PARTS = frozenset({"state", "param_groups"})
-"""What the state dict of an optimizer consists of; its tensors are no weights."""
+"""The keys of an optimizer's state dict; its tensors are not weights."""
 
 EXTRA_STATE = "_extra_state"
-"""How the name ends of what ``nn.Module.get_extra_state`` returned; tensors in it are no weights either."""
+"""Suffix of the keys of ``nn.Module.get_extra_state``; tensors in it are not weights either."""
 
 Location = tuple[str, ...]
 """The keys that lead from what was saved to a dict in it; ``()`` is the outermost dict."""
 
 
 def choose_state_dict(path: AnyPath, counts: Mapping[Location, int], entry: str | None) -> Location:
-    """The location of the model's state dict.
+    """Return the location of the model's state dict.
 
     Asked for by ``entry`` (keys joined by dots), or else: what is under a usual name, the least deep; what lies at the
     outermost level; the only one there is.
@@ -60,7 +60,7 @@ def choose_state_dict(path: AnyPath, counts: Mapping[Location, int], entry: str 
 
 
 def describe(location: Location) -> str | None:
-    """A note for the user, when the state dict was not the outermost dict."""
+    """Return a note for the user if the state dict was not the outermost dict."""
     return f"state dict found under {'.'.join(location)!r}" if location else None
 
 

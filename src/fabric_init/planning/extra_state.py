@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -41,9 +40,3 @@ def find_extra_states(model: nn.Module) -> list[ExtraStateInfo]:
             modules[id(module)] = module
             names.setdefault(id(module), []).append(f"{prefix}.{EXTRA_STATE}" if prefix else EXTRA_STATE)
     return [ExtraStateInfo(module, tuple(names[key])) for key, module in modules.items()]
-
-
-def extra_states(reader: CheckpointReader) -> Mapping[str, Any]:
-    """Return the extra state that is no tensor, by checkpoint key; formats that hold only tensors have none."""
-    states: Mapping[str, Any] = getattr(reader, "extra_state", {})
-    return states

@@ -11,7 +11,7 @@ import torch
 from fabric_init.checkpoints import CheckpointReader, TensorSpec, rename_keys
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.errors import OptionError
-from fabric_init.planning.extra_state import Extra, ExtraStateInfo, extra_states
+from fabric_init.planning.extra_state import Extra, ExtraStateInfo
 from fabric_init.planning.hints.adapters import likely_adapters
 from fabric_init.planning.hints.conversions import likely_conversions, likely_transposes
 from fabric_init.planning.hints.renames import likely_part, likely_renames, renamed_as_suggested
@@ -65,7 +65,7 @@ def match(
         CheckpointMismatchError: ``rename`` gives two keys the same name, or selects a part that is not there.
         OptionError: ``rename`` is invalid, or ``reinit`` matches no tensor.
     """
-    keys = rename_keys((*reader.keys(), *extra_states(reader)), options.rename) if reader is not None else {}
+    keys = rename_keys((*reader.keys(), *reader.extra_state), options.rename) if reader is not None else {}
     key_of = {name: key for key, name in keys.items()}
     _check_reinit(slots, options.reinit)
 
@@ -167,7 +167,7 @@ def likely_fixes(matching: Matching, reader: CheckpointReader) -> list[str]:
 
 def _shape_of(key: str, name: str, reader: CheckpointReader) -> torch.Size:
     """Return the shape to match by; extra state has none, since modules take it in any shape."""
-    extra = key in extra_states(reader) or name.endswith(EXTRA_STATE)
+    extra = key in reader.extra_state or name.endswith(EXTRA_STATE)
     return torch.Size() if extra else reader.spec(key).shape
 
 

@@ -69,7 +69,7 @@ def test_a_rename_of_the_wrong_type_is_named() -> None:
         rename_keys(["a"], {"a": None})  # type: ignore[dict-item]
     with pytest.raises(OptionError, match="returned 3"):
         rename_keys(["a"], lambda key: 3)  # type: ignore[arg-type,return-value]
-    with pytest.raises(TypeError, match="rename: 'm' is neither a mapping of regex to replacement nor a callable"):
+    with pytest.raises(TypeError, match=r"rename must be a mapping of regex .* or a callable, got 'model\.'"):
         rename_keys(["a"], "model.")  # type: ignore[arg-type]
 
 

@@ -11,7 +11,6 @@ from fabric_init._text import dtype_name
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.derived import check_nothing_is_undone
-from fabric_init.planning.extra_state import extra_states
 from fabric_init.planning.matching import Matching, likely_fixes, likely_transpose
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.tensors import TensorInfo
@@ -165,7 +164,7 @@ def _fresh(entries: Iterable[PlanEntry], tapes: Mapping[int, Tape]) -> tuple[Fre
 
 
 def _left_over(key: str, reader: CheckpointReader) -> Unexpected:
-    if key in extra_states(reader):
+    if key in reader.extra_state:
         return Unexpected(key, (), "extra state", 0)
     spec = reader.spec(key)
     return Unexpected(key, tuple(spec.shape), dtype_name(spec.dtype), math.prod(spec.shape) * spec.dtype.itemsize)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from fabric_init._text import counted
 from fabric_init.checkpoints.formats.torch_save.reader import TorchFileReader
-from fabric_init.checkpoints.open import find_format
-from fabric_init.checkpoints.registry import Candidate, Format, registered_formats
+from fabric_init.checkpoints.open import DCP, DEEPSPEED, INDEX, SAFETENSORS, TORCH, find_format
+from fabric_init.checkpoints.registry import Candidate, Format
 from fabric_init.checkpoints.storage.checksums import Manifest
 from fabric_init.checkpoints.storage.local import open_bytes
 from fabric_init.checkpoints.storage.remote import AnyPath, RemotePath
@@ -92,7 +92,7 @@ def _survey_headers(asked: Candidate) -> tuple[Survey, AnyPath]:
         if not names or not isinstance(asked.path, Path):
             raise
         return survey_unindexed(asked.path, names, _survey_shard), asked.path
-    surveyor = None if file_format in registered_formats() else _SURVEYS.get(file_format.name)
+    surveyor = _SURVEYS.get(file_format)
     survey = survey_reader(file_format.open(candidate)) if surveyor is None else surveyor(file_format, candidate)
     if survey.readable and not survey.damage:
         try:
@@ -137,12 +137,12 @@ def _deepspeed_survey(file_format: Format, candidate: Candidate) -> Survey:
     return survey_deepspeed(candidate.path)
 
 
-_SURVEYS: dict[str, Callable[[Format, Candidate], Survey]] = {
-    "index": _index_survey,
-    "safetensors": _safetensors_survey,
-    "torch": _torch_survey,
-    "torch.distributed.checkpoint": _dcp_survey,
-    "DeepSpeed": _deepspeed_survey,
+_SURVEYS: dict[Format, Callable[[Format, Candidate], Survey]] = {
+    INDEX: _index_survey,
+    SAFETENSORS: _safetensors_survey,
+    TORCH: _torch_survey,
+    DCP: _dcp_survey,
+    DEEPSPEED: _deepspeed_survey,
 }
 
 

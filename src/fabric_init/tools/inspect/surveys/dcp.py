@@ -12,8 +12,8 @@ from fabric_init.checkpoints.formats.dcp.contents import Chunk, Contents, Tensor
 from fabric_init.checkpoints.formats.dcp.metadata import read_metadata
 from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
 from fabric_init.checkpoints.formats.sharded import check_shard
-from fabric_init.checkpoints.formats.torch_save.saved_tensor import SavedTensor, find_saved_tensor
-from fabric_init.checkpoints.region import Span, boxes_of
+from fabric_init.checkpoints.formats.torch_save.archive import SavedTensor, find_saved_tensor
+from fabric_init.checkpoints.region import Span
 from fabric_init.checkpoints.state_dicts import Location, choose_state_dict, describe
 from fabric_init.checkpoints.storage.local import FileBytes, open_bytes
 from fabric_init.errors import CheckpointError, CheckpointFormatError
@@ -136,9 +136,7 @@ class _SurveyedChunk:
         source = self._source = self._source or self._open()
         if isinstance(source, SafetensorsReader):
             return source.read(self._key, Span(start, stop))
-        if source.row_major:
-            return source.read(Span(start, stop))
-        return torch.cat([source.read(box).reshape(-1) for box in boxes_of(source.shape, Span(start, stop))])
+        return source.read(Span(start, stop))
 
     def _open(self) -> SavedTensor | SafetensorsReader:
         item = self._chunk.item

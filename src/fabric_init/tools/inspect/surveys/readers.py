@@ -11,9 +11,10 @@ import torch
 
 from fabric_init._text import dtype_name
 from fabric_init.checkpoints.formats.deepspeed.reader import STAND_INS, DeepSpeedFolderReader, states_in, tag_folder
-from fabric_init.checkpoints.formats.torch_save.mapped_archive import MappedArchive
+from fabric_init.checkpoints.formats.torch_save.reader import load_archive
 from fabric_init.checkpoints.reader import CheckpointReader
 from fabric_init.checkpoints.region import Span
+from fabric_init.checkpoints.storage.local import open_bytes
 from fabric_init.errors import CheckpointError
 from fabric_init.tools.inspect.contents import Damage
 from fabric_init.tools.inspect.survey import ElementRun, Survey, SurveyedTensor
@@ -71,7 +72,7 @@ def _survey_damaged(folder: Path, error: CheckpointError) -> Survey:
     first: dict[Any, Any] | None = None
     for file in states_in(folder):
         try:
-            loaded = MappedArchive(file, STAND_INS).content
+            _, loaded = load_archive(open_bytes(file, mmap=False), STAND_INS)
         except CheckpointError as wrong:
             survey.damage.append(Damage("unreadable", str(wrong), file.name))
         else:
