@@ -5,8 +5,9 @@
 
 Private attributes of objects are used where the objects are, mostly in classes of ours that inherit them:
 
-- of a ``DTensor`` ``_local_tensor`` and ``_spec``, of an FSDP policy ``_run_policy``;
-- of Fabric ``_strategy``, ``_validate_setup`` and ``_validate_launched``;
+- of a ``DTensor`` ``_local_tensor`` and ``_spec``, of an FSDP policy ``_run_policy``, of a module that FSDP has wrapped
+  ``_fsdp_wrapped_module``;
+- of Fabric ``_strategy``, ``_validate_setup`` and ``_validate_launched``; its ``setup`` takes ``_reapply_compile=…``;
 - of Lightning's strategies ``_ddp_kwargs``, ``_fsdp_kwargs`` and ``_parallelize_fn``; of the one for DeepSpeed
   ``_setup_distributed``, ``_set_world_ranks``, ``_init_deepspeed_distributed``, ``_format_config``,
   ``_config_initialized`` and ``_initialize_engine``.
