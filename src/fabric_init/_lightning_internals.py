@@ -25,9 +25,9 @@ import torch.distributed.tensor.placement_types
 
 # -- Lightning ---------------------------------------------------------------------------------------------------------
 
-# What Fabric.setup returns for a model. Checked on lightning 2.6.6.
+# Wrapper of a model that was set up. Checked on lightning 2.6.6.
 FabricModule = lightning.fabric.wrappers._FabricModule
-# What Fabric.setup returns for an optimizer. Checked on lightning 2.6.6.
+# Wrapper of an optimizer that was set up. Checked on lightning 2.6.6.
 FabricOptimizer = lightning.fabric.wrappers._FabricOptimizer
 # Type of Fabric's argument plugins. Checked on lightning 2.6.6.
 PluginInput = lightning.fabric.connector._PLUGIN_INPUT

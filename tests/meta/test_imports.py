@@ -158,7 +158,7 @@ def _dotted_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
             start, _, rest = ast.unparse(node).partition(".")
-            if start in full:
+            if start in full and all(part.isidentifier() for part in rest.split(".")):
                 yield node.lineno, f"{full[start]}.{rest}"
 
 
@@ -226,6 +226,7 @@ def test_that_check_sees_private_names(tmp_path: Path, source: str) -> None:
         "import torch\ntorch.ops.aten._to_copy.default(tensor._local_tensor)",
         "import torch\ntorch.__version__, torch.Tensor.__torch_function__",
         "from fabric_init._torch_internals import DisableTorchFunction",
+        "import torch\ntorch.zeros(1)._version",
         "self.torch._name",
     ],
 )
