@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch.distributed as dist
 
 from fabric_init._interrupts import interrupts_held
+from fabric_init._torch_internals import get_default_store
 from fabric_init.errors import FabricInitError, RanksDisagreeError, RanksLostError
 
 _T = TypeVar("_T")
@@ -122,7 +123,7 @@ class RankGroup:
 
     def _come(self) -> tuple[Any, str]:
         """Leave word in the store that this rank is about to gather, so that one that failed knows whom it reaches."""
-        store, meeting = dist.distributed_c10d._get_default_store(), f"fabric_init/{next(_meetings)}"
+        store, meeting = get_default_store(), f"fabric_init/{next(_meetings)}"
         store.set(f"{meeting}/{dist.get_rank()}", "")
         return store, meeting
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore
 
 from fabric_init._interrupts import interrupts_held
+from fabric_init._torch_internals import get_default_store
 from fabric_init.errors import FabricInitError, RanksLostError
 
 _SECONDS_TO_ANSWER = 5.0
@@ -121,7 +122,7 @@ class Lockstep:
     def _missing(self, word: str) -> list[int]:
         """The ranks that do not say ``word`` in time. They say it in torch's key-value store, not to one another."""
         rank, ranks = dist.get_rank(), range(dist.get_world_size())
-        store = PrefixStore(f"fabric_init/{self._name}/{word}", _get_default_store())
+        store = PrefixStore(f"fabric_init/{self._name}/{word}", get_default_store())
         end = time.monotonic() + _SECONDS_TO_ANSWER
         missing = []
         try:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fabric_init._interrupts import interrupts_held
+from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.region import Box
 from fabric_init.distributed.agreement import Agreement
@@ -116,7 +117,7 @@ def move_in(
     with interrupts_held():  # nothing has memory without values before all of it is under guard
         for slot, tensor in later:
             if id(tensor) not in shared:
-                with torch.inference_mode(tensor.is_inference()), torch.no_grad(), torch._C.DisableTorchFunction():
+                with torch.inference_mode(tensor.is_inference()), torch.no_grad(), DisableTorchFunction():
                     shared[id(tensor)] = placement.put(slot, tensor, values.pop(id(tensor)))
         release_recorded(model)
         unfilled = [(slot, shared[id(tensor)]) for slot, tensor in later]

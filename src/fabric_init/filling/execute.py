@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fabric_init._gc import PausedCollector
 from fabric_init._interrupts import interrupts_held
 from fabric_init._text import dtype_name
+from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import Agreement, SingleProcess
@@ -81,7 +82,7 @@ def fill(
             _keep_apart(plan, values)
     as_built = any(tensor.is_inference() for tensor in tensors)
     # tensor subclasses (DTensor) need their own dispatch here
-    with interrupts_held(), torch.inference_mode(as_built), torch.no_grad(), torch._C.DisableTorchFunction():
+    with interrupts_held(), torch.inference_mode(as_built), torch.no_grad(), DisableTorchFunction():
         filled = list(tensors)
         for position, value in values.items():
             filled[position] = placement.put(plan.entries[position].slot, tensors[position], value)

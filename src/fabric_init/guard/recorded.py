@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints.mapping.in_memory import StateDictReader
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.errors import FabricInitError, RecordingError, UninitializedTensorError
@@ -71,7 +72,7 @@ def guard_recorded(model: nn.Module, fix: str) -> None:
             continue  # nothing to wait for; an activation function may be one object for all models of a library
         vars(module)[_ATTRIBUTE] = _RecordedState(fix, seen)
         vars(module)["_apply"] = partial(_apply, weakref.ref(module))
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             for tensor in _own(module).values():
                 seen[id(tensor)] = tensor, version_of(tensor)
         module.register_forward_pre_hook(_before_forward)

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from fabric_init._torch_internals import swap_tensor_impl
 from fabric_init.checkpoints.region import Region
 from fabric_init.planning.tensors import TensorInfo
 
@@ -84,7 +85,7 @@ def become(tensor: Tensor, value: Tensor) -> None:
     else:
         other = value.detach()
     other.requires_grad_(requires_grad)
-    torch._C._swap_tensor_impl(tensor, other)
+    swap_tensor_impl(tensor, other)
     if hooks:
         tensor._backward_hooks = hooks
     if after_accumulation:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.recording.tape import Tape, TensorRef, recorded, ref_of
 
 Kind = Literal["parameter", "buffer", "non-persistent buffer", "attribute"]
@@ -132,7 +133,7 @@ def find_tensors(model: nn.Module) -> list[tuple[TensorInfo, Tensor]]:
             names[key].append(name)
             if first[key][0] == "non-persistent buffer" and kind != "non-persistent buffer":
                 first[key] = (kind, tensor)
-    with torch._C.DisableTorchFunction():  # lazy parameters refuse every question otherwise
+    with DisableTorchFunction():  # lazy parameters refuse every question otherwise
         return [
             (slot, tensor)
             for key, (kind, tensor) in first.items()
@@ -167,7 +168,7 @@ def survey(model: nn.Module) -> tuple[list[TensorInfo], list[Tensor], Mapping[in
         slots.append(slot)
         tensors.append(tensor)
         if slot.ref is not None:
-            with torch._C.DisableTorchFunction():
+            with DisableTorchFunction():
                 record = recorded(tensor)
             assert record is not None
             tapes[record.storage] = record.tape

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils._device as _default_device
 from torch import Tensor
 
+from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, default_device, parse_to
 from fabric_init.errors import RecordingError
 from fabric_init.recording.recorder import Recorder
 from fabric_init.recording.tape import begin, recorded
@@ -27,7 +27,7 @@ def on_device_by_name(recorder: Recorder, func: Any, args: tuple[Any, ...], kwar
     device = kwargs["device"]
     device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if device.type == "meta":
-        with torch._C._DisableTorchDispatch():
+        with DisableTorchDispatch():
             return func(*args, **kwargs)
     if device.type == "cpu":
         return func(*args, **kwargs)
@@ -37,14 +37,14 @@ def on_device_by_name(recorder: Recorder, func: Any, args: tuple[Any, ...], kwar
 
 def _empty(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Room without values needs no op. Most parameters begin so, hence this shortcut past the dispatcher."""
-    device = kwargs.get("device") or _default_device.CURRENT_DEVICE or _CPU
+    device = kwargs.get("device") or default_device.CURRENT_DEVICE or _CPU
     if type(device) is not torch.device:
         device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if device.type == "meta":
         return on_device_by_name(recorder, func, args, {**kwargs, "device": device})
     if not _PLAIN_OPTIONS.issuperset(kwargs):
         return func(*args, **kwargs)
-    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+    with DisableTorchFunction(), DisableTorchDispatch():
         tensor = func(*args, **{**kwargs, "device": _META})
         begin(tensor, recorder.tape, device)
     return tensor
@@ -54,14 +54,14 @@ def _filled(op: Any) -> Handler:
     """The same shortcut for memory of one value, whose op goes straight to the tape."""
 
     def handler(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        device = kwargs.get("device") or _default_device.CURRENT_DEVICE or _CPU
+        device = kwargs.get("device") or default_device.CURRENT_DEVICE or _CPU
         if type(device) is not torch.device or device.type != "cpu" or not _PLAIN_OPTIONS.issuperset(kwargs):
             return (
                 func(*args, **kwargs)
                 if kwargs.get("device") is None
                 else on_device_by_name(recorder, func, args, kwargs)
             )
-        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        with DisableTorchFunction(), DisableTorchDispatch():
             tensor = torch.empty(*args, **{**kwargs, "device": _META})
             ref = recorder.new_storage(tensor, device)
             recorder.add(op, (tensor.size(),), {"dtype": tensor.dtype, "device": device}, (), (ref,), sys._getframe(2))
@@ -71,7 +71,7 @@ def _filled(op: Any) -> Handler:
 
 
 def _device(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         found = recorded(args[0])
         return args[0].device if found is None else found.device
 
@@ -89,7 +89,7 @@ def _get_device(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: di
 
 
 def _type(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         found = recorded(args[0])
         if found is None or len(args) > 1 or kwargs:
             return func(*args, **kwargs)
@@ -99,7 +99,7 @@ def _type(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str
 
 def _data_ptr(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     # code compares addresses to find shared memory, so they must differ exactly where the memory will
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         tensor = args[0]
         if recorded(tensor) is None:
             return int(tensor.data_ptr())
@@ -108,7 +108,7 @@ def _data_ptr(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
 
 def _to(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``tensor.to(device)`` is the tensor itself when that is where it lives already."""
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         found = recorded(args[0])
         if found is None:
             return func(*args, **kwargs)
@@ -124,7 +124,7 @@ def _to(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
             dtype = other.dtype
             non_blocking = positional[1] if len(positional) > 1 else rest.get("non_blocking", False)
         else:
-            parsed: tuple[Any, ...] = torch._C._nn._parse_to(*positional, **rest)
+            parsed: tuple[Any, ...] = parse_to(*positional, **rest)
             device, dtype, non_blocking, _ = parsed
         options: dict[str, Any] = {"dtype": dtype or args[0].dtype, "non_blocking": non_blocking}
         if memory_format is not None:
@@ -146,7 +146,7 @@ def _cuda(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str
 
 
 def _autocast(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         known = [found for arg in args if isinstance(arg, Tensor) and (found := recorded(arg)) is not None]
         if known and torch.is_autocast_enabled(known[0].device.type):
             raise RecordingError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fabric_init._torch_internals import DisableTorchFunction, reduce_ex_internal, typed_storage
 from fabric_init.errors import RecordingError
 from fabric_init.recording.device_queries import Handler
 from fabric_init.recording.recorder import Recorder
@@ -15,7 +16,7 @@ from fabric_init.recording.tape import recorded
 
 
 def _with_true_value(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         if recorded(args[0]) is None:
             return func(*args, **kwargs)
         real = recorder.true_value(args[0])
@@ -27,13 +28,13 @@ def _with_true_value(recorder: Recorder, func: Any, args: tuple[Any, ...], kwarg
     return result
 
 
-_TYPED_STORAGE = Tensor._typed_storage.__code__
-_WANT_BYTES = (Tensor._reduce_ex_internal.__code__, Tensor.storage.__code__)
+_TYPED_STORAGE = typed_storage.__code__
+_WANT_BYTES = (reduce_ex_internal.__code__, Tensor.storage.__code__)
 
 
 def _untyped_storage(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Where ``pickle``, ``torch.save`` and ``tensor.storage()`` come for the bytes, they get the true ones."""
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         asking = sys._getframe(2)
         behind = asking.f_back
         wants_bytes = asking.f_code is _TYPED_STORAGE and behind is not None and behind.f_code in _WANT_BYTES
@@ -43,7 +44,7 @@ def _untyped_storage(recorder: Recorder, func: Any, args: tuple[Any, ...], kwarg
 
 
 def _share_memory(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         if recorded(args[0]) is not None:
             raise RecordingError(
                 "share_memory_() in a recorded constructor: there is no memory to share yet. Call it on the model when "
@@ -62,7 +63,7 @@ def _plain_index(index: Any) -> Any:
 
 
 def _index(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         if recorded(args[0]) is not None:
             args = (args[0], _plain_index(args[1]), *args[2:])
         return func(*args, **kwargs)
@@ -70,7 +71,7 @@ def _index(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[st
 
 def _new_tensor(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``t.new_tensor(data)`` and ``t.new(data)``: real values, of ``t``'s dtype and on its device."""
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         found = recorded(args[0])
         data = args[1] if len(args) == 2 else kwargs.get("data")
         if found is None or data is None or (func is Tensor.new and isinstance(data, (int, torch.Size))):
@@ -90,7 +91,7 @@ def _tensor(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[s
             return value if recorded(value) is None else recorder.true_value(value)
         return type(value)([plain(item) for item in value]) if type(value) in (list, tuple) else value
 
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         if args and type(args[0]) in (list, tuple):
             args = (plain(args[0]), *args[1:])
     return func(*args, **kwargs)  # a default device, or one that was asked for, still counts
@@ -99,7 +100,7 @@ def _tensor(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[s
 def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """``p.data = t``. torch refuses to mix meta with real memory, so a real ``t`` enters the tape as a constant."""
     target, value = args
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         if recorded(target) is not None and not value.is_meta:
             value = recorder.constant(value.detach())
         elif not target.is_meta and recorded(value) is not None:

@@ -22,6 +22,7 @@ from typing_extensions import Self
 
 from fabric_init import _log
 from fabric_init._gc import PausedCollector
+from fabric_init._torch_internals import DisableTorchFunction, get_current_function_mode_stack, no_grad_trunc_normal_
 from fabric_init.recording import device_queries, escapes
 from fabric_init.recording.call_site import init_call
 from fabric_init.recording.device_queries import Handler
@@ -33,7 +34,7 @@ from fabric_init.recording.tape import Rng, Tape, check_rng, recorded
 _SEEN_WHOLE: dict[str, Any] = {
     name: INIT_FUNCTIONS[name] for name in ("uniform_", "normal_", "constant_", "kaiming_uniform_")
 }
-_TRUNC_NORMAL = torch.nn.init._no_grad_trunc_normal_.__code__
+_TRUNC_NORMAL = no_grad_trunc_normal_.__code__
 _logger = _log.channel("record")
 
 
@@ -107,7 +108,7 @@ def _replaced(func: FunctionType, asking: FrameType) -> FunctionType | None:
 def _init_function(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     rest = dict(kwargs)
     tensor: Tensor = rest.pop("tensor", None) if "tensor" in rest else args[0]
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         if recorded(tensor) is None or not _recordable(func, tensor):
             return func(tensor, **rest)  # eager code's own warnings and errors
         recorder.add_init(func, tensor, rest, sys._getframe(2))
@@ -123,7 +124,7 @@ def _recordable(func: Any, tensor: Tensor) -> bool:
 
 
 def _is_meta(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         if recorded(args[0]) is None:
             return bool(args[0].is_meta)
         caller = sys._getframe(2)
@@ -144,14 +145,7 @@ _HANDLERS: dict[Any, Handler] = {
 
 def active() -> RecordMode | None:
     """The recording that is open in this thread, if one is."""
-    return next((mode for mode in reversed(_function_modes()) if isinstance(mode, RecordMode)), None)
-
-
-def _function_modes() -> list[TorchFunctionMode]:
-    from torch.overrides import _get_current_function_mode_stack
-
-    modes: list[TorchFunctionMode] = _get_current_function_mode_stack()
-    return modes
+    return next((mode for mode in reversed(get_current_function_mode_stack()) if isinstance(mode, RecordMode)), None)
 
 
 @contextmanager

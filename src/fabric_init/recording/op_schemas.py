@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tag
-from torch._ops import OpOverload
+
+from fabric_init._torch_internals import OpOverload
 
 Func = Callable[..., Any]
 

@@ -17,9 +17,9 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import Self
 
+from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, TorchDispatchMode
 from fabric_init.errors import RecordingError
 from fabric_init.recording.call_site import caller, init_call
 from fabric_init.recording.meta_kernels import (
@@ -78,7 +78,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             return self._dispatch(func, args, dict(kwargs) if kwargs else {})
 
     @contextmanager
@@ -241,7 +241,7 @@ class Recorder(TorchDispatchMode):
 
     def constant(self, tensor: torch.Tensor) -> torch.Tensor:
         """A recorded tensor whose value is the real ``tensor``'s."""
-        with torch._C._DisableTorchDispatch():
+        with DisableTorchDispatch():
             meta = dense(like_on_meta(tensor))
         ref = self.new_storage(meta, tensor.device)
         value = self.tape.bring(tensor)
@@ -267,7 +267,7 @@ class Recorder(TorchDispatchMode):
                     f"an op reads a meta tensor of shape {tuple(value.shape)} that was made outside this block and has "
                     "no values; build it inside the block, or give it real memory first"
                 )
-            with torch._C._DisableTorchDispatch():
+            with DisableTorchDispatch():
                 return self.tape.bring(value.detach().clone())
         if type(value) is dict:
             return {name: self._refs(item) for name, item in value.items()}

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, conj_view, neg_view
 from fabric_init.recording.op_schemas import overwrites, with_generator
 from fabric_init.recording.rng import derived_seed
 from fabric_init.recording.tape import Constant, Op, Tape, TensorRef
@@ -21,7 +22,7 @@ _default_generator_lock = threading.Lock()
 @contextmanager
 def real_execution() -> Iterator[None]:
     """No mode of anybody's between us and the kernels: whatever runs inside runs for real, and without autograd."""
-    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), torch.no_grad():
+    with DisableTorchDispatch(), DisableTorchFunction(), torch.no_grad():
         yield
 
 
@@ -47,9 +48,9 @@ def view(storage: torch.UntypedStorage, ref: TensorRef) -> torch.Tensor:
     tensor = torch.empty(0, dtype=ref.dtype, device=storage.device)
     tensor.set_(storage, ref.offset, ref.size, ref.stride)
     if ref.conj:
-        tensor = torch._conj(tensor)
+        tensor = conj_view(tensor)
     if ref.neg:
-        tensor = torch._neg_view(tensor)
+        tensor = neg_view(tensor)
     return tensor
 
 

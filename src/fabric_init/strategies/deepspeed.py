@@ -23,6 +23,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from torch import nn
 from torch.optim import Optimizer
 
+from fabric_init._lightning_internals import get_deepspeed_engines_from_state
 from fabric_init.errors import FabricInitError
 from fabric_init.guard.hooks import loading, release, require, settle
 from fabric_init.planning.placement import Placement, WholeTensors
@@ -250,7 +251,7 @@ _WAITS = "_fabric_init_refresh"
 
 
 def _require_checkpointing(state: Any) -> list[Any]:
-    engines = lightning_deepspeed._get_deepspeed_engines_from_state(state) if isinstance(state, dict) else []
+    engines = get_deepspeed_engines_from_state(state) if isinstance(state, dict) else []
     if any(engine.checkpoint_engine is None for engine in engines):
         raise FabricInitError(
             "DeepSpeed keeps the weights of a ZeRO-3 checkpoint with the optimizer's, and neither saves nor loads one "

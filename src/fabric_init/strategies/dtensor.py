@@ -9,10 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
+from torch.distributed.tensor.placement_types import Placement, Shard
 
+from fabric_init._lightning_internals import (
+    DTensorSpec,
+    StridedShard,
+    TensorMeta,
+    compute_local_shape_and_global_offset,
+)
+from fabric_init._torch_internals import swap_tensor_impl
 from fabric_init.checkpoints import Box, Region
 from fabric_init.checkpoints.region import take
 from fabric_init.errors import FabricInitError
@@ -71,7 +76,7 @@ class ShardedTensors:
 def _become_shard(parameter: DTensor, local: Tensor) -> None:
     """Give a sharded parameter, which stays the same object, the memory of its shard."""
     whole = DTensor(local, parameter._spec, requires_grad=False)
-    torch._C._swap_tensor_impl(parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad))
+    swap_tensor_impl(parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad))
     parameter._local_tensor = local  # beside the impl, a DTensor keeps its shard in a slot of its own
 
 
@@ -86,10 +91,10 @@ def region_of(tensor: DTensor) -> Box:
     if any(placement.is_partial() for placement in placements):
         raise FabricInitError(f"cannot fill a DTensor with {placements}: a partial value is no part of the full tensor")
     for index, placement in enumerate(placements):
-        if isinstance(placement, _StridedShard):  # FSDP over tensor parallel: mesh dimensions to its right come first
+        if isinstance(placement, StridedShard):  # FSDP over tensor parallel: mesh dimensions to its right come first
             later = 1
             for other, along in enumerate(placements[index + 1 :], index + 1):
-                if isinstance(along, (Shard, _StridedShard)) and along.dim == placement.dim:
+                if isinstance(along, (Shard, StridedShard)) and along.dim == placement.dim:
                     later *= mesh.size(other)
             if placement.split_factor != later and 0 not in sizes:
                 raise FabricInitError(f"cannot fill a DTensor with {placements} on {mesh}: its shard is not contiguous")
@@ -107,7 +112,7 @@ def shard_box(
     shape: Sequence[int], mesh: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
 ) -> Box:
     """The part of a tensor of ``shape`` at a ``coordinate`` of a device mesh of these sizes; may have no element."""
-    sizes, offsets = _compute_local_shape_and_global_offset(tuple(shape), tuple(mesh), list(coordinate), placements)
+    sizes, offsets = compute_local_shape_and_global_offset(tuple(shape), tuple(mesh), list(coordinate), placements)
     return Box((0,) * len(sizes) if 0 in sizes else tuple(offsets), tuple(sizes))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import cast
 
-from lightning.fabric.wrappers import _FabricModule
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-_wrappers: list[type[nn.Module]] = [_FabricModule, DistributedDataParallel, FullyShardedDataParallel]
+from fabric_init._lightning_internals import FabricModule
+
+_wrappers: list[type[nn.Module]] = [FabricModule, DistributedDataParallel, FullyShardedDataParallel]
 
 
 def register_wrapper(wrapper: type[nn.Module]) -> None:

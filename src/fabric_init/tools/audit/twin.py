@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.api import materialize
 from fabric_init.errors import FabricInitError
 from fabric_init.guard.recorded import guards_in_copy, release_recorded
@@ -40,7 +40,7 @@ def with_values(model: nn.Module) -> nn.Module:
 
 
 def _twin(tensor: Tensor) -> Tensor:
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         twin = tensor.detach()
         if isinstance(tensor, nn.Parameter):
             twin = nn.Parameter(twin, tensor.requires_grad)
