@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fabric_init import deferred_init
+from fabric_init.recording.liveness import live_ops
 from fabric_init.recording.replay import _Execution, real_execution, replay, view
 from fabric_init.recording.tape import Op, Tape, recorded, ref_of
 
@@ -65,7 +66,7 @@ def test_dead_work_is_not_run() -> None:
         nn.init.zeros_(layer.weight)
     found = recorded(layer.weight)
     assert found is not None
-    live = found.tape.live([found.storage], exact=False)
+    live = live_ops(found.tape, [found.storage], exact=False)
     assert [found.tape.ops[index].func.__name__ for index in live] == ["zeros_"]
     with Noted() as noted:
         memories = list(replay(found.tape, [found.storage], exact=False, threads=1))

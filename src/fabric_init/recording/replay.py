@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, conj_view, neg_view
+from fabric_init.recording.liveness import covers, is_final, live_ops
 from fabric_init.recording.op_schemas import overwrites, with_generator
 from fabric_init.recording.rng import derived_seed
 from fabric_init.recording.tape import Constant, Op, Tape, TensorRef
@@ -108,13 +109,13 @@ class _Execution:
         to: Place,
         *,
         exact: bool,
-        given: Mapping[int, torch.UntypedStorage] | None = None,
+        inputs: Mapping[int, torch.UntypedStorage] | None = None,
     ) -> None:
         self._tape = tape
         self._ops = [tape.ops[index] for index in sorted(indices)]
         self._keep = keep
         self._to = to
-        self._given = given or {}
+        self._inputs = inputs or {}
         self._memory: dict[int, torch.UntypedStorage] = {}
         self.draws = _Draws(tape, self._ops, exact=exact)
 
@@ -142,12 +143,12 @@ class _Execution:
         return storage
 
     def _run(self, op: Op) -> None:
-        whole = {ref.storage for ref in op.targets if self._tape.covers(ref)} if overwrites(op.func) else set()
+        whole = {ref.storage for ref in op.targets if covers(self._tape, ref)} if overwrites(op.func) else set()
 
         def real(value: Any) -> Any:
             if isinstance(value, TensorRef):
-                if value.storage in self._given and self._tape.is_final(value.storage, op.number):
-                    return view(self._given[value.storage], value)
+                if value.storage in self._inputs and is_final(self._tape, value.storage, op.number):
+                    return view(self._inputs[value.storage], value)
                 return view(self._storage(value.storage, zeroed=value.storage not in whole), value)
             if isinstance(value, Constant):
                 tensor = value.tensor
@@ -222,7 +223,7 @@ def as_recorded(device: torch.device) -> torch.device:
 
 def storage_now(tape: Tape, storage: int, *, exact: bool) -> tuple[torch.UntypedStorage, bool]:
     """The storage as the constructor would find it at this point, and whether random numbers went into it."""
-    live = tape.live([storage], exact=exact)
+    live = live_ops(tape, [storage], exact=exact)
     with real_execution():
         memory = _Execution(tape, live, {storage}, as_recorded, exact=exact).run()[storage]
     return memory, any(tape.ops[index].draw is not None for index in live)
@@ -231,15 +232,15 @@ def storage_now(tape: Tape, storage: int, *, exact: bool) -> tuple[torch.Untyped
 def replay_with(
     tape: Tape,
     storage: int,
-    given: Mapping[int, torch.UntypedStorage],
+    inputs: Mapping[int, torch.UntypedStorage],
     *,
     exact: bool,
     to: Place = as_recorded,
 ) -> torch.UntypedStorage:
     """``storage`` as the constructor would compute it, had the storages ``given`` ended up with these values."""
-    live = tape.live([storage], exact=exact, given=given)
+    live = live_ops(tape, [storage], exact=exact, inputs=inputs)
     with real_execution():
-        return _Execution(tape, live, {storage}, to, exact=exact, given=given).run()[storage]
+        return _Execution(tape, live, {storage}, to, exact=exact, inputs=inputs).run()[storage]
 
 
 def _groups(tape: Tape, storages: Iterable[int], *, exact: bool) -> list[tuple[set[int], set[int]]]:
@@ -256,7 +257,7 @@ def _groups(tape: Tape, storages: Iterable[int], *, exact: bool) -> list[tuple[s
     live_of: dict[int, set[int]] = {}
     for storage in storages:
         parent[storage] = storage
-        live = live_of[storage] = tape.live([storage], exact=exact)
+        live = live_of[storage] = live_ops(tape, [storage], exact=exact)
         for index in live:
             other = owner.setdefault(index, storage)
             if other != storage:

@@ -12,20 +12,13 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
 from fabric_init._text import dtype_name
-from fabric_init.recording.op_schemas import (
-    Func,
-    asks_shape_only,
-    only_copies,
-    overwrites,
-    pointwise,
-    written_arguments,
-)
+from fabric_init.recording.op_schemas import Func, asks_shape_only, overwrites, written_arguments
 
 Rng = Literal["per_op", "eager"]
 """``per_op``: each random op has its own generator. ``eager``: one stream, in order, as plain PyTorch draws it."""
@@ -281,120 +274,6 @@ class Tape:
         for ref in outputs:
             writers[ref.storage] = [index]
         return index
-
-    def covers(self, ref: TensorRef) -> bool:
-        """Whether ``ref`` is the whole of its storage, every byte once."""
-        if ref.nbytes != self.storages[ref.storage].nbytes:
-            return False
-        expected = 1
-        for stride, size in sorted(zip(ref.stride, ref.size, strict=True)):
-            if size != 1:
-                if stride != expected:
-                    return False
-                expected *= size
-        return True
-
-    def writes_whole(self, op: Op, storage: int) -> bool:
-        """Whether ``op`` gives ``storage`` a value that does not depend on what was there before."""
-        if any(ref.storage == storage for ref in op.outputs):
-            return True
-        if not overwrites(op.func):
-            return False
-        if any(ref.storage == storage for ref in op.reads()):
-            return False
-        return any(ref.storage == storage and self.covers(ref) for ref in op.targets)
-
-    def is_final(self, storage: int, before: int) -> bool:
-        """Whether ``storage`` holds its last value by the time that op number ``before`` runs."""
-        writers = self.writers.get(storage)
-        return not writers or writers[-1] < before
-
-    def live(
-        self, storages: Iterable[int], *, exact: bool, before: int | None = None, given: Collection[int] = ()
-    ) -> set[int]:
-        """The ops that have to run so that ``storages`` hold what they held just before op ``before`` (default: now).
-
-        Of each storage that is its last full write and what came after, with everything those read. Draws from an
-        exact stream bring the draws before them along; ``exact`` makes the default stream such a one. What leads to the
-        last values of the storages ``given`` is left out, where others read them.
-        """
-        live: set[int] = set()
-        seen: set[tuple[int, int]] = set()
-        storage_work = [(storage, before) for storage in storages]
-        op_work: list[int] = []
-        while storage_work or op_work:
-            if op_work:
-                index = op_work.pop()
-                if index in live:
-                    continue
-                live.add(index)
-                op = self.ops[index]
-                storage_work.extend(
-                    (ref.storage, index)
-                    for ref in op.reads()
-                    if ref.storage not in given or not self.is_final(ref.storage, index)
-                )
-                draw = op.draw
-                if draw is not None and draw.previous is not None and (exact or self.streams[draw.stream].exact):
-                    op_work.append(draw.previous)
-                continue
-            storage, limit = storage_work.pop()
-            for index in reversed(self.writers.get(storage, ())):
-                if limit is not None and index >= limit:
-                    continue
-                if (storage, index) in seen:
-                    break
-                seen.add((storage, index))
-                op_work.append(index)
-                if self.writes_whole(self.ops[index], storage):
-                    break
-        return live
-
-    def computed_from(self, storage: int, others: Mapping[int, int | None], *, exact: bool = False) -> set[int]:
-        """Which of the storages ``others`` its value is computed from, as they are in the end.
-
-        A mere copy is not computed, unless it was made since the op number that ``others`` has.
-        """
-        live = [self.ops[index] for index in self.live([storage], exact=exact, given=others)]
-        copied = all(only_copies(op.func) for op in live)
-        found = set()
-        for op in live:
-            for read in {ref.storage for ref in op.reads()} - {storage}:
-                if read in others and self.is_final(read, op.number):
-                    since = others[read]
-                    if not copied or (since is not None and op.number > since):
-                        found.add(read)
-        return found
-
-    def never_written(self, ref: TensorRef) -> bool:
-        """Whether some of ``ref``'s value goes back to memory that no op wrote: plain PyTorch leaves garbage there."""
-        if self._unwritten(ref, None):
-            return True
-        for number in self.live([ref.storage], exact=False):
-            op = self.ops[number]
-            for read in op.reads():
-                # an op that scatters values into its target needs its old ones only where it puts no new ones, and
-                # which those are cannot be told; one that computes on its target keeps garbage garbage
-                if (read not in op.targets or pointwise(op.func)) and self._unwritten(read, number):
-                    return True
-        return False
-
-    def _unwritten(self, ref: TensorRef, before: int | None) -> bool:
-        """Whether no op before number ``before`` wrote some element of ``ref``."""
-        if ref.size.numel() == 0:
-            return False
-        writers = [
-            self.ops[number] for number in self.writers.get(ref.storage, ()) if before is None or number < before
-        ]
-        if any(self.writes_whole(op, ref.storage) for op in writers):
-            return False
-        targets = [target for op in writers for target in op.targets if target.storage == ref.storage]
-        if any(target == ref or target.dtype != ref.dtype for target in targets):
-            return False  # through a view of another dtype, elements cannot be told apart
-        written = torch.zeros(self.storages[ref.storage].nbytes // ref.dtype.itemsize, dtype=torch.bool)
-        for target in targets:
-            written.as_strided(target.size, target.stride, target.offset).fill_(True)
-        return not bool(written.as_strided(ref.size, ref.stride, ref.offset).all())
 
 
 class Recorded(NamedTuple):
