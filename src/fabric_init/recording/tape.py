@@ -1,11 +1,12 @@
-"""The tape: which op wrote which storage, in order, and which of those ops still matter.
+"""The tape: the recorded ops in order, the storages they write, and the random streams they draw from.
 
-A recorded tensor is named by its *storage* and its geometry on it, never by the Python object: ``nn.Parameter(t)``,
-``t.data`` and views make new objects on the same storage. So views need no ops of their own, and ties are plain to see.
-The storage's number rides on the storage object itself (torch keeps that object alive with the memory it stands for),
-which makes the look-up one attribute read and ties the recording's life to the tensors it is about.
+A recorded tensor is identified by its *storage* and its geometry on it, never by the Python object:
+``nn.Parameter(t)``, ``t.data`` and views make new objects on the same storage. So views need no ops of their own, and
+tied tensors are seen to be one. The storage's number is an attribute of the storage object, which torch keeps alive as
+long as any tensor on it. Looking it up is one attribute read, and a recording is freed together with its tensors.
 
-Everything here is plain frozen data; :mod:`fabric_init.recording.replay` carries it out.
+The tape is data. :mod:`fabric_init.recording.liveness` decides which ops still matter, and
+:mod:`fabric_init.recording.replay` runs them.
 """
 
 from __future__ import annotations
@@ -21,25 +22,25 @@ from fabric_init._text import dtype_name
 from fabric_init.recording.op_schemas import Func, asks_shape_only, overwrites, written_arguments
 
 Rng = Literal["per_op", "eager"]
-"""``per_op``: each random op has its own generator. ``eager``: one stream, in order, as plain PyTorch draws it."""
+"""``per_op``: each random op has its own generator. ``eager``: one stream, drawn in order like plain PyTorch's."""
 
 
 def check_rng(rng: str) -> None:
-    """Raise ``ValueError`` unless ``rng`` is one of the two modes."""
+    """Raise ``ValueError`` unless ``rng`` is a value of :data:`Rng`."""
     if rng not in get_args(Rng):
-        raise ValueError(f"rng={rng!r}: give one of {', '.join(map(repr, get_args(Rng)))}")
+        raise ValueError(f"rng must be one of {', '.join(map(repr, get_args(Rng)))}, got {rng!r}")
 
 
 _numbers = itertools.count()  # storages and ops are numbered once per process, so that tapes can be joined
 
 
 def now() -> int:
-    """A number between those of the ops that were recorded before, and those that will be."""
+    """Return a number above those of all ops recorded so far and below those of all later ones."""
     return next(_numbers)
 
 
 class TensorRef(NamedTuple):
-    """A tensor as a place on a recorded storage. ``offset`` and ``stride`` count elements of ``dtype``."""
+    """A tensor as geometry on a recorded storage. ``offset`` and ``stride`` count elements of ``dtype``."""
 
     storage: int
     offset: int
@@ -55,10 +56,10 @@ class TensorRef(NamedTuple):
 
     def text(self, name: str = "") -> str:
         """Return the reference in one line, as ``s3[4, 2] float32 (offset 4)``, with the ``name`` of its storage."""
-        where = [f"offset {self.offset}"] if self.offset else []
+        details = [f"offset {self.offset}"] if self.offset else []
         if self.stride != _row_major(self.size):
-            where.append(f"stride {list(self.stride)}")
-        layout = f" ({', '.join(where)})" if where else ""
+            details.append(f"stride {list(self.stride)}")
+        layout = f" ({', '.join(details)})" if details else ""
         label = f"s{self.storage}:{name}" if name else f"s{self.storage}"
         return f"{label}{list(self.size)} {dtype_name(self.dtype)}{layout}"
 
@@ -74,7 +75,7 @@ def _row_major(size: torch.Size) -> tuple[int, ...]:
 
 
 class Constant(NamedTuple):
-    """A real tensor that the constructor brought in: its value at that moment."""
+    """A real tensor that a recorded op read, with the values it had at that moment."""
 
     tensor: torch.Tensor
 
@@ -83,9 +84,9 @@ class Constant(NamedTuple):
 
 
 class CallSite(NamedTuple):
-    """Where the model's own code asked for an op.
+    """The line of the model's own code that an op goes back to.
 
-    ``constructed`` says that the line only built one of torch's own modules, whose constructor chose the rule.
+    ``constructed`` is true if that line only built one of torch's own modules, whose constructor chose the init.
     """
 
     file: str
@@ -97,7 +98,7 @@ class CallSite(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """A random op's place in its stream: the stream, how many draws came before, and which op drew last."""
+    """A random op's position in its stream: the stream, the number of earlier draws, and the op that drew last."""
 
     stream: int
     position: int
@@ -105,11 +106,11 @@ class Draw(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """A source of random numbers as it stood before its first recorded draw.
+    """A source of random numbers, with the generator states from before its first recorded draw.
 
-    ``exact`` streams (a seed or a generator of the constructor's own choosing) are always drawn in order, bit for bit.
-    Of the default stream each draw gets a generator of its own, seeded from ``seed`` and the draw's position, unless
-    the replay asks for ``rng="eager"``.
+    ``exact`` streams (the constructor called ``manual_seed`` or made its own generator) are always drawn in order, bit
+    for bit. Each draw from the default stream has its own generator, seeded from ``seed`` and the draw's position,
+    unless ``rng="eager"``.
     """
 
     exact: bool
@@ -118,7 +119,7 @@ class Stream(NamedTuple):
 
 
 class StorageInfo(NamedTuple):
-    """One recorded storage: its size in bytes and the device that the constructor meant it for."""
+    """One recorded storage: its size in bytes and the device that the constructor asked for."""
 
     nbytes: int
     device: torch.device
@@ -127,7 +128,7 @@ class StorageInfo(NamedTuple):
 class Op(NamedTuple):
     """One recorded call. ``args`` and ``kwargs`` hold refs and constants in place of tensors.
 
-    ``outputs`` are the storages' first tensors for a call that makes new ones, in the order that the call returns them;
+    ``outputs`` are the new tensors that the call returns, each the first on its storage, in the call's order.
     ``targets`` are the existing tensors that it writes in place.
     """
 
@@ -139,14 +140,14 @@ class Op(NamedTuple):
     outputs: tuple[TensorRef, ...]
     draw: Draw | None
     source: CallSite | None
-    default_dtype: torch.dtype | None = None  # set where the result's dtype came from torch's default one
+    default_dtype: torch.dtype | None = None  # set if the result's dtype was torch's default dtype
 
     def refs(self) -> Iterator[TensorRef]:
-        """Every recorded tensor among the arguments, read or written."""
+        """Yield every recorded tensor among the arguments, read or written."""
         return _refs_in(itertools.chain(self.args, self.kwargs.values()))
 
     def reads(self) -> Iterator[TensorRef]:
-        """Every recorded tensor whose old value the call needs."""
+        """Return the recorded tensors whose old values the call needs."""
         if asks_shape_only(self.func):
             return iter(())
         if not overwrites(self.func):
@@ -161,10 +162,10 @@ class Op(NamedTuple):
         For example ``#12 normal_(s3:head.weight[4, 4] float32, std=0.02)  ← model.py:31``.
         """
         name = getattr(self.func, "__name__", str(self.func)).split(".")[0]
-        given = [_value_text(value, names) for value in self.args]
-        given += [f"{key}={_value_text(value, names)}" for key, value in self.kwargs.items() if value is not None]
-        made = ", ".join(_value_text(ref, names) for ref in self.outputs)
-        line = f"#{self.number} {name}({', '.join(given)})" + (f" → {made}" if made else "")
+        arguments = [_value_text(value, names) for value in self.args]
+        arguments += [f"{key}={_value_text(value, names)}" for key, value in self.kwargs.items() if value is not None]
+        outputs = ", ".join(_value_text(ref, names) for ref in self.outputs)
+        line = f"#{self.number} {name}({', '.join(arguments)})" + (f" → {outputs}" if outputs else "")
         return line if self.source is None else f"{line}  ← {os.path.basename(self.source.file)}:{self.source.line}"
 
     def __repr__(self) -> str:
@@ -189,11 +190,11 @@ def _refs_in(values: Iterable[Any]) -> Iterator[TensorRef]:
             yield from _refs_in(value)
 
 
-_SHOWN = 5  # ops at either end of a tape
+_SHOWN_OPS = 5  # at either end of a tape
 
 
 class Tape:
-    """What one recording wrote. Grows while the block is open, and is only read afterwards."""
+    """The record of one block. It grows while the block is open, and is only read afterwards."""
 
     def __init__(self, rng: Rng = "per_op") -> None:
         self.rng = rng
@@ -201,12 +202,14 @@ class Tape:
         self.writers: dict[int, list[int]] = {}
         self.storages: dict[int, StorageInfo] = {}
         self.streams: dict[int, Stream] = {}
-        self.brought = 0  # bytes of the real tensors that the constructor brought in
-        self.sealed_rng: Rng | None = None  # a random value was shown to the constructor: the mode it was drawn in
+        self.constant_bytes = 0  # size of the real tensors that recorded ops read
+        self.sealed_rng: Rng | None = (
+            None  # the mode in which the constructor has read a random value: replay has to use the same
+        )
         self._joined: Tape | None = None
 
     def summary(self) -> str:
-        """Return the size of the tape in words."""
+        """Return the size of the tape in one line."""
         nbytes = sum(info.nbytes for info in self.storages.values())
         return (
             f"{len(self.ops):,} ops on {len(self.storages):,} storages ({nbytes:,} bytes), "
@@ -215,24 +218,24 @@ class Tape:
 
     def __repr__(self) -> str:
         ops = [repr(self.ops[number]) for number in sorted(self.ops)]
-        if len(ops) > 2 * _SHOWN:
-            ops = [*ops[:_SHOWN], f"… {len(ops) - 2 * _SHOWN:,} more ops …", *ops[-_SHOWN:]]
+        if len(ops) > 2 * _SHOWN_OPS:
+            ops = [*ops[:_SHOWN_OPS], f"… {len(ops) - 2 * _SHOWN_OPS:,} more ops …", *ops[-_SHOWN_OPS:]]
         return "\n  ".join([f"Tape: {self.summary()}", *ops])
 
     def current(self) -> Tape:
-        """This tape, or the later one that it was joined to."""
+        """Return this tape, or the later one that it was joined to."""
         tape = self
         while tape._joined is not None:
             tape = tape._joined
         return tape
 
     def join(self, later: Tape) -> None:
-        """Continue this tape in ``later``: a model made in two blocks has one history."""
+        """Move the record of this tape into ``later``, so that a model built in two blocks has one tape."""
         later.ops.update(self.ops)
         later.writers.update(self.writers)
         later.storages.update(self.storages)
         later.streams.update(self.streams)
-        later.brought += self.brought
+        later.constant_bytes += self.constant_bytes
         later.sealed_rng = later.sealed_rng or self.sealed_rng
         self._joined = later
 
@@ -246,9 +249,9 @@ class Tape:
         self.streams[number] = stream
         return number
 
-    def bring(self, tensor: torch.Tensor) -> Constant:
-        """A real tensor as the tape holds it: with its memory."""
-        self.brought += tensor.nbytes
+    def add_constant(self, tensor: torch.Tensor) -> Constant:
+        """Return ``tensor`` as the tape holds it. The tape keeps its memory alive."""
+        self.constant_bytes += tensor.nbytes
         return Constant(tensor)
 
     def add_op(
@@ -262,6 +265,7 @@ class Tape:
         source: CallSite | None,
         default_dtype: torch.dtype | None = None,
     ) -> int:
+        """Append a call and return its number."""
         index = next(_numbers)
         self.ops[index] = Op(index, func, args, kwargs, targets, outputs, draw, source, default_dtype)
         writers = self.writers
@@ -277,7 +281,7 @@ class Tape:
 
 
 class Recorded(NamedTuple):
-    """What a recorded storage object carries: the tape it was first written on, and its number there."""
+    """The attribute of a recorded storage object: the tape it was first recorded on, and its number there."""
 
     first_tape: Tape
     storage: int
@@ -292,18 +296,18 @@ class Recorded(NamedTuple):
 
 
 def recorded(tensor: torch.Tensor) -> Recorded | None:
-    """The recording behind ``tensor``, or ``None`` for any other tensor, real or meta."""
+    """Return the recording of ``tensor``'s storage, or ``None`` if it is not recorded."""
     if not tensor.is_meta:
         return None
     try:
-        found: Recorded | None = tensor.untyped_storage()._fabric_init  # type: ignore[attr-defined]
-    except (AttributeError, NotImplementedError):  # a meta tensor from elsewhere; a sparse one
+        recording: Recorded | None = tensor.untyped_storage()._fabric_init  # type: ignore[attr-defined]
+    except (AttributeError, NotImplementedError):  # not recorded; a sparse tensor has no storage
         return None
-    return found
+    return recording
 
 
 def begin(tensor: torch.Tensor, tape: Tape, device: torch.device) -> int:
-    """Begin the recording of a fresh meta tensor's storage; gives its number on ``tape``."""
+    """Start recording the storage of a new meta tensor, meant for ``device``; return its number on ``tape``."""
     storage = tensor.untyped_storage()
     number = tape.add_storage(storage.nbytes(), device)
     storage._fabric_init = Recorded(tape, number)  # type: ignore[attr-defined]
@@ -311,13 +315,13 @@ def begin(tensor: torch.Tensor, tape: Tape, device: torch.device) -> int:
 
 
 def ref_of(tensor: torch.Tensor, storage: int) -> TensorRef:
-    """Where ``tensor`` lies on recorded storage number ``storage``."""
-    complex_or_part = tensor.is_neg() or (tensor.dtype.is_complex and tensor.is_conj())
+    """Return the geometry of ``tensor`` on recorded storage number ``storage``."""
+    lazy_bits = tensor.is_neg() or (tensor.dtype.is_complex and tensor.is_conj())
     return TensorRef(
         storage,
         int(tensor.storage_offset()),
         tensor.size(),
         tensor.stride(),
         tensor.dtype,
-        *((tensor.is_conj(), tensor.is_neg()) if complex_or_part else ()),
+        *((tensor.is_conj(), tensor.is_neg()) if lazy_bits else ()),
     )
