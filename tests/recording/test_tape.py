@@ -10,7 +10,8 @@ from torch import nn
 
 from fabric_init.recording.liveness import covers, live_ops, never_written
 from fabric_init.recording.mode import RecordMode
-from fabric_init.recording.tape import Tape, TensorRef, recorded, ref_of
+from fabric_init.recording.storage_tags import recorded, ref_of
+from fabric_init.recording.tape import Tape, TensorRef
 
 
 def number(tensor: torch.Tensor) -> int:

@@ -20,5 +20,6 @@ one of them records nothing. What the constructor calls ends up as follows:
   with recorded tensors raises :class:`~fabric_init.errors.RecordingError`.
 
 Modules, from the top: ``mode`` (function mode), ``device_queries`` and ``escapes`` (its handlers), ``recorder``
-(dispatch mode), ``replay`` (runs ops), ``liveness`` (chooses them), ``rng`` (random streams), ``tape`` (data).
+(dispatch mode), ``replay`` (runs ops), ``liveness`` (chooses them), ``rng`` (random streams), ``storage_tags``
+(tensor to tape), ``tape`` (data).
 """

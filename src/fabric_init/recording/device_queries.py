@@ -13,7 +13,7 @@ from torch import Tensor
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, default_device, parse_to
 from fabric_init.errors import RecordingError
 from fabric_init.recording.recorder import Recorder
-from fabric_init.recording.tape import begin, recorded
+from fabric_init.recording.storage_tags import begin, recorded
 
 Handler = Callable[[Recorder, Any, tuple[Any, ...], dict[str, Any]], Any]
 """Replaces one function in a function mode: (recorder, function, args, kwargs) → the result."""

@@ -12,7 +12,7 @@ from fabric_init._torch_internals import DisableTorchFunction, reduce_ex_interna
 from fabric_init.errors import RecordingError
 from fabric_init.recording.device_queries import Handler
 from fabric_init.recording.recorder import Recorder
-from fabric_init.recording.tape import recorded
+from fabric_init.recording.storage_tags import recorded
 
 
 def _with_true_value(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

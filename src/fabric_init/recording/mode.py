@@ -28,7 +28,8 @@ from fabric_init.recording.call_site import init_call
 from fabric_init.recording.device_queries import Handler
 from fabric_init.recording.op_schemas import INIT_FUNCTIONS
 from fabric_init.recording.recorder import Recorder
-from fabric_init.recording.tape import Rng, Tape, check_rng, recorded
+from fabric_init.recording.storage_tags import recorded
+from fabric_init.recording.tape import Rng, Tape, check_rng
 
 # The init functions that call a function mode; the others are found by their frame on the stack.
 _INIT_WITH_MODE: dict[str, Any] = {

@@ -31,7 +31,8 @@ from fabric_init.recording.meta_kernels import (
 from fabric_init.recording.op_schemas import DRAWS_FROM_DEFAULT, INIT_FUNCTIONS, Func, is_random, traits
 from fabric_init.recording.replay import real_execution, storage_now, view
 from fabric_init.recording.rng import Streams
-from fabric_init.recording.tape import Draw, Recorded, Tape, TensorRef, begin, recorded, ref_of
+from fabric_init.recording.storage_tags import Recorded, begin, recorded, ref_of
+from fabric_init.recording.tape import Draw, Tape, TensorRef
 
 _CPU = torch.device("cpu")
 

@@ -2,8 +2,7 @@
 
 A recorded tensor is identified by its *storage* and its geometry on it, never by the Python object:
 ``nn.Parameter(t)``, ``t.data`` and views make new objects on the same storage. So views need no ops of their own, and
-tied tensors are seen to be one. The storage's number is an attribute of the storage object, which torch keeps alive as
-long as any tensor on it. Looking it up is one attribute read, and a recording is freed together with its tensors.
+tied tensors are seen to be one.
 
 The tape is data. :mod:`fabric_init.recording.liveness` decides which ops still matter, and
 :mod:`fabric_init.recording.replay` runs them.
@@ -278,50 +277,3 @@ class Tape:
         for ref in outputs:
             writers[ref.storage] = [index]
         return index
-
-
-class Recorded(NamedTuple):
-    """The attribute of a recorded storage object: the tape it was first recorded on, and its number there."""
-
-    first_tape: Tape
-    storage: int
-
-    @property
-    def tape(self) -> Tape:
-        return self.first_tape.current()
-
-    @property
-    def device(self) -> torch.device:
-        return self.tape.storages[self.storage].device
-
-
-def recorded(tensor: torch.Tensor) -> Recorded | None:
-    """Return the recording of ``tensor``'s storage, or ``None`` if it is not recorded."""
-    if not tensor.is_meta:
-        return None
-    try:
-        recording: Recorded | None = tensor.untyped_storage()._fabric_init  # type: ignore[attr-defined]
-    except (AttributeError, NotImplementedError):  # not recorded; a sparse tensor has no storage
-        return None
-    return recording
-
-
-def begin(tensor: torch.Tensor, tape: Tape, device: torch.device) -> int:
-    """Start recording the storage of a new meta tensor, meant for ``device``; return its number on ``tape``."""
-    storage = tensor.untyped_storage()
-    number = tape.add_storage(storage.nbytes(), device)
-    storage._fabric_init = Recorded(tape, number)  # type: ignore[attr-defined]
-    return number
-
-
-def ref_of(tensor: torch.Tensor, storage: int) -> TensorRef:
-    """Return the geometry of ``tensor`` on recorded storage number ``storage``."""
-    lazy_bits = tensor.is_neg() or (tensor.dtype.is_complex and tensor.is_conj())
-    return TensorRef(
-        storage,
-        int(tensor.storage_offset()),
-        tensor.size(),
-        tensor.stride(),
-        tensor.dtype,
-        *((tensor.is_conj(), tensor.is_neg()) if lazy_bits else ()),
-    )
