@@ -27,6 +27,7 @@ from fabric_init.planning.plan import Action, LoadOptions, Plan, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan, plan_digest
 from fabric_init.planning.tensors import TensorInfo, named_modules, survey
 from fabric_init.planning.validation import make_plan
+from fabric_init.recording.liveness import never_written
 from fabric_init.recording.replay import real_execution
 from fabric_init.recording.tape import Tape
 from fabric_init.reports.registry import RowRecord, keep_record
@@ -140,7 +141,7 @@ def _waits(slot: TensorInfo, tapes: Mapping[int, Tape]) -> bool:
     if not slot.saved or slot.ref is None:
         return False
     # no mark can be put into bools: they get the model's own init at once, where it has one
-    return slot.dtype != torch.bool or tapes[slot.ref.storage].never_written(slot.ref)
+    return slot.dtype != torch.bool or never_written(tapes[slot.ref.storage], slot.ref)
 
 
 def _guard(

@@ -29,6 +29,7 @@ from fabric_init.planning.derived import loaded_storages, sources_of
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, DerivedFrom, LoadOptions, Plan, PlanEntry, storage_groups
 from fabric_init.planning.prepare import PreparedPlan, plan_for, prepared_digest
+from fabric_init.recording.liveness import covers
 from fabric_init.recording.replay import real_execution, replay, view
 from fabric_init.recording.tape import Rng, Tape
 from fabric_init.reports.init_report import InitReport
@@ -146,7 +147,7 @@ def _is_loaded_whole(entries: Sequence[PlanEntry], positions: Sequence[int], tap
     """Whether a storage is all one tensor, which is loaded: then nothing of it has to be replayed."""
     slot, action, *_ = entries[positions[0]]
     assert slot.ref is not None
-    return len(positions) == 1 and action is Action.LOAD and tape.covers(slot.ref)
+    return len(positions) == 1 and action is Action.LOAD and covers(tape, slot.ref)
 
 
 def _replayed(

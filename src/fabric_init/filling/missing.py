@@ -19,6 +19,7 @@ from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import LoadOptions
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.planning.validation import make_plan
+from fabric_init.recording.liveness import computed_from, never_written
 from fabric_init.recording.replay import view
 from fabric_init.recording.tape import TensorRef
 
@@ -62,7 +63,7 @@ def initialize_possible(waits: Waits) -> None:
         [
             (module, item)
             for module, item in with_init
-            if sources.get(id(item), ()) is not None and not item.tape.never_written(_ref(item))
+            if sources.get(id(item), ()) is not None and not never_written(item.tape, _ref(item))
         ],
         sources,
     )
@@ -85,7 +86,7 @@ def _sources(waits: Waits) -> _Sources:
         others = with_values.get(id(built))
         if others is None:
             others = with_values[id(built)] = dict.fromkeys(places.keys() - still)
-        if item.slot.saved and (storages := item.tape.computed_from(_ref(item).storage, others)):
+        if item.slot.saved and (storages := computed_from(item.tape, _ref(item).storage, others)):
             tensors = [_whole(item, places[storage]) for storage in sorted(storages)]
             whole = [tensor for tensor in tensors if tensor is not None]
             found[id(item)] = whole if len(whole) == len(tensors) else None

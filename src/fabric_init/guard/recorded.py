@@ -24,7 +24,7 @@ from fabric_init.guard.sentinels import is_exact_mark, marked_elements, place_ma
 from fabric_init.guard.state import BUILT
 from fabric_init.planning.extra_state import takes_extra_state
 from fabric_init.planning.tensors import named_modules
-from fabric_init.recording.tape import recorded
+from fabric_init.recording.storage_tags import recorded
 
 _ATTRIBUTE = "_fabric_init_recorded"
 

@@ -25,6 +25,7 @@ from fabric_init.guard.sentinels import (
 )
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.tensors import TensorInfo
+from fabric_init.recording.liveness import covers
 from fabric_init.recording.replay import real_execution
 from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.reports.registry import RowRecord
@@ -136,7 +137,7 @@ class ModelState:
     def enter(self, module: nn.Module, item: Unfilled) -> None:
         """Keep in mind where a tensor is, for others that are computed from it."""
         ref = item.slot.ref
-        if ref is not None and item.tape.covers(ref):
+        if ref is not None and covers(item.tape, ref):
             known = self.places.get(ref.storage)
             if known is None or tensor_at(known[0](), known[1]) is None:
                 self.places[ref.storage] = weakref.ref(module), item.attribute, ref

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.plan import Action, DerivedFrom, Plan, PlanEntry, storage_groups
 from fabric_init.planning.tensors import TensorInfo
+from fabric_init.recording.liveness import computed_from, covers, is_final, live_ops, writes_whole
 from fabric_init.recording.op_schemas import is_cast, only_copies
 from fabric_init.recording.tape import Tape, TensorRef
 
@@ -21,7 +22,7 @@ def loaded_storages(plan: Plan, tapes: Mapping[int, Tape]) -> dict[int, DerivedF
     for storage, positions in storage_groups(plan.entries).items():
         entry, ref = plan.entries[positions[0]], plan.entries[positions[0]].slot.ref
         assert ref is not None
-        if len(positions) == 1 and entry.action is Action.LOAD and tapes[storage].covers(ref):
+        if len(positions) == 1 and entry.action is Action.LOAD and covers(tapes[storage], ref):
             found[storage] = DerivedFrom(ref, entry.keys[0], entry.since)
     for storage, source in list(found.items()):
         for earlier in _cast_from(storage, tapes[storage]) if storage in tapes else ():
@@ -36,7 +37,7 @@ def _cast_from(storage: int, tape: Tape) -> Iterator[TensorRef]:
         if len(writers) != 1 or not is_cast(writers[0].func):
             return
         (read,) = writers[0].reads()
-        if not tape.is_final(read.storage, writers[0].number) or not tape.covers(read):
+        if not is_final(tape, read.storage, writers[0].number) or not covers(tape, read):
             return
         storage = read.storage
         yield read
@@ -49,7 +50,7 @@ def sources_of(
     ref = entry.slot.ref
     if ref is None or entry.action is not Action.INIT or not entry.slot.saved or not others:
         return set()
-    return tapes[ref.storage].computed_from(ref.storage, others, exact=exact)
+    return computed_from(tapes[ref.storage], ref.storage, others, exact=exact)
 
 
 def check_nothing_is_undone(entries: Sequence[PlanEntry], tapes: Mapping[int, Tape]) -> None:
@@ -72,8 +73,8 @@ def check_nothing_is_undone(entries: Sequence[PlanEntry], tapes: Mapping[int, Ta
         for slot, action, *_ in entries:
             # buffers may follow one another in a circle, as spectral_norm's do
             if action is Action.LOAD and slot.kind == "parameter" and slot.ref and slot.ref.storage in computed:
-                beside = tape.live([slot.ref.storage], exact=False, given=here)  # what it has not from those
-                if any(beside & tape.live([storage], exact=False) for storage in here):
+                beside = live_ops(tape, [slot.ref.storage], exact=False, inputs=here)  # what it has not from those
+                if any(beside & live_ops(tape, [storage], exact=False) for storage in here):
                     undone.append(slot.name)
     if undone:
         raise CheckpointMismatchError(
@@ -114,6 +115,6 @@ def _computed_out_of(fresh: set[int], tape: Tape) -> set[int]:
                 computed.add(storage)
             elif reads & copied:
                 copied.add(storage)
-            elif tape.writes_whole(op, storage):
+            elif writes_whole(tape, op, storage):
                 computed.discard(storage)
     return computed

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fabric_init._torch_internals import DisableTorchFunction
-from fabric_init.recording.tape import Tape, TensorRef, recorded, ref_of
+from fabric_init.recording.storage_tags import recorded, ref_of
+from fabric_init.recording.tape import Tape, TensorRef
 
 Kind = Literal["parameter", "buffer", "non-persistent buffer", "attribute"]
 

@@ -1,4 +1,4 @@
-"""Which models a block built: the modules registered in it that are part of no other."""
+"""Find the models that a block built: modules registered in it that are children of no other module."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from typing_extensions import Self
 
 
 class BuiltModules:
-    """Context that notices the modules built in it, by this thread, through torch's registration hooks."""
+    """Context manager that collects the modules built in it by this thread, through torch's registration hooks."""
 
     def __init__(self) -> None:
-        self._seen: weakref.WeakKeyDictionary[nn.Module, None] = weakref.WeakKeyDictionary()  # in order: ranks agree
+        self._seen: weakref.WeakKeyDictionary[nn.Module, None] = (
+            weakref.WeakKeyDictionary()
+        )  # ordered, so that ranks agree
         self._thread = threading.get_ident()
         self._hooks = ExitStack()
 
@@ -45,22 +47,22 @@ class BuiltModules:
             self._seen.setdefault(module)
 
     def roots(self) -> list[nn.Module]:
-        """The models: modules that no other module of the block holds."""
+        """Return the modules of the block that are not part of another one, in the order they were built."""
         roots = self._roots()
         if len(roots) > 1:
-            gc.collect()  # a module that was built and dropped may live on in a reference cycle
+            gc.collect()  # a discarded module may still be alive in a reference cycle
             roots = self._roots()
         return roots
 
     def _roots(self) -> list[nn.Module]:
         seen = list(self._seen.keys())
-        held: set[int] = set()
-        below, visited = list(seen), set()
-        while below:  # also through modules of an earlier block, which this one has changed further down
-            module = below.pop()
+        child_ids: set[int] = set()
+        pending, visited = list(seen), set()
+        while pending:  # also through modules of an earlier block, whose submodules this block may have replaced
+            module = pending.pop()
             if id(module) not in visited:
                 visited.add(id(module))
                 children = list(module.children())
-                held.update(map(id, children))
-                below += children
-        return [module for module in seen if id(module) not in held]
+                child_ids.update(map(id, children))
+                pending += children
+        return [module for module in seen if id(module) not in child_ids]

@@ -31,7 +31,7 @@ _WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_o
 
 def recording_of(slot: TensorInfo, tape: Tape) -> Recording | None:
     """Return the recording for a row, or ``None`` if the tape holds too many values that a constructor brought in."""
-    return None if tape.brought > _MOST_KEPT else Recording(slot, tape)
+    return None if tape.constant_bytes > _MOST_KEPT else Recording(slot, tape)
 
 
 class Traced(NamedTuple):
