@@ -26,7 +26,7 @@ class DeferredInitMixin(Strategy):
 
     Put it before the strategy's own class, and say where tensors live::
 
-        class MyStrategy(RecordedInit, TheirStrategy):
+        class MyStrategy(DeferredInitMixin, TheirStrategy):
             def placement(self, model):
                 return MyPlacement(...)
 
