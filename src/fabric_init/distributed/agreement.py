@@ -1,4 +1,4 @@
-"""All ranks do the same, or all raise: nobody goes on alone into a collective that the others never reach."""
+"""All ranks do the same, or all raise: no rank enters a collective that the others never reach."""
 
 from __future__ import annotations
 
@@ -21,23 +21,34 @@ _Error = TypeVar("_Error", bound=BaseException)
 class Agreement(Protocol):
     """How the ranks that fill one model keep in step."""
 
-    def same(self, what: str, make: Callable[[], _T], digest: Callable[[_T], str]) -> _T:
-        """``make()``, if it raises on no rank and gives the same ``digest`` on all; else an error on every rank."""
+    def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], str] | None = None) -> _T:
+        """Return ``make()`` if every rank succeeds with the same result; otherwise raise on every rank.
+
+        Args:
+            what: The name of the step, for messages.
+            make: The step on this rank. It may contain further steps that the ranks run together.
+            digest: The text by which results are compared; ``None`` compares nothing.
+
+        Raises:
+            RanksDisagreeError: The digests differ.
+            RanksLostError: A rank is gone.
+            FabricInitError: Another rank failed; its message is included.
+        """
         ...
 
     def from_rank_zero(self, value: Any) -> Any:
-        """Rank 0's ``value``."""
+        """Return rank 0's ``value``."""
         ...
 
     def from_all(self, names: Sequence[str]) -> list[str]:
-        """The ``names`` of all ranks, each once."""
+        """Return the ``names`` of all ranks, each once."""
         ...
 
 
 class SingleProcess:
     """One process, or one that is not to wait for others."""
 
-    def same(self, what: str, make: Callable[[], _T], digest: Callable[[_T], str]) -> _T:
+    def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], str] | None = None) -> _T:
         return make()
 
     def from_rank_zero(self, value: Any) -> Any:
@@ -62,10 +73,10 @@ class RankGroup:
     Calls may lie in one another. What goes wrong in the outer one meets the others in whichever they have come to.
     """
 
-    def same(self, what: str, make: Callable[[], _T], digest: Callable[[_T], str]) -> _T:
+    def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], str] | None = None) -> _T:
         try:
             value = make()
-            mine = digest(value)
+            mine = "" if digest is None else digest(value)
         except RanksLostError:  # nobody is left to tell
             raise
         except (Exception, KeyboardInterrupt) as error:  # whatever it is, the other ranks must not wait for this one

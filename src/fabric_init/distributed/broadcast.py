@@ -63,7 +63,7 @@ class BroadcastReader(BaseReader):
             specs = {key: reader.spec(key) for key in reader.keys()}
             return reader, _Header(reader.path, reader.format, reader.note, specs, dict(reader.extra_state))
 
-        opened = agreement.same("opening the checkpoint", on_rank_zero, lambda _: "")
+        opened = agreement.run_together("opening the checkpoint", on_rank_zero)
         reader, header = opened if opened is not None else (None, None)
         return cls(agreement.from_rank_zero(header), reader, budget)
 

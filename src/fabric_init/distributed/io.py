@@ -62,9 +62,9 @@ def open_on_all_ranks(
     """
     if isinstance(agreement, SingleProcess):
         return source.open()
-    agreement.same("io", lambda: check_io(io), str)
+    agreement.run_together("io", lambda: check_io(io), str)
     way = choose_io(io, whole=whole, machines=machines, file_system=file_system_of(source.path))
     if agreement.from_rank_zero(way) == "local":
-        return agreement.same("opening the checkpoint", source.open, checkpoint_digest)
+        return agreement.run_together("opening the checkpoint", source.open, checkpoint_digest)
     # not mapped: rank 0 reads everything, from front to back, and a file that changes is an error, not a crash
     return BroadcastReader.open(lambda: source.open(copy=True), agreement, BUDGET)

@@ -262,7 +262,7 @@ def fill_model(
         return plan_for(model, source, asked, rng)
 
     with PausedCollector():
-        prepared = agreement.same(_PLANNING, plan, prepared_digest)
+        prepared = agreement.run_together(_PLANNING, plan, prepared_digest)
         return carry_out(prepared, model, prepared.tensors, placement, agreement)
 
 
@@ -273,7 +273,7 @@ def prepare(
     agreement: Agreement = _ALONE,
 ) -> PreparedPlan:
     """:func:`plan_for`, on ranks that agree."""
-    return agreement.same(_PLANNING, lambda: plan_for(model, reader, wanted), prepared_digest)
+    return agreement.run_together(_PLANNING, lambda: plan_for(model, reader, wanted), prepared_digest)
 
 
 def carry_out(
@@ -292,7 +292,7 @@ def carry_out(
         set_extra_states(plan.extras)
         return record
 
-    record = agreement.same("filling the model", check_and_fill, lambda record: "")
+    record = agreement.run_together("filling the model", check_and_fill)
     release_recorded(model)
     for module in model.modules():
         if isinstance(module, nn.RNNBase):

@@ -158,9 +158,7 @@ def initialize_missing(model: nn.Module) -> None:
     """
     settle(model)
     waits = list(items_under(model))
-    (ranks_of(model) or SingleProcess()).same(
-        "initializing what is missing", lambda: initialize_all(waits), lambda _: ""
-    )
+    (ranks_of(model) or SingleProcess()).run_together("initializing what is missing", lambda: initialize_all(waits))
     for module, waiting in list(waiting_under(model)):
         waiting.settle("initialized", module)
     release(model)

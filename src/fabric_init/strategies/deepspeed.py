@@ -93,7 +93,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
     ) -> tuple[DeepSpeedEngine, list[Optimizer], Any]:
         # DeepSpeed itself would leave the other ranks waiting for one that it refuses
-        self.agreement.same("setting the model up", lambda: _require_one_optimizer(optimizers), lambda _: "")
+        self.agreement.run_together("setting the model up", lambda: _require_one_optimizer(optimizers))
         self._prepare(module)  # parameters stay the same objects: optimizers need not be told
         refuse_left_behind(optimizers[0])
         theirs = lightning_deepspeed.DeepSpeedStrategy.setup_module_and_optimizers
@@ -169,7 +169,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
         settle(module)
         release(module)
         if not is_bound(module):
-            self.agreement.same("the model to set up", lambda: module, _shapes_digest)
+            self.agreement.run_together("the model to set up", lambda: module, _shapes_digest)
             return
         dtype = self._parameter_dtype()
         if dtype is not None:

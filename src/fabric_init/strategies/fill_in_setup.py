@@ -97,7 +97,7 @@ def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan
     declared = [(module, vars(module).pop(_PLANS)) for module in model.modules() if _PLANS in vars(module)]
     plans = sorted({id(plan): plan for _, its in declared for plan in its}.values(), key=_declared_at)
     try:
-        yield agreement.same(
+        yield agreement.run_together(
             "planning for the model as it is now", lambda: _plan(model, [b for _, b in bounds], plans), _digest
         )
     except BaseException:
@@ -178,14 +178,12 @@ def shard_and_fill(
         FabricInitError: a rank failed, or ``shard`` made parameters that were not in the plan.
     """
     with planned_for(model, agreement) as planned:
-        sharded = agreement.same("sharding the model", lambda: shard(model), lambda _: "")
+        sharded = agreement.run_together("sharding the model", lambda: shard(model))
         placement = placement_for(sharded)
         planned = _without_new_values(planned, placement)
         if isinstance(planned, Rooms):
-            agreement.same(
-                "giving the model memory",
-                lambda: move_in(sharded, planned, placement, agreement, placement.current),
-                lambda _: "",
+            agreement.run_together(
+                "giving the model memory", lambda: move_in(sharded, planned, placement, agreement, placement.current)
             )
         else:
             slots = [entry.slot for entry in planned.plan.entries]

@@ -102,7 +102,7 @@ class FSDPStrategy(DeferredInitMixin, lightning_fsdp.FSDPStrategy):
                 wrapped = self._wrap(module, param_init_fn=filling.fill_under, **options)
                 return wrapped, filling.finish()
 
-            wrapped, record = self.agreement.same("wrapping and filling the model", wrap, lambda _: "")
+            wrapped, record = self.agreement.run_together("wrapping and filling the model", wrap)
         release_recorded(module)
         keep_record(module, record)
         return wrapped

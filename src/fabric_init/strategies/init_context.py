@@ -109,7 +109,7 @@ def init_context(
         return models
 
     try:
-        models = agreement.same("building the model", built_models, _described)
+        models = agreement.run_together("building the model", built_models, _described)
         _complete(models, reader, wanted, strategy)
     except BaseException:
         _guard_unfilled(built.roots())
@@ -140,7 +140,7 @@ def _complete(
             bind(model, reader, wanted, strategy.agreement)
     elif reader is None:
         room = lambda: allocate(models, strategy.placement)  # noqa: E731
-        strategy.agreement.same("giving the model memory", room, lambda _: "")
+        strategy.agreement.run_together("giving the model memory", room)
     else:
         fill_model(models[0], reader, wanted, strategy.placement(models[0]), agreement=strategy.agreement)
 
