@@ -74,18 +74,21 @@ class BroadcastReader(BaseReader):
         [(_, value)] = self._share([key], lambda: [target], lambda index, part, values: None)
         return value
 
+    def check_ties(self, plan: Plan, placement: Placement) -> None:
+        """Do nothing: :meth:`load` checks ties on rank 0, so that no tensor is read twice."""
+
     def load(self, plan: Plan, placement: Placement) -> Iterator[tuple[int, Tensor]]:
-        """Positions in the plan, and the values that this rank keeps for them.
+        """Yield positions in the plan and the values that this rank keeps for them.
 
         Args:
-            plan: the same on every rank.
-            placement: where this rank keeps what.
+            plan: The same plan on every rank.
+            placement: How this rank keeps the tensors.
 
         Raises:
-            CheckpointError: on rank 0, which cannot read on.
-            CheckpointMismatchError: on rank 0, where tied tensors differ in the file.
-            RanksLostError: a rank is gone.
-            FabricInitError: another rank has failed, with its message.
+            CheckpointError: On rank 0, if it cannot read on.
+            CheckpointMismatchError: On rank 0, if a tied tensor has different values under its keys.
+            RanksLostError: A rank is gone.
+            FabricInitError: Another rank failed; its message is included.
         """
         in_file = {key: index for index, key in enumerate(self.specs)}
         entries = [(position, entry) for position, entry in enumerate(plan.entries) if entry.action is Action.LOAD]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +15,10 @@ from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import Agreement, SingleProcess
-from fabric_init.distributed.broadcast import BroadcastReader
 from fabric_init.errors import FabricInitError
-from fabric_init.filling import loader as loading
 from fabric_init.filling.derived import compute
 from fabric_init.filling.fill_log import with_log
-from fabric_init.filling.loader import set_extra_states
+from fabric_init.filling.loader import loader_for, set_extra_states
 from fabric_init.filling.out_of_memory import out_of_memory_explained
 from fabric_init.filling.progress import with_progress
 from fabric_init.guard.recorded import loaded_since, refuse_lost_writes, release_recorded
@@ -40,14 +37,14 @@ from fabric_init.reports.trace import recording_of
 
 
 def check_ties(plan: Plan, reader: CheckpointReader | None, placement: Placement) -> None:
-    """Before any memory is taken: tied tensors have one value in the file. One reader sees to that while it reads.
+    """Check, before memory is allocated, that tied tensors have one value in the checkpoint.
 
     Raises:
-        CheckpointMismatchError: they have not.
+        CheckpointMismatchError: A tied tensor has different values under its keys.
     """
-    if reader is not None and not isinstance(reader, BroadcastReader):
+    if reader is not None:
         with torch.inference_mode(False), real_execution():
-            loading.check_ties(plan, reader, placement)
+            loader_for(reader).check_ties(plan, placement)
 
 
 def fill(
@@ -111,8 +108,7 @@ def _values(
     shared = {position for positions in to_replay.values() for position in positions}
     parts: dict[int, Tensor] = {}  # loaded into memory that other tensors share
     if reader is not None:
-        load = reader.load if isinstance(reader, BroadcastReader) else partial(loading.load_by_itself, reader=reader)
-        for position, value in load(plan, placement=placement):
+        for position, value in loader_for(reader).load(plan, placement):
             if position in shared:
                 parts[position] = value
             else:
