@@ -201,14 +201,6 @@ def _check(plan: Plan, tensors: Sequence[Tensor]) -> None:
         raise FabricInitError(f"fabric_init left these tensors on the meta device, which is a bug of its own: {left}")
 
 
-_STATUS = {
-    Action.LOAD: "loaded",
-    Action.INIT: "initialized",
-    Action.KEEP: "set when built",
-    Action.SCRATCH: "scratch",
-}
-
-
 def make_record(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader | None) -> FillRecord:
     rows = []
     for entry in plan.entries:
@@ -223,7 +215,7 @@ def make_record(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader 
         rows.append(
             InitRow(
                 name=slot.name,
-                status=_STATUS[entry.action],  # type: ignore[arg-type]
+                status=entry.action.value,
                 shape=tuple(slot.shape),
                 dtype=dtype_name(slot.dtype),
                 kind=slot.kind,

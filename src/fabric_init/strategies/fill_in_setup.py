@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import FabricInitError
-from fabric_init.filling.allocate import Rooms, move_in, plan_rooms, rooms_digest, with_rooms
+from fabric_init.filling.allocate import allocate_and_guard, leave_to_later_loads, plan_allocation
 from fabric_init.filling.execute import carry_out, prepare
 from fabric_init.filling.merge import planned_tensors, revised
 from fabric_init.guard.recorded import fix_of, guard_recorded, loaded_since, overrule_loads, refuse_lost_writes
@@ -88,7 +88,7 @@ def choose_own_init(model: nn.Module) -> None:
 
 
 @contextmanager
-def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan | Rooms]:
+def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan]:
     """Context in which the bound ``model`` is sharded and filled after the plan that it gives.
 
     If planning fails, the model is as it was. If the rest fails, it stays bound, so that nobody can use it.
@@ -98,7 +98,7 @@ def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan
     plans = sorted({id(plan): plan for _, its in declared for plan in its}.values(), key=_declared_at)
     try:
         yield agreement.run_together(
-            "planning for the model as it is now", lambda: _plan(model, [b for _, b in bounds], plans), _digest
+            "planning for the model as it is now", lambda: _plan(model, [b for _, b in bounds], plans), prepared_digest
         )
     except BaseException:
         for module, bound in bounds:
@@ -108,37 +108,29 @@ def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan
         raise
 
 
-def _plan(model: nn.Module, bounds: Sequence[BoundPlans], plans: Sequence[PreparedPlan]) -> PreparedPlan | Rooms:
+def _plan(model: nn.Module, bounds: Sequence[BoundPlans], plans: Sequence[PreparedPlan]) -> PreparedPlan:
     _refuse_sharded(model)
     waits = any(bound.waits and not bound.own_init for bound in bounds)
     if plans:
         prepared = revised(plans, model)
-        return with_rooms(prepared, model, planned_tensors(plans)) if waits else prepared
+        return leave_to_later_loads(prepared, planned_tensors(plans)) if waits else prepared
     refuse_lost_writes(model)
     earlier = loaded_since(model)
     if earlier is not None:
         return plan_for(model, earlier, LoadOptions(strict=False))
-    return plan_rooms(model) if waits else plan_for(model, None, LoadOptions())
+    return plan_allocation(model) if waits else plan_for(model, None, LoadOptions())
 
 
-def _without_new_values(planned: PreparedPlan | Rooms, placement: ShardedPlacement) -> PreparedPlan | Rooms:
-    """The plan, but for tensors in whose places sharding has put others that have values: those stay."""
+def _without_new_values(prepared: PreparedPlan, placement: ShardedPlacement) -> PreparedPlan:
+    """Return the plan, which keeps tensors with values that sharding has put in the places of recorded ones."""
 
-    def is_given(slot: TensorInfo, tensor: Tensor) -> bool:
-        return tensor.is_meta and not placement.current(slot, tensor).is_meta
+    def revise(entry: PlanEntry, tensor: Tensor) -> PlanEntry:
+        if not tensor.is_meta or placement.current(entry.slot, tensor).is_meta:
+            return entry
+        return PlanEntry(entry.slot._replace(ref=None, real=True), Action.KEEP)
 
-    def as_given(entry: PlanEntry, tensor: Tensor) -> PlanEntry:
-        return (
-            PlanEntry(entry.slot._replace(ref=None, real=True), Action.KEEP) if is_given(entry.slot, tensor) else entry
-        )
-
-    tensors = [tensor for _, tensor in planned.now] if isinstance(planned, Rooms) else planned.tensors
-    entries = tuple(map(as_given, planned.plan.entries, tensors))
-    plan = replace(planned.plan, entries=entries)
-    if not isinstance(planned, Rooms):
-        return planned._replace(plan=plan)
-    now = [(entry.slot, tensor) for entry, tensor in zip(entries, tensors, strict=True)]
-    return planned._replace(later=[both for both in planned.later if not is_given(*both)], now=now, plan=plan)
+    entries = tuple(map(revise, prepared.plan.entries, prepared.tensors))
+    return prepared._replace(plan=replace(prepared.plan, entries=entries))
 
 
 def _declared_at(prepared: PreparedPlan) -> int:
@@ -153,10 +145,6 @@ def _refuse_sharded(model: nn.Module) -> None:
             f"{sharded[0]} was sharded by an earlier setup, and is in this model, too ({len(sharded)} such parameters)."
             " Set models that share modules up as one: fabric.setup(nn.ModuleList([one, other])) shards them once."
         )
-
-
-def _digest(planned: PreparedPlan | Rooms) -> str:
-    return rooms_digest(planned) if isinstance(planned, Rooms) else prepared_digest(planned)
 
 
 def shard_and_fill(
@@ -177,18 +165,20 @@ def shard_and_fill(
         CheckpointMismatchError: keys, shapes or dtypes of file and model disagree.
         FabricInitError: a rank failed, or ``shard`` made parameters that were not in the plan.
     """
-    with planned_for(model, agreement) as planned:
+    name = type(model).__name__  # sharding may change it
+    with planned_for(model, agreement) as prepared:
         sharded = agreement.run_together("sharding the model", lambda: shard(model))
         placement = placement_for(sharded)
-        planned = _without_new_values(planned, placement)
-        if isinstance(planned, Rooms):
+        prepared = _without_new_values(prepared, placement)
+        slots = [entry.slot for entry in prepared.plan.entries]
+        tensors = [placement.current(slot, tensor) for slot, tensor in zip(slots, prepared.tensors, strict=True)]
+        if prepared.plan.allocates:
             agreement.run_together(
-                "giving the model memory", lambda: move_in(sharded, planned, placement, agreement, placement.current)
+                "allocating the model's memory",
+                lambda: allocate_and_guard(prepared, sharded, tensors, placement, name=name, agreement=agreement),
             )
         else:
-            slots = [entry.slot for entry in planned.plan.entries]
-            tensors = [placement.current(slot, tensor) for slot, tensor in zip(slots, planned.tensors, strict=True)]
-            carry_out(planned, sharded, tensors, placement, agreement)
+            carry_out(prepared, sharded, tensors, placement, agreement)
         left = [name for name, tensor in parameters_by_name(sharded).items() if tensor.is_meta]
         if left:
             raise FabricInitError(f"sharding split a tie or made parameters of its own, which have no values: {left}")

@@ -24,7 +24,6 @@ from fabric_init.errors import FabricInitError
 from fabric_init.filling.incremental import IncrementalFill
 from fabric_init.guard.recorded import release_recorded
 from fabric_init.planning.placement import Placement, WholeTensors
-from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.planning.tensors import TensorInfo, named_modules
 from fabric_init.reports.registry import FillRecord, keep_record
 from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound, planned_for
@@ -94,7 +93,6 @@ class FSDPStrategy(DeferredInitMixin, lightning_fsdp.FSDPStrategy):
         options["sync_module_states"] = False  # each rank fills its own after the plan that all agree on
         choose_own_init(module)
         with planned_for(module, self.agreement) as prepared:
-            assert isinstance(prepared, PreparedPlan)
             filling = IncrementalFill(prepared, self.placement(module))
 
             def wrap() -> tuple[nn.Module, FillRecord]:

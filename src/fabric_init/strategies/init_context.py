@@ -139,8 +139,7 @@ def _complete(
         for model in models:
             bind(model, reader, wanted, strategy.agreement)
     elif reader is None:
-        room = lambda: allocate(models, strategy.placement)  # noqa: E731
-        strategy.agreement.run_together("giving the model memory", room)
+        strategy.agreement.run_together("allocating the model's memory", lambda: allocate(models, strategy.placement))
     else:
         fill_model(models[0], reader, wanted, strategy.placement(models[0]), agreement=strategy.agreement)
 
