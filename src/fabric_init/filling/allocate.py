@@ -17,7 +17,7 @@ from fabric_init.filling.loader import set_extra_states
 from fabric_init.filling.missing import initialize_possible
 from fabric_init.guard.hooks import hook
 from fabric_init.guard.recorded import release_recorded
-from fabric_init.guard.sentinels import place_mark
+from fabric_init.guard.sentinels import place_sentinels
 from fabric_init.guard.state import ATTRIBUTE, ModelState, ModuleState, Unfilled, own_tensors, version_in
 from fabric_init.planning.derived import loaded_storages, sources_of
 from fabric_init.planning.placement import Placement
@@ -198,5 +198,5 @@ def _allocate(
             storage = torch.empty(nbytes, dtype=torch.uint8, device=device).untyped_storage()
             storages[ref.storage] = storage
         tensor = torch.empty(0, dtype=ref.dtype, device=device).set_(storage, ref.offset, ref.size, ref.stride)
-    place_mark(tensor)
+    place_sentinels(tensor)
     return tensor

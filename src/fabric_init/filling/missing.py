@@ -13,8 +13,8 @@ from fabric_init.distributed.agreement import SingleProcess
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.derived import compute_with
 from fabric_init.filling.execute import fill
-from fabric_init.guard.hooks import items_under, ranks_of, release, settle
-from fabric_init.guard.state import ATTRIBUTE, Place, Unfilled, tensor_at, waiting_under
+from fabric_init.guard.hooks import items_under, ranks_of, refresh_state, release
+from fabric_init.guard.state import ATTRIBUTE, Place, Unfilled, states_under, tensor_at
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import LoadOptions
 from fabric_init.planning.tensors import TensorInfo
@@ -97,9 +97,9 @@ def _whole(item: Unfilled, place: Place | None) -> tuple[TensorRef, Tensor] | No
     if place is None or (module := place[0]()) is None:
         return None
     _, attribute, ref = place
-    if (waiting := vars(module).get(ATTRIBUTE)) is not None:  # elsewhere in the model
-        waiting.settle()
-        if any(other.attribute == attribute for other in waiting.items):
+    if (state := vars(module).get(ATTRIBUTE)) is not None:  # elsewhere in the model
+        state.refresh()
+        if any(other.attribute == attribute for other in state.items):
             return None
     tensor = tensor_at(module, attribute)
     if tensor is None or item.placement.held(tensor) is not tensor or tensor.shape != ref.size:
@@ -156,9 +156,9 @@ def initialize_missing(model: nn.Module) -> None:
     Raises:
         UninitializedTensorError: the model's own code never gives some tensor a value.
     """
-    settle(model)
+    refresh_state(model)
     waits = list(items_under(model))
     (ranks_of(model) or SingleProcess()).run_together("initializing what is missing", lambda: initialize_all(waits))
-    for module, waiting in list(waiting_under(model)):
-        waiting.settle("initialized", module)
+    for module, state in list(states_under(model)):
+        state.refresh("initialized", module)
     release(model)

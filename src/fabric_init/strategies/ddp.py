@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fabric_init.distributed.agreement import RankGroup
-from fabric_init.guard.hooks import settle
+from fabric_init.guard.hooks import refresh_state
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.reports.registry import filled_by_us
 from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
@@ -31,7 +31,7 @@ class DDPStrategy(DeferredInitMixin, lightning_strategies.DDPStrategy):
 
     def setup_module(self, module: nn.Module) -> Any:
         given = self._ddp_kwargs
-        waits = bool(settle(module))
+        waits = bool(refresh_state(module))
         mine = _sample(module, values=not waits) if waits or filled_by_us(module) else None
         if RankGroup().alike(mine):
             self._ddp_kwargs = {"init_sync": False} | given

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from fabric_init._lightning_internals import get_deepspeed_engines_from_state
 from fabric_init.errors import FabricInitError
-from fabric_init.guard.hooks import loading, release, require, settle
+from fabric_init.guard.hooks import loading, refresh_state, release, require
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.recording.mode import RecordMode
 from fabric_init.strategies.fill_in_setup import is_bound, shard_and_fill
@@ -100,7 +100,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
         engine, optimizers, scheduler = theirs(self, module, optimizers, scheduler)
         if not self.zero_stage_3:
             module.register_load_state_dict_post_hook(lambda *_: refresh_masters(engine))
-        if settle(module):
+        if refresh_state(module):
             _refresh_when_filled(engine, module)
         return engine, optimizers, scheduler
 
@@ -166,7 +166,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
 
     def _prepare(self, module: nn.Module) -> None:
         """Partition and fill a recorded model; of any other, make sure that it has one shape on all ranks."""
-        settle(module)
+        refresh_state(module)
         release(module)
         if not is_bound(module):
             self.agreement.run_together("the model to set up", lambda: module, _shapes_digest)
