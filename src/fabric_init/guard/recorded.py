@@ -229,7 +229,7 @@ def refuse_lost_writes(model: nn.Module) -> None:
         )
 
 
-def given_since(model: nn.Module) -> set[str]:
+def replaced_since_block(model: nn.Module) -> set[str]:
     """Return the names of tensors with memory that the user has put into ``model``, or written, since its block."""
     return {
         prefix + name

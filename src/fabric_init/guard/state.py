@@ -79,9 +79,7 @@ class Unfilled:
         if changed and by_load:  # a load may bring NaN; what it lacks, it may copy onto itself
             return not (are_exact_sentinels(samples) if now.dtype == self.slot.dtype else are_sentinels(samples))
         if changed:
-            return not (
-                has_sentinel(samples) if is_float(samples) else is_partly_written(samples, self.placement.held(now))
-            )
+            return not (has_sentinel(samples) if is_float(samples) else is_partly_written(samples, local))
         return not (has_sentinel(samples) if is_float(samples) else are_sentinels(samples))
 
     def changed(self, now: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""A model that stays recorded until its strategy shards it, bound to what it will then be filled from."""
+"""Models that stay recorded until their strategy shards them in setup, and are filled there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fabric_init.checkpoints import CheckpointReader
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.allocate import allocate_and_guard, leave_to_later_loads, plan_allocation
-from fabric_init.filling.execute import carry_out, prepare
+from fabric_init.filling.execute import execute_plan, prepare
 from fabric_init.filling.merge import planned_tensors, revised
 from fabric_init.guard.recorded import fix_of, guard_recorded, loaded_since, overrule_loads, refuse_lost_writes
 from fabric_init.planning.placement import Placement
@@ -32,14 +32,16 @@ class ShardedPlacement(Placement, Protocol):
     """A placement for a model that has been sharded since it was planned for."""
 
     def current(self, slot: TensorInfo, tensor: Tensor) -> Tensor:
-        """What the sharded model holds where it held ``tensor``."""
+        """Return the tensor that the sharded model holds in the place of ``tensor``."""
         ...
 
 
 class BoundPlans(NamedTuple):
-    """What a recorded model gets when it is set up.
+    """How a recorded model is filled in setup.
 
-    What it got in a block without checkpoint gets its own init, or room until a later load.
+    Attributes:
+        waits: Whether tensors of a block without a checkpoint are allocated, and left to a later load.
+        own_init: Whether these get the model's own init after all.
     """
 
     waits: bool = False
@@ -47,11 +49,10 @@ class BoundPlans(NamedTuple):
 
 
 def bind(model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions, agreement: Agreement) -> None:
-    """Plan for ``model``, if there is a checkpoint, and remember that until it is sharded, beside what it got in
-    earlier blocks.
+    """Plan for ``model``, if there is a checkpoint, and keep the plan until setup, with those of earlier blocks.
 
     Raises:
-        CheckpointMismatchError: keys, shapes or dtypes of file and model disagree.
+        CheckpointMismatchError: Keys, shapes or dtypes of checkpoint and model disagree.
     """
     bound: BoundPlans = vars(model).get(_ATTRIBUTE, BoundPlans())
     if reader is None:
@@ -75,12 +76,12 @@ def _keep(model: nn.Module, bound: BoundPlans) -> None:
 
 
 def is_bound(model: nn.Module) -> bool:
-    """Whether ``model``, or a model in it, waits to be sharded and filled."""
+    """Return whether ``model``, or a model in it, is to be sharded and filled in setup."""
     return any(_ATTRIBUTE in vars(module) for module in model.modules())
 
 
 def choose_own_init(model: nn.Module) -> None:
-    """Let a bound model run its own init, when it is sharded, for what no checkpoint brings."""
+    """Make setup run the own init of a bound model for tensors that no checkpoint brings."""
     for module in model.modules():
         bound: BoundPlans | None = vars(module).get(_ATTRIBUTE)
         if bound is not None:
@@ -89,9 +90,9 @@ def choose_own_init(model: nn.Module) -> None:
 
 @contextmanager
 def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan]:
-    """Context in which the bound ``model`` is sharded and filled after the plan that it gives.
+    """Yield the plan for a bound ``model``, which is sharded and filled in the context.
 
-    If planning fails, the model is as it was. If the rest fails, it stays bound, so that nobody can use it.
+    If planning fails, the model is as it was. If the rest fails, it stays bound, so that it cannot be used.
     """
     bounds = [(module, vars(module).pop(_ATTRIBUTE)) for module in model.modules() if _ATTRIBUTE in vars(module)]
     declared = [(module, vars(module).pop(_PLANS)) for module in model.modules() if _PLANS in vars(module)]
@@ -134,7 +135,7 @@ def _without_new_values(prepared: PreparedPlan, placement: ShardedPlacement) -> 
 
 
 def _declared_at(prepared: PreparedPlan) -> int:
-    """Plans in the order of their blocks: a later load wins."""
+    """Return a number that orders plans by their blocks: a later load wins."""
     return max((entry.since or 0 for entry in prepared.plan.entries), default=0)
 
 
@@ -153,17 +154,20 @@ def shard_and_fill(
     placement_for: Callable[[nn.Module], ShardedPlacement],
     agreement: Agreement,
 ) -> nn.Module:
-    """Plan for the bound ``model``, let ``shard`` put the strategy's tensors in its parameters' places, fill those.
+    """Shard a bound model, and fill or allocate the tensors that the strategy has put in its parameters' places.
 
     Args:
-        model: bound by :func:`bind`.
-        shard: gives the model with the strategy's own tensors, which have no memory yet.
-        placement_for: where this rank keeps the tensors of what ``shard`` gave.
-        agreement: how the ranks keep in step.
+        model: A model bound by :func:`bind`.
+        shard: Returns the model with the strategy's own tensors, which have no memory yet.
+        placement_for: Returns how this rank keeps the tensors of the sharded model.
+        agreement: How the ranks keep in step.
+
+    Returns:
+        The sharded model.
 
     Raises:
-        CheckpointMismatchError: keys, shapes or dtypes of file and model disagree.
-        FabricInitError: a rank failed, or ``shard`` made parameters that were not in the plan.
+        CheckpointMismatchError: Keys, shapes or dtypes of checkpoint and model disagree.
+        FabricInitError: A rank failed, or ``shard`` made parameters that were not in the plan.
     """
     name = type(model).__name__  # sharding may change it
     with planned_for(model, agreement) as prepared:
@@ -178,7 +182,7 @@ def shard_and_fill(
                 lambda: allocate_and_guard(prepared, sharded, tensors, placement, name=name, agreement=agreement),
             )
         else:
-            carry_out(prepared, sharded, tensors, placement, agreement)
+            execute_plan(prepared, sharded, tensors, placement, agreement)
         left = [name for name, tensor in parameters_by_name(sharded).items() if tensor.is_meta]
         if left:
             raise FabricInitError(f"sharding split a tie or made parameters of its own, which have no values: {left}")
