@@ -1,7 +1,7 @@
 """FSDP, the first version (``torch.distributed.fsdp.FullyShardedDataParallel``), as in Lightning's ``"fsdp"``.
 
-It flattens the parameters of a unit into one tensor, of which each rank keeps a part. So a unit has to be whole for a
-moment: it is filled when FSDP comes to wrap it, and FSDP shards it before it goes on to the next.
+It flattens the parameters of a unit into one tensor, of which each rank keeps a part. So a unit is
+allocated in full for a moment: it is filled when FSDP wraps it, and FSDP shards it before it goes on to the next.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _Marks = WeakKeyDictionary[nn.Module, dict[str, Any]]
 class FSDPStrategy(DeferredInitMixin, lightning_fsdp.FSDPStrategy):
     """Lightning's strategy of the same name; models built without values are filled unit by unit in ``setup``.
 
-    What no declared checkpoint brings gets the model's own init there; nothing waits for a later load.
+    What no declared checkpoint brings gets the model's own init there; no tensor is left to a later load.
 
     Units are those of ``auto_wrap_policy``, or what the constructor marked with ``torch.distributed.fsdp.wrap.wrap``.
     The model itself is the outermost unit; without a policy it is the only one, so each rank has all of it in memory
