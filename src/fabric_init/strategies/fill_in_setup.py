@@ -40,11 +40,11 @@ class BoundPlans(NamedTuple):
     """How a recorded model is filled in setup.
 
     Attributes:
-        waits: Whether tensors of a block without a checkpoint are allocated, and left to a later load.
+        allocates: Whether tensors of a block without a checkpoint are allocated, and left to a later load.
         own_init: Whether these get the model's own init after all.
     """
 
-    waits: bool = False
+    allocates: bool = False
     own_init: bool = False
 
 
@@ -56,7 +56,7 @@ def bind(model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions,
     """
     bound: BoundPlans = vars(model).get(_ATTRIBUTE, BoundPlans())
     if reader is None:
-        _keep(model, bound._replace(waits=True))
+        _keep(model, bound._replace(allocates=True))
         return
     prepared, since = prepare(model, reader, wanted, agreement), now()
     entries = tuple(entry._replace(since=since) for entry in prepared.plan.entries)
@@ -111,15 +111,15 @@ def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan
 
 def _plan(model: nn.Module, bounds: Sequence[BoundPlans], plans: Sequence[PreparedPlan]) -> PreparedPlan:
     _refuse_sharded(model)
-    waits = any(bound.waits and not bound.own_init for bound in bounds)
+    allocates = any(bound.allocates and not bound.own_init for bound in bounds)
     if plans:
         prepared = revised(plans, model)
-        return leave_to_later_loads(prepared, planned_tensors(plans)) if waits else prepared
+        return leave_to_later_loads(prepared, planned_tensors(plans)) if allocates else prepared
     refuse_lost_writes(model)
     earlier = loaded_since(model)
     if earlier is not None:
         return plan_for(model, earlier, LoadOptions(strict=False))
-    return plan_allocation(model) if waits else plan_for(model, None, LoadOptions())
+    return plan_allocation(model) if allocates else plan_for(model, None, LoadOptions())
 
 
 def _without_new_values(prepared: PreparedPlan, placement: ShardedPlacement) -> PreparedPlan:
