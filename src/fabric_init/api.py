@@ -13,7 +13,7 @@ from fabric_init.checkpoints import Conversion
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.filling.execute import fill_model
 from fabric_init.filling.missing import initialize_missing
-from fabric_init.guard.hooks import release, settle
+from fabric_init.guard.hooks import refresh_state, release
 from fabric_init.guard.recorded import guard_recorded
 from fabric_init.planning.options import load_options
 from fabric_init.planning.placement import WholeTensors
@@ -170,6 +170,6 @@ def init_report(model: nn.Module) -> InitReport:
         FabricInitError: The model was not built in a recorded block.
     """
     model = original(model)
-    report = report_of(model, unfilled=set(settle(model)))
+    report = report_of(model, unfilled=set(refresh_state(model)))
     release(model)
     return report

@@ -257,7 +257,7 @@ class Fabric(lightning.Fabric):
 
         if not isinstance(self.strategy, DeferredInitMixin):
             return checked()
-        return self.strategy.agreement.same("setting the model up", checked, lambda _: "")
+        return self.strategy.agreement.run_together("setting the model up", checked)
 
 
 def _require_tensors(module: nn.Module) -> None:

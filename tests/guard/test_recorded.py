@@ -206,7 +206,7 @@ def test_memory_that_to_empty_gives_has_to_be_written() -> None:
     with deferred_init():
         model = nn.Linear(3, 2)
     model.to_empty(device="cpu")
-    with pytest.raises(UninitializedTensorError, match=r"to_empty\(\) has given memory"):
+    with pytest.raises(UninitializedTensorError, match=r"to_empty\(\) has allocated memory"):
         materialize(model)
     nn.init.ones_(model.weight)
     nn.init.zeros_(model.bias)

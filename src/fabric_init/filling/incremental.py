@@ -1,4 +1,4 @@
-"""Carry a plan out a few tensors at a time, for strategies that shard a model while they go through it."""
+"""Execute a plan a few tensors at a time, for strategies that shard a model while they go through it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fabric_init.reports.registry import FillRecord, RowRecord
 
 
 class IncrementalFill:
-    """A plan of which each part is carried out when the strategy asks for it.
+    """A plan of which each part is executed when the strategy comes to it.
 
-    Order of calls: ``begin``, then ``fill_under`` as often as wanted, then ``finish``.
+    Order of calls: ``begin``, then ``fill_under`` any number of times, then ``finish``.
     """
 
     def __init__(self, prepared: PreparedPlan, placement: Placement) -> None:
         self._prepared = prepared
         self._placement = placement
         self._position = {id(tensor): position for position, tensor in enumerate(prepared.tensors)}
-        # Tensors on one storage get their values at once: what is loaded into one is seen in the others.
+        # Tensors on one storage are filled at once: values that are loaded into one are seen in the others.
         self._together = {
             position: group for group in storage_groups(prepared.plan.entries).values() for position in group
         }
@@ -33,13 +33,13 @@ class IncrementalFill:
         self._rows: dict[int, RowRecord] = {}
 
     def begin(self) -> None:
-        """Check what takes values to check, and fill what has memory already."""
+        """Check the ties in the checkpoint, and fill tensors that were not recorded."""
         plan, _, _, reader, _ = self._prepared
         check_ties(plan, reader, self._placement)
         self._fill(position for position, entry in enumerate(plan.entries) if entry.slot.ref is None)
 
     def fill_under(self, module: nn.Module) -> None:
-        """Fill the parameters and buffers of ``module`` and of all in it that are not filled yet."""
+        """Fill the parameters and buffers under ``module`` that are not filled yet."""
         self._fill(
             position
             for part in module.modules()
@@ -48,7 +48,7 @@ class IncrementalFill:
         )
 
     def finish(self) -> FillRecord:
-        """Fill all that is left."""
+        """Fill all remaining tensors, and return the rows of the report."""
         plan, _, _, reader, _ = self._prepared
         self._fill(range(len(plan.entries)))
         set_extra_states(plan.extras)

@@ -1,4 +1,4 @@
-"""Plans that were made when recorded blocks ended, brought up to what the user has done to the model since."""
+"""Merge the plans of several recorded blocks, and update them to what the user has changed in the model since."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.mapping.combined import CombinedReader
 from fabric_init.errors import RecordingError
-from fabric_init.guard.recorded import given_since, loaded_since, refuse_lost_writes, wants_extra_state
+from fabric_init.guard.recorded import loaded_since, refuse_lost_writes, replaced_since_block, wants_extra_state
 from fabric_init.planning.derived import replaced_since, written_since
 from fabric_init.planning.matching import own_init
 from fabric_init.planning.plan import Action, DerivedFrom, Plan, PlanEntry
@@ -21,23 +21,23 @@ from fabric_init.recording.tape import Tape
 
 
 def revised(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
-    """One plan for ``model`` as it is today: as if it had been filled when each block ended, and changed afterwards.
+    """Return one plan for ``model`` as it is now: as if each block had filled it, and the user had changed it then.
 
     Tensors are known by identity, so modules may have been moved, wrapped or renamed, and models of several blocks put
-    together. What the user has loaded, written or put into the model since stands; a recorded tensor of another block
-    gets its own init.
+    together. Tensors that the user has loaded, written or put into the model since are kept; a recorded tensor of
+    another block gets its own init.
 
     Args:
-        plans: in the order of their blocks; a later load wins.
-        model: whose tensors they are about.
+        plans: The plans in the order of their blocks; a later load wins.
+        model: The model with the planned tensors.
 
     Raises:
-        RecordingError: recorded tensors were written in place, without memory, or in a later block than their load.
-        UninitializedTensorError: a tensor that came since has neither values nor a recorded init.
+        RecordingError: Recorded tensors were written in place, without memory, or in a later block than their load.
+        UninitializedTensorError: A tensor that came since has neither values nor a recorded init.
     """
     refuse_lost_writes(model)
     slots, tensors, tapes = survey(model)
-    given, earlier = given_since(model), loaded_since(model)
+    replaced, earlier = replaced_since_block(model), loaded_since(model)
     readers: list[CheckpointReader] = [plan.reader for plan in plans if plan.reader is not None]
     readers += [earlier] if earlier is not None else []
     several = CombinedReader(readers)
@@ -49,7 +49,7 @@ def revised(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
         over = next((name for name in slot.names if name in loaded), None)
         if over is not None and earlier is not None:
             entries.append(PlanEntry(slot, Action.LOAD, (several.key(earlier, over),), earlier.spec(over)))
-        elif slot.real and any(name in given for name in slot.names):
+        elif slot.real and any(name in replaced for name in slot.names):
             entries.append(PlanEntry(slot, Action.KEEP))
         elif (entry := planned.get(id(tensor))) is not None and not replaced_since(entry, slot, tapes):
             entries.append(entry._replace(slot=slot))
@@ -70,24 +70,24 @@ def revised(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
 
 
 def planned_tensors(plans: Sequence[PreparedPlan]) -> set[int]:
-    """Ids of the tensors that the plans are about."""
+    """Return the ids of the tensors in the plans."""
     return {id(tensor) for plan in plans for tensor in plan.tensors}
 
 
 def _by_tensor(plans: Sequence[PreparedPlan], reader: CombinedReader) -> dict[int, PlanEntry]:
-    found: dict[int, PlanEntry] = {}
+    entries: dict[int, PlanEntry] = {}
     for plan in plans:
         for entry, tensor in zip(plan.plan.entries, plan.tensors, strict=True):
             if entry.action is Action.LOAD:
                 assert plan.reader is not None
-                found[id(tensor)] = entry._replace(keys=tuple(reader.key(plan.reader, key) for key in entry.keys))
+                entries[id(tensor)] = entry._replace(keys=tuple(reader.key(plan.reader, key) for key in entry.keys))
             else:
-                found.setdefault(id(tensor), entry)
-    return found
+                entries.setdefault(id(tensor), entry)
+    return entries
 
 
 def _sources(entries: Iterable[PlanEntry], plans: Sequence[PreparedPlan]) -> dict[int, DerivedFrom]:
-    """What was to be loaded when the blocks ended, also where the model holds something else by now."""
+    """Return the loads of the plans by storage, including those of tensors that the model no longer holds."""
     tapes = {storage: tape for plan in plans for storage, tape in plan.tapes.items()}
     return {
         ref.storage: DerivedFrom(ref, entry.keys[0], entry.since)

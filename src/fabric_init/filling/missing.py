@@ -1,4 +1,4 @@
-"""The model's own init for tensors that have memory and wait, by now moved, cast, or beside others that were loaded."""
+"""Run the model's own init for allocated tensors, by now moved, cast, or beside others that were loaded."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fabric_init.distributed.agreement import SingleProcess
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.derived import compute_with
 from fabric_init.filling.execute import fill
-from fabric_init.guard.hooks import items_under, ranks_of, release, settle
-from fabric_init.guard.state import ATTRIBUTE, Place, Unfilled, tensor_at, waiting_under
+from fabric_init.guard.hooks import items_under, ranks_of, refresh_state, release
+from fabric_init.guard.state import ATTRIBUTE, Place, Unfilled, states_under, tensor_at
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import LoadOptions
 from fabric_init.planning.tensors import TensorInfo
@@ -23,41 +23,41 @@ from fabric_init.recording.liveness import computed_from, never_written
 from fabric_init.recording.replay import view
 from fabric_init.recording.tape import TensorRef
 
-Waits = Sequence[tuple[nn.Module, Unfilled]]
-"""What waits, and in which modules."""
+Uninitialized = Sequence[tuple[nn.Module, Unfilled]]
+"""Uninitialized tensors, with the modules that hold them."""
 
 
-def initialize_all(waits: Waits) -> None:
-    """Run the model's own init for all of them.
+def initialize_all(uninitialized: Uninitialized) -> None:
+    """Run the model's own init for all of these tensors.
 
     Raises:
-        UninitializedTensorError: the model's own code never gives some tensor a value, or it would be the wrong one.
+        UninitializedTensorError: The model's own code never initializes some tensor, or would compute a wrong value.
     """
-    computed = [item.slot.name for _, item in waits if item.slot.ref is None]
+    computed = [item.slot.name for _, item in uninitialized if item.slot.ref is None]
     if computed:
         raise UninitializedTensorError(
             f"{', '.join(computed)} came in (by weight_norm, prune, a parametrization, …) when there were no "
             "values to compute with. Do that in the init_module block, or call fabric.init_missing(model) before."
         )
-    partly = [item.slot.name for module, item in waits if item.changed(_tensor_of(module, item))]
+    partly = [item.slot.name for module, item in uninitialized if item.changed(_tensor_of(module, item))]
     if partly:
         raise UninitializedTensorError(
             f"the model's own init would overwrite what was written into a part of {', '.join(partly)}. Call "
             "fabric.init_missing(model) first and write afterwards, or write the whole tensor."
         )
-    sources = _sources(waits)
-    if lost := dict.fromkeys(item.slot.name for _, item in waits if sources.get(id(item), ()) is None):
+    sources = _sources(uninitialized)
+    if lost := dict.fromkeys(item.slot.name for _, item in uninitialized if sources.get(id(item), ()) is None):
         raise UninitializedTensorError(
             f"the model's own init computes {', '.join(lost)} from other tensors, of which this rank has to have "
             "all, with their values. Call init_missing for the whole model; or load it as well, or before setup; "
             "or declare the load: init_module(checkpoint=…)."
         )
-    _initialize(waits, sources)
+    _initialize(uninitialized, sources)
 
 
-def initialize_possible(waits: Waits) -> None:
-    """Run the model's own init for those of them that it gives a value, from what this rank has."""
-    with_init = [both for both in waits if both[1].slot.ref is not None]
+def initialize_possible(uninitialized: Uninitialized) -> None:
+    """Run the model's own init for those of these tensors that it can initialize from what this rank holds."""
+    with_init = [both for both in uninitialized if both[1].slot.ref is not None]
     sources = _sources(with_init)
     _initialize(
         [
@@ -72,34 +72,34 @@ def initialize_possible(waits: Waits) -> None:
 _Sources = dict[int, list[tuple[TensorRef, Tensor]] | None]
 
 
-def _sources(waits: Waits) -> _Sources:
-    """Of those that wait (by id), and that the model's own init computes from others that do not: from which.
+def _sources(uninitialized: Uninitialized) -> _Sources:
+    """Return the values that the model's own init computes uninitialized tensors from, by the id of their item.
 
-    ``None`` where these cannot be had whole.
+    ``None`` where this rank does not have them in full. Tensors that need no others are left out.
     """
-    still = {_ref(item).storage for _, item in waits}
-    found: _Sources = {}
+    still = {_ref(item).storage for _, item in uninitialized}
+    sources: _Sources = {}
     with_values: dict[int, dict[int, None]] = {}  # by what the modules share: the same for thousands of tensors
-    for module, item in waits:
+    for module, item in uninitialized:
         built = vars(module)[ATTRIBUTE].built
         places = built.places
         others = with_values.get(id(built))
         if others is None:
             others = with_values[id(built)] = dict.fromkeys(places.keys() - still)
         if item.slot.saved and (storages := computed_from(item.tape, _ref(item).storage, others)):
-            tensors = [_whole(item, places[storage]) for storage in sorted(storages)]
-            whole = [tensor for tensor in tensors if tensor is not None]
-            found[id(item)] = whole if len(whole) == len(tensors) else None
-    return found
+            tensors = [_full_value(item, places[storage]) for storage in sorted(storages)]
+            full = [tensor for tensor in tensors if tensor is not None]
+            sources[id(item)] = full if len(full) == len(tensors) else None
+    return sources
 
 
-def _whole(item: Unfilled, place: Place | None) -> tuple[TensorRef, Tensor] | None:
+def _full_value(item: Unfilled, place: Place | None) -> tuple[TensorRef, Tensor] | None:
     if place is None or (module := place[0]()) is None:
         return None
     _, attribute, ref = place
-    if (waiting := vars(module).get(ATTRIBUTE)) is not None:  # elsewhere in the model
-        waiting.settle()
-        if any(other.attribute == attribute for other in waiting.items):
+    if (state := vars(module).get(ATTRIBUTE)) is not None:  # elsewhere in the model
+        state.refresh()
+        if any(other.attribute == attribute for other in state.items):
             return None
     tensor = tensor_at(module, attribute)
     if tensor is None or item.placement.held(tensor) is not tensor or tensor.shape != ref.size:
@@ -107,15 +107,15 @@ def _whole(item: Unfilled, place: Place | None) -> tuple[TensorRef, Tensor] | No
     return ref, tensor.detach()
 
 
-def _initialize(waits: Waits, sources: _Sources) -> None:
-    by_tensor = {id(tensor := _tensor_of(module, item)): (item, tensor) for module, item in waits}
+def _initialize(uninitialized: Uninitialized, sources: _Sources) -> None:
+    by_tensor = {id(tensor := _tensor_of(module, item)): (item, tensor) for module, item in uninitialized}
     items = [item for item, _ in by_tensor.values()]
     if not items:
         return
     tapes = {_ref(item).storage: item.tape for item in items}
     plan = make_plan([item.slot for item in items], tapes, None, LoadOptions())
     tensors = [tensor for _, tensor in by_tensor.values()]
-    placement = _AsTheyAreNow(items[0].placement)
+    placement = _InPlace(items[0].placement)
     record = fill(plan, tensors, tapes, None, placement, exact=False)
     for item, tensor, row in zip(items, tensors, record.rows, strict=True):
         for_it = sources.get(id(item))
@@ -133,12 +133,12 @@ def _ref(item: Unfilled) -> TensorRef:
 
 def _tensor_of(module: nn.Module, item: Unfilled) -> Tensor:
     tensor = tensor_at(module, item.attribute)
-    assert tensor is not None  # otherwise the model does without it, and it does not wait
+    assert tensor is not None  # otherwise the model does without it, and it is not tracked
     return tensor
 
 
-class _AsTheyAreNow:
-    """A placement for tensors that may have been moved, cast or laid out anew since they were given memory."""
+class _InPlace:
+    """A placement for tensors that may have been moved, cast or laid out anew since they were allocated."""
 
     def __init__(self, placement: Placement) -> None:
         self.device = placement.device
@@ -151,16 +151,16 @@ class _AsTheyAreNow:
 
 
 def initialize_missing(model: nn.Module) -> None:
-    """Run the model's own recorded init for every tensor under ``model`` that still waits.
+    """Run the model's own recorded init for every uninitialized tensor under ``model``.
 
     Raises:
-        UninitializedTensorError: the model's own code never gives some tensor a value.
+        UninitializedTensorError: The model's own code never initializes some tensor.
     """
-    settle(model)
-    waits = list(items_under(model))
-    (ranks_of(model) or SingleProcess()).same(
-        "initializing what is missing", lambda: initialize_all(waits), lambda _: ""
+    refresh_state(model)
+    uninitialized = list(items_under(model))
+    (ranks_of(model) or SingleProcess()).run_together(
+        "initializing what is missing", lambda: initialize_all(uninitialized)
     )
-    for module, waiting in list(waiting_under(model)):
-        waiting.settle("initialized", module)
+    for module, state in list(states_under(model)):
+        state.refresh("initialized", module)
     release(model)

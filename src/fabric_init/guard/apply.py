@@ -1,4 +1,4 @@
-"""Models that wait get other memory: by ``to`` or ``half``, which bring values and marks along, or by ``to_empty``."""
+"""Track uninitialized tensors through ``to`` and ``half``, which move values and sentinels, and ``to_empty``."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from fabric_init.errors import UninitializedTensorError
-from fabric_init.guard.sentinels import has_exact_mark, has_mark, is_float, is_mark, marked_elements, place_mark
-from fabric_init.guard.state import ATTRIBUTE, BUILT, Unfilled, own_tensors, tensor_at, version_in, waiting_under
+from fabric_init.guard.sentinels import (
+    are_sentinels,
+    has_exact_sentinel,
+    has_sentinel,
+    is_float,
+    place_sentinels,
+    sentinel_elements,
+)
+from fabric_init.guard.state import ATTRIBUTE, BUILT, Unfilled, own_tensors, states_under, tensor_at, version_in
 
 
 class _OutermostCall(threading.local):
-    """The call that this thread is in, which sees to all modules in it: strategies move their parts once more."""
+    """The outermost call on this thread, which handles all modules under it: strategies apply to parts again."""
 
     running = False
 
@@ -26,9 +33,9 @@ _outermost = _OutermostCall()
 
 
 class GuardedApply:
-    """In the place of a guarded module's ``_apply``, under ``to``, ``half`` and ``to_empty``.
+    """Replace the ``_apply`` of a guarded module, which ``to``, ``half`` and ``to_empty`` call.
 
-    What waited for values before it waits for them afterwards; what had values, has them.
+    Tensors that are uninitialized before the call are so after it, and values are kept.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -36,32 +43,32 @@ class GuardedApply:
 
     def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         module = self._owner()
-        waits = []
+        guarded = []
         if not _outermost.running:
-            for owner, waiting in list(waiting_under(module)):
-                waiting.settle(module=owner)
-            waits = list(waiting_under(module))
-        if not waits:
+            for owner, state in list(states_under(module)):
+                state.refresh(module=owner)
+            guarded = list(states_under(module))
+        if not guarded:
             type(module)._apply(module, fn, recurse)
             return module
         were = [
-            [_Before.of(item, tensor_at(owner, item.attribute)) for item in waiting.items] for owner, waiting in waits
+            [_Before.of(item, tensor_at(owner, item.attribute)) for item in state.items] for owner, state in guarded
         ]
         values = list(_values(module))
         if values and fn(torch.empty(0)).is_meta:
             raise UninitializedTensorError(
                 f"{type(module).__name__} cannot go to the meta device: {', '.join(name for _, name, _ in values[:5])} "
-                "would lose values that no load brings back. Leave that out, or load first what waits."
+                "would lose values that no load brings back. Leave that out, or load the uninitialized tensors first."
             )
         _outermost.running = True
         try:
             type(module)._apply(module, fn, recurse)
         finally:
             _outermost.running = False
-            for (owner, waiting), before in zip(waits, were, strict=True):
-                waiting.items = [
+            for (owner, state), before in zip(guarded, were, strict=True):
+                state.items = [
                     _moved(item, tensor_at(owner, item.attribute), was)
-                    for item, was in zip(waiting.items, before, strict=True)
+                    for item, was in zip(state.items, before, strict=True)
                 ]
             for owner, name, value in values:
                 _put_back(tensor_at(owner, name), value)
@@ -82,7 +89,7 @@ class GuardedApply:
 
 class _Before(NamedTuple):
     address: int | None = None
-    written_in_part: bool = False
+    partly_written: bool = False
 
     @classmethod
     def of(cls, item: Unfilled, tensor: Tensor | None) -> _Before:
@@ -92,30 +99,33 @@ class _Before(NamedTuple):
 
 
 def _moved(item: Unfilled, now: Tensor | None, before: _Before) -> Unfilled:
-    """``item`` for the memory that it has now; with marks, if none were brought there."""
+    """Return ``item`` for the tensor's present memory, where sentinels are placed unless they were moved along."""
     if now is None or now.is_meta:
         return item
     held = item.placement.held(now)
     if held.data_ptr() == before.address:
         return item
-    found, written_in_part = marked_elements(held), before.written_in_part
-    if found is not None:
-        kept = has_mark(found) if is_float(found) else has_exact_mark(found) if written_in_part else is_mark(found)
+    samples, partly_written = sentinel_elements(held), before.partly_written
+    if samples is not None:
+        if is_float(samples):
+            kept = has_sentinel(samples)
+        else:
+            kept = has_exact_sentinel(samples) if partly_written else are_sentinels(samples)
         if not kept:
-            written_in_part = False
+            partly_written = False
             with torch.inference_mode(now.is_inference()):
-                place_mark(held.data)  # .data: nobody has written, so nothing is to be counted
-    return replace(item, tensor=now, version=version_in(item.placement, now) - written_in_part)
+                place_sentinels(held.data)  # .data: not a write by the user, so no version counts it
+    return replace(item, tensor=now, version=version_in(item.placement, now) - partly_written)
 
 
 def _values(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """What has values already in a model of which the rest waits: non-persistent buffers, say, which no load brings."""
+    """Yield the tensors with values of a model that is partly uninitialized, such as non-persistent buffers."""
     for module in model.modules():
         if BUILT in vars(module):
-            waiting = vars(module).get(ATTRIBUTE)
-            waits = {item.attribute for item in waiting.items} if waiting is not None else ()
+            state = vars(module).get(ATTRIBUTE)
+            uninitialized = {item.attribute for item in state.items} if state is not None else ()
             for name, tensor in own_tensors(module).items():
-                if name not in waits and not tensor.is_meta:
+                if name not in uninitialized and not tensor.is_meta:
                     yield module, name, _part(tensor).detach()
 
 
@@ -127,6 +137,6 @@ def _put_back(now: Tensor | None, value: Tensor) -> None:
 
 
 def _part(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor, whoever has sharded it."""
-    found: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return found
+    """Return this rank's part of a tensor, by whatever means it was sharded."""
+    local: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return local

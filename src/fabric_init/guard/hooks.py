@@ -1,8 +1,8 @@
-"""A tensor that has memory but no values cannot be used or saved.
+"""Hooks of allocated models: uninitialized tensors cannot be used or saved. See ``[Note: module states]``.
 
-Each module keeps the list of its own tensors that wait for values, and every read that matters passes a hook:
-``forward`` and ``state_dict`` raise while anything under the module waits, ``load_state_dict`` takes note of what has
-come. What waits hangs on the modules themselves, so parts can be taken out, replaced, copied and put into other models.
+Each module keeps the list of its own uninitialized tensors, and every read that matters passes a hook: ``forward`` and
+``state_dict`` raise while any tensor under the module is uninitialized, and ``load_state_dict`` records which tensors
+it has written.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.guard.apply import GuardedApply
 from fabric_init.guard.rehome import follow
-from fabric_init.guard.state import ATTRIBUTE, BUILT, ModelState, Unfilled, tensor_at, waiting_under
+from fabric_init.guard.state import ATTRIBUTE, BUILT, ModelState, Unfilled, states_under, tensor_at
 from fabric_init.reports.registry import RowRecord
 
 _RANKS = "_fabric_init_ranks"
@@ -44,27 +44,27 @@ def _check_outside_the_graph(module: nn.Module) -> None:
 
 
 class _CurrentLoad(threading.local):
-    """The load that this thread is in."""
+    """The load that runs on this thread."""
 
     errors: Any = (
-        None  # load_state_dict's list of messages, which goes through the whole call and tells it from another
+        None  # load_state_dict's list of messages, which is one object for the whole call and so identifies it
     )
     top: weakref.ref[nn.Module] | None = None  # the outermost guarded module that it reaches
-    waiting = 0  # how many tensors waited under that before
-    whole = False  # inside `loading`, whose many calls are one load
+    uninitialized = 0  # the number of tensors that were uninitialized under it before
+    is_grouped = False  # inside `loading`, whose many calls are one load
 
 
 _load = _CurrentLoad()
 
 
 def _before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-    if _load.whole:
-        return  # a load asks for the state dict, to write into it
-    settle(module)
-    waits = [waiting for _, waiting in waiting_under(module)]
-    if waits and (ranks_of(module) is None or any(_visible(module))):
-        waits[0].built.refuse("be saved", waits)
-    if not waits:
+    if _load.is_grouped:
+        return  # a load takes the state dict, to write into it
+    refresh_state(module)
+    states = [state for _, state in states_under(module)]
+    if states and (ranks_of(module) is None or any(_visible(module))):
+        states[0].built.refuse("be saved", states)
+    if not states:
         _unhook(module, running=module._state_dict_pre_hooks)
 
 
@@ -78,33 +78,34 @@ def _before_load(
     unexpected_keys: Any,
     error_msgs: Any,
 ) -> None:
-    if _load.whole:
+    if _load.is_grouped:
         return
-    waiting = vars(module).get(ATTRIBUTE)
-    if waiting is not None:
-        waiting.before_load(module)
+    state = vars(module).get(ATTRIBUTE)
+    if state is not None:
+        state.before_load(module)
     if _load.errors is not error_msgs:
         _load.errors, _load.top = error_msgs, weakref.ref(module)
-        settle(module)
-        _load.waiting = _count(module)
+        refresh_state(module)
+        _load.uninitialized = _count(module)
 
 
 def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
-    if _load.whole:
+    if _load.is_grouped:
         return
-    waiting = vars(module).get(ATTRIBUTE)
-    if waiting is not None:
-        waiting.settle("loaded", module)
+    state = vars(module).get(ATTRIBUTE)
+    if state is not None:
+        state.refresh("loaded", module)
     if _load.top is None or _load.top() is not module:
         return
-    before, _load.errors, _load.top = _load.waiting, None, None
+    before, _load.errors, _load.top = _load.uninitialized, None, None
     _complete(module, before)
     if not _count(module):
         _unhook(module, running=module._load_state_dict_post_hooks)
 
 
 def items_under(model: nn.Module) -> Iterator[tuple[nn.Module, Unfilled]]:
-    return ((owner, item) for owner, waiting in waiting_under(model) for item in waiting.items)
+    """Yield every uninitialized tensor under ``model``, with its module."""
+    return ((owner, item) for owner, state in states_under(model) for item in state.items)
 
 
 def _count(model: nn.Module) -> int:
@@ -112,25 +113,25 @@ def _count(model: nn.Module) -> int:
 
 
 def _complete(model: nn.Module, before: int) -> None:
-    """What a load does not bring keeps the model's own init, as in plain PyTorch, also where a strict load raises.
+    """Initialize what a load does not bring, as in plain PyTorch, also where a strict load raises.
 
-    A load that brought nothing of what waits (another prefix, an adapter alone) completes nothing. What the model's own
-    init computes from tensors of which this rank has a part only, goes on waiting.
+    A load that brings no uninitialized tensor (another prefix, an adapter alone) completes nothing. Tensors that the
+    model's own init computes from tensors of which this rank has only a shard stay uninitialized.
     """
     left = list(items_under(model))
     if 0 < len(left) < before:
         vars(left[0][0])[ATTRIBUTE].built.initialize(left)
-        for owner, waiting in list(waiting_under(model)):
-            waiting.settle("initialized", owner)
+        for owner, state in list(states_under(model)):
+            state.refresh("initialized", owner)
 
 
 def hook(module: nn.Module, built: ModelState, agreement: Agreement | None = None) -> None:
-    """Let ``module`` ask before each use whether anything in it waits.
+    """Hook ``module``, so that it raises if it is used while a tensor in it is uninitialized.
 
     Args:
-        module: holds what waits, or is around modules that do.
-        built: what it shares with the others that were built with it.
-        agreement: of the ranks that only together hold what is in ``module``.
+        module: A module with uninitialized tensors, or one around such modules.
+        built: The state that it shares with the modules that were built with it.
+        agreement: Of the ranks that only together hold the tensors in ``module``.
     """
     vars(module)[BUILT] = built
     vars(module).setdefault("_apply", GuardedApply(module))  # over one that is recorded, too, lies the guard of that
@@ -145,10 +146,11 @@ def hook(module: nn.Module, built: ModelState, agreement: Agreement | None = Non
 
 
 def _unhook(model: nn.Module, running: Any = None) -> None:
-    """Take the hooks off ``model`` and all in it.
+    """Remove the hooks from ``model`` and all modules in it.
 
-    Of hooks that are ``running``, torch allows taking off the last alone; where ours is not, the next forward does it.
-    Of modules whose tensors several ranks share, only a forward does: there all of them know that nothing waits.
+    Of hooks that are ``running``, torch allows only the last to be removed; where ours is not, the next forward does
+    it. On modules whose tensors several ranks share, only a forward does: there all ranks know that every tensor has
+    its value.
     """
     for module in model.modules():
         tables: tuple[Any, ...] = (
@@ -179,14 +181,14 @@ def _is_ours(hook: Any) -> bool:
 
 
 def require(model: nn.Module, use: str) -> None:
-    """Raise unless every tensor under ``model`` has its values, on every rank that holds a part of it.
+    """Raise unless every tensor under ``model`` has its value, on every rank that holds a part of it.
 
     Raises:
-        UninitializedTensorError: naming every tensor without values, and the ways to give it some.
+        UninitializedTensorError: Some tensors are uninitialized. The message names them and the ways to fill them.
     """
-    settle(model)
+    refresh_state(model)
     ranks = ranks_of(model)
-    under = [waiting for _, waiting in waiting_under(model)]
+    under = [state for _, state in states_under(model)]
     if ranks is None:
         if under:
             under[0].built.refuse(use, under)
@@ -194,12 +196,13 @@ def require(model: nn.Module, use: str) -> None:
     names = ranks.from_all([item.slot.name for item in _visible(model)])
     if names:
         (under[0].built if under else ModelState(type(model).__name__, lambda _: None)).refuse(use, under, names)
-    for module, waiting in list(waiting_under(model)):
-        waiting.end(module)  # shards without elements, which the other ranks say are filled
+    for module, state in list(states_under(model)):
+        state.end(module)  # shards without elements, which the other ranks say are filled
 
 
 def ranks_of(model: nn.Module) -> Agreement | None:
-    return next((found for module in model.modules() if (found := vars(module).get(_RANKS)) is not None), None)
+    """Return the ranks that only together hold ``model``; ``None`` if this rank holds all of it."""
+    return next((vars(module)[_RANKS] for module in model.modules() if _RANKS in vars(module)), None)
 
 
 def _visible(model: nn.Module) -> Iterator[Unfilled]:
@@ -209,35 +212,35 @@ def _visible(model: nn.Module) -> Iterator[Unfilled]:
             yield item
 
 
-def settle(model: nn.Module) -> list[RowRecord]:
-    """Take note of what has been written since the last look; gives the report's rows of what still waits."""
+def refresh_state(model: nn.Module) -> list[RowRecord]:
+    """Find out what has been written since the last call, and return the report's rows of uninitialized tensors."""
     for module in follow(model):
-        built = next(waiting.built for _, waiting in waiting_under(module))
+        built = next(state.built for _, state in states_under(module))
         sharded = any(item.is_part for _, item in items_under(module))
         hook(module, built, built.agreement if sharded else None)
-    for module, waiting in list(waiting_under(model)):
-        waiting.settle(module=module)
+    for module, state in list(states_under(model)):
+        state.refresh(module=module)
     return [item.row for _, item in items_under(model)]
 
 
 def release(model: nn.Module) -> None:
-    """Take the guard's hooks off a model in which nothing waits. Not to be called from one of torch's hooks."""
+    """Remove the hooks from a model without uninitialized tensors. Not to be called from one of torch's hooks."""
     if not _count(model) and ranks_of(model) is None:
         _unhook(model)
 
 
 @contextmanager
 def loading(model: nn.Module) -> Iterator[None]:
-    """A load that takes several calls, of ``state_dict`` too: what it has brought counts when it ends."""
-    settle(model)
-    for owner, waiting in list(waiting_under(model)):
-        waiting.before_load(owner)
+    """Treat all calls in the block, those of ``state_dict`` too, as one load, which is evaluated at its end."""
+    refresh_state(model)
+    for owner, state in list(states_under(model)):
+        state.before_load(owner)
     before = _count(model)
-    _load.whole = True
+    _load.is_grouped = True
     try:
         yield
     finally:
-        _load.whole = False
-    for owner, waiting in list(waiting_under(model)):
-        waiting.settle("loaded", owner)
+        _load.is_grouped = False
+    for owner, state in list(states_under(model)):
+        state.refresh("loaded", owner)
     _complete(model, before)

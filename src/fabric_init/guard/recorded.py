@@ -1,7 +1,7 @@
-"""The public block without Fabric, and the guard of recorded models until they are materialized.
+"""The guard of recorded models until they are allocated or filled. See ``[Note: module states]``.
 
-A recorded model has no memory: it cannot run or be saved. What is loaded into it is kept, and read when it gets memory,
-as a checkpoint would be; torch alone would answer "all keys matched" and lose it.
+A recorded model has no memory: it cannot run or be saved. What is loaded into it is kept, and read when its memory is
+allocated, as a checkpoint would be; torch alone would answer "all keys matched" and lose it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fabric_init.checkpoints.mapping.in_memory import StateDictReader
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.errors import FabricInitError, RecordingError, UninitializedTensorError
 from fabric_init.guard.apply import GuardedApply
-from fabric_init.guard.sentinels import is_exact_mark, marked_elements, place_mark, version_of
+from fabric_init.guard.sentinels import are_exact_sentinels, place_sentinels, sentinel_elements, version_of
 from fabric_init.guard.state import BUILT
 from fabric_init.planning.extra_state import takes_extra_state
 from fabric_init.planning.tensors import named_modules
@@ -30,7 +30,7 @@ _ATTRIBUTE = "_fabric_init_recorded"
 
 
 class _RecordedState:
-    """What a module that was recorded remembers until it has memory."""
+    """The state of a recorded module until it has memory."""
 
     __slots__ = ("emptied", "extra_loaded", "fix", "loaded", "seen")
 
@@ -42,7 +42,7 @@ class _RecordedState:
         self.extra_loaded = False  # torch has set the extra state that came with it
 
     def written(self, tensor: Tensor) -> bool:
-        """Whether ``tensor`` was written in place since, or is new."""
+        """Return whether ``tensor`` was written in place since, or is new."""
         was = self.seen.get(id(tensor))
         return was is None or was[1] != version_of(tensor)
 
@@ -58,7 +58,12 @@ class _RecordedState:
 
 
 def guard_recorded(model: nn.Module, fix: str) -> None:
-    """Let ``model`` refuse to run, be saved or copied, and keep what is loaded into it; ``fix`` says what to do."""
+    """Make ``model`` raise when it is run, saved or copied, and keep what is loaded into it.
+
+    Args:
+        model: The recorded model.
+        fix: What the user has to do, for messages.
+    """
     seen: dict[int, tuple[Tensor, int]] = {}
     for module in model.modules():
         record = vars(module).get(_ATTRIBUTE)
@@ -69,7 +74,7 @@ def guard_recorded(model: nn.Module, fix: str) -> None:
                 hooks.move_to_end(key, last=False)  # sharding has put hooks before it that gather
             continue
         if module is not model and not (module._modules or _own(module) or takes_extra_state(module)):
-            continue  # nothing to wait for; an activation function may be one object for all models of a library
+            continue  # nothing to guard; an activation function may be one object for all models of a library
         vars(module)[_ATTRIBUTE] = _RecordedState(fix, seen)
         vars(module)["_apply"] = partial(_apply, weakref.ref(module))
         with DisableTorchFunction():
@@ -82,7 +87,7 @@ def guard_recorded(model: nn.Module, fix: str) -> None:
 
 
 def fix_of(module: nn.Module) -> str | None:
-    """What to do with a recorded ``module``; ``None`` for others."""
+    """Return what the user has to do with a recorded ``module``; ``None`` if it is not recorded."""
     record = vars(module).get(_ATTRIBUTE)
     return None if record is None else record.fix
 
@@ -93,7 +98,7 @@ def _own(module: nn.Module) -> dict[str, Tensor]:
 
 
 def release_recorded(model: nn.Module) -> None:
-    """Take that guard away again."""
+    """Remove the guard of :func:`guard_recorded`."""
     for module in model.modules():
         if vars(module).pop(_ATTRIBUTE, None) is not None:
             del vars(module)["_apply"]
@@ -111,22 +116,22 @@ def release_recorded(model: nn.Module) -> None:
 
 
 def guards_in_copy(model: nn.Module) -> dict[int, object]:
-    """For the memo of :func:`copy.deepcopy`: lets recorded ``model`` be copied.
+    """Return a memo for :func:`copy.deepcopy` with which a recorded ``model`` can be copied.
 
-    The copy's tensors are the caller's business, and so is to take its guard away with :func:`release_recorded`.
+    The caller fills the copy's tensors and removes its guard with :func:`release_recorded`.
     """
     return {id(record): _RecordedState(record.fix, {}) for _, _, record in _records(model) if record is not None}
 
 
 def _of(module: nn.Module) -> _RecordedState:
-    found: _RecordedState = vars(module)[_ATTRIBUTE]
-    return found
+    state: _RecordedState = vars(module)[_ATTRIBUTE]
+    return state
 
 
 def _apply(itself: weakref.ref[nn.Module], fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """In the place of ``Module._apply``, under ``to``, ``share_memory`` and ``to_empty``.
+    """Replace ``Module._apply``, which ``to``, ``share_memory`` and ``to_empty`` call.
 
-    A cast is fine. What ``to_empty`` gives memory has to be written by the user.
+    A cast is allowed. Memory that ``to_empty`` allocates has to be written by the user.
     """
     module = itself()
     assert module is not None
@@ -136,7 +141,7 @@ def _apply(itself: weakref.ref[nn.Module], fn: Callable[[Tensor], Tensor], recur
             fn(torch.empty(0, device="meta"))
         except (NotImplementedError, RuntimeError):
             _of(module).refuse(module, "be moved or shared")
-    if BUILT in vars(module):  # an earlier block has built it, and what that left waits still
+    if BUILT in vars(module):  # an earlier block has built it, and left tensors uninitialized
         GuardedApply(module)(fn, recurse)
     else:
         type(module)._apply(module, fn, recurse)
@@ -144,7 +149,7 @@ def _apply(itself: weakref.ref[nn.Module], fn: Callable[[Tensor], Tensor], recur
         tensor = getattr(module, name)
         if not tensor.is_meta:
             with torch.no_grad():
-                place_mark(tensor)
+                place_sentinels(tensor)
             _of(module).emptied.add(name)
     return module
 
@@ -191,11 +196,11 @@ def _records(model: nn.Module) -> Iterator[tuple[str, nn.Module, _RecordedState 
 
 
 def refuse_lost_writes(model: nn.Module) -> None:
-    """Raise if recorded tensors were written in place since their block ended: without memory, so in vain.
+    """Raise if recorded tensors were written in place after their block, when there was no memory to write to.
 
     Raises:
-        RecordingError: naming them.
-        UninitializedTensorError: ``to_empty`` has given some memory, and nobody has written that.
+        RecordingError: Some were; the message names them.
+        UninitializedTensorError: ``to_empty`` has allocated memory that has not been written.
     """
     garbage = [
         prefix + name
@@ -203,12 +208,12 @@ def refuse_lost_writes(model: nn.Module) -> None:
         if record is not None
         for name in record.emptied
         if (tensor := _own(module).get(name)) is not None and not tensor.is_meta
-        if (marks := marked_elements(tensor)) is not None and is_exact_mark(marks)
+        if (samples := sentinel_elements(tensor)) is not None and are_exact_sentinels(samples)
     ]
     if garbage:
         raise UninitializedTensorError(
-            f"{', '.join(garbage[:5])}{' …' if len(garbage) > 5 else ''}: to_empty() has given memory, and nothing has "
-            "written values there. Leave to_empty() out: recorded tensors get memory and values together."
+            f"{', '.join(garbage[:5])}{' …' if len(garbage) > 5 else ''}: to_empty() has allocated memory, and "
+            "nothing has written values there. Leave to_empty() out: recorded tensors get memory and values together."
         )
     lost = [
         prefix + name
@@ -224,8 +229,8 @@ def refuse_lost_writes(model: nn.Module) -> None:
         )
 
 
-def given_since(model: nn.Module) -> set[str]:
-    """Names of tensors with memory that the user has put into ``model``, or written, since its block ended."""
+def replaced_since_block(model: nn.Module) -> set[str]:
+    """Return the names of tensors with memory that the user has put into ``model``, or written, since its block."""
     return {
         prefix + name
         for prefix, module, record in _records(model)
@@ -235,30 +240,30 @@ def given_since(model: nn.Module) -> set[str]:
 
 
 def loaded_since(model: nn.Module) -> StateDictReader | None:
-    """What ``load_state_dict`` has brought for the recorded ``model``, as a checkpoint; ``None`` for nothing.
+    """Return what ``load_state_dict`` has brought for the recorded ``model``, as a checkpoint; ``None`` for nothing.
 
     Raises:
-        RecordingError: it was written since, and nobody has kept what it was.
+        RecordingError: A loaded tensor was written since, so that its values are lost.
     """
-    found = {
-        prefix + name: brought
+    loaded = {
+        prefix + name: value
         for prefix, module, record in _records(model)
         if record is not None
-        for name, brought in record.loaded.items()
+        for name, value in record.loaded.items()
         if (now := _own(module).get(name)) is not None and now.is_meta
     }
-    changed = [name for name, (tensor, version) in found.items() if version_of(tensor) != version]
+    changed = [name for name, (tensor, version) in loaded.items() if version_of(tensor) != version]
     if changed:
         raise RecordingError(
             f"{', '.join(changed[:5])}{' …' if len(changed) > 5 else ''}: what load_state_dict was given was written "
             "before the model got memory, which is when it is read. Load copies (tensor.clone()), or load once the "
             "model has values."
         )
-    return StateDictReader({name: tensor for name, (tensor, _) in found.items()}) if found else None
+    return StateDictReader({name: tensor for name, (tensor, _) in loaded.items()}) if loaded else None
 
 
 def overrule_loads(model: nn.Module, names: Collection[str], with_extra_state: Collection[nn.Module]) -> None:
-    """Forget what ``load_state_dict`` has brought for these tensors and modules: a load was declared for them since."""
+    """Discard what ``load_state_dict`` has brought for tensors and modules whose load was declared since."""
     for prefix, module, record in _records(model):
         if record is not None:
             for name in [name for name in record.loaded if prefix + name in names]:
@@ -267,6 +272,6 @@ def overrule_loads(model: nn.Module, names: Collection[str], with_extra_state: C
 
 
 def wants_extra_state(module: nn.Module) -> bool:
-    """Whether a checkpoint that was declared for ``module`` is what last brought extra state for it."""
+    """Return whether the extra state of ``module`` last came from a declared checkpoint."""
     record: _RecordedState | None = vars(module).get(_ATTRIBUTE)
     return record is None or not record.extra_loaded

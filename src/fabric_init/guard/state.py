@@ -1,4 +1,4 @@
-"""What a module keeps of those of its tensors that have memory but no values yet."""
+"""The state of modules with uninitialized tensors. See ``[Note: module states]``."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fabric_init._text import dtype_name
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.guard.sentinels import (
-    has_mark,
-    is_exact_mark,
+    are_exact_sentinels,
+    are_sentinels,
+    has_sentinel,
     is_float,
-    is_mark,
-    is_written_in_part,
-    marked_elements,
+    is_partly_written,
+    sentinel_elements,
     version_of,
 )
 from fabric_init.planning.placement import Placement
@@ -45,10 +45,10 @@ Place = tuple["weakref.ref[nn.Module]", str, TensorRef]
 
 @dataclass(frozen=True)
 class Unfilled:
-    """One tensor of one module that waits for values, and what tells whether they have come.
+    """One uninitialized tensor of one module, and what shows whether it has been written since.
 
-    ``tensor`` and ``version`` say what was there when it got its memory. Without ``slot.ref`` it is one that user code
-    has computed from such memory, which nobody but the user can give values.
+    ``tensor`` and ``version`` are those of the allocation. Without ``slot.ref`` it is a tensor that user code has
+    computed from uninitialized memory, and that only user code can fill.
     """
 
     attribute: str
@@ -60,11 +60,11 @@ class Unfilled:
     version: int
 
     def written(self, now: Tensor | None, *, by_load: bool = False) -> bool:
-        """Whether somebody has put values into ``now``, which is in the tensor's place today.
+        """Return whether ``now``, the tensor in this place today, has been written.
 
-        In place, which the version counter shows, unless marks are left: then it was written in part, or only computed
-        with. Through ``.data``, or by putting another tensor there, which removes the marks: for floats all of them
-        have to go. A cast or another memory layout keeps them.
+        The version counter shows writes in place, unless sentinels are left: then it was written in part, or only
+        computed with. A write through ``.data``, or another tensor in its place, removes the sentinels: for floats all
+        of them have to be gone. A cast or another memory layout keeps them.
         """
         if now is None:
             return True  # the model does without it
@@ -72,70 +72,71 @@ class Unfilled:
             return False
         if (by_load or self.slot.ref is None) and now is not self.tensor:
             return True  # load_state_dict(assign=True)
-        changed = self.changed(now)
-        found = marked_elements(self.placement.held(now)) if self.slot.ref is not None else None
-        if found is None:
+        changed, local = self.changed(now), self.placement.held(now)
+        samples = sentinel_elements(local) if self.slot.ref is not None else None
+        if samples is None:
             return changed or now is not self.tensor
         if changed and by_load:  # a load may bring NaN; what it lacks, it may copy onto itself
-            return not (is_exact_mark(found) if now.dtype == self.slot.dtype else is_mark(found))
+            return not (are_exact_sentinels(samples) if now.dtype == self.slot.dtype else are_sentinels(samples))
         if changed:
-            return not (has_mark(found) if is_float(found) else is_written_in_part(found, self.placement.held(now)))
-        return not (has_mark(found) if is_float(found) else is_mark(found))
+            return not (has_sentinel(samples) if is_float(samples) else is_partly_written(samples, local))
+        return not (has_sentinel(samples) if is_float(samples) else are_sentinels(samples))
 
     def changed(self, now: Tensor) -> bool:
+        """Return whether ``now`` is the same tensor, written in place since."""
         return now is self.tensor and version_in(self.placement, now) != self.version
 
     @property
     def is_part(self) -> bool:
-        """Whether no rank holds it alone."""
+        """Whether this rank holds only a shard of it."""
         return self.tensor is not None and self.placement.held(self.tensor) is not self.tensor
 
     def visible(self, now: Tensor) -> bool:
-        """Whether this rank can tell: of a shard without elements, it cannot."""
+        """Return whether this rank sees if it is written: a shard without elements does not show it."""
         return self.placement.held(now).numel() > 0
 
 
 def version_in(placement: Placement, tensor: Tensor) -> int:
-    """How often a tensor was written in place, through the whole or through this rank's part of it."""
+    """Return how often a tensor was written in place, through the full tensor or this rank's part of it."""
     held = placement.held(tensor)
     return version_of(tensor) if held is tensor else version_of(tensor) + version_of(held)
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of ``module`` itself."""
+    """Return the parameters and buffers of ``module`` itself, by attribute."""
     both = {**module._parameters, **module._buffers}
     return {name: tensor for name, tensor in both.items() if tensor is not None}
 
 
 def tensor_at(module: nn.Module | None, attribute: str) -> Tensor | None:
-    """The parameter or buffer; not what a property of that name computes."""
+    """Return the parameter or buffer, and not what a property of that name computes."""
     if module is None:
         return None
-    found = module._parameters.get(attribute)
-    return found if found is not None else module._buffers.get(attribute)
+    parameter = module._parameters.get(attribute)
+    return parameter if parameter is not None else module._buffers.get(attribute)
 
 
 Initialize = Callable[[Sequence[tuple[nn.Module, "Unfilled"]]], None]
-"""Runs the model's own init for those of the tensors that it gives a value."""
+"""Runs the model's own init for those of the tensors that it can initialize."""
 
 
 class ModelState:
-    """What the modules of one model share while some of their tensors wait for values.
+    """The state that the modules of one model share while some of their tensors are uninitialized.
 
-    A deep copy of modules shares one of its own, which they enter as they are copied.
+    A deep copy of the modules has a shared state of its own.
     """
 
     def __init__(self, model: str, initialize: Initialize, agreement: Agreement | None = None) -> None:
         self.model = model  # the class of the model that was built
         self.initialize = initialize  # what a load does not bring
         self.agreement = agreement  # of ranks that only together hold it
-        self.waiting: dict[ModuleState, None] = {}  # in all its modules, in order
-        self.places: dict[int, Place | None] = {}  # by recorded storage, all tensors that have waited
+        self.module_states: dict[ModuleState, None] = {}  # in all its modules, in order
+        self.places: dict[int, Place | None] = {}  # by recorded storage, all tensors that were uninitialized
         with _alive_changes:
             _alive.add(self)
 
     def enter(self, module: nn.Module, item: Unfilled) -> None:
-        """Keep in mind where a tensor is, for others that are computed from it."""
+        """Remember where a tensor is, for others that are computed from it."""
         ref = item.slot.ref
         if ref is not None and covers(item.tape, ref):
             known = self.places.get(ref.storage)
@@ -143,11 +144,15 @@ class ModelState:
                 self.places[ref.storage] = weakref.ref(module), item.attribute, ref
 
     def refuse(self, use: str, others: Sequence[ModuleState] = (), elsewhere: Iterable[str] = ()) -> NoReturn:
-        """Raise with the names of all that waits, here and elsewhere in the model: one round to fix it all."""
-        for waiting in tuple(self.waiting):
-            waiting.settle()
+        """Raise with the names of all uninitialized tensors, here and elsewhere in the model.
+
+        Raises:
+            UninitializedTensorError: Always.
+        """
+        for state in tuple(self.module_states):
+            state.refresh()
         names = dict.fromkeys(
-            item.slot.name for waiting in (*self.waiting, *others) if waiting.module for item in waiting.items
+            item.slot.name for state in (*self.module_states, *others) if state.module for item in state.items
         )
         names.update(dict.fromkeys(elsewhere))
         listed = "\n".join(f"  {name}" for name in names)
@@ -169,30 +174,35 @@ _alive: weakref.WeakSet[ModelState] = weakref.WeakSet()
 _alive_changes = threading.Lock()
 
 
-def all_waiting() -> Iterator[ModuleState]:
-    """In every model of this process."""
+def all_states() -> Iterator[ModuleState]:
+    """Yield the states of all modules with uninitialized tensors in this process."""
     with _alive_changes:  # other threads build models, too
         alive = tuple(_alive)
     for built in alive:
-        yield from tuple(built.waiting)
+        yield from tuple(built.module_states)
 
 
 class ModuleState:
-    """A module's own tensors that wait for values. Guards a deep copy too, and refuses to be pickled."""
+    """A module's own uninitialized tensors. Guards a deep copy too, and refuses to be pickled."""
 
     def __init__(self, module: nn.Module | None, built: ModelState, names: Iterable[str] = ()) -> None:
         self.items: list[Unfilled] = []
         self.built = built
-        self.names = frozenset(names)  # of all tensors of the module, when some began to wait
+        self.names = frozenset(names)  # of all tensors of the module when it was allocated
         self._module = None if module is None else weakref.ref(module)
-        built.waiting[self] = None
+        built.module_states[self] = None
 
     @property
     def module(self) -> nn.Module | None:
         return None if self._module is None else self._module()
 
-    def settle(self, status: Status = "written by the user", module: nn.Module | None = None) -> None:
-        """Take note of what has been written since the last look."""
+    def refresh(self, status: Status = "written by the user", module: nn.Module | None = None) -> None:
+        """Find out which tensors have been written since the last call, and stop tracking them.
+
+        Args:
+            status: The status of those in the report.
+            module: The module, for a state that was unpickled or copied without it.
+        """
         module = self.module or module
         if module is None:
             return
@@ -213,13 +223,13 @@ class ModuleState:
             self.end(module)
 
     def end(self, module: nn.Module) -> None:
-        """Nothing in ``module`` waits any more."""
+        """Remove this state from ``module``, whose tensors all have values."""
         vars(module).pop(ATTRIBUTE, None)
-        self.built.waiting.pop(self, None)
+        self.built.module_states.pop(self, None)
 
     def before_load(self, module: nn.Module) -> None:
-        """What was written until now is not this load's doing."""
-        self.settle(module=module)
+        """Find out what has been written until now, so that it is not attributed to this load."""
+        self.refresh(module=module)
         now = [(item, tensor_at(module, item.attribute)) for item in self.items]
         self.items = [
             item if t is None else replace(item, tensor=t, version=version_in(item.placement, t)) for item, t in now
@@ -237,15 +247,15 @@ class ModuleState:
         return copied
 
     def __reduce__(self) -> tuple[type[ModuleState], tuple[None, ModelState]]:
-        self.settle()
+        self.refresh()
         if self.items:
             self.built.refuse("be pickled")
         return ModuleState, (None, self.built)
 
 
-def waiting_under(model: nn.Module) -> Iterator[tuple[nn.Module, ModuleState]]:
-    """Every module in ``model`` with tensors that wait for values."""
+def states_under(model: nn.Module) -> Iterator[tuple[nn.Module, ModuleState]]:
+    """Yield every module in ``model`` that has uninitialized tensors of its own, with their state."""
     for module in model.modules():
-        waiting = vars(module).get(ATTRIBUTE)
-        if waiting is not None:
-            yield module, waiting
+        state = vars(module).get(ATTRIBUTE)
+        if state is not None:
+            yield module, state

@@ -46,7 +46,7 @@ class Placement(Protocol):
 
 
 class WholeTensors:
-    """The placement of one device and of DDP: every rank keeps every tensor whole.
+    """The placement of one device and of DDP: every rank keeps full tensors.
 
     Args:
         target: The device for all tensors; ``None`` leaves each on the device that the constructor asked for.
@@ -72,7 +72,16 @@ class WholeTensors:
 
 
 def become(tensor: Tensor, value: Tensor) -> None:
-    """Give ``tensor``, which stays the same Python object, the memory of ``value``.
+    """Make ``tensor``, which stays the same Python object, hold the memory of ``value``.
+
+    [Note: why parameters keep their identity]
+
+    A recorded parameter and the filled one are the same object, not a new one in the same place. Model code and users
+    hold references to parameters outside of ``Module._parameters``: ties, attributes and lists of the model, optimizers
+    that were made before ``setup``, attributes set on the parameter (such as a flag that excludes it from weight
+    decay), hooks on it, and subclasses of ``nn.Parameter``. With a new object each of these would silently refer to
+    the old one, without memory. It is also how plans find a tensor again in a model that was changed since: by
+    identity, whatever its name is now.
 
     ``torch.utils.swap_tensors`` is not used because it also swaps the objects' attributes, drops hooks, and refuses
     tensors with weak references. The private function that it calls does none of this.

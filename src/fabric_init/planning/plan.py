@@ -25,6 +25,7 @@ class Action(Enum):
     INIT = "initialized"
     KEEP = "set when built"
     SCRATCH = "scratch"
+    ALLOCATE = "unfilled"  # memory only, guarded until a later load or init
 
 
 class PlanEntry(NamedTuple):
@@ -69,6 +70,11 @@ class Plan:
     extras: tuple[Extra, ...] = field(default=(), compare=False)
     sources: Mapping[int, DerivedFrom] = field(default_factory=dict)
     """By storage: loaded tensors that the model no longer holds, but that others may have been computed from."""
+
+    @property
+    def allocates(self) -> bool:
+        """Whether some tensors get memory only, and their values later."""
+        return any(entry.action is Action.ALLOCATE for entry in self.entries)
 
     def summary(self) -> str:
         """Return how many tensors get their value in which way, in words."""

@@ -1,4 +1,4 @@
-"""DDP: every rank keeps every tensor whole, and all have the same values, so that none has to be sent."""
+"""DDP: every rank keeps full tensors with the same values, so that none has to be broadcast."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fabric_init.distributed.agreement import RankGroup
-from fabric_init.guard.hooks import settle
+from fabric_init.guard.hooks import refresh_state
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.reports.registry import filled_by_us
 from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
@@ -22,27 +22,27 @@ class DDPStrategy(DeferredInitMixin, lightning_strategies.DDPStrategy):
 
     ``setup_module`` does without DDP's first broadcast of all weights where the ranks have filled the model alike: they
     agreed on seed, checkpoint and plan, and what a constructor took from elsewhere (numpy's random numbers, say) shows
-    in a sample of each tensor. A model that waits for values has nothing to send, and receiving would look like
-    somebody had written it.
+    in a sample of each tensor. An uninitialized model has no values to send, and receiving would look like a write by
+    the user.
     """
 
     def placement(self, model: nn.Module) -> Placement:
         return WholeTensors(self.root_device)
 
     def setup_module(self, module: nn.Module) -> Any:
-        given = self._ddp_kwargs
-        waits = bool(settle(module))
-        mine = _sample(module, values=not waits) if waits or filled_by_us(module) else None
-        if RankGroup().alike(mine):
-            self._ddp_kwargs = {"init_sync": False} | given
+        options = self._ddp_kwargs
+        is_unfilled = bool(refresh_state(module))
+        sample = _sample(module, values=not is_unfilled) if is_unfilled or filled_by_us(module) else None
+        if RankGroup().alike(sample):
+            self._ddp_kwargs = {"init_sync": False} | options
         try:
             return super().setup_module(module)
         finally:
-            self._ddp_kwargs = given
+            self._ddp_kwargs = options
 
 
 def _sample(module: nn.Module, *, values: bool) -> str:
-    """Name and shape of every tensor, and the values at its two ends, hashed."""
+    """Return a hash of the name and shape of every tensor, and of the values at its two ends."""
     digest = hashlib.sha256()
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
         digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())

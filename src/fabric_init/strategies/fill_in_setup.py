@@ -1,4 +1,4 @@
-"""A model that stays recorded until its strategy shards it, bound to what it will then be filled from."""
+"""Models that stay recorded until their strategy shards them in setup, and are filled there."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import FabricInitError
-from fabric_init.filling.allocate import Rooms, move_in, plan_rooms, rooms_digest, with_rooms
-from fabric_init.filling.execute import carry_out, prepare
+from fabric_init.filling.allocate import allocate_and_guard, leave_to_later_loads, plan_allocation
+from fabric_init.filling.execute import execute_plan, prepare
 from fabric_init.filling.merge import planned_tensors, revised
 from fabric_init.guard.recorded import fix_of, guard_recorded, loaded_since, overrule_loads, refuse_lost_writes
 from fabric_init.planning.placement import Placement
@@ -32,30 +32,31 @@ class ShardedPlacement(Placement, Protocol):
     """A placement for a model that has been sharded since it was planned for."""
 
     def current(self, slot: TensorInfo, tensor: Tensor) -> Tensor:
-        """What the sharded model holds where it held ``tensor``."""
+        """Return the tensor that the sharded model holds in the place of ``tensor``."""
         ...
 
 
 class BoundPlans(NamedTuple):
-    """What a recorded model gets when it is set up.
+    """How a recorded model is filled in setup.
 
-    What it got in a block without checkpoint gets its own init, or room until a later load.
+    Attributes:
+        allocates: Whether tensors of a block without a checkpoint are allocated, and left to a later load.
+        own_init: Whether these get the model's own init after all.
     """
 
-    waits: bool = False
+    allocates: bool = False
     own_init: bool = False
 
 
 def bind(model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions, agreement: Agreement) -> None:
-    """Plan for ``model``, if there is a checkpoint, and remember that until it is sharded, beside what it got in
-    earlier blocks.
+    """Plan for ``model``, if there is a checkpoint, and keep the plan until setup, with those of earlier blocks.
 
     Raises:
-        CheckpointMismatchError: keys, shapes or dtypes of file and model disagree.
+        CheckpointMismatchError: Keys, shapes or dtypes of checkpoint and model disagree.
     """
     bound: BoundPlans = vars(model).get(_ATTRIBUTE, BoundPlans())
     if reader is None:
-        _keep(model, bound._replace(waits=True))
+        _keep(model, bound._replace(allocates=True))
         return
     prepared, since = prepare(model, reader, wanted, agreement), now()
     entries = tuple(entry._replace(since=since) for entry in prepared.plan.entries)
@@ -75,12 +76,12 @@ def _keep(model: nn.Module, bound: BoundPlans) -> None:
 
 
 def is_bound(model: nn.Module) -> bool:
-    """Whether ``model``, or a model in it, waits to be sharded and filled."""
+    """Return whether ``model``, or a model in it, is to be sharded and filled in setup."""
     return any(_ATTRIBUTE in vars(module) for module in model.modules())
 
 
 def choose_own_init(model: nn.Module) -> None:
-    """Let a bound model run its own init, when it is sharded, for what no checkpoint brings."""
+    """Make setup run the own init of a bound model for tensors that no checkpoint brings."""
     for module in model.modules():
         bound: BoundPlans | None = vars(module).get(_ATTRIBUTE)
         if bound is not None:
@@ -88,17 +89,17 @@ def choose_own_init(model: nn.Module) -> None:
 
 
 @contextmanager
-def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan | Rooms]:
-    """Context in which the bound ``model`` is sharded and filled after the plan that it gives.
+def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan]:
+    """Yield the plan for a bound ``model``, which is sharded and filled in the context.
 
-    If planning fails, the model is as it was. If the rest fails, it stays bound, so that nobody can use it.
+    If planning fails, the model is as it was. If the rest fails, it stays bound, so that it cannot be used.
     """
     bounds = [(module, vars(module).pop(_ATTRIBUTE)) for module in model.modules() if _ATTRIBUTE in vars(module)]
     declared = [(module, vars(module).pop(_PLANS)) for module in model.modules() if _PLANS in vars(module)]
     plans = sorted({id(plan): plan for _, its in declared for plan in its}.values(), key=_declared_at)
     try:
-        yield agreement.same(
-            "planning for the model as it is now", lambda: _plan(model, [b for _, b in bounds], plans), _digest
+        yield agreement.run_together(
+            "planning for the model as it is now", lambda: _plan(model, [b for _, b in bounds], plans), prepared_digest
         )
     except BaseException:
         for module, bound in bounds:
@@ -108,41 +109,33 @@ def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan
         raise
 
 
-def _plan(model: nn.Module, bounds: Sequence[BoundPlans], plans: Sequence[PreparedPlan]) -> PreparedPlan | Rooms:
+def _plan(model: nn.Module, bounds: Sequence[BoundPlans], plans: Sequence[PreparedPlan]) -> PreparedPlan:
     _refuse_sharded(model)
-    waits = any(bound.waits and not bound.own_init for bound in bounds)
+    allocates = any(bound.allocates and not bound.own_init for bound in bounds)
     if plans:
         prepared = revised(plans, model)
-        return with_rooms(prepared, model, planned_tensors(plans)) if waits else prepared
+        return leave_to_later_loads(prepared, planned_tensors(plans)) if allocates else prepared
     refuse_lost_writes(model)
     earlier = loaded_since(model)
     if earlier is not None:
         return plan_for(model, earlier, LoadOptions(strict=False))
-    return plan_rooms(model) if waits else plan_for(model, None, LoadOptions())
+    return plan_allocation(model) if allocates else plan_for(model, None, LoadOptions())
 
 
-def _without_new_values(planned: PreparedPlan | Rooms, placement: ShardedPlacement) -> PreparedPlan | Rooms:
-    """The plan, but for tensors in whose places sharding has put others that have values: those stay."""
+def _without_new_values(prepared: PreparedPlan, placement: ShardedPlacement) -> PreparedPlan:
+    """Return the plan, which keeps tensors with values that sharding has put in the places of recorded ones."""
 
-    def is_given(slot: TensorInfo, tensor: Tensor) -> bool:
-        return tensor.is_meta and not placement.current(slot, tensor).is_meta
+    def revise(entry: PlanEntry, tensor: Tensor) -> PlanEntry:
+        if not tensor.is_meta or placement.current(entry.slot, tensor).is_meta:
+            return entry
+        return PlanEntry(entry.slot._replace(ref=None, real=True), Action.KEEP)
 
-    def as_given(entry: PlanEntry, tensor: Tensor) -> PlanEntry:
-        return (
-            PlanEntry(entry.slot._replace(ref=None, real=True), Action.KEEP) if is_given(entry.slot, tensor) else entry
-        )
-
-    tensors = [tensor for _, tensor in planned.now] if isinstance(planned, Rooms) else planned.tensors
-    entries = tuple(map(as_given, planned.plan.entries, tensors))
-    plan = replace(planned.plan, entries=entries)
-    if not isinstance(planned, Rooms):
-        return planned._replace(plan=plan)
-    now = [(entry.slot, tensor) for entry, tensor in zip(entries, tensors, strict=True)]
-    return planned._replace(later=[both for both in planned.later if not is_given(*both)], now=now, plan=plan)
+    entries = tuple(map(revise, prepared.plan.entries, prepared.tensors))
+    return prepared._replace(plan=replace(prepared.plan, entries=entries))
 
 
 def _declared_at(prepared: PreparedPlan) -> int:
-    """Plans in the order of their blocks: a later load wins."""
+    """Return a number that orders plans by their blocks: a later load wins."""
     return max((entry.since or 0 for entry in prepared.plan.entries), default=0)
 
 
@@ -155,42 +148,41 @@ def _refuse_sharded(model: nn.Module) -> None:
         )
 
 
-def _digest(planned: PreparedPlan | Rooms) -> str:
-    return rooms_digest(planned) if isinstance(planned, Rooms) else prepared_digest(planned)
-
-
 def shard_and_fill(
     model: nn.Module,
     shard: Callable[[nn.Module], nn.Module],
     placement_for: Callable[[nn.Module], ShardedPlacement],
     agreement: Agreement,
 ) -> nn.Module:
-    """Plan for the bound ``model``, let ``shard`` put the strategy's tensors in its parameters' places, fill those.
+    """Shard a bound model, and fill or allocate the tensors that the strategy has put in its parameters' places.
 
     Args:
-        model: bound by :func:`bind`.
-        shard: gives the model with the strategy's own tensors, which have no memory yet.
-        placement_for: where this rank keeps the tensors of what ``shard`` gave.
-        agreement: how the ranks keep in step.
+        model: A model bound by :func:`bind`.
+        shard: Returns the model with the strategy's own tensors, which have no memory yet.
+        placement_for: Returns how this rank keeps the tensors of the sharded model.
+        agreement: How the ranks keep in step.
+
+    Returns:
+        The sharded model.
 
     Raises:
-        CheckpointMismatchError: keys, shapes or dtypes of file and model disagree.
-        FabricInitError: a rank failed, or ``shard`` made parameters that were not in the plan.
+        CheckpointMismatchError: Keys, shapes or dtypes of checkpoint and model disagree.
+        FabricInitError: A rank failed, or ``shard`` made parameters that were not in the plan.
     """
-    with planned_for(model, agreement) as planned:
-        sharded = agreement.same("sharding the model", lambda: shard(model), lambda _: "")
+    name = type(model).__name__  # sharding may change it
+    with planned_for(model, agreement) as prepared:
+        sharded = agreement.run_together("sharding the model", lambda: shard(model))
         placement = placement_for(sharded)
-        planned = _without_new_values(planned, placement)
-        if isinstance(planned, Rooms):
-            agreement.same(
-                "giving the model memory",
-                lambda: move_in(sharded, planned, placement, agreement, placement.current),
-                lambda _: "",
+        prepared = _without_new_values(prepared, placement)
+        slots = [entry.slot for entry in prepared.plan.entries]
+        tensors = [placement.current(slot, tensor) for slot, tensor in zip(slots, prepared.tensors, strict=True)]
+        if prepared.plan.allocates:
+            agreement.run_together(
+                "allocating the model's memory",
+                lambda: allocate_and_guard(prepared, sharded, tensors, placement, name=name, agreement=agreement),
             )
         else:
-            slots = [entry.slot for entry in planned.plan.entries]
-            tensors = [placement.current(slot, tensor) for slot, tensor in zip(slots, planned.tensors, strict=True)]
-            carry_out(planned, sharded, tensors, placement, agreement)
+            execute_plan(prepared, sharded, tensors, placement, agreement)
         left = [name for name, tensor in parameters_by_name(sharded).items() if tensor.is_meta]
         if left:
             raise FabricInitError(f"sharding split a tie or made parameters of its own, which have no values: {left}")

@@ -1,7 +1,7 @@
 """FSDP, the first version (``torch.distributed.fsdp.FullyShardedDataParallel``), as in Lightning's ``"fsdp"``.
 
-It flattens the parameters of a unit into one tensor, of which each rank keeps a part. So a unit has to be whole for a
-moment: it is filled when FSDP comes to wrap it, and FSDP shards it before it goes on to the next.
+It flattens the parameters of a unit into one tensor, of which each rank keeps a part. So a unit is
+allocated in full for a moment: it is filled when FSDP wraps it, and FSDP shards it before it goes on to the next.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from fabric_init.errors import FabricInitError
 from fabric_init.filling.incremental import IncrementalFill
 from fabric_init.guard.recorded import release_recorded
 from fabric_init.planning.placement import Placement, WholeTensors
-from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.planning.tensors import TensorInfo, named_modules
 from fabric_init.reports.registry import FillRecord, keep_record
 from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound, planned_for
@@ -36,7 +35,7 @@ _Marks = WeakKeyDictionary[nn.Module, dict[str, Any]]
 class FSDPStrategy(DeferredInitMixin, lightning_fsdp.FSDPStrategy):
     """Lightning's strategy of the same name; models built without values are filled unit by unit in ``setup``.
 
-    What no declared checkpoint brings gets the model's own init there; nothing waits for a later load.
+    What no declared checkpoint brings gets the model's own init there; no tensor is left to a later load.
 
     Units are those of ``auto_wrap_policy``, or what the constructor marked with ``torch.distributed.fsdp.wrap.wrap``.
     The model itself is the outermost unit; without a policy it is the only one, so each rank has all of it in memory
@@ -94,7 +93,6 @@ class FSDPStrategy(DeferredInitMixin, lightning_fsdp.FSDPStrategy):
         options["sync_module_states"] = False  # each rank fills its own after the plan that all agree on
         choose_own_init(module)
         with planned_for(module, self.agreement) as prepared:
-            assert isinstance(prepared, PreparedPlan)
             filling = IncrementalFill(prepared, self.placement(module))
 
             def wrap() -> tuple[nn.Module, FillRecord]:
@@ -102,7 +100,7 @@ class FSDPStrategy(DeferredInitMixin, lightning_fsdp.FSDPStrategy):
                 wrapped = self._wrap(module, param_init_fn=filling.fill_under, **options)
                 return wrapped, filling.finish()
 
-            wrapped, record = self.agreement.same("wrapping and filling the model", wrap, lambda _: "")
+            wrapped, record = self.agreement.run_together("wrapping and filling the model", wrap)
         release_recorded(module)
         keep_record(module, record)
         return wrapped

@@ -1,4 +1,4 @@
-"""What Fabric and its strategies put around a user's model, and how to come back to it."""
+"""Unwrap a user's model from the modules that Fabric and its strategies put around it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _wrappers: list[type[nn.Module]] = [FabricModule, DistributedDataParallel, Fully
 
 
 def register_wrapper(wrapper: type[nn.Module]) -> None:
-    """A class of modules that keep the user's model as ``.module``."""
+    """Register a class of modules that keep the user's model as ``.module``."""
     if wrapper not in _wrappers:
         _wrappers.append(wrapper)
 
 
 def original(model: nn.Module) -> nn.Module:
-    """The module that the user built, without what Fabric, its strategy and torch.compile put around it."""
+    """Return the module that the user built, without the wrappers of Fabric, its strategy and torch.compile."""
     while True:
         if isinstance(model, tuple(_wrappers)):
             model = cast(nn.Module, model.module)
