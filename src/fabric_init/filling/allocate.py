@@ -13,7 +13,7 @@ from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints.region import Box
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.filling.execute import check_ties, fill, make_record
-from fabric_init.filling.loader import set_extra_states
+from fabric_init.filling.extra_state import set_extra_states
 from fabric_init.filling.missing import initialize_possible
 from fabric_init.guard.hooks import hook
 from fabric_init.guard.recorded import release_recorded

@@ -17,8 +17,9 @@ from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import Agreement, SingleProcess
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.derived import compute
+from fabric_init.filling.extra_state import set_extra_states
 from fabric_init.filling.fill_log import with_log
-from fabric_init.filling.loader import loader_for, set_extra_states
+from fabric_init.filling.loader import loader_for
 from fabric_init.filling.out_of_memory import out_of_memory_explained
 from fabric_init.filling.progress import with_progress
 from fabric_init.guard.recorded import loaded_since, refuse_lost_writes, release_recorded

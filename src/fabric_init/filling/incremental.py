@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from fabric_init.filling.execute import check_ties, fill
-from fabric_init.filling.loader import set_extra_states
+from fabric_init.filling.extra_state import set_extra_states
 from fabric_init.planning.derived import loaded_storages
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Plan, storage_groups

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.reader import read
-from fabric_init.planning.extra_state import Extra
 from fabric_init.planning.loads import check_tie, loads
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Plan
@@ -66,13 +65,3 @@ class LocalLoader:
 def loader_for(reader: CheckpointReader) -> Loader:
     """Return ``reader`` itself if it is a loader, and a :class:`LocalLoader` for it otherwise."""
     return reader if isinstance(reader, Loader) else LocalLoader(reader)
-
-
-def set_extra_states(extras: Iterable[Extra]) -> None:
-    """Set the extra state of each module from its checkpoint, where it is plain data or a tensor.
-
-    All ranks call this with the same modules in the same order: reading a tensor may need all of them.
-    """
-    for module, key, reader in extras:
-        plain = reader.extra_state
-        module.set_extra_state(plain[key] if key in plain else read(reader, key))
