@@ -12,15 +12,15 @@ from torch import nn
 from fabric_init.checkpoints import Conversion, Source
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.filling.execute import fill_model
-from fabric_init.filling.missing import initialize_missing
-from fabric_init.guard.hooks import release, settle
-from fabric_init.guard.recorded import guard_recorded
+from fabric_init.filling.missing import initialize_missing, initialize_possible
+from fabric_init.guard.loads import watch_loads
+from fabric_init.guard.models import hold, settle
 from fabric_init.planning.placement import WholeTensors
 from fabric_init.planning.plan import LoadOptions
 from fabric_init.recording.built_modules import BuiltModules
 from fabric_init.recording.mode import active, recorded_build
 from fabric_init.recording.tape import Rng, check_rng
-from fabric_init.reports.init_report import InitReport, report_of
+from fabric_init.reports.init_report import InitReport, refresh_statuses, report_of
 from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound
 from fabric_init.strategies.unwrap import original
 
@@ -109,7 +109,8 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
                 yield
         finally:
             for model in built.roots():
-                guard_recorded(model, "fabric_init.materialize(model) gives it memory and values: call that first")
+                hold(model, "fabric_init.materialize(model) gives it memory and values: call that first.")
+                watch_loads(model, initialize_possible)
 
 
 def init_missing(model: nn.Module) -> None:
@@ -135,7 +136,6 @@ def init_report(model: nn.Module) -> InitReport:
     """
     model = original(model)
     report = report_of(model)
-    waiting = {id(row) for row in settle(model)}
-    release(model)
-    report.rows = [row for row in report.rows if row.status != "unfilled" or id(row) in waiting]
+    settle(model)
+    refresh_statuses(report.rows)
     return report

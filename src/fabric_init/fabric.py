@@ -18,7 +18,6 @@ from fabric_init.checkpoints import Conversion, Source
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.distributed.io import Io, check_io
 from fabric_init.errors import FabricInitError, RecordingError
-from fabric_init.guard.recorded import fix_of
 from fabric_init.planning.plan import LoadOptions
 from fabric_init.recording.mode import active
 from fabric_init.reports.init_report import InitReport
@@ -159,15 +158,13 @@ class Fabric(lightning.Fabric):
 
 
 def _require_tensors(module: nn.Module) -> None:
-    """A recorded model that nobody has filled cannot be set up; torch's own message does not say why."""
+    """Refuse a model without memory that nobody will fill; torch's own message does not say why."""
     if active() is not None:
         raise RecordingError("setup inside a recorded block: the model has no values yet. Call it after the block.")
     module = original(module)
     waiting = [name for name, tensor in module.named_parameters() if tensor.is_meta]
-    if waiting and not is_bound(module):
-        raise RecordingError(
-            f"{len(waiting)} parameters are on the meta device (first: {waiting[0]}). {fix_of(module) or _FIX}."
-        )
+    if waiting:
+        raise RecordingError(f"{len(waiting)} parameters are on the meta device (first: {waiting[0]}). {_FIX}.")
 
 
 _FIX = "Call fabric_init.materialize(model), or build the model under fabric.init_module(...), before setup"

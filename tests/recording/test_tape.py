@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from fabric_init.recording.mode import RecordMode
-from fabric_init.recording.tape import Tape, TensorRef, recorded, ref_of
+from fabric_init.recording.tape import Tape, TensorRef, ref_of
+from fabric_init.recording.tensor import recorded
 
 
 def number(tensor: torch.Tensor) -> int:

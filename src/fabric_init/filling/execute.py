@@ -21,13 +21,15 @@ from fabric_init.filling.derived import compute
 from fabric_init.filling.loader import set_extra_states
 from fabric_init.filling.out_of_memory import out_of_memory_explained
 from fabric_init.filling.progress import with_progress
-from fabric_init.guard.recorded import loaded_since, refuse_lost_writes, release_recorded
+from fabric_init.guard.loads import unwatch_loads
+from fabric_init.guard.models import settle, unfilled
 from fabric_init.planning.derived import loaded_storages, sources_of
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, DerivedFrom, LoadOptions, Plan, PlanEntry, storage_groups
 from fabric_init.planning.prepare import PreparedPlan, plan_for, prepared_digest
 from fabric_init.recording.replay import real_execution, replay, view
 from fabric_init.recording.tape import Rng, Tape
+from fabric_init.recording.tensor import RecordedTensor
 from fabric_init.reports.init_report import InitReport, keep_report
 from fabric_init.reports.rows import Row, dtype_name
 from fabric_init.reports.rules import describe_rule
@@ -101,6 +103,7 @@ def _values(
         storage: positions
         for storage, positions in storage_groups(entries).items()
         if not _is_loaded_whole(entries, positions, tapes[storage])
+        if all(entries[position].action is not Action.WAIT for position in positions)
     }
     shared = {position for positions in to_replay.values() for position in positions}
     parts: dict[int, Tensor] = {}  # loaded into memory that other tensors share
@@ -194,7 +197,11 @@ def _keep_apart(plan: Plan, values: dict[int, Tensor]) -> None:
 
 
 def _check(plan: Plan, tensors: Sequence[Tensor]) -> None:
-    left = [entry.slot.name for entry, tensor in zip(plan.entries, tensors, strict=True) if tensor.is_meta]
+    left = [
+        entry.slot.name
+        for entry, tensor in zip(plan.entries, tensors, strict=True)
+        if entry.action is not Action.WAIT and (tensor.is_meta or type(tensor) is RecordedTensor)
+    ]
     if left:
         raise FabricInitError(f"fabric_init left these tensors on the meta device, which is a bug of its own: {left}")
 
@@ -204,6 +211,7 @@ _STATUS = {
     Action.INIT: "initialized",
     Action.KEEP: "set when built",
     Action.SCRATCH: "scratch",
+    Action.WAIT: "unfilled",
 }
 
 
@@ -229,6 +237,8 @@ def make_report(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader 
                 cast_from=None if entry.cast_from is None else dtype_name(entry.cast_from),
                 ties=slot.names[1:],
                 recording=None if slot.ref is None else recording_of(slot, tapes[slot.ref.storage]),
+                tape=tapes[slot.ref.storage] if entry.action is Action.WAIT and slot.ref is not None else None,
+                storage=slot.ref.storage if entry.action is Action.WAIT and slot.ref is not None else -1,
             )
         )
     return InitReport(
@@ -253,8 +263,8 @@ def fill_model(
     """:func:`materialize`, for any placement, an open checkpoint and ranks that agree."""
 
     def plan() -> PreparedPlan:
-        source, asked = _with_earlier_load(model, reader, wanted)
-        return plan_for(model, source, asked, rng)
+        settle(model)
+        return plan_for(model, reader, wanted, rng)
 
     with PausedCollector():
         prepared = agreement.same(_PLANNING, plan, prepared_digest)
@@ -279,7 +289,7 @@ def carry_out(
     agreement: Agreement = _ALONE,
 ) -> InitReport:
     """Fill ``tensors``: the plan's own, or what a strategy has made of them."""
-    plan, _, tapes, reader, exact = prepared
+    plan, _, tapes, reader, exact, *_ = prepared
 
     def check_and_fill() -> InitReport:
         check_ties(plan, reader, placement)
@@ -288,25 +298,10 @@ def carry_out(
         return report
 
     report = agreement.same("filling the model", check_and_fill, lambda report: "")
-    release_recorded(model)
+    if not unfilled(model):
+        unwatch_loads(model)
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()  # cuDNN's layout: the constructor's own call came before there was memory
     keep_report(model, report)
     return report
-
-
-def _with_earlier_load(
-    model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions
-) -> tuple[CheckpointReader | None, LoadOptions]:
-    """The checkpoint to fill from, where ``load_state_dict`` was called on the recorded model before."""
-    refuse_lost_writes(model)
-    earlier = loaded_since(model)
-    if earlier is None or (reader is not None and wanted.strict):
-        return reader, wanted  # a strict load brings everything anyway
-    if reader is not None:
-        raise FabricInitError(
-            f"load_state_dict has brought {len(earlier.keys())} tensors into this recorded model, and {reader.path} "
-            "is to fill it as well, not strictly. Load the second one once the model has values."
-        )
-    return earlier, LoadOptions(strict=False)

@@ -35,7 +35,7 @@ class IncrementalFill:
 
     def begin(self) -> None:
         """Check what takes values to check, and fill what has memory already."""
-        plan, _, _, reader, _ = self._prepared
+        plan, _, _, reader, _, *_ = self._prepared
         check_ties(plan, reader, self._placement)
         self._fill(position for position, entry in enumerate(plan.entries) if entry.slot.ref is None)
 
@@ -50,7 +50,7 @@ class IncrementalFill:
 
     def finish(self) -> InitReport:
         """Fill all that is left."""
-        plan, _, _, reader, _ = self._prepared
+        plan, _, _, reader, _, *_ = self._prepared
         self._fill(range(len(plan.entries)))
         set_extra_states(plan.extras)
         rows = [row for _, row in sorted(self._rows.items())]
@@ -58,7 +58,7 @@ class IncrementalFill:
         return InitReport(rows, path, note, plan.unexpected)
 
     def _fill(self, positions: Iterable[int]) -> None:
-        plan, tensors, tapes, reader, exact = self._prepared
+        plan, tensors, tapes, reader, exact, *_ = self._prepared
         wanted = {other for position in positions for other in self._together.get(position, (position,))}
         now = sorted(wanted - self._rows.keys())
         if now:

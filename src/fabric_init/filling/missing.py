@@ -1,165 +1,129 @@
-"""The model's own init for tensors that have memory and wait, by now moved, cast, or beside others that were loaded."""
+"""The model's own init for tensors that wait, beside others that were loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import SingleProcess
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.derived import compute_with
 from fabric_init.filling.execute import fill
-from fabric_init.guard.hooks import items_under, ranks_of, release, settle
-from fabric_init.guard.state import ATTRIBUTE, Place, Unfilled, tensor_at, waiting_under
-from fabric_init.planning.placement import Placement
-from fabric_init.planning.plan import LoadOptions
-from fabric_init.planning.tensors import TensorInfo
-from fabric_init.planning.validation import make_plan
+from fabric_init.guard.loads import unwatch_loads
+from fabric_init.guard.models import forget_ranks, local, own_init_is_wanted, ranks_of, settle, unfilled, waits
+from fabric_init.guard.shards import forget_shards, is_partly_written, waiting_shards
+from fabric_init.planning.placement import Placement, WholeTensors
+from fabric_init.planning.plan import Action, Plan, PlanEntry
+from fabric_init.planning.tensors import TensorInfo, find_tensors
+from fabric_init.planning.validation import check_all_have_values
 from fabric_init.recording.replay import view
-from fabric_init.recording.tape import TensorRef
-from fabric_init.reports.rows import dtype_name
-
-Waits = Sequence[tuple[nn.Module, Unfilled]]
-"""What waits, and in which modules."""
-
-
-def initialize_all(waits: Waits) -> None:
-    """Run the model's own init for all of them.
-
-    Raises:
-        UninitializedTensorError: the model's own code never gives some tensor a value, or it would be the wrong one.
-    """
-    computed = [item.slot.name for _, item in waits if item.slot.ref is None]
-    if computed:
-        raise UninitializedTensorError(
-            f"{', '.join(computed)} came in (by weight_norm, prune, a parametrization, …) when there were no "
-            "values to compute with. Do that in the init_module block, or call fabric.init_missing(model) before."
-        )
-    partly = [item.slot.name for module, item in waits if item.changed(_tensor_of(module, item))]
-    if partly:
-        raise UninitializedTensorError(
-            f"the model's own init would overwrite what was written into a part of {', '.join(partly)}. Call "
-            "fabric.init_missing(model) first and write afterwards, or write the whole tensor."
-        )
-    sources = _sources(waits)
-    if lost := dict.fromkeys(item.slot.name for _, item in waits if sources.get(id(item), ()) is None):
-        raise UninitializedTensorError(
-            f"the model's own init computes {', '.join(lost)} from other tensors, of which this rank has to have "
-            "all, with their values. Call init_missing for the whole model; or load it as well, or before setup; "
-            "or declare the load: init_module(checkpoint=…)."
-        )
-    _initialize(waits, sources)
-
-
-def initialize_possible(waits: Waits) -> None:
-    """Run the model's own init for those of them that it gives a value, from what this rank has."""
-    with_init = [both for both in waits if both[1].slot.ref is not None]
-    sources = _sources(with_init)
-    _initialize(
-        [
-            (module, item)
-            for module, item in with_init
-            if sources.get(id(item), ()) is not None and not item.tape.never_written(_ref(item))
-        ],
-        sources,
-    )
-
-
-_Sources = dict[int, list[tuple[TensorRef, Tensor]] | None]
-
-
-def _sources(waits: Waits) -> _Sources:
-    """Of those that wait (by id), and that the model's own init computes from others that do not: from which.
-
-    ``None`` where these cannot be had whole.
-    """
-    still = {_ref(item).storage for _, item in waits}
-    found: _Sources = {}
-    with_values: dict[int, dict[int, None]] = {}  # by what the modules share: the same for thousands of tensors
-    for module, item in waits:
-        built = vars(module)[ATTRIBUTE].built
-        places = built.places
-        others = with_values.get(id(built))
-        if others is None:
-            others = with_values[id(built)] = dict.fromkeys(places.keys() - still)
-        if item.slot.saved and (storages := item.tape.computed_from(_ref(item).storage, others)):
-            tensors = [_whole(item, places[storage]) for storage in sorted(storages)]
-            whole = [tensor for tensor in tensors if tensor is not None]
-            found[id(item)] = whole if len(whole) == len(tensors) else None
-    return found
-
-
-def _whole(item: Unfilled, place: Place | None) -> tuple[TensorRef, Tensor] | None:
-    if place is None or (module := place[0]()) is None:
-        return None
-    _, attribute, ref = place
-    if (waiting := vars(module).get(ATTRIBUTE)) is not None:  # elsewhere in the model
-        waiting.settle()
-        if any(other.attribute == attribute for other in waiting.items):
-            return None
-    tensor = tensor_at(module, attribute)
-    if tensor is None or item.placement.held(tensor) is not tensor or tensor.shape != ref.size:
-        return None
-    return ref, tensor.detach()
-
-
-def _initialize(waits: Waits, sources: _Sources) -> None:
-    by_tensor = {id(tensor := _tensor_of(module, item)): (item, tensor) for module, item in waits}
-    items = [item for item, _ in by_tensor.values()]
-    if not items:
-        return
-    tapes = {_ref(item).storage: item.tape for item in items}
-    plan = make_plan([item.slot for item in items], tapes, None, LoadOptions())
-    tensors = [tensor for _, tensor in by_tensor.values()]
-    placement = _AsTheyAreNow(items[0].placement)
-    report = fill(plan, tensors, tapes, None, placement, exact=False)
-    for item, tensor, row in zip(items, tensors, report.rows, strict=True):
-        for_it = sources.get(id(item))
-        if for_it:
-            memory = compute_with(item.slot, item.tape, for_it, tensor.device)
-            with torch.no_grad():
-                placement.put(item.slot, tensor, take(view(memory, _ref(item)), placement.region(item.slot)))
-        item.row.status, item.row.origin, item.row.dtype = "initialized", row.origin, dtype_name(tensor.dtype)
-
-
-def _ref(item: Unfilled) -> TensorRef:
-    assert item.slot.ref is not None
-    return item.slot.ref
-
-
-def _tensor_of(module: nn.Module, item: Unfilled) -> Tensor:
-    tensor = tensor_at(module, item.attribute)
-    assert tensor is not None  # otherwise the model does without it, and it does not wait
-    return tensor
-
-
-class _AsTheyAreNow:
-    """A placement for tensors that may have been moved, cast or laid out anew since they were given memory."""
-
-    def __init__(self, placement: Placement) -> None:
-        self.device = placement.device
-        self.region = placement.region
-        self.held = placement.held
-
-    def put(self, slot: TensorInfo, tensor: Tensor, value: Tensor) -> Tensor:
-        self.held(tensor).detach().copy_(value)  # in place: layout, views and ties stay
-        return tensor
+from fabric_init.recording.tape import Tape, TensorRef
+from fabric_init.recording.tensor import recorded
 
 
 def initialize_missing(model: nn.Module) -> None:
     """Run the model's own recorded init for every tensor under ``model`` that still waits.
 
     Raises:
-        UninitializedTensorError: the model's own code never gives some tensor a value.
+        UninitializedTensorError: the model's own code never gives some tensor a value, or it would be the wrong one.
     """
     settle(model)
-    waits = list(items_under(model))
-    (ranks_of(model) or SingleProcess()).same(
-        "initializing what is missing", lambda: initialize_all(waits), lambda _: ""
-    )
-    for module, waiting in list(waiting_under(model)):
-        waiting.settle("initialized", module)
-    release(model)
+    agreement = ranks_of(model) or SingleProcess()
+    agreement.same("initializing what is missing", lambda: _initialize_all(model), lambda _: "")
+    forget_ranks(model)
+    forget_shards(model)
+    unwatch_loads(model)
+
+
+def initialize_possible(model: nn.Module) -> None:
+    """Run it for those of them that it gives a value, from what this rank has."""
+    _initialize(model, partial=True)
+
+
+def _initialize_all(model: nn.Module) -> None:
+    _initialize(model, partial=False)
+    left = [name for name, tensor in unfilled(model) if local(tensor).numel()]
+    if left:
+        raise UninitializedTensorError(
+            f"{', '.join(left)}: computed from tensors that had no values then, and have others now. Compute them "
+            "in the init_module block, or after the load."
+        )
+
+
+def _initialize(model: nn.Module, *, partial: bool) -> None:
+    infos = [(info, tensor) for info, tensor in find_tensors(model) if info.ref is not None]
+    tapes = {info.ref.storage: found.tape for info, tensor in infos if info.ref and (found := recorded(tensor))}
+    entries = [PlanEntry(info, Action.INIT) for info, tensor in infos if waits(tensor) or not partial]
+    tensors = [tensor for info, tensor in infos if waits(tensor) or not partial]
+    _run(entries, tensors, tapes, WholeTensors(), partial=partial)
+    for shards in list(waiting_shards(model)):
+        partly = [e.slot.name for e, t in zip(shards.entries, shards.tensors, strict=True) if is_partly_written(t)]
+        if partly and not partial:
+            raise UninitializedTensorError(
+                f"the model's own init would overwrite what was written into a part of {', '.join(partly)}. Call "
+                "fabric.init_missing(model) first and write afterwards, or write the whole tensor."
+            )
+        chosen = [e.slot.name not in partly for e in shards.entries]
+        _run(
+            [e for e, yes in zip(shards.entries, chosen, strict=True) if yes],
+            [t for t, yes in zip(shards.tensors, chosen, strict=True) if yes],
+            shards.tapes,
+            shards.placement,
+            partial=partial,
+        )
+
+
+def _run(
+    entries: list[PlanEntry], tensors: list[Tensor], tapes: Mapping[int, Tape], placement: Placement, *, partial: bool
+) -> None:
+    sources = {id(tensor): _sources(entry.slot, tapes) for entry, tensor in zip(entries, tensors, strict=True)}
+    lost = [e.slot.name for e, t in zip(entries, tensors, strict=True) if sources[id(t)] is None]
+    if lost and not partial:
+        raise UninitializedTensorError(
+            f"the model's own init computes {', '.join(lost)} from other tensors, of which this rank has to have "
+            "all, with their values. Call init_missing for the whole model; or load it as well, or before setup; "
+            "or declare the load: init_module(checkpoint=…)."
+        )
+    both = [(e, t) for e, t in zip(entries, tensors, strict=True) if sources[id(t)] is not None]
+    if partial:
+        both = [(e, t) for e, t in both if not tapes[_ref(e).storage].never_written(_ref(e))]
+    else:
+        check_all_have_values([e for e, _ in both if waits(_)], tapes, None)
+    own_init_is_wanted(tensor for _, tensor in both)
+    both = [(e, t) for e, t in both if not waits(t)]
+    plain = [(e, t) for e, t in both if not sources[id(t)]]
+    fill(Plan(tuple(e for e, _ in plain)), [t for _, t in plain], tapes, None, placement, exact=_exact(tapes))
+    for entry, tensor in both:
+        given = sources[id(tensor)]
+        if given:
+            memory = compute_with(entry.slot, tapes[_ref(entry).storage], given, placement.device(entry.slot))
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                placement.put(entry.slot, tensor, view(memory, _ref(entry)))
+
+
+def _exact(tapes: Mapping[int, Tape]) -> bool:
+    return {tape.rng for tape in tapes.values()} == {"eager"}
+
+
+def _ref(entry: PlanEntry) -> TensorRef:
+    assert entry.slot.ref is not None
+    return entry.slot.ref
+
+
+def _sources(info: TensorInfo, tapes: Mapping[int, Tape]) -> Sequence[tuple[TensorRef, Tensor]] | None:
+    """The loaded tensors that the model's own init computes this one from; ``None`` where they cannot be had whole."""
+    assert info.ref is not None
+    tape = tapes[info.ref.storage]
+    if not info.saved or not tape.overruled:
+        return ()
+    found = []
+    for storage in sorted(tape.computed_from(info.ref.storage, dict.fromkeys(tape.overruled))):
+        now = [t for owners in tape.later.owners for t in owners.now(storage)]
+        ref = tape.first_ref(storage)
+        whole = [t for t in now if local(t) is t and recorded(t) is None and ref is not None and t.shape == ref.size]
+        if not whole or ref is None:
+            return None
+        found.append((ref, whole[0].detach()))
+    return found

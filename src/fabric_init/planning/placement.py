@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fabric_init.checkpoints.region import Region
 from fabric_init.planning.tensors import TensorInfo
+from fabric_init.recording.tensor import become
 
 
 class Placement(Protocol):
@@ -33,10 +34,6 @@ class Placement(Protocol):
         """
         ...
 
-    def held(self, tensor: Tensor) -> Tensor:
-        """This rank's own memory of ``tensor``, after ``put``: the tensor itself, unless only a part of it is here."""
-        ...
-
 
 class WholeTensors:
     """Every rank keeps every tensor whole: one device, DDP.
@@ -59,27 +56,3 @@ class WholeTensors:
     def put(self, slot: TensorInfo, tensor: Tensor, value: Tensor) -> Tensor:
         become(tensor, value)
         return tensor
-
-    def held(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-
-def become(tensor: Tensor, value: Tensor) -> None:
-    """Give ``tensor``, which stays the same Python object, the memory of ``value``.
-
-    ``torch.utils.swap_tensors`` would do, but for three things: it also swaps the objects' attributes, drops hooks,
-    and refuses tensors that something holds a weak reference to. The swap under it has none of these troubles.
-    """
-    hooks = tensor._backward_hooks if tensor.is_leaf else None
-    after_accumulation = tensor._post_accumulate_grad_hooks if tensor.is_leaf else None
-    requires_grad = tensor.requires_grad and tensor.is_leaf
-    if isinstance(tensor, nn.Parameter):
-        other: Tensor = nn.Parameter(value, requires_grad=False)
-    else:
-        other = value.detach()
-    other.requires_grad_(requires_grad)
-    torch._C._swap_tensor_impl(tensor, other)
-    if hooks:
-        tensor._backward_hooks = hooks
-    if after_accumulation:
-        tensor._post_accumulate_grad_hooks = after_accumulation

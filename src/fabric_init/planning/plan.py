@@ -23,6 +23,7 @@ class Action(Enum):
     INIT = "initialized"
     KEEP = "set when built"
     SCRATCH = "scratch"
+    WAIT = "unfilled"
 
 
 class PlanEntry(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class PreparedPlan(NamedTuple):
     tapes: Mapping[int, Tape]
     reader: CheckpointReader | None
     exact: bool
+    versions: Sequence[tuple[Tensor, int]] = ()
+    """Of the tensors that had values when the plan was made: how often they had been written."""
 
 
 def plan_for(
@@ -36,7 +38,8 @@ def plan_for(
     exact = _exact(set(tapes.values()), rng)
     plan = make_plan(slots, tapes, reader, wanted, find_extra_states(model))
     check_nothing_is_undone(plan.entries, tapes)
-    return PreparedPlan(plan, tensors, tapes, reader, exact)
+    versions = [(tensor, tensor._version) for info, tensor in zip(slots, tensors, strict=True) if info.real]
+    return PreparedPlan(plan, tensors, tapes, reader, exact, versions)
 
 
 def prepared_digest(prepared: PreparedPlan) -> str:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fabric_init.recording.tape import Tape, TensorRef, recorded, ref_of
+from fabric_init.recording.tape import Tape, TensorRef, ref_of
+from fabric_init.recording.tensor import meta_of, recorded
 
 Kind = Literal["parameter", "buffer", "non-persistent buffer", "attribute"]
 
@@ -144,8 +145,8 @@ def _slot(names: tuple[str, ...], kind: Kind, tensor: Tensor) -> TensorInfo | No
         tensor.size(),
         tensor.dtype,
         tensor.device if found is None else found.device,
-        None if found is None else ref_of(tensor, found.storage),
-        not tensor.is_meta,
+        None if found is None else ref_of(meta_of(tensor), found.storage),
+        found is None and not tensor.is_meta,
         tensor.requires_grad,
     )
 

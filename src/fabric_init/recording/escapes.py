@@ -11,7 +11,7 @@ from torch import Tensor
 from fabric_init.errors import RecordingError
 from fabric_init.recording.device_queries import Handler
 from fabric_init.recording.recorder import Recorder
-from fabric_init.recording.tape import recorded
+from fabric_init.recording.tensor import RecordedTensor, recorded
 
 
 def _with_true_value(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -100,11 +100,13 @@ def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
     """``p.data = t``. torch refuses to mix meta with real memory, so a real ``t`` enters the tape as a constant."""
     target, value = args
     with torch._C.DisableTorchFunction():
-        if recorded(target) is not None and not value.is_meta:
+        if recorded(target) is not None and recorded(value) is None and not value.is_meta:
             value = recorder.constant(value.detach())
-        elif not target.is_meta and recorded(value) is not None:
+        elif recorded(target) is None and not target.is_meta and recorded(value) is not None:
             value = recorder.true_value(value)
         func(target, value)
+        if type(target) is RecordedTensor and type(value) is RecordedTensor:
+            target._meta, target._claimed = value._meta.detach(), value._claimed
 
 
 HANDLERS: dict[Any, Handler] = {

@@ -22,9 +22,11 @@ from fabric_init._gc import PausedCollector
 from fabric_init.recording import device_queries, escapes
 from fabric_init.recording.call_site import init_call
 from fabric_init.recording.device_queries import Handler
+from fabric_init.recording.later import Later
 from fabric_init.recording.op_schemas import INIT_FUNCTIONS
 from fabric_init.recording.recorder import Recorder
-from fabric_init.recording.tape import Rng, Tape, check_rng, recorded
+from fabric_init.recording.tape import Rng, Tape, check_rng
+from fabric_init.recording.tensor import RecordedTensor, recorded, recorded_tensor
 
 # The init functions that hand over to a function mode; the others are known by their frame.
 _SEEN_WHOLE: dict[str, Any] = {
@@ -48,6 +50,7 @@ class RecordMode(TorchFunctionMode):
         super().__init__()
         self.tape = Tape(rng)
         self.recorder = Recorder(self.tape, agree)
+        self.tape.later = Later(self.tape)
         self._collector = PausedCollector()
 
     def __enter__(self) -> Self:
@@ -71,11 +74,12 @@ class RecordMode(TorchFunctionMode):
             return handler(self.recorder, func, args, kwargs or {})
         if type(func) is FunctionType and (original := _replaced(func, sys._getframe(2))) is not None:
             return _init_function(self.recorder, original, args, kwargs or {})
-        if not kwargs:
-            return func(*args)
-        if kwargs.get("device") is not None:
+        if kwargs and kwargs.get("device") is not None:
             return device_queries.on_device_by_name(self.recorder, func, args, kwargs)
-        return func(*args, **kwargs)
+        if types and all(kind is RecordedTensor for kind in types):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 # -- whole init functions ----------------------------------------------------------------------------------------------
@@ -121,9 +125,20 @@ def _is_meta(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[
     return False
 
 
+def _detach(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What ``nn.Parameter`` asks of each tensor first, hence this shortcut past the dispatcher."""
+    tensor = args[0]
+    with torch._C.DisableTorchFunction():
+        if type(tensor) is not RecordedTensor or tensor.grad_fn is not None:
+            return func(*args, **kwargs)  # type: ignore[no-any-return]
+        with torch._C._DisableTorchDispatch():
+            return recorded_tensor(tensor._meta.detach(), tensor._claimed)
+
+
 _HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys(_SEEN_WHOLE.values(), _init_function),
     Tensor.is_meta.__get__: _is_meta,  # type: ignore[attr-defined]
+    Tensor.detach: _detach,
     **device_queries.HANDLERS,
     **escapes.HANDLERS,
 }

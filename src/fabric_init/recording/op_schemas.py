@@ -89,6 +89,12 @@ _WRITTEN_UNSAID = {
 }
 
 
+# Select elements by an index: what comes out of a tensor that waits may wait as well, whatever the index is.
+INDEXES = frozenset(
+    {f"aten::{name}" for name in ("index", "index_select", "gather", "take", "take_along_dim", "_unsafe_index")}
+)
+
+
 class Traits(NamedTuple):
     """What an aten operator does, as far as recording cares."""
 

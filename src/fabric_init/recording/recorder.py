@@ -11,7 +11,7 @@ An op goes one of four ways:
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
@@ -36,7 +36,8 @@ from fabric_init.recording.meta_kernels import (
 from fabric_init.recording.op_schemas import DRAWS_FROM_DEFAULT, INIT_FUNCTIONS, Func, is_random, traits
 from fabric_init.recording.replay import real_execution, storage_now, view
 from fabric_init.recording.rng import Streams
-from fabric_init.recording.tape import Draw, Recorded, Tape, TensorRef, begin, recorded, ref_of
+from fabric_init.recording.tape import Draw, Recorded, Tape, TensorRef, begin, ref_of
+from fabric_init.recording.tensor import ASKS_DEVICE, RecordedTensor, follow_meta, meta_of, recorded, recorded_tensor
 
 _CPU = torch.device("cpu")
 
@@ -51,6 +52,7 @@ class Recorder(TorchDispatchMode):
         self._agree = agree
         self.streams: Streams | None = None
         self._asked: torch.device | None = None  # a device that has to be named to torch as meta
+        self.recognizes_init_calls = True
         self._call: FrameType | None = None  # the init function that is recorded already, while its ops come in
 
     @classmethod
@@ -75,8 +77,10 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is ASKS_DEVICE:
+            return args[0].device
         with torch._C.DisableTorchFunction():
-            return self._dispatch(func, args, dict(kwargs) if kwargs else {})
+            return self.record_op(func, args, dict(kwargs) if kwargs else {})
 
     @contextmanager
     def asked_for(self, device: torch.device) -> Iterator[None]:
@@ -89,12 +93,14 @@ class Recorder(TorchDispatchMode):
 
     # -- ops ---------------------------------------------------------------------------------------------------------
 
-    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def record_op(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         does = traits(func)
-        if does.plain_fill and self.lookup(args[0]) is not None:
+        if does.plain_fill and (target := self.lookup(args[0])) is not None and target.memory is None:
             return self._fill(func, args, kwargs)
         tensors = list(tensors_in((args, kwargs.values())))
         known = [found for tensor in tensors if (found := self.lookup(tensor)) is not None]
+        if any(found.memory is not None for found in known):
+            return self._with_memory(func, args, kwargs)
         if not known:
             if tensors and not (does.unfilled and kwargs.get("device") is not None):
                 return self._untracked(func, args, kwargs, tensors)
@@ -115,7 +121,7 @@ class Recorder(TorchDispatchMode):
             return func(*self._real(args), **self._real(kwargs))  # into a real tensor: with true values, now
 
         frame = sys._getframe(2)
-        call = init_call(frame) if known or does.has_device else None
+        call = init_call(frame) if self.recognizes_init_calls and (known or does.has_device) else None
         if call is not None:
             self.record_init_frame(call)
         try:
@@ -125,16 +131,15 @@ class Recorder(TorchDispatchMode):
         if not all(is_dense(tensor) for tensor in tensors_in((result,))):
             with real_execution():  # the tape knows dense memory alone: this one is real from the start
                 return func(*self._real(args), **self._real(kwargs))
-        if call is not None and call is self._call:
-            return result  # its ops are part of the recorded call
-        self._record(func, args, kwargs, known, written, result, frame)
-        return result
+        if call is None or call is not self._call:  # else its ops are part of the recorded call
+            self._record(func, args, kwargs, known, written, result, frame)
+        return self._wrapped(result, tensors, known, kwargs)
 
     def _fill(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """An in-place fill: most init comes down to one, and its meta kernel has nothing to say."""
         frame = sys._getframe(3)
         target: torch.Tensor = args[0]
-        call = init_call(frame)
+        call = init_call(frame) if self.recognizes_init_calls else None
         if call is not None:
             self.record_init_frame(call)
         if call is None or call is not self._call:
@@ -234,7 +239,7 @@ class Recorder(TorchDispatchMode):
     def ref(self, tensor: torch.Tensor) -> TensorRef:
         found = self.lookup(tensor)
         assert found is not None
-        return ref_of(tensor, found.storage)
+        return ref_of(meta_of(tensor), found.storage)
 
     def constant(self, tensor: torch.Tensor) -> torch.Tensor:
         """A recorded tensor whose value is the real ``tensor``'s."""
@@ -243,16 +248,20 @@ class Recorder(TorchDispatchMode):
         ref = self.new_storage(meta, tensor.device)
         value = self.tape.bring(tensor)
         self.tape.add_op(torch.ops.aten.clone.default, (value,), {}, (), (ref,), None, caller(sys._getframe(1)))
-        return meta
+        return recorded_tensor(meta, tensor.device)
 
     def new_storage(self, tensor: torch.Tensor, device: torch.device) -> TensorRef:
         return ref_of(tensor, begin(tensor, self.tape, device))
+
+    def constant_value(self, value: torch.Tensor) -> torch.Tensor:
+        """What the tape holds of a real tensor that an op reads: its value at this moment."""
+        return value.detach().clone()
 
     def _grow(self, tensor: torch.Tensor) -> None:
         found = self.lookup(tensor)
         assert found is not None
         info = self.tape.storages[found.storage]
-        self.tape.storages[found.storage] = info._replace(nbytes=tensor.untyped_storage().nbytes())
+        self.tape.storages[found.storage] = info._replace(nbytes=meta_of(tensor).untyped_storage().nbytes())
 
     def _refs(self, value: Any) -> Any:
         """``value`` with tensors replaced by what the tape may hold."""
@@ -265,7 +274,7 @@ class Recorder(TorchDispatchMode):
                     "no values; build it inside the block, or give it real memory first"
                 )
             with torch._C._DisableTorchDispatch():
-                return self.tape.bring(value.detach().clone())
+                return self.tape.bring(self.constant_value(value))
         if type(value) is dict:
             return {name: self._refs(item) for name, item in value.items()}
         if type(value) in (list, tuple):
@@ -277,6 +286,7 @@ class Recorder(TorchDispatchMode):
     def _on_meta(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def meta(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
+                value = meta_of(value)
                 return value if value.is_meta or value.dim() == 0 else like_on_meta(value)
             if type(value) in (list, tuple):
                 return type(value)([meta(item) for item in value])
@@ -295,6 +305,22 @@ class Recorder(TorchDispatchMode):
         result = func(*(meta(value) for value in args), **kwargs)
         return map_tensors(result, lambda tensor: dense(tensor) if recorded(tensor) is None else tensor)
 
+    def _with_memory(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An op on tensors of an earlier block that have their values: on real ones, from here on."""
+        given: dict[int, torch.Tensor] = {}
+
+        def real(tensor: torch.Tensor) -> torch.Tensor:
+            found = self.lookup(tensor)
+            if found is None or found.memory is None:
+                return tensor
+            value: torch.Tensor = self.tape.later.value(tensor, "be read")
+            given[id(value)] = tensor
+            return value
+
+        real_args, real_kwargs = map_tensors((args, kwargs), real)
+        result = self.record_op(func, real_args, real_kwargs)
+        return map_tensors(result, lambda tensor: given.get(id(tensor), tensor))
+
     def _with_true_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], known: list[Recorded]) -> Any:
         """Run ``func`` on the values that its arguments would have by now; tensors that come out are recorded."""
         with real_execution(), _generator_kept(func, kwargs):  # a recorded draw is made by replay, not here
@@ -303,15 +329,37 @@ class Recorder(TorchDispatchMode):
                 return real
             result = map_tensors(real, like_on_meta)
         self._record(func, args, kwargs, known, written_tensors(func, args, kwargs), result, sys._getframe(2))
-        return result
+        return self._wrapped(result, (), known, kwargs)
+
+    def _wrapped(self, result: Any, tensors: Iterable[torch.Tensor], known: list[Recorded], kwargs: Any) -> Any:
+        """What an op on meta tensors has returned, as recorded tensors: those that were passed in stay themselves."""
+        passed = {id(meta_of(tensor)): tensor for tensor in tensors}
+
+        def wrapped(meta: torch.Tensor) -> torch.Tensor:
+            tensor = passed.get(id(meta))
+            if tensor is None:
+                found = recorded(meta)
+                return meta if found is None else recorded_tensor(meta, found.device)
+            if type(tensor) is RecordedTensor and (meta.size() != tensor.size() or meta.stride() != tensor.stride()):
+                follow_meta(tensor)
+            return tensor
+
+        return map_tensors(result, wrapped)
 
     def _set_storage(self, args: tuple[Any, ...]) -> Any:
         """``t.set_(storage, …)``: how ``torch.load`` puts tensors together."""
         if args[1].device.type == "meta":
-            return torch.ops.aten.set_.source_Storage_storage_offset(*args)
+            torch.ops.aten.set_.source_Storage_storage_offset(meta_of(args[0]), *args[1:])
+            return self._followed(args[0])
         with real_execution():
             real = torch.empty(0, dtype=args[0].dtype, device=args[1].device).set_(*args[1:])
-        return torch.ops.aten.set_.source_Tensor(args[0], self.constant(real))
+        torch.ops.aten.set_.source_Tensor(meta_of(args[0]), meta_of(self.constant(real)))
+        return self._followed(args[0])
+
+    def _followed(self, tensor: torch.Tensor) -> torch.Tensor:
+        if type(tensor) is RecordedTensor:
+            follow_meta(tensor)
+        return tensor
 
     def _untracked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
         if not traits(func).random or any(tensor.is_meta for tensor in tensors) or kwargs.get("generator") is not None:
@@ -319,7 +367,7 @@ class Recorder(TorchDispatchMode):
         # Random numbers into real memory: a recorded stand-in draws at this place of the stream, and is looked at.
         stand_ins = {id(tensor): self.constant(tensor.detach().clone()) for tensor in tensors}
         swapped_args, swapped_kwargs = map_tensors((args, kwargs), lambda tensor: stand_ins[id(tensor)])
-        result = self._dispatch(func, swapped_args, swapped_kwargs)
+        result = self.record_op(func, swapped_args, swapped_kwargs)
         originals = {id(stand_ins[id(tensor)]): tensor for tensor in tensors}
         for tensor in written_tensors(func, args, kwargs):
             with real_execution():
@@ -338,6 +386,9 @@ class Recorder(TorchDispatchMode):
         """What the constructor would find in ``tensor`` at this point, as a real tensor. Replays that tensor alone."""
         found = self.lookup(tensor)
         assert found is not None
+        if found.memory is not None or self.tape.later.waiting.missing([found.storage]):
+            value: torch.Tensor = self.tape.later.value(tensor, "be read")  # of an earlier block: it may wait
+            return value
         memory, random = storage_now(self.tape, found.storage, exact=self.exact)
         if random:
             self.tape.sealed_rng = self.tape.rng

@@ -113,3 +113,35 @@ class Streams:
             if not streams.touched():
                 seed = self._tape.streams[streams.stream].seed
                 streams.generator.manual_seed(derived_seed(seed, -1))
+
+
+class LateStreams:
+    """Where ops draw from that are recorded after their block: each from a generator of its own.
+
+    Its seed is drawn from the generator that the user's code has at that moment, so that it moves on, as in plain
+    PyTorch, and ranks with one seed record one value.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        self._tape = tape
+
+    def of(self, generator: torch.Generator | None) -> LateDraws:
+        """Return the draws from ``generator``; ``None`` is torch's default one."""
+        return LateDraws(self._tape, generator)
+
+
+class LateDraws:
+    """The one draw that an op makes."""
+
+    def __init__(self, tape: Tape, generator: torch.Generator | None) -> None:
+        self._tape = tape
+        self._generator = generator if generator is not None else torch.default_generator
+
+    def draw(self) -> Draw:
+        """Return the place of the op that is about to be recorded."""
+        number = torch.empty((), dtype=torch.int64, device=self._generator.device)
+        seed = int(number.random_(generator=self._generator)) & _LAST_63_BITS
+        return Draw(self._tape.add_stream(Stream(True, seed, {})), 0, None)
+
+    def drawn(self, number: int) -> None:
+        """Nothing follows in this stream."""

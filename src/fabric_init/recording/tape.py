@@ -11,6 +11,7 @@ Everything here is plain frozen data; :mod:`fabric_init.recording.replay` carrie
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -158,6 +159,10 @@ class Tape:
         self.streams: dict[int, Stream] = {}
         self.brought = 0  # bytes of the real tensors that the constructor brought in
         self.sealed_rng: Rng | None = None  # a random value was shown to the constructor: the mode it was drawn in
+        self.waits: dict[int, int] = {}  # storages that wait for a load, and the op number from which on
+        self.overruled: dict[int, int] = {}  # those of them that got values, so their own init is not what they hold
+        self.records: dict[int, weakref.ref[Recorded]] = {}  # by storage: alive as long as a tensor is on it
+        self.later: Any = None  # answers for recorded tensors when no block is open
         self._joined: Tape | None = None
 
     def current(self) -> Tape:
@@ -175,12 +180,22 @@ class Tape:
         later.streams.update(self.streams)
         later.brought += self.brought
         later.sealed_rng = later.sealed_rng or self.sealed_rng
+        later.waits.update(self.waits)
+        later.records.update(self.records)
+        later.overruled.update(self.overruled)
+        if self.later is not None and later.later is not None:
+            later.later.join(self.later)
         self._joined = later
 
     def add_storage(self, nbytes: int, device: torch.device) -> int:
         number = next(_numbers)
         self.storages[number] = StorageInfo(nbytes, device)
         return number
+
+    def is_alive(self, storage: int) -> bool:
+        """Whether a recorded tensor is on ``storage`` still."""
+        record = self.records.get(storage)
+        return record is not None and record() is not None
 
     def add_stream(self, stream: Stream) -> int:
         number = next(_numbers)
@@ -215,6 +230,18 @@ class Tape:
         for ref in outputs:
             writers[ref.storage] = [index]
         return index
+
+    def written_since(self, storage: int, number: int) -> bool:
+        """Return whether an op later than ``number`` wrote to ``storage``."""
+        return any(writer > number for writer in self.writers.get(storage, ()))
+
+    def first_ref(self, storage: int) -> TensorRef | None:
+        """Return how the first tensor that was written whole lies on ``storage``."""
+        for number in self.writers.get(storage, ()):
+            for ref in (*self.ops[number].outputs, *self.ops[number].targets):
+                if ref.storage == storage and self.covers(ref):
+                    return ref
+        return None
 
     def covers(self, ref: TensorRef) -> bool:
         """Whether ``ref`` is the whole of its storage, every byte once."""
@@ -331,11 +358,19 @@ class Tape:
         return not bool(written.as_strided(ref.size, ref.stride, ref.offset).all())
 
 
-class Recorded(NamedTuple):
-    """What a recorded storage object carries: the tape it was first written on, and its number there."""
+class Recorded:
+    """What a recorded storage object carries: the tape it was first written on, and its number there.
 
-    first_tape: Tape
-    storage: int
+    ``memory`` is where its values are, and at which byte, once they have come: tensors that nobody has turned into
+    plain ones by then, such as views in a closure, find them there.
+    """
+
+    __slots__ = ("__weakref__", "first_tape", "memory", "storage")
+
+    def __init__(self, first_tape: Tape, storage: int) -> None:
+        self.first_tape = first_tape
+        self.storage = storage
+        self.memory: tuple[torch.UntypedStorage, int] | None = None
 
     @property
     def tape(self) -> Tape:
@@ -346,8 +381,8 @@ class Recorded(NamedTuple):
         return self.tape.storages[self.storage].device
 
 
-def recorded(tensor: torch.Tensor) -> Recorded | None:
-    """The recording behind ``tensor``, or ``None`` for any other tensor, real or meta."""
+def recorded_storage(tensor: torch.Tensor) -> Recorded | None:
+    """Return the recording behind a plain meta ``tensor``, or ``None`` for any other tensor, real or meta."""
     if not tensor.is_meta:
         return None
     try:
@@ -361,7 +396,9 @@ def begin(tensor: torch.Tensor, tape: Tape, device: torch.device) -> int:
     """Begin the recording of a fresh meta tensor's storage; gives its number on ``tape``."""
     storage = tensor.untyped_storage()
     number = tape.add_storage(storage.nbytes(), device)
-    storage._fabric_init = Recorded(tape, number)  # type: ignore[attr-defined]
+    record = Recorded(tape, number)
+    storage._fabric_init = record  # type: ignore[attr-defined]
+    tape.records[number] = weakref.ref(record)
     return number
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from fabric_init.errors import FabricInitError
-from fabric_init.reports.rows import InitRecord, Status
+from fabric_init.reports.rows import InitRecord, Row, Status
 from fabric_init.reports.save import SavesItself, save_report
 from fabric_init.reports.trace import measure, trace
 
@@ -167,3 +167,17 @@ def report_of(model: nn.Module) -> InitReport:
             "was built in the block."
         )
     return report
+
+
+def refresh_statuses(rows: list[Row]) -> None:
+    """Bring the rows of tensors that had no values up to date; those that the model has given up go."""
+    for row in list(rows):
+        if row.status != "unfilled" or row.tape is None:
+            continue
+        tape = row.tape.current()
+        if row.storage in tape.later.statuses:
+            row.status = tape.later.statuses[row.storage]
+        elif row.storage not in tape.waits:
+            row.status = "initialized"
+        elif not tape.is_alive(row.storage):
+            rows.remove(row)

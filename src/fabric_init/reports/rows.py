@@ -59,6 +59,8 @@ class Row:
     mean_now: float | None = None
     std_now: float | None = None
     recording: Recording | None = field(default=None, repr=False, compare=False)
+    tape: Tape | None = field(default=None, repr=False, compare=False)
+    storage: int = field(default=-1, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -72,11 +74,14 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """The row as plain data; numbers that are not finite become ``None``."""
-        plain = {one.name: _plain(getattr(self, one.name)) for one in fields(self) if one.name != "recording"}
+        plain = {one.name: _plain(getattr(self, one.name)) for one in fields(self) if one.name not in _INTERNAL}
         return plain | {"writes": [asdict(write) for write in self.writes]}
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"recording": None}  # a copy is plain data
+        return vars(self) | {"recording": None, "tape": None}  # a copy is plain data
+
+
+_INTERNAL = ("recording", "storage", "tape")
 
 
 def _plain(value: Any) -> Any:

@@ -24,10 +24,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_init.errors import FabricInitError
-from fabric_init.guard.hooks import loading, release, require, settle
+from fabric_init.filling.missing import initialize_missing
+from fabric_init.guard.loads import loading
+from fabric_init.guard.models import settle, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.recording.mode import RecordMode
-from fabric_init.strategies.fill_in_setup import is_bound, shard_and_fill
+from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound, shard_and_fill
 from fabric_init.strategies.init_context import init_context
 from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
 from fabric_init.strategies.optimizers import refuse_left_behind
@@ -99,8 +101,6 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
         engine, optimizers, scheduler = theirs(self, module, optimizers, scheduler)
         if not self.zero_stage_3:
             module.register_load_state_dict_post_hook(lambda *_: refresh_masters(engine))
-        if settle(module):
-            _refresh_when_filled(engine, module)
         return engine, optimizers, scheduler
 
     def _initialize_engine(
@@ -144,7 +144,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
     def save_checkpoint(self, path: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         for engine in _require_checkpointing(state):
             if (refresh := vars(engine).get(_WAITS)) is not None:
-                refresh(use="be saved")
+                refresh()
         super().save_checkpoint(path, state, *args, **kwargs)
 
     def load_checkpoint(self, path: Any, state: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -166,7 +166,8 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
     def _prepare(self, module: nn.Module) -> None:
         """Partition and fill a recorded model; of any other, make sure that it has one shape on all ranks."""
         settle(module)
-        release(module)
+        if unfilled(module):  # DeepSpeed copies the weights when it is set up: they have to have values
+            choose_own_init(module) if is_bound(module) else initialize_missing(module)
         if not is_bound(module):
             self.agreement.same("the model to set up", lambda: module, _shapes_digest)
             return
@@ -228,12 +229,11 @@ def refresh_masters(engine: Any) -> None:
 
 
 def _refresh_when_filled(engine: Any, model: nn.Module) -> None:
-    """DeepSpeed has made its masters from other values than ``model`` has, or will have: make them anew in time."""
+    """Make the masters anew before they are used: DeepSpeed made them from other values than ``model`` has by now."""
     if _WAITS in vars(engine):
         return
 
-    def refresh(*_: Any, use: str = "run") -> None:
-        require(model, use)
+    def refresh(*_: Any) -> None:
         handle.remove()
         del vars(engine)[_WAITS]
         parameters: list[Any] = list(model.parameters())

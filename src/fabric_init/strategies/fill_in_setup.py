@@ -1,4 +1,11 @@
-"""A model that stays recorded until its strategy shards it, bound to what it will then be filled from."""
+"""A model that stays recorded until its strategy shards it, bound to what it will then be filled from.
+
+[Note: why parameters keep their identity]
+Plans know tensors by identity, and users make optimizers, ties and lists of parameters before ``setup``. So a tensor
+stays the same Python object while it is recorded, planned for, and filled, and only a strategy that makes parameters of
+its own (``fully_shard``, ``distribute_tensor``) puts others in its place. Right before that, recorded tensors become
+plain meta tensors, which is what these functions know; what has no values after it becomes a recorded shard.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +14,54 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.distributed.agreement import Agreement
-from fabric_init.errors import FabricInitError
-from fabric_init.filling.allocate import Rooms, move_in, plan_rooms, rooms_digest, with_rooms
+from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.execute import carry_out, prepare
-from fabric_init.filling.merge import planned_tensors, revised
-from fabric_init.guard.recorded import fix_of, guard_recorded, loaded_since, overrule_loads, refuse_lost_writes
+from fabric_init.filling.merge import declared_at, merged, planned_tensors
+from fabric_init.filling.missing import initialize_possible
+from fabric_init.filling.wait import let_wait
+from fabric_init.guard.loads import unwatch_loads, watch_loads
+from fabric_init.guard.models import hold, hold_on_ranks, local, own_tensors
+from fabric_init.guard.shards import WaitingShards, empty_shard, hold_shards
+from fabric_init.planning.derived import loaded_storages, sources_of
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
-from fabric_init.planning.prepare import PreparedPlan, plan_for, prepared_digest
+from fabric_init.planning.prepare import PreparedPlan, prepared_digest
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.tape import now
+from fabric_init.recording.tensor import RecordedTensor, become, become_recorded, recorded
+from fabric_init.reports.init_report import InitReport
 from fabric_init.strategies.optimizers import parameters_by_name
 
 _ATTRIBUTE = "_fabric_init_bound"
 _PLANS = "_fabric_init_plans"  # on the modules of a bound model: a part that is put into another one keeps its load
+FIX = "fabric.setup(model), with all that its block built, shards and fills it: call that first."
 
 
 class ShardedPlacement(Placement, Protocol):
     """A placement for a model that has been sharded since it was planned for."""
 
     def current(self, slot: TensorInfo, tensor: Tensor) -> Tensor:
-        """What the sharded model holds where it held ``tensor``."""
+        """Return what the sharded model holds where it held ``tensor``."""
+        ...
+
+    def put_waiting(self, slot: TensorInfo, tensor: Tensor, make: Callable[[Sequence[int]], RecordedTensor]) -> None:
+        """Put a recorded tensor where this rank keeps ``tensor``; ``make`` returns one of the sizes that it is given.
+
+        Only called of strategies in whose models tensors can wait after they were sharded.
+        """
         ...
 
 
 class BoundPlans(NamedTuple):
     """What a recorded model gets when it is set up.
 
-    What it got in a block without checkpoint gets its own init, or room until a later load.
+    What it got in a block without checkpoint gets its own init, or waits on for a later load.
     """
 
     waits: bool = False
@@ -47,8 +69,7 @@ class BoundPlans(NamedTuple):
 
 
 def bind(model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions, agreement: Agreement) -> None:
-    """Plan for ``model``, if there is a checkpoint, and remember that until it is sharded, beside what it got in
-    earlier blocks.
+    """Plan for ``model``, if there is a checkpoint, and remember that until it is sharded.
 
     Raises:
         CheckpointMismatchError: keys, shapes or dtypes of file and model disagree.
@@ -60,22 +81,25 @@ def bind(model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions,
     prepared, since = prepare(model, reader, wanted, agreement), now()
     entries = tuple(entry._replace(since=since) for entry in prepared.plan.entries)
     planned = prepared._replace(plan=replace(prepared.plan, entries=entries))
-    loaded = {name for entry in entries if entry.action is Action.LOAD for name in entry.slot.names}
-    overrule_loads(model, loaded, {extra.module for extra in planned.plan.extras})
-    _keep(model, bound)  # first: its guard refuses copies, which would find the plans
+    _keep(model, bound)
+    extras = {extra.module for extra in planned.plan.extras}
     for module in model.modules():
-        if fix_of(module) is None:
-            continue  # nothing to load; an activation function may be one object for all models of a library
-        vars(module)[_PLANS] = (*vars(module).get(_PLANS, ()), planned)
+        if (
+            module in extras
+            or any(recorded(tensor) is not None for _, tensor in own_tensors(module))
+            or module is model
+        ):
+            vars(module)[_PLANS] = (*vars(module).get(_PLANS, ()), planned)
 
 
 def _keep(model: nn.Module, bound: BoundPlans) -> None:
-    guard_recorded(model, "fabric.setup(model), with all that its block built, shards and fills it: call that first")
+    hold(model, FIX, gives_memory=False)
+    watch_loads(model, initialize_possible)
     vars(model)[_ATTRIBUTE] = bound
 
 
 def is_bound(model: nn.Module) -> bool:
-    """Whether ``model``, or a model in it, waits to be sharded and filled."""
+    """Return whether ``model``, or a model in it, waits to be sharded and filled."""
     return any(_ATTRIBUTE in vars(module) for module in model.modules())
 
 
@@ -88,62 +112,66 @@ def choose_own_init(model: nn.Module) -> None:
 
 
 @contextmanager
-def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan | Rooms]:
-    """Context in which the bound ``model`` is sharded and filled after the plan that it gives.
+def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan]:
+    """Context in which the bound ``model`` is sharded and filled after the plan that it yields.
 
     If planning fails, the model is as it was. If the rest fails, it stays bound, so that nobody can use it.
     """
     bounds = [(module, vars(module).pop(_ATTRIBUTE)) for module in model.modules() if _ATTRIBUTE in vars(module)]
     declared = [(module, vars(module).pop(_PLANS)) for module in model.modules() if _PLANS in vars(module)]
-    plans = sorted({id(plan): plan for _, its in declared for plan in its}.values(), key=_declared_at)
+    plans = sorted({id(plan): plan for _, its in declared for plan in its}.values(), key=declared_at)
     try:
         yield agreement.same(
-            "planning for the model as it is now", lambda: _plan(model, [b for _, b in bounds], plans), _digest
+            "planning for the model as it is now", lambda: _plan(model, [b for _, b in bounds], plans), prepared_digest
         )
     except BaseException:
         for module, bound in bounds:
-            _keep(module, bound)
+            vars(module)[_ATTRIBUTE] = bound
         for module, its in declared:
             vars(module)[_PLANS] = its
         raise
 
 
-def _plan(model: nn.Module, bounds: Sequence[BoundPlans], plans: Sequence[PreparedPlan]) -> PreparedPlan | Rooms:
+def _plan(model: nn.Module, bounds: Sequence[BoundPlans], plans: Sequence[PreparedPlan]) -> PreparedPlan:
     _refuse_sharded(model)
-    waits = any(bound.waits and not bound.own_init for bound in bounds)
-    if plans:
-        prepared = revised(plans, model)
-        return with_rooms(prepared, model, planned_tensors(plans)) if waits else prepared
-    refuse_lost_writes(model)
-    earlier = loaded_since(model)
-    if earlier is not None:
-        return plan_for(model, earlier, LoadOptions(strict=False))
-    return plan_rooms(model) if waits else plan_for(model, None, LoadOptions())
+    prepared = merged(plans, model)
+    if not any(bound.waits and not bound.own_init for bound in bounds):
+        return prepared
+    planned = planned_tensors(plans)
+    loaded = {storage: source.since for storage, source in loaded_storages(prepared.plan, prepared.tapes).items()}
+
+    def chosen(entry: PlanEntry, tensor: Tensor) -> bool:
+        return id(tensor) not in planned and not sources_of(entry, prepared.tapes, loaded, exact=prepared.exact)
+
+    plan = let_wait(prepared.plan, prepared.tensors, prepared.tapes, chosen)
+    _refuse_partly_written(plan.entries, prepared)
+    return prepared._replace(plan=plan)
 
 
-def _without_new_values(planned: PreparedPlan | Rooms, placement: ShardedPlacement) -> PreparedPlan | Rooms:
-    """The plan, but for tensors in whose places sharding has put others that have values: those stay."""
-
-    def is_given(slot: TensorInfo, tensor: Tensor) -> bool:
-        return tensor.is_meta and not placement.current(slot, tensor).is_meta
-
-    def as_given(entry: PlanEntry, tensor: Tensor) -> PlanEntry:
-        return (
-            PlanEntry(entry.slot._replace(ref=None, real=True), Action.KEEP) if is_given(entry.slot, tensor) else entry
+def _refuse_partly_written(entries: Sequence[PlanEntry], prepared: PreparedPlan) -> None:
+    lost = [
+        entry.slot.name
+        for entry in entries
+        if entry.action is Action.WAIT and (ref := entry.slot.ref) is not None
+        if (tape := prepared.tapes[ref.storage]).written_since(ref.storage, tape.waits.get(ref.storage, 0))
+    ]
+    if lost:
+        raise RecordingError(
+            f"{', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}: written in part before setup, and the rest waits for a "
+            "load. Write the whole tensor, call fabric.init_missing(model) before setup, or write after it."
         )
 
-    tensors = [tensor for _, tensor in planned.now] if isinstance(planned, Rooms) else planned.tensors
-    entries = tuple(map(as_given, planned.plan.entries, tensors))
-    plan = replace(planned.plan, entries=entries)
-    if not isinstance(planned, Rooms):
-        return planned._replace(plan=plan)
-    now = [(entry.slot, tensor) for entry, tensor in zip(entries, tensors, strict=True)]
-    return planned._replace(later=[both for both in planned.later if not is_given(*both)], now=now, plan=plan)
 
+def _without_new_values(planned: PreparedPlan, placement: ShardedPlacement) -> PreparedPlan:
+    """Return the plan, but for tensors in whose places sharding has put others that have values: those stay."""
 
-def _declared_at(prepared: PreparedPlan) -> int:
-    """Plans in the order of their blocks: a later load wins."""
-    return max((entry.since or 0 for entry in prepared.plan.entries), default=0)
+    def as_given(entry: PlanEntry, tensor: Tensor) -> PlanEntry:
+        if tensor.is_meta and not local(placement.current(entry.slot, tensor)).is_meta:
+            return PlanEntry(entry.slot._replace(ref=None, real=True), Action.KEEP)
+        return entry
+
+    entries = tuple(map(as_given, planned.plan.entries, planned.tensors))
+    return planned._replace(plan=replace(planned.plan, entries=entries))
 
 
 def _refuse_sharded(model: nn.Module) -> None:
@@ -155,8 +183,24 @@ def _refuse_sharded(model: nn.Module) -> None:
         )
 
 
-def _digest(planned: PreparedPlan | Rooms) -> str:
-    return rooms_digest(planned) if isinstance(planned, Rooms) else prepared_digest(planned)
+@contextmanager
+def plain_meta(planned: PreparedPlan) -> Iterator[None]:
+    """Context in which the recorded tensors of a plan are plain meta tensors, which functions that shard know.
+
+    If it fails, those that are left in the model are recorded tensors again.
+    """
+    recordings = [(t, t._meta, t._claimed) for t in planned.tensors if type(t) is RecordedTensor]
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        for tensor, meta, _ in recordings:
+            become(tensor, meta.detach(), alone=True)
+    try:
+        yield
+    except BaseException:
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            for tensor, meta, device in recordings:
+                if tensor.is_meta:
+                    become_recorded(tensor, meta, device)
+        raise
 
 
 def shard_and_fill(
@@ -169,29 +213,60 @@ def shard_and_fill(
 
     Args:
         model: bound by :func:`bind`.
-        shard: gives the model with the strategy's own tensors, which have no memory yet.
-        placement_for: where this rank keeps the tensors of what ``shard`` gave.
+        shard: returns the model with the strategy's own tensors, which have no memory yet.
+        placement_for: where this rank keeps the tensors of what ``shard`` returned.
         agreement: how the ranks keep in step.
 
     Raises:
         CheckpointMismatchError: keys, shapes or dtypes of file and model disagree.
         FabricInitError: a rank failed, or ``shard`` made parameters that were not in the plan.
     """
-    with planned_for(model, agreement) as planned:
+    name = type(model).__name__
+    with planned_for(model, agreement) as planned, plain_meta(planned):
         sharded = agreement.same("sharding the model", lambda: shard(model), lambda _: "")
         placement = placement_for(sharded)
         planned = _without_new_values(planned, placement)
-        if isinstance(planned, Rooms):
-            agreement.same(
-                "giving the model memory",
-                lambda: move_in(sharded, planned, placement, agreement, placement.current),
-                lambda _: "",
-            )
-        else:
-            slots = [entry.slot for entry in planned.plan.entries]
-            tensors = [placement.current(slot, tensor) for slot, tensor in zip(slots, planned.tensors, strict=True)]
-            carry_out(planned, sharded, tensors, placement, agreement)
-        left = [name for name, tensor in parameters_by_name(sharded).items() if tensor.is_meta]
+        slots = [entry.slot for entry in planned.plan.entries]
+        tensors = [placement.current(slot, tensor) for slot, tensor in zip(slots, planned.tensors, strict=True)]
+        unwatch_loads(model)
+        report = carry_out(planned, sharded, tensors, placement, agreement)
+        _let_shards_wait(planned, sharded, tensors, placement, agreement, name, report)
+        left = [name for name, tensor in parameters_by_name(sharded).items() if local(tensor).is_meta]
         if left:
             raise FabricInitError(f"sharding split a tie or made parameters of its own, which have no values: {left}")
         return sharded
+
+
+def _let_shards_wait(
+    planned: PreparedPlan,
+    sharded: nn.Module,
+    tensors: Sequence[Tensor],
+    placement: ShardedPlacement,
+    agreement: Agreement,
+    name: str,
+    report: InitReport,
+) -> None:
+    """Put recorded tensors in the places of those that still wait for values."""
+    waiting = [
+        (entry, tensor, row)
+        for entry, tensor, row in zip(planned.plan.entries, tensors, report.rows, strict=True)
+        if entry.action is Action.WAIT
+    ]
+    if not waiting:
+        return
+    for entry, tensor, row in waiting:
+        assert entry.slot.ref is not None
+        tape, device = planned.tapes[entry.slot.ref.storage].current(), placement.device(entry.slot)
+        tape.later.gives_memory = True
+        placement.put_waiting(
+            entry.slot,
+            tensor,
+            lambda sizes, e=entry, d=device, t=tape: empty_shard(sizes, e, d, t, name),  # type: ignore[misc]
+        )
+        found = recorded(local(tensor))
+        assert found is not None
+        row.tape, row.storage = tape, found.storage
+    entries = [entry._replace(action=Action.INIT) for entry, _, _ in waiting]
+    hold_shards(sharded, WaitingShards(entries, [tensor for _, tensor, _ in waiting], planned.tapes, placement))
+    watch_loads(sharded, initialize_possible)
+    hold_on_ranks(sharded, agreement)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -16,9 +15,9 @@ from fabric_init.checkpoints import CheckpointReader, Source
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.distributed.io import Io, open_on_all_ranks
 from fabric_init.errors import FabricInitError, RecordingError
-from fabric_init.filling.allocate import allocate
 from fabric_init.filling.execute import fill_model
-from fabric_init.guard.recorded import guard_recorded, release_recorded
+from fabric_init.filling.wait import wait_for_load
+from fabric_init.guard.models import hold
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import LoadOptions
 from fabric_init.recording.built_modules import BuiltModules
@@ -112,7 +111,7 @@ def init_context(
         models = agreement.same("building the model", built_models, _described)
         _complete(models, reader, wanted, strategy)
     except BaseException:
-        _guard_unfilled(built.roots())
+        _hold_failed(built.roots())
         raise
 
 
@@ -139,19 +138,15 @@ def _complete(
         for model in models:
             bind(model, reader, wanted, strategy.agreement)
     elif reader is None:
-        room = lambda: allocate(models, strategy.placement)  # noqa: E731
-        strategy.agreement.same("giving the model memory", room, lambda _: "")
+        wait_for_load(models, strategy.placement, strategy.agreement)
     else:
         fill_model(models[0], reader, wanted, strategy.placement(models[0]), agreement=strategy.agreement)
 
 
-def _guard_unfilled(models: list[nn.Module]) -> None:
-    """Nobody shall use what is left of models whose block has failed; what had values in them before may be used."""
+def _hold_failed(models: list[nn.Module]) -> None:
+    """Let nobody use what is left of models whose block has failed; what had values in them before may be used."""
     for model in models:
-        guard_recorded(model, "Its init_module block ended with an error: build it again")
-        for module in model.modules():
-            if not any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers())):
-                release_recorded(module)
+        hold(model, "Its init_module block ended with an error: build it again.")
 
 
 def _one_model(models: list[nn.Module], reader: CheckpointReader) -> None:

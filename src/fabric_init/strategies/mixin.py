@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from fabric_init.distributed.agreement import Agreement, RankGroup, SingleProcess
 from fabric_init.distributed.io import Io, check_io
 from fabric_init.errors import FabricInitError
-from fabric_init.guard.hooks import loading, release, require, settle
+from fabric_init.guard.loads import loading
+from fabric_init.guard.models import require, settle
 from fabric_init.planning.placement import Placement
 from fabric_init.strategies.fill_in_setup import ShardedPlacement, is_bound, shard_and_fill
 from fabric_init.strategies.init_context import init_context
@@ -79,7 +80,6 @@ class DeferredInitMixin(Strategy):
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Take what the user has written into account; shard and fill the model if it waits for that."""
         settle(module)
-        release(module)
         if not is_bound(module):
             return super().setup_module(module)
         before = parameters_by_name(module)

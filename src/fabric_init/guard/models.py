@@ -1,0 +1,173 @@
+"""Models whose tensors wait for values: where these are, who has to have them, and what is said otherwise."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fabric_init.distributed.agreement import Agreement
+from fabric_init.errors import UninitializedTensorError
+from fabric_init.planning.tensors import named_tensors
+from fabric_init.recording.later import Later
+from fabric_init.recording.tensor import RecordedTensor, recorded
+from fabric_init.recording.waiting import THREE_WAYS, uninitialized
+
+_RANKS = "_fabric_init_ranks"
+
+
+def hold(model: nn.Module, fix: str = THREE_WAYS, *, gives_memory: bool = True) -> None:
+    """Let all that ``state_dict`` holds of ``model`` wait for values from now on.
+
+    Args:
+        model: just built in a recorded block.
+        fix: what the errors say that the user has to do.
+        gives_memory: whether a tensor that is overwritten gets its memory at once.
+    """
+    laters: dict[int, Later] = {}
+    for name, kind, tensor in named_tensors(model):
+        found = recorded(tensor)
+        if found is None:
+            continue
+        later: Later = found.tape.later
+        if kind in ("parameter", "buffer") and found.memory is None:
+            later.waiting.begin(found.storage, type(model).__name__, name)
+        if id(later) not in laters:
+            laters[id(later)] = later
+            later.gives_memory, later.waiting.fix = gives_memory, fix
+            later.owners.append(Places(model))
+
+
+class Places:
+    """Where the parameters and buffers of a model are, by recorded storage. Keeps nothing alive."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._places: dict[int, list[tuple[weakref.ref[nn.Module], str]]] = {}
+        for module in model.modules():
+            for name, tensor in own_tensors(module):
+                found = recorded(tensor)
+                if found is not None:
+                    self._places.setdefault(found.storage, []).append((weakref.ref(module), name))
+
+    def now(self, storage: int) -> Iterator[Tensor]:
+        """Yield what is today where tensors on ``storage`` were."""
+        for reference, name in self._places.get(storage, ()):
+            module = reference()
+            tensor = None if module is None else module._parameters.get(name, module._buffers.get(name))
+            if tensor is not None:
+                yield tensor
+
+    def recorded(self, storage: int) -> Iterator[Tensor]:
+        """Yield those of them that are still on ``storage``."""
+        for tensor in self.now(storage):
+            found = recorded(tensor)
+            if found is not None and found.storage == storage:
+                yield tensor
+
+
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and buffers of ``module`` itself, with their names in it."""
+    for table in (module._parameters, module._buffers):
+        for name, tensor in table.items():
+            if tensor is not None:
+                yield name, tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor; any other tensor as it is."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def settle(model: nn.Module) -> None:
+    """Turn tensors of ``model`` whose values are there by now into plain ones."""
+    for _, _, tensor in named_tensors(model):
+        part = local(tensor)
+        if type(part) is RecordedTensor:
+            found = recorded(part)
+            if found is None:
+                continue
+            later: Later = found.tape.later
+            if found.memory is None and found.storage in later.statuses and later.gives_memory:
+                later.value(part, "be read")
+            later.make_plain(part)
+
+
+def unfilled(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the parameters and buffers under ``model`` that wait for values, by their first name."""
+    names: dict[int, tuple[str, Tensor]] = {}
+    for name, kind, tensor in named_tensors(model):
+        if kind != "attribute" and id(tensor) not in names and waits(tensor):
+            names[id(tensor)] = name, tensor
+    return list(names.values())
+
+
+def waits(tensor: Tensor) -> bool:
+    """Return whether ``tensor`` has to get values before it can be used."""
+    part = local(tensor)
+    if type(part) is not RecordedTensor:
+        return False
+    found = recorded(part)
+    if found is None or found.memory is not None:
+        return False
+    return bool(found.tape.later.waiting.missing([found.storage]))
+
+
+def own_init_is_wanted(tensors: Iterable[Tensor]) -> None:
+    """Let tensors that wait hold what the model's own init gives them."""
+    for tensor in tensors:
+        part = local(tensor)
+        found = recorded(part)
+        if found is not None and found.memory is None:
+            found.tape.later.waiting.accept_own_init([found.storage])
+
+
+def require(model: nn.Module, use: str) -> None:
+    """Raise unless every tensor under ``model`` has its values, on every rank that holds a part of it.
+
+    Raises:
+        UninitializedTensorError: naming every tensor without values, and the ways to give it some.
+    """
+    waiting = unfilled(model)
+    ranks = ranks_of(model)
+    if ranks is None:
+        names = [name for name, _ in waiting]
+    else:  # of a shard without elements, this rank cannot tell
+        names = ranks.from_all([name for name, tensor in waiting if local(tensor).numel()])
+    if names:
+        raise UninitializedTensorError(uninitialized(type(model).__name__, use, names))
+    if waiting:
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            for _, tensor in waiting:
+                local(tensor).zero_()  # without elements; the other ranks say that theirs are filled
+    if ranks is not None:
+        settle(model)
+        forget_ranks(model)
+
+
+def ranks_of(model: nn.Module) -> Agreement | None:
+    """Return how the ranks that only together hold ``model`` keep in step, while some of it waits."""
+    return next((found for module in model.modules() if (found := vars(module).get(_RANKS)) is not None), None)
+
+
+def hold_on_ranks(model: nn.Module, agreement: Agreement) -> None:
+    """Let the ranks ask one another before ``model`` runs, as long as some of it waits."""
+    vars(model)[_RANKS] = agreement
+    model.register_forward_pre_hook(_before_forward, prepend=True)  # before what gathers from other ranks
+
+
+def forget_ranks(model: nn.Module) -> None:
+    """Take that back: nothing waits any more."""
+    for module in model.modules():
+        if vars(module).pop(_RANKS, None) is not None:
+            for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _before_forward]:
+                del module._forward_pre_hooks[key]
+
+
+def _before_forward(module: nn.Module, args: object) -> None:
+    if torch.compiler.is_compiling():
+        torch.compiler.disable(require)(module, "run")
+    else:
+        require(module, "run")

@@ -1,0 +1,334 @@
+"""What happens to recorded tensors when no block is open: they are written, computed with, read, copied, or refuse.
+
+[Note: after the block]
+An operator that reaches a recorded tensor after its block goes one of these ways:
+
+- it only asks for shapes, or makes a view: it runs on the meta device;
+- it needs values that are all there (a rotary table in a closure, say): they are made there and then, once;
+- it needs values that wait for a load: :class:`~fabric_init.errors.UninitializedTensorError`;
+- it overwrites a whole tensor: the tensor gets memory and the value, unless a strategy has to shard it first;
+- it writes a part of one, or computes one from others that wait: it is recorded, as in the block. A tensor that was
+  written in parts counts as written when every element was; what is computed from a tensor that waits, waits as well.
+
+So there is one path for writes in the block, after it, and by ``load_state_dict``, and none of it depends on hooks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fabric_init.errors import RecordingError, UninitializedTensorError
+from fabric_init.recording import device_queries, escapes
+from fabric_init.recording.meta_kernels import map_tensors, tensors_in, written_tensors
+from fabric_init.recording.op_schemas import INDEXES, overwrites, traits
+from fabric_init.recording.recorder import Recorder
+from fabric_init.recording.replay import real_execution, storage_now, view
+from fabric_init.recording.rng import LateStreams
+from fabric_init.recording.tape import Recorded, Tape, TensorRef, ref_of
+from fabric_init.recording.tensor import RecordedTensor, become, recorded
+from fabric_init.recording.waiting import Waiting
+
+
+class Owners(Protocol):
+    """Where the tensors of a living model are, by recorded storage."""
+
+    def now(self, storage: int) -> Iterator[Tensor]:
+        """Yield what is today where tensors on ``storage`` were."""
+        ...
+
+    def recorded(self, storage: int) -> Iterator[Tensor]:
+        """Yield those of them that are still on ``storage``."""
+        ...
+
+
+class LateRecorder(Recorder):
+    """Writes ops that come after the block to the tape. It is no active mode: :class:`Later` calls it."""
+
+    def __init__(self, tape: Tape, later: Later) -> None:
+        super().__init__(tape)
+        self.later = later
+        self.streams = LateStreams(tape)  # type: ignore[assignment]
+        self.recognizes_init_calls = False
+
+    def true_value(self, tensor: Tensor) -> Tensor:
+        return self.later.value(tensor, "be read")
+
+    def constant_value(self, value: Tensor) -> Any:
+        return self.later.keep(value)
+
+
+class Later:
+    """Answers for the recorded tensors of one tape when no block is open.
+
+    Attributes:
+        gives_memory: whether a tensor that is written gets memory at once; a strategy that shards first wants it later.
+        status: what a tensor that gets values now is reported as.
+        statuses: what those were reported as that have got values since the block, by storage.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        self.gives_memory = True
+        self.status = "written by the user"
+        self.statuses: dict[int, str] = {}
+        self.waiting = Waiting(tape)
+        self.owners: list[Owners] = []
+        self._kept: list[tuple[Tensor, int]] = []
+        self._recorder = LateRecorder(tape, self)
+        self._lock = threading.RLock()
+
+    def join(self, later: Later) -> None:
+        """Hand everything over to the answers for a later tape, which continues this one's."""
+        later.gives_memory = later.gives_memory and self.gives_memory
+        later.statuses.update(self.statuses)
+        later.owners += self.owners
+        later._kept += self._kept
+        later.waiting.join(self.waiting)
+
+    # -- what RecordedTensor calls -------------------------------------------------------------------------------------
+
+    def function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer a call that torch shows to ``__torch_function__``."""
+        for tensor in tensors_in((args, kwargs.values())):
+            self.make_plain(tensor)
+        with torch._C.DisableTorchFunctionSubclass():
+            handler = _HANDLERS.get(func)
+            if handler is not None:
+                return handler(self, func, args, kwargs)
+            result = func(*args, **kwargs)
+        if (
+            type(result) is RecordedTensor
+            and args
+            and isinstance(args[0], Tensor)
+            and type(args[0]) is not type(result)
+        ):
+            return args[0] if func.__name__.endswith("_") else result  # it got memory, and became a plain tensor
+        return result
+
+    def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer an operator."""
+        with self._lock, torch._C.DisableTorchFunction():
+            tensors = list(tensors_in((args, kwargs.values())))
+            if not any(self._is_open(tensor) for tensor in tensors):
+                return self._run(func, args, kwargs)
+            written = written_tensors(func, args, kwargs)
+            if any(not isinstance(tensor, RecordedTensor) for tensor in written):
+                return self._run(func, args, kwargs)
+            if written:
+                return self._write(func, args, kwargs, written)
+            does = traits(func)
+            if does.data_dependent or does.name == "aten::_local_scalar_dense":
+                return self._run(func, args, kwargs)
+            if any(recorded(tensor) is None and tensor.dim() > 0 for tensor in tensors) and (
+                does.name not in INDEXES or not self._missing(tensors)
+            ):
+                return self._run(func, args, kwargs)
+            return self._record(func, args, kwargs)
+
+    def value(self, tensor: Tensor, use: str) -> Tensor:
+        """Return the values of ``tensor``, on real memory, which is made once.
+
+        Raises:
+            UninitializedTensorError: they wait for a load, or nothing ever wrote them.
+        """
+        found = recorded(tensor)
+        if found is None:
+            return tensor
+        with self._lock:
+            ref = ref_of(tensor._meta, found.storage)  # type: ignore[attr-defined]
+            if found.memory is None:
+                if missing := self.waiting.missing([found.storage]):
+                    self.refuse(use, missing)
+                if self.tape.never_written(ref):
+                    raise UninitializedTensorError(
+                        f"a tensor of shape {tuple(tensor.shape)} cannot {use}: it was made by torch.empty or "
+                        "the like, and nothing has written values there. Write it, or load it."
+                    )
+                memory, random = storage_now(self.tape, found.storage, exact=self.tape.rng == "eager")
+                if random:
+                    self.tape.sealed_rng = self.tape.rng
+                self._has_values(found, memory)
+            return _real(found, ref)
+
+    def copy(self, tensor: RecordedTensor, memo: dict[int, Any]) -> Tensor:
+        """Return a deep copy, which waits if ``tensor`` does."""
+        import copy
+
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            if self._is_open(tensor):
+                copied: Tensor = self.dispatch(torch.ops.aten.clone.default, (tensor.detach(),), {})
+                old, new = recorded(tensor), recorded(copied)
+                if old is not None and new is not None:
+                    self.waiting.names[new.storage] = self.waiting.names.get(old.storage, ("", ""))
+            else:
+                copied = self.value(tensor, "be copied").clone()
+            if isinstance(tensor, nn.Parameter):
+                copied = nn.Parameter(copied, tensor.requires_grad)
+            else:
+                copied.requires_grad_(tensor.requires_grad)
+        attributes = {key: value for key, value in vars(tensor).items() if key not in _OWN_ATTRIBUTES}
+        vars(copied).update(copy.deepcopy(attributes, memo))
+        return copied
+
+    def refuse(self, use: str, storages: Iterable[int]) -> NoReturn:
+        """Raise with the names of all that waits."""
+        self.waiting.refuse(use, storages)
+
+    # -- what the handlers of the block call, too ----------------------------------------------------------------------
+
+    def true_value(self, tensor: Tensor) -> Tensor:
+        """Return the values of ``tensor``."""
+        return self.value(tensor, "be read")
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        """Return a recorded tensor whose value is the real ``tensor``'s."""
+        return self._recorder.constant(tensor)
+
+    def asked_for(self, device: torch.device) -> Any:
+        """Return a context in which memory that is asked for on meta is meant for ``device``."""
+        return self._recorder.asked_for(device)
+
+    # -- ways --------------------------------------------------------------------------------------------------------
+
+    def _is_open(self, tensor: Tensor) -> bool:
+        found = recorded(tensor)
+        return found is not None and found.memory is None
+
+    def _missing(self, tensors: Iterable[Tensor]) -> list[int]:
+        open_ones = [found.storage for t in tensors if (found := recorded(t)) is not None and found.memory is None]
+        return self.waiting.missing(open_ones)
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run ``func`` on values; raises if some wait."""
+        given: dict[int, Tensor] = {}
+
+        def real(tensor: Tensor) -> Tensor:
+            if type(tensor) is not RecordedTensor:
+                return tensor
+            value = _plain_memory(tensor) if recorded(tensor) is None else self.value(tensor, _use_of(func))
+            given[id(value)] = tensor
+            return value
+
+        real_args, real_kwargs = map_tensors((args, kwargs), real)
+        result = func(*real_args, **real_kwargs)
+        return map_tensors(result, lambda tensor: given.get(id(tensor), tensor))
+
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with torch._C._DisableTorchDispatch():
+            return self._recorder.record_op(func, args, kwargs)
+
+    def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Sequence[Tensor]) -> Any:
+        storages = [found.storage for tensor in written if (found := recorded(tensor)) is not None]
+        if not self.waiting.missing(storages) and (self.gives_memory or not self._to_be_sharded(storages)):
+            return self._run(func, args, kwargs)
+        others = [t for t in tensors_in((args, kwargs.values())) if all(t is not w for w in written)]
+        late = self._missing(others)
+        target, found = written[0], recorded(written[0])
+        assert found is not None
+        ref = ref_of(target._meta, found.storage)  # type: ignore[attr-defined]
+        covers = len(written) == 1 and overwrites(func) and self.tape.covers(ref)
+        if covers and not late and self.gives_memory:
+            return self._write_through(func, args, kwargs, target, found, ref)
+        result = self._record(func, args, kwargs)
+        for tensor in written:
+            self.waiting.note(func, args, kwargs, tensor)
+        if self.gives_memory and not self.waiting.missing(storages):
+            for tensor in written:
+                self.value(tensor, "be read")
+        elif covers and not late:
+            self.statuses[found.storage] = self.status
+        return result
+
+    def _to_be_sharded(self, storages: Iterable[int]) -> bool:
+        return any(storage in self.waiting.names for storage in storages)
+
+    def _write_through(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: Tensor, found: Recorded, ref: TensorRef
+    ) -> Any:
+        """Give a tensor that is overwritten whole its memory, and write there."""
+        info = self.tape.storages[found.storage]
+        with real_execution():
+            memory = torch.empty(info.nbytes, dtype=torch.uint8, device=info.device).untyped_storage()
+            held = view(memory, ref)
+        real_args, real_kwargs = map_tensors(
+            (args, kwargs),
+            lambda t: held if t is target else self.value(t, "be read") if recorded(t) is not None else t,
+        )
+        func(*real_args, **real_kwargs)
+        self._has_values(found, memory)
+        return target
+
+    def _has_values(self, found: Recorded, memory: torch.UntypedStorage) -> None:
+        found.memory = memory, 0
+        if self.waiting.filled(found.storage):
+            self.statuses[found.storage] = self.status
+        for owners in self.owners:
+            for tensor in list(owners.recorded(found.storage)):
+                self.make_plain(tensor)
+
+    def make_plain(self, tensor: Tensor) -> None:
+        """Turn a recorded tensor whose values are there into a plain one, which stays the same object."""
+        if type(tensor) is RecordedTensor:
+            found = recorded(tensor)
+            if found is None:
+                become(tensor, _plain_memory(tensor))
+            elif found.memory is not None and tensor.grad_fn is None:
+                with torch._C.DisableTorchFunction(), real_execution():
+                    become(tensor, _real(found, ref_of(tensor._meta, found.storage)))
+
+    # -- real tensors that recorded writes read ------------------------------------------------------------------------
+
+    def keep(self, value: Tensor) -> Tensor:
+        """Keep the real ``value`` that a recorded write reads; of what is large, by reference."""
+        if value.nbytes < _WORTH_A_REFERENCE or value.is_inference():
+            return value.detach().clone()
+        self._kept.append((value, value._version))
+        return value.detach()
+
+    def check_kept(self) -> None:
+        """Raise if what a recorded write reads was changed since.
+
+        Raises:
+            RecordingError: it was.
+        """
+        changed = sum(value._version != version for value, version in self._kept)
+        if changed:
+            raise RecordingError(
+                f"{changed} tensors that load_state_dict or copy_ was given were changed before the model got memory, "
+                "which is when they are read. Load copies (tensor.clone()), or load once the model has values."
+            )
+
+
+_WORTH_A_REFERENCE = 1 << 20
+_OWN_ATTRIBUTES = frozenset({"_meta", "_claimed", "_is_param", "_is_buffer"})
+_HANDLERS: dict[Any, Any] = {
+    **device_queries.LATER_HANDLERS,
+    **escapes.HANDLERS,
+}
+
+
+def _use_of(func: Any) -> str:
+    return f"be used by {func.overloadpacket.__name__}" if hasattr(func, "overloadpacket") else "be used"
+
+
+def _real(found: Recorded, ref: TensorRef) -> Tensor:
+    """The tensor at ``ref`` of a storage whose values are there."""
+    assert found.memory is not None
+    storage, offset = found.memory
+    elements, rest = divmod(offset, ref.dtype.itemsize)
+    assert not rest
+    with real_execution():
+        return view(storage, ref._replace(offset=ref.offset + elements))
+
+
+def _plain_memory(tensor: RecordedTensor) -> Tensor:
+    """A plain tensor on real memory that torch itself has put behind a recorded tensor (``p.data = real``)."""
+    with real_execution():
+        storage = torch._C.TensorBase.untyped_storage(tensor)
+        plain = torch.empty(0, dtype=tensor.dtype, device=storage.device)
+        return plain.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())

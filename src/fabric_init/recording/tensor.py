@@ -1,0 +1,173 @@
+"""A recorded tensor: one that has no memory until it has values, and that answers for itself wherever it is kept.
+
+[Note: recorded tensors]
+A recorded tensor is an instance of a ``torch.Tensor`` subclass whose storage is on the meta device, made as torch's
+FakeTensor is (``_make_subclass`` with the dispatch keys of the device that it claims). So it passes
+``isinstance(p, nn.Parameter)``, reports the device that its constructor asked for, and every operator that reaches it
+comes to ``__torch_dispatch__`` below: in a block or after it, from a module, a closure, a cache or an optimizer, with
+hooks or without. Plain meta tensors do not have that property: ``matmul``, ``conv``, ``index`` and others of torch 2.13
+take a meta operand beside a real one and return memory that nobody has written.
+
+Each has a plain meta tensor beside it, ``_meta``, on the same storage and of the same geometry: meta kernels run on
+that one, and the recording hangs on that storage (see :func:`~fabric_init.recording.tape.recorded`). When values come,
+the Python object stays, and becomes a plain tensor (:func:`become`), so optimizers and ties hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fabric_init.recording.tape import Recorded, recorded_storage
+
+_make_subclass = torch.Tensor._make_subclass
+META = torch.device("meta")
+ASKS_DEVICE = torch.ops.prim.device.default
+"""How torch's own code asks a tensor that answers by itself for its device."""
+
+
+class RecordedTensor(Tensor):
+    """A tensor that was recorded and has no values yet. Made by :func:`recorded_tensor`."""
+
+    _meta: Tensor
+    _claimed: torch.device
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """The device that the tensor is meant for."""
+        return self._claimed
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        tensor = first_recorded((args, (kwargs or {}).values()))
+        if tensor is None:  # a question about the class
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        return _later(tensor).function(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is ASKS_DEVICE:
+            return args[0]._claimed
+        tensor = first_recorded((args, (kwargs or {}).values()))
+        assert tensor is not None
+        return _later(tensor).dispatch(func, args, kwargs or {})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        real: Tensor = _later(self).value(self, "be pickled")
+        if isinstance(self, nn.Parameter):
+            real = nn.Parameter(real, self.requires_grad)
+        return real.__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = _later(self).copy(self, memo)
+        copied: Tensor = memo[id(self)]
+        return copied
+
+
+def recorded_tensor(meta: Tensor, device: torch.device, requires_grad: bool = False) -> RecordedTensor:
+    """Return a recorded tensor on the storage of ``meta``, of its geometry, that claims to be on ``device``."""
+    tensor: RecordedTensor = _make_subclass(
+        RecordedTensor, meta, requires_grad, dispatch_device=True, device_for_backend_keys=device
+    )
+    tensor._meta = meta
+    tensor._claimed = device
+    return tensor
+
+
+def meta_of(tensor: Tensor) -> Tensor:
+    """Return the plain meta tensor beside a recorded one; any other tensor as it is."""
+    return tensor._meta if type(tensor) is RecordedTensor else tensor
+
+
+def recorded(tensor: Tensor) -> Recorded | None:
+    """Return the recording behind ``tensor``, or ``None`` for any other tensor, real or meta."""
+    return recorded_storage(meta_of(tensor))
+
+
+def follow_meta(tensor: RecordedTensor) -> None:
+    """Take the storage and geometry that ``tensor._meta`` has by now: an operator changed them in place."""
+    other = recorded_tensor(tensor._meta, tensor._claimed)
+    other.requires_grad_(tensor.requires_grad)
+    torch._C._swap_tensor_impl(tensor, other)
+
+
+def become(tensor: Tensor, value: Tensor, *, alone: bool = False) -> None:
+    """Give ``tensor``, which stays the same Python object, the memory of ``value``.
+
+    Other recorded tensors on the storage of a recorded one will find their values there, too, unless it is ``alone``.
+
+    ``torch.utils.swap_tensors`` would do, but for three things: it also swaps the objects' attributes, drops hooks,
+    and refuses tensors that something holds a weak reference to. The swap under it has none of these troubles.
+    """
+    hooks = tensor._backward_hooks if tensor.is_leaf else None
+    after_accumulation = tensor._post_accumulate_grad_hooks if tensor.is_leaf else None
+    requires_grad = tensor.requires_grad and tensor.is_leaf
+    is_parameter = isinstance(tensor, nn.Parameter)
+    other: Tensor = nn.Parameter(value, requires_grad=False) if is_parameter else value.detach()
+    other.requires_grad_(requires_grad)
+    torch._C._swap_tensor_impl(tensor, other)
+    if type(tensor) is RecordedTensor:
+        if not alone and not value.is_meta:
+            _note_memory(tensor, value)
+        other.__class__ = RecordedTensor  # torch may still hold it, inside of the call that writes ``tensor``
+        vars(other).update(_meta=tensor._meta, _claimed=tensor._claimed)
+        for name in ("_meta", "_claimed", "_is_param", "_is_buffer"):
+            vars(tensor).pop(name, None)
+        tensor.__class__ = nn.Parameter if is_parameter else Tensor  # type: ignore[assignment]
+    if hooks:
+        tensor._backward_hooks = hooks
+    if after_accumulation:
+        tensor._post_accumulate_grad_hooks = after_accumulation
+
+
+def become_recorded(tensor: Tensor, meta: Tensor, device: torch.device) -> None:
+    """Turn a plain meta ``tensor``, which stays the same Python object, into a recorded one."""
+    is_parameter = isinstance(tensor, nn.Parameter)
+    other = recorded_tensor(meta, device, tensor.requires_grad)
+    torch._C._swap_tensor_impl(tensor, other)
+    tensor.__class__ = RecordedTensor
+    vars(tensor).update(_meta=meta, _claimed=device)
+    if is_parameter:
+        vars(tensor)["_is_param"] = True
+
+
+def _note_memory(tensor: RecordedTensor, value: Tensor) -> None:
+    found, meta = recorded_storage(tensor._meta), tensor._meta
+    if found is None:
+        return
+    offset = (value.storage_offset() - meta.storage_offset()) * value.element_size()
+    same = value.stride() == meta.stride() and value.dtype == meta.dtype and type(value) in (Tensor, nn.Parameter)
+    storage = value.untyped_storage() if same else None
+    if storage is not None and offset >= 0 and storage.nbytes() - offset >= meta.untyped_storage().nbytes():
+        found.memory = storage, int(offset)
+    later = found.tape.later
+    if later is not None:
+        later.waiting.filled(found.storage)
+
+
+def first_recorded(values: Any) -> RecordedTensor | None:
+    """Return the first recorded tensor among arguments, also in lists and tuples."""
+    for value in values:
+        if type(value) is RecordedTensor:
+            return value
+        if isinstance(value, (list, tuple)) or type(value) is type({}.values()):
+            found = first_recorded(value)
+            if found is not None:
+                return found
+    return None
+
+
+def _later(tensor: RecordedTensor) -> Any:
+    """Return what answers for ``tensor`` where no block is open."""
+    found = recorded_storage(tensor._meta)
+    assert found is not None
+    return found.tape.later

@@ -1,0 +1,159 @@
+"""Which recorded storages wait for values that only a load, or the user, can bring."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from fabric_init.errors import UninitializedTensorError
+from fabric_init.recording.op_schemas import overwrites, traits
+from fabric_init.recording.tape import Tape, now, ref_of
+from fabric_init.recording.tensor import meta_of, recorded
+
+THREE_WAYS = (
+    "Load them (fabric.load, fabric.load_raw or load_state_dict), or declare the load so that it is done for you "
+    "(init_module(checkpoint=…)), or give them the model's own init (fabric.init_missing(model))."
+)
+_MOST_NAMES = 20
+
+
+class Waiting:
+    """The storages of one tape that wait, from which op on, and under which names.
+
+    A storage waits from the end of the block in which its model was built, until all of it was written: what its own
+    init left there is not its value unless somebody asks for that (:meth:`accept_own_init`). A storage that is computed
+    later from one that waits, waits for that one.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        self.names: dict[int, tuple[str, str]] = {}  # by storage: the class of the model, and the tensor's name
+        self.fix = THREE_WAYS
+        self._written: dict[int, Tensor] = {}  # by storage: which elements were, of those that wait
+
+    def join(self, earlier: Waiting) -> None:
+        """Take over what an earlier tape, which this one continues, knows."""
+        self.names.update(earlier.names)
+        self._written.update(earlier._written)
+
+    def begin(self, storage: int, model: str, name: str) -> None:
+        """Let a storage wait from now on."""
+        self.tape.waits.setdefault(storage, now())
+        self.names.setdefault(storage, (model, name))
+
+    def filled(self, storage: int) -> bool:
+        """Note that a storage has got its values; returns whether it waited."""
+        self._written.pop(storage, None)
+        since = self.tape.waits.pop(storage, None)
+        if since is None:
+            return False
+        self.tape.overruled[storage] = since
+        return True
+
+    def accept_own_init(self, storages: Iterable[int]) -> None:
+        """Let these storages, and those that they are computed from, hold what the model's own init gives them."""
+        for storage in (*storages, *self.missing(storages)):
+            self.tape.waits.pop(storage, None)
+
+    def missing(self, storages: Iterable[int], before: int | None = None) -> list[int]:
+        """Return which storages have to get values before all of ``storages`` have theirs, in order, each once."""
+        waits = self.tape.waits
+        if not waits and not self.tape.overruled:
+            return []
+        found: dict[int, None] = {}
+        seen: set[tuple[int, int | None]] = set()
+        work: list[tuple[int, int | None]] = [(storage, before) for storage in storages]
+        while work:
+            storage, limit = work.pop()
+            if (storage, limit) in seen:
+                continue
+            seen.add((storage, limit))
+            since = waits.get(storage)
+            if since is None and limit is not None:
+                since = self.tape.overruled.get(storage)  # what it held before it got its values is not known
+            complete = since is None or (limit is None and self._is_complete(storage))
+            for number in reversed(self.tape.writers.get(storage, ())):
+                if limit is not None and number >= limit:
+                    continue
+                if since is not None and number < since:
+                    break
+                op = self.tape.ops[number]
+                work += [(ref.storage, number) for ref in op.reads() if ref.storage != storage]
+                if self.tape.writes_whole(op, storage):
+                    complete = True
+                    break
+            if not complete and (limit is None or since is None or limit > since):
+                found[storage] = None
+        return list(found)
+
+    def written_since(self, storage: int, since: int) -> bool:
+        """Return whether all of ``storage`` was overwritten by ops later than number ``since``."""
+        later = [self.tape.ops[number] for number in self.tape.writers.get(storage, ()) if number > since]
+        return any(self.tape.writes_whole(op, storage) for op in later) or (bool(later) and self._is_complete(storage))
+
+    def note(self, func: Any, args: tuple[Any, ...], kwargs: Any, target: Tensor) -> None:
+        """Note which elements of a storage that waits a recorded write overwrites, exactly."""
+        tape_ref = recorded(target)
+        if tape_ref is None or tape_ref.storage not in self.tape.waits:
+            return
+        meta = meta_of(target)
+        elements = meta.untyped_storage().nbytes() // meta.element_size()
+        mask = self._written.get(tape_ref.storage)
+        if mask is None:
+            mask = self._written[tape_ref.storage] = torch.zeros(elements, dtype=torch.bool)
+        if mask.numel() != elements:
+            return  # through a view of another dtype, elements cannot be told apart
+        ref = ref_of(meta, tape_ref.storage)
+        part = mask.as_strided(ref.size, ref.stride, ref.offset)
+        if overwrites(func):
+            part.fill_(True)
+        elif (write := _PARTIAL.get(traits(func).name)) is not None:
+            write(part, *args[1:])
+
+    def _is_complete(self, storage: int) -> bool:
+        mask = self._written.get(storage)
+        return mask is not None and bool(mask.all())
+
+    def refuse(self, use: str, storages: Iterable[int]) -> NoReturn:
+        """Raise with the names of all that waits in the models of ``storages``, and how to give it values.
+
+        Raises:
+            UninitializedTensorError: always.
+        """
+        asked = list(storages)
+        models = {self.names[storage][0] for storage in asked if storage in self.names}
+        alive = [s for s, (model, _) in self.names.items() if model in models and self.tape.is_alive(s)]
+        chosen = {*asked, *self.missing(alive)}
+        names = list(dict.fromkeys(name for s, (_, name) in self.names.items() if s in chosen and name))
+        if not names:
+            names = [f"a tensor that was computed from others ({len(asked)} in all)"]
+        raise UninitializedTensorError(uninitialized(" and ".join(sorted(models)) or "a tensor", use, names, self.fix))
+
+
+def uninitialized(model: str, use: str, names: list[str], fix: str = THREE_WAYS) -> str:
+    """Return the message about tensors of ``model`` that are used without values."""
+    listed = "\n".join(f"  {name}" for name in names[:_MOST_NAMES])
+    if len(names) > _MOST_NAMES:
+        listed += f"\n  … and {len(names) - _MOST_NAMES} more"
+    which = "one of its tensors was" if len(names) == 1 else f"{len(names)} of its tensors were"
+    return f"{model} cannot {use}: {which} neither loaded nor initialized:\n{listed}\n{fix}"
+
+
+def _index_put(part: Tensor, indices: Any, values: Any, accumulate: bool = False, *rest: Any) -> None:
+    if not accumulate:
+        part[tuple(slice(None) if index is None else index for index in indices)] = True
+
+
+# What an op that overwrites chosen elements does to a mask of those that were written.
+_PARTIAL: dict[str, Any] = {
+    "aten::index_put_": _index_put,
+    "aten::_index_put_impl_": _index_put,
+    "aten::index_copy_": lambda part, dim, index, source: part.index_fill_(dim, index, True),
+    "aten::index_fill_": lambda part, dim, index, value: part.index_fill_(dim, index, True),
+    "aten::masked_fill_": lambda part, mask, value: part.masked_fill_(mask, True),
+    "aten::masked_scatter_": lambda part, mask, source: part.masked_fill_(mask, True),
+    "aten::scatter_": lambda part, dim, index, *rest: part.scatter_(dim, index, True),
+}
