@@ -200,7 +200,7 @@ def _check(plan: Plan, tensors: Sequence[Tensor]) -> None:
     left = [
         entry.slot.name
         for entry, tensor in zip(plan.entries, tensors, strict=True)
-        if entry.action is not Action.WAIT and (tensor.is_meta or type(tensor) is RecordedTensor)
+        if entry.action is not Action.WAIT and (tensor.is_meta or isinstance(tensor, RecordedTensor))
     ]
     if left:
         raise FabricInitError(f"fabric_init left these tensors on the meta device, which is a bug of its own: {left}")

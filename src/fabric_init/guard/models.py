@@ -8,12 +8,13 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.planning.tensors import named_tensors
 from fabric_init.recording.later import Later
-from fabric_init.recording.tensor import RecordedTensor, recorded
+from fabric_init.recording.tensor import RecordedTensor, claim, recorded
 from fabric_init.recording.waiting import THREE_WAYS, uninitialized
 
 _RANKS = "_fabric_init_ranks"
@@ -28,6 +29,10 @@ def hold(model: nn.Module, fix: str = THREE_WAYS, *, gives_memory: bool = True) 
         gives_memory: whether a tensor that is overwritten gets its memory at once.
     """
     laters: dict[int, Later] = {}
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        for _, _, tensor in named_tensors(model):
+            if not isinstance(tensor, RecordedTensor) and not is_lazy(tensor):
+                claim(tensor)
     for name, kind, tensor in named_tensors(model):
         found = recorded(tensor)
         if found is None:
@@ -85,7 +90,7 @@ def settle(model: nn.Module) -> None:
     """Turn tensors of ``model`` whose values are there by now into plain ones."""
     for _, _, tensor in named_tensors(model):
         part = local(tensor)
-        if type(part) is RecordedTensor:
+        if isinstance(part, RecordedTensor):
             found = recorded(part)
             if found is None:
                 continue
@@ -107,7 +112,7 @@ def unfilled(model: nn.Module) -> list[tuple[str, Tensor]]:
 def waits(tensor: Tensor) -> bool:
     """Return whether ``tensor`` has to get values before it can be used."""
     part = local(tensor)
-    if type(part) is not RecordedTensor:
+    if not isinstance(part, RecordedTensor):
         return False
     found = recorded(part)
     if found is None or found.memory is not None:

@@ -47,7 +47,7 @@ def waiting_shards(model: nn.Module) -> Iterator[WaitingShards]:
             left = [
                 (entry, tensor)
                 for entry, tensor in zip(shards.entries, shards.tensors, strict=True)
-                if id(tensor) in below and type(local(tensor)) is RecordedTensor
+                if id(tensor) in below and isinstance(local(tensor), RecordedTensor)
             ]
             if left:
                 yield shards._replace(entries=[entry for entry, _ in left], tensors=[tensor for _, tensor in left])

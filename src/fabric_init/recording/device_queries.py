@@ -82,7 +82,7 @@ def _data_ptr(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
     # code compares addresses to find shared memory, so they must differ exactly where the memory will
     with torch._C.DisableTorchFunction():
         tensor = args[0]
-        if type(tensor) is not RecordedTensor:
+        if not isinstance(tensor, RecordedTensor):
             return int(tensor.data_ptr())
         return int(tensor._meta.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size())
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fabric_init.errors import RecordingError
 from fabric_init.recording.device_queries import Handler
 from fabric_init.recording.recorder import Recorder
-from fabric_init.recording.tensor import RecordedTensor, recorded
+from fabric_init.recording.tensor import RecordedTensor, recorded, recorded_tensor
 
 
 def _with_true_value(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -19,8 +19,6 @@ def _with_true_value(recorder: Recorder, func: Any, args: tuple[Any, ...], kwarg
         if recorded(args[0]) is None:
             return func(*args, **kwargs)
         real = recorder.true_value(args[0])
-        if func is Tensor.__repr__ and args[0].is_leaf:
-            real = real.detach().requires_grad_(args[0].requires_grad)
         result = func(real, *args[1:], **kwargs)
     if hasattr(result, "flags"):
         result.flags.writeable = False  # a write to this array could not reach the recorded tensor: numpy refuses it
@@ -104,9 +102,14 @@ def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
             value = recorder.constant(value.detach())
         elif recorded(target) is None and not target.is_meta and recorded(value) is not None:
             value = recorder.true_value(value)
+        if isinstance(value, RecordedTensor) and not isinstance(target, RecordedTensor):
+            value = value._meta
+        elif isinstance(target, RecordedTensor) and not isinstance(value, RecordedTensor) and (like := recorded(value)):
+            value = recorded_tensor(value, like.device)
         func(target, value)
-        if type(target) is RecordedTensor and type(value) is RecordedTensor:
-            target._meta, target._claimed = value._meta.detach(), value._claimed
+        if isinstance(target, RecordedTensor) and isinstance(value, RecordedTensor):
+            with torch._C._DisableTorchDispatch():
+                target._meta, target._claimed = value._meta.detach(), value._claimed
 
 
 HANDLERS: dict[Any, Handler] = {
@@ -115,7 +118,6 @@ HANDLERS: dict[Any, Handler] = {
     Tensor.__array__: _with_true_value,
     Tensor.__dlpack__: _with_true_value,
     Tensor.__dlpack_device__: _with_true_value,
-    Tensor.__repr__: _with_true_value,
     Tensor.untyped_storage: _untyped_storage,
     Tensor.share_memory_: _share_memory,
     Tensor.__getitem__: _index,

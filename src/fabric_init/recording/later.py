@@ -15,7 +15,9 @@ So there is one path for writes in the block, after it, and by ``load_state_dict
 
 from __future__ import annotations
 
+import copy
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn, Protocol
 
@@ -30,7 +32,7 @@ from fabric_init.recording.recorder import Recorder
 from fabric_init.recording.replay import real_execution, storage_now, view
 from fabric_init.recording.rng import LateStreams
 from fabric_init.recording.tape import Recorded, Tape, TensorRef, ref_of
-from fabric_init.recording.tensor import RecordedTensor, become, recorded
+from fabric_init.recording.tensor import RecordedTensor, become, recorded, recorded_tensor
 from fabric_init.recording.waiting import Waiting
 
 
@@ -68,19 +70,27 @@ class Later:
     Attributes:
         gives_memory: whether a tensor that is written gets memory at once; a strategy that shards first wants it later.
         status: what a tensor that gets values now is reported as.
+        block_is_open: whether the block that records the tape is open.
         statuses: what those were reported as that have got values since the block, by storage.
     """
 
     def __init__(self, tape: Tape) -> None:
-        self.tape = tape
+        self._tape = weakref.ref(tape)  # the tape has this object: no cycle keeps a recording alive
         self.gives_memory = True
         self.status = "written by the user"
         self.statuses: dict[int, str] = {}
+        self.block_is_open = True
         self.waiting = Waiting(tape)
         self.owners: list[Owners] = []
         self._kept: list[tuple[Tensor, int]] = []
-        self._recorder = LateRecorder(tape, self)
         self._lock = threading.RLock()
+
+    @property
+    def tape(self) -> Tape:
+        """The tape of the tensors that this answers for."""
+        tape = self._tape()
+        assert tape is not None
+        return tape
 
     def join(self, later: Later) -> None:
         """Hand everything over to the answers for a later tape, which continues this one's."""
@@ -102,7 +112,7 @@ class Later:
                 return handler(self, func, args, kwargs)
             result = func(*args, **kwargs)
         if (
-            type(result) is RecordedTensor
+            isinstance(result, RecordedTensor)
             and args
             and isinstance(args[0], Tensor)
             and type(args[0]) is not type(result)
@@ -155,24 +165,48 @@ class Later:
                 self._has_values(found, memory)
             return _real(found, ref)
 
-    def copy(self, tensor: RecordedTensor, memo: dict[int, Any]) -> Tensor:
-        """Return a deep copy, which waits if ``tensor`` does."""
-        import copy
+    def text(self, tensor: RecordedTensor) -> str:
+        """Return what ``print`` shows of ``tensor``: its values, if they are there."""
+        found = recorded(tensor)
+        if found is not None and found.memory is None and self.waiting.missing([found.storage]):
+            shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+            grad = ", requires_grad=True" if tensor.requires_grad else ""
+            return f"tensor(no values yet, size={shape}, dtype={dtype}, device='{tensor.device}'{grad})"
+        with torch._C.DisableTorchFunction(), real_execution():
+            real = self.value(tensor, "be printed").detach()
+        return repr(real.requires_grad_(tensor.requires_grad) if tensor.is_leaf else real)
 
-        with torch._C.DisableTorchFunction(), torch.no_grad():
-            if self._is_open(tensor):
-                copied: Tensor = self.dispatch(torch.ops.aten.clone.default, (tensor.detach(),), {})
-                old, new = recorded(tensor), recorded(copied)
-                if old is not None and new is not None:
-                    self.waiting.names[new.storage] = self.waiting.names.get(old.storage, ("", ""))
-            else:
-                copied = self.value(tensor, "be copied").clone()
-            if isinstance(tensor, nn.Parameter):
-                copied = nn.Parameter(copied, tensor.requires_grad)
-            else:
-                copied.requires_grad_(tensor.requires_grad)
+    def copy(self, tensor: RecordedTensor, memo: dict[Any, Any]) -> Tensor:
+        """Return a deep copy, which waits if ``tensor`` does. Tensors that share memory have copies that share it."""
+        with torch.no_grad():
+            copied = self._copied(tensor, memo)
+        if isinstance(tensor, nn.Parameter):
+            copied = nn.Parameter(copied, tensor.requires_grad)
+        else:
+            copied.requires_grad_(tensor.requires_grad)
         attributes = {key: value for key, value in vars(tensor).items() if key not in _OWN_ATTRIBUTES}
         vars(copied).update(copy.deepcopy(attributes, memo))
+        return copied
+
+    def _copied(self, tensor: RecordedTensor, memo: dict[Any, Any]) -> Tensor:
+        found = recorded(tensor)
+        if found is None or found.memory is not None:
+            return self.value(tensor, "be copied").clone()
+        meta = tensor._meta
+        ref = ref_of(meta, found.storage)
+        if self.tape.covers(ref):
+            copied = tensor.detach().clone()
+        else:
+            key = ("fabric_init", found.storage)
+            if key not in memo:
+                storage = meta.untyped_storage()
+                flat = torch.empty(0, dtype=meta.dtype, device="meta")
+                flat.set_(storage, 0, (storage.nbytes() // meta.element_size(),), (1,))
+                memo[key] = recorded_tensor(flat, tensor._claimed).clone()
+            copied = memo[key].view(meta.dtype).as_strided(meta.size(), meta.stride(), meta.storage_offset())
+        new = recorded(copied)
+        if new is not None:
+            self.waiting.names[new.storage] = self.waiting.names.get(found.storage, ("", ""))
         return copied
 
     def refuse(self, use: str, storages: Iterable[int]) -> NoReturn:
@@ -187,11 +221,11 @@ class Later:
 
     def constant(self, tensor: Tensor) -> Tensor:
         """Return a recorded tensor whose value is the real ``tensor``'s."""
-        return self._recorder.constant(tensor)
+        return LateRecorder(self.tape, self).constant(tensor)
 
     def asked_for(self, device: torch.device) -> Any:
         """Return a context in which memory that is asked for on meta is meant for ``device``."""
-        return self._recorder.asked_for(device)
+        return LateRecorder(self.tape, self).asked_for(device)
 
     # -- ways --------------------------------------------------------------------------------------------------------
 
@@ -208,7 +242,7 @@ class Later:
         given: dict[int, Tensor] = {}
 
         def real(tensor: Tensor) -> Tensor:
-            if type(tensor) is not RecordedTensor:
+            if not isinstance(tensor, RecordedTensor):
                 return tensor
             value = _plain_memory(tensor) if recorded(tensor) is None else self.value(tensor, _use_of(func))
             given[id(value)] = tensor
@@ -220,7 +254,7 @@ class Later:
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch._C._DisableTorchDispatch():
-            return self._recorder.record_op(func, args, kwargs)
+            return LateRecorder(self.tape, self).record_op(func, args, kwargs)
 
     def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Sequence[Tensor]) -> Any:
         storages = [found.storage for tensor in written if (found := recorded(tensor)) is not None]
@@ -273,7 +307,7 @@ class Later:
 
     def make_plain(self, tensor: Tensor) -> None:
         """Turn a recorded tensor whose values are there into a plain one, which stays the same object."""
-        if type(tensor) is RecordedTensor:
+        if isinstance(tensor, RecordedTensor):
             found = recorded(tensor)
             if found is None:
                 become(tensor, _plain_memory(tensor))

@@ -65,6 +65,7 @@ class RecordMode(TorchFunctionMode):
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         self.recorder.__exit__(kind, error, trace)
         self._collector.__exit__(kind, error, trace)
+        self.tape.later.block_is_open = False
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -76,7 +77,7 @@ class RecordMode(TorchFunctionMode):
             return _init_function(self.recorder, original, args, kwargs or {})
         if kwargs and kwargs.get("device") is not None:
             return device_queries.on_device_by_name(self.recorder, func, args, kwargs)
-        if types and all(kind is RecordedTensor for kind in types):
+        if types and all(issubclass(kind, RecordedTensor) for kind in types):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         return func(*args, **kwargs) if kwargs else func(*args)
@@ -115,7 +116,7 @@ def _recordable(func: Any, tensor: Tensor) -> bool:
 
 def _is_meta(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     with torch._C.DisableTorchFunction():
-        if recorded(args[0]) is None:
+        if not isinstance(args[0], RecordedTensor):
             return bool(args[0].is_meta)
         caller = sys._getframe(2)
         if caller.f_code is _TRUNC_NORMAL and (call := init_call(caller)) is not None:
@@ -129,7 +130,7 @@ def _detach(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[s
     """What ``nn.Parameter`` asks of each tensor first, hence this shortcut past the dispatcher."""
     tensor = args[0]
     with torch._C.DisableTorchFunction():
-        if type(tensor) is not RecordedTensor or tensor.grad_fn is not None:
+        if not isinstance(tensor, RecordedTensor) or tensor.grad_fn is not None:
             return func(*args, **kwargs)  # type: ignore[no-any-return]
         with torch._C._DisableTorchDispatch():
             return recorded_tensor(tensor._meta.detach(), tensor._claimed)

@@ -340,7 +340,9 @@ class Recorder(TorchDispatchMode):
             if tensor is None:
                 found = recorded(meta)
                 return meta if found is None else recorded_tensor(meta, found.device)
-            if type(tensor) is RecordedTensor and (meta.size() != tensor.size() or meta.stride() != tensor.stride()):
+            if isinstance(tensor, RecordedTensor) and (
+                meta.size() != tensor.size() or meta.stride() != tensor.stride()
+            ):
                 follow_meta(tensor)
             return tensor
 
@@ -357,7 +359,7 @@ class Recorder(TorchDispatchMode):
         return self._followed(args[0])
 
     def _followed(self, tensor: torch.Tensor) -> torch.Tensor:
-        if type(tensor) is RecordedTensor:
+        if isinstance(tensor, RecordedTensor):
             follow_meta(tensor)
         return tensor
 

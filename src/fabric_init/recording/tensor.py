@@ -15,18 +15,25 @@ the Python object stays, and becomes a plain tensor (:func:`become`), so optimiz
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from functools import cache
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fabric_init.errors import RecordingError
 from fabric_init.recording.tape import Recorded, recorded_storage
 
 _make_subclass = torch.Tensor._make_subclass
 META = torch.device("meta")
 ASKS_DEVICE = torch.ops.prim.device.default
 """How torch's own code asks a tensor that answers by itself for its device."""
+
+
+_MAKES_SUBCLASS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 class RecordedTensor(Tensor):
@@ -58,7 +65,14 @@ class RecordedTensor(Tensor):
             return args[0]._claimed
         tensor = first_recorded((args, (kwargs or {}).values()))
         assert tensor is not None
-        return _later(tensor).dispatch(func, args, kwargs or {})
+        later = _later(tensor)
+        if later.block_is_open and func in _MAKES_SUBCLASS:
+            return _in_class_of(sys._getframe(1), tensor)
+        return later.dispatch(func, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        text: str = _later(self).text(self)
+        return f"Parameter containing:\n{text}" if isinstance(self, nn.Parameter) else text
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         real: Tensor = _later(self).value(self, "be pickled")
@@ -85,7 +99,7 @@ def recorded_tensor(meta: Tensor, device: torch.device, requires_grad: bool = Fa
 
 def meta_of(tensor: Tensor) -> Tensor:
     """Return the plain meta tensor beside a recorded one; any other tensor as it is."""
-    return tensor._meta if type(tensor) is RecordedTensor else tensor
+    return tensor._meta if isinstance(tensor, RecordedTensor) else tensor
 
 
 def recorded(tensor: Tensor) -> Recorded | None:
@@ -115,18 +129,59 @@ def become(tensor: Tensor, value: Tensor, *, alone: bool = False) -> None:
     other: Tensor = nn.Parameter(value, requires_grad=False) if is_parameter else value.detach()
     other.requires_grad_(requires_grad)
     torch._C._swap_tensor_impl(tensor, other)
-    if type(tensor) is RecordedTensor:
+    if isinstance(tensor, RecordedTensor):
         if not alone and not value.is_meta:
             _note_memory(tensor, value)
         other.__class__ = RecordedTensor  # torch may still hold it, inside of the call that writes ``tensor``
         vars(other).update(_meta=tensor._meta, _claimed=tensor._claimed)
         for name in ("_meta", "_claimed", "_is_param", "_is_buffer"):
             vars(tensor).pop(name, None)
-        tensor.__class__ = nn.Parameter if is_parameter else Tensor  # type: ignore[assignment]
+        own: Any = getattr(type(tensor), "own_class", None)
+        tensor.__class__ = own or (nn.Parameter if is_parameter else Tensor)  # type: ignore[assignment]
     if hooks:
         tensor._backward_hooks = hooks
     if after_accumulation:
         tensor._post_accumulate_grad_hooks = after_accumulation
+
+
+def _in_class_of(asking: FrameType, tensor: RecordedTensor) -> Tensor:
+    """Return a plain meta tensor on the storage of ``tensor``, of the class that the ``asking`` code puts it into.
+
+    In a block no detach comes here but from ``torch.Tensor._make_subclass(cls, tensor)`` and ``as_subclass``, which do
+    not say which class they want, and raise if what they get is not of it. So the code that calls them is looked at.
+    """
+    values = [*asking.f_locals.values(), *map(asking.f_globals.get, asking.f_code.co_names)]
+    classes = dict.fromkeys(value for value in values if isinstance(value, type) and issubclass(value, Tensor))
+    own = [value for value in classes if value not in (Tensor, nn.Parameter, RecordedTensor)]
+    if len(own) != 1:
+        raise RecordingError(
+            f"{asking.f_code.co_filename}:{asking.f_lineno} puts a recorded tensor into a subclass of torch.Tensor in "
+            "a way that cannot be recorded. Build that tensor with plain values, outside the block, or after it."
+        )
+    return _make_subclass(own[0], tensor._meta)
+
+
+def claim(tensor: Tensor) -> None:
+    """Turn a plain meta tensor on a recorded storage into a recorded tensor, which stays the same Python object.
+
+    In a block, ``torch.Tensor._make_subclass`` and ``as_subclass`` put plain meta tensors into classes of the model's
+    own, and lazy parameters are such ones.
+    """
+    found = recorded_storage(tensor)
+    if found is not None:
+        become_recorded(tensor, tensor.detach() if type(tensor) is Tensor else _plain_view(tensor), found.device)
+
+
+def _plain_view(tensor: Tensor) -> Tensor:
+    plain = torch.empty(0, dtype=tensor.dtype, device=META)
+    return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+@cache
+def _recorded_class(own: type[Tensor]) -> type[Tensor]:
+    if own in (Tensor, nn.Parameter) or issubclass(own, RecordedTensor):
+        return RecordedTensor
+    return type(f"Recorded{own.__name__}", (RecordedTensor, own), {"own_class": own, "__module__": __name__})
 
 
 def become_recorded(tensor: Tensor, meta: Tensor, device: torch.device) -> None:
@@ -134,7 +189,7 @@ def become_recorded(tensor: Tensor, meta: Tensor, device: torch.device) -> None:
     is_parameter = isinstance(tensor, nn.Parameter)
     other = recorded_tensor(meta, device, tensor.requires_grad)
     torch._C._swap_tensor_impl(tensor, other)
-    tensor.__class__ = RecordedTensor
+    tensor.__class__ = _recorded_class(type(tensor))
     vars(tensor).update(_meta=meta, _claimed=device)
     if is_parameter:
         vars(tensor)["_is_param"] = True
@@ -157,7 +212,7 @@ def _note_memory(tensor: RecordedTensor, value: Tensor) -> None:
 def first_recorded(values: Any) -> RecordedTensor | None:
     """Return the first recorded tensor among arguments, also in lists and tuples."""
     for value in values:
-        if type(value) is RecordedTensor:
+        if isinstance(value, RecordedTensor):
             return value
         if isinstance(value, (list, tuple)) or type(value) is type({}.values()):
             found = first_recorded(value)
@@ -168,6 +223,7 @@ def first_recorded(values: Any) -> RecordedTensor | None:
 
 def _later(tensor: RecordedTensor) -> Any:
     """Return what answers for ``tensor`` where no block is open."""
-    found = recorded_storage(tensor._meta)
+    with torch._C.DisableTorchFunction():
+        found = recorded_storage(tensor._meta)
     assert found is not None
     return found.tape.later

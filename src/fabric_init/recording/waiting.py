@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -29,10 +30,17 @@ class Waiting:
     """
 
     def __init__(self, tape: Tape) -> None:
-        self.tape = tape
+        self._tape = weakref.ref(tape)
         self.names: dict[int, tuple[str, str]] = {}  # by storage: the class of the model, and the tensor's name
         self.fix = THREE_WAYS
         self._written: dict[int, Tensor] = {}  # by storage: which elements were, of those that wait
+
+    @property
+    def tape(self) -> Tape:
+        """The tape that the storages are on."""
+        tape = self._tape()
+        assert tape is not None
+        return tape
 
     def join(self, earlier: Waiting) -> None:
         """Take over what an earlier tape, which this one continues, knows."""

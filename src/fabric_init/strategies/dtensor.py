@@ -60,7 +60,7 @@ class ShardedTensors:
         if not isinstance(tensor, DTensor):
             become(tensor, value)
             return tensor
-        if type(tensor._local_tensor) is RecordedTensor:
+        if isinstance(tensor._local_tensor, RecordedTensor):
             become(tensor._local_tensor, value.contiguous())
         else:
             _become_shard(tensor, value.contiguous())

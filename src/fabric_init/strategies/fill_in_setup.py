@@ -157,8 +157,9 @@ def _refuse_partly_written(entries: Sequence[PlanEntry], prepared: PreparedPlan)
     ]
     if lost:
         raise RecordingError(
-            f"{', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}: written in part before setup, and the rest waits for a "
-            "load. Write the whole tensor, call fabric.init_missing(model) before setup, or write after it."
+            f"{', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}: written in part before setup, and the "
+            "rest waits for a load. Write the whole tensor, call fabric.init_missing(model) before setup, or write "
+            "after it."
         )
 
 
@@ -189,7 +190,7 @@ def plain_meta(planned: PreparedPlan) -> Iterator[None]:
 
     If it fails, those that are left in the model are recorded tensors again.
     """
-    recordings = [(t, t._meta, t._claimed) for t in planned.tensors if type(t) is RecordedTensor]
+    recordings = [(t, t._meta, t._claimed) for t in planned.tensors if isinstance(t, RecordedTensor)]
     with torch._C.DisableTorchFunction(), torch.no_grad():
         for tensor, meta, _ in recordings:
             become(tensor, meta.detach(), alone=True)
