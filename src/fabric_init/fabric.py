@@ -18,6 +18,7 @@ from fabric_init.checkpoints import Conversion, Source
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.distributed.io import Io, check_io
 from fabric_init.errors import FabricInitError, RecordingError
+from fabric_init.guard.models import fix_of, unfilled
 from fabric_init.planning.plan import LoadOptions
 from fabric_init.recording.mode import active
 from fabric_init.reports.init_report import InitReport
@@ -165,6 +166,9 @@ def _require_tensors(module: nn.Module) -> None:
     waiting = [name for name, tensor in module.named_parameters() if tensor.is_meta]
     if waiting:
         raise RecordingError(f"{len(waiting)} parameters are on the meta device (first: {waiting[0]}). {_FIX}.")
+    if (fix := fix_of(module)) is not None and not is_bound(module):
+        first = unfilled(module)[0][0]
+        raise RecordingError(f"{type(module).__name__} has no values yet (first: {first}). {fix}")
 
 
 _FIX = "Call fabric_init.materialize(model), or build the model under fabric.init_module(...), before setup"

@@ -33,6 +33,7 @@ from fabric_init.checkpoints import (
     register_reader,
     unregister_reader,
 )
+from tests.support.recordings import is_recorded
 
 WIDTH = 100
 State = dict[str, Tensor]
@@ -254,8 +255,8 @@ def test_ctrl_c_at_any_moment_leaves_a_model_that_has_all_values_or_cannot_be_us
             materialize(model)
             time.sleep(10)
         timer.join()
-        if any(parameter.is_meta for parameter in model.parameters()):
-            assert all(parameter.is_meta for parameter in model.parameters())
+        if any(is_recorded(parameter) for parameter in model.parameters()):
+            assert all(is_recorded(parameter) for parameter in model.parameters())
             refused += 1
             with pytest.raises(UninitializedTensorError):
                 model.state_dict()

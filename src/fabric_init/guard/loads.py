@@ -137,7 +137,7 @@ def _end(module: nn.Module, complete: Complete | None) -> None:
     for _, tensor in before:  # assign=True has put others in their places
         found = recorded(local(tensor))
         if found is not None and found.memory is None and not _holds(module, tensor):
-            found.tape.later.statuses.setdefault(found.storage, "loaded")
+            found.tape.later.waiting.note_status(found.storage, "loaded")
     left = unfilled(module)
     for later in _current.laters:
         later.status = "initialized"

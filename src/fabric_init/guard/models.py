@@ -50,6 +50,8 @@ class Places:
     """Where the parameters and buffers of a model are, by recorded storage. Keeps nothing alive."""
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._name = type(model).__name__
         self._places: dict[int, list[tuple[weakref.ref[nn.Module], str]]] = {}
         for module in model.modules():
             for name, tensor in own_tensors(module):
@@ -71,6 +73,12 @@ class Places:
             found = recorded(tensor)
             if found is not None and found.storage == storage:
                 yield tensor
+
+    def unfilled(self) -> tuple[str, dict[int, str]]:
+        """Return the class of the model, and the names of its tensors that wait, by recorded storage."""
+        model = self._model()
+        found = {} if model is None else {recorded(local(tensor)): name for name, tensor in unfilled(model)}
+        return self._name, {record.storage: name for record, name in found.items() if record is not None}
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -95,9 +103,18 @@ def settle(model: nn.Module) -> None:
             if found is None:
                 continue
             later: Later = found.tape.later
-            if found.memory is None and found.storage in later.statuses and later.gives_memory:
+            if found.memory is None and found.storage in later.waiting.statuses and later.gives_memory:
                 later.value(part, "be read")
             later.make_plain(part)
+
+
+def fix_of(model: nn.Module) -> str | None:
+    """Return what the user has to do before ``model`` can be set up; ``None`` where a later load may bring values."""
+    for _, tensor in unfilled(model):
+        found = recorded(local(tensor))
+        if found is not None and (fix := found.tape.later.waiting.fix) != THREE_WAYS:
+            return str(fix)
+    return None
 
 
 def unfilled(model: nn.Module) -> list[tuple[str, Tensor]]:

@@ -38,7 +38,11 @@ def plan_for(
     exact = _exact(set(tapes.values()), rng)
     plan = make_plan(slots, tapes, reader, wanted, find_extra_states(model))
     check_nothing_is_undone(plan.entries, tapes)
-    versions = [(tensor, tensor._version) for info, tensor in zip(slots, tensors, strict=True) if info.real]
+    versions = [
+        (tensor, tensor._version)
+        for info, tensor in zip(slots, tensors, strict=True)
+        if info.real and not tensor.is_inference()
+    ]
     return PreparedPlan(plan, tensors, tapes, reader, exact, versions)
 
 

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from fabric_init.errors import RecordingError, UninitializedTensorError
 from fabric_init.recording import device_queries, escapes
 from fabric_init.recording.meta_kernels import map_tensors, tensors_in, written_tensors
-from fabric_init.recording.op_schemas import INDEXES, overwrites, traits
+from fabric_init.recording.op_schemas import INDEXES, only_copies, overwrites, traits
 from fabric_init.recording.recorder import Recorder
 from fabric_init.recording.replay import real_execution, storage_now, view
 from fabric_init.recording.rng import LateStreams
 from fabric_init.recording.tape import Recorded, Tape, TensorRef, ref_of
-from fabric_init.recording.tensor import RecordedTensor, become, recorded, recorded_tensor
-from fabric_init.recording.waiting import Waiting
+from fabric_init.recording.tensor import RecordedTensor, become, become_recorded, recorded, recorded_tensor
+from fabric_init.recording.waiting import Waiting, uninitialized
 
 
 class Owners(Protocol):
@@ -45,6 +45,10 @@ class Owners(Protocol):
 
     def recorded(self, storage: int) -> Iterator[Tensor]:
         """Yield those of them that are still on ``storage``."""
+        ...
+
+    def unfilled(self) -> tuple[str, dict[int, str]]:
+        """Return the class of the model, and the names of its tensors that wait, by recorded storage."""
         ...
 
 
@@ -71,14 +75,12 @@ class Later:
         gives_memory: whether a tensor that is written gets memory at once; a strategy that shards first wants it later.
         status: what a tensor that gets values now is reported as.
         block_is_open: whether the block that records the tape is open.
-        statuses: what those were reported as that have got values since the block, by storage.
     """
 
     def __init__(self, tape: Tape) -> None:
         self._tape = weakref.ref(tape)  # the tape has this object: no cycle keeps a recording alive
         self.gives_memory = True
         self.status = "written by the user"
-        self.statuses: dict[int, str] = {}
         self.block_is_open = True
         self.waiting = Waiting(tape)
         self.owners: list[Owners] = []
@@ -95,7 +97,6 @@ class Later:
     def join(self, later: Later) -> None:
         """Hand everything over to the answers for a later tape, which continues this one's."""
         later.gives_memory = later.gives_memory and self.gives_memory
-        later.statuses.update(self.statuses)
         later.owners += self.owners
         later._kept += self._kept
         later.waiting.join(self.waiting)
@@ -153,7 +154,7 @@ class Later:
             ref = ref_of(tensor._meta, found.storage)  # type: ignore[attr-defined]
             if found.memory is None:
                 if missing := self.waiting.missing([found.storage]):
-                    self.refuse(use, missing)
+                    self.refuse(use, [found.storage, *missing])
                 if self.tape.never_written(ref):
                     raise UninitializedTensorError(
                         f"a tensor of shape {tuple(tensor.shape)} cannot {use}: it was made by torch.empty or "
@@ -204,14 +205,31 @@ class Later:
                 flat.set_(storage, 0, (storage.nbytes() // meta.element_size(),), (1,))
                 memo[key] = recorded_tensor(flat, tensor._claimed).clone()
             copied = memo[key].view(meta.dtype).as_strided(meta.size(), meta.stride(), meta.storage_offset())
-        new = recorded(copied)
-        if new is not None:
-            self.waiting.names[new.storage] = self.waiting.names.get(found.storage, ("", ""))
         return copied
 
     def refuse(self, use: str, storages: Iterable[int]) -> NoReturn:
-        """Raise with the names of all that waits."""
-        self.waiting.refuse(use, storages)
+        """Raise with the names of all that waits in the model of these ``storages``, and how to give it values.
+
+        Raises:
+            UninitializedTensorError: always.
+        """
+        asked = list(storages)
+        for owners in reversed(self.owners):
+            model, names = owners.unfilled()
+            if any(storage in names for storage in asked):
+                break
+        else:
+            model, names = self._names_of_parts(asked)
+        raise UninitializedTensorError(uninitialized(model, use, list(dict.fromkeys(names.values())), self.waiting.fix))
+
+    def _names_of_parts(self, asked: Sequence[int]) -> tuple[str, dict[int, str]]:
+        """The names of what waits of a model that is gone, but for parts that are used elsewhere."""
+        known = self.waiting.names
+        model = next((known[storage][0] for storage in asked if storage in known), None)
+        if model is None:
+            return "a tensor that was computed from others", {0: "(it is in no model)"}
+        alive = [s for s, (other, _) in known.items() if other == model and (s in asked or self.tape.is_alive(s))]
+        return model, {s: known[s][1] for s in alive if s in asked or self.waiting.missing([s])}
 
     # -- what the handlers of the block call, too ----------------------------------------------------------------------
 
@@ -254,7 +272,12 @@ class Later:
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch._C._DisableTorchDispatch():
-            return LateRecorder(self.tape, self).record_op(func, args, kwargs)
+            result = LateRecorder(self.tape, self).record_op(func, args, kwargs)
+        if only_copies(func) and isinstance(result, RecordedTensor):  # a cast takes the place of what was cast
+            old, new = recorded(args[0]), recorded(result)
+            if old is not None and new is not None:
+                self.waiting.rename(old.storage, new.storage)
+        return result
 
     def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Sequence[Tensor]) -> Any:
         storages = [found.storage for tensor in written if (found := recorded(tensor)) is not None]
@@ -275,7 +298,7 @@ class Later:
             for tensor in written:
                 self.value(tensor, "be read")
         elif covers and not late:
-            self.statuses[found.storage] = self.status
+            self.waiting.note_status(found.storage, self.status)
         return result
 
     def _to_be_sharded(self, storages: Iterable[int]) -> bool:
@@ -300,20 +323,21 @@ class Later:
     def _has_values(self, found: Recorded, memory: torch.UntypedStorage) -> None:
         found.memory = memory, 0
         if self.waiting.filled(found.storage):
-            self.statuses[found.storage] = self.status
+            self.waiting.note_status(found.storage, self.status)
         for owners in self.owners:
             for tensor in list(owners.recorded(found.storage)):
                 self.make_plain(tensor)
 
     def make_plain(self, tensor: Tensor) -> None:
         """Turn a recorded tensor whose values are there into a plain one, which stays the same object."""
-        if isinstance(tensor, RecordedTensor):
+        if not isinstance(tensor, RecordedTensor):
+            return
+        with torch._C.DisableTorchFunction():
             found = recorded(tensor)
             if found is None:
                 become(tensor, _plain_memory(tensor))
             elif found.memory is not None and tensor.grad_fn is None:
-                with torch._C.DisableTorchFunction(), real_execution():
-                    become(tensor, _real(found, ref_of(tensor._meta, found.storage)))
+                become(tensor, _real(found, ref_of(tensor._meta, found.storage)))
 
     # -- real tensors that recorded writes read ------------------------------------------------------------------------
 
@@ -338,11 +362,33 @@ class Later:
             )
 
 
+def _set_data(later: Later, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """``p.data = t``, which takes values, or the wait for some, from ``t``."""
+    target, value = args
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        old, new = recorded(target), recorded(value)
+        if isinstance(value, RecordedTensor) and new is not None:
+            if isinstance(target, RecordedTensor):
+                func(target, value)
+                target._meta, target._claimed = value._meta.detach(), value._claimed
+                if old is not None:
+                    later.waiting.rename(old.storage, new.storage)
+            else:
+                become_recorded(target, value._meta.detach(), value._claimed)
+        elif isinstance(target, RecordedTensor):
+            become(target, value.detach(), alone=True)
+            if old is not None and later.waiting.filled(old.storage):
+                later.waiting.note_status(old.storage, later.status)
+        else:
+            func(target, value)
+
+
 _WORTH_A_REFERENCE = 1 << 20
 _OWN_ATTRIBUTES = frozenset({"_meta", "_claimed", "_is_param", "_is_buffer"})
 _HANDLERS: dict[Any, Any] = {
     **device_queries.LATER_HANDLERS,
     **escapes.HANDLERS,
+    Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
 }
 
 

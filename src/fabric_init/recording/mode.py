@@ -26,12 +26,13 @@ from fabric_init.recording.later import Later
 from fabric_init.recording.op_schemas import INIT_FUNCTIONS
 from fabric_init.recording.recorder import Recorder
 from fabric_init.recording.tape import Rng, Tape, check_rng
-from fabric_init.recording.tensor import RecordedTensor, recorded, recorded_tensor
+from fabric_init.recording.tensor import RecordedTensor, recorded, recorded_class, recorded_tensor
 
 # The init functions that hand over to a function mode; the others are known by their frame.
 _SEEN_WHOLE: dict[str, Any] = {
     name: INIT_FUNCTIONS[name] for name in ("uniform_", "normal_", "constant_", "kaiming_uniform_")
 }
+_NEW_PARAMETER = torch.nn.Parameter.__new__.__code__
 _TRUNC_NORMAL = torch.nn.init._no_grad_trunc_normal_.__code__
 
 
@@ -133,7 +134,11 @@ def _detach(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[s
         if not isinstance(tensor, RecordedTensor) or tensor.grad_fn is not None:
             return func(*args, **kwargs)  # type: ignore[no-any-return]
         with torch._C._DisableTorchDispatch():
-            return recorded_tensor(tensor._meta.detach(), tensor._claimed)
+            detached = recorded_tensor(tensor._meta.detach(), tensor._claimed)
+        asking = sys._getframe(2)
+        if asking.f_code is _NEW_PARAMETER and (own := asking.f_locals["cls"]) is not torch.nn.Parameter:
+            tensor.__class__ = detached.__class__ = recorded_class(own)  # type: ignore[assignment]  # torch wants both to be of one class
+        return detached
 
 
 _HANDLERS: dict[Any, Handler] = {

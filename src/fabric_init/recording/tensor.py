@@ -178,7 +178,8 @@ def _plain_view(tensor: Tensor) -> Tensor:
 
 
 @cache
-def _recorded_class(own: type[Tensor]) -> type[Tensor]:
+def recorded_class(own: type[Tensor]) -> type[Tensor]:
+    """Return the class of recorded tensors that will be of class ``own`` once they have values."""
     if own in (Tensor, nn.Parameter) or issubclass(own, RecordedTensor):
         return RecordedTensor
     return type(f"Recorded{own.__name__}", (RecordedTensor, own), {"own_class": own, "__module__": __name__})
@@ -189,7 +190,7 @@ def become_recorded(tensor: Tensor, meta: Tensor, device: torch.device) -> None:
     is_parameter = isinstance(tensor, nn.Parameter)
     other = recorded_tensor(meta, device, tensor.requires_grad)
     torch._C._swap_tensor_impl(tensor, other)
-    tensor.__class__ = _recorded_class(type(tensor))
+    tensor.__class__ = recorded_class(type(tensor))  # type: ignore[assignment]
     vars(tensor).update(_meta=meta, _claimed=device)
     if is_parameter:
         vars(tensor)["_is_param"] = True

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fabric_init.errors import UninitializedTensorError
 from fabric_init.recording.op_schemas import overwrites, traits
 from fabric_init.recording.tape import Tape, now, ref_of
 from fabric_init.recording.tensor import meta_of, recorded
@@ -18,7 +17,6 @@ THREE_WAYS = (
     "Load them (fabric.load, fabric.load_raw or load_state_dict), or declare the load so that it is done for you "
     "(init_module(checkpoint=…)), or give them the model's own init (fabric.init_missing(model))."
 )
-_MOST_NAMES = 20
 
 
 class Waiting:
@@ -32,7 +30,9 @@ class Waiting:
     def __init__(self, tape: Tape) -> None:
         self._tape = weakref.ref(tape)
         self.names: dict[int, tuple[str, str]] = {}  # by storage: the class of the model, and the tensor's name
+        self.statuses: dict[int, str] = {}  # what those are reported as that have got their values
         self.fix = THREE_WAYS
+        self._origins: dict[int, int] = {}  # the storage that one has taken the place of
         self._written: dict[int, Tensor] = {}  # by storage: which elements were, of those that wait
 
     @property
@@ -45,12 +45,26 @@ class Waiting:
     def join(self, earlier: Waiting) -> None:
         """Take over what an earlier tape, which this one continues, knows."""
         self.names.update(earlier.names)
+        self.statuses.update(earlier.statuses)
+        self._origins.update(earlier._origins)
         self._written.update(earlier._written)
 
     def begin(self, storage: int, model: str, name: str) -> None:
         """Let a storage wait from now on."""
         self.tape.waits.setdefault(storage, now())
-        self.names.setdefault(storage, (model, name))
+        self.names[storage] = model, name
+
+    def rename(self, old: int, new: int) -> None:
+        """Let storage ``new``, which takes the place of ``old``, be known under its name."""
+        if old in self.names and new not in self.names:
+            self.names[new] = self.names[old]
+            self._origins.setdefault(new, old)
+
+    def note_status(self, storage: int, status: str) -> None:
+        """Note what a tensor is reported as, under the storage that it had at first."""
+        while storage in self._origins:
+            storage = self._origins[storage]
+        self.statuses[storage] = status
 
     def filled(self, storage: int) -> bool:
         """Note that a storage has got its values; returns whether it waited."""
@@ -64,7 +78,8 @@ class Waiting:
     def accept_own_init(self, storages: Iterable[int]) -> None:
         """Let these storages, and those that they are computed from, hold what the model's own init gives them."""
         for storage in (*storages, *self.missing(storages)):
-            self.tape.waits.pop(storage, None)
+            if self.tape.waits.pop(storage, None) is not None:
+                self.note_status(storage, "initialized")
 
     def missing(self, storages: Iterable[int], before: int | None = None) -> list[int]:
         """Return which storages have to get values before all of ``storages`` have theirs, in order, each once."""
@@ -125,27 +140,10 @@ class Waiting:
         mask = self._written.get(storage)
         return mask is not None and bool(mask.all())
 
-    def refuse(self, use: str, storages: Iterable[int]) -> NoReturn:
-        """Raise with the names of all that waits in the models of ``storages``, and how to give it values.
-
-        Raises:
-            UninitializedTensorError: always.
-        """
-        asked = list(storages)
-        models = {self.names[storage][0] for storage in asked if storage in self.names}
-        alive = [s for s, (model, _) in self.names.items() if model in models and self.tape.is_alive(s)]
-        chosen = {*asked, *self.missing(alive)}
-        names = list(dict.fromkeys(name for s, (_, name) in self.names.items() if s in chosen and name))
-        if not names:
-            names = [f"a tensor that was computed from others ({len(asked)} in all)"]
-        raise UninitializedTensorError(uninitialized(" and ".join(sorted(models)) or "a tensor", use, names, self.fix))
-
 
 def uninitialized(model: str, use: str, names: list[str], fix: str = THREE_WAYS) -> str:
     """Return the message about tensors of ``model`` that are used without values."""
-    listed = "\n".join(f"  {name}" for name in names[:_MOST_NAMES])
-    if len(names) > _MOST_NAMES:
-        listed += f"\n  … and {len(names) - _MOST_NAMES} more"
+    listed = "\n".join(f"  {name}" for name in names)
     which = "one of its tensors was" if len(names) == 1 else f"{len(names)} of its tensors were"
     return f"{model} cannot {use}: {which} neither loaded nor initialized:\n{listed}\n{fix}"
 

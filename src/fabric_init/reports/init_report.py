@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import weakref
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fabric_init.errors import FabricInitError
-from fabric_init.reports.rows import InitRecord, Row, Status
+from fabric_init.recording.tensor import recorded
+from fabric_init.reports.rows import InitRecord, Row, Status, dtype_name
 from fabric_init.reports.save import SavesItself, save_report
 from fabric_init.reports.trace import measure, trace
 
@@ -169,15 +171,22 @@ def report_of(model: nn.Module) -> InitReport:
     return report
 
 
-def refresh_statuses(rows: list[Row]) -> None:
-    """Bring the rows of tensors that had no values up to date; those that the model has given up go."""
+def refresh_statuses(rows: list[Row], held: Mapping[str, Tensor]) -> None:
+    """Bring the rows of tensors that had no values up to date; those that the model does not hold any more go.
+
+    Args:
+        rows: of the model's report.
+        held: what the model holds today, by name, in this rank's part.
+    """
     for row in list(rows):
         if row.status != "unfilled" or row.tape is None:
             continue
-        tape = row.tape.current()
-        if row.storage in tape.later.statuses:
-            row.status = tape.later.statuses[row.storage]
-        elif row.storage not in tape.waits:
-            row.status = "initialized"
-        elif not tape.is_alive(row.storage):
+        tensor = held.get(row.name)
+        if tensor is None:
             rows.remove(row)
+            continue
+        row.dtype = dtype_name(tensor.dtype)
+        waiting = row.tape.current().later.waiting
+        record = recorded(tensor)
+        if record is None or record.memory is not None or not record.tape.later.waiting.missing([record.storage]):
+            row.status = waiting.statuses.get(row.storage, "written by the user")
