@@ -14,16 +14,14 @@ from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.filling.execute import fill_model
 from fabric_init.filling.missing import initialize_missing, initialize_possible
 from fabric_init.guard.loads import watch_loads
-from fabric_init.guard.models import hold, local, settle
+from fabric_init.guard.models import hold, settle
 from fabric_init.planning.placement import WholeTensors
 from fabric_init.planning.plan import LoadOptions
-from fabric_init.planning.tensors import named_tensors
 from fabric_init.recording.built_modules import BuiltModules
 from fabric_init.recording.mode import active, recorded_build
 from fabric_init.recording.tape import Rng, check_rng
-from fabric_init.reports.init_report import InitReport, refresh_statuses, report_of
+from fabric_init.reports.init_report import InitReport, report_of
 from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound
-from fabric_init.strategies.optimizers import plain_name
 from fabric_init.strategies.unwrap import original
 
 
@@ -137,8 +135,5 @@ def init_report(model: nn.Module) -> InitReport:
         FabricInitError: the model was not built in a recorded block.
     """
     model = original(model)
-    report = report_of(model)
     settle(model)
-    held = {plain_name(name): local(tensor) for name, _, tensor in named_tensors(model)}
-    refresh_statuses(report.rows, held)
-    return report
+    return report_of(model)

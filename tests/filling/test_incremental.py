@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from fabric_init.guard.recorded import release_recorded
 from torch import nn
 
 from fabric_init import deferred_init, materialize
@@ -41,7 +40,6 @@ def test_parts_have_the_values_of_the_whole_and_so_has_the_report() -> None:
     for part in (model.right, model.tied, model):
         filling.fill_under(part)
     report = filling.finish()
-    release_recorded(model)
     for name, value in whole.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
     assert torch.equal(model.seen, whole.seen)

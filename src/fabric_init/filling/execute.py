@@ -22,7 +22,7 @@ from fabric_init.filling.loader import set_extra_states
 from fabric_init.filling.out_of_memory import out_of_memory_explained
 from fabric_init.filling.progress import with_progress
 from fabric_init.guard.loads import unwatch_loads
-from fabric_init.guard.models import settle, unfilled
+from fabric_init.guard.models import release_forward, settle, unfilled
 from fabric_init.planning.derived import loaded_storages, sources_of
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, DerivedFrom, LoadOptions, Plan, PlanEntry, storage_groups
@@ -300,6 +300,7 @@ def carry_out(
     report = agreement.same("filling the model", check_and_fill, lambda report: "")
     if not unfilled(model):
         unwatch_loads(model)
+        release_forward(model)
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()  # cuDNN's layout: the constructor's own call came before there was memory

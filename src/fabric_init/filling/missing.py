@@ -12,7 +12,7 @@ from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.derived import compute_with
 from fabric_init.filling.execute import fill
 from fabric_init.guard.loads import unwatch_loads
-from fabric_init.guard.models import forget_ranks, local, own_init_is_wanted, ranks_of, settle, unfilled, waits
+from fabric_init.guard.models import local, own_init_is_wanted, ranks_of, release_forward, settle, unfilled, waits
 from fabric_init.guard.shards import forget_shards, is_partly_written, waiting_shards
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.plan import Action, Plan, PlanEntry
@@ -32,7 +32,7 @@ def initialize_missing(model: nn.Module) -> None:
     settle(model)
     agreement = ranks_of(model) or SingleProcess()
     agreement.same("initializing what is missing", lambda: _initialize_all(model), lambda _: "")
-    forget_ranks(model)
+    release_forward(model)
     forget_shards(model)
     unwatch_loads(model)
 

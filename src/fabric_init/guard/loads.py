@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
-from fabric_init.guard.models import local, own_tensors, settle, unfilled
+from fabric_init.guard.models import local, own_tensors, release_forward, settle, unfilled
+from fabric_init.planning.extra_state import takes_extra_state
 from fabric_init.recording.later import Later
 from fabric_init.recording.tape import now
 from fabric_init.recording.tensor import recorded
@@ -43,7 +44,8 @@ _current = _Current()
 def watch_loads(model: nn.Module, complete: Complete) -> None:
     """Let ``load_state_dict`` of ``model``, or of modules in it, complete what it did not bring."""
     for module in model.modules():
-        if _COMPLETE not in vars(module) and (module._modules or any(True for _ in own_tensors(module))):
+        worth_it = module._modules or takes_extra_state(module) or any(True for _ in own_tensors(module))
+        if worth_it and _COMPLETE not in vars(module):
             vars(module)[_COMPLETE] = complete
             module.register_load_state_dict_pre_hook(_before_load)
             module.register_load_state_dict_post_hook(_after_load)
@@ -61,7 +63,6 @@ def unwatch_loads(model: nn.Module, running: Any = None) -> None:
         if any(table is running and not _is_ours(table[next(reversed(table))]) for table in tables):
             continue
         del vars(module)[_COMPLETE]
-        vars(module).pop(_EXTRA, None)
         for table in tables:
             for key in [key for key, hook in table.items() if _is_ours(hook)]:
                 del table[key]
@@ -71,6 +72,12 @@ def extra_state_loaded_since(module: nn.Module, since: int) -> bool:
     """Return whether ``load_state_dict`` has brought extra state for ``module`` later than op number ``since``."""
     loaded: int = vars(module).get(_EXTRA, -1)
     return loaded > since
+
+
+def forget_extra_state(model: nn.Module) -> None:
+    """Forget which extra state loads have brought: what was declared earlier is set by now."""
+    for module in model.modules():
+        vars(module).pop(_EXTRA, None)
 
 
 def _is_ours(hook: Any) -> bool:
@@ -102,6 +109,7 @@ def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
     _end(module, complete)
     if not unfilled(module):
         unwatch_loads(module, running=module._load_state_dict_post_hooks)
+        release_forward(module)
 
 
 @contextmanager
@@ -122,6 +130,7 @@ def loading(model: nn.Module) -> Iterator[None]:
     _end(model, complete)
     if not unfilled(model):
         unwatch_loads(model)
+        release_forward(model)
 
 
 def _begin(module: nn.Module) -> None:

@@ -44,6 +44,8 @@ def hold(model: nn.Module, fix: str = THREE_WAYS, *, gives_memory: bool = True) 
             laters[id(later)] = later
             later.gives_memory, later.waiting.fix = gives_memory, fix
             later.owners.append(Places(model))
+    if laters:
+        hold_forward(model)
 
 
 class Places:
@@ -52,12 +54,21 @@ class Places:
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
         self._name = type(model).__name__
+        self._left: set[int] = set()
         self._places: dict[int, list[tuple[weakref.ref[nn.Module], str]]] = {}
         for module in model.modules():
             for name, tensor in own_tensors(module):
                 found = recorded(tensor)
                 if found is not None:
                     self._places.setdefault(found.storage, []).append((weakref.ref(module), name))
+        self._left.update(self._places)
+
+    def filled(self, storage: int) -> None:
+        """Note that what was on ``storage`` has its values; a model that has all needs no hook any more."""
+        self._left.discard(storage)
+        model = self._model()
+        if not self._left and model is not None and not unfilled(model):
+            release_forward(model)
 
     def now(self, storage: int) -> Iterator[Tensor]:
         """Yield what is today where tensors on ``storage`` were."""
@@ -159,14 +170,13 @@ def require(model: nn.Module, use: str) -> None:
     else:  # of a shard without elements, this rank cannot tell
         names = ranks.from_all([name for name, tensor in waiting if local(tensor).numel()])
     if names:
-        raise UninitializedTensorError(uninitialized(type(model).__name__, use, names))
+        raise UninitializedTensorError(uninitialized(type(model).__name__, use, names, fix_of(model) or THREE_WAYS))
     if waiting:
         with torch._C.DisableTorchFunction(), torch.no_grad():
             for _, tensor in waiting:
                 local(tensor).zero_()  # without elements; the other ranks say that theirs are filled
-    if ranks is not None:
-        settle(model)
-        forget_ranks(model)
+    settle(model)
+    release_forward(model)
 
 
 def ranks_of(model: nn.Module) -> Agreement | None:
@@ -174,22 +184,27 @@ def ranks_of(model: nn.Module) -> Agreement | None:
     return next((found for module in model.modules() if (found := vars(module).get(_RANKS)) is not None), None)
 
 
-def hold_on_ranks(model: nn.Module, agreement: Agreement) -> None:
-    """Let the ranks ask one another before ``model`` runs, as long as some of it waits."""
-    vars(model)[_RANKS] = agreement
-    model.register_forward_pre_hook(_before_forward, prepend=True)  # before what gathers from other ranks
+def hold_forward(model: nn.Module, agreement: Agreement | None = None) -> None:
+    """Let ``model`` refuse to run while some of it waits: before its own code starts, and on all ranks together.
+
+    Args:
+        model: a whole model, not each module in it.
+        agreement: of the ranks that only together hold it, if no rank has all of it.
+    """
+    if agreement is not None:
+        vars(model)[_RANKS] = agreement
+    if _before_forward not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_before_forward, prepend=True)  # before what gathers from other ranks
 
 
-def forget_ranks(model: nn.Module) -> None:
+def release_forward(model: nn.Module) -> None:
     """Take that back: nothing waits any more."""
     for module in model.modules():
-        if vars(module).pop(_RANKS, None) is not None:
-            for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _before_forward]:
-                del module._forward_pre_hooks[key]
+        vars(module).pop(_RANKS, None)
+        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _before_forward]:
+            del module._forward_pre_hooks[key]
 
 
 def _before_forward(module: nn.Module, args: object) -> None:
-    if torch.compiler.is_compiling():
-        torch.compiler.disable(require)(module, "run")
-    else:
+    if not torch.compiler.is_compiling():  # there the tensors themselves refuse
         require(module, "run")

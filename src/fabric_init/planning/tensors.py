@@ -109,6 +109,12 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:
                     yield path, "attribute", tensor
 
 
+def plain_name(name: str) -> str:
+    """A module's name without what wrappers for compiling and activation checkpointing put in between."""
+    parts = [part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module")]
+    return ".".join(parts)
+
+
 def find_tensors(model: nn.Module) -> list[tuple[TensorInfo, Tensor]]:
     """Every parameter, buffer and plain tensor attribute of ``model``, with the tensor itself.
 

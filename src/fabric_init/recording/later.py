@@ -47,6 +47,10 @@ class Owners(Protocol):
         """Yield those of them that are still on ``storage``."""
         ...
 
+    def filled(self, storage: int) -> None:
+        """Note that what was on ``storage`` has its values."""
+        ...
+
     def unfilled(self) -> tuple[str, dict[int, str]]:
         """Return the class of the model, and the names of its tensors that wait, by recorded storage."""
         ...
@@ -327,6 +331,7 @@ class Later:
         for owners in self.owners:
             for tensor in list(owners.recorded(found.storage)):
                 self.make_plain(tensor)
+            owners.filled(self.waiting.origin(found.storage))
 
     def make_plain(self, tensor: Tensor) -> None:
         """Turn a recorded tensor whose values are there into a plain one, which stays the same object."""

@@ -62,9 +62,13 @@ class Waiting:
 
     def note_status(self, storage: int, status: str) -> None:
         """Note what a tensor is reported as, under the storage that it had at first."""
+        self.statuses[self.origin(storage)] = status
+
+    def origin(self, storage: int) -> int:
+        """Return the storage that the tensor now on ``storage`` was on at first, before casts."""
         while storage in self._origins:
             storage = self._origins[storage]
-        self.statuses[storage] = status
+        return storage
 
     def filled(self, storage: int) -> bool:
         """Note that a storage has got its values; returns whether it waited."""

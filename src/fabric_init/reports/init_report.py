@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import weakref
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fabric_init.errors import FabricInitError
+from fabric_init.planning.tensors import named_tensors, plain_name
 from fabric_init.recording.tensor import recorded
-from fabric_init.reports.rows import InitRecord, Row, Status, dtype_name
+from fabric_init.reports.rows import InitRecord, Status, dtype_name
+from fabric_init.reports.rules import describe_rule
 from fabric_init.reports.save import SavesItself, save_report
 from fabric_init.reports.trace import measure, trace
 
@@ -151,7 +153,7 @@ def keep_report(model: nn.Module, report: InitReport) -> None:
 
 def filled_by_us(model: nn.Module) -> bool:
     """Whether fabric_init filled ``model``: no tensor is unfilled, or was written by the user before it was filled."""
-    report = _reports.get(model)
+    report = _refreshed(model)
     return report is not None and not any(row.status in ("unfilled", "written by the user") for row in report.rows)
 
 
@@ -161,7 +163,7 @@ def report_of(model: nn.Module) -> InitReport:
     Raises:
         FabricInitError: the model was built in no recording block.
     """
-    report = _reports.get(model)
+    report = _refreshed(model)
     if report is None:
         raise FabricInitError(
             f"there is no init report for this {type(model).__name__}: it was not built under init_module(empty_init="
@@ -171,22 +173,24 @@ def report_of(model: nn.Module) -> InitReport:
     return report
 
 
-def refresh_statuses(rows: list[Row], held: Mapping[str, Tensor]) -> None:
-    """Bring the rows of tensors that had no values up to date; those that the model does not hold any more go.
-
-    Args:
-        rows: of the model's report.
-        held: what the model holds today, by name, in this rank's part.
-    """
-    for row in list(rows):
+def _refreshed(model: nn.Module) -> InitReport | None:
+    """The report, in which the rows of tensors that had no values are up to date; of those that are gone, they go."""
+    report = _reports.get(model)
+    if report is None or not any(row.status == "unfilled" for row in report.rows):
+        return report
+    held = {plain_name(name): tensor for name, _, tensor in named_tensors(model)}
+    for row in list(report.rows):
         if row.status != "unfilled" or row.tape is None:
             continue
         tensor = held.get(row.name)
         if tensor is None:
-            rows.remove(row)
+            report.rows.remove(row)
             continue
         row.dtype = dtype_name(tensor.dtype)
         waiting = row.tape.current().later.waiting
-        record = recorded(tensor)
+        record = recorded(tensor._local_tensor if isinstance(tensor, DTensor) else tensor)
         if record is None or record.memory is not None or not record.tape.later.waiting.missing([record.storage]):
             row.status = waiting.statuses.get(row.storage, "written by the user")
+            if row.status == "initialized" and row.recording is not None and row.recording.slot.ref is not None:
+                row.origin = describe_rule(row.recording.tape, row.recording.slot.ref)
+    return report

@@ -16,9 +16,8 @@ from torch.distributed.tensor.placement_types import Placement, Shard, _StridedS
 from fabric_init.checkpoints import Box, Region
 from fabric_init.checkpoints.region import take
 from fabric_init.errors import FabricInitError
-from fabric_init.planning.tensors import TensorInfo, named_modules
+from fabric_init.planning.tensors import TensorInfo, named_modules, plain_name
 from fabric_init.recording.tensor import RecordedTensor, become, become_recorded
-from fabric_init.strategies.optimizers import plain_name
 
 
 class ShardedTensors:

@@ -25,8 +25,8 @@ from fabric_init.filling.execute import carry_out, prepare
 from fabric_init.filling.merge import declared_at, merged, planned_tensors
 from fabric_init.filling.missing import initialize_possible
 from fabric_init.filling.wait import let_wait
-from fabric_init.guard.loads import unwatch_loads, watch_loads
-from fabric_init.guard.models import hold, hold_on_ranks, local, own_tensors
+from fabric_init.guard.loads import forget_extra_state, unwatch_loads, watch_loads
+from fabric_init.guard.models import hold, hold_forward, local, own_tensors
 from fabric_init.guard.shards import WaitingShards, empty_shard, hold_shards
 from fabric_init.planning.derived import loaded_storages, sources_of
 from fabric_init.planning.placement import Placement
@@ -230,6 +230,7 @@ def shard_and_fill(
         slots = [entry.slot for entry in planned.plan.entries]
         tensors = [placement.current(slot, tensor) for slot, tensor in zip(slots, planned.tensors, strict=True)]
         unwatch_loads(model)
+        forget_extra_state(model)
         report = carry_out(planned, sharded, tensors, placement, agreement)
         _let_shards_wait(planned, sharded, tensors, placement, agreement, name, report)
         left = [name for name, tensor in parameters_by_name(sharded).items() if local(tensor).is_meta]
@@ -270,4 +271,4 @@ def _let_shards_wait(
     entries = [entry._replace(action=Action.INIT) for entry, _, _ in waiting]
     hold_shards(sharded, WaitingShards(entries, [tensor for _, tensor, _ in waiting], planned.tapes, placement))
     watch_loads(sharded, initialize_possible)
-    hold_on_ranks(sharded, agreement)
+    hold_forward(sharded, agreement)

@@ -22,6 +22,7 @@ from torch.distributed.fsdp.wrap import CustomPolicy, _Policy, enable_wrap
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.incremental import IncrementalFill
 from fabric_init.guard.loads import unwatch_loads
+from fabric_init.guard.models import release_forward
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.tensors import TensorInfo, named_modules
 from fabric_init.reports.init_report import InitReport, keep_report
@@ -101,6 +102,7 @@ class FSDPStrategy(DeferredInitMixin, lightning_fsdp.FSDPStrategy):
 
             wrapped, report = self.agreement.same("wrapping and filling the model", wrap, lambda _: "")
         unwatch_loads(module)
+        release_forward(module)
         keep_report(module, report)
         return wrapped
 

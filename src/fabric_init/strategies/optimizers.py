@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_init.errors import FabricInitError
-from fabric_init.planning.tensors import named_modules
+from fabric_init.planning.tensors import named_modules, plain_name
 
 
 def remap(optimizer: Optimizer, old: Mapping[str, nn.Parameter], new: Mapping[str, nn.Parameter]) -> None:
@@ -39,12 +39,6 @@ def refuse_left_behind(optimizer: Optimizer) -> None:
             f"this {type(optimizer).__name__} holds parameters without memory, and would train nothing. Set up their "
             "model first; if load_state_dict(assign=True) has put others in their places, make it after that."
         )
-
-
-def plain_name(name: str) -> str:
-    """A module's name without what wrappers for compiling and activation checkpointing put in between."""
-    parts = [part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module")]
-    return ".".join(parts)
 
 
 def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
