@@ -1,9 +1,14 @@
-"""Fails a test that leaves global state behind: the next test would meet it, and so would a user of the library."""
+"""Fails a test that leaves global state behind: the next test would meet it, and so would a user of the library.
+
+It also gives every test the marker ``quick`` that is not in one of the slow groups: ``python -m pytest -m quick -n 2``.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
 
 import lightning  # noqa: F401  (sets environment variables when it is first imported: not while a test runs)
 import pytest
@@ -25,6 +30,47 @@ INIT_FUNCTIONS = tuple(name for name, value in vars(torch.nn.init).items() if ca
 HOOK_TABLES = tuple(
     name for name, value in vars(torch_module).items() if name.startswith("_global_") and isinstance(value, dict)
 )
+
+# The groups that `-m quick` leaves out, as paths from here, and what they take their time for. `--durations=25` tells.
+SLOW = {
+    "call_orders/*": "hundreds of orders of calls, some on two ranks",
+    "checkpoints/formats/test_hostile_dcp.py": "thousands of damaged files",
+    "checkpoints/formats/test_dcp.py": "saves with ranks",
+    "checkpoints/formats/test_deepspeed.py": "saves with DeepSpeed",
+    "checkpoints/storage/test_hub.py": "starts a process without a network for each test",
+    "checkpoints/test_every_format.py": "writes a checkpoint in every format",
+    "cli/test_audit.py": "starts the command line anew for each test",
+    "cli/test_demo.py": "finetunes the demo's encoder",
+    "cli/test_inspect.py": "starts the command line anew for each test",
+    "distributed/*": "starts ranks",
+    "fidelity/*": "builds every architecture twice",
+    "filling/test_interrupted.py": "stops processes at many places",
+    "fuzz/*": "thousands of damaged files",
+    "gpu/*": "needs a GPU",
+    "meta/test_docs.py": "runs the documentation and the examples",
+    "meta/test_leaks.py": "a pytest of its own",
+    "meta/test_lint.py": "mypy",
+    "meta/test_site.py": "builds the documentation",
+    "planning/test_extra_state.py": "starts ranks",
+    "reports/html/test_in_a_browser.py": "starts a browser",
+    "test_never_empty.py": "every way to leave a tensor without values",
+    "tools/audit/test_probe.py": "audits real architectures",
+    "tools/audit/test_transformers.py": "audits real architectures",
+    "tools/inspect/test_formats.py": "writes a checkpoint in every format",
+}
+QUICK = {"distributed/test_batches.py", "distributed/test_broadcast_reader.py"}
+"""Files that are quick although their folder is not."""
+
+
+def is_quick(file: str) -> bool:
+    """Return whether the tests of ``file``, a path from this folder, belong to the quick ones."""
+    return file in QUICK or not any(fnmatch(file, pattern) for pattern in SLOW)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_quick(item.path.relative_to(Path(__file__).parent).as_posix()):
+            item.add_marker("quick")
 
 
 def environment() -> dict[str, str]:

@@ -27,9 +27,11 @@ from fabric_init import (
     CheckpointNotFoundError,
     Fabric,
     FabricInitError,
+    OptionError,
     deferred_init,
     materialize,
 )
+from fabric_init.checkpoints import Transpose
 from tests.support.recordings import is_recorded
 
 # 2 GiB once it has memory; recorded it has none.
@@ -240,13 +242,13 @@ BAD: dict[str, Bad] = {
     ),
     "invalid regex": Bad(
         torch_file(fits()),
-        CheckpointMismatchError,
+        OptionError,
         ["rename", "model(", "regular expression"],
         {"rename": {"model(": ""}},
     ),
     "invalid replacement": Bad(
         torch_file(fits()),
-        CheckpointMismatchError,
+        OptionError,
         ["rename", r"\\2", "regular expression"],
         {"rename": {"(model)": r"\2"}},
     ),
@@ -254,14 +256,9 @@ BAD: dict[str, Bad] = {
         torch_file(fits()), CheckpointMismatchError, ["rename", "'w'", "more specific"], {"rename": {".*weight": "w"}}
     ),
     "rename that returns no name": Bad(
-        torch_file(fits()), CheckpointMismatchError, ["rename('huge')", "7"], {"rename": lambda key: 7}
+        torch_file(fits()), OptionError, ["rename('huge')", "7"], {"rename": lambda key: 7}
     ),
-    "reinit of nothing": Bad(
-        torch_file(fits()), CheckpointMismatchError, ["haed.*", "names no tensor"], {"reinit": ["haed.*"]}
-    ),
-    "reinit as a string": Bad(
-        torch_file(fits()), CheckpointMismatchError, ["reinit=['head.*']", "list"], {"reinit": "head.*"}
-    ),
+    "reinit of nothing": Bad(torch_file(fits()), OptionError, ["haed.*", "names no tensor"], {"reinit": ["haed.*"]}),
     "tied keys of different values": Bad(
         torch_file(fits(head__weight=torch.zeros(4, 3))),
         CheckpointMismatchError,
@@ -347,7 +344,7 @@ def test_the_error_says_what_and_where_and_all_is_as_it_was(tmp_path: Path, way:
     assert is_recorded(model.huge)
 
 
-FILLABLE = [name for name, bad in BAD.items() if bad.error is CheckpointMismatchError]
+FILLABLE = [name for name, bad in BAD.items() if bad.error in (CheckpointMismatchError, OptionError)]
 
 
 @WAYS
@@ -381,10 +378,47 @@ def test_contradictions_are_refused_at_the_call_and_name_both_sides(tmp_path: Pa
     fabric = Fabric(accelerator="cpu", devices=1)
     with pytest.raises(FabricInitError, match=r"empty_init=False.*checkpoint"):
         fabric.init_module(False, checkpoint=tmp_path / "m.pt")
-    for options in ({"rename": {"a": "b"}}, {"reinit": ["a"]}, {"strict": False}):
+    useless: list[dict[str, Any]] = [{"rename": {"a": "b"}}, {"reinit": ["a"]}, {"strict": False}, {"mmap": False}]
+    useless += [{"entry": "model"}, {"manifest": "SHA256SUMS"}, {"convert": [Transpose(["a"])]}]
+    with deferred_init():
+        model = Small()
+    for options in useless:
+        with pytest.raises(OptionError, match=rf"no checkpoint=….*: {next(iter(options))}"):
+            materialize(model, **options)
         for empty_init in (None, True, False):
-            with pytest.raises(FabricInitError, match=r"checkpoint=…, which is missing"):
+            with pytest.raises(OptionError, match=rf"no checkpoint=….*: {next(iter(options))}"):
                 fabric.init_module(empty_init, **options)
+
+
+def test_reinit_as_a_string_is_refused_at_the_call_and_all_is_as_it_was(tmp_path: Path) -> None:
+    path = torch_file(state())(tmp_path)
+    before = torch_state()
+    with deferred_init():
+        model = Small()
+    with pytest.raises(TypeError, match=r"a list.*reinit=\['head\.\*'\]"):
+        materialize(model, checkpoint=path, reinit="head.*")
+    with pytest.raises(TypeError, match=r"a list.*reinit=\['head\.\*'\]"):
+        Fabric(accelerator="cpu", devices=1).init_module(checkpoint=path, reinit="head.*")
+    assert torch_state() == before
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    assert {row.status for row in materialize(model, checkpoint=path).rows} == {"loaded"}
+
+
+def test_options_without_a_checkpoint_are_all_named() -> None:
+    with deferred_init():
+        model = Small()
+    with pytest.raises(OptionError, match=r"no effect: strict=False, mmap=False, entry$"):
+        materialize(model, strict=False, mmap=False, entry="model")
+
+
+@pytest.mark.parametrize("device", ["model.safetensors", Path("model.safetensors")])
+def test_a_path_in_place_of_the_device_is_refused_with_the_right_argument(device: Any) -> None:
+    with deferred_init():
+        model = Small()
+    with pytest.raises(TypeError, match=r"is no device.*checkpoint=.*model\.safetensors"):
+        materialize(model, device=device)
+    with pytest.raises(TypeError, match="positional"):
+        materialize(model, device)  # type: ignore[misc]
 
 
 def test_an_error_after_setup_of_a_good_model_leaves_that_model_alone(tmp_path: Path) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import subprocess
+import sys
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import lightning
 import pytest
 import torch
+from lightning.fabric.wrappers import _FabricModule
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -886,3 +890,38 @@ def test_a_mismatch_leaves_the_recorded_model_for_another_try(
     assert isinstance(materialize(model, checkpoint=checkpoint[0]), InitReport)
     assert torch.equal(model.scale, checkpoint[1]["scale"])
     assert fabric.setup(model)(TOKENS).isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["__init__", "setup", "setup_module", "setup_optimizers"])
+def test_fabric_shows_lightnings_own_signatures(method: str) -> None:
+    def parameters(cls: type) -> list[tuple[str, Any, Any]]:
+        shown = inspect.signature(getattr(cls, method)).parameters.values()
+        return [(parameter.name, parameter.kind, parameter.default) for parameter in shown]
+
+    ours = [parameter for parameter in parameters(Fabric) if parameter[0] != "io"]
+    assert ours == parameters(lightning.Fabric)
+    assert ("io" in inspect.signature(getattr(Fabric, method)).parameters) == (method == "__init__")
+
+
+def test_the_names_of_types_in_the_signature_can_be_resolved() -> None:
+    hints = get_type_hints(Fabric.__init__)  # as jsonargparse does
+    assert hints["num_nodes"] is int
+    assert get_type_hints(Fabric.setup_module)["return"] is _FabricModule
+
+
+def test_setup_before_launch_says_what_lightning_says() -> None:
+    for set_up in ("setup", "setup_module"):
+        with pytest.raises(RuntimeError, match=r"you must call `\.launch\(\)`"):
+            getattr(Fabric(accelerator="cpu", devices=2, strategy="ddp"), set_up)(nn.Linear(2, 2))
+
+
+def test_setup_takes_a_scheduler_and_returns_it() -> None:
+    fabric, model = Fabric(accelerator="cpu", devices=1), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert fabric.setup(model, optimizer, scheduler=scheduler)[2] is scheduler
+
+
+def test_fsdp2_is_registered_when_fabric_is_imported() -> None:
+    code = "from lightning.fabric.strategies import STRATEGY_REGISTRY as r; assert 'fsdp2' not in r;"
+    subprocess.run([sys.executable, "-c", f"{code} from fabric_init import Fabric; assert 'fsdp2' in r"], check=True)

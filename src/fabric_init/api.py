@@ -1,4 +1,4 @@
-"""The public functions that do without Fabric."""
+"""The public functions that work without Fabric."""
 
 from __future__ import annotations
 
@@ -9,24 +9,31 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from fabric_init.checkpoints import Conversion, Source
+from fabric_init.checkpoints import Conversion
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.filling.execute import fill_model
 from fabric_init.filling.missing import initialize_missing, initialize_possible
 from fabric_init.guard.loads import watch_loads
 from fabric_init.guard.models import hold, settle
+from fabric_init.planning.options import load_options
 from fabric_init.planning.placement import WholeTensors
-from fabric_init.planning.plan import LoadOptions
 from fabric_init.recording.built_modules import BuiltModules
 from fabric_init.recording.mode import active, recorded_build
 from fabric_init.recording.tape import Rng, check_rng
-from fabric_init.reports.init_report import InitReport, report_of
+from fabric_init.reports.init_report import InitReport
+from fabric_init.reports.registry import report_of
 from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound
 from fabric_init.strategies.unwrap import original
+
+_MSG_NOT_A_DEVICE = (
+    'device={device!r} is no device such as "cuda:0" or "cpu". If it is the path of a checkpoint, pass it as '
+    "checkpoint={device!r}."
+)
 
 
 def materialize(
     model: nn.Module,
+    *,
     device: torch.device | str | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     strict: bool = True,
@@ -41,63 +48,88 @@ def materialize(
     """Give every tensor of a recorded ``model`` its value: from ``checkpoint``, or by the model's own init code.
 
     Works in place; parameters and buffers stay the same Python objects, so an optimizer made earlier stays valid.
-    When it raises, the model is as it was.
+    Shapes and dtypes are those of the model; what the checkpoint holds in another precision is cast. If this raises,
+    the model is as it was before. All options but ``device`` and ``rng`` need a ``checkpoint``.
 
     Args:
-        model: built under :func:`~fabric_init.deferred_init`.
-        device: where tensors are to be; ``None`` leaves each where its constructor asked for it.
-        checkpoint: a safetensors file, a folder in Hugging Face layout, a torch file, a folder of
-            ``torch.distributed.checkpoint`` (what sharded strategies save) or of DeepSpeed, a URL, or the id of a model
-            on the Hugging Face Hub: all that :func:`~fabric_init.checkpoints.open_checkpoint` takes.
-        strict: a missing or unexpected key is an error. Otherwise missing tensors get the model's own init and
-            unexpected keys are ignored; the report has both.
-        rename: regex → replacement, or a callable from checkpoint key to tensor name, or to ``None`` to drop the key.
-            Or a list of these, applied in order; :class:`~fabric_init.checkpoints.Part` and
-            :class:`~fabric_init.checkpoints.Layers` choose what to load.
-        reinit: globs of tensors to initialize afresh although the checkpoint has them.
-        rng: ``"per_op"`` or ``"eager"``, see :func:`~fabric_init.deferred_init`; default: as recorded.
-        mmap: on the CPU, let the mapped file be the parameters: nothing is copied. ``False`` copies, for a file that
-            may be overwritten in place while the model lives.
-        entry: the state dict that is meant, by its key, where a torch file or distributed checkpoint holds several.
-        manifest: SHA-256 digests that the checkpoint is compared with while it is read: a file as ``sha256sum`` or
-            :func:`~fabric_init.checkpoints.write_manifest` writes it.
-        convert: what lies otherwise in the checkpoint than in the model: :class:`~fabric_init.checkpoints.Split`,
-            ``Fuse``, ``Stack``, ``Unstack``, ``Transpose``, in the checkpoint's own names, before ``rename``.
+        model: A module that was built under :func:`~fabric_init.deferred_init`.
+        device: The device for all tensors. ``None`` leaves each on the device that its constructor asked for.
+        checkpoint: A safetensors file, a folder in Hugging Face layout, a torch file, a folder of
+            ``torch.distributed.checkpoint`` (which sharded strategies save) or of DeepSpeed, a URL, or the id of a
+            model on the Hugging Face Hub: all that :func:`~fabric_init.checkpoints.open_checkpoint` takes. ``None``
+            initializes everything.
+        strict: Whether a missing or unexpected key is an error. With ``False``, missing tensors get the model's own
+            init and extra keys are ignored; the report lists both.
+        rename: A mapping from regular expression to replacement, or a callable that takes a checkpoint key and returns
+            a tensor name, or ``None`` to drop the key; or a list of these, applied in order.
+            :class:`~fabric_init.checkpoints.Part` and :class:`~fabric_init.checkpoints.Layers` select what to load.
+        reinit: Globs of tensor names to initialize afresh even if the checkpoint has them.
+        rng: ``"per_op"`` or ``"eager"``, see :func:`~fabric_init.deferred_init`. ``None`` means: as recorded.
+        mmap: On the CPU, let parameters use the memory-mapped file, so that nothing is copied. ``False`` copies; use
+            it for a file that may be overwritten in place while the model lives.
+        entry: The key of the state dict to load, if a torch file or distributed checkpoint holds several.
+        manifest: A file of SHA-256 digests, as ``sha256sum`` or :func:`~fabric_init.checkpoints.write_manifest` writes
+            it. The checkpoint is verified against them while it is read.
+        convert: Conversions for tensors that the checkpoint stores in another layout than the model:
+            :class:`~fabric_init.checkpoints.Split`, ``Fuse``, ``Stack``, ``Unstack``, ``Transpose``. They use the names
+            of the checkpoint, and are applied before ``rename``.
 
     Returns:
-        What every tensor got, from where; also kept for ``Fabric.init_report``.
+        A report with a row for each tensor, which holds its status and where its value came from. Later,
+        :func:`~fabric_init.init_report` returns it too.
 
     Raises:
-        CheckpointError: the file cannot be used.
-        CheckpointMismatchError: keys, shapes or dtypes of file and model disagree.
-        UninitializedTensorError: neither the checkpoint nor the model's own code gives some tensor a value.
-        RecordingError: ``rng`` differs from what the constructor was already shown values of.
+        CheckpointError: The file cannot be used.
+        CheckpointMismatchError: Keys, shapes or dtypes of checkpoint and model disagree.
+        OptionError: An option of a load was given without ``checkpoint``, or ``reinit`` matches no tensor.
+        RecordingError: ``rng`` differs from the mode of random values that the constructor has already read.
+        TypeError: ``model`` is not a module, or ``device`` is not a device.
+        UninitializedTensorError: Neither the checkpoint nor the model's own code gives some tensor a value.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"materialize takes a module, not {type(model).__name__}")
+        raise TypeError(f"materialize takes a torch.nn.Module, not {type(model).__name__}")
     if rng is not None:
         check_rng(rng)
-    reader = Source(checkpoint, mmap, entry, manifest, convert).open() if checkpoint is not None else None
-    placement = WholeTensors(None if device is None else torch.device(device))
-    return fill_model(model, reader, LoadOptions(strict, rename, reinit), placement, rng)
+    placement = WholeTensors(_device(device))
+    source, options = load_options(
+        checkpoint,
+        strict=strict,
+        rename=rename,
+        reinit=reinit,
+        mmap=mmap,
+        entry=entry,
+        manifest=manifest,
+        convert=convert,
+    )
+    fill_model(model, None if source is None else source.open(), options, placement, rng)
+    return report_of(model)
+
+
+def _device(device: torch.device | str | None) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError):
+        raise TypeError(_MSG_NOT_A_DEVICE.format(device=device)) from None
 
 
 @contextmanager
 def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
-    """Build models in this block without running init kernels or taking memory for weights.
+    """Build models in this block without running init kernels or allocating memory for weights.
 
-    What the constructors would have done is recorded; :func:`fabric_init.materialize` does it afterwards, once for
-    each tensor, or loads the tensor instead. Until then the models cannot run or be saved; ``load_state_dict`` is kept
-    for when they have memory. A block inside another one continues the outer recording.
+    The ops of the constructors are recorded. :func:`fabric_init.materialize` replays them later, once for each tensor,
+    or loads the tensor instead. Until then the models cannot run or be saved; what ``load_state_dict`` or other code
+    writes whole gets memory at once. A block inside another one continues the outer recording.
 
     Args:
-        rng: where random numbers will come from. ``"per_op"``: each random op has a generator of its own, so a tensor
-            gets the same values whatever else is loaded, on every rank, and tensors can be filled in parallel.
-            ``"eager"``: all ops draw from one stream in order, dead ones too: bit-identical to plain PyTorch from the
-            same seed. Both depend on the seed that torch's default generator has when the block opens.
+        rng: Where random numbers come from. ``"per_op"``: each random op has its own generator, so a tensor gets the
+            same values on every rank, whatever else is loaded, and tensors can be filled in parallel. ``"eager"``: all
+            ops draw from one stream in their order, including those whose result is overwritten, so values are
+            bit-identical to plain PyTorch from the same seed. Both depend on the seed that torch's default generator
+            has when the block is entered.
 
     Raises:
-        RecordingError: in the block, when a constructor does something that cannot be recorded.
+        RecordingError: In the block, if a constructor does something that cannot be recorded.
+        ValueError: ``rng`` is neither of the two.
     """
     if active() is not None:
         with recorded_build(rng):
@@ -114,12 +146,14 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
 
 
 def init_missing(model: nn.Module) -> None:
-    """Run the model's own recorded init for whatever is still unfilled, also of what ``setup`` returned.
+    """Run the model's own recorded init for every tensor that has no value yet.
 
-    A model that its strategy has not sharded yet gets it in ``setup``.
+    Args:
+        model: A model that was built in a recorded block, or what ``setup`` returned for it. If its strategy fills it
+            in ``setup`` and has not done so yet, the init runs there.
 
     Raises:
-        UninitializedTensorError: the model's own code never gives some tensor a value.
+        UninitializedTensorError: The model's own code never gives some tensor a value.
     """
     model = original(model)
     if is_bound(model):
@@ -129,10 +163,13 @@ def init_missing(model: nn.Module) -> None:
 
 
 def init_report(model: nn.Module) -> InitReport:
-    """What every tensor of ``model`` got, from where. Also takes what ``setup`` returned.
+    """Return the report on ``model`` as it is now: for each tensor its status, and where its value came from.
+
+    Args:
+        model: A model that was built in a recorded block, or what ``setup`` returned for it.
 
     Raises:
-        FabricInitError: the model was not built in a recorded block.
+        FabricInitError: The model was not built in a recorded block.
     """
     model = original(model)
     settle(model)

@@ -1,15 +1,20 @@
-"""Every exception that fabric_init raises on purpose::
+"""The exceptions of fabric_init::
 
     FabricInitError
-    ├── RecordingError               a constructor did what cannot be recorded
+    ├── OptionError                  an option that is invalid, or useless here (also a ValueError)
+    ├── RecordingError               a constructor did what cannot be recorded (also a RuntimeError)
     ├── CheckpointError              the file itself (also a ValueError)
     │   ├── CheckpointNotFoundError  no such file, shard or folder (also a FileNotFoundError)
     │   └── CheckpointFormatError    corrupt, truncated, unknown or unsafe content
     ├── CheckpointMismatchError      file and model disagree: keys, shapes, dtypes (also a ValueError)
-    ├── UninitializedTensorError     a tensor that nobody filled is about to be used (also a RuntimeError)
-    └── OutOfMemoryError             no room for the values (also a MemoryError and torch's OutOfMemoryError)
+    ├── UninitializedTensorError     a tensor without values is about to be used (also a RuntimeError)
+    ├── RanksDisagreeError           ranks built, opened or chose different things
+    ├── RanksLostError               a rank has died, or cannot be reached
+    └── OutOfMemoryError             no memory for the values (also a MemoryError and torch's OutOfMemoryError)
 
-Each also derives from the built-in that plain PyTorch code would expect, so existing ``except`` clauses go on working.
+Each also derives from the built-in that plain PyTorch code would expect, so existing ``except`` clauses keep working.
+An argument that is wrong whatever the model and the file (a string in place of a list, an unknown name of a mode)
+raises Python's own ``TypeError`` or ``ValueError``.
 """
 
 from __future__ import annotations
@@ -20,7 +25,11 @@ import torch
 
 
 class FabricInitError(Exception):
-    """The root of the tree: catches everything that fabric_init raises on purpose."""
+    """The base class of all exceptions of fabric_init."""
+
+
+class OptionError(FabricInitError, ValueError):
+    """An option is invalid, needs another one, or names nothing: ``rename`` without ``checkpoint``, for example."""
 
 
 class RecordingError(FabricInitError, RuntimeError):
@@ -47,13 +56,23 @@ class UninitializedTensorError(FabricInitError, RuntimeError):
     """A tensor that was neither loaded nor initialized is about to be used or saved."""
 
 
+class RanksDisagreeError(FabricInitError):
+    """Ranks that fill one model differ in the model, the checkpoint or an option; the message lists which ranks."""
+
+
+class RanksLostError(FabricInitError):
+    """A rank has died, or cannot be reached."""
+
+
 class OutOfMemoryError(FabricInitError, torch.OutOfMemoryError, MemoryError):
     """There is no memory for a tensor's values, on the device or the host; or no address space to map a file."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this says, in whatever way, that memory has run out: torch has no class of its own for it on the CPU."""
+    """Return whether ``error`` reports that memory ran out; on the CPU torch raises a plain ``RuntimeError`` for it."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    told = "allocate memory" in str(error) or "not enough memory" in str(error)
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (isinstance(error, RuntimeError) and told)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    message = str(error)
+    return isinstance(error, RuntimeError) and ("allocate memory" in message or "not enough memory" in message)

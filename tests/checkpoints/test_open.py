@@ -123,7 +123,7 @@ def test_a_state_dict_can_be_named_where_there_are_several(tmp_path: Path) -> No
             open_checkpoint(path)
         assert torch.equal(open_checkpoint(path, entry="critic").read("w"), torch.zeros(2))
     put(tmp_path, "m.safetensors")
-    with pytest.raises(CheckpointFormatError, match=r"m\.safetensors has no entries, so entry='critic' names nothing"):
+    with pytest.raises(CheckpointFormatError, match=r"m\.safetensors holds a single state dict; remove entry='critic'"):
         open_checkpoint(tmp_path / "m.safetensors", entry="critic")
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fabric_init.checkpoints import Box, Span, take
-from fabric_init.checkpoints.region import Region, boxes_of, copy_part, overlap, whole, window
+from fabric_init.checkpoints.region import Region, boxes_of, copy_part, full_box, overlap, window
 
 
 @st.composite
@@ -64,7 +64,7 @@ def test_the_overlap_of_two_boxes_is_what_they_have_in_common(
     case: tuple[tuple[int, ...], Region], data: st.DataObject
 ) -> None:
     shape, one = case
-    one = one if isinstance(one, Box) else whole(shape)
+    one = one if isinstance(one, Box) else full_box(shape)
     offsets = tuple(data.draw(st.integers(0, size)) for size in shape)
     sizes = tuple(data.draw(st.integers(0, size - at)) for size, at in zip(shape, offsets, strict=True))
     found = overlap(one, Box(offsets, sizes))

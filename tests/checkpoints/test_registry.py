@@ -100,7 +100,7 @@ def test_a_manifest_is_compared_before_the_reader_gets_the_file(array: Path) -> 
     content = bytearray(array.read_bytes())
     content[-1] ^= 1
     array.write_bytes(content)
-    with pytest.raises(CheckpointFormatError, match=r"w\.npy has not the SHA-256"):
+    with pytest.raises(CheckpointFormatError, match=r"w\.npy: SHA-256 mismatch"):
         open_checkpoint(array, manifest=sums)
 
 

@@ -145,10 +145,10 @@ def test_a_model_that_does_not_say_what_it_takes_is_audited_without_a_batch_unle
 ) -> None:
     assert status_of("models_to_audit:sound") == 0
     written = capsys.readouterr()
-    assert "fabric-init audit: not run: no batch can be made up" in written.err
+    assert "fabric-init audit: not run: no batch can be generated" in written.err
     assert "4 tensors" in written.out
     assert status_of("models_to_audit:sound", "--batch") == 1
-    assert "no batch can be made up" in capsys.readouterr().err
+    assert "no batch can be generated" in capsys.readouterr().err
 
 
 def test_a_lightning_module_is_run_on_the_example_that_its_constructor_makes(
@@ -168,7 +168,7 @@ def test_a_model_beyond_this_machines_memory_is_audited_but_not_run(capsys: pyte
 
 def test_a_page_that_cannot_be_written_is_refused_before_anything_is_built(capsys: pytest.CaptureFixture[str]) -> None:
     assert status_of("models_to_audit:sound", "--html", "page.pdf") == 1
-    assert "name a file that ends in .html" in capsys.readouterr().err
+    assert "the file name must end in .html" in capsys.readouterr().err
     assert status_of("models_to_audit:absent", "--html", "nowhere/page.html") == 1
     assert capsys.readouterr().err == "fabric-init audit: --html nowhere/page.html: there is no folder nowhere\n"
 

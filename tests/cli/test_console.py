@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fabric_init.cli.console import bytes_text, count_text, printable, shape_text
+from fabric_init.cli.console import count_text, printable
 
 SHOW = """
 from fabric_init.cli import console
@@ -77,11 +77,6 @@ def test_forced_colors_leave_lines_whole() -> None:
 )
 def test_counts_are_exact_while_short(count: int, text: str) -> None:
     assert count_text(count) == text
-
-
-def test_sizes_and_shapes_read_as_people_write_them() -> None:
-    assert (bytes_text(13_500_000_000), bytes_text(10)) == ("13.5 GB", "10 bytes")
-    assert (shape_text((4096, 11008)), shape_text(())) == ("4096×11008", "scalar")
 
 
 def test_control_characters_from_a_file_do_not_reach_the_terminal() -> None:

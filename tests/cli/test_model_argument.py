@@ -65,7 +65,7 @@ def test_a_config_names_the_class_to_build(here: Path, argument: str) -> None:
     ("argument", "message"),
     [
         ("models_to_name:needs", r"needs arguments \(width\): name a function without any"),
-        ("models_to_name:width", "is of type int, not something that builds a model"),
+        ("models_to_name:width", "is of type int, which builds no model"),
         ("models_to_name:built", "is built already"),
         ("models_to_name:absent", "models_to_name has no attribute 'absent'"),
         ("models_not_there:build", "no module 'models_not_there'"),

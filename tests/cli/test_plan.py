@@ -78,7 +78,7 @@ def test_the_exit_status_tells_whether_the_load_would_go_through(capsys: pytest.
     [
         (["tiny_to_plan:Tiny", "nothing.safetensors"], "nothing.safetensors does not exist"),
         (["tiny_to_plan:Large", "body.safetensors"], "Large"),
-        (["tiny_to_plan:Tiny"], "which checkpoint? Give its path after tiny_to_plan:Tiny"),
+        (["tiny_to_plan:Tiny"], "no checkpoint given; its path goes after tiny_to_plan:Tiny"),
         ([*BODY, "--reinit", "neck.*"], "names no tensor of the model"),
         ([*BODY, "--strategy", "fsdp2", "--precision", "64-true"], "does not do precision='64-true'"),
         ([*BODY, "--strategy", "fsdp3"], "fsdp3"),

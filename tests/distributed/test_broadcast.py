@@ -183,4 +183,4 @@ def how_it_is_opened(path: Path) -> list[str]:
 
 def test_rank_0_decides_for_all_how_to_read(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / FILE, "uneven")
-    assert run_ranks(2, how_it_is_opened, path=path) == [["OneReader", "SafetensorsReader"]] * 2
+    assert run_ranks(2, how_it_is_opened, path=path) == [["BroadcastReader", "SafetensorsReader"]] * 2

@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 import pytest
 from safetensors.torch import load_file, save_file
 
-from fabric_init import CheckpointMismatchError, FabricInitError
+from fabric_init import CheckpointMismatchError, FabricInitError, RanksDisagreeError, RanksLostError
 from fabric_init.distributed import broadcast
-from fabric_init.distributed.agreement import RanksLostError
+from fabric_init.distributed import io as distributed_io
 from tests.support.ranks import Outcome, run_ranks, try_ranks
 from tests.support.watched import watched
 from tests.support.zoo import STRATEGIES, build, launch, write_checkpoint
@@ -30,7 +30,7 @@ def fail(
 ) -> tuple[str, str, float]:
     """The error of a load that cannot succeed: class, message, and how long it took to come."""
     rank = int(os.environ["RANK"])
-    io.BUDGET = 200
+    distributed_io.BUDGET = budget
     fabric = launch(strategy, io=io[rank] if io else "broadcast")
     start = time.monotonic()
     with pytest.raises(FabricInitError) as raised:
@@ -59,7 +59,7 @@ def test_a_file_that_rank_0_does_not_have(strategy: str, tmp_path: Path) -> None
 def test_ranks_that_were_told_to_read_in_different_ways(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / FILE, "uneven")
     for kind, message, seconds in run_ranks(2, fail, strategy="ddp", path=path, io=["broadcast", "local"]):
-        assert kind == "CheckpointMismatchError"
+        assert kind == RanksDisagreeError.__name__
         assert "io is not the same on every rank" in message
         assert seconds < SECONDS
 

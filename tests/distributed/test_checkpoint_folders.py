@@ -76,7 +76,7 @@ def load(strategy: str, name: str, **options: Any) -> dict[str, Any]:
 def check(folder: Path, name: str, expected: dict[str, Tensor], note: str, world_size: int, strategy: str) -> None:
     with deferred_init():
         model = MODELS[name]()
-    materialize(model, "cpu", folder)
+    materialize(model, device="cpu", checkpoint=folder)
     assert_same({key: value.detach() for key, value in model.state_dict().items()}, expected)
     assert note in str(init_report(model))
     with_the_rest = weights(model)  # buffers that are not saved

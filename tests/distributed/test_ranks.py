@@ -56,7 +56,8 @@ def die_on_rank_1(pid_file: str) -> None:
 def test_a_hanging_rank_is_killed_with_its_children_and_says_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ranks.GRACE_SECONDS", 1.0)
+    monkeypatch.setattr("tests.support.ranks.GRACE_SECONDS", 1.0)
+    run_ranks(1, add_up, start=0)  # starts the fork server if this is the first test to need it
     start = time.monotonic()
     hung, dead = try_ranks(2, die_on_rank_1, pid_file=str(tmp_path / "pid"))
     assert time.monotonic() - start < 10

@@ -39,7 +39,7 @@ def test_parts_have_the_values_of_the_whole_and_so_has_the_report() -> None:
     filling.begin()
     for part in (model.right, model.tied, model):
         filling.fill_under(part)
-    report = filling.finish()
+    report = filling.finish().report(model)
     for name, value in whole.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
     assert torch.equal(model.seen, whole.seen)

@@ -148,7 +148,7 @@ def read_all(reader: CheckpointReader, rng: Random) -> dict[str, torch.Tensor]:
     """Each tensor, and some regions of it: those must be the same parts of the whole."""
     found = {}
     assert reader.format
-    _ = getattr(reader, "extra_state", None)
+    _ = reader.extra_state
     for key in reader.keys():
         spec = reader.spec(key)
         whole = None

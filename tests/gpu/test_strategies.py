@@ -69,7 +69,7 @@ def one_device(fabric: Fabric, name: str, dtype: torch.dtype, **options: Any) ->
         torch.manual_seed(1)
         with default_dtype(dtype), deferred_init():
             model = MODELS[name]()
-        materialize(model, fabric.device, **options)
+        materialize(model, device=fabric.device, **options)
     return model
 
 

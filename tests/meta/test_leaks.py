@@ -37,7 +37,8 @@ def leak_report(tmp_path_factory: pytest.TempPathFactory) -> str:
     source += "".join(f"def test_{name}(): {statement}\n" for name, (_, statement) in LEAKS.items())
     (folder / "test_leaking.py").write_text(source)
     (folder / "conftest.py").write_text(Path(__file__).parents[1].joinpath("conftest.py").read_text())
-    command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", "--rootdir", str(folder), str(folder)]
+    options = ["-rA", "-p", "no:cacheprovider", "-o", "markers=quick", "--rootdir", str(folder)]
+    command = [sys.executable, "-m", "pytest", *options, str(folder)]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder).stdout
 
 

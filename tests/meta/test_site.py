@@ -14,7 +14,9 @@ import pytest
 from fabric_init.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
-PUBLIC = [f"fabric_init{part}" for part in ("", ".checkpoints", ".strategies", ".planning", ".inspection")]
+PUBLIC = [
+    f"fabric_init{part}" for part in ("", ".checkpoints", ".strategies", ".tools", ".tools.forecast", ".tools.inspect")
+]
 
 
 def documented(page: str) -> set[str]:
@@ -65,7 +67,7 @@ def test_the_site_has_a_page_for_every_file(site: Path) -> None:
 def test_signatures_and_descriptions_are_in_the_reference(site: Path) -> None:
     text = text_of(site / "api" / "fabric_init.html")
     assert "init_module(" in text
-    assert "recorded init for whatever is still unfilled" in text
+    assert "recorded init for every tensor that has no value yet" in text
 
 
 def test_the_page_of_the_command_line_has_the_help_of_every_command(site: Path) -> None:

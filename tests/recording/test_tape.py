@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+import numpy as np
 import torch
 from torch import nn
 
@@ -119,3 +122,39 @@ def test_a_constant_holds_the_value_of_that_moment() -> None:
         real.fill_(9)
         assert target.tolist() == [1, 1, 1]
     assert names(mode.tape, target) == ["copy_"]
+
+
+def test_a_tape_and_its_ops_can_be_read() -> None:
+    with RecordMode() as mode:
+        weight = torch.ones(4, 6)
+        nn.init.normal_(weight, std=0.02)
+        weight[1:, ::2].mul_(2)
+        storage = number(weight)
+        text = repr(mode.tape)
+        assert len(mode.tape.ops) == 3  # a debugger may ask inside the block: nothing of it is recorded
+    made, normal, multiplied = [repr(op) for op in mode.tape.ops.values()]
+    assert re.fullmatch(r"#\d+ ones\(\[4, 6\], .*\) → s\d+\[4, 6\] float32  ← test_tape.py:\d+", made)
+    assert f"normal_(s{storage}[4, 6] float32, mean=0, std=0.02)  ← test_tape.py:" in normal
+    assert f"mul_(s{storage}[3, 3] float32 (offset 6, stride [6, 2]), 2)" in multiplied
+    assert text.splitlines() == [
+        "Tape: 3 ops on 1 storages (96 bytes), 1 random stream, rng='per_op'",
+        *(f"  {op}" for op in (made, normal, multiplied)),
+    ]
+    assert "3 ops on 1 storages" in repr(mode.recorder)
+
+
+def test_of_a_long_tape_the_ends_are_shown() -> None:
+    with RecordMode() as mode:
+        weight = torch.zeros(2)
+        for value in range(20):
+            weight.fill_(value)
+    lines = repr(mode.tape).splitlines()
+    assert len(lines) == 12
+    assert lines[6] == "  … 11 more ops …"
+    assert f"fill_(s{number(weight)}[2] float32, 19)" in lines[-1]
+
+
+def test_a_constant_is_shown_without_its_values() -> None:
+    with RecordMode() as mode:
+        torch.zeros(3).copy_(torch.from_numpy(np.ones(3)))
+    assert "constant[3] float64" in repr(mode.tape)

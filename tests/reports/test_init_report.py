@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from fabric_init import Fabric, FabricInitError, InitReport, deferred_init, materialize
-from fabric_init.reports.init_report import report_of
-from fabric_init.reports.rows import Row
+from fabric_init.reports.registry import report_of
+from fabric_init.reports.rows import InitRow
 
 
 class Model(nn.Module):
@@ -47,7 +47,7 @@ def recorded() -> Model:
         return Model()
 
 
-def rows(report: InitReport) -> dict[str, Row]:
+def rows(report: InitReport) -> dict[str, InitRow]:
     return {row.name: row for row in report.rows}
 
 
@@ -65,15 +65,15 @@ def test_the_winning_rule_is_given_with_its_arguments_and_the_models_own_line() 
 
 def test_a_loaded_row_has_its_checkpoint_keys_its_cast_and_its_ties(path: Path) -> None:
     report = rows(materialize(recorded(), checkpoint=path))
-    assert report["embedding.weight"] == Row(
-        "embedding.weight",
-        "loaded",
-        (6, 4),
-        "float32",
-        "parameter",
-        "embedding.weight, head.weight",
-        None,
-        ("head.weight",),
+    assert report["embedding.weight"] == InitRow(
+        name="embedding.weight",
+        status="loaded",
+        shape=(6, 4),
+        dtype="float32",
+        kind="parameter",
+        origin="embedding.weight, head.weight",
+        cast_from=None,
+        ties=("head.weight",),
     )
     assert report["norm.weight"].cast_from == "bfloat16"
     assert report["norm.weight"].dtype == "float32"
@@ -107,8 +107,11 @@ def test_str_gives_counts_checkpoint_casts_unexpected_keys_and_ties(path: Path) 
 
 
 def test_a_long_report_shows_what_was_not_loaded_first() -> None:
-    report = InitReport([Row(f"w{i}", "loaded", (1,), "float32", "parameter") for i in range(100)])
-    report.rows.append(Row("odd", "initialized", (), "bfloat16", "buffer", "zeros() at m.py:1"))
+    loaded = [InitRow(name=f"w{i}", status="loaded", shape=(1,), dtype="float32") for i in range(100)]
+    odd = InitRow(
+        name="odd", status="initialized", shape=(), dtype="bfloat16", kind="buffer", origin="zeros() at m.py:1"
+    )
+    report = InitReport((*loaded, odd))
     lines = str(report).splitlines()
     assert lines[1].split() == ["odd", "initialized", "scalar", "bfloat16", "zeros()", "at", "m.py:1"]
     assert "and 71 more" in lines[-1]
@@ -133,8 +136,8 @@ def test_to_dict_is_plain_data_and_save_writes_it_as_json(path: Path, tmp_path: 
 
 
 def test_the_size_of_a_row_is_that_of_the_tensor() -> None:
-    assert Row("x", "loaded", (3, 5), "bfloat16", "parameter").nbytes == 30
-    assert Row("x", "loaded", (), "int64", "buffer").nbytes == 8
+    assert InitRow(name="x", status="loaded", shape=(3, 5), dtype="bfloat16").nbytes == 30
+    assert InitRow(name="x", status="loaded", shape=(), dtype="int64", kind="buffer").nbytes == 8
 
 
 def test_an_incomplete_report_says_so_and_completes_by_and_by() -> None:
@@ -156,6 +159,6 @@ def test_an_incomplete_report_says_so_and_completes_by_and_by() -> None:
 def test_the_report_goes_with_the_model_and_not_with_others() -> None:
     model = recorded()
     report = materialize(model)
-    assert report_of(model) is report
+    assert report_of(model) == report
     with pytest.raises(FabricInitError, match=r"no init report for this LayerNorm(.|\n)*outermost"):
         report_of(model.norm)

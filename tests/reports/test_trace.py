@@ -16,7 +16,7 @@ from torch import nn
 
 from fabric_init import Fabric, FabricInitError, InitReport, deferred_init, materialize
 from fabric_init.recording.tensor import recorded
-from fabric_init.reports.rows import Row
+from fabric_init.reports.rows import InitRow
 
 
 class Model(nn.Module):
@@ -34,7 +34,7 @@ def recording() -> Model:
         return Model()
 
 
-def row(report: InitReport, name: str) -> Row:
+def row(report: InitReport, name: str) -> InitRow:
     (found,) = [row for row in report.rows if row.name == name]
     return found
 
@@ -68,7 +68,7 @@ def test_nothing_is_worked_out_before_it_is_asked_for() -> None:
     model = recording()
     report = materialize(model)
     assert all(row.full_writes is None and row.std is None and row.std_now is None for row in report.rows)
-    report.trace()
+    report = report.trace()
     assert all(row.full_writes is not None and row.std_now is None for row in report.rows)
 
 
@@ -78,7 +78,7 @@ def test_measuring_again_sees_what_has_changed() -> None:
     with torch.no_grad():
         model.second.bias.fill_(3.0)
         model.second.weight[0, 0] = math.inf
-    report.measure()
+    report = report.measure()
     assert (row(report, "second.bias").mean_now, row(report, "second.bias").std_now) == (3.0, 0.0)
     assert report.not_finite == ["second.weight"]
 

@@ -53,8 +53,8 @@ def test_values_that_a_tensor_is_made_with_are_no_rule_of_the_model() -> None:
         model.token = nn.Parameter(torch.zeros(3))
         nn.init.normal_(model.token)
     made, own = history_of(model, "token").events
-    assert (made.made, made.is_rule, made.dead) == (True, False, True)
-    assert (own.made, own.is_rule, own.dead) == (False, True, False)
+    assert (made.created, made.is_rule, made.dead) == (True, False, True)
+    assert (own.created, own.is_rule, own.dead) == (False, True, False)
 
 
 def test_what_a_later_write_reads_is_not_dead() -> None:

@@ -19,7 +19,7 @@ class Watched:
         self._before_read = before_read
         self.parts: list[tuple[str, Region | None]] = []
         self.path, self.format, self.note = reader.path, reader.format, reader.note
-        self.keys, self.spec = reader.keys, reader.spec
+        self.keys, self.spec, self.extra_state = reader.keys, reader.spec, reader.extra_state
 
     def read(self, key: str, region: Region | None = None) -> Tensor:
         self._before_read(len(self.parts))

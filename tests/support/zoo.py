@@ -183,7 +183,7 @@ def one_device(name: str, *, seed: int = 1, dtype: torch.dtype = torch.float32, 
         torch.manual_seed(seed)
         with default_dtype(dtype), deferred_init():
             model = MODELS[name]()
-        materialize(model, "cpu", **options)
+        materialize(model, device="cpu", **options)
     return model
 
 

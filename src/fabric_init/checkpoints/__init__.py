@@ -1,8 +1,7 @@
-"""Reading checkpoints: plan from the header, then read each tensor, or a region of it, once.
+"""Read checkpoints: the header first, to plan from, then each tensor, or a region of it, once.
 
 :func:`open_checkpoint` turns a path, URL or model id into a :class:`CheckpointReader`. Nothing here runs code from a
-file, and whatever bytes a file holds, what is wrong with it is a :class:`~fabric_init.errors.CheckpointError` with its
-name in it.
+file, and a damaged file raises a :class:`~fabric_init.errors.CheckpointError` that names it, whatever bytes it holds.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from fabric_init.checkpoints.mapping.convert import Conversion, Fuse, Split, Sta
 from fabric_init.checkpoints.mapping.rename import rename_keys
 from fabric_init.checkpoints.mapping.select import Layers, Part
 from fabric_init.checkpoints.open import open_checkpoint
-from fabric_init.checkpoints.reader import CheckpointReader, TensorSpec
+from fabric_init.checkpoints.reader import BaseReader, CheckpointReader, TensorSpec
 from fabric_init.checkpoints.region import Box, Region, Span, take
 from fabric_init.checkpoints.registry import Candidate, register_reader, unregister_reader
 from fabric_init.checkpoints.source import Source
@@ -24,6 +23,7 @@ from fabric_init.checkpoints.storage.checksums import write_manifest
 from fabric_init.checkpoints.storage.remote import RemotePath
 
 __all__ = [
+    "BaseReader",
     "Box",
     "Candidate",
     "CheckpointReader",

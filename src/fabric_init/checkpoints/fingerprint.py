@@ -1,4 +1,4 @@
-"""TODO"""
+"""A digest of a checkpoint, by which ranks make sure that they read the same one."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 from fabric_init.checkpoints import CheckpointReader, Span
 from fabric_init.checkpoints.reader import read
 
+_SAMPLED = 32  # tensors
+
 
 def checkpoint_digest(reader: CheckpointReader | None) -> str:
-    """What tells one checkpoint from another: its header, and a sample of its values."""
+    """Return a digest of a checkpoint's header and of a sample of its values."""
     if reader is None:
         return "no checkpoint"
     keys = list(reader.keys())
@@ -21,6 +23,3 @@ def checkpoint_digest(reader: CheckpointReader | None) -> str:
         ends = [read(reader, key, Span(0, min(16, numel))), read(reader, key, Span(max(0, numel - 16), numel))]
         digest.update(b"".join(bytes(end.contiguous().view(torch.uint8).numpy()) for end in ends if end.numel()))
     return f"{reader.path} with {len(keys)} tensors, fingerprint {digest.hexdigest()[:12]}"
-
-
-_SAMPLED = 32

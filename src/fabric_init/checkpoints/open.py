@@ -1,4 +1,4 @@
-"""A path, URL or model id -> the reader for what is there: the table of the formats that are known."""
+"""Open a path, URL or model id with the reader of its format."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
+from fabric_init._text import joined
 from fabric_init.checkpoints.formats.dcp.reader import DCPReader
 from fabric_init.checkpoints.formats.deepspeed.reader import DeepSpeedFolderReader, is_deepspeed_folder
 from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
@@ -53,7 +54,7 @@ def open_checkpoint(
 ) -> CheckpointReader:
     """Open a checkpoint; no weight is read.
 
-    Files are told apart by their first bytes. In a folder a safetensors index is preferred, then a single safetensors
+    Files are recognized by their first bytes. In a folder a safetensors index is preferred, then a single safetensors
     file, then the metadata of ``torch.distributed.checkpoint`` (which is what sharded strategies save), then a
     DeepSpeed checkpoint, then a torch index, then a single torch file. Formats of
     :func:`~fabric_init.checkpoints.register_reader` are asked first.
@@ -71,14 +72,14 @@ def open_checkpoint(
 
     Raises:
         CheckpointNotFoundError: nothing is there, or a folder has no checkpoint in it.
-        CheckpointFormatError: what is there cannot be read, is not what the manifest says, or several unrelated files,
-            or state dicts in it, could be meant.
+        CheckpointFormatError: it cannot be read, differs from the manifest, or several unrelated files, or state dicts
+            in a file, could be meant.
     """
     sums = None if manifest is None else Manifest(manifest)
     candidate = Candidate(path, mmap=mmap, manifest=sums, entry=entry)
     try:
-        found, candidate = find_format(candidate)
-        reader = found.open(candidate)
+        format, candidate = find_format(candidate)
+        reader = format.open(candidate)
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError) or is_out_of_memory(error):
             raise
@@ -89,16 +90,18 @@ def open_checkpoint(
 
 
 def find_format(candidate: Candidate) -> tuple[Format, Candidate]:
-    """The format of a checkpoint, and where it lies: of a folder the file to open, of a model id its cached folder.
+    """Return the format of a checkpoint, and what to open: the file in a folder, the cached folder of a model id.
 
-    Raises what :func:`open_checkpoint` does, and ``OSError`` or ``ValueError`` for a path that cannot be looked at.
+    Raises:
+        CheckpointError: as :func:`open_checkpoint` does.
+        OSError, ValueError: the path cannot be looked at.
     """
     formats: Sequence[Format | Way] = (*registered_formats(), *_KNOWN)
     while True:
-        found = next(one for one in formats if one.recognizes(candidate))
-        if isinstance(found, Format):
-            return found, candidate
-        candidate, formats = found.follow(candidate), _KNOWN
+        format = next(format for format in formats if format.recognizes(candidate))
+        if isinstance(format, Format):
+            return format, candidate
+        candidate, formats = format.follow(candidate), _KNOWN
 
 
 def _fetched(candidate: Candidate) -> Candidate:
@@ -122,8 +125,8 @@ def _inside(candidate: Candidate) -> Candidate:
 
 
 def _open_distributed(candidate: Candidate) -> CheckpointReader:
-    whole = candidate if candidate.is_dir else candidate.at(candidate.path.parent)
-    return DCPReader(_local(whole, "a torch.distributed.checkpoint"), mmap=whole.mmap, entry=whole.entry)
+    folder = candidate if candidate.is_dir else candidate.at(candidate.path.parent)
+    return DCPReader(_local(folder, "a torch.distributed.checkpoint"), mmap=folder.mmap, entry=folder.entry)
 
 
 def _refuse_part(candidate: Candidate) -> CheckpointReader:
@@ -139,10 +142,10 @@ def _open_deepspeed(candidate: Candidate) -> CheckpointReader:
 
 
 def _local(candidate: Candidate, what: str) -> Path:
-    """The path, for readers that open files by themselves."""
+    """Return the path, checked against the manifest, for readers that open files by themselves."""
     if not isinstance(candidate.path, Path):
         raise CheckpointFormatError(f"{candidate.path} is {what}, which is read from a local folder: download it.")
-    candidate.check_whole()
+    candidate.check_files()
     return candidate.path
 
 
@@ -151,7 +154,7 @@ def _refuse_folder(candidate: Candidate) -> CheckpointReader:
     if isinstance(path, Path):
         there = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
     raise CheckpointNotFoundError(
-        f"{path} has no checkpoint in it. Looked for {_LOOKED_FOR}; found {_listed(there) or 'an empty folder'}."
+        f"{path} has no checkpoint in it. Looked for {_LOOKED_FOR}; found {joined(there) or 'an empty folder'}."
     )
 
 
@@ -186,27 +189,34 @@ def _refuse_unknown(candidate: Candidate) -> CheckpointReader:
     )
 
 
-# In the order of preference; what says no to all is refused by the last.
+# The formats that are read. tools.inspect looks at each in its own way, and names them by these constants.
+DCP = Format("torch.distributed.checkpoint", lambda it: ".metadata" in (it.path.name, *it.names), _open_distributed)
+DEEPSPEED = Format("DeepSpeed", lambda it: is_deepspeed_folder(it.names), _open_deepspeed)
+INDEX = Format("index", lambda it: it.path.name.endswith(".index.json"), _open_index)
+SAFETENSORS = Format("safetensors", _is_safetensors, _open_safetensors)
+TORCH = Format("torch", lambda it: it.head.startswith((b"PK\x03\x04", b"\x80")), _open_torch)
+
+# In the order of preference. The last entry recognizes everything, and refuses it.
 _KNOWN: Sequence[Format | Way] = (
     Way("model id", lambda it: not it.is_url and hub.is_model_id(it.asked), _fetched),
     Format("nothing", lambda it: not it.path.exists(), _refuse_missing),
     Way("Hugging Face cache", lambda it: isinstance(it.path, Path) and hub.is_cache_folder(it.path), _cached),
     Way("folder of safetensors", lambda it: _safetensors_in(it.asked, it.names) is not None, _inside),
     # Before looking for torch files: Lightning puts a meta.pt beside it, with everything but the weights.
-    Format("torch.distributed.checkpoint", lambda it: ".metadata" in (it.path.name, *it.names), _open_distributed),
+    DCP,
     Format("part of that", lambda it: it.path.suffix == ".distcp", _refuse_part),
-    Format("DeepSpeed", lambda it: is_deepspeed_folder(it.names), _open_deepspeed),
+    DEEPSPEED,
     Way("folder of torch files", lambda it: _torch_in(it.asked, it.names) is not None, _inside),
     Format("other folder", lambda it: it.is_dir, _refuse_folder),
-    Format("index", lambda it: it.path.name.endswith(".index.json"), _open_index),
-    Format("safetensors", _is_safetensors, _open_safetensors),
-    Format("torch", lambda it: it.head.startswith((b"PK\x03\x04", b"\x80")), _open_torch),
+    INDEX,
+    SAFETENSORS,
+    TORCH,
     Format("unknown", lambda it: True, _refuse_unknown),
 )
 
 
 def _chosen(folder: str, names: Sequence[str]) -> str | None:
-    """The one file of ``folder`` to open."""
+    """Return the file of ``folder`` to open."""
     return _safetensors_in(folder, names) or _torch_in(folder, names)
 
 
@@ -225,26 +235,22 @@ def _torch_in(folder: str, names: Sequence[str]) -> str | None:
 
 
 def _prefer(folder: str, names: Sequence[str], usual: str) -> str | None:
-    """The usual name if it is there, else the only one."""
+    """Return ``usual`` if it is among ``names``, else the only name."""
     if usual in names or len(names) < 2:
         return usual if usual in names else next(iter(names), None)
     raise CheckpointFormatError(
-        f"{folder} has {len(names)} files that could be meant: {_listed(names)}. Give the path of one; if they are "
+        f"{folder} has {len(names)} files that could be meant: {joined(names)}. Give the path of one; if they are "
         f"shards of one checkpoint, its index is missing."
     )
 
 
 def _elsewhere(head: bytes) -> str | None:
-    """What begins like this, of what is known and not read here."""
+    """Describe a file that begins like this, if it is of a known format that is not read here."""
     return next((what for magic, what in _KNOWN_ELSEWHERE.items() if head.startswith(magic)), None)
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
 def _nearby(path: Path) -> str:
-    """A sentence on what lies where ``path`` should be."""
+    """Return a sentence on similar names beside ``path``."""
     if not path.parent.is_dir():
         return f" There is no folder {path.parent} either."
     # A folder of millions of files is not worth reading for a hint.

@@ -1,10 +1,12 @@
-"""What a checkpoint format has to offer so that it can be planned from its header and read in parts."""
+"""The interface of a checkpoint format: plan from the header, then read tensors, or regions of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,19 +18,20 @@ from fabric_init.errors import CheckpointError, is_out_of_memory
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What the header says about one tensor."""
+    """Shape and dtype of one tensor, as the header states them."""
 
     shape: torch.Size
     dtype: torch.dtype
     made: str = field(default="", compare=False)
-    """In words, of what it is made, where a conversion makes it; else empty."""
+    """The sources of a tensor that a conversion makes, in words; empty for any other."""
 
 
 class CheckpointReader(Protocol):
     """One open checkpoint.
 
     Order of calls: :func:`~fabric_init.checkpoints.open_checkpoint` reads the header and returns a reader; then
-    ``keys`` and ``spec`` answer without touching a byte of weight; then ``read`` as often as wanted, from any thread.
+    ``keys`` and ``spec`` answer without touching a byte of weight; then ``read`` as often as needed, from any thread.
+    :class:`BaseReader` implements all of it but ``read``.
     """
 
     @property
@@ -41,25 +44,72 @@ class CheckpointReader(Protocol):
     note: str | None
     """Anything the user should know of how it was read (``"state dict found under 'model'"``), else ``None``."""
 
+    @property
+    def extra_state(self) -> Mapping[str, Any]:
+        """Extra state (``nn.Module.get_extra_state``) that is not a tensor, by key; empty for formats of tensors."""
+        ...
+
     def keys(self) -> Sequence[str]:
-        """Every tensor's checkpoint key, in the file's own order."""
+        """Return every tensor's checkpoint key, in the file's own order."""
         ...
 
     def spec(self, key: str) -> TensorSpec:
-        """Shape and dtype of one tensor, from the header. Raises ``KeyError`` for an unknown key."""
+        """Return shape and dtype of one tensor, from the header.
+
+        Raises:
+            KeyError: there is no such tensor.
+        """
         ...
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
-        """The tensor, or the named region of it, on the CPU, in the checkpoint's dtype.
+        """Return the tensor, or the named region of it, on the CPU, in the checkpoint's dtype.
 
         When the file is mapped, the result is a view of a private copy-on-write map: writing to it never reaches the
-        file. Raises :class:`~fabric_init.errors.CheckpointFormatError` when the bytes are not there.
+        file.
+
+        Raises:
+            CheckpointFormatError: the bytes are not there.
+            KeyError: there is no such tensor.
         """
         ...
 
 
+class BaseReader(ABC):
+    """A :class:`CheckpointReader` without ``read``, over a header that is held as ``specs``.
+
+    A subclass sets ``path`` and ``specs`` in its constructor, ``format`` there or in its body, and the rest as needed.
+    """
+
+    path: AnyPath
+    format: str
+    note: str | None = None
+    specs: Mapping[str, TensorSpec]
+    """Shape and dtype of every tensor by its key, in the file's own order."""
+    extra_state: Mapping[str, Any] = MappingProxyType({})
+    """Extra state that is not a tensor, by its key."""
+
+    def keys(self) -> Sequence[str]:
+        """Return every tensor's checkpoint key, in the file's own order."""
+        return tuple(self.specs)
+
+    def spec(self, key: str) -> TensorSpec:
+        """Return shape and dtype of one tensor.
+
+        Raises:
+            KeyError: there is no such tensor.
+        """
+        try:
+            return self.specs[key]
+        except KeyError:
+            raise KeyError(f"{self.path} has no tensor {key!r}") from None
+
+    @abstractmethod
+    def read(self, key: str, region: Region | None = None) -> torch.Tensor:
+        """Return the tensor, or the named region of it, on the CPU, in the checkpoint's dtype."""
+
+
 def read(reader: CheckpointReader, key: str, region: Region | None = None) -> Tensor:
-    """As ``reader`` reads it.
+    """Return what ``reader`` reads.
 
     Raises:
         CheckpointError: the disk or the network fails.

@@ -1,4 +1,4 @@
-"""Which part of a full tensor is meant: an n-dimensional box, or a span of the flattened tensor.
+"""Regions of a full tensor: an n-dimensional box, or a span of the flattened tensor.
 
 A sharded strategy keeps only a part of each tensor. :class:`Box` is what a DTensor shard is (FSDP2, tensor parallel),
 :class:`Span` is what a flat shard is (ZeRO-3). ``None`` stands for the whole tensor wherever a region is asked for.
@@ -31,7 +31,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Elements ``start:stop`` of the tensor flattened in row-major order; taking it gives a 1-D tensor."""
+    """Elements ``start:stop`` of the tensor flattened in row-major order; taking it returns a 1-D tensor."""
 
     start: int
     stop: int
@@ -45,7 +45,7 @@ Region = Box | Span
 
 
 class Window(NamedTuple):
-    """Where a region lies in its row-major full tensor, counted in elements: what ``as_strided`` takes."""
+    """The place of a region in its row-major full tensor, in elements: the arguments of ``as_strided``."""
 
     start: int
     sizes: tuple[int, ...]
@@ -53,14 +53,14 @@ class Window(NamedTuple):
 
     @property
     def extent(self) -> int:
-        """How many elements lie between the first and the last one of the region, both included."""
+        """The number of elements from the first to the last of the region."""
         if 0 in self.sizes:
             return 0
         return 1 + sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True))
 
 
 def window(shape: tuple[int, ...], region: Region | None) -> Window:
-    """The window of ``region`` in a contiguous tensor of ``shape``."""
+    """Return the window of ``region`` in a contiguous tensor of ``shape``."""
     if isinstance(region, Span):
         assert 0 <= region.start <= region.stop <= math.prod(shape), f"{region} sticks out of shape {tuple(shape)}"
         return Window(region.start, (region.numel,), (1,))
@@ -77,21 +77,21 @@ def window(shape: tuple[int, ...], region: Region | None) -> Window:
     return Window(start, region.sizes, tuple(strides))
 
 
-def whole(shape: tuple[int, ...]) -> Box:
-    """All of a tensor of ``shape``, as a box."""
+def full_box(shape: tuple[int, ...]) -> Box:
+    """Return all of a tensor of ``shape`` as a box."""
     return Box((0,) * len(shape), tuple(shape))
 
 
-def overlap(one: Box, other: Box) -> Box | None:
-    """What two boxes of one tensor have in common; ``None`` when that is no element."""
-    starts = tuple(map(max, one.offsets, other.offsets))
-    stops = (min(a + b, c + d) for a, b, c, d in zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True))
+def overlap(box: Box, other: Box) -> Box | None:
+    """Return the elements that two boxes of one tensor have in common; ``None`` if there are none."""
+    starts = tuple(map(max, box.offsets, other.offsets))
+    stops = (min(a + b, c + d) for a, b, c, d in zip(box.offsets, box.sizes, other.offsets, other.sizes, strict=True))
     sizes = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
     return Box(starts, sizes) if all(size > 0 for size in sizes) else None
 
 
 def boxes_of(shape: tuple[int, ...], span: Span) -> Iterator[Box]:
-    """The span of a tensor of ``shape`` as boxes, in the span's order; each has its elements in row-major order.
+    """Yield the span of a tensor of ``shape`` as boxes, in the span's order; each has its elements in row-major order.
 
     They are at most ``2 * len(shape) - 1``: the rest of a row, whole rows, the beginning of a row, in each dimension.
     """
@@ -120,7 +120,7 @@ def _within(shape: tuple[int, ...], index: int, span: Span) -> Iterator[Box]:
 
 
 def take(tensor: torch.Tensor, region: Region | None) -> torch.Tensor:
-    """The part of ``tensor`` that ``region`` names, without a copy where the memory layout allows it.
+    """Return the ``region`` of ``tensor``, without a copy where the memory layout allows it.
 
     Where it does not (a :class:`Span` of a transposed tensor), only the rows that the span touches are copied.
     """
@@ -142,7 +142,7 @@ def take(tensor: torch.Tensor, region: Region | None) -> torch.Tensor:
 def copy_part(
     values: torch.Tensor, start: int, shape: tuple[int, ...], region: Region | None, out: torch.Tensor
 ) -> None:
-    """Of a full tensor that comes in parts, copy what the region has in common with one part.
+    """Copy the elements that a region has in common with one part of a full tensor.
 
     Args:
         values: 1-D, contiguous: the elements ``start`` and on of the full tensor, flattened in row-major order.

@@ -14,7 +14,7 @@ from fabric_init.checkpoints.reader import CheckpointReader
 
 @dataclass(frozen=True)
 class Source:
-    """What :func:`~fabric_init.checkpoints.open_checkpoint` is to be called with, and conversions of that."""
+    """The arguments of :func:`~fabric_init.checkpoints.open_checkpoint`, and conversions of its result."""
 
     path: str | os.PathLike[str]
     mmap: bool = True
@@ -23,6 +23,6 @@ class Source:
     convert: Sequence[Conversion] = ()
 
     def open(self, *, copy: bool = False) -> CheckpointReader:
-        """Open it; with ``copy``, not mapped in any case."""
+        """Open it; with ``copy``, without a map in any case."""
         mmap = self.mmap and not copy
         return converted(open_checkpoint(self.path, mmap=mmap, entry=self.entry, manifest=self.manifest), self.convert)

@@ -1,9 +1,10 @@
-"""Which of the dicts in a training checkpoint is the model's state dict."""
+"""Find the model's state dict among the dicts of a training checkpoint."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from fabric_init._text import counted, joined
 from fabric_init.checkpoints.storage.remote import AnyPath
 from fabric_init.errors import CheckpointFormatError
 
@@ -11,17 +12,17 @@ WRAPPERS = ("model", "state_dict", "module")
 """Where training checkpoints keep the state dict: Fabric and most scripts, Lightning's Trainer, DeepSpeed."""
 
 OPTIMIZER_PARTS = frozenset({"state", "param_groups"})
-"""What the state dict of an optimizer consists of; its tensors are no weights."""
+"""The keys of an optimizer's state dict; its tensors are not weights."""
 
 EXTRA_STATE = "_extra_state"
-"""How the name ends of what ``nn.Module.get_extra_state`` returned; tensors in it are no weights either."""
+"""Suffix of the keys of ``nn.Module.get_extra_state``; tensors in it are not weights either."""
 
 Location = tuple[str, ...]
 """The keys that lead from what was saved to a dict in it; ``()`` is the outermost dict."""
 
 
 def choose_state_dict(path: AnyPath, counts: Mapping[Location, int], entry: str | None) -> Location:
-    """The location of the model's state dict.
+    """Return the location of the model's state dict.
 
     Asked for by ``entry`` (keys joined by dots), or else: what is under a usual name, the least deep; what lies at the
     outermost level; the only one there is.
@@ -38,7 +39,7 @@ def choose_state_dict(path: AnyPath, counts: Mapping[Location, int], entry: str 
         for location in counts:
             if ".".join(location) == entry:
                 return location
-        raise CheckpointFormatError(f"{path} has no state dict {entry!r}. There are tensors under {_listed(counts)}.")
+        raise CheckpointFormatError(f"{path} has no state dict {entry!r}. There are tensors under {_named(counts)}.")
     usual = [location for location in counts if location and location[-1] in WRAPPERS]
     usual = [location for location in usual if len(location) == min(map(len, usual))]
     if not usual and () in counts:
@@ -47,7 +48,7 @@ def choose_state_dict(path: AnyPath, counts: Mapping[Location, int], entry: str 
     if len(candidates) == 1:
         return candidates[0]
     if candidates:
-        named = _listed({location: counts[location] for location in candidates})
+        named = _named({location: counts[location] for location in candidates})
         raise CheckpointFormatError(
             f"{path} holds {len(candidates)} state dicts: {named}. Name the one you mean, for example "
             f"entry={'.'.join(candidates[0])!r}."
@@ -59,10 +60,10 @@ def choose_state_dict(path: AnyPath, counts: Mapping[Location, int], entry: str 
 
 
 def describe(location: Location) -> str | None:
-    """A note for the user, when the state dict was not the outermost dict."""
+    """Return a note for the user if the state dict was not the outermost dict."""
     return f"state dict found under {'.'.join(location)!r}" if location else None
 
 
-def _listed(counts: Mapping[Location, int]) -> str:
-    shown = [f"{'.'.join(location)!r} ({count} tensors)" for location, count in list(counts.items())[:8]]
-    return ", ".join(shown) + (f" and {len(counts) - 8} more" if len(counts) > 8 else "") or "no name at all"
+def _named(counts: Mapping[Location, int]) -> str:
+    names = [f"{'.'.join(location)!r} ({counted(count, 'tensor')})" for location, count in counts.items()]
+    return joined(names) or "no name at all"

@@ -1,4 +1,4 @@
-"""``fabric-init audit``: is the init of a model any good?"""
+"""``fabric-init audit``: check how a model is initialized."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from fabric_init._text import human_bytes, joined, shape_text
 from fabric_init.api import deferred_init
 from fabric_init.cli import CommandError
-from fabric_init.cli.console import bytes_text, err, new_table, out, shape_text
+from fabric_init.cli.console import err, new_table, out
 from fabric_init.cli.model_argument import HELP, model_builder
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.reports.html import check_plotly
 from fabric_init.reports.save import is_page
 from fabric_init.tools.audit.audit import audit
-from fabric_init.tools.audit.findings import Finding, Level, Row
+from fabric_init.tools.audit.findings import AuditRow, Finding, Level
 from fabric_init.tools.audit.report import AuditReport
 
 _COLORS = {Level.ERROR: "bold red", Level.WARNING: "yellow", Level.NOTE: "cyan"}
-_NAMES = 3  # of the tensors that a finding is about
-_NARROW = 120  # columns of a terminal in which rules and lines do not fit beside names
+_NAMES = 3  # tensors shown for a finding
+_NARROW = 120  # columns of a terminal below which rules and lines do not fit beside names
 _FOUND = 1
 
 
@@ -47,34 +48,35 @@ def run(
         bool | None,
         typer.Option(
             "--batch/--no-batch",
-            help="Also fill the model and run it once, on a batch that is made up. Default: if it says what it takes, "
-            "and its weights and gradients fit half of this machine's memory.",
+            help="Also fill the model and run it once, on a generated batch. Default: if the model tells its inputs, "
+            "and its weights and gradients fit in half of this machine's memory.",
             show_default=False,
         ),
     ] = None,
     fail_on: Annotated[
-        FailOn, typer.Option(help="Exit with status 1 if there is a finding of this level, or a worse one.")
+        FailOn, typer.Option(help="Exit with status 1 if there is a finding of this level or a worse one.")
     ] = FailOn.ERROR,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Of the values that the batch is run with.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Random seed for the weights and the batch.")] = 0,
     rows: Annotated[
-        int, typer.Option(metavar="N", min=0, help="How many tensors to list; findings are all shown.")
+        int, typer.Option(metavar="N", min=0, help="How many tensors to list; all findings are shown.")
     ] = 30,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, with every tensor.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the report as one HTML page, with plots.")
     ] = None,
 ) -> int:
     """Audit a model's init: which rule wrote each tensor, how often, with what result, and what looks wrong.
 
-    The model is recorded, not built; without a batch no weight memory is taken, so its size does not matter.
+    The model is recorded, not built: without a batch no memory is allocated for weights, so its size does not matter.
 
-    Errors are tensors that nobody initializes, and a first loss far from ln(classes). Warnings are rules that undo each
-    other, weights that are initialized several times, and layers that were forgotten. Notes are worth knowing.
+    Errors are tensors that are never initialized, and a first loss far from ln(classes). Warnings are rules that
+    overwrite each other, weights that are initialized several times, and layers that are skipped. Notes are for
+    information.
 
-    The exit status is 0 without an error (see `--fail-on`), 1 with one or if there is no such model, and 2 if an option
-    is wrong.
+    The exit status is 0 without errors (see `--fail-on`), 1 with errors or if the model cannot be built, and 2 if an
+    option is invalid.
 
-    - A model of transformers, from its `config.json`; the findings alone
+    - A transformers model, from its `config.json`; only the findings
 
         fabric-init audit t5-v1_1-base/ --rows 0
 
@@ -82,7 +84,7 @@ def run(
 
         fabric-init audit my_package.models:build --fail-on warning
 
-    - A page with plots to look at
+    - A page with plots
 
         fabric-init audit my_package.models:build --html audit.html
 
@@ -110,9 +112,9 @@ def run(
 def _audited(model: nn.Module, batch: bool | None) -> AuditReport:
     if batch is not None:
         return audit(model, batch="auto" if batch else None)
-    taken, most = 2 * sum(one.nbytes for one in model.parameters()), _half_of_memory()
-    if taken > most:
-        _say(f"not run: weights and gradients take {bytes_text(taken)}, over {bytes_text(most)}; --batch runs it")
+    needed, limit = 2 * sum(parameter.nbytes for parameter in model.parameters()), _half_of_memory()
+    if needed > limit:
+        _say(f"not run: weights and gradients take {human_bytes(needed)}, over {human_bytes(limit)}; --batch runs it")
         return audit(model)
     try:
         return audit(model, batch="auto")
@@ -133,7 +135,7 @@ def _say(text: str) -> None:
 
 def _check_page(path: Path) -> None:
     if not is_page(path):
-        raise CommandError(f"--html {path}: name a file that ends in .html")
+        raise CommandError(f"--html {path}: the file name must end in .html")
     if not path.parent.is_dir():
         raise CommandError(f"--html {path}: there is no folder {path.parent}")
     check_plotly()
@@ -147,27 +149,27 @@ def _save(report: AuditReport, path: Path) -> None:
 
 
 def _show(report: AuditReport, most_rows: int) -> None:
-    to = out()
+    console = out()
     if most_rows and report.rows:
-        to.print(_tensor_table(to, report.rows[:most_rows]))
+        console.print(_tensor_table(console, report.rows[:most_rows]))
         if len(report.rows) > most_rows:
-            to.print(f"… and {len(report.rows) - most_rows} more: --rows, or --json")
-        to.print()
+            console.print(f"… and {len(report.rows) - most_rows} more: --rows, or --json")
+        console.print()
     for finding in report.findings:
-        to.print(_finding_text(finding))
-    to.print(report.summary())
+        console.print(_finding_text(finding))
+    console.print(report.summary())
 
 
-def _tensor_table(console: Console, rows: tuple[Row, ...]) -> Table:
+def _tensor_table(console: Console, rows: tuple[AuditRow, ...]) -> Table:
     narrow = console.width < _NARROW
     texts, numbers = ("tensor", "rule", "at"), ("shape", "mean", "std", "writes")
     heads = ("tensor, rule and line",) if narrow else texts
     table = new_table(console, *heads, *numbers, right=numbers, title="What each tensor gets")
     for row in rows:
-        told = (row.name, row.rule or "nothing", row.place)
-        cells = ("\n  ".join(filter(None, told)),) if narrow else told
-        plain = (*cells, shape_text(row.shape), _number(row.mean), _number(row.std), f"{row.full_writes}×")
-        table.add_row(*map(Text, plain))
+        origin = (row.name, row.rule or "nothing", row.place)
+        cells = ("\n  ".join(filter(None, origin)),) if narrow else origin
+        cells = (*cells, shape_text(row.shape), _number(row.mean), _number(row.std), f"{row.full_writes}×")
+        table.add_row(*map(Text, cells))
     return table
 
 
@@ -176,16 +178,14 @@ def _number(value: float | None) -> str:
 
 
 def _finding_text(finding: Finding) -> Text:
-    more = len(finding.tensors) - _NAMES
     text = Text.assemble(
         (str(finding.level), _COLORS[finding.level]),
         f" [{finding.check}] ",
-        (", ".join(finding.tensors[:_NAMES]), "bold"),
-        f" … and {more} more" if more > 0 else "",
+        (joined(finding.tensors, _NAMES), "bold"),
         f"\n    {finding.evidence}",
     )
     if finding.std is not None:
-        text.append(f"\n    std that brings it right: {finding.std:.4g}")
+        text.append(f"\n    std that fixes it: {finding.std:.4g}")
     if finding.loss_before is not None and finding.loss_after is not None:
         text.append(f"; first loss {finding.loss_before:.4g}, with it {finding.loss_after:.4g}")
     text.append(f"\n    → {finding.fix}\n")

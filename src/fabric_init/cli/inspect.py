@@ -1,4 +1,4 @@
-"""``fabric-init inspect``: what a checkpoint holds, and what is wrong with it."""
+"""``fabric-init inspect``: show what a checkpoint holds, and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ def run(
     ],
     match: Annotated[
         list[str] | None,
-        typer.Argument(help="Globs: tell only of tensors with such names.", metavar="GLOB", show_default=False),
+        typer.Argument(help="Globs: list only tensors whose names match.", metavar="GLOB", show_default=False),
     ] = None,
     all_: Annotated[
-        bool, typer.Option("--all", "-a", help="A line for each tensor and each file, instead of one a kind of layer.")
+        bool, typer.Option("--all", "-a", help="One line per tensor and file, instead of one per kind of layer.")
     ] = False,
     values: Annotated[
         bool,
         typer.Option("--values", help="Read every element: minimum, maximum, mean, std, NaN, infinities, duplicates."),
     ] = False,
     entry: Annotated[
-        str | None, typer.Option(help="The state dict that is meant, where there are several.", show_default=False)
+        str | None, typer.Option(help="The key of the state dict to inspect, if there are several.", show_default=False)
     ] = None,
     manifest: Annotated[
-        str | None, typer.Option(help="Compare every byte with these SHA-256 digests.", show_default=False)
+        str | None, typer.Option(help="A file of SHA-256 digests; every byte is compared with it.", show_default=False)
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Everything as JSON on standard output.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> int:
     """Show what a checkpoint holds, and what is wrong with it.
 
     Reads headers only, so a checkpoint of any size takes about a second; with `--values` every element is read, in
-    little memory. Of a damaged checkpoint it says which tensors are whole. Exit status: 0 if it is sound, 1 if it is
-    damaged or cannot be read.
+    little memory. For a damaged checkpoint it shows which tensors are intact. Exit status: 0 if it is sound, 1 if it
+    is damaged or cannot be read.
 
-    - What is in a model, a line for each kind of layer
+    - A model, one line per kind of layer
 
         fabric-init inspect Llama-3.1-8B/
 
-    - Every bias, one by one, and the file it is in
+    - Every bias, with the file it is in
 
         fabric-init inspect Llama-3.1-8B/ '*.bias' --all
 
@@ -54,7 +54,7 @@ def run(
 
         fabric-init inspect run.ckpt --entry generator --values
 
-    - A bucket, every byte compared with digests
+    - A bucket, compared with digests
 
         fabric-init inspect s3://bucket/model --manifest SHA256SUMS
 

@@ -1,4 +1,4 @@
-"""``fabric-init``: picks the command, runs it, turns our own exceptions into one line and an exit status."""
+"""``fabric-init``: choose the command, run it, turn our own exceptions into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from typer.core import TyperGroup
 
 from fabric_init.cli import CommandError
 
-# A new command is one file beside this one, with a function ``run``, and one entry here: what that says first of
-# itself. Its file is imported when it runs, since a shell that completes a command should not wait for torch.
+# A new command is one file beside this one, with a function ``run``, and one entry here: the first line of that
+# function's docstring. Its file is imported when it runs, since a shell that completes a command should not wait for
+# torch.
 COMMANDS = {
     "demo": "Finetune a small real model under a new head, and compare three ways of starting it.",
     "inspect": "Show what a checkpoint holds, and what is wrong with it.",
-    "plan": "What a load would do and take: no weight is read, no memory taken, on any machine.",
+    "plan": "Show what a load would do and cost: no weight is read, no memory allocated, on any machine.",
     "audit": "Audit a model's init: which rule wrote each tensor, how often, with what result, and what looks wrong.",
 }
 
 Run = Callable[..., int]
-"""What does the work; its arguments are the command's, its result is the exit status."""
+"""The function of a command: it takes the command's arguments and returns the exit status."""
 
 _FAILED = 1
 _SETTINGS: dict[str, Any] = {
@@ -35,13 +36,13 @@ _SETTINGS: dict[str, Any] = {
 
 
 def load_run(name: str) -> Run:
-    """The function of a command."""
+    """Import and return the function of a command."""
     run: Run = import_module(f"fabric_init.cli.{name}").run
     return run
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         print(f"fabric-init {version('fabric-init')}")
         raise typer.Exit
 
@@ -58,11 +59,11 @@ def _about(
 
 
 def build_app(commands: Mapping[str, str] = COMMANDS, load: Callable[[str], Run] = load_run) -> typer.Typer:
-    """The commands as one application.
+    """Return the commands as one application.
 
     Args:
-        commands: what each is called, and does, in a line.
-        load: is asked for the function of the one that runs, or whose help is wanted.
+        commands: The name of each command, and its summary in one line.
+        load: Returns the function of a command, by name; called when that command or its help is run.
     """
 
     class Commands(TyperGroup):
@@ -78,11 +79,11 @@ def build_app(commands: Mapping[str, str] = COMMANDS, load: Callable[[str], Run]
 
 
 def _nothing() -> None:
-    """Stands for a command until it is chosen."""
+    """Stand in for a command until it is chosen."""
 
 
 def build_command(name: str, load: Callable[[str], Run] = load_run) -> Any:
-    """One command as typer makes it of its function."""
+    """Return the command that typer makes of its function."""
     app = typer.Typer(add_completion=False, **_SETTINGS)
     app.command(name)(_with_status(name, load(name)))
     return typer.main.get_command(app)
@@ -104,5 +105,5 @@ def _with_status(name: str, run: Run) -> Callable[..., None]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command, and exit: 0 for done, 1 for failed, with a line on stderr that says why, 2 for a wrong call."""
+    """Run one command and exit: 0 on success, 1 on failure, with the reason on stderr, 2 for invalid arguments."""
     build_app()(args=argv, prog_name="fabric-init")

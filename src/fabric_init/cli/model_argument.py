@@ -1,4 +1,4 @@
-"""The ``MODEL`` of a command: ``package.module:callable``, or a folder with a Hugging Face ``config.json``."""
+"""The argument ``MODEL``: ``package.module:callable``, or a folder with a Hugging Face ``config.json``."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from torch import nn
 from fabric_init.cli import CommandError
 from fabric_init.errors import FabricInitError
 
-HELP = "What builds the model: `package.module:callable`, or a folder with a Hugging Face `config.json`."
+HELP = "How to build the model: `package.module:callable`, or a folder with a Hugging Face `config.json`."
 
-_WAYS = "give package.module:callable, or a folder with a config.json"
+_FORMS = "give package.module:callable, or a folder with a config.json"
 
 
 def model_builder(argument: str) -> Callable[[], nn.Module]:
-    """What builds the model that a user named; imports it, but does not build it yet.
+    """Return a callable that builds the model that a user named; import it, but do not call it yet.
 
     Args:
         argument: ``package.module:callable``, where the callable takes no arguments and returns a module (modules of
             the current directory are found, as under ``python -m``); or a folder, or the path of its ``config.json``.
 
     Returns:
-        A callable that builds the model, and raises ``CommandError`` if what comes is no module.
+        A callable that builds the model, and raises ``CommandError`` if the result is no module.
 
     Raises:
-        CommandError: there is no such module, attribute or folder, or it cannot build a model.
+        CommandError: There is no such module, attribute or folder, or it cannot build a model.
     """
     path = Path(argument)
     if path.is_dir() or path.name == "config.json":
         return _from_config(path if path.is_dir() else path.parent)
     module_name, colon, attribute = argument.partition(":")
     if not colon or not module_name or not attribute:
-        raise CommandError(f"{argument}: no such folder, and no package.module:callable; {_WAYS}")
+        raise CommandError(f"{argument}: no such folder, and no package.module:callable; {_FORMS}")
     return _checked(argument, _callable(argument, module_name, attribute))
 
 
@@ -48,7 +48,7 @@ def _callable(argument: str, module_name: str, attribute: str) -> Callable[[], A
     if os.getcwd() not in sys.path:  # an entry point starts without it
         sys.path.insert(0, os.getcwd())
     try:
-        found: Any = importlib.import_module(module_name)
+        target: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
             raise CommandError(f"{argument}: no module {error.name!r} in {os.getcwd()} or on sys.path") from None
@@ -56,34 +56,35 @@ def _callable(argument: str, module_name: str, attribute: str) -> Callable[[], A
     except ImportError as error:
         raise CommandError(f"{argument}: {module_name} cannot be imported: {error}") from error
     except Exception as error:  # whatever a user's module does
-        raise CommandError(f"{argument}: {module_name} cannot be imported: {_told(error)}") from error
+        raise CommandError(f"{argument}: {module_name} cannot be imported: {_one_line(error)}") from error
     for name in attribute.split("."):
         try:
-            found = getattr(found, name)
+            target = getattr(target, name)
         except AttributeError:
-            raise CommandError(f"{argument}: {getattr(found, '__name__', found)} has no attribute {name!r}") from None
-    if isinstance(found, nn.Module):
+            raise CommandError(f"{argument}: {getattr(target, '__name__', target)} has no attribute {name!r}") from None
+    if isinstance(target, nn.Module):
         raise CommandError(f"{argument} is a module that is built already; name the class or function that builds it")
-    if not callable(found):
-        raise CommandError(f"{argument} is of type {type(found).__name__}, not something that builds a model; {_WAYS}")
-    needed = _needed_arguments(found)
-    if needed:
+    if not callable(target):
+        raise CommandError(f"{argument} is of type {type(target).__name__}, which builds no model; {_FORMS}")
+    required = _required_arguments(target)
+    if required:
         raise CommandError(
-            f"{argument} needs arguments ({', '.join(needed)}): name a function without any that returns the model"
+            f"{argument} needs arguments ({', '.join(required)}): name a function without any that returns the model"
         )
-    build: Callable[[], Any] = found
+    build: Callable[[], Any] = target
     return build
 
 
-def _needed_arguments(build: Callable[..., Any]) -> list[str]:
+def _required_arguments(build: Callable[..., Any]) -> list[str]:
     try:
         parameters = inspect.signature(build).parameters.values()
-    except (TypeError, ValueError):  # a builtin without a signature: calling it will tell
+    except (TypeError, ValueError):  # a builtin without a signature: calling it will show
         return []
     return [
-        one.name
-        for one in parameters
-        if one.default is one.empty and one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
     ]
 
 
@@ -94,7 +95,7 @@ def _checked(argument: str, build: Callable[[], Any]) -> Callable[[], nn.Module]
         except FabricInitError:
             raise
         except Exception as error:  # whatever a user's code, or a config's, runs into
-            raise CommandError(f"{argument} does not build: {_told(error)}") from error
+            raise CommandError(f"{argument} does not build: {_one_line(error)}") from error
         if not isinstance(model, nn.Module):
             raise CommandError(f"{argument} returned a value of type {type(model).__name__}, not a torch.nn.Module")
         return model
@@ -102,20 +103,20 @@ def _checked(argument: str, build: Callable[[], Any]) -> Callable[[], nn.Module]
     return checked
 
 
-def _told(error: Exception) -> str:
-    """An exception in one line, with the place that raised it."""
+def _one_line(error: Exception) -> str:
+    """Return an exception in one line, with the place that raised it."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = "" if isinstance(error, SyntaxError) else f" (raised at {place.filename}:{place.lineno})"
     return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
 
 
 def _from_config(folder: Path) -> Callable[[], nn.Module]:
-    """The class that ``architectures`` names, built from the config, with no weights."""
+    """Return a callable that builds the class in ``architectures`` from the config, without weights."""
     path = folder / "config.json"
     try:
         names = json.loads(path.read_text(encoding="utf-8")).get("architectures")
     except FileNotFoundError:
-        raise CommandError(f"{folder}: no config.json in this folder; {_WAYS}") from None
+        raise CommandError(f"{folder}: no config.json in this folder; {_FORMS}") from None
     except (OSError, ValueError, AttributeError) as error:
         raise CommandError(f"{path}: not a Hugging Face config: {error}") from None
     if not isinstance(names, list) or not names or not isinstance(names[0], str):

@@ -1,4 +1,4 @@
-"""``fabric-init plan``: what a load would do and take, before a weight is read."""
+"""``fabric-init plan``: show what a load would do, without reading a weight."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fabric_init.errors import FabricInitError
 from fabric_init.strategies.fsdp2 import Units
 from fabric_init.tools.forecast import OptimizerName, PrecisionName, StrategyName, TrainingConfig, forecast
 
-_COMPLETE, _INCOMPLETE, _WRONG_CALL = 0, 1, 2
+_COMPLETE, _INCOMPLETE, _CANNOT_RUN = 0, 1, 2
 
 _PREFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -25,22 +25,22 @@ _BANDWIDTH = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?|[kmgt]i)(B|b|bit)(?:/s|ps)"
 
 
 def bytes_a_second(text: str) -> float:
-    """``2GB/s``, ``500 MiB/s``, ``25Gbit/s`` in bytes a second.
+    """Return ``2GB/s``, ``500 MiB/s`` or ``25Gbit/s`` in bytes per second.
 
     Raises:
-        typer.BadParameter: it is none of these.
+        typer.BadParameter: ``text`` is not such a speed.
     """
-    found = _BANDWIDTH.fullmatch(text.strip())
-    if found is None or not float(found[1]):
+    parsed = _BANDWIDTH.fullmatch(text.strip())
+    if parsed is None or not float(parsed[1]):
         raise typer.BadParameter(
             f"{text!r}: give a number with its unit, as 2GB/s, 500MiB/s or 25Gbit/s", param_hint="--bandwidth"
         )
-    scale = (_PREFIXES | _BINARY)[found[2].lower()]
-    return float(found[1]) * scale / (1 if found[3] == "B" else 8)
+    scale = (_PREFIXES | _BINARY)[parsed[2].lower()]
+    return float(parsed[1]) * scale / (1 if parsed[3] == "B" else 8)
 
 
 def units_named(text: str) -> Units:
-    """``blocks``, a number of parameters, or names of classes with commas between them."""
+    """Return the units that ``text`` names: ``blocks``, a number of parameters, or class names separated by commas."""
     if text == "blocks":
         return "blocks"
     if text.isdigit():
@@ -50,10 +50,10 @@ def units_named(text: str) -> Units:
 
 
 def renames(texts: Sequence[str]) -> dict[str, str] | None:
-    """``PATTERN=REPLACEMENT``, several of them.
+    """Return the mapping that texts of the form ``PATTERN=REPLACEMENT`` make, ``None`` if there are none.
 
     Raises:
-        typer.BadParameter: one has no ``=``.
+        typer.BadParameter: A text has no ``=``.
     """
     for text in texts:
         if "=" not in text:
@@ -73,69 +73,72 @@ def run(
         str | None,
         typer.Argument(
             metavar="PATH",
-            help="The checkpoint: file, folder, URL or Hub id. Left out: the folder that is `MODEL`.",
+            help="The checkpoint: a file, folder, URL or Hub id. Default: `MODEL`, if that is a folder.",
             show_default=False,
         ),
     ] = None,
     strategy: Annotated[
         StrategyName,
-        typer.Option(metavar="NAME", help=f"How it is to be trained, by Fabric's names: {_names(StrategyName)}."),
+        typer.Option(metavar="NAME", help=f"Strategy, by Fabric's names: {_names(StrategyName)}."),
     ] = "auto",
-    devices: Annotated[int, typer.Option(metavar="N", min=1, help="Ranks a machine.")] = 1,
-    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Machines.")] = 1,
+    devices: Annotated[int, typer.Option(metavar="N", min=1, help="Devices (ranks) per machine.")] = 1,
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Number of machines.")] = 1,
     precision: Annotated[
-        PrecisionName, typer.Option(metavar="NAME", help=f"By Fabric's names: {_names(PrecisionName)}.")
+        PrecisionName, typer.Option(metavar="NAME", help=f"Precision, by Fabric's names: {_names(PrecisionName)}.")
     ] = "32-true",
     optimizer: Annotated[
         OptimizerName,
-        typer.Option(metavar="NAME", help=f"Whose states take memory: {_names(OptimizerName)} (no training)."),
+        typer.Option(
+            metavar="NAME", help=f"Optimizer, whose states take memory: {_names(OptimizerName)} (no training)."
+        ),
     ] = "adamw",
     units: Annotated[
         str | None,
         typer.Option(
             metavar="UNITS",
-            help="For FSDP, what is gathered together: `blocks`, a number of parameters, or `Class,Class`.",
+            help="For FSDP, the modules to wrap: `blocks`, a minimum number of parameters, or `Class,Class`.",
         ),
     ] = None,
     bandwidth: Annotated[
         str | None,
-        typer.Option(metavar="SPEED", help="Of the storage, for the time: `2GB/s`, `500MiB/s`, `25Gbit/s`."),
+        typer.Option(metavar="SPEED", help="Storage bandwidth, for the time: `2GB/s`, `500MiB/s`, `25Gbit/s`."),
     ] = None,
     io: Annotated[
-        Io, typer.Option(metavar="WAY", help=f"Who reads: {_names(Io)}. Each rank what it keeps, or rank 0 for all.")
+        Io, typer.Option(metavar="MODE", help=f"{_names(Io)}: each rank reads what it keeps, or rank 0 reads for all.")
     ] = "auto",
     rename: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FROM=TO", help="A regular expression for checkpoint keys, and what makes them names; repeatable."
+            metavar="FROM=TO", help="Regular expression for checkpoint keys, and its replacement; repeatable."
         ),
     ] = None,
     entry: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The state dict that is meant, where a file holds several.")
+        str | None, typer.Option(metavar="NAME", help="The key of the state dict to load, if a file holds several.")
     ] = None,
     strict: Annotated[
-        bool, typer.Option(help="Whether a missing or unexpected key is an error, or gets the model's own init.")
+        bool,
+        typer.Option(help="Fail on missing or extra keys; else initialize missing tensors, ignore extra keys."),
     ] = True,
     reinit: Annotated[
         list[str] | None,
-        typer.Option(metavar="GLOB", help="Tensors to initialize although they are there; repeatable."),
+        typer.Option(metavar="GLOB", help="Tensors to initialize even if the checkpoint has them; repeatable."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="All of it as JSON, nothing left out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> int:
-    """What a load would do and take: no weight is read, no memory taken, on any machine.
+    """Show what a load would do and cost: no weight is read, no memory allocated, on any machine.
 
-    It tells what of the model the checkpoint covers; what is missing, with the rule and line that would initialize it;
-    what is left over, cast, or of a wrong shape, and the renames that would help; how many bytes each rank reads, and
-    how long that takes; and the memory that training takes on each rank, activations aside.
+    It shows what the checkpoint covers of the model; what is missing, with the rule and line that would initialize it;
+    which keys are extra, cast or of a wrong shape, and the renames that would help; how many bytes each rank reads, and
+    how long that takes; and the memory that training needs on each rank, without activations.
 
-    The exit status is 0 if the load would go through as asked for, 1 if not, and 2 if the call itself is wrong: no such
-    model or checkpoint, say.
+    The exit status is 0 if the load would succeed with these options, 1 if not, and 2 if the command cannot run, for
+    example because there is no such model or checkpoint.
 
     - A folder with config and weights, on eight GPUs
 
         fabric-init plan Llama-3.1-8B/ --strategy fsdp2 --devices 8 --precision bf16-true --bandwidth 2GB/s
 
-    - A model of your own under a new head, from a file whose keys begin otherwise
+    - Your own model with a new head, from a file whose keys have a prefix
 
         fabric-init plan my_package.models:build body.pt --rename '^model[.]=' --no-strict
 
@@ -150,7 +153,7 @@ def run(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     try:
-        found = forecast(
+        result = forecast(
             model_argument.model_builder(model),
             _checkpoint(model, path),
             strategy=strategy,
@@ -168,12 +171,12 @@ def run(
         )
     except (CommandError, FabricInitError) as error:
         print(f"fabric-init plan: {error}", file=sys.stderr)
-        return _WRONG_CALL
+        return _CANNOT_RUN
     if as_json:
-        print(json.dumps(found.to_dict(), indent=2))
+        print(json.dumps(result.to_dict(), indent=2))
     else:
-        plan_tables.show(found)
-    return _COMPLETE if found.complete else _INCOMPLETE
+        plan_tables.show(result)
+    return _COMPLETE if result.complete else _INCOMPLETE
 
 
 def _checkpoint(model: str, path: str | None) -> str:
@@ -181,4 +184,4 @@ def _checkpoint(model: str, path: str | None) -> str:
         return path
     if Path(model).is_dir():
         return model
-    raise CommandError(f"which checkpoint? Give its path after {model}.")
+    raise CommandError(f"no checkpoint given; its path goes after {model}")

@@ -1,4 +1,4 @@
-"""What ``fabric-init plan`` prints for people."""
+"""Print a forecast as text and tables, for ``fabric-init plan``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from fabric_init.cli.console import bytes_text, is_terminal, new_table, out, printable, shape_text
+from fabric_init._text import human_bytes, shape_text
+from fabric_init.cli.console import is_terminal, new_table, out, printable
 from fabric_init.tools.forecast import Coverage, Forecast, Fresh, IoEstimate, Memory
 
 _MOST_ROWS = 20
@@ -18,7 +19,7 @@ Row = TypeVar("Row")
 
 
 def show(forecast: Forecast) -> None:
-    """Print ``forecast`` on standard output. On a terminal, long tables are cut; ``--json`` has all."""
+    """Print ``forecast`` on standard output. Long tables are cut on a terminal; ``--json`` has everything."""
     console = out()
     note = f"; {printable(forecast.note)}" if forecast.note else ""
     console.print(f"{forecast.model} from {printable(str(forecast.checkpoint))} ({forecast.format}{note})")
@@ -44,16 +45,16 @@ def _show_coverage(console: Console, coverage: Coverage) -> None:
     share = f" ({loaded.bytes / wanted.bytes:.1%} of the bytes)" if wanted.bytes else ""
     console.print(
         f"covers {loaded.tensors:,} of {wanted.tensors:,} tensors, "
-        f"{bytes_text(loaded.bytes)} of {bytes_text(wanted.bytes)}{share}"
+        f"{human_bytes(loaded.bytes)} of {human_bytes(wanted.bytes)}{share}"
     )
     for cast in coverage.casts:
-        console.print(f"casts {cast.tensors:,} tensors, {bytes_text(cast.bytes)}: {cast.saved_as} → {cast.kept_as}")
+        console.print(f"casts {cast.tensors:,} tensors, {human_bytes(cast.bytes)}: {cast.saved_as} → {cast.kept_as}")
     _show_fresh(console, "Missing from the checkpoint", coverage.missing)
     _show_fresh(console, "Initialized afresh, as asked", coverage.reinit)
     if coverage.unexpected:
         table = new_table(console, "key", "shape", "dtype", "size", right=["shape", "size"])
-        for one in _shown(console, coverage.unexpected):
-            table.add_row(printable(one.key), shape_text(one.shape), one.dtype, bytes_text(one.bytes))
+        for extra in _shown(console, coverage.unexpected):
+            table.add_row(printable(extra.key), shape_text(extra.shape), extra.dtype, human_bytes(extra.bytes))
         _print(console, "Not in the model", table, len(coverage.unexpected))
     if coverage.wrong_shapes:
         table = new_table(console, "tensor")
@@ -77,8 +78,8 @@ def _show_coverage(console: Console, coverage: Coverage) -> None:
 def _show_fresh(console: Console, heading: str, rows: Sequence[Fresh]) -> None:
     if rows:
         table = new_table(console, "tensor", "shape", "size", "its own init", right=["shape", "size"])
-        for one in _shown(console, rows):
-            table.add_row(one.name, shape_text(one.shape), bytes_text(one.bytes), one.rule or "none")
+        for row in _shown(console, rows):
+            table.add_row(row.name, shape_text(row.shape), human_bytes(row.bytes), row.rule or "none")
         _print(console, heading, table, len(rows))
 
 
@@ -89,11 +90,11 @@ def _show_reading(console: Console, forecast: Forecast) -> None:
     sent = ", which rank 0 reads and sends to the others" if reading.way == "broadcast" else ""
     table = new_table(console, "rank", "reads", right=["reads"])
     for name, nbytes in _runs(reading):
-        table.add_row(name, bytes_text(nbytes))
-    table.add_row("from storage", bytes_text(reading.from_storage))
+        table.add_row(name, human_bytes(nbytes))
+    table.add_row("from storage", human_bytes(reading.from_storage))
     _print(console, f"Reading: {setting.strategy}, {ranks}{sent}", table)
     if reading.bandwidth is not None and reading.seconds is not None and reading.seconds_shared is not None:
-        speed = f"{bytes_text(int(reading.bandwidth))}/s"
+        speed = f"{human_bytes(int(reading.bandwidth))}/s"
         console.print(
             f"takes {_seconds(reading.seconds)} with {speed} for each rank, "
             f"{_seconds(reading.seconds_shared)} with {speed} for all together"
@@ -101,7 +102,7 @@ def _show_reading(console: Console, forecast: Forecast) -> None:
 
 
 def _runs(reading: IoEstimate) -> Iterator[tuple[str, int]]:
-    """Ranks that follow one another and read as much."""
+    """Yield consecutive ranks that read the same number of bytes."""
     first = 0
     for rank in range(1, len(reading.by_rank) + 1):
         if rank == len(reading.by_rank) or reading.by_rank[rank] != reading.by_rank[first]:
@@ -113,7 +114,7 @@ def _show_memory(console: Console, forecast: Forecast) -> None:
     memory, setting = forecast.memory, forecast.setting
     table = new_table(console, "for", "bytes", right=["bytes"])
     for name, nbytes in _parts(memory):
-        table.add_row(name, bytes_text(nbytes))
+        table.add_row(name, human_bytes(nbytes))
     _print(console, f"Memory of each rank, beside activations: {setting.precision}, {setting.optimizer}", table)
 
 

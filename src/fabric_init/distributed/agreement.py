@@ -11,14 +11,10 @@ from typing import Any, Protocol, TypeVar
 import torch.distributed as dist
 
 from fabric_init._interrupts import interrupts_held
-from fabric_init.errors import CheckpointMismatchError, FabricInitError
+from fabric_init.errors import FabricInitError, RanksDisagreeError, RanksLostError
 
 _T = TypeVar("_T")
 _Error = TypeVar("_Error", bound=BaseException)
-
-
-class RanksLostError(FabricInitError):
-    """A rank has died, or cannot be reached."""
 
 
 class Agreement(Protocol):
@@ -150,9 +146,10 @@ def _is_known(error: BaseException) -> bool:
 
 
 def _check_same(what: str, digests: Sequence[str]) -> None:
+    """Raise :class:`RanksDisagreeError` if the ranks' ``digests`` differ."""
     if len(set(digests)) > 1:
         groups: dict[str, list[int]] = {}
         for rank, digest in enumerate(digests):
             groups.setdefault(digest, []).append(rank)
         listed = "; ".join(f"ranks {ranks}: {digest}" for digest, ranks in groups.items())
-        raise _known(CheckpointMismatchError(f"{what} is not the same on every rank, so no rank goes on. {listed}"))
+        raise _known(RanksDisagreeError(f"{what} is not the same on every rank, so no rank goes on. {listed}"))

@@ -10,13 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader, Region, Span, TensorSpec
-from fabric_init.checkpoints.reader import read
+from fabric_init.checkpoints.reader import BaseReader, read
 from fabric_init.checkpoints.region import copy_part
 from fabric_init.checkpoints.storage.remote import AnyPath
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.distributed.batches import ALIGNMENT, aligned, batches, chunks
 from fabric_init.distributed.lockstep import Lockstep
-from fabric_init.planning.extra_state import extra_states
 from fabric_init.planning.loads import Load, check_tie, loads
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, Plan
@@ -34,7 +33,7 @@ class _Header(NamedTuple):
     extra_state: dict[str, Any]
 
 
-class BroadcastReader:
+class BroadcastReader(BaseReader):
     """A checkpoint that rank 0 has open, and the others know by its header.
 
     A :class:`~fabric_init.checkpoints.reader.CheckpointReader`, but for one thing: ``read`` and ``load`` are for all
@@ -49,7 +48,7 @@ class BroadcastReader:
 
     def __init__(self, header: _Header, reader: CheckpointReader | None, budget: int) -> None:
         assert budget >= 2 * ALIGNMENT
-        self.path, self.format, self.note, self._specs, self.extra_state = header
+        self.path, self.format, self.note, self.specs, self.extra_state = header
         self._reader = reader
         self._budget = budget
 
@@ -62,22 +61,11 @@ class BroadcastReader:
                 return None
             reader = make()
             specs = {key: reader.spec(key) for key in reader.keys()}
-            return reader, _Header(reader.path, reader.format, reader.note, specs, dict(extra_states(reader)))
+            return reader, _Header(reader.path, reader.format, reader.note, specs, dict(reader.extra_state))
 
         opened = agreement.same("opening the checkpoint", on_rank_zero, lambda _: "")
         reader, header = opened if opened is not None else (None, None)
         return cls(agreement.from_rank_zero(header), reader, budget)
-
-    def keys(self) -> Sequence[str]:
-        """Every key, in the file's own order."""
-        return tuple(self._specs)
-
-    def spec(self, key: str) -> TensorSpec:
-        """Shape and dtype of one tensor. Raises ``KeyError`` for an unknown key."""
-        try:
-            return self._specs[key]
-        except KeyError:
-            raise KeyError(f"{self.path} has no tensor {key!r}") from None
 
     def read(self, key: str, region: Region | None = None) -> Tensor:
         """The tensor or a region of it, on the CPU, in memory of its own. Raises as :meth:`load` does."""
@@ -99,7 +87,7 @@ class BroadcastReader:
             RanksLostError: a rank is gone.
             FabricInitError: another rank has failed, with its message.
         """
-        in_file = {key: index for index, key in enumerate(self._specs)}
+        in_file = {key: index for index, key in enumerate(self.specs)}
         entries = [(position, entry) for position, entry in enumerate(plan.entries) if entry.action is Action.LOAD]
         if not entries:
             return  # a strategy that fills piece by piece may have pieces without

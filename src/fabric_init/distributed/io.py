@@ -58,7 +58,7 @@ def open_on_all_ranks(
 
     Raises:
         CheckpointError: the file cannot be used; on ranks without fault, :class:`FabricInitError` with its message.
-        CheckpointMismatchError: ``io``, or what is in the file where each rank reads it, is not the same on all ranks.
+        RanksDisagreeError: ``io``, or the content of the file where each rank reads it, differs between ranks.
     """
     if isinstance(agreement, SingleProcess):
         return source.open()

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from fabric_init._interrupts import interrupts_held
-from fabric_init.distributed.agreement import RanksLostError
-from fabric_init.errors import FabricInitError
+from fabric_init.errors import FabricInitError, RanksLostError
 
 _SECONDS_TO_ANSWER = 5.0
 

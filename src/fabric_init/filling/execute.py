@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fabric_init._gc import PausedCollector
 from fabric_init._interrupts import interrupts_held
+from fabric_init._text import dtype_name
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import Agreement, SingleProcess
@@ -18,6 +19,7 @@ from fabric_init.distributed.broadcast import BroadcastReader
 from fabric_init.errors import FabricInitError
 from fabric_init.filling import loader as loading
 from fabric_init.filling.derived import compute
+from fabric_init.filling.fill_log import with_log
 from fabric_init.filling.loader import set_extra_states
 from fabric_init.filling.out_of_memory import out_of_memory_explained
 from fabric_init.filling.progress import with_progress
@@ -30,9 +32,9 @@ from fabric_init.planning.prepare import PreparedPlan, plan_for, prepared_digest
 from fabric_init.recording.replay import real_execution, replay, view
 from fabric_init.recording.tape import Rng, Tape
 from fabric_init.recording.tensor import RecordedTensor
-from fabric_init.reports.init_report import InitReport, keep_report
-from fabric_init.reports.rows import Row, dtype_name
-from fabric_init.reports.rules import describe_rule
+from fabric_init.reports.provenance import describe_rule
+from fabric_init.reports.registry import FillRecord, RowRecord, keep_record
+from fabric_init.reports.rows import InitRow
 from fabric_init.reports.trace import recording_of
 
 
@@ -56,7 +58,7 @@ def fill(
     *,
     exact: bool,
     loaded: Mapping[int, DerivedFrom] | None = None,
-) -> InitReport:
+) -> FillRecord:
     """Give every tensor its value. Nothing of the model changes before all values are there.
 
     Args:
@@ -73,7 +75,8 @@ def fill(
         values: dict[int, Tensor] = {}
         with out_of_memory_explained(plan, values), ExitStack() as stack:
             found = stack.enter_context(closing(_values(plan, tensors, tapes, reader, placement, loaded, exact=exact)))
-            shown = stack.enter_context(closing(with_progress(found, len(plan.entries))))
+            logged = stack.enter_context(closing(with_log(found, plan, tapes)))
+            shown = stack.enter_context(closing(with_progress(logged, len(plan.entries))))
             for position, value in shown:  # closed at once, and their threads with them, when it does not end
                 values[position] = value
             _keep_apart(plan, values)
@@ -84,7 +87,7 @@ def fill(
         for position, value in values.items():
             filled[position] = placement.put(plan.entries[position].slot, tensors[position], value)
         _check(plan, filled)
-    return make_report(plan, tapes, reader)
+    return make_record(plan, tapes, reader)
 
 
 def _values(
@@ -215,8 +218,8 @@ _STATUS = {
 }
 
 
-def make_report(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader | None) -> InitReport:
-    rows = []
+def make_record(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader | None) -> FillRecord:
+    records = []
     for entry in plan.entries:
         slot = entry.slot
         origin = ""
@@ -226,24 +229,22 @@ def make_report(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader 
                 origin += f" ({entry.spec.made})"
         elif entry.action is Action.INIT and slot.ref is not None:
             origin = describe_rule(tapes[slot.ref.storage], slot.ref)
-        rows.append(
-            Row(
-                name=slot.name,
-                status=_STATUS[entry.action],  # type: ignore[arg-type]
-                shape=tuple(slot.shape),
-                dtype=dtype_name(slot.dtype),
-                kind=slot.kind,
-                origin=origin,
-                cast_from=None if entry.cast_from is None else dtype_name(entry.cast_from),
-                ties=slot.names[1:],
-                recording=None if slot.ref is None else recording_of(slot, tapes[slot.ref.storage]),
-                tape=tapes[slot.ref.storage] if entry.action is Action.WAIT and slot.ref is not None else None,
-                storage=slot.ref.storage if entry.action is Action.WAIT and slot.ref is not None else -1,
-            )
+        row = InitRow(
+            name=slot.name,
+            status=_STATUS[entry.action],  # type: ignore[arg-type]
+            shape=tuple(slot.shape),
+            dtype=dtype_name(slot.dtype),
+            kind=slot.kind,
+            origin=origin,
+            cast_from=None if entry.cast_from is None else dtype_name(entry.cast_from),
+            ties=slot.names[1:],
+            recording=None if slot.ref is None else recording_of(slot, tapes[slot.ref.storage]),
         )
-    return InitReport(
-        rows, None if reader is None else str(reader.path), None if reader is None else reader.note, plan.unexpected
-    )
+        records.append(RowRecord(row))
+        if entry.action is Action.WAIT and slot.ref is not None:
+            records[-1].waits_on(tapes[slot.ref.storage], slot.ref.storage)
+    path, note = (None, None) if reader is None else (str(reader.path), reader.note)
+    return FillRecord(records, path, note, plan.unexpected)
 
 
 _ALONE = SingleProcess()
@@ -259,7 +260,7 @@ def fill_model(
     placement: Placement,
     rng: Rng | None = None,
     agreement: Agreement = _ALONE,
-) -> InitReport:
+) -> FillRecord:
     """:func:`materialize`, for any placement, an open checkpoint and ranks that agree."""
 
     def plan() -> PreparedPlan:
@@ -287,22 +288,22 @@ def carry_out(
     tensors: Sequence[Tensor],
     placement: Placement,
     agreement: Agreement = _ALONE,
-) -> InitReport:
+) -> FillRecord:
     """Fill ``tensors``: the plan's own, or what a strategy has made of them."""
     plan, _, tapes, reader, exact, *_ = prepared
 
-    def check_and_fill() -> InitReport:
+    def check_and_fill() -> FillRecord:
         check_ties(plan, reader, placement)
-        report = fill(plan, tensors, tapes, reader, placement, exact=exact)
+        record = fill(plan, tensors, tapes, reader, placement, exact=exact)
         set_extra_states(plan.extras)
-        return report
+        return record
 
-    report = agreement.same("filling the model", check_and_fill, lambda report: "")
+    record = agreement.same("filling the model", check_and_fill, lambda record: "")
     if not unfilled(model):
         unwatch_loads(model)
         release_forward(model)
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()  # cuDNN's layout: the constructor's own call came before there was memory
-    keep_report(model, report)
-    return report
+    keep_record(model, record)
+    return record

@@ -12,8 +12,7 @@ from fabric_init.planning.derived import loaded_storages
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Plan, storage_groups
 from fabric_init.planning.prepare import PreparedPlan
-from fabric_init.reports.init_report import InitReport
-from fabric_init.reports.rows import Row
+from fabric_init.reports.registry import FillRecord, RowRecord
 
 
 class IncrementalFill:
@@ -31,7 +30,7 @@ class IncrementalFill:
             position: group for group in storage_groups(prepared.plan.entries).values() for position in group
         }
         self._loaded = loaded_storages(prepared.plan, prepared.tapes)
-        self._rows: dict[int, Row] = {}
+        self._rows: dict[int, RowRecord] = {}
 
     def begin(self) -> None:
         """Check what takes values to check, and fill what has memory already."""
@@ -48,14 +47,14 @@ class IncrementalFill:
             if (position := self._position.get(id(tensor))) is not None
         )
 
-    def finish(self) -> InitReport:
+    def finish(self) -> FillRecord:
         """Fill all that is left."""
         plan, _, _, reader, _, *_ = self._prepared
         self._fill(range(len(plan.entries)))
         set_extra_states(plan.extras)
         rows = [row for _, row in sorted(self._rows.items())]
         path, note = (None, None) if reader is None else (str(reader.path), reader.note)
-        return InitReport(rows, path, note, plan.unexpected)
+        return FillRecord(rows, path, note, plan.unexpected)
 
     def _fill(self, positions: Iterable[int]) -> None:
         plan, tensors, tapes, reader, exact, *_ = self._prepared
@@ -64,5 +63,5 @@ class IncrementalFill:
         if now:
             part = Plan(tuple(plan.entries[position] for position in now))
             these: list[Tensor] = [tensors[position] for position in now]
-            report = fill(part, these, tapes, reader, self._placement, exact=exact, loaded=self._loaded)
-            self._rows.update(zip(now, report.rows, strict=True))
+            record = fill(part, these, tapes, reader, self._placement, exact=exact, loaded=self._loaded)
+            self._rows.update(zip(now, record.rows, strict=True))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.reader import read
-from fabric_init.planning.extra_state import Extra, extra_states
+from fabric_init.planning.extra_state import Extra
 from fabric_init.planning.loads import check_tie, loads
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Plan
@@ -43,5 +43,5 @@ def load_by_itself(plan: Plan, reader: CheckpointReader, placement: Placement) -
 def set_extra_states(extras: Iterable[Extra]) -> None:
     """Give each module what the checkpoint has for it: plain data, or a tensor. On all ranks, in the same order."""
     for module, key, reader in extras:
-        others = extra_states(reader)
+        others = reader.extra_state
         module.set_extra_state(others[key] if key in others else read(reader, key))

@@ -1,9 +1,8 @@
-"""What modules save beside tensors: ``get_extra_state`` and ``set_extra_state``, as ``load_state_dict`` treats them."""
+"""Extra state of modules (``get_extra_state``, ``set_extra_state``), as ``load_state_dict`` treats it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -13,14 +12,14 @@ from fabric_init.planning.tensors import named_modules
 
 
 class ExtraStateInfo(NamedTuple):
-    """A module that takes extra state, and the names of that in a state dict: several for a shared module."""
+    """A module that takes extra state, and the names of its state in a state dict: several for a shared module."""
 
     module: nn.Module
     names: tuple[str, ...]
 
 
 class Extra(NamedTuple):
-    """Extra state that a checkpoint has for a module, under ``key``."""
+    """The extra state of one module in a checkpoint, under ``key``."""
 
     module: nn.Module
     key: str
@@ -28,12 +27,12 @@ class Extra(NamedTuple):
 
 
 def takes_extra_state(module: nn.Module) -> bool:
-    """Whether its class has a ``set_extra_state`` of its own."""
+    """Return whether the class of ``module`` overrides ``set_extra_state``."""
     return type(module).set_extra_state is not nn.Module.set_extra_state
 
 
 def find_extra_states(model: nn.Module) -> list[ExtraStateInfo]:
-    """The modules of ``model`` that take extra state."""
+    """Return the modules of ``model`` that take extra state."""
     names: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
     for prefix, module in named_modules(model):
@@ -41,9 +40,3 @@ def find_extra_states(model: nn.Module) -> list[ExtraStateInfo]:
             modules[id(module)] = module
             names.setdefault(id(module), []).append(f"{prefix}.{EXTRA_STATE}" if prefix else EXTRA_STATE)
     return [ExtraStateInfo(module, tuple(names[key])) for key, module in modules.items()]
-
-
-def extra_states(reader: CheckpointReader) -> Mapping[str, Any]:
-    """By checkpoint key, the extra state that is no tensor; formats of tensors alone have none."""
-    found: Mapping[str, Any] = getattr(reader, "extra_state", {})
-    return found

@@ -1,4 +1,4 @@
-"""What has to be read for a plan on this rank, and how one tensor is read."""
+"""The loads of a plan on this rank, and the check that tied tensors agree in the checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fabric_init.planning.plan import Action, Plan, PlanEntry
 
 
 class Load(NamedTuple):
-    """One tensor to be loaded, as this rank wants it. ``position`` is that of ``entry`` in the plan."""
+    """One tensor to load on this rank (a ``ReadItem`` in DCP): ``entry`` is at ``position`` in the plan."""
 
     position: int
     entry: PlanEntry
@@ -25,7 +25,7 @@ class Load(NamedTuple):
 
 
 def loads(plan: Plan, placement: Placement) -> Iterator[Load]:
-    """What this rank wants of each tensor that is to be loaded, in the plan's order."""
+    """Yield the load of each tensor that this rank reads, in the plan's order."""
     for position, entry in enumerate(plan.entries):
         if entry.action is Action.LOAD:
             device = placement.device(entry.slot)
@@ -33,7 +33,11 @@ def loads(plan: Plan, placement: Placement) -> Iterator[Load]:
 
 
 def check_tie(path: AnyPath, entry: PlanEntry, key: str, value: Tensor, other: Tensor) -> None:
-    """What the model ties has the same value under each of its keys: ``value`` under the first, ``other`` here."""
+    """Check that a tied tensor has the same value under its first key (``value``) and under ``key`` (``other``).
+
+    Raises:
+        CheckpointMismatchError: It has not.
+    """
     if not torch.allclose(value, other, rtol=0, atol=0, equal_nan=True):
         raise CheckpointMismatchError(
             f"{path}: {entry.keys[0]} and {key} hold different values, but in the model they are one tied tensor "

@@ -1,4 +1,4 @@
-"""How a model's tensors and a checkpoint's keys meet, and what would make more of them meet."""
+"""Match a model's tensors with a checkpoint's keys, and suggest what would make more of them match."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 from fabric_init.checkpoints import CheckpointReader, TensorSpec, rename_keys
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
-from fabric_init.errors import CheckpointMismatchError
-from fabric_init.planning.extra_state import Extra, ExtraStateInfo, extra_states
+from fabric_init.errors import OptionError
+from fabric_init.planning.extra_state import Extra, ExtraStateInfo
 from fabric_init.planning.hints.adapters import likely_adapters
 from fabric_init.planning.hints.conversions import likely_conversions, likely_transposes
 from fabric_init.planning.hints.renames import likely_part, likely_renames, renamed_as_suggested
@@ -21,7 +21,7 @@ from fabric_init.recording.tape import Tape
 
 
 class Mismatch(NamedTuple):
-    """A tensor whose checkpoint key has another shape, or a dtype that cannot become the model's; in words."""
+    """A tensor whose checkpoint key has another shape, or a dtype that cannot be cast to the model's."""
 
     slot: TensorInfo
     key: str
@@ -30,21 +30,21 @@ class Mismatch(NamedTuple):
 
 
 class Matching(NamedTuple):
-    """How the tensors of a model and the keys of a checkpoint meet, before it is judged."""
+    """The tensors of a model with the keys of a checkpoint, before validation."""
 
     entries: tuple[PlanEntry, ...]
     names: Mapping[str, str]
     """Checkpoint key → tensor name, as renamed."""
     taken: frozenset[str]
-    """The keys that a tensor has, also where it is to be initialized afresh."""
+    """The keys that a tensor matches, including tensors that ``reinit`` initializes afresh."""
     loadable: int
-    """How many tensors have a key."""
+    """The number of tensors that match a key."""
     missing: tuple[TensorInfo, ...]
     unexpected: tuple[str, ...]
     misfits: tuple[Mismatch, ...]
     extras: tuple[Extra, ...] = ()
     missing_extras: tuple[str, ...] = ()
-    """Names of extra state that modules take and the checkpoint has not."""
+    """Names of extra state that modules take but the checkpoint lacks."""
 
     @property
     def lacks_some(self) -> bool:
@@ -56,17 +56,18 @@ def match(
     slots: Sequence[TensorInfo],
     tapes: Mapping[int, Tape],
     reader: CheckpointReader | None,
-    wanted: LoadOptions,
+    options: LoadOptions,
     extra_infos: Sequence[ExtraStateInfo] = (),
 ) -> Matching:
-    """What :func:`~fabric_init.planning.validation.make_plan` judges. Arguments as there.
+    """Match tensors and keys. Arguments are those of :func:`~fabric_init.planning.validation.make_plan`.
 
     Raises:
-        CheckpointMismatchError: ``rename`` or ``reinit`` is not usable.
+        CheckpointMismatchError: ``rename`` gives two keys the same name, or selects a part that is not there.
+        OptionError: ``rename`` is invalid, or ``reinit`` matches no tensor.
     """
-    keys = rename_keys((*reader.keys(), *extra_states(reader)), wanted.rename) if reader is not None else {}
+    keys = rename_keys((*reader.keys(), *reader.extra_state), options.rename) if reader is not None else {}
     key_of = {name: key for key, name in keys.items()}
-    _check_reinit(slots, wanted.reinit)
+    _check_reinit(slots, options.reinit)
 
     entries: list[PlanEntry] = []
     missing: list[TensorInfo] = []
@@ -75,19 +76,19 @@ def match(
     loadable = 0
     for slot in slots:
         names = [name for name in slot.names if name in key_of] if slot.saved else []
-        fresh = bool(wanted.reinit) and any(fnmatchcase(n, glob) for glob in wanted.reinit for n in slot.names)
+        fresh = bool(options.reinit) and any(fnmatchcase(n, glob) for glob in options.reinit for n in slot.names)
         taken.update(key_of[name] for name in names)
         loadable += bool(names)
         if names and not fresh:
             assert reader is not None
-            found = tuple(key_of[name] for name in names)
-            specs = [reader.spec(key) for key in found]
+            slot_keys = tuple(key_of[name] for name in names)
+            specs = [reader.spec(key) for key in slot_keys]
             misfits.extend(
                 Mismatch(slot, key, spec, problem)
-                for key, spec in zip(found, specs, strict=True)
+                for key, spec in zip(slot_keys, specs, strict=True)
                 if (problem := _mismatch(slot, key, spec)) is not None
             )
-            entries.append(PlanEntry(slot, Action.LOAD, found, specs[0]))
+            entries.append(PlanEntry(slot, Action.LOAD, slot_keys, specs[0]))
             continue
         if reader is not None and slot.saved and not fresh:
             missing.append(slot)
@@ -96,10 +97,10 @@ def match(
     missing_extras: list[str] = []
     for extra in extra_infos if reader is not None else ():
         assert reader is not None
-        under = [key_of[name] for name in extra.names if name in key_of]
-        taken.update(under)
-        extras += [Extra(extra.module, key, reader) for key in under[:1]]
-        missing_extras += extra.names[: not under]
+        extra_keys = [key_of[name] for name in extra.names if name in key_of]
+        taken.update(extra_keys)
+        extras += [Extra(extra.module, key, reader) for key in extra_keys[:1]]
+        missing_extras += extra.names[: not extra_keys]
     return Matching(
         entries=tuple(entries),
         names=keys,
@@ -114,21 +115,21 @@ def match(
 
 
 def own_init(slot: TensorInfo, tapes: Mapping[int, Tape]) -> Action:
-    """What becomes of a tensor that nothing is loaded into."""
+    """Return the action for a tensor that is not loaded."""
     if slot.real:
         return Action.KEEP
     if slot.ref is not None and not slot.saved and tapes[slot.ref.storage].never_written(slot.ref):
-        return Action.SCRATCH  # room that the model's own code fills when it needs it
+        return Action.SCRATCH  # a scratch buffer, which the model's own code writes when it needs it
     return Action.INIT
 
 
 def _mismatch(slot: TensorInfo, key: str, spec: TensorSpec) -> str | None:
-    named = slot.name if key in slot.names else f"{slot.name} (checkpoint key {key})"
+    name = slot.name if key in slot.names else f"{slot.name} (checkpoint key {key})"
     made = f", {spec.made}" if spec.made else ""
     if spec.shape != slot.shape:
-        return f"{named} is {tuple(slot.shape)} in the model and {tuple(spec.shape)} in the checkpoint{made}"
+        return f"{name} is {tuple(slot.shape)} in the model and {tuple(spec.shape)} in the checkpoint{made}"
     if _number_kind(spec.dtype) != _number_kind(slot.dtype):
-        return f"{named} is {slot.dtype} in the model and {spec.dtype} in the checkpoint, and no cast keeps its meaning"
+        return f"{name} is {slot.dtype} in the model and {spec.dtype} in the checkpoint, and no cast keeps its meaning"
     return None
 
 
@@ -141,22 +142,22 @@ def _number_kind(dtype: torch.dtype) -> str:
 
 
 def _check_reinit(slots: Sequence[TensorInfo], patterns: Sequence[str]) -> None:
-    if isinstance(patterns, str):
-        raise CheckpointMismatchError(f"reinit takes a list of globs, not one string: reinit=[{patterns!r}]")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for slot in slots for name in slot.names):
-            raise CheckpointMismatchError(
+            raise OptionError(
                 f"reinit={pattern!r} names no tensor of the model; names look like {slots[0].name!r}"
                 if slots
                 else f"reinit={pattern!r}: the model has no tensors"
             )
 
 
-def likely_fixes(found: Matching, reader: CheckpointReader) -> list[str]:
-    """Sentences, each with a rename or conversion under which missing tensors would be found."""
-    missing = {slot.name: slot.shape for slot in found.missing} | dict.fromkeys(found.missing_extras, torch.Size())
-    offered = {found.names[key]: _shape_of(key, found.names[key], reader) for key in found.unexpected}
-    adapters = likely_adapters(missing, offered, [name for entry in found.entries for name in entry.slot.names])
+def likely_fixes(matching: Matching, reader: CheckpointReader) -> list[str]:
+    """Return suggestions, each with a rename or conversion under which missing tensors would match."""
+    missing = {slot.name: slot.shape for slot in matching.missing} | dict.fromkeys(
+        matching.missing_extras, torch.Size()
+    )
+    offered = {matching.names[key]: _shape_of(key, matching.names[key], reader) for key in matching.unexpected}
+    adapters = likely_adapters(missing, offered, [name for entry in matching.entries for name in entry.slot.names])
     if adapters is not None:
         return [adapters]
     renames = likely_renames(missing, offered)
@@ -165,15 +166,15 @@ def likely_fixes(found: Matching, reader: CheckpointReader) -> list[str]:
 
 
 def _shape_of(key: str, name: str, reader: CheckpointReader) -> torch.Size:
-    """Extra state has none, even where it is a tensor: modules take it as it comes."""
-    extra = key in extra_states(reader) or name.endswith(EXTRA_STATE)
+    """Return the shape to match by; extra state has none, since modules take it in any shape."""
+    extra = key in reader.extra_state or name.endswith(EXTRA_STATE)
     return torch.Size() if extra else reader.spec(key).shape
 
 
-def likely_transpose(found: Matching, reader: CheckpointReader) -> str | None:
-    """The conversion under which tensors that do not fit would, in words; ``None`` for nothing."""
-    if likely_transposes({misfit.key: (misfit.slot.shape, misfit.spec.shape) for misfit in found.misfits}) is None:
+def likely_transpose(matching: Matching, reader: CheckpointReader) -> str | None:
+    """Return the conversion under which tensors of a wrong shape would fit, in words; ``None`` if there is none."""
+    if likely_transposes({misfit.key: (misfit.slot.shape, misfit.spec.shape) for misfit in matching.misfits}) is None:
         return None
-    # square ones beside them lie the other way round, too, and fit all the same
-    shapes = {key: (slot.shape, reader.spec(key).shape) for slot, _, keys, *_ in found.entries for key in keys}
+    # Square tensors beside them are transposed as well, though their shapes match.
+    shapes = {key: (slot.shape, reader.spec(key).shape) for slot, _, keys, *_ in matching.entries for key in keys}
     return f"convert=[{likely_transposes(shapes)}], in the names of the checkpoint."

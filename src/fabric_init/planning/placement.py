@@ -1,4 +1,4 @@
-"""Where a strategy keeps a tensor: the one thing in which strategies differ."""
+"""Placement: where a strategy keeps a tensor. It is the only thing in which strategies differ."""
 
 from __future__ import annotations
 
@@ -15,31 +15,37 @@ from fabric_init.recording.tensor import become
 class Placement(Protocol):
     """How one rank keeps a model's tensors.
 
-    Order of calls, for every tensor: ``device``, ``region``, then ``put`` with the values of that region. Values of all
-    tensors may be gathered before the first ``put``. Every rank makes the same calls in the same order.
+    Order of calls, for every tensor: ``device``, ``region``, then ``put`` with the values of that region. The values of
+    all tensors may be computed before the first ``put``. Every rank makes the same calls in the same order.
     """
 
     def device(self, slot: TensorInfo) -> torch.device:
-        """Where the values are to be."""
+        """Return the device for the values."""
         ...
 
     def region(self, slot: TensorInfo) -> Region | None:
-        """The part of the full tensor that this rank owns; ``None`` for all of it."""
+        """Return the part of the full tensor that this rank owns; ``None`` for all of it."""
         ...
 
     def put(self, slot: TensorInfo, tensor: Tensor, value: Tensor) -> Tensor:
-        """Make the model hold ``value`` (the region's values, on ``device(slot)``) where it holds ``tensor``.
+        """Make the model hold ``value`` in place of ``tensor``.
 
-        Gives what the model holds now: ``tensor`` itself, unless the strategy has made tensors of its own anyway.
+        Args:
+            slot: The tensor's description.
+            tensor: The tensor that the model holds, still without memory.
+            value: The region's values: of its shape, in ``slot.dtype``, on ``device(slot)``.
+
+        Returns:
+            The tensor that the model holds now, which is ``tensor`` itself unless the strategy makes its own tensors.
         """
         ...
 
 
 class WholeTensors:
-    """Every rank keeps every tensor whole: one device, DDP.
+    """The placement of one device and of DDP: every rank keeps every tensor whole.
 
     Args:
-        target: the device for all of them; ``None`` leaves each on the device that the constructor asked for.
+        target: The device for all tensors; ``None`` leaves each on the device that the constructor asked for.
     """
 
     def __init__(self, target: torch.device | None = None) -> None:
@@ -48,7 +54,7 @@ class WholeTensors:
     def device(self, slot: TensorInfo) -> torch.device:
         if self._target is not None:
             return self._target
-        return slot.device if slot.device.type != "meta" else torch.device("cpu")  # built on meta, by the user
+        return slot.device if slot.device.type != "meta" else torch.device("cpu")  # the user built it on meta
 
     def region(self, slot: TensorInfo) -> Region | None:
         return None

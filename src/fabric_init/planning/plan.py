@@ -1,7 +1,8 @@
-"""Who gets what, as plain data: what was asked of a load, and what was decided for each tensor."""
+"""The plan of a load as plain data: its options, and the action for each tensor."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from fabric_init._text import dtype_name
 from fabric_init.checkpoints import TensorSpec
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.planning.extra_state import Extra
@@ -17,7 +19,7 @@ from fabric_init.recording.tape import TensorRef
 
 
 class Action(Enum):
-    """Where a tensor's value comes from."""
+    """Where a tensor's value comes from; the values are the words of the report."""
 
     LOAD = "loaded"
     INIT = "initialized"
@@ -27,50 +29,85 @@ class Action(Enum):
 
 
 class PlanEntry(NamedTuple):
-    """One tensor's part of the plan. ``keys`` are the checkpoint keys that hold it: several where ties were saved."""
+    """The plan for one tensor. ``keys`` are the checkpoint keys that hold it: several if ties were saved separately."""
 
     slot: TensorInfo
     action: Action
     keys: tuple[str, ...] = ()
     spec: TensorSpec | None = None
     since: int | None = None
-    """Ops recorded after this number are later than the load: a block had ended, the next one was open."""
+    """Ops with a higher number were recorded after this load was declared, in a later block."""
 
     @property
     def cast_from(self) -> torch.dtype | None:
+        """The dtype in the checkpoint, if it differs from the model's."""
         return self.spec.dtype if self.spec is not None and self.spec.dtype != self.slot.dtype else None
+
+    def __repr__(self) -> str:
+        source = f" from {' = '.join(self.keys)}" if self.keys else ""
+        cast = f", cast from {dtype_name(self.cast_from)}" if self.cast_from is not None else ""
+        tensor = f"{' = '.join(self.slot.names)}{list(self.slot.shape)} {dtype_name(self.slot.dtype)}"
+        return f"{tensor}: {self.action.value}{source}{cast}"
 
 
 class DerivedFrom(NamedTuple):
-    """A tensor that is all of its recorded storage, the checkpoint key for its value, and :attr:`PlanEntry.since`."""
+    """A loaded tensor that spans its whole recorded storage, its checkpoint key, and :attr:`PlanEntry.since`."""
 
     ref: TensorRef
     key: str
     since: int | None = None
 
 
+_SHOWN = 10  # entries of a plan that is printed
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What :func:`~fabric_init.filling.execute.fill` carries out. ``unexpected`` has the keys that nothing takes."""
+    """What :func:`~fabric_init.filling.execute.fill` executes. ``unexpected`` are the checkpoint's extra keys."""
 
     entries: tuple[PlanEntry, ...]
     unexpected: tuple[str, ...] = ()
     extras: tuple[Extra, ...] = field(default=(), compare=False)
     sources: Mapping[int, DerivedFrom] = field(default_factory=dict)
-    """By storage: what the model does not hold any more, but others may have been computed from."""
+    """By storage: loaded tensors that the model no longer holds, but that others may have been computed from."""
+
+    def summary(self) -> str:
+        """Return how many tensors get their value in which way, in words."""
+        counts = Counter(entry.action.value for entry in self.entries)
+        ways = ", ".join(f"{number:,} {action}" for action, number in counts.most_common())
+        casts = sum(entry.cast_from is not None for entry in self.entries)
+        return (
+            f"{len(self.entries):,} tensors: {ways or 'nothing to do'}"
+            + (f"; {casts:,} cast" if casts else "")
+            + (f"; {len(self.unexpected):,} unexpected checkpoint keys" if self.unexpected else "")
+        )
+
+    def __repr__(self) -> str:
+        lines = [repr(entry) for entry in self.entries[:_SHOWN]]
+        if len(self.entries) > _SHOWN:
+            lines.append(f"… {len(self.entries) - _SHOWN:,} more tensors …")
+        return "\n  ".join([f"Plan: {self.summary()}", *lines])
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What the user asked of a load."""
+    """The options of a load that concern the model; see :func:`fabric_init.materialize`.
+
+    Raises:
+        TypeError: ``reinit`` is one string.
+    """
 
     strict: bool = True
     rename: Rename = None
     reinit: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        if isinstance(self.reinit, str):
+            raise TypeError(f"reinit takes a list of globs, not one string: reinit=[{self.reinit!r}]")
+
 
 def storage_groups(entries: Sequence[PlanEntry]) -> dict[int, list[int]]:
-    """Which entries lie on the same recorded storage: storage number → positions in ``entries``."""
+    """Return the positions of the entries on each recorded storage, by storage number."""
     groups: dict[int, list[int]] = {}
     for position, entry in enumerate(entries):
         ref: TensorRef | None = entry.slot.ref

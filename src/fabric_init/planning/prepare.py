@@ -1,4 +1,4 @@
-"""A plan for one model, with all that it takes to carry it out."""
+"""Prepare a plan: the plan for one model, with what is needed to execute it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fabric_init.recording.tape import Rng, Tape
 
 
 class PreparedPlan(NamedTuple):
-    """A plan for one model, and all that it takes to carry it out."""
+    """A plan for one model, and what is needed to execute it. ``exact`` replays in order, for ``rng="eager"``."""
 
     plan: Plan
     tensors: list[Tensor]
@@ -31,12 +31,16 @@ class PreparedPlan(NamedTuple):
 
 
 def plan_for(
-    model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions, rng: Rng | None = None
+    model: nn.Module, reader: CheckpointReader | None, options: LoadOptions, rng: Rng | None = None
 ) -> PreparedPlan:
-    """Plan for ``model``, while its tensors are still recorded and whole. Raises all that is the user's to fix."""
+    """Return the plan for ``model``, whose tensors are still recorded and not sharded.
+
+    Raises:
+        FabricInitError: Anything that the user has to fix; no memory is allocated before.
+    """
     slots, tensors, tapes = survey(model)
     exact = _exact(set(tapes.values()), rng)
-    plan = make_plan(slots, tapes, reader, wanted, find_extra_states(model))
+    plan = make_plan(slots, tapes, reader, options, find_extra_states(model))
     check_nothing_is_undone(plan.entries, tapes)
     versions = [
         (tensor, tensor._version)
@@ -47,7 +51,7 @@ def plan_for(
 
 
 def prepared_digest(prepared: PreparedPlan) -> str:
-    """What tells one plan from another."""
+    """Return a text that is the same for equal plans, to compare ranks by."""
     return plan_digest(prepared.plan)
 
 
@@ -57,7 +61,7 @@ def _exact(tapes: set[Tape], rng: Rng | None) -> bool:
     for tape in tapes:
         if tape.sealed_rng not in (None, mode):
             raise RecordingError(
-                f"rng={mode!r}, but the constructor has seen random values that were drawn with "
+                f"rng={mode!r}, but the constructor has read random values that were drawn with "
                 f"rng={tape.sealed_rng!r} (through .item(), .tolist() or the like). "
                 f"Record with deferred_init(rng={mode!r})."
             )
@@ -65,6 +69,6 @@ def _exact(tapes: set[Tape], rng: Rng | None) -> bool:
 
 
 def plan_digest(plan: Plan) -> str:
-    """What tells one plan from another."""
+    """Return a text that is the same for equal plans, to compare ranks by."""
     lines = "\n".join(f"{entry.slot.names} {entry.slot.shape} {entry.action} {entry.keys}" for entry in plan.entries)
     return f"{len(plan.entries)} tensors, plan {hashlib.sha256(lines.encode()).hexdigest()[:12]}"

@@ -19,10 +19,17 @@ _OUR_OWN = "_fabric_init_"
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a model: what has to be filled.
+    """One tensor of a model.
 
-    ``names[0]`` is the first name in module order; further names are ties. ``ref`` is its place on the tape, ``None``
-    if the tensor was not recorded. ``real`` says that it has memory of its own already.
+    Attributes:
+        names: Its names in module order; those after the first are ties.
+        kind: Whether it is a parameter, a buffer or a plain attribute.
+        shape: The shape of the full tensor.
+        dtype: The dtype in the model.
+        device: The device that the constructor asked for.
+        ref: Its place on the tape; ``None`` if it was not recorded.
+        real: Whether it already has memory.
+        requires_grad: As of the tensor.
     """
 
     names: tuple[str, ...]
@@ -36,11 +43,12 @@ class TensorInfo(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The first of its names."""
         return self.names[0]
 
     @property
     def saved(self) -> bool:
-        """Whether ``state_dict`` holds it, so that a checkpoint can bring it."""
+        """Whether it is part of the state dict, so that a checkpoint can hold it."""
         return self.kind in ("parameter", "buffer")
 
 
@@ -50,7 +58,7 @@ _DEPTH = 5
 
 
 def _tensors_in(value: Any, path: str, seen: set[int], depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in an attribute of a module: itself, or in containers and plain objects behind it."""
+    """Yield the tensors in an attribute of a module: itself, or in containers and plain objects."""
     kind = type(value)  # not isinstance(): that asks objects for their __class__, which some (configs) compute
     if issubclass(kind, Tensor):
         yield path, value
@@ -70,27 +78,27 @@ def _tensors_in(value: Any, path: str, seen: set[int], depth: int = 0) -> Iterat
 
 
 def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every module under every name it has, in module order. ``Module.named_modules`` does the same, but slower."""
-    found: list[tuple[str, nn.Module]] = []
-    _visit("", model, found, set())
-    return found
+    """Return every module under every name it has, in module order. ``Module.named_modules`` is slower."""
+    modules: list[tuple[str, nn.Module]] = []
+    _visit("", model, modules, set())
+    return modules
 
 
-def _visit(prefix: str, module: nn.Module, found: list[tuple[str, nn.Module]], above: set[int]) -> None:
-    # not a function in a function: one that calls itself is a cycle, and would keep the model until it is collected
+def _visit(prefix: str, module: nn.Module, modules: list[tuple[str, nn.Module]], above: set[int]) -> None:
+    # No nested function: a recursive closure is a reference cycle, which would keep the model alive for a while.
     if id(module) in above:
         return  # a cycle: the module has its names already
     above.add(id(module))
-    found.append((prefix, module))
+    modules.append((prefix, module))
     dot = f"{prefix}." if prefix else ""
     for name, child in module._modules.items():
         if child is not None:
-            _visit(dot + name, child, found, above)
+            _visit(dot + name, child, modules, above)
     above.remove(id(module))
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:
-    """Every parameter, buffer and plain tensor attribute of ``model``, under every name it has."""
+    """Yield every parameter, buffer and plain tensor attribute of ``model``, under every name it has."""
     modules = named_modules(model)
     for prefix, module in modules:
         dot = f"{prefix}." if prefix else ""
@@ -99,8 +107,8 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:
                 yield dot + name, "parameter", parameter
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                temporary = name in module._non_persistent_buffers_set
-                yield dot + name, "non-persistent buffer" if temporary else "buffer", buffer
+                non_persistent = name in module._non_persistent_buffers_set
+                yield dot + name, "non-persistent buffer" if non_persistent else "buffer", buffer
     seen: set[int] = set()
     for prefix, module in modules:
         for name, value in vars(module).items():
@@ -116,9 +124,9 @@ def plain_name(name: str) -> str:
 
 
 def find_tensors(model: nn.Module) -> list[tuple[TensorInfo, Tensor]]:
-    """Every parameter, buffer and plain tensor attribute of ``model``, with the tensor itself.
+    """Return every parameter, buffer and plain tensor attribute of ``model`` once, with the tensor itself.
 
-    Plain attributes are looked for in the modules' own attributes, and in containers and plain objects there.
+    Plain tensors are searched in the attributes of modules, and in containers and plain objects there.
     """
     names: dict[int, list[str]] = {}
     first: dict[int, tuple[Kind, Tensor]] = {}
@@ -140,25 +148,25 @@ def find_tensors(model: nn.Module) -> list[tuple[TensorInfo, Tensor]]:
 
 
 def _slot(names: tuple[str, ...], kind: Kind, tensor: Tensor) -> TensorInfo | None:
-    found = recorded(tensor)
+    record = recorded(tensor)
     if is_lazy(tensor):
-        kind = "attribute"  # no shape yet, so nothing that a checkpoint could bring
-    if kind == "attribute" and found is None:
+        kind = "attribute"  # no shape yet, so no checkpoint can fill it
+    if kind == "attribute" and record is None:
         return None  # a real tensor of the model's own
     return TensorInfo(
         names,
         kind,
         tensor.size(),
         tensor.dtype,
-        tensor.device if found is None else found.device,
-        None if found is None else ref_of(meta_of(tensor), found.storage),
-        found is None and not tensor.is_meta,
+        tensor.device if record is None else record.device,
+        None if record is None else ref_of(meta_of(tensor), record.storage),
+        record is None and not tensor.is_meta,
         tensor.requires_grad,
     )
 
 
 def survey(model: nn.Module) -> tuple[list[TensorInfo], list[Tensor], Mapping[int, Tape]]:
-    """The model's slots, their tensors, and the tape of each recorded storage among them."""
+    """Return the model's tensors, described and themselves, and the tape of each recorded storage among them."""
     slots: list[TensorInfo] = []
     tensors: list[Tensor] = []
     tapes: dict[int, Tape] = {}
@@ -167,7 +175,7 @@ def survey(model: nn.Module) -> tuple[list[TensorInfo], list[Tensor], Mapping[in
         tensors.append(tensor)
         if slot.ref is not None:
             with torch._C.DisableTorchFunction():
-                found = recorded(tensor)
-            assert found is not None
-            tapes[found.storage] = found.tape
+                record = recorded(tensor)
+            assert record is not None
+            tapes[record.storage] = record.tape
     return slots, tensors, tapes

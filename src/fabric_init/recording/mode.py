@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, FunctionType, TracebackType
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
+from fabric_init import _log
 from fabric_init._gc import PausedCollector
 from fabric_init.recording import device_queries, escapes
 from fabric_init.recording.call_site import init_call
@@ -34,6 +37,7 @@ _SEEN_WHOLE: dict[str, Any] = {
 }
 _NEW_PARAMETER = torch.nn.Parameter.__new__.__code__
 _TRUNC_NORMAL = torch.nn.init._no_grad_trunc_normal_.__code__
+_logger = _log.channel("record")
 
 
 class RecordMode(TorchFunctionMode):
@@ -53,11 +57,17 @@ class RecordMode(TorchFunctionMode):
         self.recorder = Recorder(self.tape, agree)
         self.tape.later = Later(self.tape)
         self._collector = PausedCollector()
+        self._opened = 0.0
+
+    def __repr__(self) -> str:
+        return f"<RecordMode: {self.tape.summary()}>"
 
     def __enter__(self) -> Self:
         self.recorder.__enter__()
         self._collector.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
+        _logger.debug("block opened, rng=%r", self.tape.rng)
+        self._opened = time.perf_counter()
         return self
 
     def __exit__(
@@ -67,6 +77,9 @@ class RecordMode(TorchFunctionMode):
         self.recorder.__exit__(kind, error, trace)
         self._collector.__exit__(kind, error, trace)
         self.tape.later.block_is_open = False
+        if _logger.isEnabledFor(logging.DEBUG):  # the summary of a large tape is not for free
+            seconds, raised = time.perf_counter() - self._opened, "" if kind is None else f" by {kind.__name__}"
+            _logger.debug("block closed%s after %.3f s: %s", raised, seconds, self.tape.summary())
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

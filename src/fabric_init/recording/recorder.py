@@ -55,6 +55,9 @@ class Recorder(TorchDispatchMode):
         self.recognizes_init_calls = True
         self._call: FrameType | None = None  # the init function that is recorded already, while its ops come in
 
+    def __repr__(self) -> str:
+        return f"<Recorder: {self.tape.summary()}>"
+
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # nobody compiles a constructor, and torch's wrapper for it would import the whole of dynamo

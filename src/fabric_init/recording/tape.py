@@ -11,12 +11,14 @@ Everything here is plain frozen data; :mod:`fabric_init.recording.replay` carrie
 from __future__ import annotations
 
 import itertools
+import os
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
+from fabric_init._text import dtype_name
 from fabric_init.recording.op_schemas import (
     Func,
     asks_shape_only,
@@ -59,11 +61,33 @@ class TensorRef(NamedTuple):
     def nbytes(self) -> int:
         return self.size.numel() * self.dtype.itemsize
 
+    def text(self, name: str = "") -> str:
+        """Return the reference in one line, as ``s3[4, 2] float32 (offset 4)``, with the ``name`` of its storage."""
+        where = [f"offset {self.offset}"] if self.offset else []
+        if self.stride != _row_major(self.size):
+            where.append(f"stride {list(self.stride)}")
+        layout = f" ({', '.join(where)})" if where else ""
+        label = f"s{self.storage}:{name}" if name else f"s{self.storage}"
+        return f"{label}{list(self.size)} {dtype_name(self.dtype)}{layout}"
+
+    def __repr__(self) -> str:
+        return self.text()
+
+
+def _row_major(size: torch.Size) -> tuple[int, ...]:
+    strides = [1]
+    for length in reversed(size[1:]):
+        strides.append(strides[-1] * max(length, 1))
+    return tuple(reversed(strides)) if size else ()
+
 
 class Constant(NamedTuple):
     """A real tensor that the constructor brought in: its value at that moment."""
 
     tensor: torch.Tensor
+
+    def __repr__(self) -> str:
+        return f"constant{list(self.tensor.shape)} {dtype_name(self.tensor.dtype)}"
 
 
 class CallSite(NamedTuple):
@@ -139,6 +163,31 @@ class Op(NamedTuple):
         kept = [value for position, value in enumerate(self.args) if position not in positions]
         return _refs_in(itertools.chain(kept, (value for name, value in self.kwargs.items() if name not in names)))
 
+    def text(self, names: Mapping[int, str]) -> str:
+        """Return the call in one line, with the names that ``names`` has for storages.
+
+        For example ``#12 normal_(s3:head.weight[4, 4] float32, std=0.02)  ← model.py:31``.
+        """
+        name = getattr(self.func, "__name__", str(self.func)).split(".")[0]
+        given = [_value_text(value, names) for value in self.args]
+        given += [f"{key}={_value_text(value, names)}" for key, value in self.kwargs.items() if value is not None]
+        made = ", ".join(_value_text(ref, names) for ref in self.outputs)
+        line = f"#{self.number} {name}({', '.join(given)})" + (f" → {made}" if made else "")
+        return line if self.source is None else f"{line}  ← {os.path.basename(self.source.file)}:{self.source.line}"
+
+    def __repr__(self) -> str:
+        return self.text({})
+
+
+def _value_text(value: Any, names: Mapping[int, str]) -> str:
+    if isinstance(value, TensorRef):
+        return value.text(names.get(value.storage, ""))
+    if type(value) in (list, tuple, torch.Size):
+        return f"[{', '.join(_value_text(item, names) for item in value)}]"
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    return f"{value:g}" if type(value) is float else str(value) if isinstance(value, torch.device) else repr(value)
+
 
 def _refs_in(values: Iterable[Any]) -> Iterator[TensorRef]:
     for value in values:
@@ -146,6 +195,9 @@ def _refs_in(values: Iterable[Any]) -> Iterator[TensorRef]:
             yield value
         elif type(value) in (list, tuple):
             yield from _refs_in(value)
+
+
+_SHOWN = 5  # ops at either end of a tape
 
 
 class Tape:
@@ -164,6 +216,20 @@ class Tape:
         self.records: dict[int, weakref.ref[Recorded]] = {}  # by storage: alive as long as a tensor is on it
         self.later: Any = None  # answers for recorded tensors when no block is open
         self._joined: Tape | None = None
+
+    def summary(self) -> str:
+        """Return the size of the tape in words."""
+        nbytes = sum(info.nbytes for info in self.storages.values())
+        return (
+            f"{len(self.ops):,} ops on {len(self.storages):,} storages ({nbytes:,} bytes), "
+            f"{len(self.streams)} random stream{'s' if len(self.streams) != 1 else ''}, rng={self.rng!r}"
+        )
+
+    def __repr__(self) -> str:
+        ops = [repr(self.ops[number]) for number in sorted(self.ops)]
+        if len(ops) > 2 * _SHOWN:
+            ops = [*ops[:_SHOWN], f"… {len(ops) - 2 * _SHOWN:,} more ops …", *ops[-_SHOWN:]]
+        return "\n  ".join([f"Tape: {self.summary()}", *ops])
 
     def current(self) -> Tape:
         """This tape, or the later one that it was joined to."""

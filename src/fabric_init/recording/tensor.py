@@ -190,7 +190,7 @@ def become_recorded(tensor: Tensor, meta: Tensor, device: torch.device) -> None:
     is_parameter = isinstance(tensor, nn.Parameter)
     other = recorded_tensor(meta, device, tensor.requires_grad)
     torch._C._swap_tensor_impl(tensor, other)
-    tensor.__class__ = recorded_class(type(tensor))  # type: ignore[assignment]
+    tensor.__class__ = recorded_class(type(tensor))
     vars(tensor).update(_meta=meta, _claimed=device)
     if is_parameter:
         vars(tensor)["_is_param"] = True

@@ -1,4 +1,4 @@
-"""Mean and standard deviation that a tensor will have: worked out from the tape, or measured on that tensor alone."""
+"""The expected mean and standard deviation of a tensor: derived from the tape, or measured by replaying it alone."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from fabric_init.recording.op_schemas import INIT_FUNCTIONS
 from fabric_init.recording.replay import replay_with, view
 from fabric_init.recording.tape import Constant, Op, Tape, TensorRef
 from fabric_init.reports.statistics import Moments, measured, mixture, of_init_function, uniform
-from fabric_init.reports.write_history import overlap, span
+from fabric_init.reports.write_history import byte_span, spans_overlap
 
 _MOST_MEASURED = 1 << 24
-"""Elements that one tensor's own replay may write: well under a second, and 64 MB."""
+"""The most elements that the replay of a tensor may write: well under a second, and 64 MB."""
 
 _CPU = torch.device("cpu")
 
 
 class Expectations:
-    """What the tape of a model gives its tensors. Equal rules are worked out once."""
+    """The expected moments of the tensors on a tape. Equal rules are measured once."""
 
     def __init__(self, tape: Tape) -> None:
         self._tape = tape
         self._measured: dict[Any, Moments | None] = {}
 
     def of(self, ref: TensorRef) -> Moments | None:
-        """What ``ref`` will hold in the end; ``None`` if it cannot be told."""
+        """Return the moments of the final value of ``ref``; ``None`` if they are unknown."""
         return self.of_rules(ref) or (self._measure(ref) if _has_moments(ref) else None)
 
     def of_rules(self, ref: TensorRef) -> Moments | None:
-        """The same, as far as it can be worked out: nothing is run."""
+        """Return the same as far as it can be derived: nothing is run."""
         try:
             return _finite(self._of(ref, None)) if _has_moments(ref) else None
-        except RecursionError:  # computed in a thousand steps: measuring is the way
+        except RecursionError:  # a chain of a thousand ops has to be measured
             return None
 
     def of_op(self, op: Op, target: TensorRef) -> Moments | None:
-        """What ``op`` leaves in ``target``, as far as it can be worked out."""
+        """Return the moments that ``op`` leaves in ``target``, as far as they can be derived."""
         try:
             return _finite(self._result(op, target)) if target.size.numel() else None
         except RecursionError:
@@ -52,18 +52,18 @@ class Expectations:
             if before is not None and number >= before:
                 continue
             op = self._tape.ops[number]
-            target = next((one for one in (*op.targets, *op.outputs) if one.storage == ref.storage), None)
+            target = next((each for each in (*op.targets, *op.outputs) if each.storage == ref.storage), None)
             if target is None or target.dtype != ref.dtype:
                 return None
-            if not overlap(target, ref) or target in parts:
+            if not spans_overlap(target, ref) or target in parts:
                 continue
             value = self._result(op, target)
             if value is None:
                 return None
             if target.size.numel() >= ref.size.numel():
-                return _together(ref, parts, value)
+                return _combined(ref, parts, value)
             parts[target] = value
-        return _together(ref, parts, None)
+        return _combined(ref, parts, None)
 
     def _result(self, op: Op, target: TensorRef) -> Moments | None:
         name = getattr(op.func, "__name__", "")
@@ -73,12 +73,12 @@ class Expectations:
         rule = _ATEN.get(schema.name.removeprefix("aten::"))
         if rule is None:
             return None
-        given = {one.name: one.default_value for one in schema.arguments if one.has_default_value()}
-        given |= dict(zip((one.name for one in schema.arguments), op.args, strict=False)) | dict(op.kwargs)
-        return rule(_InitCall(self, op, given))
+        arguments = {each.name: each.default_value for each in schema.arguments if each.has_default_value()}
+        arguments |= dict(zip((each.name for each in schema.arguments), op.args, strict=False)) | dict(op.kwargs)
+        return rule(_InitCall(self, op, arguments))
 
     def operand(self, op: Op, value: Any) -> Moments | None:
-        """An argument of ``op``, as it was when that ran."""
+        """Return the moments of an argument of ``op`` at the time that it ran."""
         if isinstance(value, TensorRef):
             return self._of(value, op.number) if _has_moments(value) else None
         if isinstance(value, Constant):
@@ -89,7 +89,7 @@ class Expectations:
 
     def _measure(self, ref: TensorRef) -> Moments | None:
         live = [self._tape.ops[number] for number in sorted(self._tape.live([ref.storage], exact=False))]
-        work = sum(one.size.numel() for op in live for one in (*op.targets, *op.outputs))
+        work = sum(each.size.numel() for op in live for each in (*op.targets, *op.outputs))
         if not live or work > _MOST_MEASURED:
             return None
         key = _shape_of_work(live, ref)
@@ -99,25 +99,25 @@ class Expectations:
         return self._measured[key]
 
 
-def _together(ref: TensorRef, parts: dict[TensorRef, Moments], rest: Moments | None) -> Moments | None:
-    """Of ``ref``, from the last write to each of its parts, and the one before those to all of it."""
-    spans = sorted(map(span, parts))
+def _combined(ref: TensorRef, parts: dict[TensorRef, Moments], rest: Moments | None) -> Moments | None:
+    """Return the moments of ``ref`` from the last write to each of its parts, and the full write before those."""
+    spans = sorted(map(byte_span, parts))
     if any(end > start for (_, end), (start, _) in itertools.pairwise(spans)):
-        return None  # parts that overlap cannot be told apart without their values
+        return None  # parts that overlap need their values
     left = ref.size.numel() - sum(part.size.numel() for part in parts)
     if left < 0 or (left and rest is None):
         return None
-    known = [(part.size.numel(), one) for part, one in parts.items()]
+    known = [(part.size.numel(), value) for part, value in parts.items()]
     return mixture([*known, (left, rest)] if rest is not None else known)
 
 
 def moments(tensor: torch.Tensor) -> Moments | None:
-    """Of a real tensor's elements; ``None`` for complex numbers, no elements, or values that are not finite."""
+    """Return the moments of a real tensor; ``None`` for complex, empty or not finite ones."""
     return _finite(measured(tensor))
 
 
-def _finite(found: Moments | None) -> Moments | None:
-    return found if found is not None and math.isfinite(found.mean) and math.isfinite(found.std) else None
+def _finite(value: Moments | None) -> Moments | None:
+    return value if value is not None and math.isfinite(value.mean) and math.isfinite(value.std) else None
 
 
 def _has_moments(ref: TensorRef) -> bool:
@@ -125,7 +125,7 @@ def _has_moments(ref: TensorRef) -> bool:
 
 
 def _shape_of_work(ops: list[Op], ref: TensorRef) -> Any:
-    """Equal for tensors that the same ops on the same shapes have written: only their random numbers differ."""
+    """Return a key that is equal for tensors written by the same ops on the same shapes, apart from random numbers."""
     places: dict[int, int] = {}
 
     def plain(value: Any) -> Any:
@@ -149,13 +149,13 @@ def _shape_of_work(ops: list[Op], ref: TensorRef) -> Any:
 class _InitCall(NamedTuple):
     expectations: Expectations
     op: Op
-    given: dict[str, Any]
+    arguments: dict[str, Any]
 
     def operand(self, name: str) -> Moments | None:
-        return self.expectations.operand(self.op, self.given.get(name))
+        return self.expectations.operand(self.op, self.arguments.get(name))
 
     def number(self, name: str) -> float:
-        value = self.given[name]
+        value = self.arguments[name]
         return float(value)
 
 
@@ -167,20 +167,20 @@ def _affine(factor: Callable[[float], float] | None, sign: float = 0.0) -> Calla
     """``x · factor(other)``, or ``x + sign · alpha · other``, where ``other`` is the same for every element."""
 
     def rule(call: _InitCall) -> Moments | None:
-        one, other = call.operand("self"), call.operand("other")
-        if one is None or other is None or other.std:
+        value, other = call.operand("self"), call.operand("other")
+        if value is None or other is None or other.std:
             return None
         if factor is None:
-            return one.scaled(1.0, sign * float(call.given.get("alpha", 1)) * other.mean)
-        return one.scaled(factor(other.mean)) if other.mean else None
+            return value.scaled(1.0, sign * float(call.arguments.get("alpha", 1)) * other.mean)
+        return value.scaled(factor(other.mean)) if other.mean else None
 
     return rule
 
 
 def _joined(call: _InitCall) -> Moments | None:
-    refs = call.given["tensors"]
-    parts = [(one, call.expectations.operand(call.op, one)) for one in refs]
-    known = [(float(_elements(one)), value) for one, value in parts if value is not None]
+    refs = call.arguments["tensors"]
+    parts = [(ref, call.expectations.operand(call.op, ref)) for ref in refs]
+    known = [(float(_elements(ref)), value) for ref, value in parts if value is not None]
     return mixture(known) if known and len(known) == len(parts) else None
 
 
@@ -204,6 +204,6 @@ _ATEN: dict[str, Callable[[_InitCall], Moments | None]] = {
     **dict.fromkeys(("div", "div_"), _affine(lambda other: 1 / other)),
     **dict.fromkeys(("add", "add_"), _affine(None, 1.0)),
     **dict.fromkeys(("sub", "sub_"), _affine(None, -1.0)),
-    **dict.fromkeys(("neg", "neg_"), lambda call: one.scaled(-1.0) if (one := call.operand("self")) else None),
+    **dict.fromkeys(("neg", "neg_"), lambda call: value.scaled(-1.0) if (value := call.operand("self")) else None),
     **dict.fromkeys(("cat", "stack"), _joined),
 }

@@ -1,4 +1,4 @@
-"""TODO"""
+"""The data of an init report: one frozen row per tensor."""
 
 from __future__ import annotations
 
@@ -15,38 +15,30 @@ from fabric_init.reports.provenance import Write
 Status = Literal["loaded", "initialized", "set when built", "scratch", "written by the user", "unfilled"]
 
 
-@dataclass
-class Row:
-    """One tensor: what it got, from where, and, once its report was asked for it, how that came and what it is now.
+@dataclass(frozen=True, kw_only=True)
+class TensorTrace:
+    """One tensor, the init rule that determined its value, and every write that led there.
 
     Attributes:
-        name: the tensor's first name; ``ties`` has the others.
-        status: what became of it.
+        name: the first name of the tensor; ``ties`` has the others.
         shape: its full shape.
         dtype: its dtype, such as ``float32``.
         kind: ``parameter``, ``buffer``, ``non-persistent buffer`` or ``attribute``.
-        origin: a checkpoint key, or the init rule and the line that asked for it.
-        cast_from: its dtype in the checkpoint, if another one.
         ties: further names of the same tensor.
-        rule: the rule that gave it its value; empty where no recorded rule did.
-        file: where the model's code asked for that rule.
+        rule: the init rule that determined its value; empty if no recorded rule did.
+        file: the source file of the model that called that rule.
         line: the line in ``file``.
-        mean: the mean that the rule gives; ``None`` if that cannot be told.
-        std: the standard deviation that the rule gives; likewise.
-        writes: what the constructors would have written to it in plain PyTorch, in order.
-        full_writes: how many of these wrote all of it; ``None`` where the recording is not known.
-        wasted_elements: how many elements were written in vain there.
-        mean_now: the mean of what this process holds of it, when that was last measured.
-        std_now: the standard deviation of that, likewise.
+        mean: the expected mean under that rule; ``None`` if it is not known.
+        std: the expected standard deviation under that rule; ``None`` if it is not known.
+        writes: every write of the constructors in plain PyTorch, in order.
+        full_writes: the number of writes to all elements; ``None`` if the recording is not known.
+        wasted_elements: elements that were overwritten before being read (dead writes); ``None`` likewise.
     """
 
     name: str
-    status: Status
     shape: tuple[int, ...]
     dtype: str
-    kind: str
-    origin: str = ""
-    cast_from: str | None = None
+    kind: str = "parameter"
     ties: tuple[str, ...] = ()
     rule: str = ""
     file: str | None = None
@@ -56,62 +48,75 @@ class Row:
     writes: tuple[Write, ...] = ()
     full_writes: int | None = None
     wasted_elements: int | None = None
-    mean_now: float | None = None
-    std_now: float | None = None
-    recording: Recording | None = field(default=None, repr=False, compare=False)
-    tape: Tape | None = field(default=None, repr=False, compare=False)
-    storage: int = field(default=-1, repr=False, compare=False)
 
     @property
-    def nbytes(self) -> int:
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return torch.Size(self.shape).numel() * dtype.itemsize
+    def elements(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
 
     @property
     def place(self) -> str:
-        """``file:line`` of the rule, or an empty text."""
+        """``file:line`` of the rule, or an empty string."""
         return f"{self.file}:{self.line}" if self.file else ""
 
+
+@dataclass(frozen=True, kw_only=True)
+class InitRow(TensorTrace):
+    """One tensor of an init report: its status, the origin of its value, and its trace.
+
+    Attributes:
+        status: how the tensor got its value.
+        origin: the checkpoint key, or the init rule and the line that called it.
+        cast_from: the dtype in the checkpoint if it differs.
+        mean_now: the mean of the values in the memory of this process when they were last measured.
+        std_now: their standard deviation.
+    """
+
+    status: Status
+    origin: str = ""
+    cast_from: str | None = None
+    mean_now: float | None = None
+    std_now: float | None = None
+    recording: Recording | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the full tensor in bytes."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return self.elements * dtype.itemsize
+
     def to_dict(self) -> dict[str, Any]:
-        """The row as plain data; numbers that are not finite become ``None``."""
-        plain = {one.name: _plain(getattr(self, one.name)) for one in fields(self) if one.name not in _INTERNAL}
+        """Return the row as plain data; numbers that are not finite become ``None``."""
+        plain = {each.name: _json_value(getattr(self, each.name)) for each in fields(self) if each.name != "recording"}
         return plain | {"writes": [asdict(write) for write in self.writes]}
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"recording": None, "tape": None}  # a copy is plain data
+        return vars(self) | {"recording": None}  # a copy is plain data
 
 
-_INTERNAL = ("recording", "storage", "tape")
-
-
-def _plain(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return list(value) if isinstance(value, tuple) else value
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float32`` as ``float32``."""
-    return str(dtype).removeprefix("torch.")
-
-
 class Recording(NamedTuple):
-    """What a row keeps to be able to tell: a tensor, and the tape that it is on."""
+    """The recorded tensor behind a row, and its tape: what :meth:`InitReport.trace` reads."""
 
     slot: TensorInfo
     tape: Tape
 
 
-@dataclass
-class InitRecord:
-    """The data of an :class:`~fabric_init.InitReport`."""
+@dataclass(frozen=True)
+class InitReportData:
+    """The fields of an :class:`~fabric_init.InitReport`, apart from it so that its page does not import it."""
 
-    rows: list[Row] = field(default_factory=list)
+    rows: tuple[InitRow, ...] = ()
     checkpoint: str | None = None
     note: str | None = None
     unexpected: tuple[str, ...] = ()
 
     @property
     def not_finite(self) -> list[str]:
-        """Names of tensors that held NaN or infinity when they were last measured."""
+        """Names of the tensors that held NaN or infinity when they were last measured."""
         return [row.name for row in self.rows if row.std_now is not None and not math.isfinite(row.std_now)]

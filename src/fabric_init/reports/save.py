@@ -1,4 +1,4 @@
-"""Write a report to a file: a page or JSON, by the name of the file."""
+"""Write a report to a file, as a page or JSON by its suffix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 
 class SavesItself(Protocol):
-    """A page, which is only imported and built where one is asked for."""
+    """A page; its module is imported and it is built on request only."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the page to ``path``."""
@@ -28,7 +28,7 @@ def save_report(
     """Write ``page()`` where ``path`` ends in ``.html``, and ``data()`` as JSON otherwise.
 
     Raises:
-        FabricInitError: a page is asked for, and Plotly is not installed.
+        FabricInitError: a page is requested, but Plotly is not installed.
     """
     if is_page(path):
         page().save(path)

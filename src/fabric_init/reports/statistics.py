@@ -1,10 +1,11 @@
-"""Mean and standard deviation of what an init rule gives, worked out from its arguments and the tensor's shape."""
+"""Mean and standard deviation: of elements that arrive in pieces, and of the result of an init rule."""
 
 from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -23,56 +24,94 @@ class Moments(NamedTuple):
     std: float
 
     def scaled(self, factor: float, offset: float = 0.0) -> Moments:
-        """Of ``factor · x + offset``."""
+        """Return the moments of ``factor · x + offset``."""
         return Moments(self.mean * factor + offset, self.std * abs(factor))
 
 
+@dataclass
+class RunningMoments:
+    """Mean and variance of elements that arrive in pieces.
+
+    Pieces are merged by the pairwise formula of Chan, Golub and LeVeque, "Updating formulae" (1979).
+
+    Attributes:
+        count: the number of elements so far.
+        mean: their mean.
+        var: their variance about that mean (not the unbiased estimate).
+    """
+
+    count: int = 0
+    mean: float = 0.0
+    var: float = 0.0
+
+    def add(self, values: torch.Tensor) -> None:
+        """Add the elements of a floating point tensor, computed in its own dtype."""
+        if values.numel():
+            var, mean = torch.var_mean(values, correction=0)
+            self.merge(values.numel(), float(mean), float(var))
+
+    def merge(self, count: int, mean: float, var: float) -> None:
+        """Add ``count`` elements of this mean and variance."""
+        total, apart = self.count + count, mean - self.mean
+        within = (self.count * self.var + count * var) / total
+        self.var = within + apart * apart * (self.count / total) * (count / total)
+        self.mean += apart * count / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """The standard deviation."""
+        return math.sqrt(self.var)
+
+
 def mixture(parts: Sequence[tuple[float, Moments]]) -> Moments:
-    """Of a tensor that is put together: pairs of how many elements, and their moments."""
+    """Return the moments of a tensor that consists of parts: pairs of element count and moments."""
     total = sum(weight for weight, _ in parts)
-    mean = sum(weight * one.mean for weight, one in parts) / total
-    return Moments(
-        mean, math.sqrt(sum(weight * (one.std**2 + (one.mean - mean) ** 2) for weight, one in parts) / total)
-    )
+    mean = sum(weight * part.mean for weight, part in parts) / total
+    var = sum(weight * (part.std**2 + (part.mean - mean) ** 2) for weight, part in parts) / total
+    return Moments(mean, math.sqrt(var))
 
 
 def measured(tensor: torch.Tensor) -> Moments | None:
-    """Of a real tensor's elements, in double precision, a piece at a time: nothing of the tensor's size is taken.
+    """Return the moments of the elements of a tensor in double precision, computed in pieces of bounded memory.
 
-    ``None`` where there are none: no elements, no memory, complex numbers, formats other than plain dense ones.
+    Returns:
+        ``None`` for tensors without elements or memory, complex tensors, and layouts that are not strided.
     """
     if tensor.is_meta or tensor.is_complex() or tensor.layout != torch.strided or not tensor.numel():
         return None
-    parts: list[tuple[float, Moments]] = []
+    running = RunningMoments()
     for piece in tensor.detach().flatten().split(_PIECE):
-        values = piece.double()
-        parts.append((values.numel(), Moments(float(values.mean()), float(values.std(correction=0)))))
-    return mixture(parts)
+        running.add(piece.double())
+    return Moments(running.mean, running.std)
 
 
-def of_init_function(func: Func, size: torch.Size, given: dict[str, Any]) -> Moments:
-    """What a ``torch.nn.init`` function gives a tensor of this size."""
-    return _RULES[func.__name__](size, {**_defaults(func), **given})
+def of_init_function(func: Func, size: torch.Size, arguments: dict[str, Any]) -> Moments:
+    """Return the moments of a tensor of this size after a ``torch.nn.init`` function."""
+    return _RULES[func.__name__](size, {**_defaults(func), **arguments})
 
 
 @cache
 def _defaults(func: Func) -> dict[str, Any]:
     parameters = inspect.signature(func).parameters.values()
-    return {one.name: one.default for one in parameters if one.default is not one.empty}
+    return {each.name: each.default for each in parameters if each.default is not each.empty}
 
 
 def uniform(low: float, high: float) -> Moments:
-    """Between two bounds."""
+    """Return the moments of a uniform distribution."""
     return Moments((low + high) / 2, abs(high - low) / math.sqrt(12))
 
 
 def truncated_normal(mean: float, std: float, low: float, high: float) -> Moments:
-    """Normal, drawn again outside ``low … high``. Johnson, Kotz, Balakrishnan: Continuous Univariate Distributions."""
+    """Return the moments of a normal distribution truncated to ``low … high``.
+
+    See Johnson, Kotz, Balakrishnan: Continuous Univariate Distributions.
+    """
     if std == 0:
         return Moments(mean, 0.0)
     a, b = (low - mean) / std, (high - mean) / std
     mass = _normal_cdf(b) - _normal_cdf(a)
-    if mass < 1e-12:  # so far out in one tail that the bound nearest to the mean has nearly all of it
+    if mass < 1e-12:  # far out in one tail: nearly all of the mass is at the bound nearest to the mean
         return Moments(low if abs(a) < abs(b) else high, 0.0)
     shift = (_normal_pdf(a) - _normal_pdf(b)) / mass
     variance = 1 + (a * _normal_pdf(a) - b * _normal_pdf(b)) / mass - shift**2
@@ -94,42 +133,44 @@ def _fans(size: torch.Size) -> tuple[int, int]:
     return size[1] * field, size[0] * field
 
 
-def _xavier(size: torch.Size, given: dict[str, Any]) -> Moments:
-    return Moments(0.0, float(given["gain"]) * math.sqrt(2 / sum(_fans(size))))
+def _xavier(size: torch.Size, arguments: dict[str, Any]) -> Moments:
+    return Moments(0.0, float(arguments["gain"]) * math.sqrt(2 / sum(_fans(size))))
 
 
-def _kaiming(size: torch.Size, given: dict[str, Any]) -> Moments:
+def _kaiming(size: torch.Size, arguments: dict[str, Any]) -> Moments:
     fan_in, fan_out = _fans(size)
-    gain = nn.init.calculate_gain(given["nonlinearity"], given["a"])
-    return Moments(0.0, gain / math.sqrt(fan_in if given["mode"] == "fan_in" else fan_out))
+    gain = nn.init.calculate_gain(arguments["nonlinearity"], arguments["a"])
+    return Moments(0.0, gain / math.sqrt(fan_in if arguments["mode"] == "fan_in" else fan_out))
 
 
 def _ones_among_zeros(ones: float, elements: int) -> Moments:
     return mixture([(ones, Moments(1.0, 0.0)), (elements - ones, Moments(0.0, 0.0))])
 
 
-def _dirac(size: torch.Size, given: dict[str, Any]) -> Moments:
-    groups = int(given["groups"])
+def _dirac(size: torch.Size, arguments: dict[str, Any]) -> Moments:
+    groups = int(arguments["groups"])
     return _ones_among_zeros(groups * min(size[0] // groups, size[1]), size.numel())
 
 
-def _orthogonal(size: torch.Size, given: dict[str, Any]) -> Moments:
-    return Moments(0.0, float(given["gain"]) / math.sqrt(max(size[0], math.prod(size[1:]))))
+def _orthogonal(size: torch.Size, arguments: dict[str, Any]) -> Moments:
+    return Moments(0.0, float(arguments["gain"]) / math.sqrt(max(size[0], math.prod(size[1:]))))
 
 
-def _sparse(size: torch.Size, given: dict[str, Any]) -> Moments:
-    zeros = math.ceil(float(given["sparsity"]) * size[0])
-    return Moments(0.0, float(given["std"]) * math.sqrt(1 - zeros / size[0]))
+def _sparse(size: torch.Size, arguments: dict[str, Any]) -> Moments:
+    zeros = math.ceil(float(arguments["sparsity"]) * size[0])
+    return Moments(0.0, float(arguments["std"]) * math.sqrt(1 - zeros / size[0]))
 
 
 _RULES: dict[str, Callable[[torch.Size, dict[str, Any]], Moments]] = {
-    "uniform_": lambda size, given: uniform(given["a"], given["b"]),
-    "normal_": lambda size, given: Moments(float(given["mean"]), float(given["std"])),
-    "trunc_normal_": lambda size, given: truncated_normal(given["mean"], given["std"], given["a"], given["b"]),
-    "constant_": lambda size, given: Moments(float(given["val"]), 0.0),
-    "ones_": lambda size, given: Moments(1.0, 0.0),
-    "zeros_": lambda size, given: Moments(0.0, 0.0),
-    "eye_": lambda size, given: _ones_among_zeros(min(size), size.numel()),
+    "uniform_": lambda size, arguments: uniform(arguments["a"], arguments["b"]),
+    "normal_": lambda size, arguments: Moments(float(arguments["mean"]), float(arguments["std"])),
+    "trunc_normal_": lambda size, arguments: truncated_normal(
+        arguments["mean"], arguments["std"], arguments["a"], arguments["b"]
+    ),
+    "constant_": lambda size, arguments: Moments(float(arguments["val"]), 0.0),
+    "ones_": lambda size, arguments: Moments(1.0, 0.0),
+    "zeros_": lambda size, arguments: Moments(0.0, 0.0),
+    "eye_": lambda size, arguments: _ones_among_zeros(min(size), size.numel()),
     "dirac_": _dirac,
     "xavier_uniform_": _xavier,
     "xavier_normal_": _xavier,

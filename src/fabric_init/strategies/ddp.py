@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fabric_init.distributed.agreement import Agreement, RankGroup
 from fabric_init.guard.models import require, settle, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
-from fabric_init.reports.init_report import filled_by_us
+from fabric_init.reports.registry import filled_by_us
 from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
 
 

@@ -35,7 +35,7 @@ from fabric_init.planning.prepare import PreparedPlan, prepared_digest
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.tape import now
 from fabric_init.recording.tensor import RecordedTensor, become, become_recorded, recorded
-from fabric_init.reports.init_report import InitReport
+from fabric_init.reports.registry import FillRecord
 from fabric_init.strategies.optimizers import parameters_by_name
 
 _ATTRIBUTE = "_fabric_init_bound"
@@ -231,8 +231,8 @@ def shard_and_fill(
         tensors = [placement.current(slot, tensor) for slot, tensor in zip(slots, planned.tensors, strict=True)]
         unwatch_loads(model)
         forget_extra_state(model)
-        report = carry_out(planned, sharded, tensors, placement, agreement)
-        _let_shards_wait(planned, sharded, tensors, placement, agreement, name, report)
+        record = carry_out(planned, sharded, tensors, placement, agreement)
+        _let_shards_wait(planned, sharded, tensors, placement, agreement, name, record)
         left = [name for name, tensor in parameters_by_name(sharded).items() if local(tensor).is_meta]
         if left:
             raise FabricInitError(f"sharding split a tie or made parameters of its own, which have no values: {left}")
@@ -246,12 +246,12 @@ def _let_shards_wait(
     placement: ShardedPlacement,
     agreement: Agreement,
     name: str,
-    report: InitReport,
+    record: FillRecord,
 ) -> None:
     """Put recorded tensors in the places of those that still wait for values."""
     waiting = [
         (entry, tensor, row)
-        for entry, tensor, row in zip(planned.plan.entries, tensors, report.rows, strict=True)
+        for entry, tensor, row in zip(planned.plan.entries, tensors, record.rows, strict=True)
         if entry.action is Action.WAIT
     ]
     if not waiting:
@@ -267,7 +267,7 @@ def _let_shards_wait(
         )
         found = recorded(local(tensor))
         assert found is not None
-        row.tape, row.storage = tape, found.storage
+        row.waits_on(tape, found.storage)
     entries = [entry._replace(action=Action.INIT) for entry, _, _ in waiting]
     hold_shards(sharded, WaitingShards(entries, [tensor for _, tensor, _ in waiting], planned.tapes, placement))
     watch_loads(sharded, initialize_possible)

@@ -25,7 +25,7 @@ from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import release_forward
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.tensors import TensorInfo, named_modules
-from fabric_init.reports.init_report import InitReport, keep_report
+from fabric_init.reports.registry import FillRecord, keep_record
 from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound, plain_meta, planned_for
 from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
 
@@ -95,15 +95,15 @@ class FSDPStrategy(DeferredInitMixin, lightning_fsdp.FSDPStrategy):
         with planned_for(module, self.agreement) as prepared, plain_meta(prepared):
             filling = IncrementalFill(prepared, self.placement(module))
 
-            def wrap() -> tuple[nn.Module, InitReport]:
+            def wrap() -> tuple[nn.Module, FillRecord]:
                 filling.begin()
                 wrapped = self._wrap(module, param_init_fn=filling.fill_under, **options)
                 return wrapped, filling.finish()
 
-            wrapped, report = self.agreement.same("wrapping and filling the model", wrap, lambda _: "")
+            wrapped, record = self.agreement.same("wrapping and filling the model", wrap, lambda _: "")
         unwatch_loads(module)
         release_forward(module)
-        keep_report(module, report)
+        keep_record(module, record)
         return wrapped
 
     # -- units that the model's constructor marks ----------------------------------------------------------------------

@@ -258,9 +258,9 @@ def test_plain_reads_read_the_region(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_more_files_than_a_process_may_have_open_are_read_without_maps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fabric_init.checkpoints.registry.dcp import reader as dcp
+    from fabric_init.checkpoints.formats.dcp import reader as dcp
 
-    monkeypatch.setattr(dcp, "_MAPPED_FILES", 3)
+    monkeypatch.setattr(dcp, "MAPPED_FILES", 3)
     state = {str(i): torch.full((2,), float(i)) for i in range(4)}
     reader = DCPReader(save_alone(state, tmp_path, single_file_per_rank=False))
     for key, value in state.items():

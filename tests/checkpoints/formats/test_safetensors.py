@@ -213,7 +213,7 @@ def test_a_truncated_file_is_refused_before_any_weight_is_read(tmp_path: Path, c
     path = tmp_path / "x.safetensors"
     save_file({"w": torch.ones(100)}, path)
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(CheckpointFormatError, match=r"x\.safetensors is not a whole safetensors file"):
+    with pytest.raises(CheckpointFormatError, match=r"x\.safetensors is not a complete safetensors file"):
         SafetensorsReader(path, mmap=mmap)
 
 
@@ -267,7 +267,7 @@ BAD_HEADERS = {
     "deep value": (b'{"a":' * 50_000, "header"),
     "key given twice": (
         b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
-        "gives 'a' twice",
+        "has 'a' twice",
     ),
 }
 

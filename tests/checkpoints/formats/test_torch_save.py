@@ -54,7 +54,7 @@ def test_a_state_dict_inside_a_training_checkpoint_is_found_and_noted(tmp_path: 
 def test_two_state_dicts_are_refused_rather_than_guessed_at(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.pt", {"model": {"w": torch.ones(1)}, "module": {"w": torch.zeros(1)}})
     with pytest.raises(
-        CheckpointFormatError, match=r"m\.pt holds 2 state dicts: 'model' \(1 tensors\), 'module' .*entry='model'"
+        CheckpointFormatError, match=r"m\.pt holds 2 state dicts: 'model' \(1 tensor\), 'module' .*entry='model'"
     ):
         TorchFileReader(path)
     assert torch.equal(TorchFileReader(path, entry="module").read("w"), torch.zeros(1))
@@ -79,7 +79,7 @@ def test_a_state_dict_is_found_in_a_dict_in_a_dict(tmp_path: Path) -> None:
 
 def test_of_several_state_dicts_one_has_to_be_named(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.pt", {"generator": {"w": torch.ones(1)}, "critic": {"w": torch.zeros(1)}})
-    with pytest.raises(CheckpointFormatError, match=r"'generator' \(1 tensors\), 'critic' .*entry='generator'"):
+    with pytest.raises(CheckpointFormatError, match=r"'generator' \(1 tensor\), 'critic' .*entry='generator'"):
         TorchFileReader(path)
     with pytest.raises(CheckpointFormatError, match=r"no state dict 'model'\. There are tensors under 'generator'"):
         TorchFileReader(path, entry="model")

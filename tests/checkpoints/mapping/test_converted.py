@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fabric_init.checkpoints import (
+    BaseReader,
     Box,
     CheckpointReader,
     Conversion,
@@ -33,7 +34,7 @@ from fabric_init.checkpoints.mapping.converted import converted
 from fabric_init.errors import CheckpointMismatchError
 
 
-class Counting:
+class Counting(BaseReader):
     """A checkpoint in memory that counts the elements it is asked for."""
 
     path = Path("memory")
@@ -42,14 +43,9 @@ class Counting:
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
+        self.specs = {key: TensorSpec(tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
         self.elements = 0
         self.largest = 0
-
-    def keys(self) -> Sequence[str]:
-        return tuple(self.tensors)
-
-    def spec(self, key: str) -> TensorSpec:
-        return TensorSpec(self.tensors[key].shape, self.tensors[key].dtype)
 
     def read(self, key: str, region: Region | None = None) -> Tensor:
         part = take(self.tensors[key], region)
@@ -304,7 +300,7 @@ def test_a_wrong_declaration_is_refused_where_it_is_written(declare: Callable[[]
 
 @pytest.mark.parametrize("wrong", [Transpose(["a"]), {"a": "b"}, ["a"], [Transpose], "a"])
 def test_convert_takes_a_list_of_conversions(wrong: Any) -> None:
-    with pytest.raises(TypeError, match="convert takes a list of conversions"):
+    with pytest.raises(TypeError, match="convert must be a list of conversions"):
         converted(header(a=(2, 2)), wrong)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fabric_init.checkpoints import rename_keys
-from fabric_init.errors import CheckpointMismatchError
+from fabric_init.errors import CheckpointMismatchError, OptionError
 from fabric_init.planning.hints.renames import likely_renames
 
 Shapes = dict[str, torch.Size]
@@ -58,17 +58,19 @@ def test_two_keys_on_one_name_are_refused_with_all_three_names() -> None:
 
 @pytest.mark.parametrize(("pattern", "replacement"), [("(", ""), ("a", r"\1"), ("a", r"\g<no>"), ("a", "\\")])
 def test_an_invalid_regex_or_replacement_is_named(pattern: str, replacement: str) -> None:
-    with pytest.raises(CheckpointMismatchError, match="is not a valid regular expression") as caught:
+    with pytest.raises(OptionError, match="is not a valid regular expression") as caught:
         rename_keys([], {pattern: replacement})
     assert repr(pattern) in str(caught.value)
     assert isinstance(caught.value, ValueError)
 
 
 def test_a_rename_of_the_wrong_type_is_named() -> None:
-    with pytest.raises(CheckpointMismatchError, match="is not a valid regular expression"):
+    with pytest.raises(OptionError, match="is not a valid regular expression"):
         rename_keys(["a"], {"a": None})  # type: ignore[dict-item]
-    with pytest.raises(CheckpointMismatchError, match="returned 3"):
+    with pytest.raises(OptionError, match="returned 3"):
         rename_keys(["a"], lambda key: 3)  # type: ignore[arg-type,return-value]
+    with pytest.raises(TypeError, match=r"rename must be a mapping of regex .* or a callable, got 'model\.'"):
+        rename_keys(["a"], "model.")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,6 @@ def test_renames_in_a_list_are_applied_in_order() -> None:
         (Layers([0, 12, 40]), "Layers([0, 12, 40], at='layers.{}'): there is no layer 12, 40; there are 12, 0 to 11"),
         (Layers(range(2), at="h.{}"), "no key has 'h.{}' in it; layers seem to be at 'model.layers.{}'"),
         ([Part("head."), Layers([0])], "no key has 'layers.{}' in it; no key has a number between dots"),
-        ("model.", "rename: 'm' is neither a mapping of regex to replacement nor a callable"),
     ],
 )
 def test_a_part_or_layer_that_is_not_there_is_named(rename: Any, message: str | None) -> None:

@@ -134,7 +134,7 @@ def test_what_the_cache_lacks_is_fetched(hub: Server, cache: Path) -> None:
 def test_without_cache_and_network_the_error_says_so(cache: Path, offline: bool) -> None:
     kind, message = in_new_process("org/other", cache, offline=offline)
     assert kind == "CheckpointNotFoundError"
-    assert "org/other: there is no such file or folder here, the model is not whole in the cache" in str(message)
+    assert "org/other: there is no such file or folder here, the model is not complete in the cache" in str(message)
     assert "hf download org/other" in str(message)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fabric_init.reports.provenance import Write
-from fabric_init.tools.audit.findings import Finding, Layer, Level, Row
+from fabric_init.tools.audit.findings import AuditRow, Finding, Layer, Level
 from fabric_init.tools.audit.report import AuditReport
 
 MODEL = "models/t5.py"
@@ -15,21 +15,47 @@ def write(rule: str, line: int, elements: int, wasted: bool = False) -> Write:
     return Write(rule, MODEL, line, True, elements, wasted)
 
 
-def weight(name: str, shape: tuple[int, int], std: float, *, ties: tuple[str, ...] = ()) -> Row:
+def weight(name: str, shape: tuple[int, int], std: float, *, ties: tuple[str, ...] = ()) -> AuditRow:
     elements = math.prod(shape)
     writes = (
         write("kaiming_uniform_(a=2.23607)", 12, elements, wasted=True),
         write(f"normal_(std={std:g})", 40, elements),
     )
     rule = writes[-1].rule
-    return Row(
-        name, shape, "float32", "Linear", rule, MODEL, 40, 0.0, std, writes, 2, elements, 1e-9 * elements, ties=ties
+    return AuditRow(
+        name=name,
+        shape=shape,
+        dtype="float32",
+        module_class="Linear",
+        rule=rule,
+        file=MODEL,
+        line=40,
+        mean=0.0,
+        std=std,
+        writes=writes,
+        full_writes=2,
+        wasted_elements=elements,
+        wasted_seconds=1e-9 * elements,
+        ties=ties,
     )
 
 
-def scale(name: str) -> Row:
+def scale(name: str) -> AuditRow:
     writes = (write("ones_()", 15, 512),)
-    return Row(name, (512,), "float32", "T5LayerNorm", "ones_()", MODEL, 15, 1.0, 0.0, writes, 1, 0, 0.0)
+    return AuditRow(
+        name=name,
+        shape=(512,),
+        dtype="float32",
+        module_class="T5LayerNorm",
+        rule="ones_()",
+        file=MODEL,
+        line=15,
+        mean=1.0,
+        std=0.0,
+        writes=writes,
+        full_writes=1,
+        wasted_elements=0,
+    )
 
 
 def bad_audit() -> AuditReport:
@@ -39,7 +65,9 @@ def bad_audit() -> AuditReport:
         rows += [weight(f"{block}.q.weight", (384, 512), 0.0055), weight(f"{block}.o.weight", (512, 384), 0.051)]
         rows.append(scale(f"{block}.layer_norm.weight"))
     rows.append(weight("lm_head.weight", (32128, 512), 1.0))
-    rows.append(Row("bias", (512,), "float32", "Head", "", None, None, None, None, (), 0, 0, 0.0))
+    rows.append(
+        AuditRow(name="bias", shape=(512,), dtype="float32", module_class="Head", full_writes=0, wasted_elements=0)
+    )
     findings = (
         Finding(
             Level.ERROR,
@@ -55,7 +83,7 @@ def bad_audit() -> AuditReport:
         Finding(
             Level.WARNING,
             "written-again",
-            tuple(row.name for row in rows if row.full_writes > 1),
+            tuple(row.name for row in rows if (row.full_writes or 0) > 1),
             f"2 full writes each: kaiming_uniform_ at {MODEL}:12, then normal_ at {MODEL}:40.",
             "Build the layers under torch.nn.utils.skip_init.",
         ),

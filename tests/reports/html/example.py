@@ -50,6 +50,6 @@ def example_page() -> Page:
         plots=[
             lines("Variance by layer", "Flat is good.", layers, growing, "variance"),
             scatter("Std against expectation", HOSTILE, points, "expected std", "std now"),
-            bars("Written in vain", "By rule.", [Bar(HOSTILE, 5e6), Bar("zeros_() at a.py:1", 2e6)], "elements"),
+            bars("Dead writes", "By rule.", [Bar(HOSTILE, 5e6), Bar("zeros_() at a.py:1", 2e6)], "elements"),
         ],
     )

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from fabric_init.reports.html import Page
-from fabric_init.tools.audit.page import page_of
+from fabric_init.tools.audit.page import audit_page
 from tests.reports.html.audits import MODEL, bad_audit, clean_audit
 
 
 @pytest.fixture(scope="module")
 def page() -> Page:
-    return page_of(bad_audit())
+    return audit_page(bad_audit())
 
 
 def traces(page: Page, title: str) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def test_the_facts_count_findings_and_waste(page: Page) -> None:
     facts = {fact.label: (fact.value, fact.level) for fact in page.facts}
     assert facts["errors"] == ("2", "error")
     assert facts["warning"] == ("1", "warning")
-    assert facts["elements written in vain"] == ("39.2 M", "warning")
+    assert facts["elements of dead writes"] == ("39.2 M", "warning")
     assert facts["first loss"] == ("179.3", None)
 
 
@@ -60,7 +60,7 @@ def test_a_head_that_is_far_too_wide_lies_far_above_the_line(page: Page) -> None
 
 
 def test_waste_is_added_up_by_rule_and_line(page: Page) -> None:
-    (bar,) = traces(page, "Written in vain").values()
+    (bar,) = traces(page, "Dead writes").values()
     assert bar["x"] == [bad_audit().wasted_elements]
     assert bar["customdata"] == [f"kaiming_uniform_(a=2.23607) at {MODEL}:12<br>shared.weight and 33 more"]
 
@@ -68,9 +68,9 @@ def test_waste_is_added_up_by_rule_and_line(page: Page) -> None:
 def test_a_row_has_its_rule_its_line_its_waste_and_its_worst_finding(page: Page) -> None:
     head = row(page, "lm_head.weight")
     assert (head["finding"], head["rule"], head["line"]) == ("error", "normal_(std=1)", f"{MODEL}:40")
-    assert (head["std"], head["full writes"], head["wasted"]) == (1.0, 2, 32128 * 512)
+    assert (head["std expected"], head["full writes"], head["wasted"]) == (1.0, 2, 32128 * 512)
     assert head["writes"] == [
-        f"kaiming_uniform_(a=2.23607) at {MODEL}:12, in vain",
+        f"kaiming_uniform_(a=2.23607) at {MODEL}:12, overwritten before being read",
         f"normal_(std=1) at {MODEL}:40",
     ]
     assert row(page, "shared.weight")["tensor"] == "shared.weight, encoder.embed_tokens.weight"
@@ -79,7 +79,7 @@ def test_a_row_has_its_rule_its_line_its_waste_and_its_worst_finding(page: Page)
 
 
 def test_where_nothing_was_found_the_page_says_so_and_draws_nothing() -> None:
-    page = page_of(clean_audit())
+    page = audit_page(clean_audit())
     assert [(card.level, card.title) for card in page.cards] == [("good", "Nothing found")]
     assert page.plots == []
 

@@ -13,7 +13,7 @@ from torch import nn
 import fabric_init
 from fabric_init import audit, deferred_init
 from fabric_init.errors import RecordingError
-from fabric_init.tools.audit.findings import Finding, Level, Row
+from fabric_init.tools.audit.findings import AuditRow, Finding, Level
 from fabric_init.tools.audit.report import AuditReport
 from tests.tools.audit import models
 
@@ -25,7 +25,7 @@ def only(report: AuditReport, check: str) -> Finding:
     return found[0]
 
 
-def row(report: AuditReport, name: str) -> Row:
+def row(report: AuditReport, name: str) -> AuditRow:
     return next(one for one in report.rows if one.name == name)
 
 
@@ -78,7 +78,7 @@ def test_a_model_without_a_recording_is_refused_with_the_way_to_record_it() -> N
 
 
 def test_what_is_no_model_is_refused() -> None:
-    with pytest.raises(TypeError, match="not int"):
+    with pytest.raises(TypeError, match="got int"):
         audit(3)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="the callable returned int"):
         audit(lambda: 3)  # type: ignore[arg-type, return-value]
@@ -111,8 +111,8 @@ def test_three_levels_that_each_initialize_everything_are_told_and_what_they_was
     assert weights.level is Level.WARNING
     assert "initialized 3× by the model's own code: 3× normal_(mean=0, std=0.02) at " in weights.evidence
     assert f"models.py:{models.line_of('the general rule')}" in weights.evidence
-    in_vain = 2 * 4 * 2 * models.WIDTH**2  # two of three writes, to four weights
-    assert f"In vain: {in_vain:,} elements, " in weights.evidence
+    dead = 2 * 4 * 2 * models.WIDTH**2  # two of three writes, to four weights
+    assert f"Overwritten before being read: {dead:,} elements, " in weights.evidence
     assert row(report, "body.blocks.0.up.weight").full_writes == 4  # torch's own, too
 
 
@@ -131,7 +131,7 @@ def test_a_parameter_that_nobody_writes_is_an_error_and_so_is_one_written_in_par
     assert set(found) == {"gate", "table"}
     assert report.worst is Level.ERROR
     assert "no op writes it" in found["gate"].evidence
-    assert "leave a part as torch.empty made it" in found["table"].evidence
+    assert "leave a part as torch.empty allocated it" in found["table"].evidence
     assert row(report, "gate").std is None
     assert row(report, "fine").std == pytest.approx(0.5)
 

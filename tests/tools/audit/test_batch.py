@@ -80,7 +80,7 @@ def test_a_mappings_labels_are_kept_from_a_forward_that_does_not_take_them() -> 
     [
         ({"pixels": X}, r"the batch has pixels, which One.forward does not take; it takes x"),
         ((X, X, Y), r"the batch has 3 tensors, but One.forward takes \(x\)"),
-        (3, r"batch is a int: give a tensor, a tuple of One.forward's arguments"),
+        (3, r"batch is a int: pass a tensor, a tuple of One.forward's arguments"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_does(batch: Any, message: str) -> None:

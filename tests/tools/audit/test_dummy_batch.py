@@ -1,4 +1,4 @@
-"""Batches made up for models that say what they take."""
+"""Batches generated for models that declare their inputs."""
 
 from __future__ import annotations
 
@@ -51,5 +51,7 @@ def test_lightnings_example_is_taken() -> None:
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential()])
 def test_a_model_that_says_nothing_is_told_how_to_give_a_batch(model: nn.Module) -> None:
-    with pytest.raises(FabricInitError, match=r"no batch can be made up .*: audit\(model, batch=\(inputs, labels\)\)"):
+    with pytest.raises(
+        FabricInitError, match=r"no batch can be generated .*: audit\(model, batch=\(inputs, labels\)\)"
+    ):
         dummy_batch(model)

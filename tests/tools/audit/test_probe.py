@@ -153,7 +153,7 @@ def test_a_loss_that_no_weight_explains_says_so() -> None:
 
     (finding,) = errors(examine(Biased(), (), (torch.randn(8, 8), torch.ones(8, dtype=torch.int64)))[-1])
     assert finding.std is None
-    assert "No weight was found" in finding.fix
+    assert "No single weight fixes it" in finding.fix
 
 
 def test_a_recorded_model_stays_recorded_and_is_materialized_as_if_nothing_had_been() -> None:

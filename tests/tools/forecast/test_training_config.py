@@ -60,5 +60,5 @@ def test_what_lightning_refuses_is_refused(strategy: Any, precision: Any) -> Non
 def test_numbers_are_those_of_lightnings_precision_plugins(
     strategy: Any, precision: Any, kept: torch.dtype | None, masters: torch.dtype | None
 ) -> None:
-    numbers = TrainingConfig(strategy, devices=2, precision=precision).numbers
-    assert (numbers.kept, numbers.masters) == (kept, masters)
+    dtypes = TrainingConfig(strategy, devices=2, precision=precision).dtypes
+    assert (dtypes.kept, dtypes.masters) == (kept, masters)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from fabric_init.checkpoints import open_checkpoint, write_manifest
 from fabric_init.errors import CheckpointError, CheckpointFormatError, CheckpointNotFoundError
-from fabric_init.tools.inspect import Contents, inspect
+from fabric_init.tools.inspect import CheckpointContents, inspect
 from tests.fuzz.pristine import STATE, dcp, safetensors_index, torch_index, torch_legacy, torch_zip
 from tests.support.dcp_writers import save_alone
 from tests.support.deepspeed_saves import Model
@@ -29,11 +29,11 @@ def letters(tmp_path: Path) -> Path:
     return path
 
 
-def kinds(contents: Contents) -> list[str]:
+def kinds(contents: CheckpointContents) -> list[str]:
     return [one.kind for one in contents.damage]
 
 
-def whole(contents: Contents) -> str:
+def whole(contents: CheckpointContents) -> str:
     return "".join(sorted(row.key for row in contents.tensors if row.whole))
 
 

@@ -56,6 +56,11 @@ def test_every_second_layer_is_written_with_its_step() -> None:
     assert fold_names(f"blocks.{number}.w" for number in range(0, 32, 2)) == ["blocks.{0,2..30}.w"]
 
 
+def test_a_gap_after_the_first_number_is_not_written_like_a_step() -> None:
+    assert fold_names(["0", "2", "3"]) == ["{0,2,3}"]
+    assert fold_names(["0", "2", "3", "4"]) == ["{0,2,3..4}"]
+
+
 @pytest.mark.parametrize("keys", [["a.01.b"], ["a.#.b", "a.1.b"], ["a.²"], ["1"], [""]])
 def test_what_only_looks_like_a_number_stays_as_it_is(keys: list[str]) -> None:
     assert fold_names(keys) == keys

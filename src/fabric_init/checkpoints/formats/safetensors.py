@@ -13,7 +13,6 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,14 +20,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fabric_init.checkpoints.reader import TensorSpec
+from fabric_init.checkpoints.reader import BaseReader, TensorSpec
 from fabric_init.checkpoints.region import Region, window
 from fabric_init.checkpoints.storage.local import FileBytes, Opener, open_bytes
 from fabric_init.checkpoints.storage.remote import AnyPath, as_path
 from fabric_init.errors import CheckpointError, CheckpointFormatError
 
 HEADER_BYTES = 100_000_000
-"""The most that a header may have; the library's own limit."""
+"""The maximum size of a header; the library's own limit."""
 
 _DTYPE_NAMES = {
     "BOOL": "bool",
@@ -52,71 +51,56 @@ _DTYPE_NAMES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
 DTYPES = {code: getattr(torch, name) for code, name in _DTYPE_NAMES.items() if hasattr(torch, name)}
-"""What the format calls a dtype -> the dtype; an older torch lacks the newest of them."""
+"""Name of a dtype in the format -> the dtype; an older torch lacks the newest of them."""
 
 
-class SafetensorsReader:
+class SafetensorsReader(BaseReader):
     """One open ``.safetensors`` file; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`.
 
     With ``mmap=True`` (the default) ``read`` returns a view of a private copy-on-write map, without a copy: the tensor
     can become the parameter. Writing to it never reaches the file, but two reads of one key share memory. With
     ``mmap=False`` each read copies just the bytes of its region; take that when the file may be overwritten in place.
 
-    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` for a missing file and
-    :class:`~fabric_init.errors.CheckpointFormatError` for one that is truncated, corrupt or holds a dtype that torch
-    lacks (F4, F6), before any weight is read.
+    Raises:
+        CheckpointNotFoundError: the file is missing.
+        CheckpointFormatError: it is truncated, corrupt or holds a dtype that torch lacks (F4, F6).
     """
 
     format = "safetensors"
-    note: str | None = None
 
     def __init__(
         self, path: str | os.PathLike[str] | AnyPath, *, mmap: bool = True, opener: Opener | None = None
     ) -> None:
         self.path = as_path(path)
         self._bytes = open_bytes(self.path, mmap=mmap) if opener is None else opener(self.path)
-        self._tensors = _parse_header(self._bytes, direct=opener is None and isinstance(self.path, Path))
-        self._keys = tuple(self._tensors)
-
-    def keys(self) -> Sequence[str]:
-        """Every key, in the order of the data in the file."""
-        return self._keys
-
-    def spec(self, key: str) -> TensorSpec:
-        """Shape and dtype of one tensor. Raises ``KeyError`` for an unknown key."""
-        return self._find(key)[1]
+        self._offsets, self.specs = _parse_header(self._bytes, direct=opener is None and isinstance(self.path, Path))
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
-        """The tensor or a region of it, on the CPU; touches no byte outside the region (mapped: no page).
+        """Return the tensor, or a region of it, on the CPU; touches no byte outside the region (mapped: no page).
 
-        Raises ``KeyError`` for an unknown key, and :class:`~fabric_init.errors.CheckpointFormatError` when the file
-        changed after it was opened.
+        Raises:
+            KeyError: there is no such tensor.
+            CheckpointFormatError: the file changed after it was opened.
         """
-        offset, spec = self._find(key)
-        return self._bytes.tensor(spec.dtype, offset, window(spec.shape, region))
-
-    def _find(self, key: str) -> tuple[int, TensorSpec]:
-        try:
-            return self._tensors[key]
-        except KeyError:
-            raise KeyError(f"{self.path} has no tensor {key!r}") from None
+        spec = self.spec(key)
+        return self._bytes.tensor(spec.dtype, self._offsets[key], window(spec.shape, region))
 
 
-def _parse_header(file: FileBytes, *, direct: bool) -> dict[str, tuple[int, TensorSpec]]:
-    """Checkpoint key -> (byte offset in the file, spec), in the order of the data."""
+def _parse_header(file: FileBytes, *, direct: bool) -> tuple[dict[str, int], dict[str, TensorSpec]]:
+    """Return the byte offset in the file and the spec of each key, in the order of the data."""
     try:
         entries = _entries(file.path) if direct else _entries_of_copy(file)
     except (SafetensorError, OSError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointFormatError(
-            f"{file.path} is not a whole safetensors file of {file.size:,} bytes: {error}. "
+            f"{file.path} is not a complete safetensors file of {file.size:,} bytes: {error}. "
             f"If a download or copy was cut short, fetch it again."
         ) from error
 
     start = 8 + int.from_bytes(file.head(8), "little")
     _refuse_duplicates(file, start, len(entries))
-    tensors: dict[str, tuple[int, TensorSpec]] = {}
+    offsets, specs = dict[str, int](), dict[str, TensorSpec]()
     # The library has checked that tensors follow one another without a hole, so sizes give the offsets.
     offset = start
     for key, code, shape in entries:
@@ -130,16 +114,16 @@ def _parse_header(file: FileBytes, *, direct: bool) -> dict[str, tuple[int, Tens
         # Only an empty tensor can lie about its other dimensions: the bytes of any other were counted.
         if not count and math.prod(size or 1 for size in shape) >= 2**63:
             raise CheckpointFormatError(f"{file.path}: tensor {key!r} has shape {shape}, beyond what torch can hold.")
-        tensors[key] = offset, TensorSpec(torch.Size(shape), dtype)
+        offsets[key], specs[key] = offset, TensorSpec(torch.Size(shape), dtype)
         offset += count * dtype.itemsize
     if offset != file.size:
         # The library opened the path by itself; between the two the file was replaced.
         raise CheckpointFormatError(f"{file.path} changed while it was opened; open it again.")
-    return tensors
+    return offsets, specs
 
 
 def _entries(path: AnyPath | str) -> list[tuple[str, str, list[int]]]:
-    """Key, dtype and shape of each tensor, as the library reads and checks them."""
+    """Return key, dtype and shape of each tensor, as the library reads and checks them."""
     # "numpy" only chooses what get_tensor would return; "pt" would map the file a second time.
     header: Any = safe_open(path, "numpy")
     parts = [(key, header.get_slice(key)) for key in header.offset_keys()]
@@ -147,8 +131,8 @@ def _entries(path: AnyPath | str) -> list[tuple[str, str, list[int]]]:
 
 
 def _entries_of_copy(file: FileBytes) -> list[tuple[str, str, list[int]]]:
-    # The library takes a path only. It is given a file of the same size with the same header and a hole for the data:
-    # so it checks what was read, from wherever that came.
+    # The library takes a path only. It gets a file of the same size with the same header and a hole for the data: so it
+    # checks the header that was read, wherever that came from.
     length = int.from_bytes(file.head(8), "little")
     with TemporaryDirectory() as folder:
         copy = os.path.join(folder, "header.safetensors")
@@ -159,7 +143,7 @@ def _entries_of_copy(file: FileBytes) -> list[tuple[str, str, list[int]]]:
 
 
 def _refuse_duplicates(file: FileBytes, start: int, expected: int) -> None:
-    """The format forbids a key given twice; the library lets the last one win, which may not be what was meant."""
+    """Refuse a key that occurs twice: the format forbids it, but the library lets the last one win."""
     header = file.head(start)[8:]
     if header.count(b'"data_offsets"') == expected:
         return
@@ -174,4 +158,4 @@ def _refuse_duplicates(file: FileBytes, start: int, expected: int) -> None:
     except (ValueError, RecursionError) as error:
         raise CheckpointFormatError(f"{file.path}: the header is not JSON: {error}.") from error
     if repeated:
-        raise CheckpointFormatError(f"{file.path}: the header gives {repeated[0]!r} twice; save the file again.")
+        raise CheckpointFormatError(f"{file.path}: the header has {repeated[0]!r} twice; save the file again.")

@@ -10,15 +10,13 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
 
 import torch
 
 from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
 from fabric_init.checkpoints.formats.torch_save.reader import TorchFileReader
-from fabric_init.checkpoints.reader import CheckpointReader, TensorSpec
+from fabric_init.checkpoints.reader import BaseReader, CheckpointReader
 from fabric_init.checkpoints.region import Region
 from fabric_init.checkpoints.storage.local import Opener, open_bytes
 from fabric_init.checkpoints.storage.remote import AnyPath, as_path
@@ -28,18 +26,17 @@ from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
 _INDEX_BYTES = 100_000_000
 
 
-class ShardedReader:
+class ShardedReader(BaseReader):
     """The shards that one index file names; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`.
 
     Opening reads every shard's header (no weight) and checks that each indexed key is where the index says. ``path`` is
     the folder or index that was asked for. ``mmap`` as in the readers of the single files.
 
-    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when the index or a shard is missing, and
-    :class:`~fabric_init.errors.CheckpointFormatError` when the index is not what it should be, names a file outside its
-    folder or a key that its shard lacks, or when a shard cannot be read.
+    Raises:
+        CheckpointNotFoundError: the index or a shard is missing.
+        CheckpointFormatError: the index is damaged, names a file outside its folder or a key that its shard lacks, or a
+            shard cannot be read.
     """
-
-    note: str | None = None
 
     def __init__(
         self,
@@ -70,7 +67,8 @@ class ShardedReader:
                     f"same checkpoint: fetch or save them together."
                 )
             self._where[key] = self._shards[name]
-        self._keys = tuple(weight_map)
+        self.specs = {key: shard.spec(key) for key, shard in self._where.items()}
+        self.extra_state = {key: state for shard in self._shards.values() for key, state in shard.extra_state.items()}
         kinds = sorted({shard.format for shard in self._shards.values()})
         self.format = f"sharded {' and '.join(kinds)}"
         self.note = self._notes(sum(map(len, known.values())) - len(weight_map))
@@ -81,29 +79,10 @@ class ShardedReader:
             notes.append(f"tensors in the shards that the index does not list, ignored: {unlisted}")
         return "; ".join(notes) or None
 
-    @property
-    def extra_state(self) -> dict[str, Any]:
-        """Entries ``*_extra_state`` of torch shards that are not tensors."""
-        shards = (shard for shard in self._shards.values() if isinstance(shard, TorchFileReader))
-        return {key: value for shard in shards for key, value in shard.extra_state.items()}
-
-    def keys(self) -> Sequence[str]:
-        """Every key of the index, in its order."""
-        return self._keys
-
-    def spec(self, key: str) -> TensorSpec:
-        """Shape and dtype of one tensor, from the header of its shard. Raises ``KeyError`` for an unknown key."""
-        return self._find(key).spec(key)
-
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
-        """The tensor or a region of it, as its shard's reader gives it. Raises ``KeyError`` for an unknown key."""
-        return self._find(key).read(key, region)
-
-    def _find(self, key: str) -> CheckpointReader:
-        try:
-            return self._where[key]
-        except KeyError:
-            raise KeyError(f"{self.path} has no tensor {key!r}") from None
+        """Return the tensor, or a region of it, from its shard. Raises ``KeyError`` for an unknown key."""
+        self.spec(key)
+        return self._where[key].read(key, region)
 
 
 def _open_shard(path: AnyPath, mmap: bool, opener: Opener | None) -> SafetensorsReader | TorchFileReader:
@@ -112,20 +91,21 @@ def _open_shard(path: AnyPath, mmap: bool, opener: Opener | None) -> Safetensors
 
 
 def read_weight_map(index: AnyPath, opener: Opener | None = None) -> dict[str, str]:
-    """What an index says: checkpoint key -> name of the shard that holds it."""
+    """Return the ``weight_map`` of an index: checkpoint key -> name of the shard that holds it."""
     file = open_bytes(index, mmap=False) if opener is None else opener(index)
     if file.size > _INDEX_BYTES:
         raise CheckpointFormatError(f"{index} has {file.size:,} bytes; an index has at most {_INDEX_BYTES:,}.")
 
     def refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        content = dict(pairs)
+        if len(content) < len(pairs):
             twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
             raise ValueError(f"the key {twice!r} is given twice")
-        return found
+        return content
 
+    text = file.head(file.size)
     try:
-        content = json.loads(file.head(file.size), object_pairs_hook=refuse_duplicates)
+        content = json.loads(text, object_pairs_hook=refuse_duplicates)
     except (ValueError, RecursionError) as error:
         raise CheckpointFormatError(f"{index} is not a readable index: {error}. Fetch or save it again.") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -142,18 +122,19 @@ def read_weight_map(index: AnyPath, opener: Opener | None = None) -> dict[str, s
 def check_shard(index: Path, name: str, count: int) -> os.stat_result:
     """Refuse a file name in ``index`` (of ``count`` keys) that leaves its folder, or that no file there has.
 
-    Returns what the system knows of the file.
+    Returns:
+        The result of ``os.stat``.
     """
     _refuse_outside(index, name)
     try:
-        found = os.stat(index.parent / name)
+        status = os.stat(index.parent / name)
     except PermissionError as error:
         raise CheckpointFormatError(f"{index}: shard {name!r} cannot be reached: {error}.") from error
     except (OSError, ValueError):  # ValueError: a null byte
         raise _missing(index, name, count) from None
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise _missing(index, name, count)
-    return found
+    return status
 
 
 def _refuse_outside(index: AnyPath, name: str) -> None:

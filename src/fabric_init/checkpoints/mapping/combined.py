@@ -1,4 +1,4 @@
-"""Several checkpoints that together fill one model, as one."""
+"""Several checkpoints that together fill one model, as a single reader."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from fabric_init.checkpoints import CheckpointReader, Region, TensorSpec
+from fabric_init.checkpoints.reader import BaseReader, CheckpointReader
+from fabric_init.checkpoints.region import Region
 
 
-class CombinedReader:
+class CombinedReader(BaseReader):
     """A :class:`~fabric_init.checkpoints.reader.CheckpointReader` over others.
 
     Keys of the first reader stay as they are; those of the others have their path in front, and a number where several
@@ -25,26 +26,21 @@ class CombinedReader:
             for index, (reader, path) in enumerate(zip(self._readers, its_paths, strict=True))
         }
         self._places = {self.key(reader, key): (reader, key) for reader in self._readers for key in reader.keys()}
+        self.specs = {key: reader.spec(own) for key, (reader, own) in self._places.items()}
         paths = dict.fromkeys(its_paths)
         notes = dict.fromkeys(reader.note for reader in self._readers if reader.note)
         self.path, self.format = Path(" + ".join(paths)), self._readers[0].format
         self.note = "; ".join(notes) or None
 
     def __len__(self) -> int:
-        """How many readers."""
+        """Return the number of readers."""
         return len(self._readers)
 
     def key(self, reader: CheckpointReader, key: str) -> str:
-        """What ``key`` of one of the readers is called here."""
+        """Return the key in this reader for ``key`` of one of the readers."""
         return key if reader is self._readers[0] else f"{self._labels[id(reader)]}: {key}"
 
-    def keys(self) -> Sequence[str]:
-        return tuple(self._places)
-
-    def spec(self, key: str) -> TensorSpec:
-        reader, own = self._places[key]
-        return reader.spec(own)
-
     def read(self, key: str, region: Region | None = None) -> Tensor:
+        self.spec(key)
         reader, own = self._places[key]
         return reader.read(own, region)

@@ -1,4 +1,4 @@
-"""What conversions check: their own arguments when they are written, and the checkpoint when it is opened."""
+"""Checks of conversions: of their arguments when they are declared, of the checkpoint when it is opened."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Specs = Mapping[str, TensorSpec]
 
 
 def listed(of: object, what: str, names: Sequence[str]) -> Sequence[str]:
-    """``names``, if it is a list of different ones. Raises ``ValueError``, as the next two do."""
+    """Return ``names``. Raise ``ValueError``, as the next two do, unless they are a list without duplicates."""
     if isinstance(names, str) or not names:
         raise ValueError(f"{type(of).__name__}: {what} should be a list of names, not {names!r}")
     if len(set(names)) < len(names):
@@ -25,7 +25,7 @@ def listed(of: object, what: str, names: Sequence[str]) -> Sequence[str]:
 
 
 def check_blanks(of: object, sources: Sequence[str], into: Sequence[str], more: int = 0) -> None:
-    """Every name is one, all on a side have as many ``{}``, and ``into`` has ``more`` of them than the sources."""
+    """Require valid names, as many ``{}`` in each of a side, and ``more`` of them in ``into`` than in the sources."""
     old = [KeyPattern(name).blanks for name in sources]
     new = [KeyPattern(name).blanks for name in into]
     if len(set(old)) > 1 or any(count != old[0] + more for count in new):
@@ -34,7 +34,7 @@ def check_blanks(of: object, sources: Sequence[str], into: Sequence[str], more: 
 
 
 def check_groups(of: object, groups: int) -> None:
-    """There is at least one group."""
+    """Require at least one group."""
     if groups < 1:
         raise ValueError(f"{of}: groups={groups} should be 1 or more")
 
@@ -43,42 +43,42 @@ def check_groups(of: object, groups: int) -> None:
 
 
 def matching(specs: Specs, name: str) -> list[tuple[str, Match]]:
-    """Keys that ``name`` stands for, with what is around it.
+    """Return the keys that ``name`` matches, with their matches.
 
-    Raises :class:`~fabric_init.errors.CheckpointMismatchError` when there is none, as the next three do when shapes or
-    dtypes do not fit.
+    Raises:
+        CheckpointMismatchError: there is none. The next three functions raise it when shapes or dtypes do not fit.
     """
     pattern = KeyPattern(name)
-    found = [(key, match) for key in specs if (match := pattern.match(key)) is not None]
-    if not found:
+    matches = [(key, match) for key in specs if (match := pattern.match(key)) is not None]
+    if not matches:
         depth = name.count(".") + 1
         ends = {".".join("{}" if part.isdecimal() else part for part in key.split(".")[-depth:]) for key in specs}
         close = get_close_matches(name, sorted(ends)[:10_000], n=3)
         hint = f"; there is {', '.join(map(repr, close))}" if close else ""
         raise CheckpointMismatchError(f"no key ends in {name!r}{hint}")
-    return found
+    return matches
 
 
 def dimension(key: str, spec: TensorSpec, dim: int) -> int:
-    """``dim``, counted from the front."""
+    """Return ``dim``, counted from the front."""
     if not -len(spec.shape) <= dim < len(spec.shape):
         raise CheckpointMismatchError(f"{key} is {shape_of(spec)}: it has no dimension {dim}")
     return dim % len(spec.shape)
 
 
 def share(key: str, spec: TensorSpec, size: int, groups: int) -> int:
-    """How much of ``size`` is in each group."""
+    """Return how much of ``size`` is in each group."""
     if size % groups:
         raise CheckpointMismatchError(f"{key} is {shape_of(spec)}: a size of {size} cannot be in {groups} equal groups")
     return size // groups
 
 
 def check_alike(key: str, spec: TensorSpec, other: str, other_spec: TensorSpec, but_for: int | None = None) -> None:
-    """Both have one dtype and one shape, but for one dimension."""
-    one, two = list(spec.shape), list(other_spec.shape)
-    if but_for is not None and but_for < len(two):
-        one[but_for] = two[but_for] = 0
-    if one != two:
+    """Require the same dtype and the same shape, but for one dimension."""
+    shape, other_shape = list(spec.shape), list(other_spec.shape)
+    if but_for is not None and but_for < len(other_shape):
+        shape[but_for] = other_shape[but_for] = 0
+    if shape != other_shape:
         raise CheckpointMismatchError(
             f"{key} is {shape_of(spec)} and {other} is {shape_of(other_spec)}: they cannot be put together"
         )
@@ -87,5 +87,5 @@ def check_alike(key: str, spec: TensorSpec, other: str, other_spec: TensorSpec, 
 
 
 def shape_of(spec: TensorSpec) -> str:
-    """For messages."""
+    """Return the shape as text, for messages."""
     return str(tuple(spec.shape))

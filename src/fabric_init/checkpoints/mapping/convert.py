@@ -1,4 +1,4 @@
-"""Declarations of how tensors lie differently in a checkpoint and in a model: joined or apart, stacked, transposed.
+"""Declare how tensors of a checkpoint differ from the model's: joined or split, stacked, transposed.
 
 Keys are named by their ends, see :class:`~fabric_init.checkpoints.mapping.key_pattern.KeyPattern`:
 ``"qkv_proj.weight"`` stands for that tensor of every layer, whatever comes before, and what comes before is kept.
@@ -28,18 +28,19 @@ from fabric_init.checkpoints.mapping.conversion_checks import (
     share,
 )
 from fabric_init.checkpoints.mapping.key_pattern import KeyPattern, Match
-from fabric_init.checkpoints.mapping.lazy import Joined, Made, Run, Stacked, Transposed, Unstacked, swapped
+from fabric_init.checkpoints.mapping.lazy import Joined, LazyTensor, Run, Stacked, Transposed, Unstacked, swapped
 from fabric_init.checkpoints.reader import TensorSpec
 from fabric_init.errors import CheckpointMismatchError
 
 
 class Conversion(Protocol):
-    """One declaration; ``str()`` of it is what error messages and reports say."""
+    """One declaration; error messages and reports show its ``str()``."""
 
-    def made(self, specs: Specs) -> Mapping[str, Made]:
-        """The tensors that take the place of their sources, of a checkpoint that holds ``specs``; by their new keys.
+    def made(self, specs: Specs) -> Mapping[str, LazyTensor]:
+        """Return the tensors that replace their sources in a checkpoint with ``specs``, by their new keys.
 
-        Raises :class:`~fabric_init.errors.CheckpointMismatchError` when the checkpoint is not as declared.
+        Raises:
+            CheckpointMismatchError: the checkpoint is not as declared.
         """
         ...
 
@@ -71,12 +72,12 @@ class Split:
             raise ValueError(f"{self}: sizes={list(self.sizes)} should be one size for each of {len(self.into)} parts")
 
     def __str__(self) -> str:
-        return _said(self, self.source)
+        return _as_source(self, self.source)
 
-    def made(self, specs: Specs) -> Mapping[str, Made]:
+    def made(self, specs: Specs) -> Mapping[str, LazyTensor]:
         return dict(part for key, match in matching(specs, self.source) for part in self._parts(key, match, specs[key]))
 
-    def _parts(self, key: str, match: Match, spec: TensorSpec) -> Iterator[tuple[str, Made]]:
+    def _parts(self, key: str, match: Match, spec: TensorSpec) -> Iterator[tuple[str, LazyTensor]]:
         dim = dimension(key, spec, self.dim)
         full, count = spec.shape[dim], len(self.into)
         sizes = [full // count] * count if self.sizes is None else list(self.sizes)
@@ -116,9 +117,9 @@ class Fuse:
         check_groups(self, self.groups)
 
     def __str__(self) -> str:
-        return _said(self, list(self.sources))
+        return _as_source(self, list(self.sources))
 
-    def made(self, specs: Specs) -> Mapping[str, Made]:
+    def made(self, specs: Specs) -> Mapping[str, LazyTensor]:
         parts: dict[Match, dict[str, str]] = {}
         for source in self.sources:
             for key, match in matching(specs, source):
@@ -126,11 +127,11 @@ class Fuse:
         into = KeyPattern(self.into)
         return {into.key(match): self._joined(match, keys, specs) for match, keys in parts.items()}
 
-    def _joined(self, match: Match, found: Mapping[str, str], specs: Specs) -> Made:
-        lacking = [KeyPattern(source).key(match) for source in self.sources if source not in found]
+    def _joined(self, match: Match, parts: Mapping[str, str], specs: Specs) -> LazyTensor:
+        lacking = [KeyPattern(source).key(match) for source in self.sources if source not in parts]
         if lacking:
-            raise CheckpointMismatchError(f"there is {', '.join(found.values())}, but no {', '.join(lacking)}")
-        keys = [found[source] for source in self.sources]
+            raise CheckpointMismatchError(f"there is {', '.join(parts.values())}, but no {', '.join(lacking)}")
+        keys = [parts[source] for source in self.sources]
         first = specs[keys[0]]
         dim = dimension(keys[0], first, self.dim)
         for key in keys[1:]:
@@ -160,9 +161,9 @@ class Stack:
         check_blanks(self, [self.source], [self.into], more=-1)
 
     def __str__(self) -> str:
-        return _said(self, self.source)
+        return _as_source(self, self.source)
 
-    def made(self, specs: Specs) -> Mapping[str, Made]:
+    def made(self, specs: Specs) -> Mapping[str, LazyTensor]:
         stacks: dict[Match, dict[int, str]] = {}
         for key, (head, blanks) in matching(specs, self.source):
             if blanks[-1].isdecimal() and len(blanks[-1]) < 10:
@@ -172,12 +173,12 @@ class Stack:
         into = KeyPattern(self.into)
         return {into.key(match): self._stacked(match, keys, specs) for match, keys in stacks.items()}
 
-    def _stacked(self, match: Match, found: Mapping[int, str], specs: Specs) -> Made:
-        for number in range(max(found)):
-            if number not in found:
+    def _stacked(self, match: Match, numbered: Mapping[int, str], specs: Specs) -> LazyTensor:
+        for number in range(max(numbered)):
+            if number not in numbered:
                 key = KeyPattern(self.source).key(Match(match.head, (*match.blanks, str(number))))
-                raise CheckpointMismatchError(f"there is {found[max(found)]}, but no {key}")
-        keys = [found[number] for number in range(len(found))]
+                raise CheckpointMismatchError(f"there is {numbered[max(numbered)]}, but no {key}")
+        keys = [numbered[number] for number in range(len(numbered))]
         first = specs[keys[0]]
         for key in keys[1:]:
             check_alike(keys[0], first, key, specs[key])
@@ -200,10 +201,10 @@ class Unstack:
         check_blanks(self, [self.source], [self.into], more=1)
 
     def __str__(self) -> str:
-        return _said(self, self.source)
+        return _as_source(self, self.source)
 
-    def made(self, specs: Specs) -> Mapping[str, Made]:
-        made: dict[str, Made] = {}
+    def made(self, specs: Specs) -> Mapping[str, LazyTensor]:
+        made: dict[str, LazyTensor] = {}
         into = KeyPattern(self.into)
         for key, (head, blanks) in matching(specs, self.source):
             spec = specs[key]
@@ -211,8 +212,8 @@ class Unstack:
             if not spec.shape.numel():  # a header may then claim any count
                 raise CheckpointMismatchError(f"{key} is {shape_of(spec)}: there is nothing in it")
             for index in range(count):
-                one = _spec(spec.shape[1:], spec, f"number {index} of {key} {shape_of(spec)}")
-                made[into.key(Match(head, (*blanks, str(index))))] = Unstacked(one, key, index)
+                part = _spec(spec.shape[1:], spec, f"number {index} of {key} {shape_of(spec)}")
+                made[into.key(Match(head, (*blanks, str(index))))] = Unstacked(part, key, index)
         return made
 
 
@@ -227,10 +228,10 @@ class Transpose:
             KeyPattern(name)
 
     def __str__(self) -> str:
-        return _said(self, list(self.names))
+        return _as_source(self, list(self.names))
 
-    def made(self, specs: Specs) -> Mapping[str, Made]:
-        made: dict[str, Made] = {}
+    def made(self, specs: Specs) -> Mapping[str, LazyTensor]:
+        made: dict[str, LazyTensor] = {}
         for name in self.names:
             for key, _ in matching(specs, name):
                 spec = specs[key]
@@ -241,10 +242,10 @@ class Transpose:
         return made
 
 
-def _said(conversion: Split | Fuse | Stack | Unstack | Transpose, first: object) -> str:
-    """The declaration as it would be written."""
-    others = [one for one in fields(conversion)[1:] if getattr(conversion, one.name) != one.default]
-    named = [f"{one.name}={getattr(conversion, one.name)!r}" for one in others]
+def _as_source(conversion: Split | Fuse | Stack | Unstack | Transpose, first: object) -> str:
+    """Return the declaration as source code."""
+    others = [field for field in fields(conversion)[1:] if getattr(conversion, field.name) != field.default]
+    named = [f"{field.name}={getattr(conversion, field.name)!r}" for field in others]
     return f"{type(conversion).__name__}({', '.join([repr(first), *named])})"
 
 

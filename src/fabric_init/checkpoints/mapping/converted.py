@@ -1,36 +1,36 @@
-"""A checkpoint whose tensors lie as a model's do, after declared conversions, and still can be read in parts."""
+"""A checkpoint after declared conversions; regions of its tensors can still be read alone."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
 from fabric_init.checkpoints.mapping.convert import Conversion
-from fabric_init.checkpoints.mapping.lazy import Made
-from fabric_init.checkpoints.reader import CheckpointReader, TensorSpec
-from fabric_init.checkpoints.region import Region, Span, boxes_of, whole
+from fabric_init.checkpoints.mapping.lazy import LazyTensor
+from fabric_init.checkpoints.reader import BaseReader, CheckpointReader, TensorSpec
+from fabric_init.checkpoints.region import Region, Span, boxes_of, full_box
 from fabric_init.errors import CheckpointMismatchError
 
 
 def converted(reader: CheckpointReader, conversions: Sequence[Conversion]) -> CheckpointReader:
-    """``reader`` as ``conversions`` make it, each of what the one before it gives. Only headers are looked at.
+    """Apply ``conversions`` to ``reader``, one after the other. Only headers are read.
 
-    Raises :class:`~fabric_init.errors.CheckpointMismatchError` when the checkpoint is not as declared, or two of its
-    tensors would get one key; ``TypeError`` when ``conversions`` is no list of conversions.
+    Raises:
+        CheckpointMismatchError: the checkpoint is not as declared, or two of its tensors would get one key.
+        TypeError: ``conversions`` is no list of conversions.
     """
     if not isinstance(conversions, Sequence):
-        raise TypeError(f"convert takes a list of conversions, not {conversions!r}: convert=[Split(…), …]")
+        raise TypeError(f"convert must be a list of conversions, such as [Split(…), …], got {conversions!r}")
     for conversion in conversions:
         if isinstance(conversion, type) or not callable(getattr(conversion, "made", None)):
-            raise TypeError(f"convert takes a list of conversions (Split, Fuse, …), and {conversion!r} is none")
+            raise TypeError(f"convert must be a list of conversions (Split, Fuse, …), got {conversion!r}")
         reader = ConvertedReader(reader, conversion)
     return reader
 
 
-class ConvertedReader:
+class ConvertedReader(BaseReader):
     """``below`` after one conversion; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`."""
 
     def __init__(self, below: CheckpointReader, conversion: Conversion) -> None:
@@ -39,34 +39,21 @@ class ConvertedReader:
         specs = {key: below.spec(key) for key in below.keys()}
         try:
             self._made = conversion.made(specs)
-            self._keys = _keys_after(specs, self._made)
+            keys = _keys_after(specs, self._made)
         except CheckpointMismatchError as error:
             raise CheckpointMismatchError(f"{below.path}: {conversion}: {error}.") from None
-        self._specs = {key: specs[key] for key in self._keys if key not in self._made}
-        self.extra_state: Mapping[str, Any] = getattr(below, "extra_state", {})
-        """What is no tensor is no conversion's concern."""
-        self.note: str | None = "; ".join(filter(None, [below.note, f"{conversion}: {len(self._made)} tensors made"]))
-
-    def keys(self) -> Sequence[str]:
-        """Every key after the conversion; what is made stands where its first source stood."""
-        return self._keys
-
-    def spec(self, key: str) -> TensorSpec:
-        """Shape and dtype of one tensor. Raises ``KeyError`` for an unknown key, and for one that was converted."""
-        made = self._made.get(key)
-        spec = self._specs.get(key) if made is None else made.spec
-        if spec is None:
-            raise KeyError(f"{self.path} has no tensor {key!r}")
-        return spec
+        self.specs = {key: self._made[key].spec if key in self._made else specs[key] for key in keys}
+        self.extra_state = below.extra_state  # conversions are of tensors
+        self.note = "; ".join(filter(None, [below.note, f"{conversion}: {len(self._made)} tensors made"]))
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
-        """The tensor or a region of it; of its sources, only what the region needs is read."""
+        """Return the tensor, or a region of it; of its sources, only what the region needs is read."""
         made = self._made.get(key)
         if made is None:
             self.spec(key)
             return self._below.read(key, region)
         if not isinstance(region, Span):
-            return made.read(self._below.read, region or whole(made.spec.shape))
+            return made.read(self._below.read, region or full_box(made.spec.shape))
         out = torch.empty(region.numel, dtype=made.spec.dtype, device="cpu")
         at = 0
         for box in boxes_of(made.spec.shape, region):
@@ -75,11 +62,11 @@ class ConvertedReader:
         return out
 
 
-def _keys_after(specs: Mapping[str, TensorSpec], made: Mapping[str, Made]) -> tuple[str, ...]:
-    used = {source for one in made.values() for source in one.sources}
+def _keys_after(specs: Mapping[str, TensorSpec], made: Mapping[str, LazyTensor]) -> tuple[str, ...]:
+    used = {source for tensor in made.values() for source in tensor.sources}
     first: defaultdict[str, list[str]] = defaultdict(list)
-    for key, one in made.items():
+    for key, tensor in made.items():
         if key in specs and key not in used:
             raise CheckpointMismatchError(f"it makes {key}, and the checkpoint has a tensor of that name already")
-        first[one.sources[0]].append(key)
+        first[tensor.sources[0]].append(key)
     return tuple(name for key in specs for name in (first[key] if key in used else (key,)))

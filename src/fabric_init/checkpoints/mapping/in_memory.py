@@ -1,19 +1,18 @@
-"""TODO"""
+"""A state dict in memory as a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fabric_init.checkpoints import Region, TensorSpec
-from fabric_init.checkpoints.region import take
+from fabric_init.checkpoints.reader import BaseReader, TensorSpec
+from fabric_init.checkpoints.region import Region, take
 
 
-class StateDictReader:
-    """A state dict in memory, as a :class:`~fabric_init.checkpoints.reader.CheckpointReader`."""
+class StateDictReader(BaseReader):
+    """A :class:`~fabric_init.checkpoints.reader.CheckpointReader` over the tensors of a state dict."""
 
     path = Path("load_state_dict")
     format = "state dict"
@@ -21,14 +20,9 @@ class StateDictReader:
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         self._state = state
-
-    def keys(self) -> Sequence[str]:
-        return tuple(self._state)
-
-    def spec(self, key: str) -> TensorSpec:
-        return TensorSpec(self._state[key].shape, self._state[key].dtype)
+        self.specs = {key: TensorSpec(tensor.shape, tensor.dtype) for key, tensor in state.items()}
 
     def read(self, key: str, region: Region | None = None) -> Tensor:
-        """A copy on the CPU: what the user has loaded stays the user's."""
+        """Return a copy on the CPU: filling must not tie the model to the tensors that the user has loaded."""
         part = take(self._state[key], region)
         return part.to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""Names for many keys at once: the end of a key, with ``{}`` for what differs."""
+"""Match many keys by one pattern: the end of a key, with ``{}`` for parts that differ."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import NamedTuple
 
 
 class Match(NamedTuple):
-    """What a key has beyond its pattern: all that comes before, and one dotted part for each ``{}``."""
+    """The parts of a key that its pattern leaves open: all that comes before, and one dotted part for each ``{}``."""
 
     head: str
     blanks: tuple[str, ...]
 
 
 class KeyPattern:
-    """``"experts.{}.w1.weight"``: any key that ends so, at a dot. Each ``{}`` stands for one dotted part.
+    """A pattern such as ``"experts.{}.w1.weight"``: any key that ends so, at a dot. ``{}`` matches one dotted part.
 
-    Raises ``ValueError`` for an empty pattern.
+    Raises:
+        ValueError: the pattern is empty.
     """
 
     def __init__(self, text: str) -> None:
@@ -30,11 +31,11 @@ class KeyPattern:
         self._regex = re.compile(rf"((?:.*\.)?){tail}", re.DOTALL)
 
     def match(self, key: str) -> Match | None:
-        """How the key fits; ``None`` when it does not."""
-        found = self._regex.fullmatch(key)
-        return Match(found[1], found.groups()[1:]) if found else None
+        """Match a key; ``None`` if it does not fit."""
+        match = self._regex.fullmatch(key)
+        return Match(match[1], match.groups()[1:]) if match else None
 
     def key(self, match: Match) -> str:
-        """The key that fits in this way: the inverse of :meth:`match`."""
+        """Return the key with this match: the inverse of :meth:`match`."""
         parts = self.text.split("{}")
         return match.head + parts[0] + "".join(map("".join, zip(match.blanks, parts[1:], strict=True)))

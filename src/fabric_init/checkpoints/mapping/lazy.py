@@ -1,6 +1,6 @@
-"""Tensors that are put together from regions of others; each reads what the region needs and no more.
+"""Tensors that are assembled from regions of others when they are read; only what a region needs is read.
 
-A tensor that is one plain slice of another is a view of what its source's reader gives: nothing is copied.
+A tensor that is one plain slice of another is a view of what its source's reader returns: nothing is copied.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ _READ_AT_ONCE = 1 << 20  # bytes; what is larger and freed between tensors that 
 ReadBox = Callable[[str, Box], torch.Tensor]
 
 
-class Made(Protocol):
-    """How one tensor is made of those under the keys ``sources``."""
+class LazyTensor(Protocol):
+    """One tensor that is made of those under the keys ``sources``."""
 
     spec: TensorSpec
     sources: tuple[str, ...]
 
     def read(self, read: ReadBox, box: Box) -> torch.Tensor:
-        """The ``box`` of this tensor, in the dtype of ``spec``; ``read`` gives boxes of the sources."""
+        """Return the ``box`` of this tensor, in the dtype of ``spec``; ``read`` returns boxes of the sources."""
         ...
 
 
 class Run(NamedTuple):
-    """Of the tensor under ``key``, the indices ``start : start + size`` along one dimension."""
+    """Indices ``start : start + size`` along one dimension of the tensor under ``key``."""
 
     key: str
     start: int
@@ -90,7 +90,7 @@ class Stacked:
 
 
 class Unstacked:
-    """One of those that lie along a tensor's first dimension."""
+    """One index along a tensor's first dimension."""
 
     def __init__(self, spec: TensorSpec, source: str, index: int) -> None:
         self.spec = spec
@@ -113,7 +113,7 @@ class Transposed:
 
 
 def swapped(numbers: Sequence[int]) -> tuple[int, ...]:
-    """With the last two in each other's place."""
+    """Return the numbers with the last two swapped."""
     *others, last, final = numbers
     return (*others, final, last)
 

@@ -1,4 +1,4 @@
-"""Checkpoint keys -> tensor names."""
+"""Map checkpoint keys to tensor names."""
 
 from __future__ import annotations
 
@@ -6,28 +6,35 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from fabric_init.checkpoints.mapping.select import Layers, Part
-from fabric_init.errors import CheckpointMismatchError
+from fabric_init.errors import CheckpointMismatchError, OptionError
 
 _OneRename = Mapping[str, str] | Callable[[str], str | None]
 Rename = _OneRename | Sequence[_OneRename] | None
 
+_WRONG_TYPE = "rename must be a mapping of regex to replacement or a callable, got {!r}"
+
 
 def rename_keys(keys: Iterable[str], rename: Rename) -> dict[str, str]:
-    """Checkpoint key -> tensor name, in the order of ``keys``.
+    """Return the tensor name for each checkpoint key, in the order of ``keys``.
 
-    ``rename`` is a mapping of regex -> replacement (each applied with ``re.sub``, in order), or a callable that is
-    given a key and returns the name, or ``None`` to drop it, or a list of these, applied in order; dropped keys are
-    absent. ``None`` keeps every key.
+    Args:
+        keys: of the checkpoint.
+        rename: a mapping of regex -> replacement (each applied with ``re.sub``, in order); or a callable that takes a
+            key and returns the name, or ``None`` to drop the key; or a list of these, applied in order. ``None`` keeps
+            every key.
 
-    Raises :class:`~fabric_init.errors.CheckpointMismatchError` for an invalid regex or replacement, a callable that
-    returns something else than a name, a part or layer that is not there, and two keys that land on one name. What the
-    callable raises goes through.
+    What a callable raises is passed on.
+
+    Raises:
+        OptionError: A regex or replacement is invalid, or a callable returned something other than a name or ``None``.
+        CheckpointMismatchError: A part or layer is not there, or two keys get the same name.
+        TypeError: ``rename`` is neither a mapping, nor a callable, nor a list of these.
     """
     names = {key: key for key in keys}
-    for one in _as_list(rename):
-        if isinstance(one, (Part, Layers)):
-            one.check(names.values())
-        apply = _as_function(one)
+    for rule in _as_list(rename):
+        if isinstance(rule, (Part, Layers)):
+            rule.check(names.values())
+        apply = _as_function(rule)
         names = {key: new for key, name in names.items() if (new := _checked(name, apply(name))) is not None}
     taken: dict[str, str] = {}
     for key, name in names.items():
@@ -42,21 +49,22 @@ def rename_keys(keys: Iterable[str], rename: Rename) -> dict[str, str]:
 def _as_list(rename: Rename) -> Sequence[_OneRename]:
     if rename is None:
         return []
+    text: object = rename
+    if isinstance(text, str):  # a sequence, too
+        raise TypeError(_WRONG_TYPE.format(text))
     return rename if isinstance(rename, Sequence) else [rename]
 
 
-def _checked(key: str, name: str | None) -> str | None:
+def _checked(key: str, name: object) -> str | None:
     if name is not None and not isinstance(name, str):
-        raise CheckpointMismatchError(f"rename({key!r}) returned {name!r}, not a name (or None to drop the key).")
+        raise OptionError(f"rename({key!r}) returned {name!r}, not a name (or None to drop the key).")
     return name
 
 
 def _as_function(rename: _OneRename) -> Callable[[str], str | None]:
     if not isinstance(rename, Mapping):
         if not callable(rename):
-            raise CheckpointMismatchError(
-                f"rename: {rename!r} is neither a mapping of regex to replacement nor a callable"
-            )
+            raise TypeError(_WRONG_TYPE.format(rename))
         return rename
     rules = [(_compiled(pattern, replacement), replacement) for pattern, replacement in rename.items()]
 
@@ -74,7 +82,7 @@ def _compiled(pattern: str, replacement: str) -> re.Pattern[str]:
         compiled.sub(replacement, "")  # parses the replacement, whether it matches or not
     except (re.error, IndexError, TypeError) as error:
         # IndexError: a group name that the pattern lacks; TypeError: not strings.
-        raise CheckpointMismatchError(
+        raise OptionError(
             f"rename={{{pattern!r}: {replacement!r}}} is not a valid regular expression with its replacement: {error}. "
             f"Escape literal dots and brackets; refer to groups as \\1."
         ) from error

@@ -1,4 +1,4 @@
-"""Choices for ``rename=``: one part of a larger checkpoint, some of its layers. What is not chosen is nobody's key."""
+"""Values for ``rename=`` that select one part of a larger checkpoint, or some of its layers; other keys are dropped."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fabric_init.errors import CheckpointMismatchError
 
 @dataclass(frozen=True)
 class Part:
-    """The keys that begin with ``prefix``, without it, or with ``into`` in its place; all others are dropped.
+    """Select the keys that begin with ``prefix``, and replace it by ``into``; all other keys are dropped.
 
-    ``Part("encoder.")`` loads the encoder of a larger model; ``Part("", into="encoder.")`` loads a whole checkpoint
+    ``Part("encoder.")`` loads the encoder of a larger model; ``Part("", into="encoder.")`` loads all of a checkpoint
     into one submodule.
     """
 
@@ -37,7 +37,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Layers:
-    """Some of the checkpoint's layers onto the model's; keys of other layers are dropped, keys of no layer are kept.
+    """Map some of the checkpoint's layers to the model's; keys of other layers are dropped, keys of no layer are kept.
 
     Args:
         chosen: the checkpoint's layers in the order of the model's, ``[0, 4, 8]`` or ``range(8)``; or a mapping from
@@ -45,7 +45,8 @@ class Layers:
         at: how keys number layers: ``"layers.{}"``, ``"encoder.layer.{}"``, ``"h.{}"``. Counted is its first occurrence
             in a key, between dots.
 
-    Raises ``ValueError`` for a layer chosen twice, and an ``at`` without just one ``{}``.
+    Raises:
+        ValueError: a layer is chosen twice, or ``at`` has not exactly one ``{}``.
     """
 
     chosen: Mapping[int, int] | Sequence[int]
@@ -70,18 +71,18 @@ class Layers:
         return f"Layers({chosen}, at={self.at!r})"
 
     def __call__(self, key: str) -> str | None:
-        found = self._pattern.search(key)
-        if found is None:
+        match = self._pattern.search(key)
+        if match is None:
             return key
-        onto = self._onto.get(int(found[2]))
-        return None if onto is None else f"{key[: found.end(1)]}{onto}{key[found.end() :]}"
+        onto = self._onto.get(int(match[2]))
+        return None if onto is None else f"{key[: match.end(1)]}{onto}{key[match.end() :]}"
 
     def check(self, keys: Collection[str]) -> None:
         """Raise :class:`~fabric_init.errors.CheckpointMismatchError` if a chosen layer is not there."""
-        there = {int(found[2]) for key in keys if (found := self._pattern.search(key)) is not None}
+        there = {int(match[2]) for key in keys if (match := self._pattern.search(key)) is not None}
         lacking = [number for number in self._onto if number not in there]
         if not there:
-            numbered = Counter(found[1] + ".{}" for key in keys if (found := re.match(r"(.*?\D)\.\d+\.", key)))
+            numbered = Counter(match[1] + ".{}" for key in keys if (match := re.match(r"(.*?\D)\.\d+\.", key)))
             listed = ", ".join(repr(name) for name, _ in numbered.most_common(5))
             hint = f"layers seem to be at {listed}" if listed else "no key has a number between dots"
             raise CheckpointMismatchError(f"{self}: no key has {self.at!r} in it; {hint}")

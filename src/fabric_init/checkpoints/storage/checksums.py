@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from fabric_init.checkpoints.region import Window
+from fabric_init.checkpoints.storage.gather import gather
 from fabric_init.checkpoints.storage.local import FileBytes, Opener, memory, open_bytes
 from fabric_init.checkpoints.storage.remote import AnyPath, as_path
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
@@ -37,7 +38,7 @@ _BLOCK_LINE = re.compile(r"# ([0-9a-f]{64})")
 
 @dataclass(slots=True)
 class _Digests:
-    whole: str
+    of_file: str
     blocks: list[str] = field(default_factory=list)
 
 
@@ -47,8 +48,9 @@ class Manifest:
     A file is looked up by its name with as many folders before it as the manifest has: ``model.safetensors`` stands for
     a file of that name wherever it is, ``a/model.safetensors`` only for one in a folder ``a``.
 
-    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when there is no such file and
-    :class:`~fabric_init.errors.CheckpointFormatError` when it is no manifest.
+    Raises:
+        CheckpointNotFoundError: there is no such file.
+        CheckpointFormatError: it is not a manifest.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -64,7 +66,7 @@ class Manifest:
                 last.blocks.append(block[1])
             elif named := _FILE_LINE.fullmatch(line):
                 last = self._files.setdefault(PurePosixPath(named[2]).parts, _Digests(named[1].lower()))
-                if last.whole != named[1].lower() or last.blocks:
+                if last.of_file != named[1].lower() or last.blocks:
                     raise CheckpointFormatError(f"{self.path}, line {number}: {named[2]!r} is listed twice.")
             elif line.strip() and not line.startswith("#"):
                 raise CheckpointFormatError(
@@ -75,45 +77,53 @@ class Manifest:
             raise CheckpointFormatError(f"{self.path} lists no file, so it is no manifest.")
 
     def opener(self, *, mmap: bool) -> Opener:
-        """How to open files so that what is read is checked."""
+        """Return a function that opens files so that all reads are checked."""
         return lambda path: self._checked(path, mmap)
 
     def check(self, path: AnyPath) -> None:
-        """Read a whole file and compare. Raises :class:`~fabric_init.errors.CheckpointFormatError` if it differs."""
+        """Compare all of a file. Raises :class:`~fabric_init.errors.CheckpointFormatError` if it differs."""
         file = open_bytes(path, mmap=False)
-        self._check_whole(file, self._find(path))
+        self._check_file(file, self._find(path))
 
     def differing(self, path: AnyPath, report: Callable[[int], None]) -> list[tuple[int, int]]:
-        """Read a whole file, and find the bytes, from start to stop, that are not as listed: by blocks, if it has such.
+        """Compare all of a file, and return the ranges of bytes that differ, block by block if the manifest has blocks.
 
-        ``report`` is told of bytes that were read. Raises :class:`~fabric_init.errors.CheckpointFormatError` when the
-        file is not listed or cannot be read.
+        Args:
+            path: of the file.
+            report: called with the number of bytes after each block.
+
+        Raises:
+            CheckpointFormatError: the file is not listed or cannot be read.
         """
         file, digests = open_bytes(path, mmap=False), self._find(path)
-        whole, wrong, size = hashlib.sha256(), list[tuple[int, int]](), self.block_bytes or BLOCK_BYTES
+        sha256, wrong, size = hashlib.sha256(), list[tuple[int, int]](), self.block_bytes or BLOCK_BYTES
         for index, start in enumerate(range(0, file.size, size)):
             block = _range(file, start, min(start + size, file.size))
-            whole.update(block)
+            sha256.update(block)
             if digests.blocks and digests.blocks[index : index + 1] != [hashlib.sha256(block).hexdigest()]:
                 wrong.append((start, start + len(block)))
             report(len(block))
-        return wrong or ([] if whole.hexdigest() == digests.whole else [(0, file.size)])
+        return wrong or ([] if sha256.hexdigest() == digests.of_file else [(0, file.size)])
 
     def check_folder(self, folder: Path) -> None:
-        """Compare all of a folder whose every file counts: what is listed for it must be there, too.
+        """Compare every file of a folder; what is listed for the folder must be there, too.
 
-        Raises :class:`~fabric_init.errors.CheckpointFormatError` if a file differs, is missing or is not listed.
+        Raises:
+            CheckpointFormatError: a file differs or is not listed.
+            CheckpointNotFoundError: a listed file is missing.
         """
-        found = {file.absolute() for file in sorted(folder.rglob("*")) if file.is_file()}
+        files = {file.absolute() for file in sorted(folder.rglob("*")) if file.is_file()}
         if isinstance(self.path, Path):
-            found.discard(self.path.absolute())
-        for file in sorted(found):
+            files.discard(self.path.absolute())
+        for file in sorted(files):
             self.check(file)
         # A name in the manifest ends a path; what is before it is the folder that the manifest is of.
         listed = list(self._files)
-        roots = {one.parents[len(parts) - 1] for one in found for parts in listed if one.parts[-len(parts) :] == parts}
+        roots = {
+            file.parents[len(parts) - 1] for file in files for parts in listed if file.parts[-len(parts) :] == parts
+        }
         for path in sorted(root.joinpath(*parts) for root in roots for parts in listed):
-            if path.is_relative_to(folder.absolute()) and path not in found:
+            if path.is_relative_to(folder.absolute()) and path not in files:
                 raise CheckpointNotFoundError(f"{path} is listed in {self.path}, and is not there. {_CHANGED}")
 
     def _checked(self, path: AnyPath, mmap: bool) -> FileBytes:
@@ -121,7 +131,7 @@ class Manifest:
         # Blocks are copied anyway: a map would show later changes of the file.
         file = open_bytes(path, mmap=mmap and not digests.blocks)
         if not digests.blocks:
-            self._check_whole(file, digests)
+            self._check_file(file, digests)
             return file
         if len(digests.blocks) != -(-file.size // self.block_bytes):
             raise CheckpointFormatError(
@@ -130,12 +140,12 @@ class Manifest:
             )
         return _CheckedBytes(file, digests.blocks, self)
 
-    def _check_whole(self, file: FileBytes, digests: _Digests) -> None:
-        whole = hashlib.sha256()
+    def _check_file(self, file: FileBytes, digests: _Digests) -> None:
+        sha256 = hashlib.sha256()
         for start in range(0, file.size, BLOCK_BYTES):
-            whole.update(_range(file, start, min(start + BLOCK_BYTES, file.size)))
-        if whole.hexdigest() != digests.whole:
-            raise CheckpointFormatError(f"{file.path} has not the SHA-256 that {self.path} lists. {_CHANGED}")
+            sha256.update(_range(file, start, min(start + BLOCK_BYTES, file.size)))
+        if sha256.hexdigest() != digests.of_file:
+            raise CheckpointFormatError(f"{file.path}: SHA-256 mismatch with {self.path}. {_CHANGED}")
 
     def _find(self, path: AnyPath) -> _Digests:
         parts = PurePosixPath(str(path)).parts if not isinstance(path, Path) else path.absolute().parts
@@ -152,7 +162,7 @@ _CHANGED = "It was changed or damaged, or the manifest is of another file: fetch
 
 
 class _CheckedBytes:
-    """A file whose every block is compared before a byte of it is used."""
+    """A file whose blocks are each compared before a byte of them is used."""
 
     def __init__(self, file: FileBytes, blocks: list[str], manifest: Manifest) -> None:
         self.path, self.size = file.path, file.size
@@ -170,24 +180,14 @@ class _CheckedBytes:
 
     def tensor(self, dtype: torch.dtype, offset: int, window: Window) -> torch.Tensor:
         out = torch.empty(window.sizes, dtype=dtype, device="cpu")
-        if out.numel():
-            self._gather(out, offset, window)
-        return out
+        if not out.numel():
+            return out
 
-    def _gather(self, out: torch.Tensor, offset: int, window: Window) -> None:
-        """Fill the contiguous ``out``: run by run, or through a scratch copy where a block spans many short ones."""
-        size, extent = out.element_size(), window.extent
-        start = offset + window.start * size
-        if extent == out.numel():
-            self._copy(memory(out), start)
-        elif extent * size <= self._manifest.block_bytes:
-            scratch = torch.empty(extent, dtype=out.dtype, device="cpu")
-            self._copy(memory(scratch), start)
-            out.copy_(scratch.as_strided(window.sizes, window.strides))
-        else:
-            for row in range(window.sizes[0]):
-                inner = Window(window.start + row * window.strides[0], window.sizes[1:], window.strides[1:])
-                self._gather(out[row], offset, inner)
+        def read_run(target: torch.Tensor, start: int) -> None:
+            self._copy(memory(target), offset + start * dtype.itemsize)
+
+        gather(out, window, read_run, self._manifest.block_bytes)
+        return out
 
     def _copy(self, target: memoryview, start: int) -> None:
         done = 0
@@ -210,8 +210,7 @@ class _CheckedBytes:
         block = self._file.tensor(torch.uint8, 0, Window(first, (max(0, stop - first),), (1,)))
         if index >= len(self._blocks) or hashlib.sha256(block.numpy().data).hexdigest() != self._blocks[index]:
             raise CheckpointFormatError(
-                f"{self.path} has not the SHA-256 that {self._manifest.path} lists for its bytes {first:,} to "
-                f"{stop:,}. {_CHANGED}"
+                f"{self.path}: SHA-256 mismatch with {self._manifest.path} in bytes {first:,} to {stop:,}. {_CHANGED}"
             )
         with self._lock:
             self._kept[index] = block
@@ -223,7 +222,7 @@ class _CheckedBytes:
 def write_manifest(
     path: str | os.PathLike[str], manifest: str | os.PathLike[str] | None = None, *, block_bytes: int = BLOCK_BYTES
 ) -> Path:
-    """Write the digests of a checkpoint, a file or every file in a folder, to check it by when it is read.
+    """Write the SHA-256 digests of a checkpoint, a file or every file in a folder, for ``manifest=``.
 
     Args:
         path: the file or folder.
@@ -233,8 +232,9 @@ def write_manifest(
     Returns:
         The manifest's path. ``sha256sum --check`` takes it, too.
 
-    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` and
-    :class:`~fabric_init.errors.CheckpointFormatError` for what is not there or cannot be read.
+    Raises:
+        CheckpointNotFoundError: the file is missing, or the folder empty.
+        CheckpointFormatError: a file cannot be read.
     """
     if block_bytes < 1:
         raise ValueError(f"block_bytes should be at least 1, and is {block_bytes}")
@@ -249,8 +249,8 @@ def write_manifest(
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib lets other threads run
         digests = list(pool.map(lambda file: _digests(file, block_bytes), files))
     lines = [_HEAD.format(block_bytes)]
-    for file, found in zip(files, digests, strict=True):
-        lines += [f"{found.whole}  {file.relative_to(root).as_posix()}", *(f"# {block}" for block in found.blocks)]
+    for file, digest in zip(files, digests, strict=True):
+        lines += [f"{digest.of_file}  {file.relative_to(root).as_posix()}", *(f"# {block}" for block in digest.blocks)]
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.replace(beside, target)
@@ -268,12 +268,12 @@ def _files_in(folder: Path) -> Iterator[Path]:
 def _digests(path: Path, block_bytes: int) -> _Digests:
     if not path.stat().st_size:
         return _Digests(hashlib.sha256().hexdigest())
-    file, whole, blocks = open_bytes(path, mmap=False), hashlib.sha256(), []
+    file, sha256, blocks = open_bytes(path, mmap=False), hashlib.sha256(), []
     for start in range(0, file.size, block_bytes):
         block = _range(file, start, min(start + block_bytes, file.size))
-        whole.update(block)
+        sha256.update(block)
         blocks.append(hashlib.sha256(block).hexdigest())
-    return _Digests(whole.hexdigest(), blocks)
+    return _Digests(sha256.hexdigest(), blocks)
 
 
 def _range(file: FileBytes, start: int, stop: int) -> memoryview:

@@ -1,4 +1,4 @@
-"""What kind of file system a path lies on: a disk of this machine, or storage that many machines share."""
+"""Find the type of file system of a path: a local disk, or storage that many machines share."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _NETWORK = frozenset(
 
 
 def file_system_of(path: str | os.PathLike[str], mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
-    """The type of the file system that ``path`` is on, as Linux names it (``"ext4"``, ``"nfs4"``).
+    """Return the type of the file system that ``path`` is on, as Linux names it (``"ext4"``, ``"nfs4"``).
 
-    ``None`` where that cannot be found out: on other systems, say. ``path`` need not exist.
+    Return ``None`` where it is unknown, as on other systems. ``path`` need not exist.
 
     Args:
         path: links in it are followed.
@@ -24,7 +24,7 @@ def file_system_of(path: str | os.PathLike[str], mounts: Path = Path("/proc/self
         real = os.path.realpath(path)
     except OSError:
         return None
-    found: tuple[int, str] | None = None
+    longest: tuple[int, str] | None = None
     for line in table.splitlines():
         place, separator, what = line.partition(" - ")
         fields = place.split(" ")
@@ -32,9 +32,9 @@ def file_system_of(path: str | os.PathLike[str], mounts: Path = Path("/proc/self
             continue
         point = _unescaped(fields[4])
         inside = real == point or real.startswith(point.rstrip("/") + "/")
-        if inside and (found is None or len(point) >= found[0]):  # of two on one point the later one is on top
-            found = len(point), what.split(" ")[0]
-    return None if found is None else found[1]
+        if inside and (longest is None or len(point) >= longest[0]):  # of two on one point the later one is on top
+            longest = len(point), what.split(" ")[0]
+    return None if longest is None else longest[1]
 
 
 def _unescaped(field: str) -> str:
@@ -44,5 +44,5 @@ def _unescaped(field: str) -> str:
 
 
 def is_network(file_system: str | None) -> bool:
-    """Whether its bytes come over a network. Every ``fuse.…`` (sshfs, gcsfuse, JuiceFS) is taken to be such a one."""
+    """Return whether reads go over a network, which every ``fuse.…`` (sshfs, gcsfuse, JuiceFS) is assumed to do."""
     return file_system is not None and (file_system in _NETWORK or file_system.startswith("fuse."))

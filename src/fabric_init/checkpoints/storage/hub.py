@@ -1,7 +1,7 @@
 """Models of the Hugging Face Hub: an id such as ``org/name`` or ``org/name@revision``, and folders of its cache.
 
-What is in the cache whole is used as it is, without a request: the id of a branch (``main``, where no revision is
-given) then means what it meant when it was fetched. Otherwise only the files of one checkpoint are fetched: the index
+A checkpoint that is complete in the cache is used without a request: a branch (``main`` by default) then means the
+commit that it meant when it was fetched. Otherwise only the files of one checkpoint are fetched: the index
 and its shards, or the single file; never the other formats of the same weights.
 """
 
@@ -25,7 +25,7 @@ Choose = Callable[[str, Sequence[str]], "str | None"]
 
 
 def is_model_id(text: str) -> bool:
-    """Whether it could only be the id of a model: ``org/name``, with ``@revision`` or without.
+    """Return whether ``text`` can only be the id of a model: ``org/name``, with ``@revision`` or without.
 
     Nothing local may have that name, nor may there be a folder ``org``: a path with a slip in it goes to no network.
     """
@@ -35,14 +35,15 @@ def is_model_id(text: str) -> bool:
 
 
 def is_cache_folder(path: Path) -> bool:
-    """Whether this is a model's folder in the cache: ``models--org--name``, with ``snapshots`` in it."""
+    """Return whether this is a model's folder in the cache: ``models--org--name``, with ``snapshots`` in it."""
     return (path / "snapshots").is_dir() and path.name.startswith(("models--", "datasets--"))
 
 
 def snapshot_in(folder: Path, revision: str = "main") -> Path:
-    """The folder of one revision in a model's folder of the cache.
+    """Return the folder of one revision in a model's folder of the cache.
 
-    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when it was not fetched.
+    Raises:
+        CheckpointNotFoundError: it was not fetched.
     """
     reference = folder / "refs" / revision
     snapshots = folder / "snapshots"
@@ -58,14 +59,14 @@ def snapshot_in(folder: Path, revision: str = "main") -> Path:
 
 
 def fetch(asked: str, choose: Choose) -> Path:
-    """The folder in the cache with the checkpoint of a model id, fetched if need be.
+    """Return the folder in the cache with the checkpoint of a model id; fetch it if it is not there.
 
     Args:
         asked: ``org/name`` or ``org/name@revision``.
         choose: which of the files there to open.
 
-    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when there is no such model, no access to it, or
-    it is not in the cache and cannot be reached.
+    Raises:
+        CheckpointNotFoundError: there is no such model, no access to it, or it is neither in the cache nor reachable.
     """
     match = _ID.fullmatch(asked)
     assert match is not None, f"{asked} is no model id"
@@ -75,7 +76,7 @@ def fetch(asked: str, choose: Choose) -> Path:
             f"{asked} does not exist here. If it is a model of the Hugging Face Hub: pip install huggingface_hub."
         )
     cached = _cached(name, revision)
-    if cached is not None and _whole(cached, choose):
+    if cached is not None and _is_complete(cached, choose):
         return cached
     return _download(asked, name, revision, choose)
 
@@ -90,8 +91,8 @@ def _cached(name: str, revision: str) -> Path | None:
         return None
 
 
-def _whole(folder: Path, choose: Choose) -> bool:
-    """Whether every file of the checkpoint is there."""
+def _is_complete(folder: Path, choose: Choose) -> bool:
+    """Return whether every file of the checkpoint is there."""
     try:
         chosen = choose(str(folder), sorted(entry.name for entry in folder.iterdir() if entry.is_file()))
         if chosen is None:
@@ -108,7 +109,7 @@ def _download(asked: str, name: str, revision: str, choose: Choose) -> Path:
 
     try:
         there = huggingface_hub.HfApi().model_info(name, revision=revision)
-        names = sorted(one.rfilename for one in there.siblings or [] if "/" not in one.rfilename)
+        names = sorted(file.rfilename for file in there.siblings or [] if "/" not in file.rfilename)
         chosen = choose(asked, names)
         if chosen is None:
             raise CheckpointNotFoundError(f"{asked} has no checkpoint in it; found {', '.join(names[:8])}.")
@@ -129,7 +130,7 @@ def _explain(asked: str, name: str, error: Exception) -> str:
 
     reason = str(error).strip().split("\n")[0][:300] or type(error).__name__
     return (
-        f"{asked}: there is no such file or folder here, the model is not whole in the cache {constants.HF_HUB_CACHE}, "
-        f"and fetching it failed: {reason} ({type(error).__name__}). Fetch it where there is a network "
-        f"(hf download {name}), or give the path of a local checkpoint."
+        f"{asked}: there is no such file or folder here, the model is not complete in the cache "
+        f"{constants.HF_HUB_CACHE}, and fetching it failed: {reason} ({type(error).__name__}). Fetch it "
+        f"where there is a network (hf download {name}), or give the path of a local checkpoint."
     )

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 
 from fabric_init.checkpoints.region import Window
+from fabric_init.checkpoints.storage.gather import gather
 from fabric_init.checkpoints.storage.remote import AnyPath, RemoteBytes, RemotePath
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError, OutOfMemoryError, is_out_of_memory
 
@@ -27,6 +28,9 @@ _MAP_NORESERVE: int = getattr(_mmap, "MAP_NORESERVE", 0x4000 if sys.platform == 
 
 # Runs shorter than this are read together with the gap between them: one system call costs about as much as this copy.
 _GATHER_BYTES = 1 << 20
+
+MAPPED_FILES = 512
+"""How many files to map at most: a map holds a descriptor, and a process may often have no more than 1,024."""
 
 
 class FileBytes(Protocol):
@@ -41,17 +45,22 @@ class FileBytes(Protocol):
     """Bytes in the file when it was opened."""
 
     def head(self, stop: int) -> bytes:
-        """The first ``stop`` bytes; fewer when the file is shorter."""
+        """Return the first ``stop`` bytes; fewer when the file is shorter."""
         ...
 
     def part(self, start: int, stop: int) -> bytes:
-        """Bytes ``start:stop``. Raises :class:`~fabric_init.errors.CheckpointFormatError` when they are not there."""
+        """Return bytes ``start:stop``.
+
+        Raises:
+            CheckpointFormatError: they are not there.
+        """
         ...
 
     def tensor(self, dtype: torch.dtype, offset: int, window: Window) -> torch.Tensor:
-        """The ``window`` (in elements) of a row-major tensor whose first byte lies at ``offset``, on the CPU.
+        """Return the ``window`` (in elements) of a row-major tensor whose first byte lies at ``offset``, on the CPU.
 
-        Raises :class:`~fabric_init.errors.CheckpointFormatError` when the file no longer holds those bytes.
+        Raises:
+            CheckpointFormatError: the file no longer holds those bytes.
         """
         ...
 
@@ -63,10 +72,12 @@ Opener = Callable[[AnyPath], FileBytes]
 def open_bytes(path: AnyPath, *, mmap: bool) -> FileBytes:
     """Open a regular file: mapped privately (zero copy, copy on write), or for plain reads that copy.
 
-    One at a URL is read by requests for the parts wanted.
+    A file at a URL is read by requests for the needed parts.
 
-    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when it is missing and
-    :class:`~fabric_init.errors.CheckpointFormatError` when it is a folder, a pipe, empty or not readable.
+    Raises:
+        CheckpointNotFoundError: it is missing.
+        CheckpointFormatError: it is a folder, a pipe, empty or not readable.
+        OutOfMemoryError: there is no address space for the map.
     """
     if isinstance(path, RemotePath):
         return RemoteBytes(path)
@@ -77,10 +88,10 @@ def open_bytes(path: AnyPath, *, mmap: bool) -> FileBytes:
             what = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
             raise CheckpointFormatError(f"{path} is {what}; expected a checkpoint file.")
         with FileIO(path) as file:
-            found = os.fstat(file.fileno())
-            if not found.st_size:
+            status = os.fstat(file.fileno())
+            if not status.st_size:
                 raise CheckpointFormatError(f"{path} is empty (0 bytes): fetch or save it again.")
-            return _Mapped(path, file, found) if mmap else _Plain(path, found)
+            return _Mapped(path, file, status) if mmap else _Plain(path, status)
     except FileNotFoundError as error:
         raise CheckpointNotFoundError(f"{path} does not exist.") from error
     except (OSError, ValueError) as error:
@@ -97,14 +108,21 @@ def open_bytes(path: AnyPath, *, mmap: bool) -> FileBytes:
 class _Mapped:
     """A private copy-on-write map: tensors are views of it, and writes to them stay in this process.
 
+    [Note: private copy-on-write maps]
+    A tensor of the map can become a parameter without a copy. A page is read from the file at its first access, and is
+    copied by the kernel at the first write (an optimizer step), so the file never changes. The price: the file must not
+    change either while the map lives. One that is written in place changes weights that were not yet written to, and
+    one that is cut short ends the process with SIGBUS. So each read compares the file's identity with that at opening.
+    A new file that is renamed over the old one does no harm: the map keeps the old one.
+
     Each tensor gets a storage of its own, exactly as long as its window: code that compares storages (tied weights,
     ``torch.save``) sees what it would see after a copy.
     """
 
-    def __init__(self, path: Path, file: FileIO, found: os.stat_result) -> None:
+    def __init__(self, path: Path, file: FileIO, status: os.stat_result) -> None:
         self.path = path
-        self.size = size = found.st_size
-        self._identity = identity(found)
+        self.size = size = status.st_size
+        self._identity = identity(status)
         if sys.platform == "win32":
             self._map = _mmap.mmap(file.fileno(), size, access=_mmap.ACCESS_COPY)
         else:
@@ -133,7 +151,7 @@ class _Mapped:
             copy = raw.as_strided((*window.sizes, size), strides).clone(memory_format=torch.contiguous_format)
             return copy.view(dtype).view(window.sizes).detach()
         flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=start)
-        # detach() drops the autograd view record: what is returned becomes a parameter and should be nobody's view.
+        # detach() drops the autograd view record: the result becomes a parameter, which must not be a view.
         return flat.as_strided(window.sizes, window.strides).detach()
 
     def _check(self, stop: int) -> None:
@@ -151,10 +169,10 @@ class _Mapped:
 class _Plain:
     """Plain reads into new memory. What was read stays if the file changes; a change between open and read is seen."""
 
-    def __init__(self, path: Path, found: os.stat_result) -> None:
+    def __init__(self, path: Path, status: os.stat_result) -> None:
         self.path = path
-        self.size = found.st_size
-        self._identity = identity(found)
+        self.size = status.st_size
+        self._identity = identity(status)
 
     def head(self, stop: int) -> bytes:
         with FileIO(self.path) as file:
@@ -179,7 +197,11 @@ class _Plain:
         try:
             # Opened anew each time: no lock between threads, no descriptor held open.
             with FileIO(self.path) as file:
-                self._gather(file, out, offset, window)
+
+                def read_run(target: torch.Tensor, start: int) -> None:
+                    _read_into(file, offset + start * dtype.itemsize, memory(target), self)
+
+                gather(out, window, read_run, _GATHER_BYTES)
                 self._check_unchanged(file)
         except OSError as error:
             raise CheckpointFormatError(f"{self.path} can no longer be read: {error}.") from error
@@ -188,21 +210,6 @@ class _Plain:
     def _check_unchanged(self, file: FileIO) -> None:
         if identity(os.fstat(file.fileno())) != self._identity:
             raise CheckpointFormatError(changed(self.path, self.size))
-
-    def _gather(self, file: FileIO, out: torch.Tensor, offset: int, window: Window) -> None:
-        """Fill the contiguous ``out``: in one read where the window is one run or a small range, else row by row."""
-        size, start = out.element_size(), offset + window.start * out.element_size()
-        extent = window.extent
-        if extent == out.numel():
-            _read_into(file, start, memory(out), self)
-        elif extent * size <= _GATHER_BYTES:
-            scratch = torch.empty(extent, dtype=out.dtype, device="cpu")
-            _read_into(file, start, memory(scratch), self)
-            out.copy_(scratch.as_strided(window.sizes, window.strides))
-        else:
-            for row in range(window.sizes[0]):
-                inner = Window(window.start + row * window.strides[0], window.sizes[1:], window.strides[1:])
-                self._gather(file, out[row], offset, inner)
 
 
 def _read_into(file: FileIO, start: int, target: memoryview, source: FileBytes) -> None:
@@ -216,17 +223,17 @@ def _read_into(file: FileIO, start: int, target: memoryview, source: FileBytes) 
 
 
 def memory(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, writable; ``Tensor.numpy`` knows neither bfloat16 nor fp8."""
+    """Return the writable bytes of a contiguous CPU tensor; ``Tensor.numpy`` knows neither bfloat16 nor fp8."""
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
-def identity(found: os.stat_result) -> tuple[int, ...]:
-    """What differs once a file was replaced or written to."""
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+def identity(status: os.stat_result) -> tuple[int, ...]:
+    """Return what changes when a file is replaced or written to."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def changed(path: AnyPath, size: int) -> str:
-    """The message for a file that did."""
+    """Return the error message for a file that was changed."""
     return (
         f"{path} changed after it was opened (it held {size:,} bytes then). Open it again; save a new checkpoint "
         f"beside the old one and rename it, rather than over it."

@@ -1,9 +1,9 @@
-"""Files that are reached by a URL through fsspec: ``https://``, ``s3://``, ``memory://`` and what else it knows.
+"""Files at URLs, through fsspec: ``https://``, ``s3://``, ``memory://`` and what else it knows.
 
 :class:`RemotePath` has the few things of a :class:`~pathlib.Path` that the readers ask for, :class:`RemoteBytes` is the
 third way to the bytes of a file beside the two of :mod:`~fabric_init.checkpoints.storage.local`. Every read asks for
-just the bytes of its region; parts that are nearly neighbors are asked for together, large ones in several requests at
-once.
+just the bytes of its region; parts with small gaps between them are requested together, large ones in several requests
+at once.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ Download the file and open the copy."""
 
 
 def is_url(text: str) -> bool:
-    """Whether this names something for fsspec: ``scheme://…`` or a chain ``cache::scheme://…``."""
+    """Return whether this is a URL for fsspec: ``scheme://…`` or a chain ``cache::scheme://…``."""
     return _URL.match(text) is not None
 
 
 class RemotePath:
     """A file or folder at a URL.
 
-    Raises :class:`~fabric_init.errors.CheckpointFormatError` when fsspec, or what it needs for this scheme, is missing.
+    Raises:
+        CheckpointFormatError: fsspec, or what it needs for this scheme, is missing.
     """
 
     def __init__(self, url: str, filesystem: Any = None) -> None:
@@ -86,15 +87,15 @@ class RemotePath:
 
     @property
     def lists_folders(self) -> bool:
-        """Whether the file system knows what a folder is; web servers do not."""
+        """Whether the file system has folders; web servers have none."""
         return urlsplit(self._url).scheme not in ("http", "https")
 
     def exists(self) -> bool:
-        """Whether there is anything."""
+        """Return whether there is a file or folder."""
         return self.is_file() or self.is_dir()
 
     def is_file(self) -> bool:
-        """Whether there is a file; of a web server: whether it answers."""
+        """Return whether there is a file; of a web server, whether it answers."""
         with _errors_of(self):
             try:
                 # Not exists(): of a web server that asks for the whole file.
@@ -103,26 +104,26 @@ class RemotePath:
                 return False
 
     def is_dir(self) -> bool:
-        """Whether there is a folder; of a web server: whether the usual files of a checkpoint are under this URL."""
+        """Return whether there is a folder; of a web server, whether a usual file of a checkpoint is under this URL."""
         if not self.lists_folders:
             return self.suffix not in _FILES and bool(self.names())
         with _errors_of(self):
             return bool(self.filesystem.isdir(self.location))
 
     def names(self) -> tuple[str, ...]:
-        """The sorted names of the files in this folder; of a web server, which usual ones it has."""
+        """Return the sorted names of the files in this folder; of a web server, which usual ones it has."""
         if not self.lists_folders:
             return tuple(name for name in _USUAL if (self / name).is_file())
         with _errors_of(self):
             entries = self.filesystem.ls(self.location, detail=True)
-        return tuple(sorted(str(one["name"]).rpartition("/")[2] for one in entries if one["type"] == "file"))
+        return tuple(sorted(str(entry["name"]).rpartition("/")[2] for entry in entries if entry["type"] == "file"))
 
 
 AnyPath = Path | RemotePath
 
 
 def as_path(path: str | os.PathLike[str] | AnyPath) -> AnyPath:
-    """What a user gave, as a path on this machine or a URL."""
+    """Return a path on this machine, or a URL, for what a user passed."""
     if isinstance(path, RemotePath):
         return path
     return RemotePath(path) if isinstance(path, str) and is_url(path) else Path(path)
@@ -131,8 +132,9 @@ def as_path(path: str | os.PathLike[str] | AnyPath) -> AnyPath:
 class RemoteBytes:
     """The bytes of a remote file; a :class:`~fabric_init.checkpoints.storage.local.FileBytes`.
 
-    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when there is no such file and
-    :class:`~fabric_init.errors.CheckpointFormatError` when it cannot be read, or not in parts.
+    Raises:
+        CheckpointNotFoundError: there is no such file.
+        CheckpointFormatError: it cannot be read, or not in parts.
     """
 
     def __init__(self, path: RemotePath) -> None:
@@ -171,21 +173,21 @@ class RemoteBytes:
         return out
 
     def _fetch(self, ranges: list[tuple[int, int]]) -> list[bytes]:
-        """These byte ranges, with requests at the same time where the file system can."""
+        """Return these byte ranges, requested concurrently where the file system can."""
         starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
         with _errors_of(self.path):
             places = [self.path.location] * len(ranges)
-            found: list[bytes] = self.path.filesystem.cat_ranges(places, starts, stops, on_error="raise")
-        for (start, stop), data in zip(ranges, found, strict=True):
+            parts: list[bytes] = self.path.filesystem.cat_ranges(places, starts, stops, on_error="raise")
+        for (start, stop), data in zip(ranges, parts, strict=True):
             if len(data) != stop - start:
                 raise CheckpointFormatError(
                     f"{self.path} answered with {len(data):,} bytes for {stop - start:,} from {start:,} on. "
                     f"Did it change meanwhile?"
                 )
-        return found
+        return parts
 
     def _require_ranges(self, details: dict[str, Any]) -> None:
-        """Ask for one byte. By a file object of fsspec, which looks at the answer before it takes the whole file in."""
+        """Request one byte, by a file object of fsspec, which looks at the answer before it reads all of the file."""
         refused = CheckpointFormatError(_NO_RANGES.format(path=self.path))
         if not details.get("partial", True):
             raise refused
@@ -212,7 +214,7 @@ def _parts(out: torch.Tensor, window: Window) -> Iterator[tuple[torch.Tensor, Wi
 
 
 def _is_dense(window: Window, size: int) -> bool:
-    """Whether no gap in the window is worth a request of its own."""
+    """Return whether no gap in the window is large enough to be worth another request."""
     inside = 1
     for count, stride in zip(reversed(window.sizes), reversed(window.strides), strict=True):
         if count > 1:
@@ -223,7 +225,7 @@ def _is_dense(window: Window, size: int) -> bool:
 
 
 class _errors_of:
-    """Whatever a file system or network raises becomes an error of ours that names the URL."""
+    """Turn errors of a file system or network into ours, which name the URL."""
 
     def __init__(self, path: RemotePath) -> None:
         self._path = path

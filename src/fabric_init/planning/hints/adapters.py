@@ -1,4 +1,4 @@
-"""What would likely help where a model's layers are wrapped by adapters, and the checkpoint is of the model inside.
+"""Suggest arguments for a model with adapters (LoRA) and a checkpoint of the model without them.
 
 peft puts ``base_layer`` (or ``original_module``) between a layer's name and its tensors', its own tensors beside that,
 and ``base_model.model.`` before all names.
@@ -13,12 +13,14 @@ from fnmatch import fnmatchcase
 
 import torch
 
+from fabric_init._text import quoted
+
 _Shapes = Mapping[str, torch.Size]
 _WRAPPED = re.compile(r"(?P<layer>.+)\.(?P<inside>base_layer|original_module)\.(?P<tensor>[^.]+)")
 
 
 def likely_adapters(missing: _Shapes, unexpected: _Shapes, names: Collection[str]) -> str | None:
-    """One sentence with arguments that load the model inside and initialize the adapters; ``None`` for nothing.
+    """Return a sentence with arguments that load the model inside and initialize the adapters; ``None`` for none.
 
     Args:
         missing: tensors of the model that no key is for.
@@ -33,17 +35,17 @@ def likely_adapters(missing: _Shapes, unexpected: _Shapes, names: Collection[str
     renamed = {_renamed(key, rules): shape for key, shape in unexpected.items()}
     adapters = [name for name in missing if renamed.get(name) != missing[name]]
     globs = _globs(adapters, {match["layer"] for match in wrapped})
-    found = len(missing) - len(adapters)
-    if not found or globs is None or any(fnmatchcase(name, glob) for name in renamed for glob in globs):
+    loaded = len(missing) - len(adapters)
+    if not loaded or globs is None or any(fnmatchcase(name, glob) for name in renamed for glob in globs):
         return None
-    mapping = ", ".join(f"{_quoted(old)}: {_quoted(new)}" for old, new in rules)
+    mapping = ", ".join(f"{quoted(old)}: {quoted(new)}" for old, new in rules)
     exact = renamed.keys() <= set(names)
-    rest = f"reinit=[{', '.join(map(_quoted, globs))}]" if exact else "strict=False"
-    return f"rename={{{mapping}}}, {rest} would load {found} tensors and initialize the adapters' {len(adapters)}"
+    rest = f"reinit=[{', '.join(map(quoted, globs))}]" if exact else "strict=False"
+    return f"rename={{{mapping}}}, {rest} would load {loaded} tensors and initialize the adapters' {len(adapters)}"
 
 
 def _prefix(wrapped: Iterable[re.Match[str]], missing: _Shapes, unexpected: _Shapes) -> str | None:
-    """What stands before the names of the model inside."""
+    """Return the prefix of the names of the model inside."""
     votes: Counter[str] = Counter()
     for match in wrapped:
         parts = f"{match['layer']}.{match['tensor']}".split(".")
@@ -55,7 +57,7 @@ def _prefix(wrapped: Iterable[re.Match[str]], missing: _Shapes, unexpected: _Sha
 
 
 def _rules(wrapped: Iterable[re.Match[str]], before: str, unexpected: _Shapes) -> list[tuple[str, str]]:
-    """Regex and replacement that put the wrapper's name into keys of the layers that are wrapped, and no others."""
+    """Return the regexes and replacements that insert the wrapper's name into keys of wrapped layers, and no others."""
     layers: dict[str, dict[str, None]] = {}
     for match in wrapped:
         layers.setdefault(match["inside"], {})[match["layer"].removeprefix(before)] = None
@@ -82,17 +84,13 @@ def _renamed(key: str, rules: Sequence[tuple[str, str]]) -> str:
 
 
 def _globs(adapters: Iterable[str], layers: Collection[str]) -> list[str] | None:
-    """Globs for the adapters' tensors, by what comes after the layer's name; ``None`` if some are of no such layer."""
-    found: dict[str, None] = {}
+    """Return globs for the adapters' tensors, by what follows a layer's name; ``None`` if some are of other layers."""
+    globs: dict[str, None] = {}
     for name in adapters:
         parts = name.split(".")
         after = next((at for at in range(1, len(parts)) if ".".join(parts[:at]) in layers), None)
         if after is None:
             return None
         kind, underscore, _ = parts[after].partition("_")
-        found[f"*.{kind}{underscore}*"] = None
-    return list(found)
-
-
-def _quoted(text: str) -> str:
-    return f'r"{text}"' if "\\" in text else f'"{text}"'
+        globs[f"*.{kind}{underscore}*"] = None
+    return list(globs)

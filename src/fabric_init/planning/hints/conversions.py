@@ -1,4 +1,4 @@
-"""Which conversions would likely help where checkpoint and model do not meet: names and shapes both have to say so."""
+"""Suggest conversions for a checkpoint that does not match the model, where both names and shapes fit."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ _Shapes = Mapping[str, torch.Size]
 
 
 def likely_conversions(missing: _Shapes, unexpected: _Shapes) -> list[str]:
-    """Sentences, each with a conversion that makes missing tensors of unexpected ones exactly, the most useful first.
+    """Return sentences, each with a conversion that makes missing tensors of unexpected ones, the most useful first.
 
-    Found are :class:`~fabric_init.checkpoints.Fuse` and :class:`~fabric_init.checkpoints.Split` along the first
+    It looks for :class:`~fabric_init.checkpoints.Fuse` and :class:`~fabric_init.checkpoints.Split` along the first
     dimension, of siblings whose names make up the joined one's (q, k and v to ``qkv_proj``; gate and up).
     """
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for joined, parts in _families(missing, unexpected):
         fuse = Fuse([_tail(part) for part in parts], into=_tail(joined))
-        found[_declared(fuse, parts)] += 1
+        counts[_declared(fuse, parts)] += 1
     for joined, parts in _families(unexpected, missing):
         sizes = [missing[part][0] for part in parts]
         into = [_tail(part) for part in parts]
         split = Split(_tail(joined), into=into, sizes=sizes if len(set(sizes)) > 1 else None)
-        found[_declared(split, parts)] += len(parts)
+        counts[_declared(split, parts)] += len(parts)
     return [
         f"{declared} makes {'all' if count == len(missing) else f'{count} of'} {len(missing)} missing tensors"
-        for declared, count in found.most_common(4)
+        for declared, count in counts.most_common(4)
     ]
 
 
 def likely_transposes(mismatched: Mapping[str, tuple[torch.Size, torch.Size]]) -> Conversion | None:
-    """What would help if tensors, by key, have the model's and the checkpoint's shape; ``None`` for nothing."""
+    """Return the conversion for keys whose shape in the checkpoint is the model's transposed; ``None`` for none."""
     turned = {
         _tail(key): None
         for key, (model, file) in mismatched.items()
@@ -50,12 +50,12 @@ def _declared(conversion: Conversion, parts: Sequence[str]) -> str:
 
 
 def _tail(name: str) -> str:
-    """The name of the module and of its tensor: what a declaration for all layers gives."""
+    """Return the last two parts of a name, the module's and its tensor's: a pattern for all layers."""
     return ".".join(name.split(".")[-2:])
 
 
 def _families(joined: _Shapes, apart: _Shapes) -> Iterator[tuple[str, Sequence[str]]]:
-    """Each joined tensor, and the siblings, in order, that make it up."""
+    """Yield each joined tensor, and the siblings, in order, that make it up."""
     siblings: defaultdict[tuple[str, str, torch.Size], list[str]] = defaultdict(list)
     for name, shape in apart.items():
         if len(shape):
@@ -71,13 +71,13 @@ def _families(joined: _Shapes, apart: _Shapes) -> Iterator[tuple[str, Sequence[s
 
 
 def _place(name: str) -> tuple[str, str]:
-    """Where a module's siblings are, and the name of its tensor."""
+    """Return the name of the module's parent, and the name of its tensor."""
     parent, _, leaf = name.rpartition(".")
     return parent.rpartition(".")[0], leaf
 
 
 def _makes_up(parts: Sequence[str], joined: str) -> bool:
-    """Whether the names of ``parts``, less the words they have in common, follow one another in the joined one's."""
+    """Return whether the names of ``parts``, without their common words, follow one another in the joined name."""
     words = [_tail(part).split(".")[0].split("_") for part in parts]
     common = set(words[0]).intersection(*words[1:])
     stems = ["".join(word for word in own if word not in common) for own in words]

@@ -1,4 +1,4 @@
-"""Which renames would likely help where checkpoint keys and tensor names do not meet."""
+"""Suggest renames for checkpoint keys that do not match the model's tensor names."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from difflib import SequenceMatcher
 from itertools import islice
 
 import torch
+
+from fabric_init._text import quoted
 
 _Shapes = dict[str, torch.Size]
 _Rule = tuple[str, str]
@@ -38,18 +40,16 @@ class Suggestion:
     def __str__(self) -> str:
         count = f"all {self.missing}" if self.matches == self.missing else f"{self.matches} of {self.missing}"
         plural = "" if self.missing == 1 else "s"
-        return (
-            f"rename={{{_quoted(self.pattern)}: {_quoted(self.replacement)}}} would match {count} missing key{plural}"
-        )
+        return f"rename={{{quoted(self.pattern)}: {quoted(self.replacement)}}} would match {count} missing key{plural}"
 
 
 def likely_renames(missing: Mapping[str, torch.Size], unexpected: Mapping[str, torch.Size]) -> list[Suggestion]:
-    """Renames under which unexpected checkpoint keys would meet missing tensor names of the same shape; best first.
+    """Return renames that make unexpected checkpoint keys match missing tensor names of the same shape; best first.
 
-    Found are prefixes and dotted parts that were added, removed or replaced (with numbers carried over), such as
+    It finds prefixes and dotted parts that were added, removed or replaced (with numbers carried over), such as
     ``^model\\.`` -> nothing or ``\\.gamma$`` -> ``.weight``. Several suggestions are meant together, in their order.
-    They are drawn from the names given alone: whether one disturbs a key that already meets its name is the caller's
-    to try. The time taken grows linearly with the number of names.
+    Only these names are looked at: whether a rename breaks a key that already matches is for the caller to try. Time is
+    linear in the number of names.
     """
     suggestions: list[Suggestion] = []
     wanted, offered = dict(missing), dict(unexpected)
@@ -69,7 +69,7 @@ def likely_renames(missing: Mapping[str, torch.Size], unexpected: Mapping[str, t
 def renamed_as_suggested(
     suggestions: Iterable[Suggestion], missing: Mapping[str, torch.Size], unexpected: Mapping[str, torch.Size]
 ) -> tuple[_Shapes, _Shapes]:
-    """What is still missing, and unexpected, when ``suggestions`` are followed."""
+    """Return what is still missing, and unexpected, after ``suggestions`` are applied."""
     offered = dict(unexpected)
     for suggestion in suggestions:
         pattern = re.compile(suggestion.pattern)
@@ -83,7 +83,7 @@ def renamed_as_suggested(
 def likely_part(
     suggestions: Sequence[Suggestion], missing: Mapping[str, torch.Size], unexpected: Mapping[str, torch.Size]
 ) -> list[str]:
-    """A sentence, where taking off one prefix leaves nothing ``missing`` and only keys that are not of that part."""
+    """Return a sentence if removing one prefix leaves nothing ``missing``, and no key with it unexpected."""
     if len(suggestions) != 1 or missing or not unexpected or suggestions[0].replacement:
         return []
     prefix = suggestions[0].pattern.removeprefix("^").replace("\\.", ".")
@@ -95,13 +95,12 @@ def likely_part(
 
 
 def _best_rule(wanted: _Shapes, offered: _Shapes, met: set[str], used: set[str]) -> tuple[_Rule, set[str]] | None:
-    """The rule under which most of ``wanted`` is met, and what is; ``None`` when none adds a tenth of what is left."""
+    """Return the rule that matches most of ``wanted``, and the names; ``None`` if none adds a tenth of the rest."""
     rest = {name: shape for name, shape in wanted.items() if name not in met}
     some_wanted, some_offered = _sampled(rest, {key: shape for key, shape in offered.items() if key not in met})
-    found = (
-        rule for rule in _candidates(some_wanted, some_offered) if rule[0] not in used
-    )  # a dict has a pattern once
-    votes = Counter(found).most_common(_CANDIDATES)
+    # A dict can have a pattern only once.
+    unused = (rule for rule in _candidates(some_wanted, some_offered) if rule[0] not in used)
+    votes = Counter(unused).most_common(_CANDIDATES)
     hopeful = sorted(
         (rule for rule, _ in votes), key=lambda rule: _merit(rule, some_wanted, some_offered), reverse=True
     )
@@ -115,12 +114,12 @@ def _best_rule(wanted: _Shapes, offered: _Shapes, met: set[str], used: set[str])
 
 
 def _merit(rule: _Rule, wanted: _Shapes, offered: _Shapes) -> tuple[int, float, int]:
-    """Most matches; then the new name most like the old (q to q, not to k); then the rule that says least."""
+    """Rank a rule by its matches; then by how alike old and new are (q to q, not to k); then the shorter pattern."""
     return len(_matched(rule, wanted, offered)), SequenceMatcher(None, *rule).ratio(), -len(rule[0])
 
 
 def _matched(rule: _Rule, wanted: _Shapes, offered: _Shapes) -> set[str]:
-    """The wanted names that the rule finds a key for; none at all when two keys would land on one name."""
+    """Return the wanted names that the rule finds a key for; none if two keys would get the same name."""
     pattern = re.compile(rule[0])
     renamed = {pattern.sub(rule[1], key): shape for key, shape in offered.items()}
     if len(renamed) < len(offered):
@@ -129,7 +128,7 @@ def _matched(rule: _Rule, wanted: _Shapes, offered: _Shapes) -> set[str]:
 
 
 def _candidates(wanted: _Shapes, offered: _Shapes) -> Iterator[_Rule]:
-    """A rule for each pair of names of one shape that differ in one run of dotted parts; often the same rule.
+    """Yield a rule for each pair of names of one shape that differ in one run of dotted parts; often the same rule.
 
     Names are filed under what is left when a run is cut out, so that nothing is compared pair by pair.
     """
@@ -160,7 +159,7 @@ def _cuts(name: str) -> Iterator[tuple[tuple[str, ...], tuple[str, ...], tuple[s
 
 
 def _rule(head: tuple[str, ...], old: tuple[str, ...], new: tuple[str, ...], tail: tuple[str, ...]) -> _Rule:
-    """Regex and replacement that put ``new`` for ``old`` between ``head`` and ``tail``."""
+    """Return regex and replacement that put ``new`` for ``old`` between ``head`` and ``tail``."""
     pattern = ("\\." if head else "^") + re.escape(".".join(old))
     if not tail:
         pattern += "$"
@@ -178,7 +177,7 @@ def _rule(head: tuple[str, ...], old: tuple[str, ...], new: tuple[str, ...], tai
 
 
 def _sampled(wanted: _Shapes, offered: _Shapes) -> tuple[_Shapes, _Shapes]:
-    """Some names of both sides that belong together: those that end in the same layer (or expert) numbers."""
+    """Return some names of both sides that belong together: those with the same last layer (or expert) numbers."""
     groups: defaultdict[str | None, _Shapes] = defaultdict(dict)
     for name, shape in wanted.items():
         groups[_last_number(name)][name] = shape
@@ -200,8 +199,3 @@ def _last_number(name: str) -> str | None:
         if part.isdigit():
             return part
     return None
-
-
-def _quoted(text: str) -> str:
-    """As a string literal: raw where that reads better."""
-    return f'r"{text}"' if "\\" in text and '"' not in text else f'"{text}"' if '"' not in text else repr(text)

@@ -1,6 +1,6 @@
 """Self-contained HTML pages: facts, findings, plots and a table, in one file that needs no network."""
 
-from fabric_init.reports.html.page import Card, Column, Fact, Page, Table, counted, in_short
+from fabric_init.reports.html.page import Card, Column, Fact, Page, Table, in_short
 from fabric_init.reports.html.plots import Bar, Plot, Point, bars, check_plotly, lines, scatter
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "Table",
     "bars",
     "check_plotly",
-    "counted",
     "in_short",
     "lines",
     "scatter",

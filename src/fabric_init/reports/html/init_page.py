@@ -1,4 +1,4 @@
-"""An init report as an HTML page: where every value came from, and whether it is what its rule promised."""
+"""An init report as an HTML page: the origin of every value, and how it compares with its init rule."""
 
 from __future__ import annotations
 
@@ -6,58 +6,80 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
-from fabric_init.reports.html import Bar, Card, Column, Fact, Page, Plot, Point, Table, bars, counted, in_short, scatter
-from fabric_init.reports.provenance import wasted_by_rule
-from fabric_init.reports.rows import InitRecord, Row
+from fabric_init._text import counted
+from fabric_init.reports.html import Bar, Card, Column, Fact, Page, Plot, Point, bars, in_short, scatter
+from fabric_init.reports.html.tensor_table import (
+    DTYPE,
+    FULL_WRITES,
+    MEAN,
+    NAME,
+    SHAPE,
+    STD,
+    WASTED,
+    WRITES,
+    RowColumn,
+    dead_writes,
+    table_of,
+)
+from fabric_init.reports.rows import InitReportData, InitRow
 
-_COLUMNS = (
-    Column("tensor", "code"),
-    Column("status", "choice", "what it got"),
-    Column("from", "code", "the checkpoint's key, or the rule that initialized it and the line that asked for it"),
-    Column("shape"),
-    Column("dtype", "choice"),
-    Column("size", "bytes"),
-    Column("std expected", "number", "the standard deviation that its rule gives"),
-    Column("std now", "number", "the standard deviation of what is in memory, when it was measured"),
-    Column("full writes", "count", "how often plain PyTorch would have written all of it"),
-    Column("wasted", "count", "elements that plain PyTorch would have written in vain"),
-    Column("writes", "list", "what plain PyTorch would have written, in order"),
-    Column("mean expected", "number", "the mean that its rule gives"),
-    Column("mean now", "number", "the mean of what is in memory, when it was measured"),
-    Column("kind", "choice"),
+_COLUMNS: tuple[RowColumn[InitRow], ...] = (
+    NAME,
+    RowColumn(Column("status", "choice", "how the tensor got its value"), lambda row: row.status),
+    RowColumn(
+        Column("from", "code", "the checkpoint key, or the init rule and the line that called it"),
+        lambda row: row.origin if row.cast_from is None else f"{row.origin} (cast from {row.cast_from})",
+    ),
+    SHAPE,
+    DTYPE,
+    RowColumn(Column("size", "bytes"), lambda row: row.nbytes),
+    STD,
+    RowColumn(
+        Column("std now", "number", "the standard deviation of the values in memory when they were measured"),
+        lambda row: row.std_now,
+    ),
+    FULL_WRITES,
+    WASTED,
+    WRITES,
+    MEAN,
+    RowColumn(
+        Column("mean now", "number", "the mean of the values in memory when they were measured"),
+        lambda row: row.mean_now,
+    ),
+    RowColumn(Column("kind", "choice"), lambda row: row.kind),
 )
 
 
-def page_of(report: InitRecord) -> Page:
-    """``report`` as a page."""
+def init_page(report: InitReportData) -> Page:
+    """Return ``report`` as a page."""
     return Page(
         title="Init report",
         subtitle=_source(report),
-        facts=list(_facts(report)),
+        facts=list(_init_facts(report)),
         cards=list(_cards(report)),
-        plots=list(_plots(report)),
-        table=Table(_COLUMNS, [_cells(row) for row in report.rows]),
+        plots=list(_init_plots(report)),
+        table=table_of(_COLUMNS, report.rows),
     )
 
 
-def _source(report: InitRecord) -> str:
+def _source(report: InitReportData) -> str:
     if report.checkpoint is None:
-        return "What every tensor got, from where."
-    return f"What every tensor got, from where. Loaded from {report.checkpoint}" + (
+        return "How each tensor got its value."
+    return f"How each tensor got its value. Loaded from {report.checkpoint}" + (
         f" ({report.note})." if report.note else "."
     )
 
 
-def _facts(report: InitRecord) -> Iterator[Fact]:
+def _init_facts(report: InitReportData) -> Iterator[Fact]:
     yield Fact(f"{len(report.rows):,}", "tensors")
-    yield Fact(in_short(sum(row.nbytes for row in report.rows), "B"), "in all")
+    yield Fact(in_short(sum(row.nbytes for row in report.rows), "B"), "in total")
     for status, count in Counter(row.status for row in report.rows).most_common():
         yield Fact(f"{count:,}", status, "error" if status == "unfilled" else None)
     if wasted := sum(row.wasted_elements or 0 for row in report.rows):
-        yield Fact(in_short(wasted), "elements not written in vain", "good")
+        yield Fact(in_short(wasted), "elements of dead writes saved", "good")
 
 
-def _cards(report: InitRecord) -> Iterator[Card]:
+def _cards(report: InitReportData) -> Iterator[Card]:
     if unfilled := [row.name for row in report.rows if row.status == "unfilled"]:
         yield Card(
             "error",
@@ -74,55 +96,34 @@ def _cards(report: InitRecord) -> Iterator[Card]:
         yield Card("note", f"cast: {counted(count, 'tensor')}, {cast}")
 
 
-def _plots(report: InitRecord) -> Iterator[Plot]:
+def _init_plots(report: InitReportData) -> Iterator[Plot]:
     tensors, sizes = Counter[str](row.status for row in report.rows), Counter[str]()
     for row in report.rows:
         sizes[row.status] += row.nbytes
     yield bars(
         "Where the values came from",
-        "Bytes, by what the tensors got.",
+        "Bytes by status of the tensors.",
         [Bar(status, size, counted(tensors[status], "tensor")) for status, size in sizes.items()],
         "bytes",
         unit="B",
     )
-    if points := list(_points(report.rows)):
+    if points := list(_init_points(report.rows)):
         yield scatter(
             "Std by tensor against expectation",
-            "Tensors that the model's own code initialized. On the line, the values in memory vary as much as the "
-            "rule promised.",
+            "Tensors that the model's own code initialized. On the line, the values in memory have the standard "
+            "deviation of their rule.",
             points,
             "std of its rule",
             "std now",
         )
-    if wasted := wasted_by_rule((row.name, row.writes) for row in report.rows):
-        yield bars(
-            "Writes saved",
-            "Elements that plain PyTorch would have written and then replaced, before anything had read them.",
-            [Bar(*each) for each in wasted],
-            "elements",
-        )
+    yield from dead_writes(
+        report.rows,
+        "Writes saved",
+        "Elements that plain PyTorch writes and overwrites before they are read.",
+    )
 
 
-def _points(rows: list[Row]) -> Iterator[Point]:
+def _init_points(rows: tuple[InitRow, ...]) -> Iterator[Point]:
     for row in rows:
         if row.std and row.std_now and math.isfinite(row.std_now):
             yield Point(row.std, row.std_now, row.rule.partition("(")[0], row.name, row.origin)
-
-
-def _cells(row: Row) -> tuple[str | int | float | list[str] | None, ...]:
-    return (
-        ", ".join((row.name, *row.ties)),
-        row.status,
-        row.origin if row.cast_from is None else f"{row.origin} (cast from {row.cast_from})",
-        "×".join(map(str, row.shape)) or "scalar",
-        row.dtype,
-        row.nbytes,
-        row.std,
-        row.std_now,
-        row.full_writes,
-        row.wasted_elements,
-        [str(write) for write in row.writes],
-        row.mean,
-        row.mean_now,
-        row.kind,
-    )

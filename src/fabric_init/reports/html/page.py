@@ -1,4 +1,4 @@
-"""One page from plain data. What goes in is shown as text: nothing of it can become markup or code."""
+"""One page from plain data, all of which is escaped: none of it can become markup or code."""
 
 from __future__ import annotations
 
@@ -14,46 +14,41 @@ from typing import Any, Literal
 
 from fabric_init.reports.html.plots import Plot, compressed_plotly
 
-Level = Literal["error", "warning", "note", "good"]
+CardLevel = Literal["error", "warning", "note", "good"]
 Cell = str | int | float | None | Sequence[str]
-"""A text, a number, nothing, or several texts, of which the table shows how many and unfolds them."""
+"""A text, a number, nothing, or several texts, which the table shows as a count that unfolds."""
 
 
 def in_short(number: int, unit: str = "") -> str:
-    """A count in three digits: 39.2 M, or of bytes, 39.2 MB."""
+    """Return a count in three digits: 39.2 M, or 39.2 MB for bytes."""
     for size, prefix in ((10**12, "T"), (10**9, "G"), (10**6, "M")):
         if number >= size:
             return f"{number / size:.3g} {prefix}{unit}"
     return f"{number:,} {unit}".rstrip()
 
 
-def counted(number: int, noun: str) -> str:
-    """``1 tensor``, ``2 tensors``."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
 @dataclass(frozen=True)
 class Fact:
-    """A figure at the head of the page, with what it is of."""
+    """A figure at the head of the page, and its label."""
 
     value: str
     label: str
-    level: Level | None = None
+    level: CardLevel | None = None
 
 
 @dataclass(frozen=True)
 class Card:
-    """Something to know: a finding, with what was seen and what to do about it.
+    """A finding: what was observed, and how to fix it.
 
     Attributes:
-        level: its color, and the word it begins with.
-        title: what it is, in a few words.
-        about: the names of the tensors it is about.
-        text: what was seen.
-        fix: what to do.
+        level: its color and first word.
+        title: the problem in a few words.
+        about: the names of the tensors that it concerns.
+        text: the observation.
+        fix: how to fix it.
     """
 
-    level: Level
+    level: CardLevel
     title: str
     about: Sequence[str] = ()
     text: str = ""
@@ -67,7 +62,7 @@ class Column:
     Attributes:
         title: its heading.
         kind: how its cells are shown and sorted; a ``choice`` column can also be filtered by its values.
-        hint: what it means, in a sentence.
+        hint: its meaning, in a sentence.
     """
 
     title: str
@@ -77,7 +72,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows to look through; any number of them. Columns in which no row has anything are left out."""
+    """Any number of rows. Columns that are empty in all rows are omitted."""
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell]]
@@ -89,11 +84,11 @@ class Page:
 
     Attributes:
         title: what the page is about.
-        subtitle: one sentence more.
+        subtitle: one more sentence.
         facts: the figures to see first.
-        cards: what is to be read next.
+        cards: the findings.
         plots: made by :mod:`fabric_init.reports.html.plots`.
-        table: everything, to sort and to search.
+        table: all rows, to sort and search.
     """
 
     title: str
@@ -104,10 +99,10 @@ class Page:
     plots: Sequence[Plot] = field(default_factory=tuple)
 
     def html(self) -> str:
-        """The whole page as one text, the plotting code in it.
+        """Return the page as one text, with the plotting code.
 
         Raises:
-            FabricInitError: the packages that pages are made with are not installed.
+            FabricInitError: the packages that make pages are not installed.
         """
         plotting = compressed_plotly()
         import jinja2  # comes with torch
@@ -135,16 +130,16 @@ class Page:
 
 
 def _plain_table(table: Table) -> dict[str, Any]:
-    """The table as JSON has it, without columns in which no row has anything."""
-    told = [i for i in range(len(table.columns)) if any(row[i] not in (None, "", []) for row in table.rows)]
-    columns = [table.columns[i] for i in told]
+    """Return the table as JSON data, without columns that are empty in all rows."""
+    shown = [i for i in range(len(table.columns)) if any(row[i] not in (None, "", []) for row in table.rows)]
+    columns = [table.columns[i] for i in shown]
     return {
-        "columns": [{"title": one.title, "kind": one.kind, "hint": one.hint} for one in columns],
-        "rows": [[_plain_cell(row[i]) for i in told] for row in table.rows],
+        "columns": [{"title": each.title, "kind": each.kind, "hint": each.hint} for each in columns],
+        "rows": [[_plain_cell(row[i]) for i in shown] for row in table.rows],
     }
 
 
 def _plain_cell(cell: Cell) -> Any:
     if isinstance(cell, float) and not math.isfinite(cell):
-        return str(cell)  # JSON has no word for it
+        return str(cell)  # JSON cannot represent it
     return list(cell) if isinstance(cell, (tuple, list)) else cell

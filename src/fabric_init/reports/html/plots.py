@@ -1,4 +1,4 @@
-"""Plots, made with Plotly, which is imported only when one is asked for."""
+"""Plots by Plotly, which is imported when the first plot is made."""
 
 from __future__ import annotations
 
@@ -78,14 +78,14 @@ def lines(title: str, note: str, places: Sequence[str], series: Mapping[str, Seq
 
 
 def scatter(title: str, note: str, points: Sequence[Point], x: str, y: str) -> Plot:
-    """Points on two logarithmic scales, and the line where both are equal. Takes positive numbers only.
+    """Plot positive points on two logarithmic scales, and the line where both are equal.
 
-    Points that would lie on each other become one, so that thousands stay quick to draw.
+    Points at the same place are merged, so that thousands are drawn quickly.
     """
     go = _plotly()
     figure = go.Figure()
     spots: dict[tuple[str, int, int], list[Point]] = {}
-    groups = _groups(points)
+    groups = _point_groups(points)
     for point in points:
         group = point.group if point.group in groups else _OTHERS
         spots.setdefault((group, _cell(point.x), _cell(point.y)), []).append(point)
@@ -96,14 +96,18 @@ def scatter(title: str, note: str, points: Sequence[Point], x: str, y: str) -> P
             name="equal", x=ends, y=ends, mode="lines", line={"color": "#8a8f98", "dash": "dot"}, hoverinfo="skip"
         )
     for color, name in zip(_COLORS, groups, strict=False):
-        found = [spot for (group, _, _), spot in spots.items() if group == name]
+        drawn = [spot for (group, _, _), spot in spots.items() if group == name]
         figure.add_scatter(
             name=escape(_short(name)),
-            x=[spot[0].x for spot in found],
-            y=[spot[0].y for spot in found],
-            customdata=[_described(spot) for spot in found],
+            x=[spot[0].x for spot in drawn],
+            y=[spot[0].y for spot in drawn],
+            customdata=[_hover_text(spot) for spot in drawn],
             mode="markers",
-            marker={"color": color, "size": [min(8 + 2 * math.log2(len(spot)), 20) for spot in found], "opacity": 0.8},
+            marker={
+                "color": color,
+                "size": [min(8 + 2 * math.log2(len(spot)), 20) for spot in drawn],
+                "opacity": 0.8,
+            },
             hovertemplate=f"%{{customdata}}<br>{escape(x)}: %{{x:.4g}}<br>{escape(y)}: %{{y:.4g}}<extra></extra>",
         )
     figure.update_xaxes(title_text=x, **_logarithmic(ends))
@@ -111,17 +115,17 @@ def scatter(title: str, note: str, points: Sequence[Point], x: str, y: str) -> P
     return Plot(title, note, _plain(figure), height=460)
 
 
-def bars(title: str, note: str, found: Sequence[Bar], x: str, unit: str = "") -> Plot:
-    """Horizontal bars, the longest on top. What comes after the twelfth, or is hardly to be seen, shares one bar.
+def bars(title: str, note: str, items: Sequence[Bar], x: str, unit: str = "") -> Plot:
+    """Plot horizontal bars, the longest on top. Bars after the twelfth, and those too short to see, are summed up.
 
     ``unit`` follows the numbers of the axis.
     """
     go = _plotly()
-    ordered = sorted(found, key=lambda bar: -bar.value)
+    ordered = sorted(items, key=lambda bar: -bar.value)
     shown = [bar for bar in ordered[:_MOST_BARS] if bar.value >= _SEEN * ordered[0].value]
     rest = ordered[len(shown) :]
     if len(rest) == 1:
-        shown += rest  # it has a name, and takes no more room than one for the others
+        shown += rest  # it has a name, and takes no more space than the sum
     elif rest:
         shown.append(Bar(f"{len(rest)} {_OTHERS}", sum(bar.value for bar in rest)))
     figure = go.Figure()
@@ -134,7 +138,7 @@ def bars(title: str, note: str, found: Sequence[Bar], x: str, unit: str = "") ->
         width=0.4,
         hovertemplate=f"%{{customdata}}<br>{escape(x)}: %{{x:,.4g}}<extra></extra>",
     )
-    for place, bar in enumerate(shown):  # above its bar: on a phone there is no room for the label at the side
+    for place, bar in enumerate(shown):  # above its bar: a phone has no space for the label at the side
         figure.add_annotation(
             x=0, y=place, text=escape(_short(bar.label)), showarrow=False, xanchor="left", yanchor="bottom", yshift=8
         )
@@ -144,7 +148,7 @@ def bars(title: str, note: str, found: Sequence[Bar], x: str, unit: str = "") ->
 
 
 def check_plotly() -> None:
-    """Find out before long work whether there is Plotly.
+    """Check before long work that Plotly is installed.
 
     Raises:
         FabricInitError: it is not installed.
@@ -153,7 +157,7 @@ def check_plotly() -> None:
 
 
 def compressed_plotly() -> str:
-    """Plotly's code for the browser, gzip in base64: two fifths of its size. Browsers since 2023 can unpack it."""
+    """Return the browser code of Plotly as gzip in base64: two fifths of its size, for browsers since 2023."""
     _plotly()
     return _compressed()
 
@@ -182,14 +186,14 @@ def _plain(figure: Any, left: int = 64) -> dict[str, Any]:
     return plain
 
 
-def _groups(points: Sequence[Point]) -> list[str]:
-    """The groups that get a color of their own, the largest first; the rest share the last."""
+def _point_groups(points: Sequence[Point]) -> list[str]:
+    """Return the groups with a color of their own, the largest first; the others share the last."""
     names = [name for name, _ in Counter(point.group for point in points).most_common()]
     return names if len(names) <= len(_COLORS) else [*names[: len(_COLORS) - 1], _OTHERS]
 
 
 def _logarithmic(values: Sequence[float]) -> dict[str, Any]:
-    """An axis with labels at powers of ten; at 2 and 5 as well, where it spans no more than three of these."""
+    """Return an axis with labels at powers of ten, and at 2 and 5 if it spans at most three of them."""
     narrow = bool(values) and max(values) <= 1000 * min(values)
     ticks = {"dtick": "D2", "exponentformat": "e"} if narrow else {"exponentformat": "power"}
     return {"type": "log", "minorloglabels": "complete" if narrow else "none", **ticks}
@@ -203,7 +207,7 @@ def _cell(value: float) -> int:
     return round(math.log10(value) * _PER_DECADE)
 
 
-def _described(spot: Sequence[Point]) -> str:
+def _hover_text(spot: Sequence[Point]) -> str:
     named = [f"<b>{escape(spot[0].label)}</b>"] + ([escape(spot[0].more)] if spot[0].more else [])
     named += [escape(point.label) for point in spot[1:_MOST_NAMES]]
     if len(spot) > _MOST_NAMES:
@@ -212,7 +216,7 @@ def _described(spot: Sequence[Point]) -> str:
 
 
 def _short(text: str, most: int = 50) -> str:
-    """``text`` without folders, where it is long, and then without its middle: the ends tell rules and lines apart."""
+    """Shorten a long text: drop folders, then the middle, since the ends distinguish rules and lines."""
     if len(text) > most:
         text = re.sub(r"\S+/", "", text)
     return text if len(text) <= most else f"{text[: most // 2 - 1]}…{text[-most // 2 :]}"

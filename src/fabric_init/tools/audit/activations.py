@@ -1,4 +1,4 @@
-"""What flows through a model in one pass: moments of every module's output and of its gradient, and nothing else."""
+"""Measure one pass through a model: the moments of the output of every module and of its gradient."""
 
 from __future__ import annotations
 
@@ -9,50 +9,34 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from fabric_init.reports.statistics import RunningMoments
 from fabric_init.tools.audit.findings import Layer
 
 _RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardshrink, nn.Softshrink, nn.Threshold)
 
 
 @dataclass
-class ActivationMoments:
-    """Mean and variance over all elements of several tensors, merged by the pairwise formula of Chan et al. (1979).
+class ActivationMoments(RunningMoments):
+    """Mean and variance over all elements of several tensors.
 
     Attributes:
-        count: elements so far.
-        mean: of those.
-        var: of those, about their mean (not the sample's unbiased one).
         broken: a NaN or positive infinity was among them; masks may hold negative infinity.
     """
 
-    count: int = 0
-    mean: float = 0.0
-    var: float = 0.0
     broken: bool = False
 
-    def add(self, tensor: Tensor) -> None:
-        """Take in a floating point tensor of any shape. Half precision is summed in float32."""
-        added = tensor.numel()
-        if added == 0:
-            return
-        values = tensor.detach()
-        if values.dtype.itemsize < 4:
-            values = values.float()
-        var, mean = (float(value) for value in torch.var_mean(values, correction=0))
-        if not math.isfinite(var):
-            self.broken |= bool((values.isnan() | (values == math.inf)).any())
-        total = self.count + added
-        apart = mean - self.mean
-        self.var = (self.count * self.var + added * var) / total + apart**2 * self.count * added / total**2
-        self.mean += apart * added / total
-        self.count = total
+    def add(self, values: Tensor) -> None:
+        """Add a floating point tensor of any shape; half precision is summed in float32."""
+        values = values.detach()
+        super().add(values.float() if values.dtype.itemsize < 4 else values)
+        if not math.isfinite(self.var) and not self.broken:
+            self.broken = bool((values.isnan() | (values == math.inf)).any())
 
     @property
     def known(self) -> bool:
-        """Whether there was anything to measure."""
+        """Whether any element was measured."""
         return self.count > 0
 
     @property
@@ -63,15 +47,15 @@ class ActivationMoments:
 
 @dataclass
 class Flow:
-    """One module in one pass: what came out of it, and the gradient that came back.
+    """One module in one pass: its output, and the gradient of the loss by that output.
 
     Attributes:
-        name: the module's name in the model.
+        name: the name of the module in the model.
         module_class: its class.
-        leaf: it has no modules in it.
+        leaf: it has no submodules.
         activation: moments of its first floating point output, over all calls.
-        gradient: moments of the loss's gradient by that output.
-        dead: of a rectifier, the share of outputs that were zero for every sample of the batch; else ``None``.
+        gradient: moments of the gradient of the loss by that output.
+        dead: for a rectifier, the share of outputs that were zero for every sample of the batch; else ``None``.
     """
 
     name: str
@@ -82,7 +66,7 @@ class Flow:
     dead: float | None = None
 
     def layer(self) -> Layer:
-        """The same as a row of the report."""
+        """Return the moments as a row of the report."""
         out, back = self.activation, self.gradient
         return Layer(
             self.name,
@@ -96,7 +80,7 @@ class Flow:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[list[Flow]]:
-    """Measure what runs in this block, forward and backward. The list fills in the order of the forward pass."""
+    """Measure the modules that run in this block; the list is filled in the order of the forward pass."""
     flows: list[Flow] = []
     seen: dict[str, Flow] = {}
     hooks = []
@@ -126,9 +110,9 @@ def watched(model: nn.Module) -> Iterator[list[Flow]]:
 
 
 def first_floating(output: Any) -> Tensor | None:
-    """The first floating point tensor in what a module returned: itself, or in a tuple or mapping."""
+    """Return the first floating point tensor of an output that is a tensor, tuple, list or dict."""
     if isinstance(output, Tensor):
         return output if output.is_floating_point() else None
     if isinstance(output, (tuple, list)):
-        return next((found for item in output if (found := first_floating(item)) is not None), None)
+        return next((tensor for item in output if (tensor := first_floating(item)) is not None), None)
     return first_floating(list(output.values())) if isinstance(output, dict) else None

@@ -13,7 +13,7 @@ from fabric_init.api import deferred_init
 from fabric_init.errors import RecordingError
 from fabric_init.planning.tensors import TensorInfo, survey
 from fabric_init.recording.tape import Tape
-from fabric_init.reports.init_report import filled_by_us, report_of
+from fabric_init.reports.registry import filled_by_us, report_of
 from fabric_init.reports.write_history import histories
 from fabric_init.tools.audit.checks.never_written import tape_findings
 from fabric_init.tools.audit.probe import examine
@@ -21,7 +21,7 @@ from fabric_init.tools.audit.report import AuditReport
 from fabric_init.tools.audit.rows import rows_of
 
 MSG_NO_RECORDING = """\
-{model} was built eagerly, so nobody knows what wrote its tensors. Record it:
+{model} was built eagerly, so the writes to its tensors are unknown. Record it:
 
     with fabric_init.deferred_init():
         model = build()
@@ -31,20 +31,20 @@ or let the audit record it: fabric_init.audit(build), where build() returns the 
 
 
 def audit(model: nn.Module | Callable[[], nn.Module], batch: Any = None) -> AuditReport:
-    """Whether a model's init is any good: what wrote each tensor, how often, with what result, and what looks wrong.
+    """Audit the init of a model: which rules write each tensor, how often, with what result, and what looks wrong.
 
-    No weight memory is taken and no init runs, but for small samples that are measured. With a ``batch`` a copy of the
-    model is filled and run once, forward and backward, if its own code gives every tensor a value.
+    No weight memory is allocated and no init runs, except for small samples that are measured. With a ``batch``, a copy
+    of the model is filled and run once, forward and backward, if its own code initializes every tensor.
 
     Args:
-        model: a model that was recorded (under :func:`~fabric_init.deferred_init`, say), filled or not; or a callable
-            without arguments that builds one, which is then recorded.
+        model: a model that was recorded (for example under :func:`~fabric_init.deferred_init`), filled or not; or a
+            callable without arguments that builds one, which is then recorded.
         batch: also run the model once: a tensor, a tuple of ``forward``'s arguments with the labels as one more, or a
-            mapping from argument name to tensor; ``"auto"`` makes one up, where the model says what it takes. ``None``
-            leaves that out.
+            mapping from argument name to tensor; ``"auto"`` generates a batch if the model declares its inputs.
+            ``None`` does not run the model.
 
     Returns:
-        One row a tensor, and the findings, the worst first.
+        One row per tensor, and the findings, the worst first.
 
     Raises:
         RecordingError: the model has no recording.
@@ -53,33 +53,33 @@ def audit(model: nn.Module | Callable[[], nn.Module], batch: Any = None) -> Audi
     """
     built = model if isinstance(model, nn.Module) else _record(model)
     with PausedCollector():
-        slots, tapes, real = _recording(built, given=built is model)
-        told = list(rows_of(built, histories(slots, tapes), real))
-        rows = tuple(one.row for one in told)
-        findings = tape_findings(built, told)
+        slots, tapes, real = _recording(built, is_model=built is model)
+        tensors = list(rows_of(built, histories(slots, tapes), real))
+        rows = tuple(each.row for each in tensors)
+        findings = tape_findings(built, tensors)
     report = AuditReport(type(built).__name__, rows, tuple(findings))
-    if batch is None or any(one.unwritten and one.history.slot.saved for one in told):
+    if batch is None or any(each.unwritten and each.history.slot.saved for each in tensors):
         return report
     layers, first, expected, seen = examine(built, rows, batch)
     worst_first = sorted((*seen, *findings), key=lambda finding: -finding.level)
     return replace(report, findings=tuple(worst_first), layers=layers, first_loss=first, expected_loss=expected)
 
 
-def _recording(model: nn.Module, *, given: bool) -> tuple[list[TensorInfo], Mapping[int, Tape], dict[str, Tensor]]:
-    """The model's tensors, the tapes that they are on, and those with memory that were never on any."""
+def _recording(model: nn.Module, *, is_model: bool) -> tuple[list[TensorInfo], Mapping[int, Tape], dict[str, Tensor]]:
+    """Return the tensors of the model, their tapes, and the tensors with memory that were never recorded."""
     slots, tensors, tapes = survey(model)
-    if not tapes and filled_by_us(model):  # its tensors have values now; the report remembers where they were recorded
+    if not tapes and filled_by_us(model):  # its tensors have values now; the report has their recordings
         kept = [row.recording for row in report_of(model).rows if row.recording is not None]
-        slots = [one.slot for one in kept]
-        return slots, {one.slot.ref.storage: one.tape.current() for one in kept if one.slot.ref is not None}, {}
-    if given and slots and not tapes:
+        slots = [each.slot for each in kept]
+        return slots, {each.slot.ref.storage: each.tape.current() for each in kept if each.slot.ref is not None}, {}
+    if is_model and slots and not tapes:
         raise RecordingError(MSG_NO_RECORDING.format(model=type(model).__name__))
     return slots, tapes, {slot.name: tensor for slot, tensor in zip(slots, tensors, strict=True) if slot.real}
 
 
 def _record(build: Callable[[], nn.Module]) -> nn.Module:
     if not callable(build):
-        raise TypeError(f"audit takes a module, or a callable that builds one, not {type(build).__name__}")
+        raise TypeError(f"audit takes a module or a callable that builds one, got {type(build).__name__}")
     with deferred_init():
         model = build()
     if not isinstance(model, nn.Module):

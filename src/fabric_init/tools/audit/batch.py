@@ -1,4 +1,4 @@
-"""How a batch goes into a model's ``forward``, and which part of it is the labels."""
+"""Bind a batch to the ``forward`` of a model, and find the labels in it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LABEL_NAMES = ("labels", "label", "targets", "target", "y")
 
 
 class Call(NamedTuple):
-    """One call of a model. ``labels`` are the batch's, whether ``forward`` gets them or not."""
+    """One call of a model. ``labels`` are those of the batch, also if ``forward`` does not take them."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -27,18 +27,18 @@ class Call(NamedTuple):
 
 
 def as_call(model: nn.Module, batch: Any, device: torch.device) -> Call:
-    """What to call ``model`` with.
+    """Return the call of ``model`` for a batch.
 
     Args:
-        model: its ``forward`` says which names it takes, and how many arguments it needs.
+        model: its ``forward`` determines the names and number of arguments.
         batch: a tensor, the only input; a tuple or list of the positional arguments, with the labels as one more; or a
-            mapping from argument name to value. Labels go by the names ``labels``, ``targets``, ``y`` and the like.
-        device: where tensors are moved.
+            mapping from argument name to value. Labels have names such as ``labels``, ``targets`` or ``y``.
+        device: the device to move tensors to.
 
     Raises:
         FabricInitError: ``forward`` does not take such a batch.
     """
-    batch = _moved(batch, device)
+    batch = _to_device(batch, device)
     parameters = list(inspect.signature(model.forward).parameters.values())
     if isinstance(batch, Mapping):
         return _from_mapping(model, dict(batch), parameters)
@@ -47,7 +47,7 @@ def as_call(model: nn.Module, batch: Any, device: torch.device) -> Call:
     if isinstance(batch, Tensor):
         return Call((batch,), {}, None)
     raise FabricInitError(
-        f"batch is a {type(batch).__name__}: give a tensor, a tuple of {type(model).__name__}.forward's arguments and "
+        f"batch is a {type(batch).__name__}: pass a tensor, a tuple of {type(model).__name__}.forward's arguments and "
         "the labels, or a mapping from argument name to tensor"
     )
 
@@ -79,24 +79,24 @@ def _from_sequence(model: nn.Module, batch: tuple[Any, ...], parameters: Sequenc
     if not takes_all and not needed <= len(batch) <= len(positional):
         raise FabricInitError(
             f"the batch has {len(batch)} tensors, but {type(model).__name__}.forward takes "
-            f"({', '.join(p.name for p in positional)}): give those, and the labels as one more, or a mapping"
+            f"({', '.join(p.name for p in positional)}): pass those, and the labels as one more, or a mapping"
         )
     return Call(batch, {}, None)
 
 
-def _moved(batch: Any, device: torch.device) -> Any:
+def _to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return _valued(batch).to(device)
     if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
-    return type(batch)(_moved(value, device) for value in batch) if type(batch) in (tuple, list) else batch
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    return type(batch)(_to_device(value, device) for value in batch) if type(batch) in (tuple, list) else batch
 
 
 def _valued(tensor: Tensor) -> Tensor:
-    """The tensor with its values, if a constructor made it while it was recorded, as Lightning modules do."""
-    found = recorded(tensor)
-    if found is None:
+    """Return the values of a tensor that a recorded constructor made, as Lightning modules do."""
+    recording = recorded(tensor)
+    if recording is None:
         return tensor
-    memory, _ = storage_now(found.tape, found.storage, exact=False)
+    memory, _ = storage_now(recording.tape, recording.storage, exact=False)
     with real_execution():
-        return view(memory, ref_of(tensor, found.storage))
+        return view(memory, ref_of(tensor, recording.storage))

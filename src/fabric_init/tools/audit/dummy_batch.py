@@ -1,4 +1,4 @@
-"""A batch made up for a model that says what it takes: by a transformers config, or Lightning's example input."""
+"""Generate a batch for a model that declares its inputs, by a transformers config or Lightning's example input."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from fabric_init.errors import FabricInitError
 
 _SEED = 0
 _ROWS, _TOKENS, _SAMPLES = 4, 32, 16_000  # a second of sound
-_CHANNELS, _IMAGE = 3, 224  # where the config does not say
+_CHANNELS, _IMAGE = 3, 224  # if the config does not say
 MSG_NO_DUMMY_BATCH = (
-    "no batch can be made up for {model}: {reason}. Give one: audit(model, batch=(inputs, labels)), with the arguments "
-    "of forward and then the labels, or audit(model, batch={{'input_ids': …, 'labels': …}})."
+    "no batch can be generated for {model}: {reason}. Pass one: audit(model, batch=(inputs, labels)), with the "
+    "arguments of forward and then the labels, or audit(model, batch={{'input_ids': …, 'labels': …}})."
 )
 
 
 def dummy_batch(model: nn.Module) -> Any:
-    """Inputs for ``model`` without labels, of random numbers from a generator of its own.
+    """Return random inputs for ``model`` without labels, from a separate generator.
 
     Raises:
-        FabricInitError: the model does not say what it takes, or takes something that nobody can make up.
+        FabricInitError: the model does not declare its inputs, or needs inputs of an unknown kind.
     """
     example = getattr(model, "example_input_array", None)
     if example is not None:
@@ -49,7 +49,7 @@ def dummy_batch(model: nn.Module) -> Any:
         batch["input_ids"] = _token_ids(model, config, generator)[: len(batch[main])]
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     inputs = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
-    return inputs | ({"use_cache": False} if "use_cache" in takes else {})  # it is for the tokens after these
+    return inputs | ({"use_cache": False} if "use_cache" in takes else {})  # the cache is for later tokens
 
 
 def _impossible(model: nn.Module, reason: str) -> FabricInitError:
@@ -57,18 +57,18 @@ def _impossible(model: nn.Module, reason: str) -> FabricInitError:
 
 
 def _token_ids(model: nn.Module, config: Any, generator: torch.Generator) -> Tensor:
-    """int64, rows × tokens: no special tokens, but an end where there is one, which some classifiers look for."""
+    """Return int64 ids, rows × tokens, without special tokens except an end token, which some classifiers look for."""
     text = text_config(config)
     size = getattr(text, "vocab_size", None)
     if size is None:
         raise _impossible(model, "its config has no vocab_size")
     ids = torch.arange(size)
-    special = {value for name, value in _numbers(config, text) if name.endswith(("_token_id", "_token_index"))}
+    special = {value for name, value in _config_numbers(config, text) if name.endswith(("_token_id", "_token_index"))}
     plain = ids[~torch.isin(ids, torch.tensor(sorted(special), dtype=torch.int64))]
-    positions = [value for name, value in _numbers(text) if name in ("max_position_embeddings", "n_positions")]
+    positions = [value for name, value in _config_numbers(text) if name in ("max_position_embeddings", "n_positions")]
     tokens = min([_TOKENS, *(value for value in positions if value > 0)])
     heads = type(model).__name__
-    # without a padding token such classifiers cannot tell where a row ends, and refuse more than one
+    # without a padding token such classifiers do not know where a row ends, and refuse several
     rows = 1 if heads.endswith("ForSequenceClassification") and text.pad_token_id is None else _ROWS
     choices = (2,) if heads.endswith("ForMultipleChoice") else ()
     batch = plain[torch.randint(len(plain), (rows, *choices, tokens), generator=generator)]
@@ -79,16 +79,16 @@ def _token_ids(model: nn.Module, config: Any, generator: torch.Generator) -> Ten
 
 
 def text_config(config: Any) -> Any:
-    """The part of a config that is about the text that comes out."""
+    """Return the part of a config that describes the output text."""
     return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
 
 
-def _numbers(*configs: Any) -> list[tuple[str, int]]:
+def _config_numbers(*configs: Any) -> list[tuple[str, int]]:
     return [(name, value) for config in configs for name, value in vars(config).items() if type(value) is int]
 
 
 def _images(model: nn.Module, config: Any, generator: torch.Generator) -> Tensor:
-    """Rows × channels × height × width, standard normal, as images are when their mean and std are taken out."""
+    """Return standard normal images, rows × channels × height × width."""
     vision = getattr(config, "vision_config", config)
     size = getattr(vision, "image_size", None) or _IMAGE
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
@@ -97,14 +97,14 @@ def _images(model: nn.Module, config: Any, generator: torch.Generator) -> Tensor
 
 
 def _sound(model: nn.Module, config: Any, generator: torch.Generator) -> Tensor:
-    """Rows × samples, or rows × frames × mel bins for a model that takes spectrograms under this name."""
+    """Return rows × samples, or rows × frames × mel bins if the model takes spectrograms under this name."""
     if hasattr(config, "num_mel_bins") and hasattr(config, "max_length"):
         return torch.randn(_ROWS, config.max_length, config.num_mel_bins, generator=generator)
     return torch.randn(_ROWS, _SAMPLES, generator=generator)
 
 
 def _spectrograms(model: nn.Module, config: Any, generator: torch.Generator) -> Tensor:
-    """Rows × mel bins × frames: what Whisper takes, two frames a position."""
+    """Return rows × mel bins × frames as Whisper takes them, two frames per position."""
     if not hasattr(config, "num_mel_bins") or not hasattr(config, "max_source_positions"):
         raise _impossible(model, "its config does not say what its input_features look like")
     return torch.randn(_ROWS, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)

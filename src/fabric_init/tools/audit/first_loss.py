@@ -1,4 +1,4 @@
-"""The first loss against what a model that knows nothing yet should have: ln(classes)."""
+"""Compare the first loss with ln(classes), the loss of a model that predicts all classes alike."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _SEED = 1
 _AGREES = 0.1
 _SAMPLES = 1024
 FAR = 0.5
-"""A first loss is far off where it exceeds ln(classes) by more than this share of it, and …"""
+"""A first loss is far off if it exceeds ln(classes) by more than this share of it, and …"""
 FAR_NATS = 2.0
 """… by more than this: with two classes, logits of the size that norms give are half of ln(2) off already."""
 
 
 class Outcome(NamedTuple):
-    """What one forward pass says.
+    """The loss and the logits of a forward pass.
 
     Attributes:
-        loss: the model's own, or the cross-entropy of its logits; ``None`` if it has neither.
-        expected: ln(classes); ``None`` where the loss is no cross-entropy of class logits.
+        loss: that of the model, or the cross-entropy of its logits; ``None`` if there is neither.
+        expected: ln(classes); ``None`` if the loss is no cross-entropy of class logits.
         logits: samples × classes, a thousand samples at most; ``None`` likewise.
         blind: the cross-entropy of the logits, averaged over all classes as the label: the loss without the luck of
             the labels.
@@ -47,7 +47,7 @@ class Outcome(NamedTuple):
 
     @property
     def classes(self) -> int:
-        """How many classes the logits tell apart."""
+        """The number of classes of the logits."""
         return 0 if self.logits is None else self.logits.shape[-1]
 
     @property
@@ -61,12 +61,12 @@ class Outcome(NamedTuple):
         return math.nan if self.logits is None else math.sqrt(self.spread / len(self.logits))
 
     def released(self) -> Outcome:
-        """The same without the graph that led to it, and its activations."""
+        """Return the outcome without the autograd graph and its activations."""
         return self._replace(loss=None if self.loss is None else self.loss.detach())
 
     @property
     def far(self) -> bool:
-        """Whether the loss is so far above ``expected`` that it is neither luck nor taste."""
+        """Whether the loss is far above ``expected``, beyond chance."""
         return self.expected is not None and self._far(min(self.blind, float(self.loss or 0.0)))
 
     @property
@@ -97,7 +97,7 @@ def outcome_of(model: nn.Module, call: Call, output: Any) -> Outcome:
     rows, entropy = own[0]
     if loss is None:
         loss = entropy
-    elif not any(torch.isclose(loss.detach().float(), one.detach(), rtol=_AGREES, atol=_AGREES) for _, one in own):
+    elif not any(torch.isclose(loss.detach().float(), each.detach(), rtol=_AGREES, atol=_AGREES) for _, each in own):
         return Outcome(loss)  # of another kind: what to expect of it is not known
     some = _some(rows.detach())
     flat = some.reshape(-1, some.shape[-1])
@@ -105,29 +105,31 @@ def outcome_of(model: nn.Module, call: Call, output: Any) -> Outcome:
 
 
 def _loss_in(output: Any) -> Tensor | None:
-    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    candidates = [found, *(output if isinstance(output, (tuple, list)) else [output])]
-    scalars = [one for one in candidates if isinstance(one, Tensor) and one.numel() == 1 and one.is_floating_point()]
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    candidates = [loss, *(output if isinstance(output, (tuple, list)) else [output])]
+    scalars = [
+        each for each in candidates if isinstance(each, Tensor) and each.numel() == 1 and each.is_floating_point()
+    ]
     return scalars[0].squeeze() if scalars else None
 
 
 def _logits_in(output: Any) -> Tensor | None:
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    candidates = [found] if found is not None else output if isinstance(output, (tuple, list)) else [output]
-    usable = (one for one in candidates if isinstance(one, Tensor) and one.is_floating_point() and one.dim() >= 2)
+    by_name = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    candidates = [by_name] if by_name is not None else output if isinstance(output, (tuple, list)) else [output]
+    usable = (each for each in candidates if isinstance(each, Tensor) and each.is_floating_point() and each.dim() >= 2)
     logits = next(usable, None)
     return logits if logits is not None and logits.shape[-1] > 1 else None
 
 
 def _classes_last(logits: Tensor, model: nn.Module) -> Tensor:
-    """Class maps (rows × classes × height × width) with their classes last."""
+    """Return class maps (rows × classes × height × width) with the classes last."""
     if logits.dim() == 4 and not _are_classes(logits.shape[-1], model) and _are_classes(logits.shape[1], model):
         return logits.movedim(1, -1)
     return logits
 
 
 def _are_classes(size: int, model: nn.Module) -> bool:
-    """Whether the model's config knows so many classes. Without labels, nothing else tells logits from features."""
+    """Return whether the config has this number of classes; without labels nothing else distinguishes logits."""
     config = getattr(model, "config", None)
     if config is None or getattr(config, "problem_type", None) in ("regression", "multi_label_classification"):
         return False
@@ -136,7 +138,7 @@ def _are_classes(size: int, model: nn.Module) -> bool:
 
 
 def _cross_entropies(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Logits with the classes last, and their cross-entropy: as they stand, and with the labels one token ahead."""
+    """Return logits with the classes last and their cross-entropy: as they are, and with labels shifted by a token."""
     if labels.is_floating_point() or labels.dtype is torch.bool:
         return []
     if logits.shape[:-1] != labels.shape:
@@ -153,7 +155,7 @@ def _cross_entropies(logits: Tensor, labels: Tensor) -> list[tuple[Tensor, Tenso
 
 
 def _some(logits: Tensor) -> Tensor:
-    """At most about :data:`_SAMPLES` of the samples: they tell as much as all, and copies of them cost little."""
+    """Return at most about :data:`_SAMPLES` samples, which are representative and cheap to copy."""
     logits = logits[:_SAMPLES]
     return logits[:, : -(-_SAMPLES // len(logits))] if logits.dim() > 2 else logits
 
@@ -165,15 +167,16 @@ def _blind(logits: Tensor) -> float:
 
 
 def _without_echo(logits: Tensor, call: Call) -> Tensor:
-    """``logits`` of -inf for the tokens that are in the same row of the input."""
+    """Return ``logits`` with -inf for the tokens in the same row of the input."""
     ids = [*call.args, *call.kwargs.values()]
-    ids = [one for one in ids if isinstance(one, Tensor) and one is not call.labels and one.dtype is torch.int64]
+    ids = [each for each in ids if isinstance(each, Tensor) and each is not call.labels and each.dtype is torch.int64]
     if logits.dim() != 3:
         return logits
     masked = logits.clone()
-    for one in ids:
-        if one.dim() == 2 and len(one) == len(logits) and int(one.min()) >= 0 and int(one.max()) < logits.shape[-1]:
-            index = one[:, None, :].expand(-1, logits.shape[1], -1)
+    for tokens in ids:
+        same_rows = tokens.dim() == 2 and len(tokens) == len(logits)
+        if same_rows and int(tokens.min()) >= 0 and int(tokens.max()) < logits.shape[-1]:
+            index = tokens[:, None, :].expand(-1, logits.shape[1], -1)
             masked.scatter_(-1, index, -math.inf)
     left = (masked > -math.inf).sum(-1)
     return masked if int(left.min()) * 2 >= masked.shape[-1] else logits  # in a small vocabulary, all are in the input

@@ -1,4 +1,4 @@
-"""A model in a state fit for measuring, and afterwards as it was."""
+"""Put a model into a state for measuring, and restore it afterwards."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _SEED = 0
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Run ``model`` in this block with gradients and without noise; its buffers, modes and the generators come back.
+    """Run ``model`` in this block with gradients and without noise; restore buffers, modes and random generators.
 
-    Everything is in ``eval`` mode, which switches dropout off however it is written. Normalization by batch is not: at
-    the start of training it takes the batch's own statistics, and its running ones say nothing yet.
+    Modules are in ``eval`` mode, which disables every kind of dropout. Batch normalization is not: at the start of
+    training it uses the statistics of the batch, and its running statistics are not meaningful yet.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()]

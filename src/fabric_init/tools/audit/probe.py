@@ -1,4 +1,4 @@
-"""One forward and backward pass of a model as its init left it, and what that pass says about the init."""
+"""Run one forward and backward pass of a freshly initialized model, and check what it shows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fabric_init.tools.audit.batch import Call, as_call
 from fabric_init.tools.audit.checks.loss import loss_findings
 from fabric_init.tools.audit.checks.signal import flow_findings
 from fabric_init.tools.audit.dummy_batch import dummy_batch
-from fabric_init.tools.audit.findings import Finding, Layer, Row
+from fabric_init.tools.audit.findings import AuditRow, Finding, Layer
 from fabric_init.tools.audit.first_loss import Outcome, outcome_of
 from fabric_init.tools.audit.preserve_state import untouched
 from fabric_init.tools.audit.std_search import scaled, suspects
@@ -27,26 +27,26 @@ _SEED = 2
 
 
 def examine(
-    model: nn.Module, rows: Sequence[Row], batch: Any = "auto"
+    model: nn.Module, rows: Sequence[AuditRow], batch: Any = "auto"
 ) -> tuple[tuple[Layer, ...], float | None, float | None, tuple[Finding, ...]]:
-    """Run ``model`` forward and backward once, and look at what flows through it.
+    """Run ``model`` forward and backward once, and check activations, gradients and the loss.
 
-    The model is left as it was: a recorded one stays recorded (a copy is filled and run, which takes the model's
+    The model stays as it was: a recorded one stays recorded (a copy is filled and run, which takes the model's
     memory); of one with values, buffers, gradients, modes and torch's generators are the same afterwards.
 
     Args:
         model: recorded, or with values.
-        rows: what the tape knows of its tensors; may be empty.
+        rows: the audited rows of its tensors; may be empty.
         batch: a tensor, a tuple of ``forward``'s arguments with the labels as one more, or a mapping from argument
-            name to tensor. ``"auto"``: made up, where the model says what it takes.
+            name to tensor. ``"auto"`` generates one if the model declares its inputs.
 
     Returns:
         The layers, in the order of the forward pass; the first loss; ln(classes) where the loss is a cross-entropy;
         the findings, first losses first.
 
     Raises:
-        FabricInitError: no batch can be made up, the model does not take the batch, or it cannot be copied.
-        UninitializedTensorError: the model's own code never gives some tensor a value.
+        FabricInitError: no batch can be generated, the model does not take the batch, or it cannot be copied.
+        UninitializedTensorError: the model's own code does not initialize some tensor.
     """
     if isinstance(batch, str) and batch == "auto":
         batch = dummy_batch(model)
@@ -70,14 +70,14 @@ def _device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def _on_this_batch(model: nn.Module, call: Call) -> Iterator[None]:
-    """Whatever the model raises names the batch that it was run on."""
+    """Add the shapes of the batch to whatever the model raises."""
     try:
         yield
     except Exception as error:
         shapes = ", ".join(f"{name}: {_shape(value)}" for name, value in [*enumerate(call.args), *call.kwargs.items()])
         raise FabricInitError(
             f"{type(model).__name__} does not run on the batch ({shapes}): {type(error).__name__}: {error}. "
-            "Give one that it takes: audit(model, batch=…)."
+            "Pass a batch that it takes: audit(model, batch=…)."
         ) from error
 
 

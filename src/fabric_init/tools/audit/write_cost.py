@@ -1,4 +1,4 @@
-"""What an init op costs in plain PyTorch: measured on this machine, in this audit, once for each rule and shape."""
+"""Measure the cost of init ops in plain PyTorch on this machine, once per rule and shape."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from fabric_init.recording.replay import real_execution
 from fabric_init.recording.tape import Constant, Op, TensorRef
 
 _SAMPLE = 1 << 18
-"""Elements of the largest tensor to run an op on; what is larger is reckoned from it."""
+"""The most elements to run an op on; the time of larger tensors is extrapolated."""
 
 _CUBIC = frozenset({"orthogonal_"})  # a QR decomposition: elements × the shorter side
 
 
 class WriteTimer:
-    """Seconds that one op takes. Runs it on memory of its own, on the CPU, with a random stream of its own."""
+    """Measure the seconds that an op takes on the CPU, on separate memory and with a separate random stream."""
 
     def __init__(self) -> None:
         self._known: dict[Any, float] = {}
 
     def seconds(self, op: Op) -> float:
-        """What ``op`` costs: the faster of two runs on a sample, scaled up to its size."""
+        """Return the cost of ``op``: the faster of two runs on a sample, scaled up to its size."""
         size = _largest(op)
         key = (op.func, size, tuple(repr(value) for value in op.kwargs.values()))
         if key not in self._known:
@@ -50,20 +50,20 @@ def _smaller(size: torch.Size) -> torch.Size:
 
 
 def _timed(op: Op, sample: torch.Size) -> float:
-    whole = _largest(op)
+    full = _largest(op)
     written = next(iter((*op.targets, *op.outputs)), None)
     dtype = torch.float32 if written is None else written.dtype
     generator = torch.Generator().manual_seed(0)
 
     def real(value: Any) -> Any:
         if isinstance(value, TensorRef):
-            return torch.zeros(sample if value.size == whole else _smaller(value.size), dtype=value.dtype)
+            return torch.zeros(sample if value.size == full else _smaller(value.size), dtype=value.dtype)
         if isinstance(value, Constant):
             return value.tensor.cpu()
         if isinstance(value, torch.device):
             return torch.device("cpu")
         if isinstance(value, (list, tuple)):
-            return list(sample) if tuple(value) == tuple(whole) else type(value)(real(item) for item in value)
+            return list(sample) if tuple(value) == tuple(full) else type(value)(real(item) for item in value)
         return value
 
     with real_execution():
@@ -83,5 +83,5 @@ def _timed(op: Op, sample: torch.Size) -> float:
 
 
 def _fill_uniform(*args: Any, generator: torch.Generator, **kwargs: Any) -> Any:
-    """For an op that can only draw from torch's default generator, which an audit leaves alone."""
+    """Replace an op that can only draw from the default generator of torch, which an audit leaves alone."""
     return torch.empty(args[0].size() if isinstance(args[0], torch.Tensor) else args[0]).uniform_(generator=generator)

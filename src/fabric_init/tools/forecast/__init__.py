@@ -1,10 +1,11 @@
-"""What a load would do, and take, before it is done: no weight is read, and no memory for weights is taken."""
+"""Forecast what a load does and the memory it takes, without reading weights or allocating memory for them."""
 
 from fabric_init.tools.forecast.coverage import Amount, Cast, Coverage, Fresh, Unexpected, WrongShape
 from fabric_init.tools.forecast.forecast import Forecast, forecast
 from fabric_init.tools.forecast.io_estimate import IoEstimate
 from fabric_init.tools.forecast.memory import Memory
-from fabric_init.tools.forecast.training_config import OptimizerName, PrecisionName, StrategyName, TrainingConfig
+from fabric_init.tools.forecast.strategy_models import PrecisionName
+from fabric_init.tools.forecast.training_config import OptimizerName, StrategyName, TrainingConfig
 
 __all__ = [
     "Amount",

@@ -1,4 +1,4 @@
-"""What :func:`fabric_init.forecast` finds out."""
+"""The function :func:`fabric_init.forecast` and its result."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.filesize import decimal
 from torch import nn
 
 from fabric_init._gc import PausedCollector
+from fabric_init._text import human_bytes, joined
 from fabric_init.checkpoints import Conversion, Source
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.checkpoints.storage.file_system import file_system_of
@@ -24,23 +24,24 @@ from fabric_init.strategies.fsdp2 import Units
 from fabric_init.tools.forecast.coverage import Coverage, coverage_of
 from fabric_init.tools.forecast.io_estimate import IoEstimate, reading_of
 from fabric_init.tools.forecast.memory import Memory, gathered_units, memory_of
-from fabric_init.tools.forecast.training_config import OptimizerName, PrecisionName, StrategyName, TrainingConfig
+from fabric_init.tools.forecast.strategy_models import PrecisionName
+from fabric_init.tools.forecast.training_config import OptimizerName, StrategyName, TrainingConfig
 
 _MOST_NAMES = 5
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a load would do, and what the model would take. ``str()`` gives the gist of it.
+    """What a load would do, and the memory that the model would take. ``str()`` returns a summary.
 
     Attributes:
-        model: its class.
+        model: the class of the model.
         checkpoint: as the user named it; ``None`` for a model that is initialized.
-        format: that of the checkpoint, in words.
-        note: anything worth knowing of how the checkpoint is read.
-        setting: where the model is to be trained.
-        coverage: what of the model the checkpoint brings.
-        reading: bytes and seconds, rank by rank.
+        format: the format of the checkpoint.
+        note: how the checkpoint is read, if that is notable.
+        setting: the training configuration.
+        coverage: which tensors of the model the checkpoint covers.
+        reading: bytes and seconds for each rank.
         memory: bytes on each rank.
     """
 
@@ -55,11 +56,11 @@ class Forecast:
 
     @property
     def complete(self) -> bool:
-        """Whether the load would go through, as it was asked for."""
+        """Whether the load would succeed with these options."""
         return self.coverage.complete
 
     def to_dict(self) -> dict[str, Any]:
-        """The forecast as plain data, fit for JSON."""
+        """Return the forecast as plain data for JSON."""
         memory = asdict(self.memory) | {"kept": self.memory.kept, "peak": self.memory.peak}
         return {"complete": self.complete} | asdict(self) | {"memory": memory}
 
@@ -69,23 +70,22 @@ class Forecast:
         lines = [
             f"{self.model} {source}: {'complete' if self.complete else 'not complete'}",
             f"covers {coverage.loaded.tensors} of {coverage.wanted.tensors} tensors, "
-            f"{decimal(coverage.loaded.bytes)} of {decimal(coverage.wanted.bytes)}",
+            f"{human_bytes(coverage.loaded.bytes)} of {human_bytes(coverage.wanted.bytes)}",
             *(f"cast: {cast.tensors} tensors {cast.saved_as} → {cast.kept_as}" for cast in coverage.casts),
-            *_listed("missing", [one.name for one in coverage.missing]),
-            *_listed("not in the model", [one.key for one in coverage.unexpected]),
-            *_listed("does not fit", [one.name for one in coverage.wrong_shapes]),
-            *_listed("without a value", coverage.without_values),
+            *_names_line("missing", [tensor.name for tensor in coverage.missing]),
+            *_names_line("not in the model", [tensor.key for tensor in coverage.unexpected]),
+            *_names_line("does not fit", [tensor.name for tensor in coverage.wrong_shapes]),
+            *_names_line("without a value", coverage.without_values),
             *coverage.problems,
             *(f"likely to help: {text}" for text in coverage.proposed),
             f"{setting.strategy}, ranks: {setting.ranks}, {setting.precision}, {setting.optimizer}: a rank reads "
-            f"{decimal(max(self.reading.by_rank))} and needs {decimal(self.memory.peak)} beside activations",
+            f"{human_bytes(max(self.reading.by_rank))} and needs {human_bytes(self.memory.peak)} beside activations",
         ]
         return "\n".join(lines)
 
 
-def _listed(what: str, names: Sequence[str]) -> list[str]:
-    more = f" … and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-    return [f"{what}: {', '.join(names[:_MOST_NAMES])}{more}"] if names else []
+def _names_line(what: str, names: Sequence[str]) -> list[str]:
+    return [f"{what}: {joined(names, _MOST_NAMES)}"] if names else []
 
 
 def forecast(
@@ -106,9 +106,9 @@ def forecast(
     entry: str | None = None,
     convert: Sequence[Conversion] = (),
 ) -> Forecast:
-    """What ``fabric.init_module(checkpoint=…)`` and training would do and take: no weight is read, no memory taken.
+    """Forecast ``fabric.init_module(checkpoint=…)`` and training, without reading weights or allocating memory.
 
-    What of the checkpoint does not fit the model is in the result, all of it, and nothing of it raises.
+    Every mismatch between checkpoint and model is in the result; none raises.
 
     Args:
         model: a callable that builds it, which is recorded under ``precision``; or a model, recorded or not, which
@@ -116,13 +116,13 @@ def forecast(
         checkpoint: all that :func:`~fabric_init.checkpoints.open_checkpoint` takes; ``None`` to initialize everything.
         strategy: ``"single_device"``, ``"ddp"``, ``"fsdp"`` (the first FSDP), ``"fsdp2"``, ``"deepspeed_stage_1"``,
             ``_2`` or ``_3``; ``"auto"`` is one device, or DDP where there are several ranks.
-        devices: ranks a machine.
+        devices: ranks per machine.
         nodes: machines.
         precision: as Fabric takes it: ``"bf16-true"``, ``"16-true"``, ``"32-true"``, ``"64-true"``, ``"bf16-mixed"``,
             ``"16-mixed"``.
         optimizer: ``"adamw"``, ``"adam"``, ``"adagrad"``, ``"rmsprop"``, ``"sgd-momentum"``, ``"sgd"``; ``"none"`` for
             a model that is not trained.
-        bandwidth: of the storage, in bytes a second, for the time that reading takes.
+        bandwidth: of the storage, in bytes per second, to estimate the time.
         units: for ``"fsdp2"`` and ``"fsdp"``, which modules are gathered as one, see
             :class:`~fabric_init.strategies.FSDP2Strategy`. ``None``: what the strategy does when nothing is said:
             ``"blocks"`` for ``"fsdp2"``, the model as the only one for ``"fsdp"``.
@@ -130,49 +130,52 @@ def forecast(
         strict: see :meth:`fabric_init.Fabric.init_module`, as for ``rename``, ``reinit``, ``entry`` and ``convert``.
 
     Raises:
-        ValueError: a name is not known, or Lightning refuses strategy and precision together.
+        ValueError: a name is unknown, or Lightning refuses the combination of strategy and precision.
         CheckpointError: the checkpoint cannot be opened.
-        CheckpointMismatchError: ``rename``, ``reinit`` or ``convert`` is not usable with it.
+        CheckpointMismatchError: ``rename`` or ``convert`` is not usable with it.
+        OptionError: ``rename`` is invalid, or ``reinit`` matches no tensor.
         RecordingError: the constructor does what cannot be recorded.
     """
     setting = TrainingConfig(strategy, devices, nodes, precision, optimizer)
     if bandwidth is not None and bandwidth <= 0:
-        raise ValueError(f"bandwidth={bandwidth}: give bytes a second, more than none")
+        raise ValueError(f"bandwidth must be a positive number of bytes per second, got {bandwidth}")
     check_io(io)
     reader = None if checkpoint is None else Source(checkpoint, entry=entry, convert=convert).open()
     wanted = LoadOptions(strict, rename, reinit)
     with PausedCollector():
-        module = model if isinstance(model, nn.Module) else _recorded(model, setting)
+        module = model if isinstance(model, nn.Module) else _record_model(model, setting)
         slots, _, tapes = survey(module)
         slots = [setting.kept(slot) for slot in slots]
-        found = match(slots, tapes, reader, wanted, find_extra_states(module))
-        misfits = {misfit.slot.name for misfit in found.misfits}
-        loads = [e for e in found.entries if e.action is not Action.LOAD or e.slot.name not in misfits]
+        matching = match(slots, tapes, reader, wanted, find_extra_states(module))
+        misfits = {misfit.slot.name for misfit in matching.misfits}
+        loads = [e for e in matching.entries if e.action is not Action.LOAD or e.slot.name not in misfits]
         file_system = None if checkpoint is None else file_system_of(checkpoint)
-        way = choose_io(io, whole=not setting.sharded, machines=nodes, file_system=file_system)
+        way = choose_io(io, whole=not setting.model.sharded, machines=nodes, file_system=file_system)
         return Forecast(
             model=type(module).__name__,
             checkpoint=None if checkpoint is None else str(checkpoint),
             format=None if reader is None else reader.format,
             note=None if reader is None else reader.note,
             setting=setting,
-            coverage=coverage_of(found, tapes, reader, wanted, _refused(slots, setting)),
+            coverage=coverage_of(matching, tapes, reader, wanted, _refused(slots, setting)),
             reading=reading_of(Plan(tuple(loads)), tapes, setting, way, bandwidth),
             memory=memory_of(slots, gathered_units(module, units, setting), setting),
         )
 
 
-def _recorded(build: Callable[[], nn.Module], setting: TrainingConfig) -> nn.Module:
+def _record_model(build: Callable[[], nn.Module], setting: TrainingConfig) -> nn.Module:
     with recorded_build("per_op"), setting.building():
         model = build()
     if not isinstance(model, nn.Module):
-        raise TypeError(f"forecast takes a module, or what builds one, and got {type(model).__name__} from {build}")
+        raise TypeError(
+            f"forecast takes a module or a callable that builds one, got {type(model).__name__} from {build}"
+        )
     return model
 
 
 def _refused(slots: Sequence[TensorInfo], setting: TrainingConfig) -> list[str]:
-    """What the strategy itself would not take."""
+    """Return the tensors that the strategy does not support, as messages."""
     scalars = [slot.name for slot in slots if slot.kind == "parameter" and not slot.shape]
-    if setting.strategy != "fsdp2" or not scalars:
+    if setting.model.shards_scalars or not scalars:
         return []
     return [f"FSDP2 does not shard parameters without dimensions: {', '.join(scalars)}. Give them the shape (1,)."]

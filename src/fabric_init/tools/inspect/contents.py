@@ -1,4 +1,4 @@
-"""The answer of an inspection, as plain frozen data."""
+"""The result of an inspection, as plain frozen data."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Kind = Literal[
     "NaN",
     "Inf",
 ]
-"""What can be wrong."""
+"""The kinds of damage."""
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """One thing that is wrong, in a file and with some tensors, if it can be told with which."""
+    """A defect, with the file and the tensors that it affects, if these are known."""
 
     kind: Kind
     message: str
@@ -38,10 +38,10 @@ class Damage:
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """Of one tensor's elements; of complex ones, of their real and imaginary parts.
+    """Statistics of the elements of a tensor; for complex tensors, of real and imaginary parts.
 
-    ``min`` to ``std`` are those of the finite elements (``nan`` if there are none), ``std`` over all of them, not a
-    sample. ``digest`` is equal for equal values of tensors of one shape and dtype.
+    ``min`` to ``std`` are those of all finite elements (``nan`` if there are none), ``std`` without correction.
+    ``digest`` is equal for equal values of tensors of the same shape and dtype.
     """
 
     min: float
@@ -55,10 +55,17 @@ class Values:
 
 @dataclass(frozen=True, slots=True)
 class TensorRow:
-    """One tensor. ``shape`` in elements; ``dtype`` as torch names it, or the file, if torch does not know it.
+    """One tensor.
 
-    ``nbytes`` is what its elements take. ``files`` hold them, the first of them from byte ``offset`` on, if that can be
-    told from headers. ``whole`` says whether all of them are there.
+    Attributes:
+        key: its checkpoint key.
+        shape: in elements.
+        dtype: as torch names it, or as the file does if torch does not know it.
+        nbytes: the bytes of its elements.
+        files: the files that hold them.
+        offset: the first byte in the first file, if the header has it.
+        whole: the files have all of its elements.
+        values: their statistics, if values were read.
     """
 
     key: str
@@ -72,13 +79,13 @@ class TensorRow:
 
     @property
     def numel(self) -> int:
-        """Its number of elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class FileRow:
-    """One file: its bytes in all, and how many tensors, taking how many of them, lie in it. ``None``: not there."""
+    """One file: its bytes (``None`` for a missing file), the number of tensors in it, and their bytes."""
 
     name: str
     nbytes: int | None
@@ -87,19 +94,19 @@ class FileRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
-    """What a checkpoint holds. ``str()`` gives the gist of it, and all damage.
+class CheckpointContents:
+    """The contents of a checkpoint. ``str()`` returns a summary and all damage.
 
     Attributes:
-        path: as it was asked for.
-        format: in words.
-        note: anything worth knowing of how it was read.
-        tensors: in the file's own order.
+        path: as the user named it.
+        format: the format in words.
+        note: how it was read, if that is notable.
+        tensors: in file order.
         files: every file that belongs to it.
-        entries: the state dicts in it, by the name that ``entry=`` takes (``""`` is the outermost), and their tensors.
-        ties: tensors that share bytes in the file: the same weight under several names.
-        duplicates: other tensors of equal values, constant ones left out; only if values were read.
-        damage: what is wrong, empty for a sound checkpoint.
+        entries: the number of tensors of each state dict, by its ``entry=`` name (``""`` is the outermost).
+        ties: tensors that share bytes in the file: a weight under several names.
+        duplicates: other tensors of equal values, without constant ones; only if values were read.
+        damage: the defects; empty for a sound checkpoint.
     """
 
     path: str
@@ -114,41 +121,41 @@ class Contents:
 
     @property
     def sound(self) -> bool:
-        """Whether no damage was found."""
+        """Whether there is no damage."""
         return not self.damage
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, those of ties counted once."""
+        """The bytes of all tensors, tied ones once."""
         again = {key for tie in self.ties for key in tie[1:]}
         return sum(row.nbytes for row in self.tensors if row.key not in again)
 
     @property
     def numel(self) -> int:
-        """Elements of all tensors, those of ties counted once."""
+        """The elements of all tensors, tied ones once."""
         again = {key for tie in self.ties for key in tie[1:]}
         return sum(row.numel for row in self.tensors if row.key not in again)
 
     @property
     def dtypes(self) -> dict[str, int]:
-        """Bytes of each dtype, the most first."""
-        found: Counter[str] = Counter()
+        """The bytes of each dtype, the most first."""
+        sizes: Counter[str] = Counter()
         for row in self.tensors:
-            found[row.dtype] += row.nbytes
-        return dict(found.most_common())
+            sizes[row.dtype] += row.nbytes
+        return dict(sizes.most_common())
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain data, fit for JSON; NaN and infinities as the strings ``"nan"``, ``"inf"``, ``"-inf"``."""
-        found = {"sound": self.sound, "numel": self.numel, "nbytes": self.nbytes, **asdict(self)}
-        for row in found["tensors"]:
+        """Return plain data for JSON, with NaN and infinities as the strings ``"nan"``, ``"inf"``, ``"-inf"``."""
+        data = {"sound": self.sound, "numel": self.numel, "nbytes": self.nbytes, **asdict(self)}
+        for row in data["tensors"]:
             if row["values"] is not None:
                 row["values"] = {name: _json(value) for name, value in row["values"].items()}
-        return found
+        return data
 
     def __str__(self) -> str:
         dtypes = ", ".join(f"{nbytes:,} bytes of {dtype}" for dtype, nbytes in self.dtypes.items())
         head = f"{self.path}: {self.format}, {len(self.tensors)} tensors{': ' * bool(dtypes)}{dtypes}"
-        damage = [f"{one.kind}: {one.file or self.path}: {one.message}" for one in self.damage]
+        damage = [f"{each.kind}: {each.file or self.path}: {each.message}" for each in self.damage]
         return "\n".join([head, *damage] if damage else [head, "sound"])
 
 

@@ -1,11 +1,10 @@
-"""What the look at one format gives: tensors, where their elements are, and what is wrong with the file."""
+"""The survey of one checkpoint: its tensors, the location of their elements, and its damage."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,78 +12,68 @@ import torch
 from fabric_init.tools.inspect.contents import Damage
 
 
-class Run(NamedTuple):
-    """Elements that are read together, in the order of the file."""
+class ElementRun(NamedTuple):
+    """Contiguous elements of a file, in file order."""
 
     numel: int
     read: Callable[[int, int], torch.Tensor]
-    """Elements ``start:stop`` of it, 1-D."""
+    """Return elements ``start:stop`` as a 1-D tensor."""
 
 
 @dataclass(slots=True)
-class Found:
-    """One tensor of the header."""
+class SurveyedTensor:
+    """One tensor of a header."""
 
     key: str
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
     files: dict[str, int]
-    """What holds it, and how many of its bytes each."""
+    """The files that hold it, and its bytes in each."""
     extent: tuple[int, int] | None = None
-    """First byte and the one after the last, in its only file; ``None`` if it lies in several places, or unknown."""
-    runs: tuple[Run, ...] = ()
-    """Its elements, if they are all there."""
+    """First byte and the one after the last, in its only file; ``None`` if it is scattered or unknown."""
+    runs: tuple[ElementRun, ...] = ()
+    """Its elements, if the files have all of them."""
     layout: object = None
-    """What else decides on their order, if it is not row-major: bytes are equal values only in equal layouts."""
+    """The memory order of the elements if it is not row-major: equal bytes are equal values only in equal layouts."""
     whole: bool = True
 
     @property
     def numel(self) -> int:
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(slots=True)
 class Survey:
-    """All that a header says."""
+    """The content of a header."""
 
     format: str
-    found: list[Found] = field(default_factory=list)
+    found: list[SurveyedTensor] = field(default_factory=list)
     files: dict[str, int | None] = field(default_factory=dict)
-    """Name -> bytes; ``None`` of a file that is not there."""
+    """Name to bytes; ``None`` for a missing file."""
     damage: list[Damage] = field(default_factory=list)
     ties: list[tuple[str, ...]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     entries: dict[str, int] = field(default_factory=dict)
     readable: bool = True
-    """Whether our own reader should open it, without reading weights."""
+    """Whether the reader of the format should be able to open it."""
 
 
-@cache
-def dtype_name(dtype: torch.dtype) -> str:
-    """``torch.float32`` as ``float32``."""
-    return str(dtype).removeprefix("torch.")
-
-
-def sharing_bytes(found: Iterable[Found]) -> Iterator[tuple[Found, ...]]:
-    """Groups of tensors with extents in one file that overlap; empty tensors share nothing."""
-    by_file: dict[tuple[str, ...], list[tuple[int, int, Found]]] = {}
-    for one in found:
-        if one.extent is not None and one.extent[0] < one.extent[1]:
-            by_file.setdefault(tuple(one.files), []).append((*one.extent, one))
+def sharing_bytes(tensors: Iterable[SurveyedTensor]) -> Iterator[tuple[SurveyedTensor, ...]]:
+    """Yield groups of tensors whose extents in one file overlap; empty tensors share nothing."""
+    by_file: dict[tuple[str, ...], list[tuple[int, int, SurveyedTensor]]] = {}
+    for tensor in tensors:
+        if tensor.extent is not None and tensor.extent[0] < tensor.extent[1]:
+            by_file.setdefault(tuple(tensor.files), []).append((*tensor.extent, tensor))
     for extents in by_file.values():
-        group: list[Found] = []
+        group: list[SurveyedTensor] = []
         reach = 0
-        for start, stop, one in sorted(extents, key=lambda extent: extent[0]):
+        for start, stop, tensor in sorted(extents, key=lambda extent: extent[0]):
             if start >= reach and group:
                 yield from [tuple(group)] if len(group) > 1 else []
                 group = []
-            group.append(one)
+            group.append(tensor)
             reach = max(reach, stop)
         if len(group) > 1:
             yield tuple(group)
-
-
-def count(number: int, thing: str) -> str:
-    """``1 tensor``, ``2 tensors``."""
-    return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"

@@ -1,4 +1,4 @@
-"""What the elements of a tensor are like, counted in one pass over the file, a region at a time."""
+"""Count and measure the elements of tensors in one pass over the file, a block at a time."""
 
 from __future__ import annotations
 
@@ -11,46 +11,47 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from fabric_init.checkpoints.storage.local import memory
+from fabric_init.reports.statistics import RunningMoments
 from fabric_init.tools.inspect.contents import Values
-from fabric_init.tools.inspect.survey import Found, Run
+from fabric_init.tools.inspect.survey import ElementRun, SurveyedTensor
 
 _READ_BYTES = 8 << 20
-"""At most so much of the file at a time in each thread."""
+"""The most that each thread reads of the file at once."""
 _COUNTED = 1 << 18
-"""Elements that are widened to float64 together: they fit the cache of a core."""
+"""Elements that are cast to float64 together; they fit the cache of a core."""
 _THREADS = min(4, os.cpu_count() or 1)
 
 Report = Callable[[int], None]
-"""Is told of bytes that were read."""
+"""Called with the number of bytes that were read."""
 
 
-def count_values(found: Sequence[Found], report: Report) -> Iterator[Values | Exception]:
-    """The values of each tensor, in order; or why they cannot be read.
+def count_values(tensors: Sequence[SurveyedTensor], report: Report) -> Iterator[Values | Exception]:
+    """Yield the values of each tensor in order, or the error that reading it raised.
 
-    Takes about 16 MB in each of up to four threads, whatever the sizes of tensors.
+    Needs about 16 MB in each of up to four threads, regardless of tensor sizes.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
-        yield from pool.map(lambda one: _try(one, report), found)
+        yield from pool.map(lambda tensor: _try(tensor, report), tensors)
 
 
-def _try(one: Found, report: Report) -> Values | Exception:
+def _try(tensor: SurveyedTensor, report: Report) -> Values | Exception:
     try:
-        return _count(one, report)
-    except Exception as error:  # of a reader that somebody registered: of any kind
+        return _measure(tensor, report)
+    except Exception as error:  # a registered reader may raise anything
         return error
 
 
-def _count(one: Found, report: Report) -> Values:
-    digest = hashlib.blake2b(f"{one.dtype} {one.shape} {one.layout}".encode(), digest_size=16)
-    moments = _ValueMoments()
-    for block in _blocks(one.runs):
+def _measure(tensor: SurveyedTensor, report: Report) -> Values:
+    digest = hashlib.blake2b(f"{tensor.dtype} {tensor.shape} {tensor.layout}".encode(), digest_size=16)
+    counter = _ValueCounter()
+    for block in _blocks(tensor.runs):
         digest.update(memory(block))
-        moments.add(block)
+        counter.add(block)
         report(block.nbytes)
-    return moments.values(digest.hexdigest())
+    return counter.values(digest.hexdigest())
 
 
-def _blocks(runs: Sequence[Run]) -> Iterator[torch.Tensor]:
+def _blocks(runs: Sequence[ElementRun]) -> Iterator[torch.Tensor]:
     for run in runs:
         start, step = 0, _COUNTED
         while start < run.numel:
@@ -61,13 +62,13 @@ def _blocks(runs: Sequence[Run]) -> Iterator[torch.Tensor]:
             start = stop
 
 
-class _ValueMoments:
-    """Mean and squared deviations, merged block by block: Chan, Golub and LeVeque, "Updating formulae" (1979)."""
+class _ValueCounter:
+    """Minimum, maximum and moments of the finite elements, and the number of the others."""
 
     def __init__(self) -> None:
         self._low, self._high = math.inf, -math.inf
-        self._count = self._nans = self._infs = 0
-        self._mean = self._squares = 0.0
+        self._nans = self._infs = 0
+        self._moments = RunningMoments()
 
     def add(self, block: torch.Tensor) -> None:
         flat = torch.view_as_real(block).reshape(-1) if block.is_complex() else block
@@ -83,21 +84,15 @@ class _ValueMoments:
             self._infs += len(part) - int(finite.sum()) - nans
             part = part[finite]
             total = float(part.sum())
-        count = len(part)
-        if not count:
+        if not len(part):
             return
-        mean = total / count
+        mean = total / len(part)
         low, high = part.aminmax()
-        squares = float((part - mean).square_().sum())
         self._low, self._high = min(self._low, float(low)), max(self._high, float(high))
-        apart = mean - self._mean
-        both = self._count + count
-        self._squares += squares + apart * apart * self._count * count / both
-        self._mean += apart * count / both
-        self._count = both
+        self._moments.merge(len(part), mean, float((part - mean).square_().sum()) / len(part))
 
     def values(self, digest: str) -> Values:
-        if not self._count:
+        moments = self._moments
+        if not moments.count:
             return Values(math.nan, math.nan, math.nan, math.nan, self._nans, self._infs, digest)
-        std = math.sqrt(self._squares / self._count)
-        return Values(self._low, self._high, self._mean, std, self._nans, self._infs, digest)
+        return Values(self._low, self._high, moments.mean, moments.std, self._nans, self._infs, digest)

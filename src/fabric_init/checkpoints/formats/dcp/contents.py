@@ -1,4 +1,4 @@
-"""What a checkpoint of ``torch.distributed.checkpoint`` has in it, as its metadata says."""
+"""The contents of a checkpoint of ``torch.distributed.checkpoint``, as plain data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fabric_init.checkpoints.state_dicts import EXTRA_STATE, OPTIMIZER_PARTS, Lo
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Where one saved object lies: ``length`` bytes of a file of the folder."""
+    """The place of one saved object: ``length`` bytes of a file in the folder."""
 
     file: str
     offset: int
@@ -22,7 +22,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A box of a tensor, and where it lies."""
+    """A box of a tensor, and its place."""
 
     box: Box
     item: Item
@@ -44,19 +44,19 @@ class Contents:
 
     tensors: dict[str, Tensor]
     objects: dict[str, tuple[Location, str, Item]]
-    """What are no tensors: location, name and place."""
+    """Location, name and place of everything that is not a tensor."""
     ends: dict[str, int] = field(default_factory=dict)
-    """Of each file, the byte behind the last thing in it."""
+    """File name -> the byte after its last item."""
 
     def paths(self) -> Iterator[tuple[Location, str]]:
-        """The keys that led to each entry before it was flattened, and its own."""
+        """Yield each entry's nested keys from before flattening, and its flattened key."""
         for key, tensor in self.tensors.items():
             yield (*tensor.location, tensor.name), key
         for key, (location, name, _) in self.objects.items():
             yield (*location, name), key
 
     def state_dicts(self) -> dict[Location, int]:
-        """How many tensors each dict has; not those of an optimizer's state dict, nor of extra state."""
+        """Return the number of tensors in each dict, without those of optimizers and of extra state."""
         parts: defaultdict[Location, set[str]] = defaultdict(set)
         for path, _ in self.paths():
             for depth, key in enumerate(path):
@@ -71,9 +71,10 @@ class Contents:
         }
 
     def extra_state(self, location: Location) -> Iterator[tuple[Location, str]]:
-        """Path within the state dict at ``location``, and key, of extra state that is no tensor of the state dict."""
+        """Yield path in the state dict at ``location``, and key, of extra state that is not one of its tensors."""
         depth = len(location)
         for path, key in self.paths():
             is_weight = key in self.tensors and len(path) == depth + 1
-            if path[:depth] == location and path[depth].endswith(EXTRA_STATE) and not is_weight:
+            inside = len(path) > depth and path[:depth] == location
+            if inside and path[depth].endswith(EXTRA_STATE) and not is_weight:
                 yield path[depth:], key

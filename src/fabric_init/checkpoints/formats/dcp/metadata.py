@@ -1,4 +1,4 @@
-"""What the ``.metadata`` of a ``torch.distributed.checkpoint`` folder says: every tensor, in chunks, in files.
+"""Parse the ``.metadata`` of a ``torch.distributed.checkpoint`` folder: tensors, their chunks, and the files of these.
 
 The format: a pickled ``Metadata`` of
 https://github.com/pytorch/pytorch/blob/main/torch/distributed/checkpoint/metadata.py. It is read as plain data; no
@@ -40,10 +40,11 @@ _NAMES = frozenset(
 
 
 def read_metadata(path: Path) -> Contents:
-    """The contents that ``path``, a ``.metadata``, declares.
+    """Return the contents that the ``.metadata`` at ``path`` declares.
 
-    Raises :class:`~fabric_init.errors.CheckpointFormatError` when it is not what torch writes, names what could run
-    code, or when a tensor's chunks leave a gap, overlap or stick out.
+    Raises:
+        CheckpointFormatError: it is not what torch writes, names what could run code, or the chunks of a tensor leave
+            a gap, overlap or stick out.
     """
     file = open_bytes(path, mmap=False)
     if file.size > _METADATA_BYTES:
@@ -59,7 +60,7 @@ def read_metadata(path: Path) -> Contents:
 
 
 class _WrongError(ValueError):
-    """What is wrong with the metadata; the file's name is added on the way out."""
+    """An error in the metadata. The caller adds the name of the file."""
 
 
 def _contents(loaded: object) -> Contents:
@@ -86,7 +87,7 @@ def _contents(loaded: object) -> Contents:
 
 
 def _place(key: str, path: object) -> tuple[Location, str]:
-    """Location and name of an entry; without the planner's data (its ``flatten_state_dict=False``) the key is it."""
+    """Return location and name of an entry; its key where there is no planner data (``flatten_state_dict=False``)."""
     if not isinstance(path, tuple) or not path or not all(isinstance(part, (str, int)) for part in path):
         return (), key
     *location, name = map(str, path)
@@ -106,8 +107,8 @@ def _tensor(
         raise _WrongError(f"tensor {key!r} is not dense: convert it before saving")
     shape = _size(fields.get("size"), f"the size of {key!r}")
     chunks = []
-    for one in _typed(fields.get("chunks"), list, f"the chunks of {key!r}"):
-        parts = _fields(one, _CHUNK)
+    for chunk in _typed(fields.get("chunks"), list, f"the chunks of {key!r}"):
+        parts = _fields(chunk, _CHUNK)
         box = Box(_size(parts.get("offsets"), f"a chunk of {key!r}"), _size(parts.get("sizes"), f"a chunk of {key!r}"))
         if not len(box.offsets) == len(box.sizes) == len(shape):
             raise _WrongError(f"tensor {key!r} of shape {shape} has a chunk of other dimensions, {box}")
@@ -121,13 +122,13 @@ def _tensor(
 
 
 def _check_tiling(key: str, shape: tuple[int, ...], boxes: list[Box]) -> None:
-    """Chunks lie inside, do not overlap, and are as many elements as the tensor: then they fill it exactly."""
+    """Require chunks that lie inside, do not overlap, and have as many elements as the tensor: they fill it exactly."""
     for box in boxes:
         if any(at + size > full for at, size, full in zip(box.offsets, box.sizes, shape, strict=True)):
             raise _WrongError(f"tensor {key!r} of shape {shape} has a chunk that sticks out, {box}")
-    held, whole = sum(box.numel for box in boxes), math.prod(shape)
-    if held != whole:
-        raise _WrongError(f"tensor {key!r} of shape {shape} has {whole} elements, and its chunks have {held}")
+    held, numel = sum(box.numel for box in boxes), math.prod(shape)
+    if held != numel:
+        raise _WrongError(f"tensor {key!r} of shape {shape} has {numel} elements, and its chunks have {held}")
     if len(boxes) < 2:
         return
     # A sweep along the dimension with most cuts, so that few chunks are open at a time.
@@ -153,10 +154,10 @@ def _item(info: object) -> Item:
 
 
 def _fields(record: object, name: str) -> dict[Any, Any]:
-    """The attributes of what should be a dataclass of torch."""
+    """Return the attributes of a record, which must be of the dataclass ``name`` of torch."""
     if not isinstance(record, Record) or record.name != name:
-        found = record.name if isinstance(record, Record) else type(record).__name__
-        raise _WrongError(f"there is a {found} where a {name.rpartition('.')[2]} should be")
+        actual = record.name if isinstance(record, Record) else type(record).__name__
+        raise _WrongError(f"there is a {actual} where a {name.rpartition('.')[2]} should be")
     return record.state if isinstance(record.state, dict) else {}
 
 
@@ -167,7 +168,7 @@ def _typed(value: Any, kind: type, what: str) -> Any:
 
 
 def _size(value: object, what: str) -> tuple[int, ...]:
-    """A ``torch.Size``: as a record, since no class of torch is made."""
+    """Return the numbers of a ``torch.Size``, which is a record here since no class of torch is called."""
     numbers = value.arguments[0] if isinstance(value, Record) and len(value.arguments) == 1 else None
     if (
         not isinstance(numbers, tuple)

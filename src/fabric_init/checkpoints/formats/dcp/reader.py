@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, cached_property, partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,36 +20,33 @@ from fabric_init.checkpoints.formats.dcp.contents import Chunk, Contents, Tensor
 from fabric_init.checkpoints.formats.dcp.metadata import read_metadata
 from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
 from fabric_init.checkpoints.formats.sharded import check_shard
-from fabric_init.checkpoints.formats.torch_save.archive import load_within
-from fabric_init.checkpoints.formats.torch_save.saved_tensor import find_saved_tensor
-from fabric_init.checkpoints.reader import TensorSpec
-from fabric_init.checkpoints.region import Box, Region, Span, boxes_of, overlap, whole
+from fabric_init.checkpoints.formats.torch_save.archive import SavedTensor, find_saved_tensor, load_within
+from fabric_init.checkpoints.reader import BaseReader, TensorSpec
+from fabric_init.checkpoints.region import Box, Region, Span, boxes_of, full_box, overlap
 from fabric_init.checkpoints.state_dicts import Location, choose_state_dict, describe
-from fabric_init.checkpoints.storage.local import FileBytes, changed, identity, open_bytes
+from fabric_init.checkpoints.storage.local import MAPPED_FILES, FileBytes, changed, identity, open_bytes
 from fabric_init.errors import CheckpointFormatError
 
-# A map holds a descriptor, and a process may often have no more than 1,024. Ranks write a file each; it takes
-# FileSystemWriter(single_file_per_rank=False), with a file for each tensor, to get beyond this.
-_MAPPED_FILES = 512
 
-
-class DCPReader:
+class DCPReader(BaseReader):
     """One folder of ``torch.distributed.checkpoint``; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`.
 
-    Opening reads ``.metadata`` and asks each file for its size. A region is put together from the chunks that it
-    touches, and no others are read. What lies in one chunk comes as a view of a private copy-on-write map, unless its
-    bytes are not aligned to its dtype: nothing in the format sees to that, so it is a matter of luck, and what is not
-    aligned is copied, region by region. With ``mmap=False``, and of more files than can be mapped, all is copied.
+    Opening reads ``.metadata`` and the size of each file. A region is assembled from the chunks that it touches, and no
+    others are read. A region in one chunk is a view of a private copy-on-write map, unless its bytes are not aligned to
+    its dtype, which the format does not ensure: then it is copied. With ``mmap=False``, and where there are more files
+    than can be mapped, everything is copied.
 
     The state dict is found as in torch files: under ``entry`` (``"generator"``, ``"app.model"``), or else under
     ``model``, ``state_dict`` or ``module``, or at the top level, or the only one; the state of optimizers is left out.
-    ``note`` says what was. Keys are those of the state dict, without the names it was found under.
+    ``note`` says where. Keys are those of the state dict, without the names it was found under.
 
-    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when ``.metadata`` or a file that it names is missing,
-    and :class:`~fabric_init.errors.CheckpointFormatError` when it is damaged, carries code, disagrees with the files,
-    or when it is not clear which state dict is meant.
+    Raises:
+        CheckpointNotFoundError: ``.metadata`` or a file that it names is missing.
+        CheckpointFormatError: it is damaged, carries code, disagrees with the files, or several state dicts could be
+            meant.
     """
 
+    path: Path
     format = "torch.distributed.checkpoint"
 
     def __init__(self, folder: str | os.PathLike[str], *, mmap: bool = True, entry: str | None = None) -> None:
@@ -60,7 +57,9 @@ class DCPReader:
         self._tensors = {t.name: (key, t) for key, t in contents.tensors.items() if t.location == location}
         if len(self._tensors) < sum(t.location == location for t in contents.tensors.values()):
             raise CheckpointFormatError(f"{metadata}: two keys are of one name. Save the checkpoint again.")
-        self._contents, self._location = contents, location
+        self.specs = {name: tensor.spec for name, (_, tensor) in self._tensors.items()}
+        self._contents = contents
+        self.extra_state = self._lazy_extra_state(location)
         self.note = _note(location, contents, len(self._tensors))
         items = [chunk.item for _, tensor in self._tensors.values() for chunk in tensor.chunks]
         counts = Counter(item.file for item in items)
@@ -72,63 +71,54 @@ class DCPReader:
                     f"{self.path / item.file} has {size:,} bytes, and .metadata looks for "
                     f"{item.length:,} at {item.offset:,}. If a copy was cut short, make it again."
                 )
-        self._mmap = mmap and len(counts) <= _MAPPED_FILES
+        # Ranks write a file each; FileSystemWriter(single_file_per_rank=False) writes one for each tensor.
+        self._mmap = mmap and len(counts) <= MAPPED_FILES
         self._files: dict[str, FileBytes | SafetensorsReader] = {}
-        self._found: dict[tuple[str, Box], _ChunkSource] = {}
+        self._sources: dict[tuple[str, Box], SavedTensor | _InSafetensors] = {}
 
-    @cached_property
-    def extra_state(self) -> Mapping[str, Any]:
-        """Entries ``*_extra_state`` (``nn.Module.get_extra_state``) that are not tensors. Each is read when asked for.
+    def _lazy_extra_state(self, location: Location) -> Mapping[str, Any]:
+        """Return a mapping that loads each extra state when it is looked up.
 
-        Which raises :class:`~fabric_init.errors.CheckpointFormatError` if it cannot be loaded with
-        ``weights_only=True``.
+        A look-up raises :class:`~fabric_init.errors.CheckpointFormatError` for what ``weights_only=True`` refuses.
         """
         places: dict[str, list[tuple[Location, str]]] = {}
-        for path, key in self._contents.extra_state(self._location):
+        for path, key in self._contents.extra_state(location):
             places.setdefault(path[0], []).append((path[1:], key))
         return _LazyMapping({name: partial(self._put_together, parts) for name, parts in places.items()})
 
     def _put_together(self, parts: list[tuple[Location, str]]) -> Any:
-        """One extra state; the writer has flattened dicts."""
+        """Return one extra state, unflattened."""
         if parts[0][0] == ():
             return self._value(parts[0][1])
-        found: dict[str, Any] = {}
+        state: dict[str, Any] = {}
         for path, key in parts:
-            inner = found
+            inner = state
             for name in path[:-1]:
                 inner = inner.setdefault(name, {})
                 if not isinstance(inner, dict):
                     raise CheckpointFormatError(f"{self.path}: {key!r} lies in {name!r}, which is no dict.")
             inner[path[-1]] = self._value(key)
-        return found
-
-    def keys(self) -> Sequence[str]:
-        """Every tensor's key, in the order of the metadata."""
-        return tuple(self._tensors)
-
-    def spec(self, key: str) -> TensorSpec:
-        """Shape and dtype of one tensor. Raises ``KeyError`` for an unknown key."""
-        return self._find(key)[1].spec
+        return state
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
-        """The tensor or a region of it, on the CPU; of no chunk outside the region is anything read.
+        """Return the tensor, or a region of it, on the CPU; chunks outside the region are not read.
 
-        Raises ``KeyError`` for an unknown key, and :class:`~fabric_init.errors.CheckpointFormatError` when a file does
-        not hold what the metadata says, or changed after it was opened.
+        Raises:
+            KeyError: there is no such tensor.
+            CheckpointFormatError: a file does not hold what the metadata says, or changed after it was opened.
         """
-        full, tensor = self._find(key)
-        shape = tensor.spec.shape
+        shape = self.spec(key).shape
+        full, tensor = self._tensors[key]
         if isinstance(region, Span):
-            source = self._source(full, tensor, tensor.chunks[0]) if len(tensor.chunks) == 1 else None
-            if source is not None and source.row_major:
-                return source.read(region)
+            if len(tensor.chunks) == 1:
+                return self._source(full, tensor, tensor.chunks[0]).read(region)
             out = torch.empty(region.numel, dtype=tensor.spec.dtype, device="cpu")
             done = 0
             for box in boxes_of(shape, region):
                 out[done : done + box.numel].view(box.sizes).copy_(self._box(full, tensor, box))
                 done += box.numel
             return out
-        box = whole(shape) if region is None else region
+        box = full_box(shape) if region is None else region
         if any(at < 0 or at + size > dim for at, size, dim in zip(box.offsets, box.sizes, shape, strict=True)):
             raise AssertionError(f"{box} sticks out of shape {tuple(shape)}")
         return self._box(full, tensor, box)
@@ -146,9 +136,9 @@ class DCPReader:
             out[tuple(slice(at, at + n) for at, n in zip(target.offsets, target.sizes, strict=True))].copy_(value)
         return out
 
-    def _source(self, full: str, tensor: Tensor, chunk: Chunk) -> _ChunkSource:
-        """What reads a chunk. Two threads may both look for it, and find the same."""
-        source = self._found.get((full, chunk.box))
+    def _source(self, full: str, tensor: Tensor, chunk: Chunk) -> SavedTensor | _InSafetensors:
+        """Return the reader of a chunk. Two threads may both create one, which does no harm."""
+        source = self._sources.get((full, chunk.box))
         if source is None:
             file, item = self._file(chunk.item.file), chunk.item
             if isinstance(file, SafetensorsReader):
@@ -158,7 +148,7 @@ class DCPReader:
                     source = find_saved_tensor(file, item.offset, item.length, tensor.spec.dtype, chunk.box.sizes)
                 except CheckpointFormatError as error:
                     raise CheckpointFormatError(f"tensor {full!r}: {error}") from error
-            self._found[full, chunk.box] = source
+            self._sources[full, chunk.box] = source
         return source
 
     def _file(self, name: str) -> FileBytes | SafetensorsReader:
@@ -173,12 +163,12 @@ class DCPReader:
         return self._files[name]
 
     def _value(self, key: str) -> Any:
-        """What lies under a key that is not of the state dict."""
+        """Read what is saved under a key that is not one of the state dict's tensors."""
         if key in self._contents.tensors:
             tensor = self._contents.tensors[key]
             for chunk in tensor.chunks:
                 self._stats.setdefault(chunk.item.file, check_shard(self.path / ".metadata", chunk.item.file, 1))
-            return self._box(key, tensor, whole(tensor.spec.shape))
+            return self._box(key, tensor, full_box(tensor.spec.shape))
         item = self._contents.objects[key][2]
         check_shard(self.path / ".metadata", item.file, 1)
         file = open_bytes(self.path / item.file, mmap=False)
@@ -187,15 +177,9 @@ class DCPReader:
         except Exception as error:
             raise CheckpointFormatError(f"{file.path}: {key!r} cannot be loaded as plain data: {error}") from error
 
-    def _find(self, key: str) -> tuple[str, Tensor]:
-        try:
-            return self._tensors[key]
-        except KeyError:
-            raise KeyError(f"{self.path} has no tensor {key!r}") from None
-
 
 class _LazyMapping(Mapping[str, Any]):
-    """Values that are made when they are asked for, once."""
+    """Values that are computed at their first look-up."""
 
     def __init__(self, made: dict[str, Callable[[], Any]]) -> None:
         self._made = {key: cache(make) for key, make in made.items()}
@@ -210,25 +194,13 @@ class _LazyMapping(Mapping[str, Any]):
         return len(self._made)
 
 
-class _ChunkSource(Protocol):
-    """What reads regions of one chunk."""
-
-    @property
-    def row_major(self) -> bool:
-        """Whether ``read`` takes a span."""
-        ...
-
-    def read(self, region: Region) -> torch.Tensor: ...
-
-
 class _InSafetensors(NamedTuple):
     """A chunk that is a tensor of a safetensors file."""
 
     file: SafetensorsReader
     key: str
-    row_major: bool = True
 
-    def read(self, region: Region) -> torch.Tensor:
+    def read(self, region: Region | None) -> torch.Tensor:
         return self.file.read(self.key, region)
 
 
@@ -240,11 +212,11 @@ def _find_in_safetensors(file: SafetensorsReader, key: str, tensor: Tensor, chun
         )
     expected = TensorSpec(torch.Size(chunk.box.sizes), tensor.spec.dtype)
     try:
-        found = file.spec(key)
+        spec = file.spec(key)
     except KeyError:
-        found = None
-    if found != expected:
-        raise CheckpointFormatError(f"{file.path}: .metadata says that {key!r} is {expected}; there is {found}.")
+        spec = None
+    if spec != expected:
+        raise CheckpointFormatError(f"{file.path}: .metadata says that {key!r} is {expected}; there is {spec}.")
     return _InSafetensors(file, key)
 
 

@@ -12,19 +12,20 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fabric_init.checkpoints.formats.deepspeed.flat_shards import Pieces
+from fabric_init.checkpoints.formats.deepspeed.flat_shards import FlatShards
 from fabric_init.checkpoints.formats.deepspeed.layout import locate
-from fabric_init.checkpoints.formats.torch_save.mapped_archive import MappedArchive, maps_privately
-from fabric_init.checkpoints.formats.torch_save.reader import checked_key
-from fabric_init.checkpoints.reader import TensorSpec
-from fabric_init.checkpoints.region import Region, take
+from fabric_init.checkpoints.formats.torch_save.archive import TorchArchives
+from fabric_init.checkpoints.formats.torch_save.reader import checked_key, load_archive
+from fabric_init.checkpoints.reader import BaseReader, TensorSpec
+from fabric_init.checkpoints.region import Region
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
+from fabric_init.checkpoints.storage.local import MAPPED_FILES, open_bytes
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
 
 _MODEL_STATES = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<shard>\d+)_model_states\.pt")
@@ -41,7 +42,7 @@ it is of ZeRO-3, where the ranks' parts of weights are in the files *_optim_stat
 
 
 class _PlainValue:
-    """Takes the place of a class of DeepSpeed in a pickle: it holds attributes and does nothing."""
+    """Stand-in for a class of DeepSpeed in a pickle: it holds attributes and does nothing."""
 
 
 STAND_INS: list[tuple[type, str]] = [
@@ -54,34 +55,37 @@ STAND_INS: list[tuple[type, str]] = [
 
 
 def is_deepspeed_folder(names: Iterable[str]) -> bool:
-    """Whether a folder with files of these names is a DeepSpeed checkpoint, or the folder of one tag."""
+    """Return whether a folder with files of these names is a DeepSpeed checkpoint, or the folder of one tag."""
     return any(name == "latest" or _MODEL_STATES.fullmatch(name) or _OPTIM_STATES.fullmatch(name) for name in names)
 
 
-class DeepSpeedFolderReader:
+class DeepSpeedFolderReader(BaseReader):
     """One checkpoint of DeepSpeed; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`.
 
     ``path`` is the folder with ``latest`` in it, or the folder of one tag. Files are mapped, so opening reads their
     pickles alone. A region that lies in one rank's part is a view of its map, any other is gathered into new memory;
     with ``mmap=False`` every region is copied.
 
-    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` when the tag or a rank's file is missing, and
-    :class:`~fabric_init.errors.CheckpointFormatError` when a file cannot be read or carries code, when the parts do not
-    add up, and for checkpoints of tensor parallel, pipeline parallel or expert parallel training.
+    Raises:
+        CheckpointNotFoundError: the tag or a rank's file is missing.
+        CheckpointFormatError: a file cannot be read or carries code, the shards do not add up, or training was tensor,
+            pipeline or expert parallel.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, mmap: bool = True) -> None:
         self.path = Path(path)
-        self._copy = not mmap or not maps_privately()
         folder = tag_folder(self.path)
         names = sorted(entry.name for entry in folder.iterdir())
-        states = [MappedArchive(file, STAND_INS) for file in _by_rank(folder, names, _MODEL_STATES)]
-        optimizers = [MappedArchive(file, STAND_INS) for file in _by_rank(folder, names, _OPTIM_STATES)]
-        self._files = (*states, *optimizers)
+        states, optimizers = _by_rank(folder, names, _MODEL_STATES), _by_rank(folder, names, _OPTIM_STATES)
+        files = [*states, *optimizers]
+        mmap = mmap and len(files) <= MAPPED_FILES
+        archives = [load_archive(open_bytes(file, mmap=mmap), STAND_INS) for file in files]
+        self._archives = TorchArchives([archive for archive, _ in archives])
         if not states:
             raise CheckpointNotFoundError(f"{folder} has no file *_model_states.pt. Is the copy complete?")
+        contents = [content for _, content in archives]
         try:
-            self._open([file.content for file in states], [file.content for file in optimizers])
+            self._open(contents[: len(states)], contents[len(states) :])
         except (ValueError, TypeError, IndexError, OverflowError) as error:
             if isinstance(error, CheckpointFormatError):
                 raise
@@ -99,88 +103,60 @@ class DeepSpeedFolderReader:
         module = states[0].get("module")
         if not isinstance(module, dict):
             raise ValueError("the file *_model_states.pt has no state dict under 'module'")
-        stage, parameters = locate(states, inner) if inner else (0, {})
+        stage, parameters = locate(states, inner, self._archives) if inner else (0, {})
         self.format = f"DeepSpeed ZeRO-{stage}" if stage else "DeepSpeed"
-        self.note: str | None = None
         if stage:
             self.note = f"trainable parameters are the fp32 masters that {len(inner)} ranks saved"
         elif states[0].get("param_shapes") is not None:
             self.note = "there are no fp32 masters (*_optim_states.pt); all weights are the module's own"
-        self.extra_state: dict[str, Any] = {}
-        """Entries ``*_extra_state`` of the module that are not tensors."""
-        self._tensors: dict[str, torch.Tensor | Pieces] = {}
+        extra_state: dict[str, Any] = {}
+        self._tensors: dict[str, torch.Tensor | FlatShards] = {}
         for key, value in module.items():
             if key in parameters:
                 self._tensors[key] = parameters.pop(key)
             elif isinstance(value, torch.Tensor):
                 if len(states) > 1 and not value.numel() and key not in (states[0].get("buffer_names") or ()):
                     raise ValueError(_NOWHERE.format(key=key))
-                self._tensors[checked_key(self.path, key, value)] = value.detach()
+                self._tensors[checked_key(self.path, key, value, self._archives)] = value.detach()
             elif isinstance(key, str) and key.endswith(EXTRA_STATE):
-                self.extra_state[key] = value
+                extra_state[key] = self._archives.with_values(value)
         self._tensors.update(parameters)
-
-    def keys(self) -> Sequence[str]:
-        """Every tensor's key, in the order of the module's state dict."""
-        return tuple(self._tensors)
-
-    def spec(self, key: str) -> TensorSpec:
-        """Shape and dtype of one tensor. Raises ``KeyError`` for an unknown key."""
-        found = self._find(key)
-        return found.spec if isinstance(found, Pieces) else TensorSpec(found.shape, found.dtype)
+        self.extra_state = extra_state
+        self.specs = {
+            key: value.spec if isinstance(value, FlatShards) else TensorSpec(value.shape, value.dtype)
+            for key, value in self._tensors.items()
+        }
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
-        """The tensor or a region of it, on the CPU.
+        """Return the tensor, or a region of it, on the CPU.
 
-        Raises ``KeyError`` for an unknown key, and :class:`~fabric_init.errors.CheckpointFormatError` when a file
-        changed after it was opened.
+        Raises:
+            KeyError: there is no such tensor.
+            CheckpointFormatError: a file changed after it was opened.
         """
-        found = self._find(key)
-        for file in self._files:
-            file.check_unchanged()
-        part = found.read(region) if isinstance(found, Pieces) else take(found, region)
-        return part.clone(memory_format=torch.contiguous_format) if self._copy else part.detach()
+        self.spec(key)
+        value = self._tensors[key]
+        if isinstance(value, FlatShards):
+            return value.read(region, self._archives.read)
+        return self._archives.read(value, region)
 
     def files(self, key: str) -> dict[str, int]:
-        """The files that hold a tensor, and how many bytes of it each."""
-        found = self._find(key)
-        homes = {
-            tensor.untyped_storage().data_ptr(): file.path.name
-            for file in self._files
-            for tensor in _tensors_in(file.content)
-        }
+        """Return the names of the files that hold a tensor, and how many bytes of it each holds."""
+        value = self._tensors[key]
         nbytes: Counter[str] = Counter()
-        for part in found.parts() if isinstance(found, Pieces) else [found]:
-            nbytes[homes[part.untyped_storage().data_ptr()]] += part.nbytes
+        for part in value.parts() if isinstance(value, FlatShards) else [value]:
+            nbytes[self._archives.home(part).file.path.name] += part.nbytes
         return dict(nbytes)
-
-    def _find(self, key: str) -> torch.Tensor | Pieces:
-        try:
-            return self._tensors[key]
-        except KeyError:
-            raise KeyError(f"{self.path} has no tensor {key!r}") from None
-
-
-def _tensors_in(value: object) -> Iterator[torch.Tensor]:
-    waiting, seen = [value], set[int]()  # a pickle can make containers that hold themselves
-    while waiting:
-        one = waiting.pop()
-        if isinstance(one, torch.Tensor):
-            if one.device.type == "cpu" and one.layout is torch.strided:
-                yield one
-        elif isinstance(one, (dict, list, tuple)) and id(one) not in seen:
-            seen.add(id(one))
-            waiting += one.values() if isinstance(one, dict) else one
 
 
 def states_in(folder: Path) -> list[Path]:
-    """The files of one tag that hold weights."""
+    """Return the files of one tag that hold weights."""
     names = sorted(entry.name for entry in folder.iterdir())
     return [folder / name for name in names if _MODEL_STATES.fullmatch(name) or _OPTIM_STATES.fullmatch(name)]
 
 
 def tag_folder(path: Path) -> Path:
-    """The folder of the tag that ``latest`` names; ``path`` itself where there is no such file."""
+    """Return the folder of the tag that ``latest`` names; ``path`` itself where there is no such file."""
     latest = path / "latest"
     if not latest.is_file():
         return path
@@ -194,21 +170,21 @@ def tag_folder(path: Path) -> Path:
 
 
 def _by_rank(folder: Path, names: list[str], pattern: re.Pattern[str]) -> list[Path]:
-    """The files of one kind, by rank; each rank once and none left out."""
+    """Return the files of one kind in the order of ranks; refuse duplicates and gaps."""
     if any(_ELSEWHERE.fullmatch(name) for name in names):
         raise CheckpointFormatError(_WITH_MORE.format(folder=folder, what="pipeline or expert parallelism"))
-    found: dict[int, Path] = {}
+    by_rank: dict[int, Path] = {}
     for match in filter(None, map(pattern.fullmatch, names)):
         if int(match["shard"]):
             raise CheckpointFormatError(_WITH_MORE.format(folder=folder, what="tensor parallelism"))
         rank = int(match["rank"] or 0)
-        if rank in found:
+        if rank in by_rank:
             raise CheckpointFormatError(
-                f"{folder} has two files for rank {rank}, {found[rank].name} and {match[0]}: it was saved over another "
-                f"checkpoint. Remove the files of the older one."
+                f"{folder} has two files for rank {rank}, {by_rank[rank].name} and {match[0]}: it was saved over "
+                f"another checkpoint. Remove the files of the older one."
             )
-        found[rank] = folder / match[0]
-    if any(rank not in found for rank in range(len(found))):
-        missing = min(set(range(max(found))) - found.keys())
-        raise CheckpointNotFoundError(f"{folder} lacks the file of rank {missing} beside {found[max(found)].name}.")
-    return [found[rank] for rank in range(len(found))]
+        by_rank[rank] = folder / match[0]
+    if any(rank not in by_rank for rank in range(len(by_rank))):
+        missing = min(set(range(max(by_rank))) - by_rank.keys())
+        raise CheckpointNotFoundError(f"{folder} lacks the file of rank {missing} beside {by_rank[max(by_rank)].name}.")
+    return [by_rank[rank] for rank in range(len(by_rank))]

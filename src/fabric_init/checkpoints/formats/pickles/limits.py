@@ -1,7 +1,7 @@
-"""What a pickle of ``torch.save`` asks for, looked through before torch's ``weights_only`` unpickler does it.
+"""Limit the memory that a pickle of ``torch.save`` asks for, before torch's ``weights_only`` unpickler allocates it.
 
 That unpickler runs no code of the file's, but it makes calls that take memory of whatever size they are given:
-``bytearray(10**12)`` is a few bytes of a pickle. Here nothing is called; it is added up what the calls would take.
+``bytearray(10**12)`` is a few bytes of a pickle. Here nothing is called; the sizes of the calls are added up.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch._weights_only_unpickler import _get_allowed_globals, _get_user_allowe
 from fabric_init.checkpoints.formats.pickles.restricted import Name, RestrictedUnpickler
 
 _TIMES, _LEAST = 16, 1 << 20
-"""So many times the size of the file, or bytes, may all calls take; what torch.save writes takes twice the pickle."""
+"""Calls may take so many times the size of the file, or so many bytes; those of torch.save take twice the pickle."""
 
 _REBUILD = "torch._utils._rebuild_"
 _LINEAR = frozenset(
@@ -27,25 +27,27 @@ _LINEAR = frozenset(
     | {_REBUILD + what for what in ("tensor", "tensor_v2", "tensor_v3", "parameter", "parameter_with_state")}
     | {_REBUILD + what for what in ("sparse_tensor", "nested_tensor", "wrapper_subclass", "meta_tensor_no_storage")}
 )
-"""What takes memory for its arguments at most, or none beside that of a known storage."""
+"""Functions that take at most the memory of their arguments, or of a known storage."""
 
 
 class ExcessiveAllocationError(ValueError):
-    """More memory than the file can be meant to take."""
+    """A pickle asks for more memory than any checkpoint of the file's size needs."""
 
 
 def check_calls(data: bytes, size: int) -> None:
-    """Look through the pickle ``data``, of a file of ``size`` bytes; time and memory are linear in ``len(data)``.
+    """Check the calls in the pickle ``data`` of a file of ``size`` bytes, in time and memory linear in ``len(data)``.
 
-    Names that ``weights_only`` does not allow are let pass: it will refuse them, and says better why.
+    Names that ``weights_only`` does not allow pass: it will refuse them, with a better message.
 
-    Raises :class:`ExcessiveAllocationError`, and ``pickle.UnpicklingError`` for what is no such pickle.
+    Raises:
+        ExcessiveAllocationError: they would take too much memory.
+        pickle.UnpicklingError: it is not a pickle of ``torch.save``.
     """
     AllocationUnpickler(io.BytesIO(data), size).look_through()
 
 
 class Allocated(dict[Any, Any]):
-    """Stands for whatever object was made: it takes what is put into it, and does nothing."""
+    """Placeholder for the result of a call: accepts items and attributes, and drops them."""
 
     __hash__ = object.__hash__  # type: ignore[assignment]
 
@@ -55,7 +57,7 @@ class Allocated(dict[Any, Any]):
 
 
 class AllocationUnpickler(RestrictedUnpickler):
-    """Adds up what calls would take. All else in the pickle is passed over.
+    """Unpickler that adds up the memory of calls, and makes none.
 
     It knows every instruction that torch's unpickler knows: where it cannot go on, that cannot either.
     """
@@ -110,14 +112,14 @@ class AllocationUnpickler(RestrictedUnpickler):
 
 
 def _cost(name: str, arguments: Any) -> float:
-    """Bytes, roughly, that a call takes; infinite for what can take any amount and ``torch.save`` never writes."""
-    given = sum(len(one) for one in arguments if isinstance(one, Sized) and not isinstance(one, Allocated))
+    """Return roughly how many bytes a call takes; infinity for an unbounded call that ``torch.save`` never writes."""
+    linear = sum(len(arg) for arg in arguments if isinstance(arg, Sized) and not isinstance(arg, Allocated))
     if name == "builtins.bytearray":
-        return given + sum(abs(one) for one in arguments if isinstance(one, int))
-    if name == "_codecs.encode":  # of text; where it is of bytes, each call could double what the last one gave
-        return given if isinstance(arguments[0], str) else math.inf
+        return linear + sum(abs(arg) for arg in arguments if isinstance(arg, int))
+    if name == "_codecs.encode":  # of text; of bytes, each call could double the result of the one before
+        return linear if isinstance(arguments[0], str) else math.inf
     if name == f"{_REBUILD}qtensor":
         return math.prod(arguments[2]) if isinstance(arguments[2], tuple) else math.inf
     if not arguments or name in _LINEAR or name not in _get_allowed_globals() or name in _get_user_allowed_globals():
-        return given
-    return given if name == "torch._tensor._rebuild_from_type_v2" else math.inf  # classes of storages, of old tensors
+        return linear
+    return linear if name == "torch._tensor._rebuild_from_type_v2" else math.inf  # classes of storages, of old tensors

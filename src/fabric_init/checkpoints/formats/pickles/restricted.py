@@ -1,8 +1,8 @@
 """Read a pickle as plain data: nothing that it names is imported, and nothing that it asks for is called.
 
-Where a pickle says "call this class with these arguments", a :class:`Record` of the two is put down. Names that are not
-expected are refused, as are all instructions but those that Python and torch write for plain data. Python's own
-interpreter in C would take less than half the time, but a single wrong byte can make it use all memory there is.
+Where a pickle says "call this class with these arguments", the result is a :class:`Record` of the two. Unexpected names
+are refused, as are all instructions but those that Python and torch write for plain data. Python's own interpreter in C
+would take less than half the time, but a single wrong byte can make it use all memory.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _INSTRUCTIONS = re.findall(
 
 
 class RestrictedPickleError(ValueError):
-    """The bytes are no pickle of what is expected. The message does not name the file: the caller knows it."""
+    """The pickle is damaged, or holds something unexpected. The caller adds the name of the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,9 @@ class Record:
 
 
 def load_inert(data: bytes, names: Collection[str]) -> Any:
-    """The content of the pickle ``data``: built-in values, dtypes and records; only ``names`` may be named in it.
+    """Return the content of the pickle ``data``: built-in values, dtypes and records. It may name only ``names``.
 
-    Memory and time are linear in ``len(data)``. Containers may hold themselves. Raises :class:`InertPickleError`.
+    Memory and time are linear in ``len(data)``. Containers may hold themselves. Raises :class:`RestrictedPickleError`.
     """
     try:
         return RestrictedUnpickler(data, names).load()
@@ -62,7 +62,7 @@ def load_inert(data: bytes, names: Collection[str]) -> Any:
 
 
 class RestrictedUnpickler(pickle._Unpickler):
-    """An unpickler that makes nothing; by its own name for those who want to know something else of a pickle."""
+    """An unpickler that calls nothing; also the base of those that look for something else in a pickle."""
 
     stack: list[Any]
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {

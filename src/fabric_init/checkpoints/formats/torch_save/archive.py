@@ -1,33 +1,45 @@
-"""A file of ``torch.save`` read through any :class:`~fabric_init.checkpoints.storage.local.FileBytes`.
+"""Zip files of ``torch.save``, read through any :class:`~fabric_init.checkpoints.storage.local.FileBytes`.
 
-``torch.load`` would believe whatever sizes the pickle gives, read all that cannot be mapped, and not see that a mapped
-file changes. Here only the zip directory and the pickle are read. The pickle goes through torch's own ``weights_only``
-unpickler, with storages on the meta device in the place of those in the file; a tensor's values are then read where its
-record lies.
+[Note: torch files without torch.load]
+``torch.load`` would believe whatever sizes the pickle states, read all that cannot be mapped, and not see that a mapped
+file changes; of a part of a file (a chunk of ``torch.distributed.checkpoint``) it would read all. Here only the zip
+directory and the pickle are read. The pickle goes through torch's own ``weights_only`` unpickler, with storages on the
+meta device in the place of those in the file. So shapes, strides, slices and ties are torch's own; the values of a
+tensor, or of a region of it, are then read where the record of its storage lies.
 """
 
 from __future__ import annotations
 
 import io
+import pickle
+import sys
+import threading
 import zipfile
-from collections.abc import Callable
-from typing import Any, BinaryIO
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
-from torch._weights_only_unpickler import (
-    Unpickler,
-    _get_allowed_globals,
-    _get_user_allowed_globals,
-    get_globals_in_pkl,
-)
 from torch.utils._pytree import tree_map_only
 
 from fabric_init.checkpoints.formats.pickles.limits import check_calls
-from fabric_init.checkpoints.region import Region, Span, Window, take
+from fabric_init.checkpoints.formats.torch_save.meta_tensors import MetaStorages, load_meta, read_region, unsafe_globals
+from fabric_init.checkpoints.formats.torch_save.zip_file import TAIL_BYTES, FilePart, local_header, open_zip
+from fabric_init.checkpoints.region import Region
 from fabric_init.checkpoints.storage.local import FileBytes
+from fabric_init.errors import CheckpointFormatError
 
-_TAIL_BYTES = 1 << 16
-_LOCAL_HEADER_BYTES = 30
+_CHUNK_TAIL_BYTES = 1 << 12
+"""The directory of an archive with one tensor takes about 600 bytes."""
+_CHUNK_PICKLE_BYTES = 1 << 16
+"""The pickle of one tensor takes about 200 bytes; a damaged archive may claim any size."""
+
+StandIns = Sequence[tuple[type, str]]
+"""Harmless classes of ours for classes that a pickle may name, each with the full name in the file."""
+
+_allowed_list = threading.Lock()
 
 
 class TorchArchive:
@@ -36,206 +48,205 @@ class TorchArchive:
     All raise ``zipfile.BadZipFile``, ``pickle.UnpicklingError`` or any other exception for what is no such file.
     """
 
-    def __init__(self, file: FileBytes) -> None:
-        self._file = file
-        self._zip = zipfile.ZipFile(Readable(file))
-        names = [name for name in self._zip.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
+    def __init__(self, file: FileBytes, *, tail_bytes: int = TAIL_BYTES, pickle_bytes: int | None = None) -> None:
+        self.file = file
+        zip_file = open_zip(file, tail_bytes=tail_bytes)
+        self._records = {record.filename: record for record in zip_file.infolist()}
+        names = [name for name in self._records if name.endswith("/data.pkl") and name.count("/") == 1]
         if len(names) != 1:
             raise zipfile.BadZipFile("it has no single data.pkl, so torch.save did not write it")
         self._prefix = names[0].removesuffix("data.pkl")
-        if self._prefix + "byteorder" in self._zip.namelist() and self._read("byteorder") != b"little":
-            raise ValueError("it was saved on a big-endian machine")
-        self._storages: dict[int, tuple[torch.UntypedStorage, zipfile.ZipInfo]] = {}
-        self._typed: dict[tuple[str, torch.dtype], torch.storage.TypedStorage] = {}
+        if self._prefix + "byteorder" in self._records and self._small_record("byteorder") != sys.byteorder.encode():
+            raise ValueError("it was saved on a machine of the other byte order")
+        self._storages = MetaStorages()
         self._starts: dict[str, int] = {}
-        self.pickle = self._read("data.pkl")
+        self.pickle = self._small_record("data.pkl", pickle_bytes)
 
-    def load(self) -> Any:
-        """What was given to ``torch.save``, its tensors on the meta device."""
-        check_calls(self.pickle, self._file.size)
-        return load_meta(io.BytesIO(self.pickle), self.storage)
+    def load(self, stand_ins: StandIns = ()) -> Any:
+        """Return what was given to ``torch.save``, its tensors on the meta device."""
+        check_calls(self.pickle, self.file.size)
+        with _allowing(stand_ins):
+            content = load_meta(io.BytesIO(self.pickle), self._storages.storage)
+        self._check_records()
+        return content
+
+    def load_tensor(self) -> torch.Tensor:
+        """Return the only thing that was given to ``torch.save``, a tensor, on the meta device.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        tensor, self._storages = _tensor_of(self.pickle)
+        self._check_records()
+        if not self.reaches(tensor):
+            raise ValueError("it is larger than its storage")
+        return tensor
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor's values are in this file; one that was saved from the meta device has none."""
-        return tensor.is_meta and tensor.layout is torch.strided and tensor.untyped_storage()._cdata in self._storages
+        """Return whether the values of a tensor are in this file."""
+        return self._storages.holds(tensor)
 
     def reaches(self, tensor: torch.Tensor) -> bool:
-        """Whether its last element lies in its storage. On the meta device torch lets a storage grow instead."""
-        extent = Window(0, tuple(tensor.shape), tensor.stride()).extent
-        record = self._storages[tensor.untyped_storage()._cdata][1]
-        return (int(tensor.storage_offset()) + extent) * tensor.element_size() <= record.file_size or not extent
+        """Return whether the tensor's last element lies inside its storage."""
+        return self._storages.reaches(tensor)
 
     def read(self, tensor: torch.Tensor, region: Region | None) -> torch.Tensor:
-        """A region of one of the tensors that :meth:`load` gave."""
-        start = self._start(self._storages[tensor.untyped_storage()._cdata][1]) if tensor.numel() else 0
-        return read_region(self._file, start, tensor, region)
+        """Return a region of one of the tensors that :meth:`load` returned, or of a view of it."""
+        return read_region(self.file, self.start(tensor), tensor, region)
 
     def with_values(self, content: Any) -> Any:
-        """A part of what :meth:`load` gave, with its tensors read."""
-        return tree_map_only(torch.Tensor, lambda t: self.read(t, None) if self.holds(t) else t, content)
+        """Return a part of what :meth:`load` returned, with its tensors read."""
 
-    def storage(self, dtype: torch.dtype, key: str, count: int) -> torch.storage.TypedStorage:
-        """The storage of one record, without its values."""
-        known = self._typed.get((key, dtype))
-        if known is not None:
-            return known
-        record = self._zip.getinfo(f"{self._prefix}data/{key}")
-        # torch never compresses; a record that lies about its size would give bytes of its neighbor
-        if record.compress_type != zipfile.ZIP_STORED or record.file_size != count * dtype.itemsize:
-            raise zipfile.BadZipFile(f"the record of storage {key} has not the size that the pickle gives")
-        untyped = torch.UntypedStorage(record.file_size, device="meta")
-        self._storages[untyped._cdata] = untyped, record
-        typed = torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
-        return self._typed.setdefault((key, dtype), typed)
+        def value(tensor: torch.Tensor) -> torch.Tensor:
+            if not self.holds(tensor):
+                return tensor
+            if not self.reaches(tensor):
+                raise ValueError(f"a tensor of shape {tuple(tensor.shape)} is larger than its storage")
+            return self.read(tensor, None)
 
-    def _start(self, record: zipfile.ZipInfo) -> int:
-        """The first byte of a record; its own header says how long it is itself, the directory does not."""
-        if record.filename not in self._starts:
-            header = _part(self._file, record.header_offset, record.header_offset + _LOCAL_HEADER_BYTES)
-            if len(header) < _LOCAL_HEADER_BYTES or not header.startswith(b"PK\3\4"):
-                raise zipfile.BadZipFile(f"there is no header of the record {record.filename} where it should be")
-            lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-            start = record.header_offset + _LOCAL_HEADER_BYTES + lengths
-            if start + record.file_size > self._file.size:
-                raise zipfile.BadZipFile(f"the record {record.filename} sticks out of the file")
-            self._starts[record.filename] = start
-        return self._starts[record.filename]
+        return tree_map_only(torch.Tensor, value, content)
 
-    def _read(self, name: str) -> bytes:
-        record = self._zip.getinfo(self._prefix + name)
-        if record.compress_type != zipfile.ZIP_STORED or record.file_size > self._file.size:
-            raise zipfile.BadZipFile(f"{name} is compressed, so torch.save did not write it")
-        return self._zip.read(record)
+    def start(self, tensor: torch.Tensor) -> int:
+        """Return the first byte of the tensor's storage; 0 for a tensor without elements."""
+        if not tensor.numel():
+            return 0
+        key = self._storages.key(tensor)
+        if key not in self._starts:
+            self._starts[key] = self._data_of(self._record(f"data/{key}"))
+        return self._starts[key]
+
+    def _check_records(self) -> None:
+        for key, nbytes in self._storages.sizes.items():
+            record = self._record(f"data/{key}")
+            # torch never compresses; a record that lies about its size would return bytes of its neighbor
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size != nbytes:
+                raise zipfile.BadZipFile(f"the record of storage {key} has not the size that the pickle states")
+
+    def _record(self, name: str) -> zipfile.ZipInfo:
+        if self._prefix + name not in self._records:
+            raise zipfile.BadZipFile(f"it has no record {name}")
+        return self._records[self._prefix + name]
+
+    def _small_record(self, name: str, most: int | None = None) -> bytes:
+        record = self._record(name)
+        if record.compress_type != zipfile.ZIP_STORED:
+            raise zipfile.BadZipFile(f"its archive is compressed, so torch.save did not write it ({name})")
+        if record.file_size > (self.file.size if most is None else most):
+            raise zipfile.BadZipFile(f"{name} is stated to have {record.file_size:,} bytes")
+        start = self._data_of(record)
+        data = self.file.part(start, start + record.file_size)
+        if zlib.crc32(data) != record.CRC:
+            raise zipfile.BadZipFile(f"the checksum (CRC-32) of {name} is wrong")
+        return data
+
+    def _data_of(self, record: zipfile.ZipInfo) -> int:
+        """Return the first byte of a record's data."""
+        header = local_header(self.file, record.header_offset)
+        if header is None:
+            raise zipfile.BadZipFile(f"there is no header of the record {record.filename} where it should be")
+        if header.start + record.file_size > self.file.size:
+            raise zipfile.BadZipFile(f"the record {record.filename} sticks out of the file")
+        return header.start
+
+
+class TorchArchives:
+    """Several archives that together hold the tensors of a checkpoint."""
+
+    def __init__(self, archives: Sequence[TorchArchive]) -> None:
+        self._archives = archives
+
+    def home(self, tensor: torch.Tensor) -> TorchArchive:
+        """Return the archive with the values of a tensor."""
+        return next(archive for archive in self._archives if archive.holds(tensor))
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Return whether one of the archives has the values of a tensor."""
+        return any(archive.holds(tensor) for archive in self._archives)
+
+    def reaches(self, tensor: torch.Tensor) -> bool:
+        """Return whether the tensor's last element lies inside its storage."""
+        return self.home(tensor).reaches(tensor)
+
+    def read(self, tensor: torch.Tensor, region: Region | None = None) -> torch.Tensor:
+        """Return a region of a tensor."""
+        return self.home(tensor).read(tensor, region)
+
+    def with_values(self, content: Any) -> Any:
+        """Return a part of what was loaded, with its tensors read."""
+        for archive in self._archives:
+            content = archive.with_values(content)
+        return content
+
+
+class SavedTensor(NamedTuple):
+    """A tensor in an open file."""
+
+    file: FileBytes
+    start: int
+    """The first byte of its storage."""
+    tensor: torch.Tensor
+    """On the meta device."""
+
+    def read(self, region: Region | None) -> torch.Tensor:
+        """Return a region, mapped where the file is mapped and its bytes are aligned."""
+        return read_region(self.file, self.start, self.tensor, region)
+
+
+def find_saved_tensor(
+    file: FileBytes, offset: int, length: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> SavedTensor:
+    """Return the one tensor that was saved to bytes ``offset`` to ``offset + length`` of ``file``.
+
+    Raises:
+        CheckpointFormatError: there is something else, or a tensor of another dtype or shape.
+    """
+    try:
+        part = FilePart(file, offset, length)
+        archive = TorchArchive(part, tail_bytes=_CHUNK_TAIL_BYTES, pickle_bytes=_CHUNK_PICKLE_BYTES)
+        try:
+            tensor = archive.load_tensor()
+        except pickle.UnpicklingError as error:
+            if blocked := unsafe_globals(archive.pickle):
+                raise ValueError(f"it names {blocked[0]}, which could run code") from error
+            raise
+        if tensor.dtype is not dtype:
+            raise ValueError(f"it is a tensor of {tensor.dtype}, not {dtype}")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"it is a tensor of shape {tuple(tensor.shape)}, not {shape}")
+        return SavedTensor(part, archive.start(tensor), tensor)
+    except CheckpointFormatError:
+        raise
+    except Exception as error:  # a damaged archive or pickle raises errors of many types
+        reason = str(error) or type(error).__name__
+        raise CheckpointFormatError(
+            f"{file.path} does not hold what torch.save wrote at bytes {offset:,} to {offset + length:,}: {reason}. "
+            f"If a copy was cut short, make it again."
+        ) from error
+
+
+# Chunks of one shape have one pickle, and a checkpoint has thousands of chunks: most of the time goes into the
+# unpickler. What is returned is never written to.
+@lru_cache(maxsize=256)
+def _tensor_of(data: bytes) -> tuple[torch.Tensor, MetaStorages]:
+    check_calls(data, len(data))
+    storages = MetaStorages()
+    tensor = load_meta(io.BytesIO(data), storages.storage)
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or not storages.holds(tensor):
+        raise ValueError(f"it holds no plain tensor but {tensor!r:.80}")
+    return tensor.detach(), storages
 
 
 def load_within(file: FileBytes, offset: int, length: int) -> Any:
-    """What was given to ``torch.save``, which has put it into these bytes of a file. Raises as the archive does."""
-    archive = TorchArchive(_Within(file, offset, length))
+    """Return what ``torch.save`` was given, which has put it into these bytes of a file. Raise as the archive does."""
+    archive = TorchArchive(FilePart(file, offset, length))
     return archive.with_values(archive.load())
 
 
-def unsafe_globals(pickle: bytes) -> list[str]:
-    """What a pickle names that ``weights_only`` refuses."""
-    try:
-        found = set(get_globals_in_pkl(io.BytesIO(pickle)))
-    except Exception:  # corrupt as well: the caller reports the first error
-        return []
-    return sorted(found - _get_allowed_globals().keys() - _get_user_allowed_globals().keys())
-
-
-Storages = Callable[[torch.dtype, str, int], torch.storage.TypedStorage]
-"""What takes the place of a storage in the file, by its dtype, its key and the number of its elements."""
-
-
-def load_meta(pickle: BinaryIO, storages: Storages, *, legacy: bool = False) -> Any:
-    """Load a pickle of ``torch.save`` as ``weights_only=True`` does, its tensors on storages that are given."""
-    unpickler = _Unpickler(pickle, encoding="utf-8")
-    unpickler.storages, unpickler.legacy = storages, legacy
-    try:
-        return unpickler.load()  # type: ignore[no-untyped-call]
-    except NotImplementedError as error:
-        raise ValueError("it has quantized tensors in it, which cannot be read: dequantize them first") from error
-
-
-class _Unpickler(Unpickler):
-    storages: Storages
-    legacy: bool
-
-    def persistent_load(self, pid: Any) -> torch.storage.TypedStorage:
-        # In the legacy format a sixth says which view of a storage; torch has not written any since 0.4.
-        if not isinstance(pid, tuple) or len(pid) != 5 + self.legacy or pid[5:] not in ((), (None,)):
-            raise ValueError(f"a storage is given as {pid!r:.80}")
-        _, kind, key, _, count = pid[:5]
-        dtype = torch.uint8 if kind is torch.UntypedStorage else kind.dtype
-        if not isinstance(key, str) or type(count) is not int:
-            raise ValueError(f"a storage has the key {key!r:.80} and {count!r:.80} elements")
-        return self.storages(dtype, key, count)
-
-
-def read_region(file: FileBytes, start: int, tensor: torch.Tensor, region: Region | None) -> torch.Tensor:
-    """A region of a tensor on the meta device whose storage has its first byte at ``start`` of a file."""
-    if isinstance(region, Span) and tensor.dim() > 1 and not tensor.is_contiguous():
-        row = max(1, tensor[0].numel())
-        first, stop = region.start // row, -(-region.stop // row)
-        rows = _values(file, start, tensor[first:stop])
-        return take(rows, Span(region.start - first * row, region.stop - first * row))
-    return _values(file, start, take(tensor, region))
-
-
-def _values(file: FileBytes, start: int, part: torch.Tensor) -> torch.Tensor:
-    values = _strided(file, part, start) if part.numel() else torch.empty(part.shape, dtype=part.dtype, device="cpu")
-    values = values.conj() if part.is_conj() else values
-    return (values._neg_view() if part.is_neg() else values).resolve_conj().resolve_neg().detach()
-
-
-def _strided(file: FileBytes, part: torch.Tensor, offset: int) -> torch.Tensor:
-    """The values of a tensor with any strides, from a storage whose first byte lies at ``offset``."""
-    # A FileBytes reads windows of row-major tensors; a transposed one is such a window with its dimensions in order.
-    order = sorted(range(part.dim()), key=lambda dim: (-part.stride()[dim], dim))
-    ordered, first = part.permute(order), int(part.storage_offset())
-    sizes, strides = tuple(ordered.shape), ordered.stride()
-    if all(stride >= inner * size for stride, inner, size in zip(strides, strides[1:], sizes[1:], strict=False)):
-        values = file.tensor(part.dtype, offset, Window(first, sizes, strides))
-        return values.permute([order.index(dim) for dim in range(part.dim())])
-    # Overlapping (an expanded tensor, say): what lies between its first and last element, once.
-    extent = Window(0, sizes, strides).extent
-    flat = file.tensor(part.dtype, offset, Window(first, (extent,), (1,)))
-    return flat.as_strided(part.shape, part.stride())
-
-
-class _Within:
-    """A part of a file; a :class:`~fabric_init.checkpoints.storage.local.FileBytes`."""
-
-    def __init__(self, file: FileBytes, offset: int, length: int) -> None:
-        if offset + length > file.size:
-            raise ValueError(f"the file has only {file.size:,} bytes")
-        self.path, self.size = file.path, length
-        self._file, self._offset = file, offset
-
-    def head(self, stop: int) -> bytes:
-        return self.part(0, min(stop, self.size))
-
-    def part(self, start: int, stop: int) -> bytes:
-        return self._file.part(self._offset + start, self._offset + stop)
-
-    def tensor(self, dtype: torch.dtype, offset: int, window: Window) -> torch.Tensor:
-        return self._file.tensor(dtype, self._offset + offset, window)
-
-
-class Readable(io.RawIOBase):
-    """The file as ``zipfile`` wants it, which looks for the directory at the end: that part is fetched once."""
-
-    def __init__(self, file: FileBytes) -> None:
-        self._file, self._at = file, 0
-        self._tail_start = max(0, file.size - _TAIL_BYTES)
-        self._tail = file.part(self._tail_start, file.size)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
-        if base + offset < 0:
-            raise OSError("a position before the start of the file")
-        self._at = base + offset
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        stop = self._file.size if size < 0 else min(self._at + size, self._file.size)
-        if self._at >= self._tail_start:
-            data = self._tail[self._at - self._tail_start : stop - self._tail_start]
-        else:
-            data = _part(self._file, self._at, stop)
-        self._at += len(data)
-        return data
-
-
-def _part(file: FileBytes, start: int, stop: int) -> bytes:
-    stop = min(stop, file.size)
-    return file.part(start, stop) if start < stop else b""
+@contextmanager
+def _allowing(stand_ins: StandIns) -> Iterator[None]:
+    if not stand_ins:
+        yield
+        return
+    # torch keeps one list for the process: without the lock the thread that is done first would end it for the others.
+    with _allowed_list, torch.serialization.safe_globals(list(stand_ins)):
+        yield

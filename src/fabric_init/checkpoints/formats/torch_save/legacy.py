@@ -1,6 +1,6 @@
-"""How much memory a legacy file of ``torch.save`` asks for, found out before ``torch.load`` allocates it.
+"""Limit the memory that a legacy file of ``torch.save`` asks for, before ``torch.load`` allocates it.
 
-In that format storages lie behind the pickle that gives their sizes, and ``torch.load`` believes the pickle. One wrong
+In that format storages follow the pickle that states their sizes, and ``torch.load`` believes the pickle. One wrong
 byte would make it ask for any amount.
 """
 
@@ -11,16 +11,33 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import torch
+
 from fabric_init.checkpoints.formats.pickles.limits import AllocationUnpickler, ExcessiveAllocationError
-from fabric_init.checkpoints.formats.torch_save.saved_tensor import STORAGES
 from fabric_init.checkpoints.region import Window
 
 _HEADERS = 3
 """Pickles before that of the content: a magic number, the version, the system's sizes."""
 
 
+_STORAGE_DTYPES = {
+    "torch.BoolStorage": torch.bool,
+    "torch.ByteStorage": torch.uint8,
+    "torch.CharStorage": torch.int8,
+    "torch.ShortStorage": torch.int16,
+    "torch.IntStorage": torch.int32,
+    "torch.LongStorage": torch.int64,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.FloatStorage": torch.float32,
+    "torch.DoubleStorage": torch.float64,
+    "torch.ComplexFloatStorage": torch.complex64,
+    "torch.ComplexDoubleStorage": torch.complex128,
+}
+
+
 class BoundedFile(io.BufferedReader):
-    """A file that never makes room for more than it holds: a damaged pickle may ask for any length."""
+    """A file that never allocates more than its size for a read: a damaged pickle may ask for any length."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))
@@ -33,11 +50,12 @@ class BoundedFile(io.BufferedReader):
 
 
 def check_sizes(file: BinaryIO, size: int) -> None:
-    """Look through the pickles of ``file``, which has ``size`` bytes. The file is left where it was.
+    """Check the sizes in the pickles of ``file``, which has ``size`` bytes. The file's position does not change.
 
-    Raises :class:`~fabric_init.checkpoints.formats.pickles.limits.ExcessiveAllocationError` when its storages take more
-    than that, or a tensor does not fit in its storage, which ``torch.load`` would then let grow, and
-    ``pickle.UnpicklingError`` for what is no such file.
+    Raises:
+        ExcessiveAllocationError: its storages take more than that, or a tensor does not fit in its storage, which
+            ``torch.load`` would let grow.
+        pickle.UnpicklingError: it is not a legacy file of ``torch.save``.
     """
     start = file.tell()
     claims = _Claims(file, size, "latin1")
@@ -54,7 +72,7 @@ class _Storage(NamedTuple):
 
 
 class _Claims(AllocationUnpickler):
-    """Adds up the sizes of storages, too, and compares those of tensors."""
+    """Unpickler that adds up the sizes of storages, too, and compares tensors with them."""
 
     def __init__(self, file: BinaryIO, size: int, encoding: str) -> None:
         super().__init__(file, size, encoding)
@@ -63,7 +81,7 @@ class _Claims(AllocationUnpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         _, kind, key, _, count, _ = pid
-        dtype = STORAGES.get(kind.full)
+        dtype = _STORAGE_DTYPES.get(kind.full)
         storage = _Storage(dtype.itemsize if dtype else 1, count * (dtype.itemsize if dtype else 1))
         self._for_storages -= 0 if key in self._known else storage.size_bytes
         self._known.add(key)

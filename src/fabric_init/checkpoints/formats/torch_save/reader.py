@@ -12,16 +12,18 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from fabric_init.checkpoints.formats.torch_save.archive import TorchArchive, unsafe_globals
+from fabric_init._text import joined
+from fabric_init.checkpoints.formats.torch_save.archive import StandIns, TorchArchive
 from fabric_init.checkpoints.formats.torch_save.legacy import BoundedFile, check_sizes
-from fabric_init.checkpoints.reader import TensorSpec
+from fabric_init.checkpoints.formats.torch_save.meta_tensors import Storages, unsafe_globals
+from fabric_init.checkpoints.reader import BaseReader, TensorSpec
 from fabric_init.checkpoints.region import Region, take
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE, OPTIMIZER_PARTS, Location, choose_state_dict, describe
 from fabric_init.checkpoints.storage.local import FileBytes, Opener, open_bytes
@@ -40,7 +42,7 @@ or allow harmless classes beforehand: torch.serialization.add_safe_globals([...]
 _LEGACY_NOTE = "legacy format of before torch 1.6: all of the file is in memory"
 
 
-class TorchFileReader:
+class TorchFileReader(BaseReader):
     """One open file of ``torch.save``; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`.
 
     The state dict is what ``entry`` names (``"generator"``, ``"app.model"``), or else the dict found under ``model``,
@@ -53,13 +55,13 @@ class TorchFileReader:
     A file in the legacy format (of before torch 1.6, or with ``_use_new_zipfile_serialization=False``) cannot be
     mapped: opening reads all of it into memory, once.
 
-    Raises :class:`~fabric_init.errors.CheckpointNotFoundError` for a missing file and
-    :class:`~fabric_init.errors.CheckpointFormatError` for one that is truncated, corrupt, carries code, or holds no
-    state dict of dense tensors, or several of which none is named.
+    Raises:
+        CheckpointNotFoundError: the file is missing.
+        CheckpointFormatError: it is truncated, corrupt, carries code, or holds no state dict of dense tensors, or
+            several of which ``entry`` names none.
     """
 
     format = "torch"
-    note: str | None = None
 
     def __init__(
         self,
@@ -77,36 +79,25 @@ class TorchFileReader:
             raise CheckpointFormatError(
                 f"{path} holds a {type(loaded).__name__}, not a state dict. Save model.state_dict() instead."
             )
-        found = dict(state_dicts_in(loaded))
-        counts = {location: count_tensors(state) for location, state in found.items()}
+        states = dict(state_dicts_in(loaded))
+        counts = {location: count_tensors(state) for location, state in states.items()}
         location = choose_state_dict(self.path, counts, entry)
-        state = found[location]
+        state = states[location]
         notes = [note for note in (describe(location), _LEGACY_NOTE if legacy else None) if note]
         self.note = "; ".join(notes) or None
         self._tensors: dict[str, torch.Tensor] = {}
-        self.extra_state: dict[str, Any] = {}
-        """Entries ``*_extra_state`` (``nn.Module.get_extra_state``) that are not tensors."""
+        extra_state: dict[str, Any] = {}
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
                 self._tensors[checked_key(self.path, key, value, self._archive)] = value.detach()
             elif isinstance(key, str) and key.endswith(EXTRA_STATE):
                 with corruption_of(self.path):
-                    self.extra_state[key] = value if self._archive is None else self._archive.with_values(value)
-        self._specs = {key: TensorSpec(value.shape, value.dtype) for key, value in self._tensors.items()}
-
-    def keys(self) -> Sequence[str]:
-        """Every tensor's key, in the order of the state dict."""
-        return tuple(self._tensors)
-
-    def spec(self, key: str) -> TensorSpec:
-        """Shape and dtype of one tensor. Raises ``KeyError`` for an unknown key."""
-        try:
-            return self._specs[key]
-        except KeyError:
-            raise KeyError(f"{self.path} has no tensor {key!r}") from None
+                    extra_state[key] = value if self._archive is None else self._archive.with_values(value)
+        self.extra_state = extra_state
+        self.specs = {key: TensorSpec(value.shape, value.dtype) for key, value in self._tensors.items()}
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
-        """The tensor or a region of it, on the CPU. Raises ``KeyError`` for an unknown key."""
+        """Return the tensor, or a region of it, on the CPU. Raises ``KeyError`` for an unknown key."""
         self.spec(key)
         if self._archive is not None:
             with corruption_of(self.path):
@@ -118,31 +109,43 @@ class TorchFileReader:
 
 
 def _load_from(file: FileBytes, *, direct: bool) -> tuple[Any, bool, TorchArchive | None]:
-    """What ``torch.save`` was given, and whether in the legacy format; else its tensors have no values, which the
-    archive reads. ``direct``: the file may be opened anew, without the way that ``file`` has to its bytes.
+    """Return the content, whether it is in the legacy format, and if not, the archive to read its tensors' values from.
+
+    ``direct``: the file may be opened again by its path, without ``file``.
     """
     with corruption_of(file.path):
         if _is_legacy(file.path, file.head(64)):
-            # all that it holds is read at once; not twice, where that can be helped
+            # All of it is read at once; not twice, where the file can be opened again.
             content = BoundedFile(Path(str(file.path))) if direct else io.BytesIO(file.head(file.size))
             try:
                 with content:
                     check_sizes(content, file.size)
                     return torch.load(content, weights_only=True, map_location="cpu"), True, None
             except pickle.UnpicklingError as error:
-                refuse_code(file.path, _named_global(error))
+                _refuse_code(file.path, _named_global(error))
                 raise
+        archive, loaded = load_archive(file)
+        return loaded, False, archive
+
+
+def load_archive(file: FileBytes, stand_ins: StandIns = ()) -> tuple[TorchArchive, Any]:
+    """Return a zip file of ``torch.save``, and what is in it, its tensors on the meta device.
+
+    Raises:
+        CheckpointFormatError: it is no such file, or carries code.
+    """
+    with corruption_of(file.path):
         archive = TorchArchive(file)
         try:
-            return archive.load(), False, archive
+            return archive, archive.load(stand_ins)
         except pickle.UnpicklingError:
-            refuse_code(file.path, unsafe_globals(archive.pickle))
+            _refuse_code(file.path, unsafe_globals(archive.pickle))
             raise
 
 
 @contextmanager
 def corruption_of(path: AnyPath) -> Iterator[None]:
-    """Context in which every error says that the file at ``path`` is corrupt."""
+    """Turn every error of the block into one that says that the file at ``path`` is corrupt."""
     # A corrupt pickle calls allowed functions with wrong arguments: the error can be of any type.
     try:
         yield
@@ -150,7 +153,7 @@ def corruption_of(path: AnyPath) -> Iterator[None]:
         raise
     except Exception as error:
         if is_out_of_memory(error):
-            raise OutOfMemoryError(f"{path}: there is no memory to read it ({error}).") from error
+            raise OutOfMemoryError(f"{path}: out of memory while reading it ({error}).") from error
         raise CheckpointFormatError(_corrupt(path, error)) from error
 
 
@@ -163,10 +166,10 @@ def _is_legacy(path: AnyPath, head: bytes) -> bool:
     return not head.startswith(_ZIP_MAGIC)
 
 
-def refuse_code(path: AnyPath, blocked: list[str]) -> None:
+def _refuse_code(path: AnyPath, blocked: list[str]) -> None:
     """Raise if a pickle names what ``weights_only`` refuses."""
     if blocked:
-        named = ", ".join(blocked[:5]) + (f" and {len(blocked) - 5} more" if len(blocked) > 5 else "")
+        named = joined(blocked, most=5)
         raise CheckpointFormatError(_CODE_IN_PICKLE.format(path=path, name=path.name, globals=named)) from None
 
 
@@ -183,7 +186,7 @@ def _corrupt(path: AnyPath, error: Exception) -> str:
 
 
 def state_dicts_in(loaded: dict[object, object]) -> Iterator[tuple[Location, dict[object, object]]]:
-    """Each dict that has tensors, and the keys that lead to it; the state of optimizers is left out."""
+    """Yield each dict that has tensors, and the keys that lead to it; optimizer state is left out."""
     waiting: list[tuple[Location, dict[object, object]]] = [((), loaded)]
     seen = set()  # a pickle can make dicts that hold themselves
     for location, state in waiting:
@@ -200,21 +203,9 @@ def count_tensors(state: dict[object, object]) -> int:
     return sum(isinstance(value, torch.Tensor) for value in state.values())
 
 
-class Storages(Protocol):
-    """What knows where the values of tensors on the meta device are."""
-
-    def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether they are in the file."""
-        ...
-
-    def reaches(self, tensor: torch.Tensor) -> bool:
-        """Whether the last of them is."""
-        ...
-
-
 def checked_key(path: AnyPath, key: object, value: torch.Tensor, archive: Storages | None = None) -> str:
-    """The key, if it is a name and its tensor is one whose values lie densely in this file."""
-    has_values = value.device.type == "cpu" or (archive is not None and archive.holds(value))
+    """Return ``key``. Raise if it is not a string, or its tensor is not a dense one with values in the file."""
+    has_values = value.device.type == "cpu" if archive is None else archive.holds(value)
     if not isinstance(key, str):
         raise CheckpointFormatError(
             f"{path}: a tensor has the key {key!r}, a {type(key).__name__}; keys must be strings."
@@ -235,6 +226,6 @@ def checked_key(path: AnyPath, key: object, value: torch.Tensor, archive: Storag
 
 
 def _is_possible(value: torch.Tensor) -> bool:
-    """Whether its sizes and strides are such that torch can take regions of it; it accepts others, too."""
+    """Return whether torch can take regions of a tensor with these sizes and strides; a pickle may state any."""
     reach = int(value.storage_offset()) + sum(n * stride for n, stride in zip(value.shape, value.stride(), strict=True))
     return min(value.shape, default=0) >= 0 and math.prod(value.shape) < 2**62 and reach < 2**62

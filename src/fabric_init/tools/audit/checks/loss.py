@@ -1,4 +1,4 @@
-"""What the first loss and the logits say: which tensor is too large, shown by a loss that was measured without that."""
+"""Check the first loss and the logits, and name the tensors that are too large, by measuring the loss without."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from fabric_init.tools.audit.findings import Finding, Level, Row
+from fabric_init.tools.audit.findings import AuditRow, Finding, Level
 from fabric_init.tools.audit.first_loss import Outcome
 from fabric_init.tools.audit.std_search import Suspect, Trial, search
 
@@ -17,17 +17,17 @@ _NO_LUCK = 4.0  # standard deviations
 
 
 def loss_findings(
-    rows: Sequence[Row],
+    rows: Sequence[AuditRow],
     outcome: Outcome,
     candidates: Sequence[Suspect],
     loss_with: Callable[[Mapping[str, float]], float],
 ) -> list[Finding]:
-    """Findings about loss and logits, the tensor with the largest excess first.
+    """Return findings about loss and logits, the tensor with the largest excess first.
 
     Args:
-        rows: what the tape knows, for the rule that a finding is about.
+        rows: the audited rows, for the rules of the tensors.
         outcome: of the pass with the model as it is.
-        candidates: what may be scaled down.
+        candidates: the tensors that may be scaled down.
         loss_with: the first loss with some tensors multiplied by factors.
     """
     loss, expected = outcome.first_loss, outcome.expected
@@ -38,16 +38,16 @@ def loss_findings(
         return []
     if outcome.far_without_echo:
         return _too_high(rows, outcome, loss, expected, candidates, search(candidates, expected, loss_with))
-    found = []
+    findings = []
     if outcome.far:
-        found.append(_echo(outcome, loss, expected))
+        findings.append(_echo(outcome, loss, expected))
     elif loss < _TOO_LOW * expected and outcome.blind - loss > _NO_LUCK * outcome.luck:
-        found.append(_too_low(loss, expected))
-    return found + _constant(outcome)
+        findings.append(_too_low(loss, expected))
+    return findings + _constant_logits(outcome)
 
 
 def _too_high(
-    rows: Sequence[Row],
+    rows: Sequence[AuditRow],
     outcome: Outcome,
     loss: float,
     expected: float,
@@ -58,20 +58,20 @@ def _too_high(
     if trial is None or not trial.right:
         tried = tuple(trial.stds) if trial is not None else ()
         what = f"Scaling {' and '.join(tried)} down gave {trial.loss:.4g}. " if trial is not None and tried else ""
-        fix = f"{what}No weight was found that brings it right alone: look at the layers' variances, where they jump"
+        fix = f"{what}No single weight fixes it: look for jumps in the variances of the layers"
         return [Finding(Level.ERROR, CHECK, tried, seen, fix, None, loss, trial.loss if trial is not None else None)]
-    by_name = {one.name: one for one in candidates}
+    by_name = {suspect.name: suspect for suspect in candidates}
     by_row = {name: row for row in rows for name in (row.name, *row.ties)}
-    found = []
+    findings = []
     for name, std in trial.stds.items():
-        one, row = by_name[name], by_row.get(name)
+        suspect, row = by_name[name], by_row.get(name)
         rule = f", by {row.rule} at {row.place}" if row is not None and row.rule and row.place else ""
-        evidence = f"{seen}; its std is {one.std:.3g}{rule}, where 1/sqrt(fan-in) is {one.proposed:.3g}"
+        evidence = f"{seen}; its std is {suspect.std:.3g}{rule}, where 1/sqrt(fan-in) is {suspect.proposed:.3g}"
         others = [other for other in trial.stds if other != name]
         together = f", together with {', '.join(others)}" if others else ""
         fix = f"initialize with std={std:.3g}{together}: tried, first loss {trial.loss:.4g}"
-        found.append(Finding(Level.ERROR, CHECK, one.names, evidence, fix, std, loss, trial.loss))
-    return found
+        findings.append(Finding(Level.ERROR, CHECK, suspect.names, evidence, fix, std, loss, trial.loss))
+    return findings
 
 
 def _losses(outcome: Outcome, loss: float, expected: float) -> str:
@@ -100,7 +100,7 @@ def _too_low(loss: float, expected: float) -> Finding:
     )
 
 
-def _constant(outcome: Outcome) -> list[Finding]:
+def _constant_logits(outcome: Outcome) -> list[Finding]:
     logits = outcome.logits
     if logits is None or len(logits) < 2 or bool((logits != logits[0]).any()):
         return []

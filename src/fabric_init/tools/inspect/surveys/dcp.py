@@ -7,17 +7,18 @@ from pathlib import Path
 
 import torch
 
+from fabric_init._text import counted, dtype_name
 from fabric_init.checkpoints.formats.dcp.contents import Chunk, Contents, Tensor
 from fabric_init.checkpoints.formats.dcp.metadata import read_metadata
 from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
 from fabric_init.checkpoints.formats.sharded import check_shard
-from fabric_init.checkpoints.formats.torch_save.saved_tensor import SavedTensor, find_saved_tensor
-from fabric_init.checkpoints.region import Span, boxes_of
+from fabric_init.checkpoints.formats.torch_save.archive import SavedTensor, find_saved_tensor
+from fabric_init.checkpoints.region import Span
 from fabric_init.checkpoints.state_dicts import Location, choose_state_dict, describe
 from fabric_init.checkpoints.storage.local import FileBytes, open_bytes
 from fabric_init.errors import CheckpointError, CheckpointFormatError
 from fabric_init.tools.inspect.contents import Damage
-from fabric_init.tools.inspect.survey import Found, Run, Survey, count, dtype_name
+from fabric_init.tools.inspect.survey import ElementRun, Survey, SurveyedTensor
 
 _METADATA = ".metadata"
 
@@ -37,12 +38,12 @@ def survey_dcp(folder: Path, entry: str | None) -> Survey:
         for chunk in tensor.chunks:
             files[chunk.item.file] += chunk.box.numel * tensor.spec.dtype.itemsize
         nbytes = tensor.spec.shape.numel() * tensor.spec.dtype.itemsize
-        one = Found(shown, tuple(tensor.spec.shape), dtype_name(tensor.spec.dtype), nbytes, dict(files))
+        one = SurveyedTensor(shown, tuple(tensor.spec.shape), dtype_name(tensor.spec.dtype), nbytes, dict(files))
         one.whole = all(_is_there(survey, chunk) for chunk in tensor.chunks)
         one.layout = [chunk.box for chunk in tensor.chunks] if len(tensor.chunks) > 1 else None
         if one.whole:
             one.runs = tuple(
-                Run(chunk.box.numel, _SurveyedChunk(folder, full, tensor, chunk).read) for chunk in tensor.chunks
+                ElementRun(chunk.box.numel, _SurveyedChunk(folder, full, tensor, chunk).read) for chunk in tensor.chunks
             )
         survey.found.append(one)
     return survey
@@ -107,10 +108,10 @@ def _compare(survey: Survey, contents: Contents, taken: Taken) -> None:
         size = survey.files[name]
         keys = tuple(cut[name])
         if size is None:
-            message = f"not there; it should hold parts of {count(len(keys), 'tensor')}"
+            message = f"not there; it should hold parts of {counted(len(keys), 'tensor')}"
             survey.damage.append(Damage("missing file", message, name, keys))
         elif size < stop:
-            message = f"ends at byte {size:,}, {stop - size:,} too early: {count(len(keys), 'tensor')} not whole"
+            message = f"ends at byte {size:,}, {stop - size:,} too early: {counted(len(keys), 'tensor')} not whole"
             survey.damage.append(Damage("truncated", message, name, keys))
         elif size > stop:
             message = f"{size - stop:,} bytes after the last of what the metadata names, from {stop:,} on"
@@ -135,9 +136,7 @@ class _SurveyedChunk:
         source = self._source = self._source or self._open()
         if isinstance(source, SafetensorsReader):
             return source.read(self._key, Span(start, stop))
-        if source.row_major:
-            return source.read(Span(start, stop))
-        return torch.cat([source.read(box).reshape(-1) for box in boxes_of(source.shape, Span(start, stop))])
+        return source.read(Span(start, stop))
 
     def _open(self) -> SavedTensor | SafetensorsReader:
         item = self._chunk.item

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
+from fabric_init._text import dtype_name
 from fabric_init.checkpoints.formats.deepspeed.reader import STAND_INS, DeepSpeedFolderReader, states_in, tag_folder
-from fabric_init.checkpoints.formats.torch_save.mapped_archive import MappedArchive
+from fabric_init.checkpoints.formats.torch_save.reader import load_archive
 from fabric_init.checkpoints.reader import CheckpointReader
 from fabric_init.checkpoints.region import Span
+from fabric_init.checkpoints.storage.local import open_bytes
 from fabric_init.errors import CheckpointError
 from fabric_init.tools.inspect.contents import Damage
-from fabric_init.tools.inspect.survey import Found, Run, Survey, dtype_name
+from fabric_init.tools.inspect.survey import ElementRun, Survey, SurveyedTensor
 
 
 def survey_reader(reader: CheckpointReader) -> Survey:
@@ -28,8 +30,8 @@ def survey_reader(reader: CheckpointReader) -> Survey:
     for key in reader.keys():
         spec = reader.spec(key)
         nbytes = spec.shape.numel() * spec.dtype.itemsize
-        one = Found(key, tuple(spec.shape), dtype_name(spec.dtype), nbytes, {name: nbytes})
-        one.runs = (Run(spec.shape.numel(), partial(_read, reader, key)),)
+        one = SurveyedTensor(key, tuple(spec.shape), dtype_name(spec.dtype), nbytes, {name: nbytes})
+        one.runs = (ElementRun(spec.shape.numel(), partial(_read, reader, key)),)
         survey.found.append(one)
     return survey
 
@@ -70,7 +72,7 @@ def _survey_damaged(folder: Path, error: CheckpointError) -> Survey:
     first: dict[Any, Any] | None = None
     for file in states_in(folder):
         try:
-            loaded = MappedArchive(file, STAND_INS).content
+            _, loaded = load_archive(open_bytes(file, mmap=False), STAND_INS)
         except CheckpointError as wrong:
             survey.damage.append(Damage("unreadable", str(wrong), file.name))
         else:
@@ -88,5 +90,5 @@ def _survey_damaged(folder: Path, error: CheckpointError) -> Survey:
             # Parts of a trained one are in the ranks' files; with one of them unreadable it is not whole.
             shape, dtype = trained.get(key, value.shape), torch.float32 if key in trained else value.dtype
             nbytes = torch.Size(shape).numel() * dtype.itemsize
-            survey.found.append(Found(key, tuple(shape), dtype_name(dtype), nbytes, {}, whole=False))
+            survey.found.append(SurveyedTensor(key, tuple(shape), dtype_name(dtype), nbytes, {}, whole=False))
     return survey

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fabric_init._text import counted, dtype_name
 from fabric_init.checkpoints.formats.safetensors import DTYPES, HEADER_BYTES
 from fabric_init.checkpoints.region import Window
 from fabric_init.checkpoints.storage.local import FileBytes
 from fabric_init.errors import CheckpointFormatError
 from fabric_init.tools.inspect.contents import Damage
-from fabric_init.tools.inspect.survey import Found, Run, Survey, count, dtype_name
+from fabric_init.tools.inspect.survey import ElementRun, Survey, SurveyedTensor
 
 _BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6} | {code: 8 * dtype.itemsize for code, dtype in DTYPES.items()}
 
@@ -44,7 +45,7 @@ def survey_safetensors(file: FileBytes) -> Survey:
     _compare(survey, name, entries, start, file.size)
     for entry in entries:
         dtype = DTYPES.get(entry.code)
-        one = Found(
+        one = SurveyedTensor(
             entry.key,
             entry.shape,
             entry.code if dtype is None else dtype_name(dtype),
@@ -54,7 +55,7 @@ def survey_safetensors(file: FileBytes) -> Survey:
             whole=entry.stop <= file.size,
         )
         if one.whole and dtype is not None:
-            one.runs = (Run(math.prod(entry.shape), partial(_read, file, dtype, entry.start)),)
+            one.runs = (ElementRun(math.prod(entry.shape), partial(_read, file, dtype, entry.start)),)
         survey.found.append(one)
     return survey
 
@@ -130,8 +131,8 @@ def _compare(survey: Survey, name: str, entries: list[_HeaderEntry], start: int,
         cut = tuple(entry.key for entry in entries if entry.stop > size)
         partly = sum(entry.start < size for entry in entries if entry.stop > size)
         message = (
-            f"ends at byte {size:,}, {reach - size:,} too early: {count(len(cut) - partly, 'tensor')} beyond its end, "
-            f"{partly} in part"
+            f"ends at byte {size:,}, {reach - size:,} too early: {counted(len(cut) - partly, 'tensor')} beyond its "
+            f"end, {partly} in part"
         )
         survey.damage.append(Damage("truncated", message, name, cut))
     elif reach < size:

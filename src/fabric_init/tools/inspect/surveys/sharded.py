@@ -7,12 +7,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
+from fabric_init._text import counted
 from fabric_init.checkpoints.formats.sharded import check_shard, read_weight_map
 from fabric_init.checkpoints.storage.local import open_bytes
 from fabric_init.checkpoints.storage.remote import AnyPath
 from fabric_init.errors import CheckpointError
 from fabric_init.tools.inspect.contents import Damage
-from fabric_init.tools.inspect.survey import Survey, count
+from fabric_init.tools.inspect.survey import Survey
 
 Look = Callable[[AnyPath], Survey]
 """The survey of one shard. Raises :class:`~fabric_init.errors.CheckpointError` when nothing in it can be told."""
@@ -37,12 +38,12 @@ def survey_index(index: AnyPath, look: Look) -> Survey:
         elif name in held:
             lacking[name].append(key)
     for name, keys in lacking.items():
-        message = f"{count(len(keys), 'tensor')} that the index says are in it are not"
+        message = f"{counted(len(keys), 'tensor')} that the index says are in it are not"
         survey.damage.append(Damage("missing tensor", message, name, tuple(keys)))
     known = {one.key for one in survey.found}
     for name, tensors in held.items():
         if extra := tuple(key for key in tensors if weight_map.get(key) != name):
-            message = f"{count(len(extra), 'tensor')} in it that the index does not list there; no load brings them"
+            message = f"{counted(len(extra), 'tensor')} in it that the index does not list there; no load brings them"
             survey.damage.append(Damage("not in the index", message, name, extra))
             survey.found += [tensors[key] for key in extra if key not in known]
             known.update(extra)
@@ -63,7 +64,7 @@ def _look_at(index: AnyPath, name: str, number: int, look: Look, survey: Survey)
         there = path.is_file()
         keys = tuple(key for key, file in read_weight_map(index).items() if file == name)
         survey.files[name] = path.stat().st_size if there and isinstance(path, Path) else None
-        message = str(error) if there else f"not there; the index says that it holds {count(number, 'tensor')}"
+        message = str(error) if there else f"not there; the index says that it holds {counted(number, 'tensor')}"
         survey.damage.append(Damage("unreadable" if there else "missing file", message, name, keys))
         return None
     for one in shard.found:

@@ -16,13 +16,18 @@ from typing import Any, BinaryIO
 from torch.serialization import MAGIC_NUMBER, PROTOCOL_VERSION
 
 from fabric_init.checkpoints.formats.pickles.limits import AllocationUnpickler, ExcessiveAllocationError
-from fabric_init.checkpoints.formats.torch_save.archive import Readable, load_meta
 from fabric_init.checkpoints.formats.torch_save.legacy import BoundedFile, check_sizes
+from fabric_init.checkpoints.formats.torch_save.meta_tensors import load_meta
+from fabric_init.checkpoints.formats.torch_save.zip_file import (
+    LOCAL_MAGIC,
+    bytes_at,
+    local_header,
+    open_zip,
+)
 from fabric_init.checkpoints.storage.local import FileBytes
 from fabric_init.tools.inspect.contents import Damage
 
-_LOCAL, _CENTRAL, _END = b"PK\3\4", b"PK\1\2", b"PK\5\6"
-_LOCAL_BYTES = 30
+_CENTRAL, _END = b"PK\1\2", b"PK\5\6"
 _END_BYTES = 22
 _PICKLE_BYTES = 1 << 28
 """More than any pickle of tensors takes: those of 100,000 take 20 MB."""
@@ -68,12 +73,12 @@ class Records:
         infos = [info for info in archive.infolist() if info.filename.startswith(f"{prefix}data/")]
         for info in infos:
             key = info.filename.removeprefix(f"{prefix}data/")
-            head = _part(self._file, info.header_offset, _LOCAL_BYTES)
+            header = local_header(self._file, info.header_offset)
             self._sizes[key] = info.file_size
-            if len(head) < _LOCAL_BYTES or not head.startswith(_LOCAL) or info.compress_type != zipfile.ZIP_STORED:
+            if header is None or info.compress_type != zipfile.ZIP_STORED:
                 self.wrong[key] = f"storage {key} is not where the directory says, at {info.header_offset:,}"
                 continue
-            self.starts[key] = info.header_offset + _LOCAL_BYTES + _lengths(head)
+            self.starts[key] = header.start
             if self.starts[key] + info.file_size > archive.start_dir:
                 self.wrong[key] = f"storage {key} reaches into the directory"
         reach = 0
@@ -84,7 +89,7 @@ class Records:
 
     def compare_end(self, comment: int) -> None:
         """Nothing may follow the directory."""
-        tail = _part(self._file, max(0, self._file.size - (1 << 16)), 1 << 16)
+        tail = bytes_at(self._file, max(0, self._file.size - (1 << 16)), 1 << 16)
         at = tail.rfind(_END)
         extra = len(tail) - at - _END_BYTES - comment
         if at >= 0 and extra > 0:
@@ -99,19 +104,18 @@ class Records:
         self.truncated = True
         size = self._file.size
         while at < size:
-            head = _part(self._file, at, _LOCAL_BYTES)
-            if head.startswith(_CENTRAL):
+            if bytes_at(self._file, at, len(_CENTRAL)) == _CENTRAL:
                 break
-            if len(head) < _LOCAL_BYTES or not head.startswith(_LOCAL):
+            header = local_header(self._file, at)
+            if header is None:
                 return
-            length = int.from_bytes(head[26:28], "little")
-            name = _part(self._file, at + _LOCAL_BYTES, length).decode(errors="replace")
-            start = at + _LOCAL_BYTES + _lengths(head)
-            key = name.partition("/data/")[2]
+            key = header.name.partition("/data/")[2]
             nbytes = claims.get(key)
             if nbytes is not None:
-                self.starts[key] = start
-            following = _next(self._file, start + (nbytes or 0), _SMALL if nbytes is None else _DESCRIPTOR_BYTES + 4)
+                self.starts[key] = header.start
+            following = _next(
+                self._file, header.start + (nbytes or 0), _SMALL if nbytes is None else _DESCRIPTOR_BYTES + 4
+            )
             if following is None:
                 return
             at = following
@@ -119,7 +123,7 @@ class Records:
 
     def _look_for_end(self, at: int) -> None:
         """All records are there; either the directory is not, or so much follows it that nobody finds it."""
-        rest = _part(self._file, at, _DIRECTORY_BYTES)
+        rest = bytes_at(self._file, at, _DIRECTORY_BYTES)
         end = rest.find(_END)
         if end < 0 or len(rest) < end + _END_BYTES:
             return
@@ -137,7 +141,7 @@ def zip_records(file: FileBytes) -> tuple[bytes, Records]:
     """
     records = Records(file)
     try:
-        archive = zipfile.ZipFile(Readable(file))
+        archive = open_zip(file)
     except zipfile.BadZipFile:
         return _first_record(file, records), records
     names = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
@@ -152,14 +156,13 @@ def zip_records(file: FileBytes) -> tuple[bytes, Records]:
 
 def _first_record(file: FileBytes, records: Records) -> bytes:
     """The pickle without the directory: it comes first, and says itself where it ends."""
-    head = _part(file, 0, _LOCAL_BYTES)
-    name = _part(file, _LOCAL_BYTES, int.from_bytes(head[26:28], "little"))
-    if not name.endswith(b"/data.pkl"):
+    header = local_header(file, 0)
+    if header is None or not header.name.endswith("/data.pkl"):
         raise zipfile.BadZipFile("it has no directory, and does not begin with a pickle")
-    start, window = _LOCAL_BYTES + _lengths(head), 1 << 16
+    start, window = header.start, 1 << 16
     while True:
-        data = _part(file, start, window)
-        after = data.find(_LOCAL)
+        data = bytes_at(file, start, window)
+        after = data.find(LOCAL_MAGIC)
         if after >= 0 or len(data) < window or window >= _PICKLE_BYTES:
             break
         window *= 2
@@ -171,19 +174,9 @@ def _next(file: FileBytes, at: int, within: int) -> int | None:
     """Where the next header begins, behind a record that ends at ``at`` or a little later."""
     if at >= file.size:
         return None
-    found = _part(file, at, within)
-    places = [place for magic in (_LOCAL, _CENTRAL) if (place := found.find(magic)) >= 0]
+    found = bytes_at(file, at, within)
+    places = [place for magic in (LOCAL_MAGIC, _CENTRAL) if (place := found.find(magic)) >= 0]
     return at + min(places) if places else None
-
-
-def _lengths(head: bytes) -> int:
-    """Of the name and of the extra field, which follow a local header."""
-    return int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
-
-
-def _part(file: FileBytes, start: int, count: int) -> bytes:
-    stop = min(start + count, file.size)
-    return file.part(start, stop) if start < stop else b""
 
 
 def legacy_records(
@@ -226,7 +219,7 @@ def legacy_records(
             except ExcessiveAllocationError as error:
                 records.damage.append(Damage("unreadable", str(error), file.path.name))
     for key in order if isinstance(order, list) else []:
-        head = _part(file, at, 8)
+        head = bytes_at(file, at, 8)
         number = int.from_bytes(head, "little")
         if len(head) == 8 and number != numbers.get(key):
             records.wrong[key] = f"storage {key} has {number:,} elements by its own head"

@@ -14,15 +14,16 @@ from typing import Any, BinaryIO
 
 import torch
 
+from fabric_init._text import counted, dtype_name
 from fabric_init.checkpoints.formats.pickles.limits import check_calls
-from fabric_init.checkpoints.formats.torch_save.archive import load_meta, read_region
+from fabric_init.checkpoints.formats.torch_save.meta_tensors import MetaStorages, load_meta, read_region
 from fabric_init.checkpoints.formats.torch_save.reader import checked_key, count_tensors, state_dicts_in
 from fabric_init.checkpoints.region import Span, Window
 from fabric_init.checkpoints.state_dicts import Location, choose_state_dict, describe
 from fabric_init.checkpoints.storage.local import FileBytes
 from fabric_init.errors import CheckpointFormatError
 from fabric_init.tools.inspect.contents import Damage
-from fabric_init.tools.inspect.survey import Found, Run, Survey, count, dtype_name, sharing_bytes
+from fabric_init.tools.inspect.survey import ElementRun, Survey, SurveyedTensor, sharing_bytes
 from fabric_init.tools.inspect.surveys.torch_records import Records, legacy_records, zip_records
 
 
@@ -36,14 +37,14 @@ def survey_torch(file: FileBytes, entry: str | None) -> Survey:
     Raises any exception when the pickle cannot be read.
     """
     legacy = not file.head(4).startswith(b"PK\3\4")
-    claims = _StorageClaims()
+    claims = MetaStorages()
     records: Records
     if legacy:
 
         def load(pickle: BinaryIO) -> Any:
             return load_meta(pickle, claims.storage, legacy=True)
 
-        loaded, records = legacy_records(file, load, claims.sizes, claims.numbers)
+        loaded, records = legacy_records(file, load, claims.sizes, claims.counts)
     else:
         pickle, records = zip_records(file)
         check_calls(pickle, file.size)
@@ -63,41 +64,6 @@ def survey_torch(file: FileBytes, entry: str | None) -> Survey:
     survey.ties = [tuple(one.key for one in group) for group in sharing_bytes(survey.found)]
     _report(survey, claims, records, file)
     return survey
-
-
-class _StorageClaims:
-    """The storages that a pickle names; they stand on the meta device."""
-
-    def __init__(self) -> None:
-        self.sizes: dict[str, int] = {}
-        """Key -> bytes, as the pickle has it; in its order."""
-        self.numbers: dict[str, int] = {}
-        """The same in elements."""
-        self._keys: dict[int, tuple[str, torch.UntypedStorage]] = {}
-        self._typed: dict[tuple[str, torch.dtype], torch.storage.TypedStorage] = {}
-
-    def storage(self, dtype: torch.dtype, key: str, number: int) -> torch.storage.TypedStorage:
-        known = self._typed.get((key, dtype))
-        if known is not None:
-            return known
-        nbytes = number * dtype.itemsize
-        if not 0 <= nbytes < 2**62 or self.sizes.setdefault(key, nbytes) != nbytes:
-            raise ValueError(f"storage {key} is given as one of {nbytes:,} bytes")
-        self.numbers.setdefault(key, number)
-        untyped = torch.UntypedStorage(nbytes, device="meta")
-        self._keys[untyped._cdata] = key, untyped
-        typed = torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
-        return self._typed.setdefault((key, dtype), typed)
-
-    def key(self, tensor: torch.Tensor) -> str:
-        return self._keys[tensor.untyped_storage()._cdata][0]
-
-    def holds(self, tensor: torch.Tensor) -> bool:
-        return tensor.is_meta and tensor.untyped_storage()._cdata in self._keys
-
-    def reaches(self, tensor: torch.Tensor) -> bool:
-        # On the meta device torch lets a storage grow instead of refusing.
-        return _extent(tensor)[1] <= self.sizes[self.key(tensor)]
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
@@ -128,15 +94,15 @@ def _choose(
 def _found(
     survey: Survey,
     file: FileBytes,
-    claims: _StorageClaims,
+    claims: MetaStorages,
     records: Records,
     prefix: str,
     key: object,
     value: torch.Tensor,
-) -> Found:
+) -> SurveyedTensor:
     shown = f"{prefix}{key}"
     nbytes = max(0, math.prod(value.shape)) * value.element_size()
-    one = Found(shown, tuple(value.shape), dtype_name(value.dtype), nbytes, {file.path.name: nbytes})
+    one = SurveyedTensor(shown, tuple(value.shape), dtype_name(value.dtype), nbytes, {file.path.name: nbytes})
     try:
         checked_key(file.path, key, value, claims)
     except CheckpointFormatError as error:
@@ -154,7 +120,7 @@ def _found(
     if one.whole and start is not None:
         ordered = _in_order(value)
         one.layout = None if ordered is value else (value.shape, value.stride())
-        one.runs = (Run(ordered.numel(), partial(_read, file, start, ordered)),)
+        one.runs = (ElementRun(ordered.numel(), partial(_read, file, start, ordered)),)
     return one
 
 
@@ -174,7 +140,7 @@ def _read(file: FileBytes, offset: int, tensor: torch.Tensor, start: int, stop: 
     return read_region(file, offset, tensor, Span(start, stop)).reshape(-1)
 
 
-def _report(survey: Survey, claims: _StorageClaims, records: Records, file: FileBytes) -> None:
+def _report(survey: Survey, claims: MetaStorages, records: Records, file: FileBytes) -> None:
     """Which tensors the damaged storages belong to."""
     name = file.path.name
     cut = tuple(one.key for one in survey.found if not one.whole and (one.extent is None or one.extent[1] > file.size))
@@ -182,7 +148,7 @@ def _report(survey: Survey, claims: _StorageClaims, records: Records, file: File
     explained = {key for one in survey.damage for key in one.tensors}
     cut = tuple(key for key in cut if key not in explained)
     if records.truncated:
-        message = f"ends at byte {file.size:,} before all of it is there: {count(len(cut), 'tensor')} not whole"
+        message = f"ends at byte {file.size:,} before all of it is there: {counted(len(cut), 'tensor')} not whole"
         survey.damage.insert(0, Damage("truncated", message, name, cut))
     elif wrong:
         shown = "; ".join(list(wrong.values())[:3]) + ("; …" if len(wrong) > 3 else "")

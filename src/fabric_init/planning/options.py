@@ -1,0 +1,45 @@
+"""The options of a load, as ``materialize`` and ``Fabric.init_module`` take them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from fabric_init.checkpoints import Conversion, Source
+from fabric_init.checkpoints.mapping.rename import Rename
+from fabric_init.errors import OptionError
+from fabric_init.planning.plan import LoadOptions
+
+
+def load_options(
+    checkpoint: str | os.PathLike[str] | None,
+    *,
+    strict: bool,
+    rename: Rename,
+    reinit: Sequence[str],
+    mmap: bool,
+    entry: str | None,
+    manifest: str | os.PathLike[str] | None,
+    convert: Sequence[Conversion],
+) -> tuple[Source | None, LoadOptions]:
+    """Return the checkpoint to open, if there is one, and how to load it.
+
+    Raises:
+        OptionError: an option that only a load has was given without a checkpoint.
+    """
+    options = LoadOptions(strict, rename, reinit)
+    if checkpoint is not None:
+        return Source(checkpoint, mmap, entry, manifest, convert), options
+    given = {
+        "strict=False": not strict,
+        "rename": rename is not None,
+        "reinit": bool(reinit),
+        "mmap=False": not mmap,
+        "entry": entry is not None,
+        "manifest": manifest is not None,
+        "convert": bool(convert),
+    }
+    useless = [option for option, is_given in given.items() if is_given]
+    if useless:
+        raise OptionError(f"no checkpoint=… to load from, so these options have no effect: {', '.join(useless)}")
+    return None, options

@@ -1,0 +1,117 @@
+"""The internal record of how each model is filled, from which its frozen reports are made."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fabric_init._text import dtype_name
+from fabric_init.errors import FabricInitError
+from fabric_init.planning.tensors import named_tensors, plain_name
+from fabric_init.recording.tape import Tape
+from fabric_init.recording.tensor import recorded
+from fabric_init.reports.init_report import InitReport
+from fabric_init.reports.provenance import describe_rule
+from fabric_init.reports.rows import InitRow
+
+
+@dataclass(eq=False)
+class RowRecord:
+    """The current row of one tensor; replaced when the guard notices that the tensor was written."""
+
+    row: InitRow
+    tape: Tape | None = None
+    storage: int = -1
+
+    def waits_on(self, tape: Tape, storage: int) -> None:
+        """Note the recorded storage whose values the tensor of an unfilled row waits for."""
+        self.tape, self.storage = tape, storage
+
+    def refresh(self, tensor: Tensor) -> None:
+        """Update an unfilled row from ``tensor``, which the model holds under its name now."""
+        assert self.tape is not None
+        waiting = self.tape.current().later.waiting
+        record = recorded(tensor._local_tensor if isinstance(tensor, DTensor) else tensor)
+        self.update(dtype=dtype_name(tensor.dtype))
+        if record is None or record.memory is not None or not record.tape.later.waiting.missing([record.storage]):
+            status = waiting.statuses.get(self.storage, "written by the user")
+            origin, recording = self.row.origin, self.row.recording
+            if status == "initialized" and recording is not None and recording.slot.ref is not None:
+                origin = describe_rule(recording.tape, recording.slot.ref)
+            self.update(status=status, origin=origin)
+
+    def update(self, **changes: Any) -> None:
+        """Replace fields of the row; reports that were made before keep theirs."""
+        self.row = replace(self.row, **changes)
+
+
+@dataclass(eq=False)
+class FillRecord:
+    """What is known so far of how one model was filled."""
+
+    rows: list[RowRecord] = field(default_factory=list)
+    checkpoint: str | None = None
+    note: str | None = None
+    unexpected: tuple[str, ...] = ()
+
+    def refresh(self, model: nn.Module) -> None:
+        """Update the rows of tensors that had no values; those of tensors that ``model`` has given up go."""
+        waiting = [each for each in self.rows if each.row.status == "unfilled" and each.tape is not None]
+        if not waiting:
+            return
+        held = {plain_name(name): tensor for name, _, tensor in named_tensors(model)}
+        for each in waiting:
+            tensor = held.get(each.row.name)
+            if tensor is None:
+                self.rows.remove(each)
+            else:
+                each.refresh(tensor)
+
+    def report(self, model: nn.Module) -> InitReport:
+        """Return a report of the current state."""
+        rows = tuple(each.row for each in self.rows)
+        return InitReport(rows, self.checkpoint, self.note, self.unexpected, weakref.ref(model))
+
+
+_records: weakref.WeakKeyDictionary[nn.Module, FillRecord] = weakref.WeakKeyDictionary()
+
+
+def keep_record(model: nn.Module, record: FillRecord) -> InitReport:
+    """Keep ``record`` for the lifetime of ``model``, and return the first report of it."""
+    _records[model] = record
+    return record.report(model)
+
+
+def filled_by_us(model: nn.Module) -> bool:
+    """Return whether fabric_init filled all of ``model``, so that no tensor is unfilled or written by the user."""
+    record = _refreshed(model)
+    return record is not None and not any(
+        each.row.status in ("unfilled", "written by the user") for each in record.rows
+    )
+
+
+def _refreshed(model: nn.Module) -> FillRecord | None:
+    record = _records.get(model)
+    if record is not None:
+        record.refresh(model)
+    return record
+
+
+def report_of(model: nn.Module) -> InitReport:
+    """Return a report of the current state of a model that fabric_init built.
+
+    Raises:
+        FabricInitError: the model was not built in a recorded block.
+    """
+    record = _refreshed(model)
+    if record is None:
+        raise FabricInitError(
+            f"there is no init report for this {type(model).__name__}: it was not built under init_module(empty_init="
+            "True), init_module(checkpoint=…) or deferred_init() and materialize(). Ask for the outermost module that "
+            "was built in the block."
+        )
+    return record.report(model)

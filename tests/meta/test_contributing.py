@@ -1,0 +1,51 @@
+"""What the pages for contributors say holds: quick tests, CI commands, files and layers of the architecture."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import QUICK, SLOW, is_quick
+from tests.meta.test_imports import LAYERS
+
+ROOT = Path(__file__).parents[2]
+TESTS = ROOT / "tests"
+ARCHITECTURE = (ROOT / "docs/contributing/architecture.md").read_text(encoding="utf-8")
+ROOMS = sorted(path.parent.name for path in ROOT.glob("src/fabric_init/*/__init__.py"))
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_has_quick_tests(room: str) -> None:
+    files = [path.relative_to(TESTS).as_posix() for path in TESTS.glob(f"{room}/**/test_*.py")]
+    assert any(map(is_quick, files))
+
+
+def test_every_slow_group_and_every_exception_exists() -> None:
+    gone = [pattern for pattern in (*SLOW, *QUICK) if not list(TESTS.glob(pattern))]
+    assert gone == []
+
+
+def test_ci_runs_the_two_commands_of_the_readme() -> None:
+    commands = re.findall(r"^python3 -m venv .*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    demo, tests = commands
+    assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()[-1] == tests
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    assert f"run: {demo}\n" in workflow
+    assert "run: .ci/run\n" in workflow
+
+
+def test_the_readme_says_where_to_start() -> None:
+    assert "(CONTRIBUTING.md)" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_file_and_folder_of_the_architecture_exists() -> None:
+    named = re.findall(r"(?<![\w/.])((?:[a-z_]+/)+(?:[a-z_0-9]+\.py)?)(?![\w/])", ARCHITECTURE)
+    assert len(named) > 30
+    assert [path for path in named if not any((top / path).exists() for top in (ROOT / "src/fabric_init", ROOT))] == []
+
+
+def test_the_layers_of_the_architecture_are_those_of_the_check() -> None:
+    lines = [", ".join(layer) for layer in reversed(LAYERS[:-1])]  # without __main__ and __init__, which start the rest
+    assert "```\n" + "\n".join(lines) + "\n```" in ARCHITECTURE
