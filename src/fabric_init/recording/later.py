@@ -285,10 +285,11 @@ class Later:
 
     def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Sequence[Tensor]) -> Any:
         storages = [found.storage for tensor in written if (found := recorded(tensor)) is not None]
-        if not self.waiting.missing(storages) and (self.gives_memory or not self._to_be_sharded(storages)):
-            return self._run(func, args, kwargs)
         others = [t for t in tensors_in((args, kwargs.values())) if all(t is not w for w in written)]
         late = self._missing(others)
+        has_values = not late and not self.waiting.missing(storages)
+        if has_values and (self.gives_memory or not self._to_be_sharded(storages)):
+            return self._run(func, args, kwargs)
         target, found = written[0], recorded(written[0])
         assert found is not None
         ref = ref_of(target._meta, found.storage)  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fabric_init.recording.op_schemas import overwrites, traits
-from fabric_init.recording.tape import Tape, now, ref_of
+from fabric_init.recording.tape import Tape, TensorRef, now, ref_of
 from fabric_init.recording.tensor import meta_of, recorded
 
 THREE_WAYS = (
@@ -102,12 +102,18 @@ class Waiting:
             if since is None and limit is not None:
                 since = self.tape.overruled.get(storage)  # what it held before it got its values is not known
             complete = since is None or (limit is None and self._is_complete(storage))
+            overwritten: set[TensorRef] = set()  # what later ops write, whatever was there
             for number in reversed(self.tape.writers.get(storage, ())):
                 if limit is not None and number >= limit:
                     continue
                 if since is not None and number < since:
                     break
                 op = self.tape.ops[number]
+                here = {ref for ref in op.targets if ref.storage == storage}
+                if here and here <= overwritten:
+                    continue
+                if overwrites(op.func):
+                    overwritten |= here
                 work += [(ref.storage, number) for ref in op.reads() if ref.storage != storage]
                 if self.tape.writes_whole(op, storage):
                     complete = True
