@@ -154,5 +154,7 @@ DOES_NOT_APPLY = {
     ("jit.trace", "parameter of a module in a dict"),
     ("jit.trace, saved", "parameter of a module in a dict"),
     ("fx trace", "parameter of a module in a dict"),
+    ("torch.save of its state", "parameter of a module in a dict"),
+    ("stack_module_state", "parameter of a module in a dict"),
 }
-"""Way and target that plain PyTorch refuses."""
+"""Way and target that plain PyTorch refuses, or that have nothing to do with each other."""

@@ -151,15 +151,6 @@ class Attribute(Given):
         return self.table
 
 
-class Nested(Given):
-    def __init__(self) -> None:
-        super().__init__()
-        self.tables = {"cos": [(values(), None)]}
-
-    def held(self) -> Tensor:
-        return self.tables["cos"][0][0]
-
-
 class Closure(Given):
     def __init__(self) -> None:
         super().__init__()
@@ -243,7 +234,6 @@ TARGETS: dict[str, type[Target]] = {
     "computed parameter": ComputedParameter,
     "other buffer": ScratchBuffer,
     "attribute": Attribute,
-    "nested attribute": Nested,
     "closure": Closure,
     "partial": Partial,
     "slots": Slots,

@@ -19,6 +19,7 @@ import copy
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -353,7 +354,8 @@ class Later:
             if found is None:
                 become(tensor, _plain_memory(tensor))
             elif found.memory is not None and tensor.grad_fn is None:
-                become(tensor, _real(found, ref_of(tensor._meta, found.storage)))
+                with suppress(RuntimeError):  # torch.jit.trace holds it weakly: it stays as it is, and has its values
+                    become(tensor, _real(found, ref_of(tensor._meta, found.storage)))
 
     # -- real tensors that recorded writes read ------------------------------------------------------------------------
 
@@ -399,11 +401,19 @@ def _set_data(later: Later, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
             func(target, value)
 
 
+def _of_value(later: Later, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(later.value(args[0], "be read"), *args[1:], **kwargs)
+
+
 _WORTH_A_REFERENCE = 1 << 20
 _OWN_ATTRIBUTES = frozenset({"_meta", "_claimed", "_is_param", "_is_buffer"})
 _HANDLERS: dict[Any, Any] = {
     **device_queries.LATER_HANDLERS,
     **escapes.HANDLERS,
+    Tensor.share_memory_: _of_value,
+    Tensor.__format__: _of_value,
+    Tensor.__float__: _of_value,
+    Tensor.__int__: _of_value,
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
 }
 
