@@ -80,7 +80,7 @@ def test_its_guard_goes_with_materialize() -> None:
 def test_a_state_dict_without_values_is_refused() -> None:
     with torch.device("meta"):
         empty = Net().state_dict()
-    with pytest.raises(RuntimeError, match='parameter named "body.0.weight"'):
+    with pytest.raises(RuntimeError, match=r'parameter named "body\.0\.weight"'):
         build().load_state_dict(empty)
 
 
