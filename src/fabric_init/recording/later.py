@@ -19,6 +19,7 @@ import copy
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -127,6 +128,8 @@ class Later:
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer an operator."""
+        if func is torch.ops.aten.empty_like.default:  # to_empty(): no values either, so it waits for the same ones
+            func = torch.ops.aten._to_copy.default
         with self._lock, torch._C.DisableTorchFunction():
             tensors = list(tensors_in((args, kwargs.values())))
             if not any(self._is_open(tensor) for tensor in tensors):
@@ -285,9 +288,11 @@ class Later:
 
     def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Sequence[Tensor]) -> Any:
         storages = [found.storage for tensor in written if (found := recorded(tensor)) is not None]
-        others = [t for t in tensors_in((args, kwargs.values())) if all(t is not w for w in written)]
+        unwritten = any(self._is_open(t) and self._never_written(t) for t in written)
+        read = list(tensors_in((args, kwargs.values())))
+        others = [t for t in read if all(t is not w for w in written) or sum(t is other for other in read) > 1]
         late = self._missing(others)
-        has_values = not late and not self.waiting.missing(storages)
+        has_values = not late and not unwritten and not self.waiting.missing(storages)
         if has_values and (self.gives_memory or not self._to_be_sharded(storages)):
             return self._run(func, args, kwargs)
         target, found = written[0], recorded(written[0])
@@ -297,14 +302,19 @@ class Later:
         if covers and not late and self.gives_memory:
             return self._write_through(func, args, kwargs, target, found, ref)
         result = self._record(func, args, kwargs)
-        for tensor in written:
-            self.waiting.note(func, args, kwargs, tensor)
+        if not set(late) & set(storages):  # what is computed from its own old values still waits for those
+            for tensor in written:
+                self.waiting.note(func, args, kwargs, tensor)
         if self.gives_memory and not self.waiting.missing(storages):
             for tensor in written:
                 self.value(tensor, "be read")
         elif covers and not late:
             self.waiting.note_status(found.storage, self.status)
         return result
+
+    def _never_written(self, tensor: Tensor) -> bool:
+        found = recorded(tensor)
+        return found is not None and self.tape.never_written(ref_of(tensor._meta, found.storage))  # type: ignore[attr-defined]
 
     def _to_be_sharded(self, storages: Iterable[int]) -> bool:
         return any(storage in self.waiting.names for storage in storages)
@@ -343,7 +353,8 @@ class Later:
             if found is None:
                 become(tensor, _plain_memory(tensor))
             elif found.memory is not None and tensor.grad_fn is None:
-                become(tensor, _real(found, ref_of(tensor._meta, found.storage)))
+                with suppress(RuntimeError):  # torch.jit.trace holds it weakly: it stays as it is, and has its values
+                    become(tensor, _real(found, ref_of(tensor._meta, found.storage)))
 
     # -- real tensors that recorded writes read ------------------------------------------------------------------------
 
@@ -389,11 +400,19 @@ def _set_data(later: Later, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
             func(target, value)
 
 
+def _of_value(later: Later, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(later.value(args[0], "be read"), *args[1:], **kwargs)
+
+
 _WORTH_A_REFERENCE = 1 << 20
 _OWN_ATTRIBUTES = frozenset({"_meta", "_claimed", "_is_param", "_is_buffer"})
 _HANDLERS: dict[Any, Any] = {
     **device_queries.LATER_HANDLERS,
     **escapes.HANDLERS,
+    Tensor.share_memory_: _of_value,
+    Tensor.__format__: _of_value,
+    Tensor.__float__: _of_value,
+    Tensor.__int__: _of_value,
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
 }
 

@@ -1,0 +1,96 @@
+"""No way of touching a tensor, wherever a model keeps it, gives anything but its values or an error of ours."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+
+from fabric_init import Fabric, deferred_init, materialize
+from tests.never_empty.model_ways import COMPILED, DOES_NOT_APPLY, MODELS
+from tests.never_empty.outcomes import REFUSED, RIGHT, outcome, run
+from tests.never_empty.targets import TARGETS, Target
+from tests.never_empty.ways import COPIES, OPERATORS, VALUES, WRITES_OF_REAL_TENSORS, Case, Way
+from tests.test_never_empty import poisoned_memory
+
+FABRIC = Fabric(accelerator="cpu", devices=1)
+WAYS: dict[str, Way] = {**OPERATORS, **WRITES_OF_REAL_TENSORS, **VALUES, **COPIES, **COMPILED, **MODELS}
+
+
+def deferred(kind: type[Target]) -> Target:
+    with deferred_init():
+        return kind()
+
+
+def unfilled(kind: type[Target]) -> Target:
+    with FABRIC.init_module(empty_init=True):
+        return kind()
+
+
+def materialized(kind: type[Target]) -> Target:
+    model = deferred(kind)
+    materialize(model)
+    return model
+
+
+STATES: dict[str, Callable[[type[Target]], Target]] = {
+    "deferred_init": deferred,
+    "empty_init": unfilled,
+    "materialized": materialized,
+}
+FILLED = ("parameter", "persistent buffer", "tied parameter", "view from the constructor", "closure", "slots")
+"""Targets that are touched after ``materialize``, too, where nothing may be refused."""
+
+
+def targets_of(way: str, state: str) -> list[str]:
+    """Return what is touched in one way, in one state."""
+    targets = FILLED if state == "materialized" else TARGETS
+    return [target for target in targets if (way, target) not in DOES_NOT_APPLY]
+
+
+CELLS = [(way, target, state) for way in WAYS for state in STATES for target in targets_of(way, state)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> Iterator[None]:
+    """Let gc.collect(), which blocks call that build several models, look at new objects alone."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    with poisoned_memory():
+        yield
+
+
+@cache
+def eager(way: str, target: str) -> Any:
+    """Return what plain PyTorch gives."""
+    return run(WAYS[way], Case(TARGETS[target]()))
+
+
+def wanted(target: str, state: str) -> str:
+    """Return what has to become of a cell."""
+    return REFUSED if TARGETS[target].waits and state != "materialized" else RIGHT
+
+
+def test_the_table_is_large() -> None:
+    assert len(CELLS) >= 300
+    assert len(WAYS) >= 25
+    assert len(TARGETS) >= 8
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("way", WAYS)
+def test_right_or_refused(way: str, state: str) -> None:
+    targets = targets_of(way, state)
+    found = {
+        target: outcome(WAYS[way], lambda target=target: STATES[state](TARGETS[target]), eager(way, target))
+        for target in targets
+    }
+    assert found == {target: wanted(target, state) for target in targets}
