@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import RecordingError
@@ -34,6 +35,8 @@ def plan_for(
     model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions, rng: Rng | None = None
 ) -> PreparedPlan:
     """Plan for ``model``, while its tensors are still recorded and whole. Raises all that is the user's to fix."""
+    if reader is not None:
+        _refuse_lazy(model)
     slots, tensors, tapes = survey(model)
     exact = _exact(set(tapes.values()), rng)
     plan = make_plan(slots, tapes, reader, wanted, find_extra_states(model))
@@ -44,6 +47,17 @@ def plan_for(
         if info.real and not tensor.is_inference()
     ]
     return PreparedPlan(plan, tensors, tapes, reader, exact, versions)
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        if any(tensor is not None and is_lazy(tensor) for tensor in tensors):
+            raise RecordingError(
+                f"{name or 'the model'} ({type(module).__name__}) is lazy: its tensors have no shape before it has "
+                "seen a batch, so no load can be planned for it. Run a batch through it in the block, or build the "
+                "model with init_module(empty_init=True) and call load_state_dict."
+            )
 
 
 def prepared_digest(prepared: PreparedPlan) -> str:

@@ -140,9 +140,9 @@ def find_tensors(model: nn.Module) -> list[tuple[TensorInfo, Tensor]]:
 
 
 def _slot(names: tuple[str, ...], kind: Kind, tensor: Tensor) -> TensorInfo | None:
-    found = recorded(tensor)
     if is_lazy(tensor):
-        kind = "attribute"  # no shape yet, so nothing that a checkpoint could bring
+        return None  # no shape yet: it gets one, and values, from the first batch or load_state_dict after the block
+    found = recorded(tensor)
     if kind == "attribute" and found is None:
         return None  # a real tensor of the model's own
     return TensorInfo(

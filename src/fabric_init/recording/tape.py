@@ -157,6 +157,7 @@ class Tape:
         self.writers: dict[int, list[int]] = {}
         self.storages: dict[int, StorageInfo] = {}
         self.streams: dict[int, Stream] = {}
+        self.has_plain = False  # plain meta tensors are on recorded storages: lazy ones get torch's own class later
         self.brought = 0  # bytes of the real tensors that the constructor brought in
         self.sealed_rng: Rng | None = None  # a random value was shown to the constructor: the mode it was drawn in
         self.waits: dict[int, int] = {}  # storages that wait for a load, and the op number from which on
