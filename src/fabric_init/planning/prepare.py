@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -29,6 +29,10 @@ class PreparedPlan(NamedTuple):
     exact: bool
     versions: Sequence[tuple[Tensor, int]] = ()
     """Of the tensors that had values when the plan was made: how often they had been written."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PreparedPlan:
+        """Return the plan itself: a copy of a module that has it is made of tensors that are computed from its own."""
+        return self
 
 
 def plan_for(

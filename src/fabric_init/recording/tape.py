@@ -166,6 +166,10 @@ class Tape:
         self.later: Any = None  # answers for recorded tensors when no block is open
         self._joined: Tape | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tape:
+        """Return the tape itself: copies of recorded tensors are on it, too."""
+        return self
+
     def current(self) -> Tape:
         """This tape, or the later one that it was joined to."""
         tape = self
@@ -185,7 +189,7 @@ class Tape:
         later.records.update(self.records)
         later.overruled.update(self.overruled)
         if self.later is not None and later.later is not None:
-            later.later.join(self.later)
+            self.later.join(later.later)
         self._joined = later
 
     def add_storage(self, nbytes: int, device: torch.device) -> int:
