@@ -59,6 +59,11 @@ class TensorRef(NamedTuple):
     def nbytes(self) -> int:
         return self.size.numel() * self.dtype.itemsize
 
+    @property
+    def expanded(self) -> bool:
+        """Whether several of its elements are at one place in memory."""
+        return any(stride == 0 and size > 1 for stride, size in zip(self.stride, self.size, strict=True))
+
 
 class Constant(NamedTuple):
     """A real tensor that the constructor brought in: its value at that moment."""
