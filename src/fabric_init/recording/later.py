@@ -291,6 +291,7 @@ class Later:
     def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Sequence[Tensor]) -> Any:
         storages = [found.storage for tensor in written if (found := recorded(tensor)) is not None]
         if not self.waiting.missing(storages) and (self.gives_memory or not self._to_be_sharded(storages)):
+            self._give_room(written)
             return self._run(func, args, kwargs)
         others = [t for t in tensors_in((args, kwargs.values())) if all(t is not w for w in written)]
         late = self._missing(others)
@@ -309,6 +310,16 @@ class Later:
         elif covers and not late:
             self.waiting.note_status(found.storage, self.status)
         return result
+
+    def _give_room(self, written: Iterable[Tensor]) -> None:
+        """Give memory to tensors made by ``torch.empty`` that get their first values now: a cache in a closure, say."""
+        for tensor in written:
+            found = recorded(tensor)
+            if found is not None and found.memory is None and not self.tape.writers.get(found.storage):
+                info = self.tape.storages[found.storage]
+                with real_execution():
+                    room = torch.zeros(info.nbytes, dtype=torch.uint8, device=info.device)
+                self._has_values(found, room.untyped_storage())
 
     def _to_be_sharded(self, storages: Iterable[int]) -> bool:
         return any(storage in self.waiting.names for storage in storages)
