@@ -17,7 +17,7 @@ from fabric_init.guard.loads import watch_loads
 from fabric_init.guard.models import hold, settle
 from fabric_init.planning.options import load_options
 from fabric_init.planning.placement import WholeTensors
-from fabric_init.recording.built_modules import BuiltModules
+from fabric_init.recording.built_modules import BuiltModules, refuse_scripted
 from fabric_init.recording.mode import active, recorded_build
 from fabric_init.recording.tape import Rng, check_rng
 from fabric_init.reports.init_report import InitReport
@@ -139,6 +139,7 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
         try:
             with recorded_build(rng):
                 yield
+            refuse_scripted(built.roots())
         finally:
             for model in built.roots():
                 hold(model, "fabric_init.materialize(model) gives it memory and values: call that first.")

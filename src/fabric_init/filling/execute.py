@@ -104,7 +104,8 @@ def _values(
     entries = plan.entries
     to_replay = {
         storage: positions
-        for storage, positions in storage_groups(entries).items()
+        for storage, group in storage_groups(entries).items()
+        if (positions := [position for position in group if not _has_room_of_its_own(entries[position])])
         if not _is_loaded_whole(entries, positions, tapes[storage])
         if all(entries[position].action is not Action.WAIT for position in positions)
     }
@@ -141,6 +142,11 @@ def _kept(memory: torch.UntypedStorage, entry: PlanEntry, placement: Placement) 
     assert entry.slot.ref is not None
     value, region = view(memory, entry.slot.ref), placement.region(entry.slot)
     return value if region is None else take(value, region).clone()
+
+
+def _has_room_of_its_own(entry: PlanEntry) -> bool:
+    """Whether a tensor that was recorded as expanded is loaded: its elements may differ in the file."""
+    return entry.action is Action.LOAD and entry.slot.ref is not None and entry.slot.ref.expanded
 
 
 def _is_loaded_whole(entries: Sequence[PlanEntry], positions: Sequence[int], tape: Tape) -> bool:
@@ -185,18 +191,20 @@ def _replayed(
 
 
 def _keep_apart(plan: Plan, values: dict[int, Tensor]) -> None:
-    """A torch file keeps ties and views; tensors that are not tied in the model must not share memory either."""
+    """A torch file keeps ties and views; tensors that do not share memory in the model must not do so either."""
     loaded = [
         (value.data_ptr(), position)
         for position, value in values.items()
         if plan.entries[position].action is Action.LOAD and value.numel()
     ]
-    end = 0
+    end, behind = 0, None
     for start, position in sorted(loaded):
-        value = values[position]
-        if start < end:
+        value, entry = values[position], plan.entries[position]
+        storage = None if entry.slot.ref is None or _has_room_of_its_own(entry) else entry.slot.ref.storage
+        if start < end and (storage is None or storage != behind):
             values[position] = value.clone()
-        end = max(end, start + value.nbytes)
+        elif start + value.nbytes > end:
+            end, behind = start + value.nbytes, storage
 
 
 def _check(plan: Plan, tensors: Sequence[Tensor]) -> None:

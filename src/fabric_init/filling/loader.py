@@ -13,6 +13,7 @@ from fabric_init.planning.extra_state import Extra
 from fabric_init.planning.loads import check_tie, loads
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Plan
+from fabric_init.recording.tape import TensorRef
 
 
 def check_ties(plan: Plan, reader: CheckpointReader, placement: Placement) -> None:
@@ -34,10 +35,14 @@ def load_by_itself(plan: Plan, reader: CheckpointReader, placement: Placement) -
         slot = load.entry.slot
         value = read(reader, load.entry.keys[0], load.region)
         value = value.to(device=load.device, dtype=slot.dtype)
-        if load.region is None and slot.ref is not None and value.stride() != slot.ref.stride:
+        if load.region is None and _has_other_layout(value, slot.ref):
             laid_out = torch.empty_strided(slot.shape, slot.ref.stride, dtype=slot.dtype, device=value.device)
             value = laid_out.copy_(value)
         yield load.position, value
+
+
+def _has_other_layout(value: Tensor, ref: TensorRef | None) -> bool:
+    return ref is not None and value.stride() != ref.stride and not ref.expanded  # what is expanded gets room for all
 
 
 def set_extra_states(extras: Iterable[Extra]) -> None:

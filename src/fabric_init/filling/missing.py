@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,16 @@ from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.derived import compute_with
 from fabric_init.filling.execute import fill
 from fabric_init.guard.loads import unwatch_loads
-from fabric_init.guard.models import local, own_init_is_wanted, ranks_of, release_forward, settle, unfilled, waits
+from fabric_init.guard.models import (
+    local,
+    own_init_is_wanted,
+    own_tensors,
+    ranks_of,
+    release_forward,
+    settle,
+    unfilled,
+    waits,
+)
 from fabric_init.guard.shards import forget_shards, is_partly_written, waiting_shards
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.plan import Action, Plan, PlanEntry
@@ -35,6 +44,24 @@ def initialize_missing(model: nn.Module) -> None:
     release_forward(model)
     forget_shards(model)
     unwatch_loads(model)
+
+
+def run_replaced_init(model: nn.Module, planned: Collection[int] = ()) -> None:
+    """Run ``reset_parameters`` of the modules under ``model`` for which the user has replaced it since the block.
+
+    Lightning calls it in ``setup``, for whatever was built with ``empty_init=True`` and has to be sharded; so litgpt's
+    pretraining chooses its init. What it writes is recorded.
+
+    Args:
+        model: whose tensors are recorded still.
+        planned: ids of the tensors that a declared load is about, which are left alone.
+    """
+    for module in model.modules():
+        replaced = vars(module).get("reset_parameters")
+        if replaced is None or any(True for _, tensor in own_tensors(module) if id(tensor) in planned):
+            continue
+        if any(waits(tensor) for _, tensor in own_tensors(module)):
+            replaced()
 
 
 def initialize_possible(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
@@ -45,7 +46,9 @@ def watch_loads(model: nn.Module, complete: Complete) -> None:
     """Let ``load_state_dict`` of ``model``, or of modules in it, complete what it did not bring."""
     for module in model.modules():
         worth_it = module._modules or takes_extra_state(module) or any(True for _ in own_tensors(module))
-        if worth_it and _COMPLETE not in vars(module):
+        if (
+            worth_it and _COMPLETE not in vars(module) and not isinstance(module, torch.jit.ScriptModule)
+        ):  # takes no hooks
             vars(module)[_COMPLETE] = complete
             module.register_load_state_dict_pre_hook(_before_load)
             module.register_load_state_dict_post_hook(_after_load)

@@ -14,7 +14,7 @@ from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.planning.tensors import named_tensors
 from fabric_init.recording.later import Later
-from fabric_init.recording.tensor import RecordedTensor, claim, recorded
+from fabric_init.recording.tensor import RecordedTensor, claim, give_lazy_memory, recorded
 from fabric_init.recording.waiting import THREE_WAYS, uninitialized
 
 _RANKS = "_fabric_init_ranks"
@@ -31,7 +31,9 @@ def hold(model: nn.Module, fix: str = THREE_WAYS, *, gives_memory: bool = True) 
     laters: dict[int, Later] = {}
     with torch._C.DisableTorchFunction(), torch.no_grad():
         for _, _, tensor in named_tensors(model):
-            if not isinstance(tensor, RecordedTensor) and not is_lazy(tensor):
+            if is_lazy(tensor):
+                give_lazy_memory(tensor)
+            elif not isinstance(tensor, RecordedTensor):
                 claim(tensor)
     for name, kind, tensor in named_tensors(model):
         found = recorded(tensor)
@@ -193,7 +195,7 @@ def hold_forward(model: nn.Module, agreement: Agreement | None = None) -> None:
     """
     if agreement is not None:
         vars(model)[_RANKS] = agreement
-    if _before_forward not in model._forward_pre_hooks.values():
+    if not isinstance(model, torch.jit.ScriptModule) and _before_forward not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_before_forward, prepend=True)  # before what gathers from other ranks
 
 

@@ -150,7 +150,7 @@ def find_tensors(model: nn.Module) -> list[tuple[TensorInfo, Tensor]]:
 def _slot(names: tuple[str, ...], kind: Kind, tensor: Tensor) -> TensorInfo | None:
     record = recorded(tensor)
     if is_lazy(tensor):
-        kind = "attribute"  # no shape yet, so no checkpoint can fill it
+        return None  # no shape yet: it gets one, and values, from the first batch or load_state_dict after the block
     if kind == "attribute" and record is None:
         return None  # a real tensor of the model's own
     return TensorInfo(

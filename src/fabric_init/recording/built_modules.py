@@ -5,17 +5,22 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections.abc import Iterable
 from contextlib import ExitStack
-from types import TracebackType
+from types import CodeType, FrameType, FunctionType, ModuleType, TracebackType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
 from typing_extensions import Self
+
+from fabric_init.errors import RecordingError
+from fabric_init.recording.tensor import RecordedTensor
 
 
 class BuiltModules:
@@ -45,14 +50,15 @@ class BuiltModules:
             self._seen.setdefault(module)
 
     def roots(self) -> list[nn.Module]:
-        """The models: modules that no other module of the block holds."""
-        roots = self._roots()
-        if len(roots) > 1:
-            gc.collect()  # a module that was built and dropped may live on in a reference cycle
-            roots = self._roots()
-        return roots
+        """Return the models: modules that no other module of the block holds, registered or in a list, dict or object.
 
-    def _roots(self) -> list[nn.Module]:
+        What a module only keeps in one of these is no part of its ``state_dict``, and no model of its own.
+        """
+        if len(self._unregistered()) > 1:
+            gc.collect()  # a module that was built and dropped may live on in a reference cycle
+        return _without_kept(self._unregistered())
+
+    def _unregistered(self) -> list[nn.Module]:
         seen = list(self._seen.keys())
         held: set[int] = set()
         below, visited = list(seen), set()
@@ -64,3 +70,56 @@ class BuiltModules:
                 held.update(map(id, children))
                 below += children
         return [module for module in seen if id(module) not in held]
+
+
+def refuse_scripted(models: Iterable[nn.Module]) -> None:
+    """Raise if a module in ``models`` was scripted or traced while its tensors had no values.
+
+    TorchScript keeps tensors of its own behind its modules, in whose places no values can be put.
+
+    Raises:
+        RecordingError: naming the submodule.
+    """
+    for model in models:
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule) and any(
+                isinstance(tensor, RecordedTensor)
+                for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            ):
+                raise RecordingError(
+                    f"{name or 'the model'} ({module.original_name}) was scripted or traced with torch.jit in a "
+                    "recorded block, where its tensors have no values. Do that after the block, to the filled model: "
+                    f"{'model' if not name else 'model.' + name} = torch.jit.script(…)."
+                )
+
+
+def _without_kept(modules: list[nn.Module]) -> list[nn.Module]:
+    """Return those of ``modules`` that no other one keeps. Two that keep each other are two models."""
+    if len(modules) < 2:
+        return modules
+    kept = {id(module): _reachable(module) for module in modules}
+    return [
+        module
+        for module in modules
+        if all(id(module) not in kept[id(other)] or id(other) in kept[id(module)] for other in modules)
+    ]
+
+
+def _reachable(module: nn.Module) -> set[int]:
+    """Return the ids of the modules that ``module`` reaches through attributes, containers, partials and closures."""
+    work: list[Any] = [module]
+    seen: set[int] = set()
+    while work:
+        value = work.pop()
+        if id(value) in seen or isinstance(value, _NO_WAY):
+            continue
+        seen.add(id(value))
+        if isinstance(value, FunctionType):
+            work += [value.__closure__, value.__defaults__, value.__kwdefaults__]  # not all globals of its file
+        else:
+            work += gc.get_referents(value)
+    return seen
+
+
+# What leads to everything there is, or to no module at all.
+_NO_WAY = (type, ModuleType, FrameType, CodeType, Tensor, str, bytes, int, float, complex, type(None))

@@ -112,6 +112,14 @@ def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
                 target._meta, target._claimed = value._meta.detach(), value._claimed
 
 
+def _get_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``t.data``, also of a lazy tensor, which asks it for the device that it is to get its memory on."""
+    with torch._C.DisableTorchFunction():
+        data = func(*args)
+        found = None if isinstance(data, RecordedTensor) else recorded(data)
+        return data if found is None else recorded_tensor(data, found.device)
+
+
 HANDLERS: dict[Any, Handler] = {
     Tensor.tolist: _with_true_value,
     Tensor.numpy: _with_true_value,
@@ -126,5 +134,6 @@ HANDLERS: dict[Any, Handler] = {
     Tensor.new: _new_tensor,
     torch.tensor: _tensor,
     torch.as_tensor: _tensor,
+    Tensor.data.__get__: _get_data,  # type: ignore[attr-defined]
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
 }

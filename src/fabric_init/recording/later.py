@@ -284,6 +284,11 @@ class Later:
             old, new = recorded(args[0]), recorded(result)
             if old is not None and new is not None:
                 self.waiting.rename(old.storage, new.storage)
+        if traits(func).unfilled and isinstance(result, RecordedTensor):  # to_empty: what lies there is no value either
+            old, new = recorded(args[0]), recorded(result)
+            if old is not None and new is not None and self.waiting.missing([old.storage]):
+                self.waiting.begin(new.storage, *self.waiting.names.get(old.storage, ("", "")))
+                self.waiting.rename(old.storage, new.storage)
         return result
 
     def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Sequence[Tensor]) -> Any:

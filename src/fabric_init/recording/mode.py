@@ -28,8 +28,9 @@ from fabric_init.recording.device_queries import Handler
 from fabric_init.recording.later import Later
 from fabric_init.recording.op_schemas import INIT_FUNCTIONS
 from fabric_init.recording.recorder import Recorder
+from fabric_init.recording.replay import real_execution
 from fabric_init.recording.tape import Rng, Tape, check_rng
-from fabric_init.recording.tensor import RecordedTensor, recorded, recorded_class, recorded_tensor
+from fabric_init.recording.tensor import RecordedTensor, claim_all, recorded, recorded_class, recorded_tensor
 
 # The init functions that hand over to a function mode; the others are known by their frame.
 _SEEN_WHOLE: dict[str, Any] = {
@@ -84,6 +85,11 @@ class RecordMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if types and not all(issubclass(kind, Tensor) for kind in types):
+            return func(*args, **(kwargs or {}))  # a proxy of torch.fx, say, which has an answer of its own
+        if self.tape.has_plain:
+            with real_execution():
+                claim_all((args, (kwargs or {}).values()))
         handler = _HANDLERS.get(func)
         if handler is not None:
             return handler(self.recorder, func, args, kwargs or {})

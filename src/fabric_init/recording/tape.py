@@ -80,6 +80,11 @@ def _row_major(size: torch.Size) -> tuple[int, ...]:
         strides.append(strides[-1] * max(length, 1))
     return tuple(reversed(strides)) if size else ()
 
+    @property
+    def expanded(self) -> bool:
+        """Whether several of its elements are at one place in memory."""
+        return any(stride == 0 and size > 1 for stride, size in zip(self.stride, self.size, strict=True))
+
 
 class Constant(NamedTuple):
     """A real tensor that the constructor brought in: its value at that moment."""
@@ -209,6 +214,7 @@ class Tape:
         self.writers: dict[int, list[int]] = {}
         self.storages: dict[int, StorageInfo] = {}
         self.streams: dict[int, Stream] = {}
+        self.has_plain = False  # plain meta tensors are on recorded storages: lazy ones get torch's own class later
         self.brought = 0  # bytes of the real tensors that the constructor brought in
         self.sealed_rng: Rng | None = None  # a random value was shown to the constructor: the mode it was drawn in
         self.waits: dict[int, int] = {}  # storages that wait for a load, and the op number from which on
@@ -231,6 +237,10 @@ class Tape:
             ops = [*ops[:_SHOWN], f"… {len(ops) - 2 * _SHOWN:,} more ops …", *ops[-_SHOWN:]]
         return "\n  ".join([f"Tape: {self.summary()}", *ops])
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tape:
+        """Return the tape itself: copies of recorded tensors are on it, too."""
+        return self
+
     def current(self) -> Tape:
         """This tape, or the later one that it was joined to."""
         tape = self
@@ -250,7 +260,7 @@ class Tape:
         later.records.update(self.records)
         later.overruled.update(self.overruled)
         if self.later is not None and later.later is not None:
-            later.later.join(self.later)
+            self.later.join(later.later)
         self._joined = later
 
     def add_storage(self, nbytes: int, device: torch.device) -> int:

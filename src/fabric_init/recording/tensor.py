@@ -67,6 +67,7 @@ class RecordedTensor(Tensor):
         assert tensor is not None
         later = _later(tensor)
         if later.block_is_open and func in _MAKES_SUBCLASS:
+            later.tape.has_plain = True
             return _in_class_of(sys._getframe(1), tensor)
         return later.dispatch(func, args, kwargs or {})
 
@@ -172,6 +173,18 @@ def claim(tensor: Tensor) -> None:
         become_recorded(tensor, tensor.detach() if type(tensor) is Tensor else _plain_view(tensor), found.device)
 
 
+def give_lazy_memory(tensor: Tensor) -> None:
+    """Take a lazy parameter or buffer, which has no shape yet, out of the recording.
+
+    It gets its shape and values once the model runs or is loaded, after the block, as in plain PyTorch. torch's modes
+    must be off: lazy tensors answer no question.
+    """
+    found = recorded_storage(tensor)
+    if found is not None:
+        empty = torch.empty(0, dtype=tensor.dtype, device=found.device)
+        torch._C._swap_tensor_impl(tensor, _make_subclass(type(tensor), empty, tensor.requires_grad))
+
+
 def _plain_view(tensor: Tensor) -> Tensor:
     plain = torch.empty(0, dtype=tensor.dtype, device=META)
     return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
@@ -208,6 +221,16 @@ def _note_memory(tensor: RecordedTensor, value: Tensor) -> None:
     later = found.tape.later
     if later is not None:
         later.waiting.filled(found.storage)
+
+
+def claim_all(values: Any) -> None:
+    """Do that for all tensors among arguments, also in lists and tuples, that are of torch's own classes."""
+    for value in values:
+        if type(value) in (Tensor, nn.Parameter):
+            if value.is_meta:
+                claim(value)
+        elif isinstance(value, (list, tuple)) or type(value) is type({}.values()):
+            claim_all(value)
 
 
 def first_recorded(values: Any) -> RecordedTensor | None:

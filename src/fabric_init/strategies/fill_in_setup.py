@@ -23,7 +23,7 @@ from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.execute import carry_out, prepare
 from fabric_init.filling.merge import declared_at, merged, planned_tensors
-from fabric_init.filling.missing import initialize_possible
+from fabric_init.filling.missing import initialize_possible, run_replaced_init
 from fabric_init.filling.wait import let_wait
 from fabric_init.guard.loads import forget_extra_state, unwatch_loads, watch_loads
 from fabric_init.guard.models import hold, hold_forward, local, own_tensors
@@ -134,6 +134,8 @@ def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan
 
 def _plan(model: nn.Module, bounds: Sequence[BoundPlans], plans: Sequence[PreparedPlan]) -> PreparedPlan:
     _refuse_sharded(model)
+    if any(bound.waits for bound in bounds):
+        run_replaced_init(model, planned_tensors(plans))
     prepared = merged(plans, model)
     if not any(bound.waits and not bound.own_init for bound in bounds):
         return prepared

@@ -20,7 +20,7 @@ from fabric_init.filling.wait import wait_for_load
 from fabric_init.guard.models import hold
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import LoadOptions
-from fabric_init.recording.built_modules import BuiltModules
+from fabric_init.recording.built_modules import BuiltModules, refuse_scripted
 from fabric_init.recording.mode import RecordMode, active
 from fabric_init.strategies.fill_in_setup import bind
 
@@ -103,6 +103,7 @@ def init_context(
         models = built.roots()
         if not models and (reader is not None or recording.tape.storages):
             raise RecordingError("no module was built in this init_module block; build the model inside it")
+        refuse_scripted(models)
         if reader is not None:
             _one_model(models, reader)
         return models
