@@ -61,6 +61,11 @@ class TensorRef(NamedTuple):
     def nbytes(self) -> int:
         return self.size.numel() * self.dtype.itemsize
 
+    @property
+    def expanded(self) -> bool:
+        """Whether several of its elements are at one place in memory."""
+        return any(stride == 0 and size > 1 for stride, size in zip(self.stride, self.size, strict=True))
+
     def text(self, name: str = "") -> str:
         """Return the reference in one line, as ``s3[4, 2] float32 (offset 4)``, with the ``name`` of its storage."""
         where = [f"offset {self.offset}"] if self.offset else []
@@ -79,11 +84,6 @@ def _row_major(size: torch.Size) -> tuple[int, ...]:
     for length in reversed(size[1:]):
         strides.append(strides[-1] * max(length, 1))
     return tuple(reversed(strides)) if size else ()
-
-    @property
-    def expanded(self) -> bool:
-        """Whether several of its elements are at one place in memory."""
-        return any(stride == 0 and size > 1 for stride, size in zip(self.stride, self.size, strict=True))
 
 
 class Constant(NamedTuple):
