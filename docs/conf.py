@@ -30,7 +30,7 @@ napoleon_numpy_docstring = False
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|lightning|lightning_fabric|deepspeed)\b.*"),
-    ("py:.*", r"(collections|contextlib|enum|os|pathlib|typing|weakref)\b.*"),
+    ("py:.*", r"(abc|collections|contextlib|enum|os|pathlib|typing|weakref)\b.*"),
     ("py:.*", r"fabric_init(\.\w+){3,}"),  # deeper than the public modules: nobody's business but our own
 ]
 nitpick_ignore = [

@@ -354,7 +354,8 @@ def test_values_do_not_depend_on_the_subset_that_is_loaded_nor_on_the_threads(tm
             torch.manual_seed(6)
             with deferred_init():
                 model = build()
-            materialize(model, checkpoint=tmp_path / "m.pt" if state else None, strict=False)
+            options: dict[str, Any] = {"checkpoint": tmp_path / "m.pt", "strict": False} if state else {}
+            materialize(model, **options)
             found.append((set(state), {key: tensor.detach() for key, tensor in model.state_dict().items()}))
     finally:
         torch.set_num_threads(threads)

@@ -10,14 +10,13 @@ from typing import Any, TypeVar
 
 import lightning
 from lightning.fabric.accelerators import Accelerator
-from lightning.fabric.connector import _PLUGIN_INPUT, _PRECISION_INPUT
 from lightning.fabric.loggers import Logger
 from lightning.fabric.strategies import STRATEGY_REGISTRY, Strategy
-from lightning.fabric.wrappers import _FabricModule, _FabricOptimizer
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from fabric_init._lightning_internals import FabricModule, FabricOptimizer, PluginInput, PrecisionInput
 from fabric_init._text import counted
 from fabric_init.api import init_missing, init_report
 from fabric_init.checkpoints import Conversion
@@ -72,8 +71,8 @@ class Fabric(lightning.Fabric):
         strategy: str | Strategy = "auto",
         devices: list[int] | str | int = "auto",
         num_nodes: int = 1,
-        precision: _PRECISION_INPUT | None = None,
-        plugins: _PLUGIN_INPUT | list[_PLUGIN_INPUT] | None = None,
+        precision: PrecisionInput | None = None,
+        plugins: PluginInput | list[PluginInput] | None = None,
         callbacks: list[Any] | Any | None = None,
         loggers: Logger | list[Logger] | None = None,
         io: Io = "auto",
@@ -228,11 +227,11 @@ class Fabric(lightning.Fabric):
 
     def setup_module(
         self, module: nn.Module, move_to_device: bool = True, _reapply_compile: bool = True
-    ) -> _FabricModule:
+    ) -> FabricModule:
         """As ``setup``, without optimizers."""
         return self._on_all_ranks(module, partial(super().setup_module, module, move_to_device, _reapply_compile))
 
-    def setup_optimizers(self, *optimizers: Optimizer) -> _FabricOptimizer | tuple[_FabricOptimizer, ...]:
+    def setup_optimizers(self, *optimizers: Optimizer) -> FabricOptimizer | tuple[FabricOptimizer, ...]:
         """As Lightning's; optimizers made before the model was sharded get the parameters that sharding has made.
 
         Raises:
@@ -245,7 +244,7 @@ class Fabric(lightning.Fabric):
 
     def _validate_setup(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         if is_bound(original(module)):  # an optimizer's parameters are filled in place, or replaced in the optimizer
-            optimizers = [optimizer for optimizer in optimizers if isinstance(optimizer, _FabricOptimizer)]
+            optimizers = [optimizer for optimizer in optimizers if isinstance(optimizer, FabricOptimizer)]
         super()._validate_setup(module, optimizers)
 
     def _on_all_ranks(self, module: nn.Module, set_up: Callable[[], _T]) -> _T:
@@ -258,7 +257,7 @@ class Fabric(lightning.Fabric):
 
         if not isinstance(self.strategy, DeferredInitMixin):
             return checked()
-        return self.strategy.agreement.same("setting the model up", checked, lambda _: "")
+        return self.strategy.agreement.run_together("setting the model up", checked)
 
 
 def _require_tensors(module: nn.Module) -> None:

@@ -235,7 +235,8 @@ def with_precision(precision: str, path: Path) -> nn.Module:
 @pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "deepspeed_stage_3"])
 def test_masters_are_the_weights_in_fp32(strategy: str, saved: torch.dtype, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "model.safetensors", "transformerish", dtype=saved, partial=True)
-    cases = {precision: {"precision": precision} for precision in PRECISIONS}
+    fp16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()  # what DeepSpeed asks of a CPU before it takes fp16
+    cases = {name: {"precision": name} for name, dtype in PRECISIONS.items() if fp16 or dtype != torch.float16}
     for precision, ranks in run_ranks_each(2, masters_after_setup, cases, strategy=strategy, path=path).items():
         expected = with_precision(precision, path)
         for found, fp32, kinds in ranks:

@@ -171,7 +171,7 @@ def run_out_of_memory(strategy: str, odd: int) -> tuple[str, str, float]:
 def test_memory_that_runs_out_on_one_rank(strategy: str, odd: int) -> None:
     found = run_ranks(2, run_out_of_memory, strategy=strategy, odd=odd)
     assert found[odd][0] == "OutOfMemoryError"
-    assert f"giving the model memory failed on rank {odd}" in found[1 - odd][1]
+    assert f"allocating the model's memory failed on rank {odd}" in found[1 - odd][1]
     assert all(seconds < SECONDS for _, _, seconds in found)
 
 

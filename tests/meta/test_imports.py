@@ -9,11 +9,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parents[2] / "src" / "fabric_init"
 
 # The rooms from the bottom to the top: each may import those in the lines above its own, and itself.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_gc", "_interrupts", "_log", "_text", "_torch_internals"),
+    ("errors", "_gc", "_interrupts", "_lightning_internals", "_log", "_text", "_torch_internals"),
     ("recording", "checkpoints"),
     ("planning",),
     ("reports", "distributed"),
@@ -32,8 +34,13 @@ ALLOWED = {
 ALLOWED["__main__"] = {"cli"}
 ALLOWED["cli"].add("__init__")
 ALLOWED["_log"] = ALLOWED["_text"] = {"errors"}
-WITHOUT_LIGHTNING = ("errors", "_gc", "_interrupts", "_log", "_text", "recording", "checkpoints", "planning", "reports")
+WITHOUT_LIGHTNING = (
+    *("errors", "_gc", "_interrupts", "_log", "_text", "_torch_internals"),
+    *("recording", "checkpoints", "planning", "reports"),
+)
 LIGHTNING = ("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning")
+# The only files that may use private names of torch and Lightning, for all others.
+INTERNALS = ("_torch_internals.py", "_lightning_internals.py")
 # What draws pages, and who may import it at import time: nobody else pays for it.
 PAGES, DRAWS = "fabric_init.reports.html", ("reports/html/", "tools/audit/page.py", "cli/")
 # Library → the only files that may import it, and only inside a function (or for types).
@@ -99,6 +106,8 @@ def wrong_imports(package: Path) -> list[str]:
                 target = layer_of(one.module, package)
                 if target != layer and target not in ALLOWED[layer]:
                     problems.append(f"{where}, but {layer} may not import {target}")
+                if target == "_lightning_internals" and layer in WITHOUT_LIGHTNING:
+                    problems.append(f"{where}, but {layer} does without Lightning")
                 if one.module.startswith(PAGES) and one.at_import_time and not file.startswith(DRAWS):
                     problems.append(f"{where} at import time, but HTML is for whoever asks for a page")
                 name = one.module.rpartition(".")[2]
@@ -111,6 +120,46 @@ def wrong_imports(package: Path) -> list[str]:
             elif top in OPTIONAL and one.at_import_time:
                 problems.append(f"{where} at import time, but {top} is optional")
     return problems
+
+
+def private_uses(package: Path) -> list[str]:
+    """One line for each private name of torch or Lightning that is used outside the files for them."""
+    problems = []
+    for path in sorted(package.rglob("*.py")):
+        file = path.relative_to(package).as_posix()
+        if file not in INTERNALS:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            found = [(one.line, one.module) for one in imports_of(path, package) if _is_private(one.module)]
+            found += [(line, name) for line, name in _dotted_names(tree) if _is_private(name)]
+            problems += [
+                f"{file}:{line}: {name} is private: take it from {' or '.join(INTERNALS)}" for line, name in found
+            ]
+    return problems
+
+
+def _is_private(name: str) -> bool:
+    """Whether a dotted name is private to torch or Lightning; operators have public names that start with ``_``."""
+    top, *rest = name.split(".")
+    if top not in ("torch", *LIGHTNING) or rest[:1] == ["ops"]:
+        return False
+    return any(part.startswith("_") and not part.endswith("__") for part in rest)
+
+
+def _dotted_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """The line and the full name of each attribute that is looked up on something imported, whatever its alias."""
+    full: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                top = alias.name.partition(".")[0]
+                full |= {alias.asname: alias.name} if alias.asname else {top: top}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            full |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+            start, _, rest = ast.unparse(node).partition(".")
+            if start in full and all(part.isidentifier() for part in rest.split(".")):
+                yield node.lineno, f"{full[start]}.{rest}"
 
 
 def circles(package: Path) -> list[list[str]]:
@@ -146,6 +195,46 @@ def test_imports_go_one_way() -> None:
     assert wrong_imports(PACKAGE) == []
 
 
+def test_private_names_of_torch_and_lightning_stand_in_the_files_for_them() -> None:
+    assert private_uses(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\nwith torch._C.DisableTorchFunction(): pass",
+        "import torch._dynamo",
+        "from torch import _C",
+        "from torch._ops import OpOverload",
+        "def later():\n    from torch.overrides import _get_current_function_mode_stack",
+        "if TYPE_CHECKING:\n    from lightning.fabric.wrappers import _FabricModule",
+        "import lightning.fabric.strategies.deepspeed as theirs\ntheirs._get_deepspeed_engines_from_state({})",
+        "import torch.distributed as dist\ndist.distributed_c10d._get_default_store()",
+        "from torch import Tensor\nTensor._typed_storage.__code__",
+        "from torch import nn\nisinstance(module, nn.modules.conv._ConvTransposeNd)",
+    ],
+)
+def test_that_check_sees_private_names(tmp_path: Path, source: str) -> None:
+    (tmp_path / "api.py").write_text(source)
+    (tmp_path / "_torch_internals.py").write_text(source)
+    assert {problem.partition(":")[0] for problem in private_uses(tmp_path)} == {"api.py"}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch.ops.aten._to_copy.default(tensor._local_tensor)",
+        "import torch\ntorch.__version__, torch.Tensor.__torch_function__",
+        "from fabric_init._torch_internals import DisableTorchFunction",
+        "import torch\ntorch.zeros(1)._version",
+        "self.torch._name",
+    ],
+)
+def test_that_check_lets_public_names_pass(tmp_path: Path, source: str) -> None:
+    (tmp_path / "api.py").write_text(source)
+    assert private_uses(tmp_path) == []
+
+
 def test_no_modules_import_one_another_not_even_for_types() -> None:
     assert circles(PACKAGE) == []
 
@@ -173,6 +262,7 @@ def test_the_check_sees_every_kind_of_wrong_import(tmp_path: Path) -> None:
         "guard/state.py": "from fabric_init import strategies",
         "reports/init_report.py": "from fabric_init.reports.html.page import Page",
         "reports/trace.py": "from fabric_init.distributed import agreement",
+        "reports/rows.py": "from fabric_init._lightning_internals import FabricModule",
         "strategies/ddp.py": "def later():\n    import deepspeed",
         "strategies/deepspeed.py": "import deepspeed.runtime",
         "strategies/mixin.py": "from fabric_init.recording.tape import _numbers",
@@ -186,6 +276,7 @@ def test_the_check_sees_every_kind_of_wrong_import(tmp_path: Path) -> None:
     right = {
         "__init__.py": "from fabric_init.fabric import Fabric",
         "_gc.py": "",
+        "_lightning_internals.py": "import lightning.fabric.wrappers",
         "recording/rng.py": "from fabric_init import _gc\nfrom .tape import Op",
         "reports/save.py": "def later():\n    from fabric_init.reports.html.init_page import init_page",
         "filling/execute.py": "from fabric_init.planning.plan import Plan\nfrom fabric_init import errors",

@@ -60,7 +60,7 @@ def test_the_line_of_the_models_own_code_is_named(way: str) -> None:
     assert origin(model, "weight").endswith(f"{HERE}:{at[0]}")
 
 
-def test_what_torchs_own_layers_do_is_put_down_to_the_line_that_made_the_layer() -> None:
+def test_what_torchs_own_layers_do_is_attributed_to_the_line_that_made_the_layer() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -68,9 +68,9 @@ def test_what_torchs_own_layers_do_is_put_down_to_the_line_that_made_the_layer()
 
     with deferred_init():
         model = Model()
-    found = origin(model, "layer.weight")
-    assert found.startswith("kaiming_uniform_(a=2.23607) at ")
-    assert found.endswith(f"{HERE}:{model.line}")
+    text = origin(model, "layer.weight")
+    assert text.startswith("kaiming_uniform_(a=2.23607) at ")
+    assert text.endswith(f"{HERE}:{model.line}")
 
 
 def test_rules_keep_their_arguments() -> None:
@@ -82,34 +82,34 @@ def test_rules_keep_their_arguments() -> None:
 
     with deferred_init():
         model = Model()
-    found = origin(model, "weight")
-    assert found.startswith("trunc_normal_(")
-    assert "std=0.02" in found
+    text = origin(model, "weight")
+    assert text.startswith("trunc_normal_(")
+    assert "std=0.02" in text
 
 
-def test_a_deep_copy_is_put_down_to_the_rule_that_made_the_original() -> None:
+def test_a_deep_copy_is_attributed_to_the_rule_that_made_the_original() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.one, self.line = nn.Linear(3, 3), line()
-            self.other = copy.deepcopy(self.one)
+            self.original, self.line = nn.Linear(3, 3), line()
+            self.copy = copy.deepcopy(self.original)
 
     with deferred_init():
         model = Model()
-    found = origin(model, "other.weight")
-    assert found.startswith("kaiming_uniform_")
-    assert found.endswith(f"{HERE}:{model.line}")
+    text = origin(model, "copy.weight")
+    assert text.startswith("kaiming_uniform_")
+    assert text.endswith(f"{HERE}:{model.line}")
 
 
-def test_a_line_that_only_builds_one_of_torchs_modules_is_told_from_one_that_initializes() -> None:
+def test_a_line_that_only_builds_one_of_torchs_modules_is_distinguished_from_one_that_initializes() -> None:
     class Own(nn.Linear):
         def __init__(self) -> None:
             super().__init__(3, 3)
 
     def sources(tensor: torch.Tensor) -> list[bool]:
-        found = recorded(tensor)
-        assert found is not None
-        ops = [found.tape.ops[number] for number in found.tape.writers[found.storage]]
+        recording = recorded(tensor)
+        assert recording is not None
+        ops = [recording.tape.ops[number] for number in recording.tape.writers[recording.storage]]
         return [op.source.constructed for op in ops if op.source is not None]
 
     with deferred_init():
@@ -121,7 +121,7 @@ def test_a_line_that_only_builds_one_of_torchs_modules_is_told_from_one_that_ini
     assert sources(norm.get_buffer("running_mean"))[0] is True
 
 
-def test_who_calls_somebodys_wrapper_of_an_init_function_is_named() -> None:
+def test_the_caller_of_a_wrapper_around_an_init_function_is_named() -> None:
     at: list[int] = []
 
     def copy_(tensor: torch.Tensor, other: torch.Tensor) -> None:

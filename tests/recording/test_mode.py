@@ -45,7 +45,7 @@ INIT: dict[str, Callable[[torch.Tensor], object]] = {
 
 
 class RealOps(TorchDispatchMode):
-    """Notes the ops that reach a kernel with real memory, of tensors large enough to be weights."""
+    """Dispatch mode that collects the ops on real tensors of more than one element."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def test_two_threads_record_at_once_without_mixing_their_tapes() -> None:
     for thread in threads:
         thread.join()
     tapes = [{id(recorded(p).tape) for p in model.parameters()} for model in models.values()]  # type: ignore[union-attr]
-    assert [len(found) for found in tapes] == [1, 1]
+    assert [len(numbers) for numbers in tapes] == [1, 1]
     assert tapes[0] != tapes[1]
     for model in models.values():
         materialize(model)
@@ -149,9 +149,9 @@ def test_a_constructor_that_raises_leaves_nothing_changed() -> None:
     assert {name: getattr(init, name) for name in dir(init)} == functions
     assert not nn.Linear(3, 3).weight.is_meta
     torch.manual_seed(1)
-    one = torch.randn(3)
+    drawn = torch.randn(3)
     torch.manual_seed(1)
-    assert torch.equal(one, torch.randn(3))
+    assert torch.equal(drawn, torch.randn(3))
 
 
 def test_an_init_function_that_raises_inside_is_not_recorded_as_done() -> None:
@@ -170,13 +170,13 @@ def test_the_random_stream_moves_on_over_a_block() -> None:
     torch.manual_seed(3)
     with deferred_init():
         nn.Linear(3, 3)
-    one = torch.randn(4)
+    drawn = torch.randn(4)
     torch.manual_seed(3)
     with deferred_init():
         nn.Linear(3, 3)
-    assert torch.equal(one, torch.randn(4))
+    assert torch.equal(drawn, torch.randn(4))
     torch.manual_seed(3)
-    assert not torch.equal(one, torch.randn(4))
+    assert not torch.equal(drawn, torch.randn(4))
 
 
 def test_a_block_inside_a_block_continues_the_outer_recording() -> None:

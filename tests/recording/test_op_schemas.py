@@ -1,4 +1,4 @@
-"""What is read off operator schemas agrees with what the operators do."""
+"""Properties derived from operator schemas agree with what the operators do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running the tape: in parallel, in part, in order, with no more memory than it takes."""
+"""Replay: in parallel, in part, in order, and with no more memory than needed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fabric_init import deferred_init
+from fabric_init.recording.liveness import live_ops
 from fabric_init.recording.replay import _Execution, real_execution, replay, view
-from fabric_init.recording.tape import Op, Tape, ref_of
+from fabric_init.recording.storage_tags import ref_of
+from fabric_init.recording.tape import Op, Tape
 from fabric_init.recording.tensor import recorded
 
 
@@ -24,18 +26,18 @@ def build(seed: int = 0) -> tuple[nn.Module, Tape, dict[str, int]]:
         model.picked = torch.randperm(6)
         nn.init.sparse_(model.linear2.weight, 0.5)
     tensors = {**dict(model.named_parameters()), "picked": model.picked}
-    found = {name: recorded(tensor) for name, tensor in tensors.items()}
-    tape = next(iter(found.values())).tape  # type: ignore[union-attr]
-    return model, tape, {name: value.storage for name, value in found.items() if value is not None}
+    recordings = {name: recorded(tensor) for name, tensor in tensors.items()}
+    tape = next(iter(recordings.values())).tape  # type: ignore[union-attr]
+    return model, tape, {name: value.storage for name, value in recordings.items() if value is not None}
 
 
 def values(tape: Tape, storages: list[int], threads: int | None = None, exact: bool = False) -> dict[int, bytes]:
-    found: dict[int, bytes] = {}
+    contents: dict[int, bytes] = {}
     for memories in replay(tape, storages, exact=exact, threads=threads):
         for storage, memory in memories.items():
-            assert storage not in found
-            found[storage] = bytes(memory.tolist())
-    return found
+            assert storage not in contents
+            contents[storage] = bytes(memory.tolist())
+    return contents
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -52,8 +54,8 @@ def test_values_do_not_depend_on_threads_order_or_on_what_else_is_asked_for(exac
 
 
 def test_dead_work_is_not_run() -> None:
-    class Noted(TorchDispatchMode):
-        """A mode of somebody else's: replay must neither be disturbed by it nor disturb it."""
+    class Spy(TorchDispatchMode):
+        """A mode of the user's, which replay must neither call nor remove."""
 
         seen: ClassVar[list[str]] = []
 
@@ -64,16 +66,16 @@ def test_dead_work_is_not_run() -> None:
     with deferred_init():
         layer = nn.Linear(64, 64)
         nn.init.zeros_(layer.weight)
-    found = recorded(layer.weight)
-    assert found is not None
-    live = found.tape.live([found.storage], exact=False)
-    assert [found.tape.ops[index].func.__name__ for index in live] == ["zeros_"]
-    with Noted() as noted:
-        memories = list(replay(found.tape, [found.storage], exact=False, threads=1))
-        assert noted.seen == []
+    recording = recorded(layer.weight)
+    assert recording is not None
+    live = live_ops(recording.tape, [recording.storage], exact=False)
+    assert [recording.tape.ops[index].func.__name__ for index in live] == ["zeros_"]
+    with Spy() as spy:
+        memories = list(replay(recording.tape, [recording.storage], exact=False, threads=1))
+        assert spy.seen == []
         torch.ones(1)
-    assert len(noted.seen) == 1
-    assert not any(memories[0][found.storage].tolist())
+    assert len(spy.seen) == 1
+    assert not any(memories[0][recording.storage].tolist())
 
 
 def test_values_that_are_needed_along_the_way_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,18 +83,18 @@ def test_values_that_are_needed_along_the_way_are_let_go(monkeypatch: pytest.Mon
         total = torch.zeros(10)
         for _ in range(40):
             total = total + torch.ones(10)
-    found = recorded(total)
-    assert found is not None
+    recording = recorded(total)
+    assert recording is not None
     held: list[int] = []
     run = _Execution._run
 
-    def noted(self: _Execution, op: Op) -> None:
+    def run_and_count(self: _Execution, op: Op) -> None:
         run(self, op)
         held.append(len(self._memory))
 
-    monkeypatch.setattr(_Execution, "_run", noted)
-    memories = list(replay(found.tape, [found.storage], exact=False, threads=1))
-    assert view(memories[0][found.storage], ref_of(total, found.storage)).tolist() == [40.0] * 10
+    monkeypatch.setattr(_Execution, "_run", run_and_count)
+    memories = list(replay(recording.tape, [recording.storage], exact=False, threads=1))
+    assert view(memories[0][recording.storage], ref_of(total, recording.storage)).tolist() == [40.0] * 10
     assert len(held) == 81
     assert max(held) <= 3
 
@@ -110,15 +112,15 @@ def test_storages_of_one_op_come_together() -> None:
 def test_an_error_in_one_thread_reaches_the_caller() -> None:
     with deferred_init():
         made = [torch.ones(3) for _ in range(8)]
-    found = [recorded(tensor) for tensor in made]
-    tape = found[0].tape  # type: ignore[union-attr]
-    numbers = [value.storage for value in found if value is not None]
+    recordings = [recorded(tensor) for tensor in made]
+    tape = recordings[0].tape  # type: ignore[union-attr]
+    numbers = [value.storage for value in recordings if value is not None]
 
-    def nowhere(device: torch.device) -> torch.device:
-        raise LookupError("no room")
+    def fail(device: torch.device) -> torch.device:
+        raise LookupError("no such device")
 
-    with pytest.raises(LookupError, match="no room"):
-        list(replay(tape, numbers, exact=False, to=nowhere, threads=2))
+    with pytest.raises(LookupError, match="no such device"):
+        list(replay(tape, numbers, exact=False, to=fail, threads=2))
     assert not [t for t in threading.enumerate() if t.name.startswith("fabric-init-replay")]
 
 

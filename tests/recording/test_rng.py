@@ -63,19 +63,19 @@ MAKERS = [seeded, forked, rewound, own_generator]
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_exact_streams_are_drawn_as_eager_code_draws_them(make: Callable[[], list[torch.Tensor]]) -> None:
-    for one, other in zip(eager(make), build(make, "eager"), strict=True):
-        assert torch.equal(one, other)
+    for expected, actual in zip(eager(make), build(make, "eager"), strict=True):
+        assert torch.equal(expected, actual)
 
 
 def test_a_seed_of_the_constructors_own_gives_eager_values_in_per_op_mode_too() -> None:
-    expected, found = eager(seeded), build(seeded, "per_op")
-    assert not torch.equal(expected[0], found[0])
-    assert all(torch.equal(one, other) for one, other in zip(expected[1:], found[1:], strict=True))
+    expected, actual = eager(seeded), build(seeded, "per_op")
+    assert not torch.equal(expected[0], actual[0])
+    assert all(torch.equal(a, b) for a, b in zip(expected[1:], actual[1:], strict=True))
 
 
 def test_a_generator_of_the_constructors_own_gives_eager_values_in_per_op_mode_too() -> None:
-    expected, found = eager(own_generator), build(own_generator, "per_op")
-    assert [torch.equal(one, other) for one, other in zip(expected, found, strict=True)] == [True, False, True, True]
+    expected, actual = eager(own_generator), build(own_generator, "per_op")
+    assert [torch.equal(a, b) for a, b in zip(expected, actual, strict=True)] == [True, False, True, True]
 
 
 def test_a_rewound_stream_repeats_itself_in_per_op_mode_too() -> None:
@@ -86,9 +86,9 @@ def test_a_rewound_stream_repeats_itself_in_per_op_mode_too() -> None:
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_the_same_seed_gives_the_same_values_and_another_seed_others(make: Callable[[], list[torch.Tensor]]) -> None:
-    one, same, other = build(make, "per_op"), build(make, "per_op"), build(make, "per_op", seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    first, same, other = build(make, "per_op"), build(make, "per_op"), build(make, "per_op", seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_draws_of_one_model_never_share_a_seed() -> None:

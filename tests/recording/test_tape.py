@@ -1,4 +1,4 @@
-"""What is written on the tape, and which of it still matters."""
+"""The tape: what it records, which of its ops are live, and how it prints."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ import numpy as np
 import torch
 from torch import nn
 
+from fabric_init.recording.liveness import covers, live_ops, never_written
 from fabric_init.recording.mode import RecordMode
-from fabric_init.recording.tape import Tape, TensorRef, ref_of
+from fabric_init.recording.storage_tags import ref_of
+from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.recording.tensor import recorded
 
 
 def number(tensor: torch.Tensor) -> int:
     with torch._C.DisableTorchFunction():  # inside the block, is_meta is answered for the user
-        found = recorded(tensor)
-    assert found is not None
-    return found.storage
+        recording = recorded(tensor)
+    assert recording is not None
+    return recording.storage
 
 
 def names(tape: Tape, *tensors: torch.Tensor, exact: bool = False) -> list[str]:
-    live = tape.live([number(tensor) for tensor in tensors], exact=exact)
+    live = live_ops(tape, [number(tensor) for tensor in tensors], exact=exact)
     return [tape.ops[index].func.__name__.split(".")[0] for index in sorted(live)]
 
 
@@ -87,22 +89,22 @@ def test_covers_is_true_of_every_dense_layout_of_the_whole_and_of_nothing_else()
         base = torch.ones(2, 3, 4)
     storage = number(base)
 
-    def covers(tensor: torch.Tensor) -> bool:
-        return mode.tape.covers(ref_of(tensor, storage))
+    def is_whole(tensor: torch.Tensor) -> bool:
+        return covers(mode.tape, ref_of(tensor, storage))
 
-    assert all(map(covers, (base, base.permute(2, 0, 1), base.view(-1), base.view(6, 1, 4), base.view(torch.int32))))
-    assert not any(map(covers, (base[:1], base[..., ::2], base[0].expand(2, 3, 4), base.as_strided((24,), (0,)))))
+    assert all(map(is_whole, (base, base.permute(2, 0, 1), base.view(-1), base.view(6, 1, 4), base.view(torch.int32))))
+    assert not any(map(is_whole, (base[:1], base[..., ::2], base[0].expand(2, 3, 4), base.as_strided((24,), (0,)))))
 
 
 def test_never_written_sees_each_element() -> None:
     with RecordMode() as mode:
         table = torch.empty(4, 2)
         table[:, 0::2].fill_(1)
-        half = mode.tape.never_written(ref_of(table, number(table)))
-        written_half = mode.tape.never_written(ref_of(table[:, 0], number(table)))
+        unfinished = never_written(mode.tape, ref_of(table, number(table)))
+        first_column = never_written(mode.tape, ref_of(table[:, 0], number(table)))
         table[:, 1::2].fill_(2)
-        whole = mode.tape.never_written(ref_of(table, number(table)))
-    assert (half, written_half, whole) == (True, False, False)
+        finished = never_written(mode.tape, ref_of(table, number(table)))
+    assert (unfinished, first_column, finished) == (True, False, False)
 
 
 def test_the_tape_holds_no_live_modules_and_no_parameters() -> None:

@@ -152,7 +152,7 @@ def test_values_that_a_constructor_brought_in_are_not_kept_in_memory() -> None:
     with deferred_init():
         model = WithTable()
     tape = recorded(model.table).tape  # type: ignore[union-attr]
-    assert tape.brought == table.nbytes
+    assert tape.constant_bytes == table.nbytes
     report = materialize(model).measure()
     assert all(one.recording is None for one in report.rows)
     assert row(report, "scale").full_writes is None

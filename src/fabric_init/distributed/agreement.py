@@ -1,4 +1,4 @@
-"""All ranks do the same, or all raise: nobody goes on alone into a collective that the others never reach."""
+"""All ranks do the same, or all raise: no rank enters a collective that the others never reach."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch.distributed as dist
 
 from fabric_init._interrupts import interrupts_held
+from fabric_init._torch_internals import get_default_store
 from fabric_init.errors import FabricInitError, RanksDisagreeError, RanksLostError
 
 _T = TypeVar("_T")
@@ -18,25 +19,36 @@ _Error = TypeVar("_Error", bound=BaseException)
 
 
 class Agreement(Protocol):
-    """How the ranks that fill one model keep in step."""
+    """How the ranks that fill one model run its steps together."""
 
-    def same(self, what: str, make: Callable[[], _T], digest: Callable[[_T], str]) -> _T:
-        """``make()``, if it raises on no rank and gives the same ``digest`` on all; else an error on every rank."""
+    def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], str] | None = None) -> _T:
+        """Return ``make()`` if every rank succeeds with the same result; otherwise raise on every rank.
+
+        Args:
+            what: The name of the step, for messages.
+            make: The step on this rank. It may contain further steps that the ranks run together.
+            digest: The text by which results are compared; ``None`` compares nothing.
+
+        Raises:
+            RanksDisagreeError: The digests differ.
+            RanksLostError: A rank is gone.
+            FabricInitError: Another rank failed; its message is included.
+        """
         ...
 
     def from_rank_zero(self, value: Any) -> Any:
-        """Rank 0's ``value``."""
+        """Return rank 0's ``value``."""
         ...
 
     def from_all(self, names: Sequence[str]) -> list[str]:
-        """The ``names`` of all ranks, each once."""
+        """Return the ``names`` of all ranks, each once."""
         ...
 
 
 class SingleProcess:
-    """One process, or one that is not to wait for others."""
+    """The agreement of one process, or of one that does not depend on others."""
 
-    def same(self, what: str, make: Callable[[], _T], digest: Callable[[_T], str]) -> _T:
+    def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], str] | None = None) -> _T:
         return make()
 
     def from_rank_zero(self, value: Any) -> Any:
@@ -47,10 +59,10 @@ class SingleProcess:
 
 
 _PATIENCE = timedelta(seconds=30)
-"""How long a rank that cannot go on waits for the others to come and hear of it. They may be building still."""
+"""How long a rank that failed waits for the others to arrive and learn of it. They may still be building."""
 
-_PATIENCE_OF_USERS = timedelta(seconds=5)
-"""The same for one that somebody has pressed Ctrl-C for; most often all ranks have got that."""
+_PATIENCE_AFTER_INTERRUPT = timedelta(seconds=5)
+"""The same after Ctrl-C, which usually reaches all ranks."""
 
 _meetings = itertools.count()
 
@@ -58,29 +70,29 @@ _meetings = itertools.count()
 class RankGroup:
     """The ranks of torch's default process group. Every rank has to make the same calls in the same order.
 
-    Calls may lie in one another. What goes wrong in the outer one meets the others in whichever they have come to.
+    Calls may be nested. An error in the outer one reaches the other ranks in whichever call they have come to.
     """
 
-    def same(self, what: str, make: Callable[[], _T], digest: Callable[[_T], str]) -> _T:
+    def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], str] | None = None) -> _T:
         try:
             value = make()
-            mine = digest(value)
-        except RanksLostError:  # nobody is left to tell
+            mine = "" if digest is None else digest(value)
+        except RanksLostError:  # the other ranks know already, or are gone
             raise
         except (Exception, KeyboardInterrupt) as error:  # whatever it is, the other ranks must not wait for this one
-            self._tell(what, error)
+            self._send_error(what, error)
             raise
         try:
-            digests = self._hear(what, mine)
-        except KeyboardInterrupt as error:  # once all had gathered: they hear of it at their next meeting
-            self._tell(what, error)
+            digests = self._exchange(what, mine)
+        except KeyboardInterrupt as error:  # after all had gathered: the others learn of it in their next call
+            self._send_error(what, error)
             raise
         _check_same(what, digests)
         return value
 
     def alike(self, digest: str | None) -> bool:
-        """Whether every rank has this digest, and none has ``None``."""
-        outcomes = self._hear("comparing the filled models", digest or "")
+        """Return whether every rank has this digest, and none has ``None``."""
+        outcomes = self._exchange("comparing the filled models", digest or "")
         return len(set(outcomes)) == 1 and digest is not None
 
     def from_rank_zero(self, value: Any) -> Any:
@@ -89,13 +101,13 @@ class RankGroup:
         return values[0]
 
     def from_all(self, names: Sequence[str]) -> list[str]:
-        everyone = self._hear("asking what still waits for values", list(names))
+        everyone = self._exchange("collecting the uninitialized tensors", list(names))
         return list(dict.fromkeys(name for each in everyone for name in each))
 
-    def _hear(self, what: str, mine: Any) -> list[Any]:
-        """What every rank says, if all are well."""
+    def _exchange(self, what: str, mine: Any) -> list[Any]:
+        """Return the values of every rank, if none has failed."""
         try:
-            self._come()
+            self._announce()
             outcomes = _gather((None, mine))
         except RuntimeError as error:
             raise RanksLostError(
@@ -109,34 +121,34 @@ class RankGroup:
             raise _known(FabricInitError(f"{failing} failed on rank {ranks}, so no rank goes on. Rank {rank}: {text}"))
         return [text for _, text in outcomes]
 
-    def _tell(self, what: str, error: BaseException) -> None:
-        """Let the other ranks know why this one goes no further."""
+    def _send_error(self, what: str, error: BaseException) -> None:
+        """Send the other ranks the error of this one."""
         if _is_known(error):
             return
         _known(error)
-        with suppress(RuntimeError):  # they do not come, or are no more: this rank's own error is what matters
-            store, meeting = self._come()
-            patience = _PATIENCE if isinstance(error, Exception) else _PATIENCE_OF_USERS
+        with suppress(RuntimeError):  # they do not arrive, or are gone: this rank's own error is what matters
+            store, meeting = self._announce()
+            patience = _PATIENCE if isinstance(error, Exception) else _PATIENCE_AFTER_INTERRUPT
             store.wait([f"{meeting}/{rank}" for rank in range(dist.get_world_size())], patience)
             _gather((what, f"{type(error).__name__}: {error}"))
 
-    def _come(self) -> tuple[Any, str]:
-        """Leave word in the store that this rank is about to gather, so that one that failed knows whom it reaches."""
-        store, meeting = dist.distributed_c10d._get_default_store(), f"fabric_init/{next(_meetings)}"
+    def _announce(self) -> tuple[Any, str]:
+        """Announce in the store that this rank is about to gather, so that one that failed knows whom it reaches."""
+        store, meeting = get_default_store(), f"fabric_init/{next(_meetings)}"
         store.set(f"{meeting}/{dist.get_rank()}", "")
         return store, meeting
 
 
 def _gather(mine: tuple[str | None, Any]) -> list[tuple[str | None, Any]]:
-    """From every rank: what it failed in, or ``None``, and what it has to say."""
+    """Return from every rank the step that it failed in, or ``None``, and its value or error text."""
     outcomes: list[Any] = [None] * dist.get_world_size()
-    with interrupts_held():  # it takes several steps, and who leaves between two of them leaves the others hanging
+    with interrupts_held():  # it takes several steps, and a rank that stops between two of them blocks the others
         dist.all_gather_object(outcomes, mine)
     return outcomes
 
 
 def _known(error: _Error) -> _Error:
-    """Mark an error that no rank has to be told of any more."""
+    """Mark an error that the other ranks know of."""
     error.__dict__["_fabric_init_known"] = True
     return error
 

@@ -1,4 +1,4 @@
-"""Tensors, put one after the other and cut into batches of bounded size."""
+"""Split a sequence of tensors into batches of bounded size."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ class Piece(NamedTuple):
 
     @property
     def end(self) -> int:
-        """The first byte of the buffer behind it."""
+        """The byte of the buffer at which it ends, exclusive."""
         return self.offset + (self.stop - self.start) * self.dtype.itemsize
 
 
-def batches(specs: Sequence[TensorSpec], room: int) -> Iterator[list[Piece]]:
-    """All elements of all tensors, in order, in batches of at most ``room`` bytes; tensors without elements, too.
+def batches(specs: Sequence[TensorSpec], capacity: int) -> Iterator[list[Piece]]:
+    """Yield all elements of all tensors, in order, in batches of at most ``capacity`` bytes; empty tensors, too.
 
-    ``room`` is a multiple of :data:`ALIGNMENT`, as every piece's offset is.
+    ``capacity`` is a multiple of :data:`ALIGNMENT`, as every piece's offset is.
     """
-    assert room % ALIGNMENT == 0
+    assert capacity % ALIGNMENT == 0
     batch: list[Piece] = []
     used = 0
     for tensor, spec in enumerate(specs):
         start, numel, size = 0, spec.shape.numel(), spec.dtype.itemsize
         while True:
-            stop = min(numel, start + (room - used) // size)
+            stop = min(numel, start + (capacity - used) // size)
             if stop > start or not numel:
                 batch.append(Piece(tensor, start, stop, used, spec.dtype, stop == numel))
                 used = aligned(batch[-1].end)
@@ -52,12 +52,12 @@ def batches(specs: Sequence[TensorSpec], room: int) -> Iterator[list[Piece]]:
 
 
 def aligned(size: int) -> int:
-    """Bytes that ``size`` bytes take in a batch."""
+    """Return the number of bytes that ``size`` bytes take in a batch."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
 def chunks(piece: Piece, size: int) -> Iterator[Span]:
-    """The piece's elements in runs of at most ``size`` bytes."""
+    """Yield the elements of a piece in runs of at most ``size`` bytes."""
     step = size // piece.dtype.itemsize
     for start in range(piece.start, piece.stop, step):
         yield Span(start, min(piece.stop, start + step))

@@ -1,4 +1,4 @@
-"""Rank 0 reads each tensor of a checkpoint once and sends it on: for storage that all ranks share and that is slow."""
+"""Read each tensor of a checkpoint once, on rank 0, and broadcast it: for slow storage that all ranks share."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _READ_AT_ONCE = 1 << 20  # bytes; what is larger and freed between tensors that 
 
 
 class _Header(NamedTuple):
-    """What a checkpoint says of itself."""
+    """The header of a checkpoint, as rank 0 sends it to the others."""
 
     path: AnyPath
     format: str
@@ -34,16 +34,16 @@ class _Header(NamedTuple):
 
 
 class BroadcastReader(BaseReader):
-    """A checkpoint that rank 0 has open, and the others know by its header.
+    """A checkpoint that is open on rank 0, and of which the other ranks have the header.
 
     A :class:`~fabric_init.checkpoints.reader.CheckpointReader`, but for one thing: ``read`` and ``load`` are for all
     ranks of torch's default process group to call together, with the same keys in the same order. Regions may differ.
 
     Args:
-        header: the same on every rank.
-        reader: the checkpoint itself, on rank 0.
-        budget: bytes that a rank holds beside its regions while reading; a larger tensor goes in pieces, smaller ones
-            go together.
+        header: The header, the same on every rank.
+        reader: The checkpoint itself, on rank 0.
+        budget: The bytes that a rank holds beside its regions while reading. A larger tensor is sent in pieces, smaller
+            ones together.
     """
 
     def __init__(self, header: _Header, reader: CheckpointReader | None, budget: int) -> None:
@@ -54,7 +54,7 @@ class BroadcastReader(BaseReader):
 
     @classmethod
     def open(cls, make: Callable[[], CheckpointReader], agreement: Agreement, budget: int) -> BroadcastReader:
-        """Let rank 0 ``make`` the reader, and tell the others what is in it."""
+        """Open the reader with ``make`` on rank 0, and send its header to the other ranks."""
 
         def on_rank_zero() -> tuple[CheckpointReader, _Header] | None:
             if dist.get_rank():
@@ -63,35 +63,38 @@ class BroadcastReader(BaseReader):
             specs = {key: reader.spec(key) for key in reader.keys()}
             return reader, _Header(reader.path, reader.format, reader.note, specs, dict(reader.extra_state))
 
-        opened = agreement.same("opening the checkpoint", on_rank_zero, lambda _: "")
+        opened = agreement.run_together("opening the checkpoint", on_rank_zero)
         reader, header = opened if opened is not None else (None, None)
         return cls(agreement.from_rank_zero(header), reader, budget)
 
     def read(self, key: str, region: Region | None = None) -> Tensor:
-        """The tensor or a region of it, on the CPU, in memory of its own. Raises as :meth:`load` does."""
+        """Return a tensor or a region of it, on the CPU, in memory of its own. Raises as :meth:`load` does."""
         spec = self.spec(key)
         target = _Target(region, _sizes(spec.shape, region), None, spec.dtype, torch.device("cpu"))
         [(_, value)] = self._share([key], lambda: [target], lambda index, part, values: None)
         return value
 
+    def check_ties(self, plan: Plan, placement: Placement) -> None:
+        """Do nothing: :meth:`load` checks ties on rank 0, so that no tensor is read twice."""
+
     def load(self, plan: Plan, placement: Placement) -> Iterator[tuple[int, Tensor]]:
-        """Positions in the plan, and the values that this rank keeps for them.
+        """Yield positions in the plan and the values that this rank keeps for them.
 
         Args:
-            plan: the same on every rank.
-            placement: where this rank keeps what.
+            plan: The same plan on every rank.
+            placement: How this rank keeps the tensors.
 
         Raises:
-            CheckpointError: on rank 0, which cannot read on.
-            CheckpointMismatchError: on rank 0, where tied tensors differ in the file.
-            RanksLostError: a rank is gone.
-            FabricInitError: another rank has failed, with its message.
+            CheckpointError: On rank 0, if it cannot read on.
+            CheckpointMismatchError: On rank 0, if a tied tensor has different values under its keys.
+            RanksLostError: A rank is gone.
+            FabricInitError: Another rank failed; its message is included.
         """
         in_file = {key: index for index, key in enumerate(self.specs)}
         entries = [(position, entry) for position, entry in enumerate(plan.entries) if entry.action is Action.LOAD]
         if not entries:
-            return  # a strategy that fills piece by piece may have pieces without
-        entries.sort(key=lambda item: in_file[item[1].keys[0]])  # slow storage likes to be read from front to back
+            return  # a strategy that fills unit by unit may have units without loads
+        entries.sort(key=lambda item: in_file[item[1].keys[0]])  # slow storage is read fastest from front to back
 
         def targets() -> list[_Target]:
             wanted = {load.position: _target(load) for load in loads(plan, placement)}
@@ -112,21 +115,24 @@ class BroadcastReader(BaseReader):
         targets: Callable[[], Sequence[_Target]],
         check: Callable[[int, Span, Tensor], None],
     ) -> Iterator[tuple[int, Tensor]]:
-        """Index in ``keys`` and this rank's part of that tensor, for all ``keys``, which are the same on every rank.
+        """Yield the index in ``keys`` and this rank's part of that tensor, for all ``keys``.
 
-        ``check`` gets, on rank 0, what has been read: index in ``keys``, elements of that tensor, and their values.
+        Args:
+            keys: The same keys on every rank.
+            targets: Returns this rank's part of each tensor.
+            check: Called on rank 0 with what has been read: index in ``keys``, elements of that tensor, their values.
         """
         specs = [self.spec(key) for key in keys]
         chunk = max(ALIGNMENT, min(_READ_AT_ONCE, self._budget // 16))
-        room = (self._budget - chunk) // ALIGNMENT * ALIGNMENT
-        room = min(room, sum(aligned(spec.shape.numel() * spec.dtype.itemsize) for spec in specs))
+        capacity = (self._budget - chunk) // ALIGNMENT * ALIGNMENT
+        capacity = min(capacity, sum(aligned(spec.shape.numel() * spec.dtype.itemsize) for spec in specs))
         begun: dict[int, Tensor] = {}
         with Lockstep(f"reading {self.path}") as ranks:
             with ranks.mine():
                 wanted = targets()
-                buffer = torch.empty(room, dtype=torch.uint8, device=ranks.device)
+                buffer = torch.empty(capacity, dtype=torch.uint8, device=ranks.device)
             ranks.roll_call()
-            for batch in batches(specs, room):
+            for batch in batches(specs, capacity):
                 parts = [buffer[piece.offset : piece.end].view(piece.dtype) for piece in batch]
                 with ranks.mine():
                     if self._reader is not None:
@@ -141,7 +147,7 @@ class BroadcastReader(BaseReader):
                 with ranks.mine():
                     for piece, part in zip(batch, parts, strict=True):
                         target = wanted[piece.tensor]
-                        value = begun.pop(piece.tensor) if piece.start else target.room()
+                        value = begun.pop(piece.tensor) if piece.start else target.allocate()
                         copy_part(part, piece.start, specs[piece.tensor].shape, target.region, value)
                         if piece.is_last:
                             done.append((piece.tensor, value))
@@ -152,7 +158,7 @@ class BroadcastReader(BaseReader):
 
 
 class _Target(NamedTuple):
-    """What a rank wants of a tensor, and how it is to lie in memory; ``stride`` is ``None`` for row-major."""
+    """A rank's part of a tensor, and its memory layout; ``stride`` is ``None`` for row-major."""
 
     region: Region | None
     sizes: tuple[int, ...]
@@ -160,7 +166,7 @@ class _Target(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
-    def room(self) -> Tensor:
+    def allocate(self) -> Tensor:
         if self.stride is None:
             return torch.empty(self.sizes, dtype=self.dtype, device=self.device)
         return torch.empty_strided(self.sizes, self.stride, dtype=self.dtype, device=self.device)

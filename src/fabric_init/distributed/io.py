@@ -1,4 +1,4 @@
-"""Open a checkpoint on all ranks, in one of two ways: each reads what it keeps, or rank 0 reads and sends it on."""
+"""Open a checkpoint on all ranks: each reads what it keeps, or rank 0 reads and broadcasts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Io = Literal["auto", "local", "broadcast"]
 
 
 def check_io(io: Io) -> Io:
-    """``io`` itself, if it is one of the three.
+    """Return ``io`` if it is valid.
 
     Raises:
-        ValueError: it is not.
+        ValueError: It is not.
     """
     if io not in get_args(Io):
         raise ValueError(
@@ -30,16 +30,16 @@ def check_io(io: Io) -> Io:
 
 
 def choose_io(io: Io, *, whole: bool, machines: int, file_system: str | None) -> Literal["local", "broadcast"]:
-    """How to read, if ``io`` leaves it open.
+    """Return how to read a checkpoint; ``io="auto"`` leaves the choice to this function.
 
     One reader pays where the same bytes would go to several machines over a network: ranks of one machine share what
     it has read, and ranks that keep shards read each byte once in total.
 
     Args:
-        io: what the user asked for.
-        whole: whether every rank keeps every tensor whole.
-        machines: how many the ranks are on.
-        file_system: type of the one that the checkpoint is on.
+        io: The user's choice.
+        whole: Whether every rank keeps full tensors.
+        machines: The number of machines that the ranks are on.
+        file_system: The type of the file system that the checkpoint is on.
     """
     if io != "auto":
         return io
@@ -54,17 +54,17 @@ def open_on_all_ranks(
     machines: int,
     agreement: Agreement,
 ) -> CheckpointReader:
-    """Open ``source`` the same way on every rank. Which that is with ``io="auto"``, rank 0 decides.
+    """Open ``source`` in the same way on every rank, which rank 0 chooses if ``io="auto"``.
 
     Raises:
-        CheckpointError: the file cannot be used; on ranks without fault, :class:`FabricInitError` with its message.
+        CheckpointError: The checkpoint cannot be used; on the other ranks, :class:`FabricInitError` with its message.
         RanksDisagreeError: ``io``, or the content of the file where each rank reads it, differs between ranks.
     """
     if isinstance(agreement, SingleProcess):
         return source.open()
-    agreement.same("io", lambda: check_io(io), str)
+    agreement.run_together("io", lambda: check_io(io), str)
     way = choose_io(io, whole=whole, machines=machines, file_system=file_system_of(source.path))
     if agreement.from_rank_zero(way) == "local":
-        return agreement.same("opening the checkpoint", source.open, checkpoint_digest)
+        return agreement.run_together("opening the checkpoint", source.open, checkpoint_digest)
     # not mapped: rank 0 reads everything, from front to back, and a file that changes is an error, not a crash
     return BroadcastReader.open(lambda: source.open(copy=True), agreement, BUDGET)

@@ -1,4 +1,4 @@
-"""Ranks that work through the same steps together, and end together: none waits for one that failed or died."""
+"""Run the same steps on all ranks, and end them together: no rank blocks on one that failed or died."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.distributed_c10d import PrefixStore
 
 from fabric_init._interrupts import interrupts_held
+from fabric_init._torch_internals import get_default_store
 from fabric_init.errors import FabricInitError, RanksLostError
 
 _SECONDS_TO_ANSWER = 5.0
 
 
 class Lockstep:
-    """The ranks of torch's default process group, while they work on one thing; a context manager.
+    """The ranks of torch's default process group during one operation; a context manager.
 
     Order of calls, the same on every rank: :meth:`mine` around what this rank does by itself, then :meth:`roll_call`,
     then :meth:`broadcast`, and so on; at the end a last :meth:`roll_call`.
 
-    The connections are a group of their own (gloo). When a rank dies, only some of the others notice, and those who
-    wait for these would go on waiting; so whoever notices closes its own connections, and then all know. Ctrl-C takes
-    effect at the next roll call, where the others hear of it.
+    The connections are a group of their own (gloo). When a rank dies, only some of the others notice, and the rest
+    would block on those. So each rank that notices closes its own connections, which the rest notice in turn. Ctrl-C
+    takes effect at the next roll call, where the other ranks learn of it.
 
     Args:
-        what: what they do, for messages.
+        what: The name of the operation, for messages.
     """
 
     def __init__(self, what: str) -> None:
@@ -41,7 +42,7 @@ class Lockstep:
         self._name = ""
         on_gpu = "nccl" in dist.get_backend_config()
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-        """Where what is sent and received has to be."""
+        """The device of tensors that are broadcast."""
 
     def __enter__(self) -> Lockstep:
         self._group = dist.new_group(backend="gloo")
@@ -52,10 +53,10 @@ class Lockstep:
         if self._group is not None and isinstance(error, GeneratorExit):
             self._failure = self._failure or FabricInitError("it was interrupted")
             with suppress(FabricInitError, KeyboardInterrupt):
-                self.roll_call()  # whoever asked for the tensors has stopped asking: the others have to know
-        told = isinstance(error, (Exception, GeneratorExit, type(None))) or error is self._failure
-        if self._group is not None and told:
-            self._missing("done")  # a connection that closes early can take the last words with it
+                self.roll_call()  # the consumer of the tensors has stopped: the other ranks have to know
+        all_know = isinstance(error, (Exception, GeneratorExit, type(None))) or error is self._failure
+        if self._group is not None and all_know:
+            self._missing("done")  # a connection that closes early can lose the last messages
         self._close()
         if kind is None and self._failure is not None:  # Ctrl-C in the last roll call
             raise self._failure
@@ -67,18 +68,18 @@ class Lockstep:
 
     @contextmanager
     def mine(self) -> Iterator[None]:
-        """What fails in here is kept for the next roll call: the others are on their way there."""
+        """Keep an error in the block for the next roll call, where the other ranks are going."""
         try:
             yield
         except (Exception, KeyboardInterrupt) as error:
             self._failure = error
 
     def roll_call(self) -> None:
-        """Go on only if all ranks are here and none has failed.
+        """Return once all ranks are here, and none has failed.
 
         Raises:
-            FabricInitError: another rank has failed, with its message. On a rank that has failed: what it failed of.
-            RanksLostError: a rank is gone.
+            FabricInitError: Another rank failed; its message is included. A rank that failed raises its own error.
+            RanksLostError: A rank is gone.
         """
         failed = torch.tensor([self._failure is not None], dtype=torch.int64, device="cpu")
         self._together(lambda: dist.all_reduce(failed, dist.ReduceOp.MAX, group=self._group))
@@ -94,7 +95,7 @@ class Lockstep:
         raise FabricInitError(f"{self._what} failed on rank {rank}, so no rank goes on. Rank {rank}: {texts[rank]}")
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Make ``tensor``, on :attr:`device`, on every rank what it is on rank 0."""
+        """Copy ``tensor``, which is on :attr:`device`, from rank 0 to every rank."""
         if self.device.type == "cpu":
             self._together(lambda: dist.broadcast(tensor, src=0, group=self._group))
             return
@@ -119,9 +120,9 @@ class Lockstep:
         self._failure = self._failure or KeyboardInterrupt()
 
     def _missing(self, word: str) -> list[int]:
-        """The ranks that do not say ``word`` in time. They say it in torch's key-value store, not to one another."""
+        """Return the ranks that do not put ``word`` into torch's key-value store in time."""
         rank, ranks = dist.get_rank(), range(dist.get_world_size())
-        store = PrefixStore(f"fabric_init/{self._name}/{word}", _get_default_store())
+        store = PrefixStore(f"fabric_init/{self._name}/{word}", get_default_store())
         end = time.monotonic() + _SECONDS_TO_ANSWER
         missing = []
         try:

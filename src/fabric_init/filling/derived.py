@@ -1,4 +1,4 @@
-"""Values for tensors that the constructor computes from loaded ones."""
+"""Compute tensors that the constructor derives from loaded ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def compute(
     *,
     exact: bool,
 ) -> torch.UntypedStorage:
-    """The storage of ``slot``, computed from what ``reader`` has for its ``sources``, which are read whole."""
+    """Return the storage of ``slot``, computed from the values of its ``sources``, which are read in full."""
     # the same order on every rank: reading may be for all of them together
     in_order = sorted(sources, key=lambda source: source.ref.storage)
     assert slot.ref is not None
@@ -41,14 +41,14 @@ def compute_with(
     *,
     exact: bool = False,
 ) -> torch.UntypedStorage:
-    """The storage of ``slot``, computed from these values of its ``sources``."""
+    """Return the storage of ``slot``, computed from these values of its ``sources``."""
     assert slot.ref is not None
     with real_execution():
-        given = {ref.storage: _laid_out(value, ref, device) for ref, value in sources}
-        return replay_with(tape, slot.ref.storage, given, exact=exact, to=lambda _: device)
+        known = {ref.storage: _laid_out(value, ref, device) for ref, value in sources}
+        return replay_with(tape, slot.ref.storage, known, exact=exact, to=lambda _: device)
 
 
 def _laid_out(value: Tensor, ref: TensorRef, device: torch.device) -> torch.UntypedStorage:
-    """Memory with ``value`` in it as ``ref`` says, which is all of a storage."""
+    """Return ``value`` in memory of its own, laid out like ``ref``, which spans a storage."""
     memory = torch.empty_strided(ref.size, ref.stride, dtype=ref.dtype, device=device)
     return memory.copy_(value).untyped_storage()

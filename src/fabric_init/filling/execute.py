@@ -1,10 +1,9 @@
-"""Carry a plan out: read or replay each tensor once, straight to where its strategy keeps it."""
+"""Execute a plan: read or replay each tensor once, straight to where its strategy keeps it."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +11,15 @@ from torch import Tensor, nn
 from fabric_init._gc import PausedCollector
 from fabric_init._interrupts import interrupts_held
 from fabric_init._text import dtype_name
+from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import Agreement, SingleProcess
-from fabric_init.distributed.broadcast import BroadcastReader
 from fabric_init.errors import FabricInitError
-from fabric_init.filling import loader as loading
 from fabric_init.filling.derived import compute
+from fabric_init.filling.extra_state import set_extra_states
 from fabric_init.filling.fill_log import with_log
-from fabric_init.filling.loader import set_extra_states
+from fabric_init.filling.loader import loader_for
 from fabric_init.filling.out_of_memory import out_of_memory_explained
 from fabric_init.filling.progress import with_progress
 from fabric_init.guard.loads import unwatch_loads
@@ -29,6 +28,7 @@ from fabric_init.planning.derived import loaded_storages, sources_of
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, DerivedFrom, LoadOptions, Plan, PlanEntry, storage_groups
 from fabric_init.planning.prepare import PreparedPlan, plan_for, prepared_digest
+from fabric_init.recording.liveness import covers
 from fabric_init.recording.replay import real_execution, replay, view
 from fabric_init.recording.tape import Rng, Tape
 from fabric_init.recording.tensor import RecordedTensor
@@ -39,14 +39,14 @@ from fabric_init.reports.trace import recording_of
 
 
 def check_ties(plan: Plan, reader: CheckpointReader | None, placement: Placement) -> None:
-    """Before any memory is taken: tied tensors have one value in the file. One reader sees to that while it reads.
+    """Check, before memory is allocated, that tied tensors have one value in the checkpoint.
 
     Raises:
-        CheckpointMismatchError: they have not.
+        CheckpointMismatchError: A tied tensor has different values under its keys.
     """
-    if reader is not None and not isinstance(reader, BroadcastReader):
+    if reader is not None:
         with torch.inference_mode(False), real_execution():
-            loading.check_ties(plan, reader, placement)
+            loader_for(reader).check_ties(plan, placement)
 
 
 def fill(
@@ -59,30 +59,36 @@ def fill(
     exact: bool,
     loaded: Mapping[int, DerivedFrom] | None = None,
 ) -> FillRecord:
-    """Give every tensor its value. Nothing of the model changes before all values are there.
+    """Fill every tensor. The model does not change before all values have been computed.
 
     Args:
-        plan: from :func:`~fabric_init.planning.validation.make_plan`.
-        tensors: the tensors of the plan's entries, in that order.
-        tapes: the tape of each recorded storage.
-        reader: where loaded tensors come from.
-        placement: where values are to be.
-        exact: replay the random streams in order (``rng="eager"``).
-        loaded: what others may be computed from, if the plan is only a part of one.
+        plan: From :func:`~fabric_init.planning.validation.make_plan`.
+        tensors: The tensors of the plan's entries, in that order.
+        tapes: The tape of each recorded storage.
+        reader: The checkpoint that loaded tensors are read from.
+        placement: How this rank keeps the tensors.
+        exact: Replay the random streams in order (``rng="eager"``).
+        loaded: The loaded tensors that others may be computed from, if the plan is only a part of one.
+
+    Returns:
+        The rows of the report.
+
+    Raises:
+        OutOfMemoryError: Memory has run out; the model has not changed.
     """
     loaded = loaded if loaded is not None else loaded_storages(plan, tapes)
     with torch.inference_mode(False), real_execution():
         values: dict[int, Tensor] = {}
         with out_of_memory_explained(plan, values), ExitStack() as stack:
-            found = stack.enter_context(closing(_values(plan, tensors, tapes, reader, placement, loaded, exact=exact)))
-            logged = stack.enter_context(closing(with_log(found, plan, tapes)))
+            items = stack.enter_context(closing(_values(plan, tensors, tapes, reader, placement, loaded, exact=exact)))
+            logged = stack.enter_context(closing(with_log(items, plan, tapes)))
             shown = stack.enter_context(closing(with_progress(logged, len(plan.entries))))
             for position, value in shown:  # closed at once, and their threads with them, when it does not end
                 values[position] = value
             _keep_apart(plan, values)
     as_built = any(tensor.is_inference() for tensor in tensors)
     # tensor subclasses (DTensor) need their own dispatch here
-    with interrupts_held(), torch.inference_mode(as_built), torch.no_grad(), torch._C.DisableTorchFunction():
+    with interrupts_held(), torch.inference_mode(as_built), torch.no_grad(), DisableTorchFunction():
         filled = list(tensors)
         for position, value in values.items():
             filled[position] = placement.put(plan.entries[position].slot, tensors[position], value)
@@ -100,7 +106,7 @@ def _values(
     *,
     exact: bool,
 ) -> Generator[tuple[int, Tensor], None, None]:
-    """Positions in the plan, and the values that this rank keeps for them."""
+    """Yield positions in the plan and the values that this rank keeps for them."""
     entries = plan.entries
     to_replay = {
         storage: positions
@@ -112,8 +118,7 @@ def _values(
     shared = {position for positions in to_replay.values() for position in positions}
     parts: dict[int, Tensor] = {}  # loaded into memory that other tensors share
     if reader is not None:
-        load = reader.load if isinstance(reader, BroadcastReader) else partial(loading.load_by_itself, reader=reader)
-        for position, value in load(plan, placement=placement):
+        for position, value in loader_for(reader).load(plan, placement):
             if position in shared:
                 parts[position] = value
             else:
@@ -138,7 +143,7 @@ def _values(
 
 
 def _kept(memory: torch.UntypedStorage, entry: PlanEntry, placement: Placement) -> Tensor:
-    """What this rank keeps of a tensor whose storage is ``memory``."""
+    """Return this rank's part of a tensor whose storage is ``memory``."""
     assert entry.slot.ref is not None
     value, region = view(memory, entry.slot.ref), placement.region(entry.slot)
     return value if region is None else take(value, region).clone()
@@ -150,10 +155,10 @@ def _has_room_of_its_own(entry: PlanEntry) -> bool:
 
 
 def _is_loaded_whole(entries: Sequence[PlanEntry], positions: Sequence[int], tape: Tape) -> bool:
-    """Whether a storage is all one tensor, which is loaded: then nothing of it has to be replayed."""
+    """Return whether a storage is spanned by one loaded tensor, so that nothing of it has to be replayed."""
     slot, action, *_ = entries[positions[0]]
     assert slot.ref is not None
-    return len(positions) == 1 and action is Action.LOAD and tape.covers(slot.ref)
+    return len(positions) == 1 and action is Action.LOAD and covers(tape, slot.ref)
 
 
 def _replayed(
@@ -191,7 +196,7 @@ def _replayed(
 
 
 def _keep_apart(plan: Plan, values: dict[int, Tensor]) -> None:
-    """A torch file keeps ties and views; tensors that do not share memory in the model must not do so either."""
+    """Copy loaded tensors that share memory in a torch file, but are not tied in the model."""
     loaded = [
         (value.data_ptr(), position)
         for position, value in values.items()
@@ -217,16 +222,8 @@ def _check(plan: Plan, tensors: Sequence[Tensor]) -> None:
         raise FabricInitError(f"fabric_init left these tensors on the meta device, which is a bug of its own: {left}")
 
 
-_STATUS = {
-    Action.LOAD: "loaded",
-    Action.INIT: "initialized",
-    Action.KEEP: "set when built",
-    Action.SCRATCH: "scratch",
-    Action.WAIT: "unfilled",
-}
-
-
 def make_record(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader | None) -> FillRecord:
+    """Return the rows of the report for the entries of a plan."""
     records = []
     for entry in plan.entries:
         slot = entry.slot
@@ -239,7 +236,7 @@ def make_record(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader 
             origin = describe_rule(tapes[slot.ref.storage], slot.ref)
         row = InitRow(
             name=slot.name,
-            status=_STATUS[entry.action],  # type: ignore[arg-type]
+            status=entry.action.value,
             shape=tuple(slot.shape),
             dtype=dtype_name(slot.dtype),
             kind=slot.kind,
@@ -269,15 +266,27 @@ def fill_model(
     rng: Rng | None = None,
     agreement: Agreement = _ALONE,
 ) -> FillRecord:
-    """:func:`materialize`, for any placement, an open checkpoint and ranks that agree."""
+    """Plan for ``model`` and fill it, on all ranks together.
+
+    Args:
+        model: The recorded model.
+        reader: The open checkpoint; ``None`` to initialize everything.
+        wanted: How to load it.
+        placement: How this rank keeps the tensors.
+        rng: The order of random numbers; ``None`` for that of the recording.
+        agreement: How the ranks keep in step.
+
+    Raises:
+        FabricInitError: Anything that the user has to fix.
+    """
 
     def plan() -> PreparedPlan:
         settle(model)
         return plan_for(model, reader, wanted, rng)
 
     with PausedCollector():
-        prepared = agreement.same(_PLANNING, plan, prepared_digest)
-        return carry_out(prepared, model, prepared.tensors, placement, agreement)
+        prepared = agreement.run_together(_PLANNING, plan, prepared_digest)
+        return execute_plan(prepared, model, prepared.tensors, placement, agreement)
 
 
 def prepare(
@@ -286,18 +295,18 @@ def prepare(
     wanted: LoadOptions,
     agreement: Agreement = _ALONE,
 ) -> PreparedPlan:
-    """:func:`plan_for`, on ranks that agree."""
-    return agreement.same(_PLANNING, lambda: plan_for(model, reader, wanted), prepared_digest)
+    """Return the plan for ``model``, made on all ranks together; see :func:`plan_for`."""
+    return agreement.run_together(_PLANNING, lambda: plan_for(model, reader, wanted), prepared_digest)
 
 
-def carry_out(
+def execute_plan(
     prepared: PreparedPlan,
     model: nn.Module,
     tensors: Sequence[Tensor],
     placement: Placement,
     agreement: Agreement = _ALONE,
 ) -> FillRecord:
-    """Fill ``tensors``: the plan's own, or what a strategy has made of them."""
+    """Execute a plan on ``tensors``: its own, or those that a strategy has made of them."""
     plan, _, tapes, reader, exact, *_ = prepared
 
     def check_and_fill() -> FillRecord:
@@ -306,7 +315,7 @@ def carry_out(
         set_extra_states(plan.extras)
         return record
 
-    record = agreement.same("filling the model", check_and_fill, lambda record: "")
+    record = agreement.run_together("filling the model", check_and_fill)
     if not unfilled(model):
         unwatch_loads(model)
         release_forward(model)

@@ -1,4 +1,4 @@
-"""The log channel ``fill``: what each tensor got, from where, how many bytes, and how long it took."""
+"""The log channel ``fill``: for each tensor its source, its size and the time it took."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _logger = _log.channel("fill")
 def with_log(
     values: Iterable[tuple[int, Tensor]], plan: Plan, tapes: Mapping[int, Tape]
 ) -> Generator[tuple[int, Tensor], None, None]:
-    """Pass ``values`` on, positions in ``plan`` and tensors, and log each where the channel is on."""
+    """Yield ``values``, which are positions in ``plan`` and tensors, and log each if the channel is on."""
     if not _logger.isEnabledFor(logging.DEBUG):
         yield from values
         return

@@ -1,4 +1,4 @@
-"""Carry a plan out a few tensors at a time, for strategies that shard a model while they go through it."""
+"""Execute a plan a few tensors at a time, for strategies that shard a model while they go through it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from fabric_init.filling.execute import check_ties, fill
-from fabric_init.filling.loader import set_extra_states
+from fabric_init.filling.extra_state import set_extra_states
 from fabric_init.planning.derived import loaded_storages
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Plan, storage_groups
@@ -16,16 +16,16 @@ from fabric_init.reports.registry import FillRecord, RowRecord
 
 
 class IncrementalFill:
-    """A plan of which each part is carried out when the strategy asks for it.
+    """A plan of which each part is executed when the strategy comes to it.
 
-    Order of calls: ``begin``, then ``fill_under`` as often as wanted, then ``finish``.
+    Order of calls: ``begin``, then ``fill_under`` any number of times, then ``finish``.
     """
 
     def __init__(self, prepared: PreparedPlan, placement: Placement) -> None:
         self._prepared = prepared
         self._placement = placement
         self._position = {id(tensor): position for position, tensor in enumerate(prepared.tensors)}
-        # Tensors on one storage get their values at once: what is loaded into one is seen in the others.
+        # Tensors on one storage are filled at once: values that are loaded into one are seen in the others.
         self._together = {
             position: group for group in storage_groups(prepared.plan.entries).values() for position in group
         }
@@ -39,7 +39,7 @@ class IncrementalFill:
         self._fill(position for position, entry in enumerate(plan.entries) if entry.slot.ref is None)
 
     def fill_under(self, module: nn.Module) -> None:
-        """Fill the parameters and buffers of ``module`` and of all in it that are not filled yet."""
+        """Fill the parameters and buffers under ``module`` that are not filled yet."""
         self._fill(
             position
             for part in module.modules()
@@ -48,7 +48,7 @@ class IncrementalFill:
         )
 
     def finish(self) -> FillRecord:
-        """Fill all that is left."""
+        """Fill all remaining tensors, and return the rows of the report."""
         plan, _, _, reader, _, *_ = self._prepared
         self._fill(range(len(plan.entries)))
         set_extra_states(plan.extras)

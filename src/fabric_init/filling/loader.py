@@ -1,52 +1,72 @@
-"""What a checkpoint brings: each tensor, or this rank's region of it, in the model's dtype and memory layout."""
+"""Load the tensors of a plan: each one, or this rank's region of it, in the model's dtype and memory layout."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.reader import read
-from fabric_init.planning.extra_state import Extra
 from fabric_init.planning.loads import check_tie, loads
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Plan
 from fabric_init.recording.tape import TensorRef
 
 
-def check_ties(plan: Plan, reader: CheckpointReader, placement: Placement) -> None:
-    """Before any memory is taken: what the model ties has the same value under each of its keys.
+@runtime_checkable
+class Loader(Protocol):
+    """How this rank loads the tensors of a plan from one checkpoint.
 
-    Raises:
-        CheckpointMismatchError: it has not.
+    A reader that also has these methods, as :class:`~fabric_init.distributed.broadcast.BroadcastReader` does, loads in
+    its own way; every other reader is wrapped in a :class:`LocalLoader`.
     """
-    for load in loads(plan, placement):
-        if len(load.entry.keys) > 1:
-            value = read(reader, load.entry.keys[0], load.region)
-            for key in load.entry.keys[1:]:
-                check_tie(reader.path, load.entry, key, value, read(reader, key, load.region))
+
+    def check_ties(self, plan: Plan, placement: Placement) -> None:
+        """Check, before memory is allocated, that tied tensors have one value in the checkpoint.
+
+        A loader that checks this while it loads does nothing here.
+
+        Raises:
+            CheckpointMismatchError: A tied tensor has different values under its keys.
+        """
+        ...
+
+    def load(self, plan: Plan, placement: Placement) -> Iterator[tuple[int, Tensor]]:
+        """Yield positions in the plan and the values that this rank keeps for them, in any order."""
+        ...
 
 
-def load_by_itself(plan: Plan, reader: CheckpointReader, placement: Placement) -> Iterator[tuple[int, Tensor]]:
-    """Positions in the plan, and the values that this rank keeps for them: it reads its own regions alone."""
-    for load in loads(plan, placement):
-        slot = load.entry.slot
-        value = read(reader, load.entry.keys[0], load.region)
-        value = value.to(device=load.device, dtype=slot.dtype)
-        if load.region is None and _has_other_layout(value, slot.ref):
-            laid_out = torch.empty_strided(slot.shape, slot.ref.stride, dtype=slot.dtype, device=value.device)
-            value = laid_out.copy_(value)
-        yield load.position, value
+class LocalLoader:
+    """Load from ``reader`` without the other ranks: each rank reads its own regions."""
+
+    def __init__(self, reader: CheckpointReader) -> None:
+        self._reader = reader
+
+    def check_ties(self, plan: Plan, placement: Placement) -> None:
+        for load in loads(plan, placement):
+            if len(load.entry.keys) > 1:
+                value = read(self._reader, load.entry.keys[0], load.region)
+                for key in load.entry.keys[1:]:
+                    check_tie(self._reader.path, load.entry, key, value, read(self._reader, key, load.region))
+
+    def load(self, plan: Plan, placement: Placement) -> Iterator[tuple[int, Tensor]]:
+        for load in loads(plan, placement):
+            slot = load.entry.slot
+            value = read(self._reader, load.entry.keys[0], load.region)
+            value = value.to(device=load.device, dtype=slot.dtype)
+            if load.region is None and slot.ref is not None and _has_other_layout(value, slot.ref):
+                strided = torch.empty_strided(slot.shape, slot.ref.stride, dtype=slot.dtype, device=value.device)
+                value = strided.copy_(value)
+            yield load.position, value
 
 
-def _has_other_layout(value: Tensor, ref: TensorRef | None) -> bool:
-    return ref is not None and value.stride() != ref.stride and not ref.expanded  # what is expanded gets room for all
+def _has_other_layout(value: Tensor, ref: TensorRef) -> bool:
+    return value.stride() != ref.stride and not ref.expanded  # the elements of an expanded tensor share memory
 
 
-def set_extra_states(extras: Iterable[Extra]) -> None:
-    """Give each module what the checkpoint has for it: plain data, or a tensor. On all ranks, in the same order."""
-    for module, key, reader in extras:
-        others = reader.extra_state
-        module.set_extra_state(others[key] if key in others else read(reader, key))
+def loader_for(reader: CheckpointReader) -> Loader:
+    """Return ``reader`` itself if it is a loader, and a :class:`LocalLoader` for it otherwise."""
+    return reader if isinstance(reader, Loader) else LocalLoader(reader)

@@ -17,6 +17,7 @@ from fabric_init.planning.plan import Action, DerivedFrom, Plan, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.planning.tensors import survey
 from fabric_init.planning.validation import check_all_have_values
+from fabric_init.recording.liveness import covers
 from fabric_init.recording.tape import Tape
 
 
@@ -114,7 +115,7 @@ def _sources(entries: Iterable[PlanEntry], plans: Sequence[PreparedPlan]) -> dic
         ref.storage: DerivedFrom(ref, entry.keys[0], entry.since)
         for entry in entries
         if entry.action is Action.LOAD and (ref := entry.slot.ref) is not None
-        if tapes[ref.storage].current().covers(ref)
+        if covers(tapes[ref.storage].current(), ref)
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.distributed.agreement import SingleProcess
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.derived import compute_with
@@ -27,6 +28,7 @@ from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.plan import Action, Plan, PlanEntry
 from fabric_init.planning.tensors import TensorInfo, find_tensors
 from fabric_init.planning.validation import check_all_have_values
+from fabric_init.recording.liveness import computed_from, first_ref, never_written
 from fabric_init.recording.replay import view
 from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.recording.tensor import recorded
@@ -40,7 +42,7 @@ def initialize_missing(model: nn.Module) -> None:
     """
     settle(model)
     agreement = ranks_of(model) or SingleProcess()
-    agreement.same("initializing what is missing", lambda: _initialize_all(model), lambda _: "")
+    agreement.run_together("initializing what is missing", lambda: _initialize_all(model))
     release_forward(model)
     forget_shards(model)
     unwatch_loads(model)
@@ -115,7 +117,7 @@ def _run(
         )
     both = [(e, t) for e, t in zip(entries, tensors, strict=True) if sources[id(t)] is not None]
     if partial:
-        both = [(e, t) for e, t in both if not tapes[_ref(e).storage].never_written(_ref(e))]
+        both = [(e, t) for e, t in both if not never_written(tapes[_ref(e).storage], _ref(e))]
     else:
         check_all_have_values([e for e, _ in both if waits(_)], tapes, None)
     own_init_is_wanted(tensor for _, tensor in both)
@@ -126,7 +128,7 @@ def _run(
         given = sources[id(tensor)]
         if given:
             memory = compute_with(entry.slot, tapes[_ref(entry).storage], given, placement.device(entry.slot))
-            with torch._C.DisableTorchFunction(), torch.no_grad():
+            with DisableTorchFunction(), torch.no_grad():
                 placement.put(entry.slot, tensor, view(memory, _ref(entry)))
 
 
@@ -146,9 +148,9 @@ def _sources(info: TensorInfo, tapes: Mapping[int, Tape]) -> Sequence[tuple[Tens
     if not info.saved or not tape.overruled:
         return ()
     found = []
-    for storage in sorted(tape.computed_from(info.ref.storage, dict.fromkeys(tape.overruled))):
+    for storage in sorted(computed_from(tape, info.ref.storage, dict.fromkeys(tape.overruled))):
         now = [t for owners in tape.later.owners for t in owners.now(storage)]
-        ref = tape.first_ref(storage)
+        ref = first_ref(tape, storage)
         whole = [t for t in now if local(t) is t and recorded(t) is None and ref is not None and t.shape == ref.size]
         if not whole or ref is None:
             return None

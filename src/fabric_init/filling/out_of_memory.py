@@ -1,4 +1,4 @@
-"""Memory that runs out in the middle of a fill: how far it came, and what the user can do."""
+"""Explain an out-of-memory error during a fill: how much was filled, and how to fix it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fabric_init.planning.plan import Plan
 
 @contextmanager
 def out_of_memory_explained(plan: Plan, values: Mapping[int, Tensor]) -> Iterator[None]:
-    """Context in which ``values`` are gathered, by position in ``plan``.
+    """Return a context that explains out-of-memory errors while ``values`` are gathered, by position in ``plan``.
 
     Raises:
-        OutOfMemoryError: memory has run out; nothing of the model has changed.
+        OutOfMemoryError: Memory has run out; the model has not changed.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""A progress bar for fills that take long enough to wonder."""
+"""A progress bar for fills that take longer than two seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _QUIET_S = 2.0
 
 
 def with_progress(items: Iterable[_T], total: int) -> Generator[_T, None, None]:
-    """Pass ``items`` on; after two seconds show how far they are. Until then not even the bar's lock is made."""
+    """Yield ``items``, and show a progress bar after two seconds. Until then not even the bar's lock is made."""
     start = time.monotonic()
     bar: tqdm[Any] | None = None
     try:

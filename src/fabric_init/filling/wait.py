@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from fabric_init.distributed.agreement import Agreement
-from fabric_init.filling.execute import carry_out
+from fabric_init.filling.execute import execute_plan
 from fabric_init.filling.missing import initialize_possible
 from fabric_init.guard.loads import watch_loads
 from fabric_init.guard.models import hold, waits
@@ -26,12 +26,13 @@ def wait_for_load(
 ) -> None:
     """Let what ``state_dict`` holds of recorded models wait, and give the rest the model's own init."""
     prepared = [
-        agreement.same("planning the initialization", partial(_plan, model), prepared_digest) for model in models
+        agreement.run_together("planning the initialization", partial(_plan, model), prepared_digest)
+        for model in models
     ]
     for model, plan in zip(models, prepared, strict=True):
         hold(model)
         watch_loads(model, initialize_possible)
-        carry_out(plan, model, plan.tensors, placement_for(model), agreement)
+        execute_plan(plan, model, plan.tensors, placement_for(model), agreement)
 
 
 def _plan(model: nn.Module) -> PreparedPlan:

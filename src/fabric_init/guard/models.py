@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
+from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.planning.tensors import named_tensors
@@ -29,7 +30,7 @@ def hold(model: nn.Module, fix: str = THREE_WAYS, *, gives_memory: bool = True) 
         gives_memory: whether a tensor that is overwritten gets its memory at once.
     """
     laters: dict[int, Later] = {}
-    with torch._C.DisableTorchFunction(), torch.no_grad():
+    with DisableTorchFunction(), torch.no_grad():
         for _, _, tensor in named_tensors(model):
             if is_lazy(tensor):
                 give_lazy_memory(tensor)
@@ -174,7 +175,7 @@ def require(model: nn.Module, use: str) -> None:
     if names:
         raise UninitializedTensorError(uninitialized(type(model).__name__, use, names, fix_of(model) or THREE_WAYS))
     if waiting:
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with DisableTorchFunction(), torch.no_grad():
             for _, tensor in waiting:
                 local(tensor).zero_()  # without elements; the other ranks say that theirs are filled
     settle(model)

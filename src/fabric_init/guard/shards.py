@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from fabric_init.guard.models import local
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import PlanEntry
-from fabric_init.recording.tape import Tape, begin
+from fabric_init.recording.storage_tags import begin
+from fabric_init.recording.tape import Tape
 from fabric_init.recording.tensor import RecordedTensor, recorded, recorded_tensor
 
 _SHARDS = "_fabric_init_shards"

@@ -1,4 +1,4 @@
-"""Tensors that the constructor computes from others, which a checkpoint brings: DoRA's magnitudes, say.
+"""Find tensors that the constructor computes from tensors of the checkpoint, such as DoRA's magnitudes.
 
 They are computed from what the checkpoint brings. A mere copy (``copy.deepcopy`` of a layer) keeps the init of what it
 was copied from, as in plain PyTorch, unless it was made after the block that declared the load.
@@ -11,32 +11,36 @@ from collections.abc import Iterator, Mapping, Sequence
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.plan import Action, DerivedFrom, Plan, PlanEntry, storage_groups
 from fabric_init.planning.tensors import TensorInfo
+from fabric_init.recording.liveness import computed_from, covers, is_final, live_ops, writes_whole
 from fabric_init.recording.op_schemas import is_cast, only_copies
 from fabric_init.recording.tape import Tape, TensorRef
 
 
 def loaded_storages(plan: Plan, tapes: Mapping[int, Tape]) -> dict[int, DerivedFrom]:
-    """Storages that are loaded whole, and those that they were cast from."""
-    found = dict(plan.sources)
+    """Return the storages that are loaded in full, and those that they were cast from."""
+    loaded = dict(plan.sources)
     for storage, positions in storage_groups(plan.entries).items():
         entry, ref = plan.entries[positions[0]], plan.entries[positions[0]].slot.ref
         assert ref is not None
-        if len(positions) == 1 and entry.action is Action.LOAD and tapes[storage].covers(ref):
-            found[storage] = DerivedFrom(ref, entry.keys[0], entry.since)
-    for storage, source in list(found.items()):
+        if len(positions) == 1 and entry.action is Action.LOAD and covers(tapes[storage], ref):
+            loaded[storage] = DerivedFrom(ref, entry.keys[0], entry.since)
+    for storage, source in list(loaded.items()):
         for earlier in _cast_from(storage, tapes[storage]) if storage in tapes else ():
-            found.setdefault(earlier.storage, source._replace(ref=earlier))
-    return found
+            loaded.setdefault(earlier.storage, source._replace(ref=earlier))
+    return loaded
 
 
 def _cast_from(storage: int, tape: Tape) -> Iterator[TensorRef]:
-    """``model.to(dtype)`` puts values on new storages; what was computed before reads the old ones."""
+    """Yield the storages that a storage was cast from.
+
+    ``model.to(dtype)`` makes new storages; tensors that were computed before read the old ones.
+    """
     while True:
         writers = [tape.ops[number] for number in tape.writers.get(storage, ())]
         if len(writers) != 1 or not is_cast(writers[0].func):
             return
         (read,) = writers[0].reads()
-        if not tape.is_final(read.storage, writers[0].number) or not tape.covers(read):
+        if not is_final(tape, read.storage, writers[0].number) or not covers(tape, read):
             return
         storage = read.storage
         yield read
@@ -45,21 +49,21 @@ def _cast_from(storage: int, tape: Tape) -> Iterator[TensorRef]:
 def sources_of(
     entry: PlanEntry, tapes: Mapping[int, Tape], others: Mapping[int, int | None], *, exact: bool = False
 ) -> set[int]:
-    """Which of the storages ``others`` the model's own init computes a parameter or buffer from."""
+    """Return which of the storages ``others`` the model's own init computes a parameter or buffer from."""
     ref = entry.slot.ref
     if ref is None or entry.action is not Action.INIT or not entry.slot.saved or not others:
         return set()
-    return tapes[ref.storage].computed_from(ref.storage, others, exact=exact)
+    return computed_from(tapes[ref.storage], ref.storage, others, exact=exact)
 
 
 def check_nothing_is_undone(entries: Sequence[PlanEntry], tapes: Mapping[int, Tape]) -> None:
-    """The reverse: what the checkpoint brings must not replace what was computed from tensors that it does not bring.
+    """Check the reverse: no loaded tensor replaces one that was computed from tensors that are not loaded.
 
     PiSSA takes what it puts into the adapters out of the base weight; loading the base weight afterwards would count
     that twice. So both go back to one tensor, and one of them goes through the other.
 
     Raises:
-        CheckpointMismatchError: naming the loaded tensors.
+        CheckpointMismatchError: Some do; the message names the first.
     """
     initialized = [e for e in entries if e.slot.ref is not None and e.slot.saved and e.action is Action.INIT]
     fresh = {e.slot.ref.storage for e in initialized if e.slot.ref is not None}
@@ -72,8 +76,8 @@ def check_nothing_is_undone(entries: Sequence[PlanEntry], tapes: Mapping[int, Ta
         for slot, action, *_ in entries:
             # buffers may follow one another in a circle, as spectral_norm's do
             if action is Action.LOAD and slot.kind == "parameter" and slot.ref and slot.ref.storage in computed:
-                beside = tape.live([slot.ref.storage], exact=False, given=here)  # what it has not from those
-                if any(beside & tape.live([storage], exact=False) for storage in here):
+                beside = live_ops(tape, [slot.ref.storage], exact=False, inputs=here)  # what it has not from those
+                if any(beside & live_ops(tape, [storage], exact=False) for storage in here):
                     undone.append(slot.name)
     if undone:
         raise CheckpointMismatchError(
@@ -84,7 +88,7 @@ def check_nothing_is_undone(entries: Sequence[PlanEntry], tapes: Mapping[int, Ta
 
 
 def replaced_since(entry: PlanEntry, slot: TensorInfo, tapes: Mapping[int, Tape]) -> bool:
-    """Whether the tensor that ``entry`` was planned for has been given other memory since, and not only been cast."""
+    """Return whether the planned tensor of ``entry`` has another storage now, and was not only cast."""
     was, ref = entry.slot.ref, slot.ref
     if was is None or ref is None or ref.storage == was.storage:
         return False
@@ -92,7 +96,7 @@ def replaced_since(entry: PlanEntry, slot: TensorInfo, tapes: Mapping[int, Tape]
 
 
 def written_since(entry: PlanEntry, tapes: Mapping[int, Tape]) -> bool:
-    """Whether a later block has written in place to a tensor whose load was declared before."""
+    """Return whether a later block has written in place to a tensor whose load was declared before."""
     ref, since = entry.slot.ref, entry.since
     if ref is None or since is None:
         return False
@@ -103,7 +107,7 @@ def written_since(entry: PlanEntry, tapes: Mapping[int, Tape]) -> bool:
 
 
 def _computed_out_of(fresh: set[int], tape: Tape) -> set[int]:
-    """Which storages are computed from those in ``fresh``; mere copies of them are not."""
+    """Return the storages that are computed from those in ``fresh``, other than as mere copies."""
     copied = fresh | {cast.storage for storage in fresh for cast in _cast_from(storage, tape)}
     computed: set[int] = set()
     for number in sorted(tape.ops):
@@ -114,6 +118,6 @@ def _computed_out_of(fresh: set[int], tape: Tape) -> set[int]:
                 computed.add(storage)
             elif reads & copied:
                 copied.add(storage)
-            elif tape.writes_whole(op, storage):
+            elif writes_whole(tape, op, storage):
                 computed.discard(storage)
     return computed

@@ -17,6 +17,7 @@ from fabric_init.planning.hints.conversions import likely_conversions, likely_tr
 from fabric_init.planning.hints.renames import likely_part, likely_renames, renamed_as_suggested
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.tensors import TensorInfo
+from fabric_init.recording.liveness import never_written
 from fabric_init.recording.tape import Tape
 
 
@@ -118,7 +119,7 @@ def own_init(slot: TensorInfo, tapes: Mapping[int, Tape]) -> Action:
     """Return the action for a tensor that is not loaded."""
     if slot.real:
         return Action.KEEP
-    if slot.ref is not None and not slot.saved and tapes[slot.ref.storage].never_written(slot.ref):
+    if slot.ref is not None and not slot.saved and never_written(tapes[slot.ref.storage], slot.ref):
         return Action.SCRATCH  # a scratch buffer, which the model's own code writes when it needs it
     return Action.INIT
 

@@ -25,12 +25,12 @@ def load_options(
     """Return the checkpoint to open, if there is one, and how to load it.
 
     Raises:
-        OptionError: an option that only a load has was given without a checkpoint.
+        OptionError: There is no checkpoint, but an option that applies only to a load.
     """
     options = LoadOptions(strict, rename, reinit)
     if checkpoint is not None:
         return Source(checkpoint, mmap, entry, manifest, convert), options
-    given = {
+    set_by_user = {
         "strict=False": not strict,
         "rename": rename is not None,
         "reinit": bool(reinit),
@@ -39,7 +39,7 @@ def load_options(
         "manifest": manifest is not None,
         "convert": bool(convert),
     }
-    useless = [option for option, is_given in given.items() if is_given]
+    useless = [option for option, is_set in set_by_user.items() if is_set]
     if useless:
         raise OptionError(f"no checkpoint=… to load from, so these options have no effect: {', '.join(useless)}")
     return None, options

@@ -42,7 +42,7 @@ class Placement(Protocol):
 
 
 class WholeTensors:
-    """The placement of one device and of DDP: every rank keeps every tensor whole.
+    """The placement of one device and of DDP: every rank keeps full tensors.
 
     Args:
         target: The device for all tensors; ``None`` leaves each on the device that the constructor asked for.

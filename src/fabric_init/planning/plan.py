@@ -71,6 +71,11 @@ class Plan:
     sources: Mapping[int, DerivedFrom] = field(default_factory=dict)
     """By storage: loaded tensors that the model no longer holds, but that others may have been computed from."""
 
+    @property
+    def allocates(self) -> bool:
+        """Whether some tensors get memory only, and their values later."""
+        return any(entry.action is Action.WAIT for entry in self.entries)
+
     def summary(self) -> str:
         """Return how many tensors get their value in which way, in words."""
         counts = Counter(entry.action.value for entry in self.entries)

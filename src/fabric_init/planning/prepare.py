@@ -70,7 +70,9 @@ def _refuse_lazy(model: nn.Module) -> None:
 
 def prepared_digest(prepared: PreparedPlan) -> str:
     """Return a text that is the same for equal plans, to compare ranks by."""
-    return plan_digest(prepared.plan)
+    entries = prepared.plan.entries
+    lines = "\n".join(f"{entry.slot.names} {entry.slot.shape} {entry.action} {entry.keys}" for entry in entries)
+    return f"{len(entries)} tensors, plan {hashlib.sha256(lines.encode()).hexdigest()[:12]}"
 
 
 def _exact(tapes: set[Tape], rng: Rng | None) -> bool:
@@ -84,9 +86,3 @@ def _exact(tapes: set[Tape], rng: Rng | None) -> bool:
                 f"Record with deferred_init(rng={mode!r})."
             )
     return mode == "eager"
-
-
-def plan_digest(plan: Plan) -> str:
-    """Return a text that is the same for equal plans, to compare ranks by."""
-    lines = "\n".join(f"{entry.slot.names} {entry.slot.shape} {entry.action} {entry.keys}" for entry in plan.entries)
-    return f"{len(plan.entries)} tensors, plan {hashlib.sha256(lines.encode()).hexdigest()[:12]}"

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fabric_init.recording.tape import Tape, TensorRef, ref_of
+from fabric_init._torch_internals import DisableTorchFunction
+from fabric_init.recording.storage_tags import ref_of
+from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.recording.tensor import meta_of, recorded
 
 Kind = Literal["parameter", "buffer", "non-persistent buffer", "attribute"]
@@ -139,7 +141,7 @@ def find_tensors(model: nn.Module) -> list[tuple[TensorInfo, Tensor]]:
             names[key].append(name)
             if first[key][0] == "non-persistent buffer" and kind != "non-persistent buffer":
                 first[key] = (kind, tensor)
-    with torch._C.DisableTorchFunction():  # lazy parameters refuse every question otherwise
+    with DisableTorchFunction():  # lazy parameters refuse every question otherwise
         return [
             (slot, tensor)
             for key, (kind, tensor) in first.items()
@@ -174,7 +176,7 @@ def survey(model: nn.Module) -> tuple[list[TensorInfo], list[Tensor], Mapping[in
         slots.append(slot)
         tensors.append(tensor)
         if slot.ref is not None:
-            with torch._C.DisableTorchFunction():
+            with DisableTorchFunction():
                 record = recorded(tensor)
             assert record is not None
             tapes[record.storage] = record.tape

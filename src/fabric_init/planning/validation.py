@@ -13,6 +13,7 @@ from fabric_init.planning.extra_state import ExtraStateInfo
 from fabric_init.planning.matching import Matching, likely_fixes, likely_transpose, match
 from fabric_init.planning.plan import Action, LoadOptions, Plan, PlanEntry
 from fabric_init.planning.tensors import TensorInfo
+from fabric_init.recording.liveness import never_written
 from fabric_init.recording.tape import Tape
 
 _logger = _log.channel("plan")
@@ -69,7 +70,7 @@ def without_values(entries: Sequence[PlanEntry], tapes: Mapping[int, Tape]) -> t
         if action is Action.INIT:
             if slot.ref is None:
                 unrecorded.append(slot.name)
-            elif tapes[slot.ref.storage].never_written(slot.ref):
+            elif never_written(tapes[slot.ref.storage], slot.ref):
                 unwritten.append(slot.name)
     return unrecorded, unwritten
 

@@ -1,0 +1,25 @@
+"""Recording: run a model's constructor without values, and keep on a tape how each tensor would get its value.
+
+[Note: what is recorded]
+A recorded tensor is a meta tensor whose *storage* carries a number on the tape. Storages are identified, not Python
+objects, so views, ``.data``, ``nn.Parameter(t)`` and tied weights all refer to the same recorded memory, and making
+one of them records nothing. What the constructor calls ends up as follows:
+
+- **Init functions** of ``torch.nn.init`` are recorded as one call with its arguments, so that reports can name the rule
+  and its numbers. The ops inside are not recorded again.
+- **Ops** that create a tensor, or read or write a recorded one, run on the meta device for their shapes and are
+  recorded with the line of the model's code. Uninitialized memory (``torch.empty``) gets a number, but no op.
+- **Constants** are the real tensors that a recorded op reads (NumPy data, a loaded file), copied at that moment, so
+  that a later change to the real tensor does not reach the tape.
+- **Values** that Python needs (``.item()``, ``.tolist()``, ``nonzero``) are the true ones: the tensor in question, and
+  nothing else, is replayed as of that point. Results that are tensors are recorded again.
+- **Run for real, at once**: ops on real tensors only, ops that write into a real tensor, and ops whose result is
+  sparse or quantized, which the tape cannot describe. Random numbers among these are drawn from the recorded position
+  in the stream (see [Note: random streams] in ``rng.py``).
+- ``device="meta"`` asked for by name passes through unrecorded: such a tensor has no values, and an op that mixes it
+  with recorded tensors raises :class:`~fabric_init.errors.RecordingError`.
+
+Modules, from the top: ``mode`` (function mode), ``device_queries`` and ``escapes`` (its handlers), ``recorder``
+(dispatch mode), ``replay`` (runs ops), ``liveness`` (chooses them), ``rng`` (random streams), ``storage_tags``
+(tensor to tape), ``tape`` (data).
+"""

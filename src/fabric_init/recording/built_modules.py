@@ -1,4 +1,4 @@
-"""Which models a block built: the modules registered in it that are part of no other."""
+"""Find the models that a block built: modules registered in it that are children of no other module."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ from fabric_init.recording.tensor import RecordedTensor
 
 
 class BuiltModules:
-    """Context that notices the modules built in it, by this thread, through torch's registration hooks."""
+    """Context manager that collects the modules built in it by this thread, through torch's registration hooks."""
 
     def __init__(self) -> None:
-        self._seen: weakref.WeakKeyDictionary[nn.Module, None] = weakref.WeakKeyDictionary()  # in order: ranks agree
+        self._seen: weakref.WeakKeyDictionary[nn.Module, None] = (
+            weakref.WeakKeyDictionary()
+        )  # ordered, so that ranks agree
         self._thread = threading.get_ident()
         self._hooks = ExitStack()
 
@@ -60,16 +62,16 @@ class BuiltModules:
 
     def _unregistered(self) -> list[nn.Module]:
         seen = list(self._seen.keys())
-        held: set[int] = set()
-        below, visited = list(seen), set()
-        while below:  # also through modules of an earlier block, which this one has changed further down
-            module = below.pop()
+        child_ids: set[int] = set()
+        pending, visited = list(seen), set()
+        while pending:  # also through modules of an earlier block, whose submodules this block may have replaced
+            module = pending.pop()
             if id(module) not in visited:
                 visited.add(id(module))
                 children = list(module.children())
-                held.update(map(id, children))
-                below += children
-        return [module for module in seen if id(module) not in held]
+                child_ids.update(map(id, children))
+                pending += children
+        return [module for module in seen if id(module) not in child_ids]
 
 
 def refuse_scripted(models: Iterable[nn.Module]) -> None:

@@ -1,4 +1,4 @@
-"""Which line of the model's own code asked for an op, and whether it did so through a ``torch.nn.init`` function."""
+"""Find the line of the model's own code that an op goes back to, and the ``torch.nn.init`` call around it, if any."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _MODULES = os.path.join(_TORCH, "nn", "modules", "")
 _STDLIB = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
-# transformers and timm wrap torch's init functions under the same names and these: who calls the wrapper is to be named
+# transformers and timm wrap torch's init functions under the same names and these: report the wrapper's caller
 _WRAPPERS = INIT_FUNCTIONS.keys() | {
     "copy_",
     "lecun_normal_",
@@ -36,7 +36,7 @@ def _is_torch(file: str) -> bool:
 
 @cache
 def _is_plumbing(file: str) -> bool:
-    # torch itself, and what runs between a model's line and torch: copy.deepcopy, contextlib, functools
+    # torch itself, and what may stand between a model's line and torch: copy.deepcopy, contextlib, functools
     return _is_torch(file) or (file.startswith(_STDLIB) and "site-packages" not in file)
 
 
@@ -45,7 +45,7 @@ def _is_init_wrapper(frame: FrameType) -> bool:
 
 
 def caller(frame: FrameType | None) -> CallSite | None:
-    """The innermost line outside torch at or above ``frame``. O(depth of torch frames), about a microsecond."""
+    """Return the innermost line outside torch at or above ``frame``. Takes about a microsecond."""
     constructed = False
     while frame is not None:
         code = frame.f_code
@@ -57,11 +57,11 @@ def caller(frame: FrameType | None) -> CallSite | None:
 
 
 def init_call(frame: FrameType | None) -> FrameType | None:
-    """The frame of the ``torch.nn.init`` function that is running at or above ``frame``, if one is.
+    """Return the frame of the ``torch.nn.init`` function that runs at or above ``frame``, if there is one.
 
-    Most of them cannot be seen by a ``TorchFunctionMode``, and a captured reference (``from torch.nn.init import
-    xavier_uniform_``) cannot be replaced; but whichever way one was reached, its frame is on the stack when its first
-    op arrives. Nothing in torch has to be patched for this.
+    Most of these functions do not call a ``TorchFunctionMode``, and patching ``torch.nn.init`` would miss captured
+    references (``from torch.nn.init import xavier_uniform_``). But however such a function was called, its frame is on
+    the stack when its first op arrives.
     """
     while frame is not None:
         code = frame.f_code

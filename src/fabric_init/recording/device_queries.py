@@ -1,4 +1,4 @@
-"""Recorded tensors answer for the device that they were asked for, though torch keeps them on meta."""
+"""Device queries: recorded tensors are on meta for torch, but report the device that the constructor asked for."""
 
 from __future__ import annotations
 
@@ -8,44 +8,51 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import torch.utils._device as _default_device
 from torch import Tensor
 
+from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, default_device, parse_to
 from fabric_init.errors import RecordingError
 from fabric_init.recording.recorder import Recorder
-from fabric_init.recording.tape import begin
+from fabric_init.recording.storage_tags import begin
 from fabric_init.recording.tensor import RecordedTensor, recorded, recorded_tensor
 
 Handler = Callable[[Recorder, Any, tuple[Any, ...], dict[str, Any]], Any]
-"""Stands in for one function that a function mode was shown: (recorder, function, args, kwargs) → its result."""
+"""Replaces one function in a function mode: (recorder, function, args, kwargs) → the result."""
 
 _CPU, _META = torch.device("cpu"), torch.device("meta")
 _PLAIN_OPTIONS = frozenset({"size", "dtype", "device", "requires_grad", "memory_format"})
 
 
 def on_device_by_name(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call with ``device=…``. On meta it is none of our business; on any other, torch must not start its driver."""
+    """Run a call with ``device=…``.
+
+    ``device="meta"`` is passed through unrecorded. A call for a GPU is recorded on meta, so that torch does not start
+    the driver or create a context.
+    """
     device = kwargs["device"]
     device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if device.type == "meta":
-        with torch._C._DisableTorchDispatch():
+        with DisableTorchDispatch():
             return func(*args, **kwargs)
     if device.type == "cpu":
         return func(*args, **kwargs)
-    with recorder.asked_for(device):
+    with recorder.intended_device(device):
         return func(*args, **{**kwargs, "device": _META})
 
 
 def _empty(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Room without values needs no op. Most parameters begin so, hence this shortcut past the dispatcher."""
-    device = kwargs.get("device") or _default_device.CURRENT_DEVICE or _CPU
+    """Run ``torch.empty`` past the dispatcher: it writes nothing, so there is no op to record.
+
+    Most parameters start this way, so the shortcut pays off.
+    """
+    device = kwargs.get("device") or default_device.CURRENT_DEVICE or _CPU
     if type(device) is not torch.device:
         device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if device.type == "meta":
         return on_device_by_name(recorder, func, args, {**kwargs, "device": device})
     if not _PLAIN_OPTIONS.issuperset(kwargs):
         return func(*args, **kwargs)
-    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+    with DisableTorchFunction(), DisableTorchDispatch():
         requires_grad = kwargs.get("requires_grad", False)
         tensor = func(*args, **{**kwargs, "device": _META, "requires_grad": False})
         begin(tensor, recorder.tape, device)
@@ -53,17 +60,17 @@ def _empty(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _filled(op: Any) -> Handler:
-    """The same shortcut for memory of one value, whose op goes straight to the tape."""
+    """Return a handler that writes ``op``, a factory of one value, to the tape without going through the dispatcher."""
 
     def handler(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        device = kwargs.get("device") or _default_device.CURRENT_DEVICE or _CPU
+        device = kwargs.get("device") or default_device.CURRENT_DEVICE or _CPU
         if type(device) is not torch.device or device.type != "cpu" or not _PLAIN_OPTIONS.issuperset(kwargs):
             return (
                 func(*args, **kwargs)
                 if kwargs.get("device") is None
                 else on_device_by_name(recorder, func, args, kwargs)
             )
-        with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        with DisableTorchFunction(), DisableTorchDispatch():
             requires_grad = kwargs.get("requires_grad", False)
             tensor = torch.empty(*args, **{**kwargs, "device": _META, "requires_grad": False})
             ref = recorder.new_storage(tensor, device)
@@ -79,8 +86,8 @@ def _get_device(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: di
 
 
 def _data_ptr(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    # code compares addresses to find shared memory, so they must differ exactly where the memory will
-    with torch._C.DisableTorchFunction():
+    # code compares addresses to find shared memory, so they have to be equal exactly where the memory is shared
+    with DisableTorchFunction():
         tensor = args[0]
         if not isinstance(tensor, RecordedTensor):
             return int(tensor.data_ptr())
@@ -93,29 +100,29 @@ def _address(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[
 
 
 def _to(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``tensor.to(device)`` is the tensor itself when that is where it lives already."""
-    with torch._C.DisableTorchFunction():
-        found = recorded(args[0])
-        if found is None:
+    """Run ``tensor.to(…)`` by the recorded device: without a change of device or dtype it returns the tensor itself."""
+    with DisableTorchFunction():
+        recording = recorded(args[0])
+        if recording is None:
             return func(*args, **kwargs)
-        rest = dict(kwargs)
+        keywords = dict(kwargs)
         positional = list(args[1:])
-        other = rest.pop("other", positional[0] if positional else None)
+        other = keywords.pop("other", positional[0] if positional else None)
         copy_at = 2 if isinstance(other, (Tensor, torch.dtype)) else 3
-        copy = positional.pop(copy_at) if len(positional) > copy_at else rest.pop("copy", False)
-        memory_format = rest.pop("memory_format", None)
+        copy = positional.pop(copy_at) if len(positional) > copy_at else keywords.pop("copy", False)
+        memory_format = keywords.pop("memory_format", None)
         if isinstance(other, Tensor):
             device, dtype = other.device, other.dtype
-            non_blocking = positional[1] if len(positional) > 1 else rest.get("non_blocking", False)
+            non_blocking = positional[1] if len(positional) > 1 else keywords.get("non_blocking", False)
         else:
-            parsed: tuple[Any, ...] = torch._C._nn._parse_to(*positional, **rest)
+            parsed: tuple[Any, ...] = parse_to(*positional, **keywords)
             device, dtype, non_blocking, _ = parsed
         options: dict[str, Any] = {"dtype": dtype or args[0].dtype, "non_blocking": non_blocking}
         if memory_format is not None:
             options["memory_format"] = memory_format
-        if device in (None, found.device, torch.device(found.device.type)):
+        if device in (None, recording.device, torch.device(recording.device.type)):
             return Tensor.to(args[0], copy=copy, **options)
-        return torch.ops.aten._to_copy.default(args[0], device=device, **options)  # Tensor.to would start a driver
+        return torch.ops.aten._to_copy.default(args[0], device=device, **options)  # Tensor.to would start the driver
 
 
 def _cpu(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -123,19 +130,19 @@ def _cpu(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _cuda(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    rest = dict(kwargs)
-    where = rest.pop("device", args[1] if len(args) > 1 else None)
-    device = torch.device("cuda", where) if isinstance(where, int) else torch.device(where or "cuda")
-    return _to(recorder, Tensor.to, (args[0], device), rest)
+    keywords = dict(kwargs)
+    target = keywords.pop("device", args[1] if len(args) > 1 else None)
+    device = torch.device("cuda", target) if isinstance(target, int) else torch.device(target or "cuda")
+    return _to(recorder, Tensor.to, (args[0], device), keywords)
 
 
 def _autocast(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with torch._C.DisableTorchFunction():
-        known = [found for arg in args if isinstance(arg, Tensor) and (found := recorded(arg)) is not None]
-        if known and torch.is_autocast_enabled(known[0].device.type):
+    with DisableTorchFunction():
+        first = next((recording for arg in args if isinstance(arg, Tensor) and (recording := recorded(arg))), None)
+        if first is not None and torch.is_autocast_enabled(first.device.type):
             raise RecordingError(
-                f"{func.__name__} under torch.autocast in a recorded constructor: autocast does not see recorded "
-                "tensors, so the result would be of another dtype. Run the model after the block instead."
+                f"{func.__name__} under torch.autocast in a recorded constructor: autocast does not apply to recorded "
+                "tensors, so the result would have another dtype. Run the model after the block instead."
             )
         return func(*args, **kwargs)
 

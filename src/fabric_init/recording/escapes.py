@@ -1,4 +1,4 @@
-"""Values that leave torch for Python, or enter it: code that asks for one gets the true one."""
+"""Tensors that escape to Python, and values that enter from it: code that reads a value gets the true one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, reduce_ex_internal, typed_storage
 from fabric_init.errors import RecordingError
 from fabric_init.recording.device_queries import Handler
 from fabric_init.recording.recorder import Recorder
@@ -15,43 +16,43 @@ from fabric_init.recording.tensor import RecordedTensor, recorded, recorded_tens
 
 
 def _with_true_value(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         if recorded(args[0]) is None:
             return func(*args, **kwargs)
         real = recorder.true_value(args[0])
         result = func(real, *args[1:], **kwargs)
     if hasattr(result, "flags"):
-        result.flags.writeable = False  # a write to this array could not reach the recorded tensor: numpy refuses it
+        result.flags.writeable = False  # a write could not reach the recorded tensor: let NumPy raise
     return result
 
 
-_TYPED_STORAGE = Tensor._typed_storage.__code__
-_WANT_BYTES = (Tensor._reduce_ex_internal.__code__, Tensor.storage.__code__)
+_TYPED_STORAGE = typed_storage.__code__
+_READ_BYTES = (reduce_ex_internal.__code__, Tensor.storage.__code__)
 
 
 def _untyped_storage(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Where ``pickle``, ``torch.save`` and ``tensor.storage()`` come for the bytes, they get the true ones."""
-    with torch._C.DisableTorchFunction():
-        asking = sys._getframe(2)
-        behind = asking.f_back
-        wants_bytes = asking.f_code is _TYPED_STORAGE and behind is not None and behind.f_code in _WANT_BYTES
+    """Return the storage, with the true values if ``pickle``, ``torch.save`` or ``tensor.storage()`` asks for it."""
+    with DisableTorchFunction():
+        calling = sys._getframe(2)
+        outer = calling.f_back
+        wants_bytes = calling.f_code is _TYPED_STORAGE and outer is not None and outer.f_code in _READ_BYTES
         if wants_bytes and recorded(args[0]) is not None:
             return recorder.true_value(args[0]).untyped_storage()
         return func(*args, **kwargs)
 
 
 def _share_memory(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         if recorded(args[0]) is not None:
             raise RecordingError(
-                "share_memory_() in a recorded constructor: there is no memory to share yet. Call it on the model when "
-                "it is filled."
+                f"share_memory_() in a recorded constructor: the tensor of shape {tuple(args[0].shape)} has no memory "
+                "to share yet. Call it after the model has been materialized."
             )
         return func(*args, **kwargs)
 
 
 def _plain_index(index: Any) -> Any:
-    """An index whose lists are tensors: torch would make them on the meta device, where they lose their values."""
+    """Return ``index`` with lists as real tensors: torch would make them on meta, where they have no values."""
     if isinstance(index, tuple):
         return tuple(_plain_index(item) for item in index)
     if isinstance(index, list) and not any(isinstance(item, (slice, Tensor, type(None), type(...))) for item in index):
@@ -60,44 +61,44 @@ def _plain_index(index: Any) -> Any:
 
 
 def _index(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         if recorded(args[0]) is not None:
             args = (args[0], _plain_index(args[1]), *args[2:])
         return func(*args, **kwargs)
 
 
 def _new_tensor(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``t.new_tensor(data)`` and ``t.new(data)``: real values, of ``t``'s dtype and on its device."""
-    with torch._C.DisableTorchFunction():
-        found = recorded(args[0])
+    """Run ``t.new_tensor(data)`` or ``t.new(data)`` on real values, with ``t``'s dtype and recorded device."""
+    with DisableTorchFunction():
+        recording = recorded(args[0])
         data = args[1] if len(args) == 2 else kwargs.get("data")
-        if found is None or data is None or (func is Tensor.new and isinstance(data, (int, torch.Size))):
+        if recording is None or data is None or (func is Tensor.new and isinstance(data, (int, torch.Size))):
             return func(*args, **kwargs)
-        dtype, device = kwargs.get("dtype") or args[0].dtype, kwargs.get("device") or found.device
+        dtype, device = kwargs.get("dtype") or args[0].dtype, kwargs.get("device") or recording.device
         if isinstance(data, Tensor):
             return data if func is Tensor.new else data.detach().to(device=device, dtype=dtype, copy=True)
-        made = torch.tensor(data, dtype=dtype, device=device)
-        return made.requires_grad_() if kwargs.get("requires_grad") else made
+        tensor = torch.tensor(data, dtype=dtype, device=device)
+        return tensor.requires_grad_() if kwargs.get("requires_grad") else tensor
 
 
 def _tensor(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``torch.tensor([a, b])`` of recorded scalars: torch takes their values without asking any mode."""
+    """Run ``torch.tensor([a, b])`` on true values: torch reads recorded scalars in a list without calling a mode."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value if recorded(value) is None else recorder.true_value(value)
         return type(value)([plain(item) for item in value]) if type(value) in (list, tuple) else value
 
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         if args and type(args[0]) in (list, tuple):
             args = (plain(args[0]), *args[1:])
-    return func(*args, **kwargs)  # a default device, or one that was asked for, still counts
+    return func(*args, **kwargs)  # `func` applies a device argument and the default device
 
 
 def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """``p.data = t``. torch refuses to mix meta with real memory, so a real ``t`` enters the tape as a constant."""
+    """Run ``p.data = t``. torch refuses to mix meta and real memory, so a real ``t`` is recorded as a constant."""
     target, value = args
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         if recorded(target) is not None and recorded(value) is None and not value.is_meta:
             value = recorder.constant(value.detach())
         elif recorded(target) is None and not target.is_meta and recorded(value) is not None:
@@ -108,13 +109,13 @@ def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
             value = recorded_tensor(value, like.device)
         func(target, value)
         if isinstance(target, RecordedTensor) and isinstance(value, RecordedTensor):
-            with torch._C._DisableTorchDispatch():
+            with DisableTorchDispatch():
                 target._meta, target._claimed = value._meta.detach(), value._claimed
 
 
 def _get_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``t.data``, also of a lazy tensor, which asks it for the device that it is to get its memory on."""
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         data = func(*args)
         found = None if isinstance(data, RecordedTensor) else recorded(data)
         return data if found is None else recorded_tensor(data, found.device)

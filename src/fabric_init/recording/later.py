@@ -25,14 +25,17 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
+from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, DisableTorchFunctionSubclass
 from fabric_init.errors import RecordingError, UninitializedTensorError
 from fabric_init.recording import device_queries, escapes
+from fabric_init.recording.liveness import covers, never_written
 from fabric_init.recording.meta_kernels import map_tensors, tensors_in, written_tensors
 from fabric_init.recording.op_schemas import INDEXES, only_copies, overwrites, traits
 from fabric_init.recording.recorder import Recorder
 from fabric_init.recording.replay import real_execution, storage_now, view
 from fabric_init.recording.rng import LateStreams
-from fabric_init.recording.tape import Recorded, Tape, TensorRef, ref_of
+from fabric_init.recording.storage_tags import Recorded, ref_of
+from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.recording.tensor import RecordedTensor, become, become_recorded, recorded, recorded_tensor
 from fabric_init.recording.waiting import Waiting, uninitialized
 
@@ -112,7 +115,7 @@ class Later:
         """Answer a call that torch shows to ``__torch_function__``."""
         for tensor in tensors_in((args, kwargs.values())):
             self.make_plain(tensor)
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             handler = _HANDLERS.get(func)
             if handler is not None:
                 return handler(self, func, args, kwargs)
@@ -130,7 +133,7 @@ class Later:
         """Answer an operator."""
         if func is torch.ops.aten.empty_like.default:  # to_empty(): no values either, so it waits for the same ones
             func = torch.ops.aten._to_copy.default
-        with self._lock, torch._C.DisableTorchFunction():
+        with self._lock, DisableTorchFunction():
             tensors = list(tensors_in((args, kwargs.values())))
             if not any(self._is_open(tensor) for tensor in tensors):
                 return self._run(func, args, kwargs)
@@ -162,7 +165,7 @@ class Later:
             if found.memory is None:
                 if missing := self.waiting.missing([found.storage]):
                     self.refuse(use, [found.storage, *missing])
-                if self.tape.never_written(ref):
+                if never_written(self.tape, ref):
                     raise UninitializedTensorError(
                         f"a tensor of shape {tuple(tensor.shape)} cannot {use}: it was made by torch.empty or "
                         "the like, and nothing has written values there. Write it, or load it."
@@ -180,7 +183,7 @@ class Later:
             shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
             grad = ", requires_grad=True" if tensor.requires_grad else ""
             return f"tensor(no values yet, size={shape}, dtype={dtype}, device='{tensor.device}'{grad})"
-        with torch._C.DisableTorchFunction(), real_execution():
+        with DisableTorchFunction(), real_execution():
             real = self.value(tensor, "be printed").detach()
         return repr(real.requires_grad_(tensor.requires_grad) if tensor.is_leaf else real)
 
@@ -202,7 +205,7 @@ class Later:
             return self.value(tensor, "be copied").clone()
         meta = tensor._meta
         ref = ref_of(meta, found.storage)
-        if self.tape.covers(ref):
+        if covers(self.tape, ref):
             copied = tensor.detach().clone()
         else:
             key = ("fabric_init", found.storage)
@@ -248,9 +251,9 @@ class Later:
         """Return a recorded tensor whose value is the real ``tensor``'s."""
         return LateRecorder(self.tape, self).constant(tensor)
 
-    def asked_for(self, device: torch.device) -> Any:
+    def intended_device(self, device: torch.device) -> Any:
         """Return a context in which memory that is asked for on meta is meant for ``device``."""
-        return LateRecorder(self.tape, self).asked_for(device)
+        return LateRecorder(self.tape, self).intended_device(device)
 
     # -- ways --------------------------------------------------------------------------------------------------------
 
@@ -278,7 +281,7 @@ class Later:
         return map_tensors(result, lambda tensor: given.get(id(tensor), tensor))
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with torch._C._DisableTorchDispatch():
+        with DisableTorchDispatch():
             result = LateRecorder(self.tape, self).record_op(func, args, kwargs)
         if only_copies(func) and isinstance(result, RecordedTensor):  # a cast takes the place of what was cast
             old, new = recorded(args[0]), recorded(result)
@@ -303,8 +306,8 @@ class Later:
         target, found = written[0], recorded(written[0])
         assert found is not None
         ref = ref_of(target._meta, found.storage)  # type: ignore[attr-defined]
-        covers = len(written) == 1 and overwrites(func) and self.tape.covers(ref)
-        if covers and not late and self.gives_memory:
+        whole = len(written) == 1 and overwrites(func) and covers(self.tape, ref)
+        if whole and not late and self.gives_memory:
             return self._write_through(func, args, kwargs, target, found, ref)
         result = self._record(func, args, kwargs)
         if not set(late) & set(storages):  # what is computed from its own old values still waits for those
@@ -313,13 +316,13 @@ class Later:
         if self.gives_memory and not self.waiting.missing(storages):
             for tensor in written:
                 self.value(tensor, "be read")
-        elif covers and not late:
+        elif whole and not late:
             self.waiting.note_status(found.storage, self.status)
         return result
 
     def _never_written(self, tensor: Tensor) -> bool:
         found = recorded(tensor)
-        return found is not None and self.tape.never_written(ref_of(tensor._meta, found.storage))  # type: ignore[attr-defined]
+        return found is not None and never_written(self.tape, ref_of(tensor._meta, found.storage))  # type: ignore[attr-defined]
 
     def _to_be_sharded(self, storages: Iterable[int]) -> bool:
         return any(storage in self.waiting.names for storage in storages)
@@ -353,7 +356,7 @@ class Later:
         """Turn a recorded tensor whose values are there into a plain one, which stays the same object."""
         if not isinstance(tensor, RecordedTensor):
             return
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             found = recorded(tensor)
             if found is None:
                 become(tensor, _plain_memory(tensor))
@@ -387,7 +390,7 @@ class Later:
 def _set_data(later: Later, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """``p.data = t``, which takes values, or the wait for some, from ``t``."""
     target, value = args
-    with torch._C.DisableTorchFunction(), torch.no_grad():
+    with DisableTorchFunction(), torch.no_grad():
         old, new = recorded(target), recorded(value)
         if isinstance(value, RecordedTensor) and new is not None:
             if isinstance(target, RecordedTensor):

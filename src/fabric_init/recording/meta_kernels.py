@@ -1,4 +1,4 @@
-"""What an op gives on the meta device, and the tensors in its arguments."""
+"""Results of ops on the meta device, and traversal of the tensors among an op's arguments."""
 
 from __future__ import annotations
 
@@ -13,24 +13,27 @@ META = torch.device("meta")
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
+    """Return whether the tape can describe ``tensor``: strided and not quantized."""
     return tensor.layout == torch.strided and not tensor.is_quantized
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
-    """Memory of its own for what has stride 0: an expanded tensor, and what meta kernels make of one."""
+    """Return ``tensor``, or a contiguous one like it if elements share memory (stride 0)."""
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.size(), strict=True)):
         return torch.empty(tensor.size(), dtype=tensor.dtype, device=META)
     return tensor
 
 
 def like_on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a new meta tensor with the shape, strides and dtype of ``tensor``."""
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=META)
 
 
 def pointwise_result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """A pointwise op's result on meta, without the meta kernel where that is plain: contiguous in, contiguous out.
+    """Return a pointwise op's result on meta without its meta kernel, or ``None`` if an input is not contiguous.
 
-    Those kernels are Python, and take a hundred times as long as asking the CPU's kernel about tensors of no elements.
+    Meta kernels of pointwise ops are Python. Asking the CPU kernel for the result dtype on empty tensors is about a
+    hundred times faster.
     """
     tensors = list(tensors_in((args, kwargs.values())))
     if not all(tensor.is_contiguous() for tensor in tensors) or traits(func).has_device:
@@ -43,7 +46,7 @@ def pointwise_result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def plain_shape(func: Any, args: tuple[Any, ...]) -> Sequence[int] | None:
-    """The shape of a plain factory's result, where it can be told without asking the meta kernel."""
+    """Return the shape of a factory's result if its arguments state it, else ``None``."""
     name = traits(func).name
     if name in PLAIN_FACTORIES and len(args) == 1:
         shape: Sequence[int] = args[0]
@@ -54,6 +57,7 @@ def plain_shape(func: Any, args: tuple[Any, ...]) -> Sequence[int] | None:
 
 
 def written_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Return the tensors that the call writes in place."""
     return [
         tensor
         for position, name in traits(func).written
@@ -62,6 +66,7 @@ def written_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def tensors_in(values: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in nested lists and tuples, in order."""
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value
@@ -70,6 +75,7 @@ def tensors_in(values: Any) -> Iterator[torch.Tensor]:
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """Return ``value``, which may be nested, with ``change`` applied to each tensor in it."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if type(value) is dict:

@@ -1,8 +1,8 @@
-"""The context that records and skips: no init kernel runs and no weight memory is taken inside it.
+"""The recording mode: inside it, no init kernel runs and no memory is allocated for weights.
 
-``RecordMode``, a ``TorchFunctionMode``, sees what Python code calls: whole init functions, questions such as
-``tensor.device``, and values that leave torch (``tolist``, ``numpy``). Under it the
-:class:`~fabric_init.recording.recorder.Recorder` sees every op that those calls come down to.
+``RecordMode``, a ``TorchFunctionMode``, handles calls from Python: whole init functions, queries such as
+``tensor.device``, and values that leave torch (``tolist``, ``numpy``). Below it the
+:class:`~fabric_init.recording.recorder.Recorder` handles the aten ops that those calls dispatch.
 """
 
 from __future__ import annotations
@@ -22,6 +22,13 @@ from typing_extensions import Self
 
 from fabric_init import _log
 from fabric_init._gc import PausedCollector
+from fabric_init._torch_internals import (
+    DisableTorchDispatch,
+    DisableTorchFunction,
+    DisableTorchFunctionSubclass,
+    get_current_function_mode_stack,
+    no_grad_trunc_normal_,
+)
 from fabric_init.recording import device_queries, escapes
 from fabric_init.recording.call_site import init_call
 from fabric_init.recording.device_queries import Handler
@@ -32,24 +39,24 @@ from fabric_init.recording.replay import real_execution
 from fabric_init.recording.tape import Rng, Tape, check_rng
 from fabric_init.recording.tensor import RecordedTensor, claim_all, recorded, recorded_class, recorded_tensor
 
-# The init functions that hand over to a function mode; the others are known by their frame.
-_SEEN_WHOLE: dict[str, Any] = {
+# The init functions that call a function mode; the others are found by their frame on the stack.
+_INIT_WITH_MODE: dict[str, Any] = {
     name: INIT_FUNCTIONS[name] for name in ("uniform_", "normal_", "constant_", "kaiming_uniform_")
 }
 _NEW_PARAMETER = torch.nn.Parameter.__new__.__code__
-_TRUNC_NORMAL = torch.nn.init._no_grad_trunc_normal_.__code__
+_TRUNC_NORMAL = no_grad_trunc_normal_.__code__
 _logger = _log.channel("record")
 
 
 class RecordMode(TorchFunctionMode):
-    """Record how a model would be built, and build it without values.
+    """Record how a model is built, and build it without values.
 
-    Inside, tensors are on the meta device but answer as if they were on the device they were asked for. Code that
-    needs a value (``.item()``, ``.tolist()``, ``if t.any()``) gets the true one, by replaying just that tensor.
+    Inside, tensors are on the meta device but report the device that the constructor asked for. Code that needs a
+    value (``.item()``, ``.tolist()``, ``if t.any()``) gets the true one: that tensor alone is replayed.
 
     Args:
-        rng: how random numbers will be drawn at replay; see :func:`fabric_init.deferred_init`.
-        agree: makes the seed of this process the one that all ranks use.
+        rng: How random numbers are drawn at replay; see :func:`fabric_init.deferred_init`.
+        agree: Maps the seed of this process to the one that all ranks use.
     """
 
     def __init__(self, rng: Rng = "per_op", agree: Callable[[int], int] = int) -> None:
@@ -98,7 +105,7 @@ class RecordMode(TorchFunctionMode):
         if kwargs and kwargs.get("device") is not None:
             return device_queries.on_device_by_name(self.recorder, func, args, kwargs)
         if types and all(issubclass(kind, RecordedTensor) for kind in types):
-            with torch._C.DisableTorchFunctionSubclass():
+            with DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         return func(*args, **kwargs) if kwargs else func(*args)
 
@@ -106,23 +113,23 @@ class RecordMode(TorchFunctionMode):
 # -- whole init functions ----------------------------------------------------------------------------------------------
 
 
-def _replaced(func: FunctionType, asking: FrameType) -> FunctionType | None:
-    """The init function that is asking, when it does so under another function's name.
+def _replaced(func: FunctionType, calling: FrameType) -> FunctionType | None:
+    """Return the init function that calls the mode, if it does so under another function's name.
 
-    torch.nn.init looks its own name up when it hands over, so where somebody replaced that (transformers does while it
-    initializes) the replacement arrives here, though the original was called.
+    ``torch.nn.init`` looks up its own name to call a function mode. If that name was patched (transformers does so
+    while it initializes), the mode receives the patch, although the original was called.
     """
-    original = _SEEN_WHOLE.get(func.__name__)
-    return original if original is not None and asking.f_code is original.__code__ else None
+    original = _INIT_WITH_MODE.get(func.__name__)
+    return original if original is not None and calling.f_code is original.__code__ else None
 
 
 def _init_function(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    rest = dict(kwargs)
-    tensor: Tensor = rest.pop("tensor", None) if "tensor" in rest else args[0]
-    with torch._C.DisableTorchFunction():
+    options = dict(kwargs)
+    tensor: Tensor = options.pop("tensor", None) if "tensor" in options else args[0]
+    with DisableTorchFunction():
         if recorded(tensor) is None or not _recordable(func, tensor):
-            return func(tensor, **rest)  # eager code's own warnings and errors
-        recorder.add_init(func, tensor, rest, sys._getframe(2))
+            return func(tensor, **options)  # plain PyTorch's warnings and errors
+        recorder.add_init(func, tensor, options, sys._getframe(2))
     return tensor
 
 
@@ -135,13 +142,13 @@ def _recordable(func: Any, tensor: Tensor) -> bool:
 
 
 def _is_meta(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         if not isinstance(args[0], RecordedTensor):
             return bool(args[0].is_meta)
         caller = sys._getframe(2)
-        if caller.f_code is _TRUNC_NORMAL and (call := init_call(caller)) is not None:
-            # torch skips sampling on meta, and could not run its rejection loop there: take the call as a whole
-            recorder.record_init_frame(call)
+        if caller.f_code is _TRUNC_NORMAL and (init_frame := init_call(caller)) is not None:
+            # torch skips sampling on meta, where its rejection loop could not run: record the whole call
+            recorder.record_init_frame(init_frame)
             return True
     return False
 
@@ -149,10 +156,10 @@ def _is_meta(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[
 def _detach(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """What ``nn.Parameter`` asks of each tensor first, hence this shortcut past the dispatcher."""
     tensor = args[0]
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         if not isinstance(tensor, RecordedTensor) or tensor.grad_fn is not None:
             return func(*args, **kwargs)  # type: ignore[no-any-return]
-        with torch._C._DisableTorchDispatch():
+        with DisableTorchDispatch():
             detached = recorded_tensor(tensor._meta.detach(), tensor._claimed)
         asking = sys._getframe(2)
         if asking.f_code is _NEW_PARAMETER and (own := asking.f_locals["cls"]) is not torch.nn.Parameter:
@@ -161,7 +168,7 @@ def _detach(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[s
 
 
 _HANDLERS: dict[Any, Handler] = {
-    **dict.fromkeys(_SEEN_WHOLE.values(), _init_function),
+    **dict.fromkeys(_INIT_WITH_MODE.values(), _init_function),
     Tensor.is_meta.__get__: _is_meta,  # type: ignore[attr-defined]
     Tensor.detach: _detach,
     **device_queries.HANDLERS,
@@ -170,15 +177,8 @@ _HANDLERS: dict[Any, Handler] = {
 
 
 def active() -> RecordMode | None:
-    """The recording that is open in this thread, if one is."""
-    return next((mode for mode in reversed(_function_modes()) if isinstance(mode, RecordMode)), None)
-
-
-def _function_modes() -> list[TorchFunctionMode]:
-    from torch.overrides import _get_current_function_mode_stack
-
-    modes: list[TorchFunctionMode] = _get_current_function_mode_stack()
-    return modes
+    """Return the recording that is open in this thread, or ``None``."""
+    return next((mode for mode in reversed(get_current_function_mode_stack()) if isinstance(mode, RecordMode)), None)
 
 
 @contextmanager
@@ -186,10 +186,10 @@ def recorded_build(rng: Rng = "per_op") -> Iterator[None]:
     """Record what is built in this block; a block inside another one continues the outer recording.
 
     Args:
-        rng: how random numbers will be drawn at replay; see :func:`fabric_init.deferred_init`.
+        rng: How random numbers are drawn at replay; see :func:`fabric_init.deferred_init`.
 
     Raises:
-        RecordingError: in the block, when a constructor does something that cannot be recorded.
+        RecordingError: A constructor in the block does something that cannot be recorded.
     """
     check_rng(rng)
     if active() is not None:

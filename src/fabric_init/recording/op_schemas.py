@@ -1,4 +1,4 @@
-"""Facts about operators that recording and replay both need, read off their schemas and looked up once."""
+"""Properties of operators that recording and replay need, derived from their schemas and cached."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tag
-from torch._ops import OpOverload
+
+from fabric_init._torch_internals import OpOverload
 
 Func = Callable[..., Any]
 
@@ -34,11 +35,11 @@ INIT_FUNCTIONS: dict[str, Func] = {
 """The functions of ``torch.nn.init`` that fill a tensor. Each is recorded as one call."""
 
 DRAWS_FROM_DEFAULT = frozenset({"sparse_"})
-"""Init functions that draw from torch's default generator even when they are given one (torch 2.13)."""
+"""Init functions that draw from torch's default generator even if called with ``generator=`` (torch 2.13)."""
 
 _FIXED_INIT = frozenset({"constant_", "ones_", "zeros_", "eye_", "dirac_"})
 
-# In-place ops whose target's old value does not matter.
+# In-place ops whose result does not depend on the target's old values.
 _OVERWRITING = frozenset(
     {
         "aten::fill_",
@@ -55,7 +56,7 @@ _OVERWRITING = frozenset(
     }
 )
 
-# Factories that promise no values: they make a storage and write nothing.
+# Factories of uninitialized memory: they write nothing, so they are not recorded as ops.
 _UNFILLED = frozenset(
     {
         "aten::empty",
@@ -68,22 +69,22 @@ _UNFILLED = frozenset(
 )
 
 
-# Factories whose result is contiguous, of the size that is their first argument, in the dtype asked for or the default
-# one: no need to ask the meta kernel, which is Python and slow.
+# Factories whose result is contiguous, with their first argument as its size and the requested or default dtype. For
+# these the recorder skips the meta kernel, which is Python and slow.
 PLAIN_FACTORIES = frozenset({"aten::ones", "aten::zeros", "aten::rand", "aten::randn"})
 
 
 _COPIES = frozenset({"aten::clone", "aten::copy_", "aten::_to_copy"})
 
-# Factories that look at a tensor's shape, dtype and device, but at none of its values.
+# Factories that read a tensor's shape, dtype and device, but not its values.
 _SHAPE_ONLY = frozenset(
     {f"aten::{name}_like" for name in ("zeros", "ones", "full", "rand", "randn", "randint")}
     | {f"aten::new_{name}" for name in ("zeros", "ones", "full")}
 )
 
 
-# Written, though the schemas do not say so.
-_WRITTEN_UNSAID = {
+# Arguments that these ops write although their schemas do not mark them.
+_WRITTEN_UNMARKED = {
     name: ((3, "running_mean"), (4, "running_var"))
     for name in ("aten::native_batch_norm", "aten::cudnn_batch_norm", "aten::miopen_batch_norm")
 }
@@ -96,7 +97,7 @@ INDEXES = frozenset(
 
 
 class Traits(NamedTuple):
-    """What an aten operator does, as far as recording cares."""
+    """The properties of an aten operator that recording depends on."""
 
     name: str
     written: tuple[tuple[int, str], ...]  # (position, name) of the arguments that it writes
@@ -104,7 +105,7 @@ class Traits(NamedTuple):
     takes_generator: bool
     takes_dtype: bool
     unfilled: bool
-    plain_fill: bool  # writes its first argument and needs no shape check: the meta kernel need not run
+    plain_fill: bool  # overwrites its only tensor argument: no shape to compute, so no meta kernel to run
     random: bool
     data_dependent: bool
     changes_geometry: bool
@@ -113,13 +114,14 @@ class Traits(NamedTuple):
 
 @cache
 def traits(func: OpOverload) -> Traits:
+    """Return the properties of ``func``."""
     schema = func._schema
     written = tuple(
         (position, argument.name)
         for position, argument in enumerate(schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     )
-    written += _WRITTEN_UNSAID.get(schema.name, ())
+    written += _WRITTEN_UNMARKED.get(schema.name, ())
     tensors = sum("Tensor" in str(argument.type) for argument in schema.arguments)
     return Traits(
         name=schema.name,
@@ -138,7 +140,7 @@ def traits(func: OpOverload) -> Traits:
 
 @cache
 def overwrites(func: Func) -> bool:
-    """Whether the tensors that ``func`` writes in place get values that do not depend on their old ones."""
+    """Return whether the tensors that ``func`` writes in place get values independent of their old ones."""
     if not isinstance(func, OpOverload):
         return True  # an init function
     schema = func._schema
@@ -147,31 +149,31 @@ def overwrites(func: Func) -> bool:
 
 @cache
 def pointwise(func: Func) -> bool:
-    """Whether each element that ``func`` gives depends on the same element of what it reads."""
+    """Return whether each element of ``func``'s result depends only on the same element of its inputs."""
     return isinstance(func, OpOverload) and Tag.pointwise in func.tags
 
 
 @cache
 def is_cast(func: Func) -> bool:
-    """Whether ``func`` makes a new tensor of another dtype, device or memory layout."""
+    """Return whether ``func`` makes a new tensor with another dtype, device or memory layout."""
     return isinstance(func, OpOverload) and func._schema.name == "aten::_to_copy"
 
 
 @cache
 def only_copies(func: Func) -> bool:
-    """Whether ``func`` gives the values of what it reads, as they are or cast."""
+    """Return whether ``func`` copies the values that it reads, possibly with a cast."""
     return isinstance(func, OpOverload) and func._schema.name in _COPIES
 
 
 @cache
 def asks_shape_only(func: Func) -> bool:
-    """Whether ``func`` takes tensors without needing their values."""
+    """Return whether ``func`` reads only the metadata of its tensors, not their values."""
     return isinstance(func, OpOverload) and func._schema.name in _SHAPE_ONLY
 
 
 @cache
 def written_arguments(func: Func) -> tuple[frozenset[int], frozenset[str]]:
-    """The positions and the names of the arguments that ``func`` writes in place."""
+    """Return the positions and the names of the arguments that ``func`` writes in place."""
     if not isinstance(func, OpOverload):
         return frozenset({0}), frozenset({"tensor"})
     written = traits(func).written
@@ -180,7 +182,7 @@ def written_arguments(func: Func) -> tuple[frozenset[int], frozenset[str]]:
 
 @cache
 def is_random(func: Func) -> bool:
-    """Whether ``func`` draws random numbers."""
+    """Return whether ``func`` draws random numbers."""
     if isinstance(func, OpOverload):
         return traits(func).random
     return func.__name__ not in _FIXED_INIT
@@ -188,7 +190,7 @@ def is_random(func: Func) -> bool:
 
 @cache
 def with_generator(func: Func) -> Func | None:
-    """``func``, or the overload of it, that takes a ``generator``; ``None`` if there is none."""
+    """Return ``func`` or its overload that takes a ``generator``, or ``None`` if there is none."""
     if not isinstance(func, OpOverload):
         return None if func.__name__ in DRAWS_FROM_DEFAULT else func
     names = [argument.name for argument in func._schema.arguments]

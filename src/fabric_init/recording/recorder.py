@@ -1,11 +1,6 @@
-"""Sees every aten op of the constructor, however it was reached, moves it to the meta device and writes the tape.
+"""The recorder: a dispatch mode that runs the constructor's aten ops on the meta device and writes them to the tape.
 
-An op goes one of four ways:
-
-- it makes tensors, or touches recorded ones: it runs on the meta device (shapes alone) and is written down;
-- its result depends on values (``.item()``, ``nonzero``): it runs on the true values, replayed for that tensor alone;
-- it writes into a real tensor: it runs for real, now;
-- it touches real tensors only: it just runs.
+Which op is recorded and which runs for real is laid down in [Note: what is recorded], ``recording/__init__.py``.
 """
 
 from __future__ import annotations
@@ -17,9 +12,9 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import Self
 
+from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, TorchDispatchMode
 from fabric_init.errors import RecordingError
 from fabric_init.recording.call_site import caller, init_call
 from fabric_init.recording.meta_kernels import (
@@ -36,14 +31,20 @@ from fabric_init.recording.meta_kernels import (
 from fabric_init.recording.op_schemas import DRAWS_FROM_DEFAULT, INIT_FUNCTIONS, Func, is_random, traits
 from fabric_init.recording.replay import real_execution, storage_now, view
 from fabric_init.recording.rng import Streams
-from fabric_init.recording.tape import Draw, Recorded, Tape, TensorRef, begin, ref_of
+from fabric_init.recording.storage_tags import Recorded, begin, ref_of
+from fabric_init.recording.tape import Draw, Tape, TensorRef
 from fabric_init.recording.tensor import ASKS_DEVICE, RecordedTensor, follow_meta, meta_of, recorded, recorded_tensor
 
 _CPU = torch.device("cpu")
 
 
 class Recorder(TorchDispatchMode):
-    """Writes one tape. Ops on recorded tensors run on the meta device; ops on real tensors alone just run."""
+    """Dispatch mode that writes one tape.
+
+    Args:
+        tape: The tape to write.
+        agree: Maps the seed of this process to the one that all ranks use.
+    """
 
     def __init__(self, tape: Tape, agree: Callable[[int], int] = int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -51,16 +52,16 @@ class Recorder(TorchDispatchMode):
         self.exact = tape.rng == "eager"
         self._agree = agree
         self.streams: Streams | None = None
-        self._asked: torch.device | None = None  # a device that has to be named to torch as meta
+        self._intended_device: torch.device | None = None  # a device that has to be named to torch as meta
         self.recognizes_init_calls = True
-        self._call: FrameType | None = None  # the init function that is recorded already, while its ops come in
+        self._running_init: FrameType | None = None  # the init function that is recorded already, while its ops come in
 
     def __repr__(self) -> str:
         return f"<Recorder: {self.tape.summary()}>"
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nobody compiles a constructor, and torch's wrapper for it would import the whole of dynamo
+        return False  # constructors are not compiled, and torch's wrapper that skips dynamo would import all of it
 
     def __enter__(self) -> Self:
         with real_execution():
@@ -72,7 +73,7 @@ class Recorder(TorchDispatchMode):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
-        self._call = None
+        self._running_init = None
         assert self.streams is not None
         with real_execution():
             self.streams.close()
@@ -82,70 +83,72 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         if func is ASKS_DEVICE:
             return args[0].device
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             return self.record_op(func, args, dict(kwargs) if kwargs else {})
 
     @contextmanager
-    def asked_for(self, device: torch.device) -> Iterator[None]:
-        """In it, memory that is asked for on meta is meant for ``device``."""
-        before, self._asked = self._asked, device
+    def intended_device(self, device: torch.device) -> Iterator[None]:
+        """Record memory that is allocated on meta inside this context as meant for ``device``."""
+        before, self._intended_device = self._intended_device, device
         try:
             yield
         finally:
-            self._asked = before
+            self._intended_device = before
 
     # -- ops ---------------------------------------------------------------------------------------------------------
 
     def record_op(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        does = traits(func)
-        if does.plain_fill and (target := self.lookup(args[0])) is not None and target.memory is None:
+        op_traits = traits(func)
+        if op_traits.plain_fill and (target := self.lookup(args[0])) is not None and target.memory is None:
             return self._fill(func, args, kwargs)
         tensors = list(tensors_in((args, kwargs.values())))
-        known = [found for tensor in tensors if (found := self.lookup(tensor)) is not None]
-        if any(found.memory is not None for found in known):
+        recordings = [recording for tensor in tensors if (recording := self.lookup(tensor)) is not None]
+        if any(recording.memory is not None for recording in recordings):
             return self._with_memory(func, args, kwargs)
-        if not known:
-            if tensors and not (does.unfilled and kwargs.get("device") is not None):
+        if not recordings:
+            if tensors and not (op_traits.unfilled and kwargs.get("device") is not None):
                 return self._untracked(func, args, kwargs, tensors)
-            if not does.has_device:
+            if not op_traits.has_device:
                 return func(*args, **kwargs)
-        if does.has_device and kwargs.get("device") == META:
-            # torch's own code asking for memory beside a tensor that it takes to be on meta; what model code makes on
-            # the meta device by name does not come here
-            kwargs["device"] = self._asked or (known[0].device if known else torch.get_default_device())
-        if does.name == "aten::set_" and len(args) > 1 and isinstance(args[1], torch.UntypedStorage):
+        if op_traits.has_device and kwargs.get("device") == META:
+            # torch's own code allocates next to a recorded tensor, which it takes to be on meta. Model code that asks
+            # for the meta device by name does not get here.
+            kwargs["device"] = self._intended_device or (
+                recordings[0].device if recordings else torch.get_default_device()
+            )
+        if op_traits.name == "aten::set_" and len(args) > 1 and isinstance(args[1], torch.UntypedStorage):
             return self._set_storage(args)
         written = written_tensors(func, args, kwargs)
-        if does.name == "aten::_cudnn_rnn_flatten_weight":
-            return args[0][0]  # a matter of real memory: done when the weights are there
-        if does.data_dependent:
-            return self._with_true_values(func, args, kwargs, known)
+        if op_traits.name == "aten::_cudnn_rnn_flatten_weight":
+            return args[0][0]  # concerns real memory only: done once the weights have some
+        if op_traits.data_dependent:
+            return self._with_true_values(func, args, kwargs, recordings)
         if any(self.lookup(tensor) is None for tensor in written):
-            return func(*self._real(args), **self._real(kwargs))  # into a real tensor: with true values, now
+            return func(*self._real(args), **self._real(kwargs))  # writes a real tensor: run it now
 
         frame = sys._getframe(2)
-        call = init_call(frame) if self.recognizes_init_calls and (known or does.has_device) else None
-        if call is not None:
-            self.record_init_frame(call)
+        init_frame = init_call(frame) if self.recognizes_init_calls and (recordings or op_traits.has_device) else None
+        if init_frame is not None:
+            self.record_init_frame(init_frame)
         try:
             result = self._on_meta(func, args, kwargs)
-        except (NotImplementedError, RuntimeError):  # if it is a real error, torch raises it again on true values
-            return self._with_true_values(func, args, kwargs, known)
+        except (NotImplementedError, RuntimeError):  # if the op itself is wrong, torch raises again on true values
+            return self._with_true_values(func, args, kwargs, recordings)
         if not all(is_dense(tensor) for tensor in tensors_in((result,))):
-            with real_execution():  # the tape knows dense memory alone: this one is real from the start
+            with real_execution():  # the tape only describes strided memory, so a sparse tensor is real at once
                 return func(*self._real(args), **self._real(kwargs))
-        if call is None or call is not self._call:  # else its ops are part of the recorded call
-            self._record(func, args, kwargs, known, written, result, frame)
-        return self._wrapped(result, tensors, known, kwargs)
+        if init_frame is None or init_frame is not self._running_init:  # else its ops are part of the recorded call
+            self._record(func, args, kwargs, recordings, written, result, frame)
+        return self._wrapped(result, tensors, recordings, kwargs)
 
     def _fill(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        """An in-place fill: most init comes down to one, and its meta kernel has nothing to say."""
+        """Record an in-place fill without running its meta kernel: it changes no shape, and most init ends in one."""
         frame = sys._getframe(3)
         target: torch.Tensor = args[0]
-        call = init_call(frame) if self.recognizes_init_calls else None
-        if call is not None:
-            self.record_init_frame(call)
-        if call is None or call is not self._call:
+        init_frame = init_call(frame) if self.recognizes_init_calls else None
+        if init_frame is not None:
+            self.record_init_frame(init_frame)
+        if init_frame is None or init_frame is not self._running_init:
             ref = self.ref(target)
             self.add(func, (ref, *args[1:]), kwargs, (ref,), (), frame)
         return target
@@ -155,35 +158,35 @@ class Recorder(TorchDispatchMode):
         func: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        known: list[Recorded],
+        recordings: list[Recorded],
         written: list[torch.Tensor],
         result: Any,
         frame: FrameType | None,
     ) -> None:
-        does = traits(func)
-        if does.changes_geometry and does.name != "aten::resize_":
+        op_traits = traits(func)
+        if op_traits.changes_geometry and op_traits.name != "aten::resize_":
             return
-        if does.unfilled and not known:  # module.to_empty(device), of a module that was made on meta
+        if op_traits.unfilled and not recordings:  # module.to_empty(device), for a module on meta
             for tensor in tensors_in((result,)):
                 begin(tensor, self.tape, torch.device(kwargs.get("device") or _CPU))
             return
-        inputs = self._refs(args), self._refs(kwargs)  # before the outputs are known: an op does not read its result
-        device = kwargs.get("device") or (known[0].device if known else _CPU)
+        inputs = self._refs(args), self._refs(kwargs)  # before the outputs have numbers: an op does not read its result
+        device = kwargs.get("device") or (recordings[0].device if recordings else _CPU)
         outputs = tuple(
             self.new_storage(tensor, torch.device(device))
             for tensor in tensors_in((result,))
             if self.lookup(tensor) is None
         )
-        if does.unfilled or not (outputs or written):
+        if op_traits.unfilled or not (outputs or written):
             return
         default_dtype = None
         if outputs and outputs[0].dtype.is_floating_point and kwargs.get("dtype") is None:
-            if does.takes_dtype and not known:
-                inputs[1]["dtype"] = outputs[0].dtype  # torch's default dtype may be another one at replay
+            if op_traits.takes_dtype and not recordings:
+                inputs[1]["dtype"] = outputs[0].dtype  # torch's default dtype may differ at replay
             elif not any(t.is_floating_point() or t.is_complex() for t in tensors_in((args, kwargs.values()))):
                 default_dtype = torch.get_default_dtype()
         targets = tuple(self.ref(tensor) for tensor in written)
-        if does.name == "aten::resize_":
+        if op_traits.name == "aten::resize_":
             for tensor in written:
                 self._grow(tensor)
         self.add(func, *inputs, targets, outputs, frame, default_dtype)
@@ -198,7 +201,7 @@ class Recorder(TorchDispatchMode):
         frame: FrameType | None,
         default_dtype: torch.dtype | None = None,
     ) -> None:
-        """Write one op to the tape, with its place in the random streams. torch's modes must be off or popped."""
+        """Write one op to the tape, with its position in the random streams. torch's modes must be off."""
         if not is_random(func):
             self.tape.add_op(func, args, kwargs, targets, outputs, None, caller(frame), default_dtype)
             return
@@ -209,51 +212,55 @@ class Recorder(TorchDispatchMode):
         number = self.tape.add_op(func, args, kwargs, targets, outputs, draw, caller(frame), default_dtype)
         streams.drawn(number)
 
-    def add_init(self, func: Func, tensor: torch.Tensor, rest: dict[str, Any], frame: FrameType | None) -> None:
+    def add_init(self, func: Func, tensor: torch.Tensor, options: dict[str, Any], frame: FrameType | None) -> None:
         """Write a whole ``torch.nn.init`` call to the tape."""
         ref = self.ref(tensor)
-        if any(isinstance(value, torch.Tensor) for value in rest.values()):  # eager code reads their values now
-            rest = {name: self._real(v).item() if isinstance(v, torch.Tensor) else v for name, v in rest.items()}
-        self.add(func, (ref,), rest, (ref,), (), frame)
+        if any(isinstance(value, torch.Tensor) for value in options.values()):  # plain PyTorch reads their values now
+            options = {name: self._real(v).item() if isinstance(v, torch.Tensor) else v for name, v in options.items()}
+        self.add(func, (ref,), options, (ref,), (), frame)
 
     def record_init_frame(self, frame: FrameType) -> None:
-        if frame is self._call:
+        """Record the running init function of ``frame`` as one op, with its arguments, unless that was done already."""
+        if frame is self._running_init:
             return
-        self._call = None
+        self._running_init = None
         values = dict(frame.f_locals)
         code = frame.f_code
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         tensor = values[names[0]]
         if code.co_name in DRAWS_FROM_DEFAULT and values.get("generator") is not None:
-            return  # two generators in one call: its ops are recorded one by one
+            return  # draws from two generators: its ops are recorded one by one
         if isinstance(tensor, torch.Tensor) and self.lookup(tensor) is not None:
             self.add_init(INIT_FUNCTIONS[code.co_name], tensor, {name: values[name] for name in names[1:]}, frame)
-            self._call = frame
+            self._running_init = frame
 
     # -- tensors -----------------------------------------------------------------------------------------------------
 
     def lookup(self, tensor: torch.Tensor) -> Recorded | None:
-        """The recording behind ``tensor``; a tensor of an earlier block brings its history along."""
-        found = recorded(tensor)
-        if found is not None and found.first_tape is not self.tape and (tape := found.tape) is not self.tape:
-            tape.join(self.tape)
-        return found
+        """Return the recording of ``tensor``; join the tape of an earlier block to this one first."""
+        recording = recorded(tensor)
+        if recording is not None and recording.first_tape is not self.tape:
+            tape = recording.tape
+            if tape is not self.tape:
+                tape.join(self.tape)
+        return recording
 
     def ref(self, tensor: torch.Tensor) -> TensorRef:
-        found = self.lookup(tensor)
-        assert found is not None
-        return ref_of(meta_of(tensor), found.storage)
+        recording = self.lookup(tensor)
+        assert recording is not None
+        return ref_of(meta_of(tensor), recording.storage)
 
     def constant(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A recorded tensor whose value is the real ``tensor``'s."""
-        with torch._C._DisableTorchDispatch():
+        """Return a new recorded tensor with the value of the real ``tensor``."""
+        with DisableTorchDispatch():
             meta = dense(like_on_meta(tensor))
         ref = self.new_storage(meta, tensor.device)
-        value = self.tape.bring(tensor)
+        value = self.tape.add_constant(tensor)
         self.tape.add_op(torch.ops.aten.clone.default, (value,), {}, (), (ref,), None, caller(sys._getframe(1)))
         return recorded_tensor(meta, tensor.device)
 
     def new_storage(self, tensor: torch.Tensor, device: torch.device) -> TensorRef:
+        """Start recording the storage of ``tensor``, meant for ``device``; return the reference to it."""
         return ref_of(tensor, begin(tensor, self.tape, device))
 
     def constant_value(self, value: torch.Tensor) -> torch.Tensor:
@@ -261,30 +268,34 @@ class Recorder(TorchDispatchMode):
         return value.detach().clone()
 
     def _grow(self, tensor: torch.Tensor) -> None:
-        found = self.lookup(tensor)
-        assert found is not None
-        info = self.tape.storages[found.storage]
-        self.tape.storages[found.storage] = info._replace(nbytes=meta_of(tensor).untyped_storage().nbytes())
+        recording = self.lookup(tensor)
+        assert recording is not None
+        info = self.tape.storages[recording.storage]
+        self.tape.storages[recording.storage] = info._replace(nbytes=meta_of(tensor).untyped_storage().nbytes())
 
     def _refs(self, value: Any) -> Any:
-        """``value`` with tensors replaced by what the tape may hold."""
+        """Return ``value`` with tensors replaced by references and constants.
+
+        Raises:
+            RecordingError: A tensor is on meta and not recorded, so it has no values.
+        """
         if isinstance(value, torch.Tensor):
             if self.lookup(value) is not None:
                 return self.ref(value)
             if value.is_meta:
                 raise RecordingError(
-                    f"an op reads a meta tensor of shape {tuple(value.shape)} that was made outside this block and has "
-                    "no values; build it inside the block, or give it real memory first"
+                    f"A recorded op reads a meta tensor of shape {tuple(value.shape)} that has no values, because it "
+                    "was created outside this block. Create it inside the block, or on a real device."
                 )
-            with torch._C._DisableTorchDispatch():
-                return self.tape.bring(self.constant_value(value))
+            with DisableTorchDispatch():
+                return self.tape.add_constant(self.constant_value(value))
         if type(value) is dict:
             return {name: self._refs(item) for name, item in value.items()}
         if type(value) in (list, tuple):
             return type(value)([self._refs(item) for item in value])
         return value
 
-    # -- three ways to run an op -------------------------------------------------------------------------------------
+    # -- running an op: on meta, on true values, on real tensors -----------------------------------------------------
 
     def _on_meta(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def meta(value: Any) -> Any:
@@ -313,8 +324,8 @@ class Recorder(TorchDispatchMode):
         given: dict[int, torch.Tensor] = {}
 
         def real(tensor: torch.Tensor) -> torch.Tensor:
-            found = self.lookup(tensor)
-            if found is None or found.memory is None:
+            recording = self.lookup(tensor)
+            if recording is None or recording.memory is None:
                 return tensor
             value: torch.Tensor = self.tape.later.value(tensor, "be read")
             given[id(value)] = tensor
@@ -324,25 +335,27 @@ class Recorder(TorchDispatchMode):
         result = self.record_op(func, real_args, real_kwargs)
         return map_tensors(result, lambda tensor: given.get(id(tensor), tensor))
 
-    def _with_true_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], known: list[Recorded]) -> Any:
+    def _with_true_values(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], recordings: list[Recorded]
+    ) -> Any:
         """Run ``func`` on the values that its arguments would have by now; tensors that come out are recorded."""
         with real_execution(), _generator_kept(func, kwargs):  # a recorded draw is made by replay, not here
             real = func(*self._real(args), **self._real(kwargs))
             if not any(True for _ in tensors_in((real,))) or not all(is_dense(t) for t in tensors_in((real,))):
                 return real
             result = map_tensors(real, like_on_meta)
-        self._record(func, args, kwargs, known, written_tensors(func, args, kwargs), result, sys._getframe(2))
-        return self._wrapped(result, (), known, kwargs)
+        self._record(func, args, kwargs, recordings, written_tensors(func, args, kwargs), result, sys._getframe(2))
+        return self._wrapped(result, (), recordings, kwargs)
 
-    def _wrapped(self, result: Any, tensors: Iterable[torch.Tensor], known: list[Recorded], kwargs: Any) -> Any:
+    def _wrapped(self, result: Any, tensors: Iterable[torch.Tensor], recordings: list[Recorded], kwargs: Any) -> Any:
         """What an op on meta tensors has returned, as recorded tensors: those that were passed in stay themselves."""
         passed = {id(meta_of(tensor)): tensor for tensor in tensors}
 
         def wrapped(meta: torch.Tensor) -> torch.Tensor:
             tensor = passed.get(id(meta))
             if tensor is None:
-                found = recorded(meta)
-                return meta if found is None else recorded_tensor(meta, found.device)
+                recording = recorded(meta)
+                return meta if recording is None else recorded_tensor(meta, recording.device)
             if isinstance(tensor, RecordedTensor) and (
                 meta.size() != tensor.size() or meta.stride() != tensor.stride()
             ):
@@ -352,7 +365,7 @@ class Recorder(TorchDispatchMode):
         return map_tensors(result, wrapped)
 
     def _set_storage(self, args: tuple[Any, ...]) -> Any:
-        """``t.set_(storage, …)``: how ``torch.load`` puts tensors together."""
+        """Run ``t.set_(storage, …)``, which is how ``torch.load`` builds tensors."""
         if args[1].device.type == "meta":
             torch.ops.aten.set_.source_Storage_storage_offset(meta_of(args[0]), *args[1:])
             return self._followed(args[0])
@@ -369,7 +382,8 @@ class Recorder(TorchDispatchMode):
     def _untracked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
         if not traits(func).random or any(tensor.is_meta for tensor in tensors) or kwargs.get("generator") is not None:
             return func(*args, **kwargs)
-        # Random numbers into real memory: a recorded stand-in draws at this place of the stream, and is looked at.
+        # Random numbers for real memory have to be those of this position in the stream: record the op on stand-ins,
+        # then copy their true values.
         stand_ins = {id(tensor): self.constant(tensor.detach().clone()) for tensor in tensors}
         swapped_args, swapped_kwargs = map_tensors((args, kwargs), lambda tensor: stand_ins[id(tensor)])
         result = self.record_op(func, swapped_args, swapped_kwargs)
@@ -389,12 +403,12 @@ class Recorder(TorchDispatchMode):
 
     def true_value(self, tensor: torch.Tensor) -> torch.Tensor:
         """What the constructor would find in ``tensor`` at this point, as a real tensor. Replays that tensor alone."""
-        found = self.lookup(tensor)
-        assert found is not None
-        if found.memory is not None or self.tape.later.waiting.missing([found.storage]):
+        recording = self.lookup(tensor)
+        assert recording is not None
+        if recording.memory is not None or self.tape.later.waiting.missing([recording.storage]):
             value: torch.Tensor = self.tape.later.value(tensor, "be read")  # of an earlier block: it may wait
             return value
-        memory, random = storage_now(self.tape, found.storage, exact=self.exact)
+        memory, random = storage_now(self.tape, recording.storage, exact=self.exact)
         if random:
             self.tape.sealed_rng = self.tape.rng
         with real_execution():

@@ -1,9 +1,9 @@
-"""Run recorded ops for real: the last rule that wrote a tensor, once, with its own random numbers."""
+"""Replay: run the live ops of a tape on real memory, with the random numbers that were recorded for them."""
 
 from __future__ import annotations
 
 import threading
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, conj_view, neg_view
+from fabric_init.recording.liveness import covers, is_final, live_ops
 from fabric_init.recording.op_schemas import overwrites, with_generator
-from fabric_init.recording.rng import derived_seed
+from fabric_init.recording.replay_rng import ReplayStreams
 from fabric_init.recording.tape import Constant, Op, Tape, TensorRef
 
 _default_generator_lock = threading.Lock()
@@ -20,8 +22,8 @@ _default_generator_lock = threading.Lock()
 
 @contextmanager
 def real_execution() -> Iterator[None]:
-    """No mode of anybody's between us and the kernels: whatever runs inside runs for real, and without autograd."""
-    with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), torch.no_grad():
+    """Switch off all dispatch and function modes, ours and the user's, and autograd: ops inside reach their kernels."""
+    with DisableTorchDispatch(), DisableTorchFunction(), torch.no_grad():
         yield
 
 
@@ -33,7 +35,7 @@ def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
     if dtype is None or dtype == torch.get_default_dtype():
         yield
         return
-    with _default_dtype_lock:  # the default dtype is the whole process's
+    with _default_dtype_lock:  # the default dtype is global to the process
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
@@ -43,61 +45,18 @@ def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def view(storage: torch.UntypedStorage, ref: TensorRef) -> torch.Tensor:
-    """The tensor that ``ref`` describes, on real memory."""
+    """Return the tensor that ``ref`` describes, on real memory."""
     tensor = torch.empty(0, dtype=ref.dtype, device=storage.device)
     tensor.set_(storage, ref.offset, ref.size, ref.stride)
     if ref.conj:
-        tensor = torch._conj(tensor)
+        tensor = conj_view(tensor)
     if ref.neg:
-        tensor = torch._neg_view(tensor)
+        tensor = neg_view(tensor)
     return tensor
 
 
-class _Draws:
-    """Generators for the random ops of one replay, positioned as recorded."""
-
-    def __init__(self, tape: Tape, ops: Iterable[Op], *, exact: bool) -> None:
-        self._tape = tape
-        self._exact = exact
-        followers = Counter(op.draw.previous for op in ops if op.draw is not None)
-        self._branches = {previous for previous, count in followers.items() if count > 1}
-        self._saved: dict[int, dict[torch.device, torch.Tensor]] = {}
-        self._generators: dict[int, dict[torch.device, torch.Generator]] = {}
-        self._last: dict[int, int | None] = {}
-
-    def generator(self, op: Op, device: torch.device) -> torch.Generator:
-        draw = op.draw
-        assert draw is not None
-        stream = self._tape.streams[draw.stream]
-        if not (stream.exact or self._exact):
-            return torch.Generator(device).manual_seed(derived_seed(stream.seed, draw.position))
-        if draw.stream not in self._last or self._last[draw.stream] != draw.previous:
-            states = stream.states if draw.previous is None else self._saved[draw.previous]
-            self._generators[draw.stream] = {where: _from_state(where, state) for where, state in states.items()}
-        generators = self._generators[draw.stream]
-        if device not in generators:  # the stream never saw this device: as a fresh process would seed it
-            generators[device] = torch.Generator(device).manual_seed(stream.seed)
-        return generators[device]
-
-    def drawn(self, op: Op) -> None:
-        draw = op.draw
-        assert draw is not None
-        self._last[draw.stream] = op.number
-        if op.number in self._branches:
-            self._saved[op.number] = self.states(draw.stream)
-
-    def states(self, stream: int) -> dict[torch.device, torch.Tensor]:
-        return {device: generator.get_state() for device, generator in self._generators.get(stream, {}).items()}
-
-
-def _from_state(device: torch.device, state: torch.Tensor) -> torch.Generator:
-    generator = torch.Generator(device)
-    generator.set_state(state)
-    return generator
-
-
 class _Execution:
-    """Runs ops in order on real memory, and lets go of a storage after its last use."""
+    """One run of ops, in recorded order, on real memory. Frees a storage after its last use."""
 
     def __init__(
         self,
@@ -107,15 +66,15 @@ class _Execution:
         to: Place,
         *,
         exact: bool,
-        given: Mapping[int, torch.UntypedStorage] | None = None,
+        inputs: Mapping[int, torch.UntypedStorage] | None = None,
     ) -> None:
         self._tape = tape
         self._ops = [tape.ops[index] for index in sorted(indices)]
         self._keep = keep
         self._to = to
-        self._given = given or {}
+        self._inputs = inputs or {}
         self._memory: dict[int, torch.UntypedStorage] = {}
-        self.draws = _Draws(tape, self._ops, exact=exact)
+        self.draws = ReplayStreams(tape, self._ops, exact=exact)
 
     def run(self) -> dict[int, torch.UntypedStorage]:
         last_use: dict[int, int] = {}
@@ -141,13 +100,14 @@ class _Execution:
         return storage
 
     def _run(self, op: Op) -> None:
-        whole = {ref.storage for ref in op.targets if self._tape.covers(ref)} if overwrites(op.func) else set()
+        # memory that this op overwrites completely need not be zeroed first
+        overwritten = {ref.storage for ref in op.targets if covers(self._tape, ref)} if overwrites(op.func) else set()
 
         def real(value: Any) -> Any:
             if isinstance(value, TensorRef):
-                if value.storage in self._given and self._tape.is_final(value.storage, op.number):
-                    return view(self._given[value.storage], value)
-                return view(self._storage(value.storage, zeroed=value.storage not in whole), value)
+                if value.storage in self._inputs and is_final(self._tape, value.storage, op.number):
+                    return view(self._inputs[value.storage], value)
+                return view(self._storage(value.storage, zeroed=value.storage not in overwritten), value)
             if isinstance(value, Constant):
                 tensor = value.tensor
                 return tensor if tensor.dim() == 0 else tensor.to(self._to(tensor.device))
@@ -172,7 +132,7 @@ class _Execution:
         func = with_generator(op.func)
         if func is not None:
             result = func(*args, **{**kwargs, "generator": generator})
-        else:  # the op knows the default generator alone
+        else:  # the op takes no generator and draws from the default one
             default = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
             with _default_generator_lock:
                 before = default.get_state()
@@ -209,19 +169,20 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
-_WORTH_A_THREAD = 1 << 20  # bytes; below it, starting threads takes longer than filling
+_MIN_THREADED_BYTES = 1 << 20  # below it, starting threads takes longer than filling
 
 Place = Callable[[torch.device], torch.device]
-"""Where memory that was recorded for a device is to be."""
+"""Maps the device that memory was recorded for to the device that replay allocates it on."""
 
 
 def as_recorded(device: torch.device) -> torch.device:
+    """Return ``device``: the placement that the constructor asked for."""
     return device
 
 
 def storage_now(tape: Tape, storage: int, *, exact: bool) -> tuple[torch.UntypedStorage, bool]:
-    """The storage as the constructor would find it at this point, and whether random numbers went into it."""
-    live = tape.live([storage], exact=exact)
+    """Return the current value of ``storage``, and whether it depends on random numbers."""
+    live = live_ops(tape, [storage], exact=exact)
     with real_execution():
         memory = _Execution(tape, live, {storage}, as_recorded, exact=exact).run()[storage]
     return memory, any(tape.ops[index].draw is not None for index in live)
@@ -230,19 +191,27 @@ def storage_now(tape: Tape, storage: int, *, exact: bool) -> tuple[torch.Untyped
 def replay_with(
     tape: Tape,
     storage: int,
-    given: Mapping[int, torch.UntypedStorage],
+    inputs: Mapping[int, torch.UntypedStorage],
     *,
     exact: bool,
     to: Place = as_recorded,
 ) -> torch.UntypedStorage:
-    """``storage`` as the constructor would compute it, had the storages ``given`` ended up with these values."""
-    live = tape.live([storage], exact=exact, given=given)
+    """Return the value that the constructor's code computes for ``storage`` from other values of some storages.
+
+    Args:
+        tape: The recording.
+        storage: The number of the storage to compute.
+        inputs: Storage number → the memory to read instead of that storage's last recorded value.
+        exact: As in :func:`replay`.
+        to: As in :func:`replay`.
+    """
+    live = live_ops(tape, [storage], exact=exact, inputs=inputs)
     with real_execution():
-        return _Execution(tape, live, {storage}, to, exact=exact, given=given).run()[storage]
+        return _Execution(tape, live, {storage}, to, exact=exact, inputs=inputs).run()[storage]
 
 
 def _groups(tape: Tape, storages: Iterable[int], *, exact: bool) -> list[tuple[set[int], set[int]]]:
-    """Storages that share no op can be replayed apart: pairs of (storages, ops), in the order of recording."""
+    """Partition ``storages`` so that no two groups share a live op; return (storages, ops) pairs in recorded order."""
     owner: dict[int, int] = {}
     parent: dict[int, int] = {}
 
@@ -255,7 +224,7 @@ def _groups(tape: Tape, storages: Iterable[int], *, exact: bool) -> list[tuple[s
     live_of: dict[int, set[int]] = {}
     for storage in storages:
         parent[storage] = storage
-        live = live_of[storage] = tape.live([storage], exact=exact)
+        live = live_of[storage] = live_ops(tape, [storage], exact=exact)
         for index in live:
             other = owner.setdefault(index, storage)
             if other != storage:
@@ -271,16 +240,19 @@ def _groups(tape: Tape, storages: Iterable[int], *, exact: bool) -> list[tuple[s
 def replay(
     tape: Tape, storages: Iterable[int], *, exact: bool, to: Place = as_recorded, threads: int | None = None
 ) -> Iterator[dict[int, torch.UntypedStorage]]:
-    """Give ``storages`` the values that the recorded constructor gives them; yields them as they are done.
+    """Compute the values that the recorded constructor gives ``storages``.
 
     Args:
-        tape: the recording.
-        storages: storage numbers.
-        exact: draw the default random stream in order, dead draws too: bit-identical to eager init. Otherwise each
-            random op has a generator of its own, and only live ops run.
-        to: where memory that was recorded for a device is to be.
-        threads: how many groups of storages to replay at once; values do not depend on it. Default: torch's number
-            of intra-op threads.
+        tape: The recording.
+        storages: Storage numbers.
+        exact: Draw the default random stream in order, including dead draws: bit-identical to eager init. Otherwise
+            each random op has its own generator, and only live ops run.
+        to: The placement: maps each recorded device to the one to allocate on.
+        threads: The number of groups of storages to replay at once; values do not depend on it. Default: torch's
+            number of intra-op threads.
+
+    Yields:
+        Storage number → its memory, for one group of storages at a time, as groups are completed.
     """
     groups = _groups(tape, storages, exact=exact)
 
@@ -288,7 +260,7 @@ def replay(
         with real_execution():
             return _Execution(tape, group[1], group[0], to, exact=exact).run()
 
-    small = sum(tape.storages[storage].nbytes for group in groups for storage in group[0]) < _WORTH_A_THREAD
+    small = sum(tape.storages[storage].nbytes for group in groups for storage in group[0]) < _MIN_THREADED_BYTES
     workers = 1 if small else min(threads or torch.get_num_threads(), len(groups))
     if workers <= 1:
         yield from map(run, groups)
@@ -299,7 +271,7 @@ def replay(
         try:
             for group in todo:
                 running.add(pool.submit(run, group))
-                if len(running) > 2 * workers:  # enough to keep the workers busy; no more memory in flight than that
+                if len(running) > 2 * workers:  # keeps the workers busy and bounds the memory in flight
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     for future in done:
                         yield future.result()

@@ -1,10 +1,21 @@
-"""Where random numbers come from while recording, so that replay can draw them again.
+"""Random streams: which generator state each recorded random op draws from, so that replay draws the same numbers.
 
-Recording draws nothing for a recorded op, yet has to notice when the constructor seeds (``torch.manual_seed``), forks
-(``torch.random.fork_rng``) or rewinds (``set_rng_state``) a generator. So after each recorded random op the generator
-is given a seed of ours, a label for "after that op": a state that carries a known label continues that stream from
-there, any other begins a new, exact stream. When the block ends the generator is put back to where it was, one draw
-on, so that a second block differs from the first.
+[Note: random streams]
+Recording runs no kernel, so a recorded random op does not advance its generator. Yet the constructor may seed it
+(``torch.manual_seed``), fork it (``torch.random.fork_rng``) or rewind it (``set_rng_state``), and the tape has to
+follow. No hook reports these calls, but all of them set the generator's seed. Therefore:
+
+- After each recorded random op the generator is seeded with a number of ours, its *label*, which stands for "after
+  that op". A label is one 64-bit seed, so checking it is cheap.
+- Before the next random op the seed is read. A known label continues its stream after the op that it stands for,
+  which also covers forks and rewinds. Any other seed was set by the constructor: it begins a new stream.
+- A stream that the constructor seeded, and every stream of a generator other than torch's default one, is *exact*:
+  replay draws it in order, bit for bit, in both ``rng`` modes. For ``rng="per_op"`` the default stream is not exact:
+  each op gets a generator seeded from the stream's seed and the op's position in it (:func:`derived_seed`), so dead
+  draws can be skipped and values do not depend on the order of replay.
+- At the end of the block the default generator returns to its first state plus one draw, so that a second block
+  differs from the first, and other generators get a fresh seed, so that they do not repeat the weights' numbers. A
+  generator that the constructor itself has seeded last is not touched.
 """
 
 from __future__ import annotations
@@ -21,7 +32,7 @@ _LAST_63_BITS = (1 << 63) - 1
 
 
 def derived_seed(seed: int, position: int) -> int:
-    """A seed for draw number ``position`` of the stream ``seed``: 63 well mixed bits of both."""
+    """Return the seed for draw number ``position`` of the stream ``seed``: a 63-bit hash of both."""
     digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") & _LAST_63_BITS
 
@@ -34,13 +45,13 @@ def _snapshot(generator: torch.Generator) -> dict[torch.device, torch.Tensor]:
 
 
 def _identity(generator: torch.Generator) -> int:
-    # ops get a new Python object for the generator that they were given
+    # each op receives a new Python object for the same generator
     address: int = generator._cdata  # type: ignore[attr-defined]
     return address
 
 
 class _GeneratorStreams:
-    """The labels that one generator's states carry."""
+    """The streams of one generator, and the labels that identify them: see [Note: random streams]."""
 
     def __init__(
         self, tape: Tape, generator: torch.Generator, *, exact: bool, agree: Callable[[int], int] = int
@@ -63,13 +74,13 @@ class _GeneratorStreams:
         self.generator.manual_seed(self._label)
 
     def draw(self) -> Draw:
-        """The place of the op that is about to be recorded; :meth:`drawn` must follow with the op's number."""
+        """Return the position of the op that is about to be recorded; call :meth:`drawn` with its number next."""
         seed = self.generator.initial_seed()
         if seed != self._label:
-            known = self._labels.get(seed)
-            if known is None:
-                known = Draw(self._tape.add_stream(Stream(True, seed, _snapshot(self.generator))), 0, None)
-            self._next = known
+            position = self._labels.get(seed)
+            if position is None:  # the constructor has seeded the generator
+                position = Draw(self._tape.add_stream(Stream(True, seed, _snapshot(self.generator))), 0, None)
+            self._next = position
         return self._next
 
     def drawn(self, number: int) -> None:
@@ -77,13 +88,13 @@ class _GeneratorStreams:
         self._next = Draw(self._next.stream, self._next.position + 1, number)
         self._mark()
 
-    def touched(self) -> bool:
-        """Whether the constructor has left the generator in a state of its own choosing."""
+    def reseeded(self) -> bool:
+        """Return whether the generator's state is one that the constructor set."""
         return self.generator.initial_seed() not in self._labels
 
 
 class Streams:
-    """All generators of one recording. Call it with torch's modes switched off."""
+    """All generators of one recording. Use it with torch's modes switched off."""
 
     def __init__(self, tape: Tape, *, exact: bool, agree: Callable[[int], int] = int) -> None:
         self._tape = tape
@@ -92,7 +103,7 @@ class Streams:
         self.default_stream = self._default.stream
 
     def of(self, generator: torch.Generator | None) -> _GeneratorStreams:
-        """The streams of ``generator``; ``None`` is torch's default one."""
+        """Return the streams of ``generator``; ``None`` stands for torch's default one."""
         if generator is None or _identity(generator) == _identity(torch.default_generator):
             return self._default
         streams = self._others.get(_identity(generator))
@@ -101,16 +112,16 @@ class Streams:
         return streams
 
     def close(self) -> None:
-        """Put the default generator back, one draw on; give the constructor's own ones a fresh seed.
+        """Restore the default generator, advanced by one draw, and reseed the constructor's own generators.
 
-        Replay will draw on from where those stood; put back, they would later hand out the very numbers that went into
+        Replay draws from the states that those had; if restored, they would later return the numbers that went into
         the weights.
         """
-        if not self._default.touched():
+        if not self._default.reseeded():
             self._default.generator.set_state(self._default.start)
             torch.empty((), dtype=torch.int64).random_(generator=self._default.generator)
         for streams in self._others.values():
-            if not streams.touched():
+            if not streams.reseeded():
                 seed = self._tape.streams[streams.stream].seed
                 streams.generator.manual_seed(derived_seed(seed, -1))
 

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fabric_init._torch_internals import DisableTorchFunction, DisableTorchFunctionSubclass, swap_tensor_impl
 from fabric_init.errors import RecordingError
-from fabric_init.recording.tape import Recorded, recorded_storage
+from fabric_init.recording.storage_tags import Recorded, recorded_storage
 
 _make_subclass = torch.Tensor._make_subclass
 META = torch.device("meta")
@@ -53,7 +54,7 @@ class RecordedTensor(Tensor):
     ) -> Any:
         tensor = first_recorded((args, (kwargs or {}).values()))
         if tensor is None:  # a question about the class
-            with torch._C.DisableTorchFunctionSubclass():
+            with DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         return _later(tensor).function(func, args, kwargs or {})
 
@@ -112,7 +113,7 @@ def follow_meta(tensor: RecordedTensor) -> None:
     """Take the storage and geometry that ``tensor._meta`` has by now: an operator changed them in place."""
     other = recorded_tensor(tensor._meta, tensor._claimed)
     other.requires_grad_(tensor.requires_grad)
-    torch._C._swap_tensor_impl(tensor, other)
+    swap_tensor_impl(tensor, other)
 
 
 def become(tensor: Tensor, value: Tensor, *, alone: bool = False) -> None:
@@ -129,7 +130,7 @@ def become(tensor: Tensor, value: Tensor, *, alone: bool = False) -> None:
     is_parameter = isinstance(tensor, nn.Parameter)
     other: Tensor = nn.Parameter(value, requires_grad=False) if is_parameter else value.detach()
     other.requires_grad_(requires_grad)
-    torch._C._swap_tensor_impl(tensor, other)
+    swap_tensor_impl(tensor, other)
     if isinstance(tensor, RecordedTensor):
         if not alone and not value.is_meta:
             _note_memory(tensor, value)
@@ -182,7 +183,7 @@ def give_lazy_memory(tensor: Tensor) -> None:
     found = recorded_storage(tensor)
     if found is not None:
         empty = torch.empty(0, dtype=tensor.dtype, device=found.device)
-        torch._C._swap_tensor_impl(tensor, _make_subclass(type(tensor), empty, tensor.requires_grad))
+        swap_tensor_impl(tensor, _make_subclass(type(tensor), empty, tensor.requires_grad))
 
 
 def _plain_view(tensor: Tensor) -> Tensor:
@@ -202,7 +203,7 @@ def become_recorded(tensor: Tensor, meta: Tensor, device: torch.device) -> None:
     """Turn a plain meta ``tensor``, which stays the same Python object, into a recorded one."""
     is_parameter = isinstance(tensor, nn.Parameter)
     other = recorded_tensor(meta, device, tensor.requires_grad)
-    torch._C._swap_tensor_impl(tensor, other)
+    swap_tensor_impl(tensor, other)
     tensor.__class__ = recorded_class(type(tensor))
     vars(tensor).update(_meta=meta, _claimed=device)
     if is_parameter:
@@ -247,7 +248,7 @@ def first_recorded(values: Any) -> RecordedTensor | None:
 
 def _later(tensor: RecordedTensor) -> Any:
     """Return what answers for ``tensor`` where no block is open."""
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         found = recorded_storage(tensor._meta)
     assert found is not None
     return found.tape.later

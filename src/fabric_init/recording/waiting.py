@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fabric_init.recording.liveness import writes_whole
 from fabric_init.recording.op_schemas import overwrites, traits
-from fabric_init.recording.tape import Tape, TensorRef, now, ref_of
+from fabric_init.recording.storage_tags import ref_of
+from fabric_init.recording.tape import Tape, TensorRef, now
 from fabric_init.recording.tensor import meta_of, recorded
 
 THREE_WAYS = (
@@ -115,7 +117,7 @@ class Waiting:
                 if overwrites(op.func):
                     overwritten |= here
                 work += [(ref.storage, number) for ref in op.reads() if ref.storage != storage]
-                if self.tape.writes_whole(op, storage):
+                if writes_whole(self.tape, op, storage):
                     complete = True
                     break
             if not complete and (limit is None or since is None or limit > since):
@@ -125,7 +127,7 @@ class Waiting:
     def written_since(self, storage: int, since: int) -> bool:
         """Return whether all of ``storage`` was overwritten by ops later than number ``since``."""
         later = [self.tape.ops[number] for number in self.tape.writers.get(storage, ()) if number > since]
-        return any(self.tape.writes_whole(op, storage) for op in later) or (bool(later) and self._is_complete(storage))
+        return any(writes_whole(self.tape, op, storage) for op in later) or (bool(later) and self._is_complete(storage))
 
     def note(self, func: Any, args: tuple[Any, ...], kwargs: Any, target: Tensor) -> None:
         """Note which elements of a storage that waits a recorded write overwrites, exactly."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fabric_init.recording.liveness import live_ops
 from fabric_init.recording.op_schemas import INIT_FUNCTIONS
 from fabric_init.recording.replay import replay_with, view
 from fabric_init.recording.tape import Constant, Op, Tape, TensorRef
@@ -88,7 +89,7 @@ class Expectations:
         return None
 
     def _measure(self, ref: TensorRef) -> Moments | None:
-        live = [self._tape.ops[number] for number in sorted(self._tape.live([ref.storage], exact=False))]
+        live = [self._tape.ops[number] for number in sorted(live_ops(self._tape, [ref.storage], exact=False))]
         work = sum(each.size.numel() for op in live for each in (*op.targets, *op.outputs))
         if not live or work > _MOST_MEASURED:
             return None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fabric_init._text import dtype_name
+from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.planning.tensors import TensorInfo, named_tensors
 from fabric_init.recording.tape import Tape
 from fabric_init.reports.expectations import Expectations
@@ -30,7 +31,7 @@ _WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_o
 
 def recording_of(slot: TensorInfo, tape: Tape) -> Recording | None:
     """Return the recording for a row, or ``None`` if the tape holds too many values that a constructor brought in."""
-    return None if tape.brought > _MOST_KEPT else Recording(slot, tape)
+    return None if tape.constant_bytes > _MOST_KEPT else Recording(slot, tape)
 
 
 class Traced(NamedTuple):
@@ -110,7 +111,7 @@ def _with_trace(row: InitRow, trace: TensorTrace) -> InitRow:
 def measure_rows(rows: Sequence[InitRow], model: nn.Module) -> tuple[InitRow, ...]:
     """Return ``rows`` with the moments of what ``model`` holds in the memory of this process now."""
     local: dict[str, Tensor] = {}
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         for name, _, tensor in named_tensors(model):
             for prefix in _WRAPPER_PREFIXES:
                 name = name.replace(prefix, "")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from fabric_init.planning.tensors import TensorInfo
+from fabric_init.recording.liveness import covers, live_ops, never_written
 from fabric_init.recording.op_schemas import only_copies, overwrites
 from fabric_init.recording.tape import CallSite, Op, Tape, TensorRef
 
@@ -72,7 +73,7 @@ class History(NamedTuple):
         winner = self.winner
         if winner is not None and winner.whole and next(winner.op.reads(), None) is None:
             return False  # the usual case, decided without the tape
-        return self.tape.never_written(self.slot.ref)
+        return never_written(self.tape, self.slot.ref)
 
 
 def histories(slots: Sequence[TensorInfo], tapes: Mapping[int, Tape]) -> list[History]:
@@ -80,7 +81,7 @@ def histories(slots: Sequence[TensorInfo], tapes: Mapping[int, Tape]) -> list[Hi
     by_tape: dict[Tape, set[int]] = defaultdict(set)
     for storage, tape in tapes.items():
         by_tape[tape].add(storage)
-    live = {tape: tape.live(storages, exact=False) for tape, storages in by_tape.items()}
+    live = {tape: live_ops(tape, storages, exact=False) for tape, storages in by_tape.items()}
     result = []
     for slot in slots:
         if slot.kind == "attribute":
@@ -132,7 +133,7 @@ def events_backward(tape: Tape, ref: TensorRef, before: int | None = None) -> It
             yield from events_backward(tape, original, number)
             continue
         replaces = overwrites(op.func) and all(read.storage != ref.storage for read in op.reads())
-        whole = bool(op.outputs) or (replaces and (target == ref or tape.covers(target)))
+        whole = bool(op.outputs) or (replaces and (target == ref or covers(tape, target)))
         yield Event(op, target, whole, dead=False)
 
 

@@ -1,4 +1,4 @@
-"""DDP: every rank keeps every tensor whole, and all have the same values, so that none has to be sent."""
+"""DDP: every rank keeps full tensors with the same values, so that none has to be broadcast."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ class DDPStrategy(DeferredInitMixin, lightning_strategies.DDPStrategy):
         return DDPWhenFilled(module, self._wrapped, self.agreement)
 
     def _wrapped(self, module: nn.Module) -> Any:
-        given = self._ddp_kwargs
+        options = self._ddp_kwargs
         if RankGroup().alike(_sample(module) if filled_by_us(module) else None):
-            self._ddp_kwargs = {"init_sync": False} | given
+            self._ddp_kwargs = {"init_sync": False} | options
         try:
             return super().setup_module(module)
         finally:
-            self._ddp_kwargs = given
+            self._ddp_kwargs = options
 
 
 class DDPWhenFilled(DistributedDataParallel):
@@ -67,7 +67,7 @@ class DDPWhenFilled(DistributedDataParallel):
         """
         wrap, agreement = vars(self).pop("_wrap"), vars(self).pop("_agreement")
         try:
-            agreement.same("wrapping the model in DDP", lambda: require(self.module, "run"), lambda _: "")
+            agreement.run_together("wrapping the model in DDP", lambda: require(self.module, "run"))
         except BaseException:
             vars(self).update(_wrap=wrap, _agreement=agreement)
             raise

@@ -1,6 +1,6 @@
-"""DeepSpeed: ZeRO-1 and 2 keep every parameter whole on each rank; ZeRO-3 keeps a flat slice of each.
+"""DeepSpeed: ZeRO-1 and 2 keep full parameters on each rank; ZeRO-3 keeps a flat slice of each.
 
-A model for ZeRO-3 is not built under ``deepspeed.zero.Init``, which initializes each layer whole and sends it around.
+A model for ZeRO-3 is not built under ``deepspeed.zero.Init``, which initializes each full layer and broadcasts it.
 It is recorded, partitioned in ``setup`` while it has no values, and each rank then fills its own slices.
 """
 
@@ -23,6 +23,7 @@ from lightning.fabric.utilities.seed import reset_seed
 from torch import nn
 from torch.optim import Optimizer
 
+from fabric_init._lightning_internals import get_deepspeed_engines_from_state
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.missing import initialize_missing
 from fabric_init.guard.loads import loading
@@ -93,9 +94,9 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
     ) -> tuple[DeepSpeedEngine, list[Optimizer], Any]:
-        # DeepSpeed itself would leave the other ranks waiting for one that it refuses
-        self.agreement.same("setting the model up", lambda: _require_one_optimizer(optimizers), lambda _: "")
-        self._prepare(module)  # parameters stay the same objects: optimizers need not be told
+        # DeepSpeed itself would block the other ranks where it raises on one
+        self.agreement.run_together("setting the model up", lambda: _require_one_optimizer(optimizers))
+        self._prepare(module)  # parameters stay the same objects, so optimizers hold them still
         refuse_left_behind(optimizers[0])
         theirs = lightning_deepspeed.DeepSpeedStrategy.setup_module_and_optimizers
         engine, optimizers, scheduler = theirs(self, module, optimizers, scheduler)
@@ -106,7 +107,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
     def _initialize_engine(
         self, model: nn.Module, optimizer: Optimizer | None = None, scheduler: Any = None
     ) -> tuple[DeepSpeedEngine, Optimizer, Any]:
-        """As Lightning's, but for any device, and for ZeRO-1 and 2 without an optimizer, too."""
+        """Make the engine, for any device, and for ZeRO-1 and 2 without an optimizer, too."""
         import deepspeed
 
         register_wrapper(deepspeed.DeepSpeedEngine)
@@ -131,8 +132,8 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
 
     @property
     def _engines(self) -> weakref.WeakSet[Any]:
-        found: weakref.WeakSet[Any] = vars(self).setdefault("_engines_made", weakref.WeakSet())
-        return found
+        engines: weakref.WeakSet[Any] = vars(self).setdefault("_engines_made", weakref.WeakSet())
+        return engines
 
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
         # Lightning means to, but does not see that an engine can step. It is the engine that counts micro-batches.
@@ -159,7 +160,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
         return super().load_checkpoint(path, state, *args, **kwargs)
 
     def load_module_state_dict(self, module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        """Load the whole tensors of ``state_dict`` into what each rank keeps, the optimizer's masters included."""
+        """Load the full tensors of ``state_dict`` into each rank's part, and into the optimizer's masters."""
         original(module).load_state_dict(state_dict, strict=strict)
         refresh_masters(module)
 
@@ -169,7 +170,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
         if unfilled(module):  # DeepSpeed copies the weights when it is set up: they have to have values
             choose_own_init(module) if is_bound(module) else initialize_missing(module)
         if not is_bound(module):
-            self.agreement.same("the model to set up", lambda: module, _shapes_digest)
+            self.agreement.run_together("the model to set up", lambda: module, _shapes_digest)
             return
         dtype = self._parameter_dtype()
         if dtype is not None:
@@ -180,7 +181,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
         shard_and_fill(module, self.shard, self.sharded_placement, self.agreement)
 
     def _parameter_dtype(self) -> torch.dtype | None:
-        """What DeepSpeed casts parameters to; under ZeRO-3 it expects to find them so."""
+        """Return the dtype that DeepSpeed casts parameters to, and that ZeRO-3 expects them to have."""
         assert isinstance(self.config, dict)
         for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
             if self.config.get(name, {}).get("enabled"):
@@ -206,8 +207,8 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
 
 def _require_one_optimizer(optimizers: list[Optimizer]) -> None:
     if len(optimizers) != 1 or not isinstance(optimizers[0], Optimizer):
-        given = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
-        raise TypeError(f"DeepSpeed takes one optimizer: fabric.setup(model, optimizer); this call gave {given}")
+        names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
+        raise TypeError(f"DeepSpeed takes one optimizer: fabric.setup(model, optimizer); this call gave {names}")
 
 
 def _shapes_digest(module: nn.Module) -> str:
@@ -239,7 +240,7 @@ def _refresh_when_filled(engine: Any, model: nn.Module) -> None:
         parameters: list[Any] = list(model.parameters())
         for parameter in parameters:
             if hasattr(parameter, "ds_tensor") and parameter.ds_status.name == "AVAILABLE":
-                parameter.partition()  # it was gathered when there were no values
+                parameter.partition()  # it was gathered while it was uninitialized
         refresh_masters(engine)
 
     handle = engine.register_forward_pre_hook(refresh)
@@ -250,7 +251,7 @@ _WAITS = "_fabric_init_refresh"
 
 
 def _require_checkpointing(state: Any) -> list[Any]:
-    engines = lightning_deepspeed._get_deepspeed_engines_from_state(state) if isinstance(state, dict) else []
+    engines = get_deepspeed_engines_from_state(state) if isinstance(state, dict) else []
     if any(engine.checkpoint_engine is None for engine in engines):
         raise FabricInitError(
             "DeepSpeed keeps the weights of a ZeRO-3 checkpoint with the optimizer's, and neither saves nor loads one "

@@ -1,4 +1,4 @@
-"""Models whose parameters are DTensors: each rank fills its own shards, and takes no memory for others."""
+"""Fill models whose parameters are DTensors: each rank allocates and fills its own shards only."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
-from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
-from torch.distributed.tensor.placement_types import Placement, Shard, _StridedShard
+from torch.distributed.tensor.placement_types import Placement, Shard
 
+from fabric_init._lightning_internals import (
+    DTensorSpec,
+    StridedShard,
+    TensorMeta,
+    compute_local_shape_and_global_offset,
+)
+from fabric_init._torch_internals import swap_tensor_impl
 from fabric_init.checkpoints import Box, Region
 from fabric_init.checkpoints.region import take
 from fabric_init.errors import FabricInitError
@@ -21,11 +26,11 @@ from fabric_init.recording.tensor import RecordedTensor, become, become_recorded
 
 
 class ShardedTensors:
-    """A placement for models whose parameters are DTensors, beside whole ones.
+    """A placement for models whose parameters are DTensors, beside full tensors.
 
     Args:
-        model: the model after sharding, its parameters still without memory.
-        device: where shards are to be.
+        model: The model after sharding, its parameters still without memory.
+        device: The device for shards.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -34,14 +39,14 @@ class ShardedTensors:
         self._attributes: dict[str, dict[str, Any]] = {}
 
     def current(self, slot: TensorInfo, tensor: Tensor) -> Tensor:
-        """What the sharded model holds where it held ``tensor``."""
+        """Return the tensor that the sharded model holds in the place of ``tensor``."""
         owner, attribute = self._place(slot.name)
-        found = getattr(owner, attribute, None) if owner is not None else None
-        if not isinstance(found, Tensor) or slot.kind == "attribute":
+        sharded = getattr(owner, attribute, None) if owner is not None else None
+        if not isinstance(sharded, Tensor) or slot.kind == "attribute":
             return tensor
-        if found is not tensor:  # sharding makes new parameters, and forgets what model code put on the old ones
+        if sharded is not tensor:  # sharding makes new parameters, and forgets what model code put on the old ones
             self._attributes[slot.name] = dict(vars(tensor))
-        return found
+        return sharded
 
     def _place(self, name: str) -> tuple[nn.Module | None, str]:
         prefix, _, attribute = name.rpartition(".")
@@ -76,27 +81,27 @@ class ShardedTensors:
 
 
 def _become_shard(parameter: DTensor, local: Tensor) -> None:
-    """Give a sharded parameter, which stays the same object, the memory of its shard."""
+    """Make a sharded parameter, which stays the same object, hold the memory of its shard."""
     whole = DTensor(local, parameter._spec, requires_grad=False)
-    torch._C._swap_tensor_impl(parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad))
+    swap_tensor_impl(parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad))
     parameter._local_tensor = local  # beside the impl, a DTensor keeps its shard in a slot of its own
 
 
 def region_of(tensor: DTensor) -> Box:
-    """The part of the full tensor that this rank holds: offsets and sizes, in elements of each dimension.
+    """Return the part of the full tensor that this rank holds: offsets and sizes in each dimension.
 
     Raises:
-        FabricInitError: the part is no box: a partial value, or a shard that is not one contiguous range.
+        FabricInitError: The part is no box: a partial value, or a shard that is not one contiguous range.
     """
     placements, mesh = tensor.placements, tensor.device_mesh
     sizes = tuple(tensor._local_tensor.shape)
     if any(placement.is_partial() for placement in placements):
         raise FabricInitError(f"cannot fill a DTensor with {placements}: a partial value is no part of the full tensor")
     for index, placement in enumerate(placements):
-        if isinstance(placement, _StridedShard):  # FSDP over tensor parallel: mesh dimensions to its right come first
+        if isinstance(placement, StridedShard):  # FSDP over tensor parallel: mesh dimensions to its right come first
             later = 1
             for other, along in enumerate(placements[index + 1 :], index + 1):
-                if isinstance(along, (Shard, _StridedShard)) and along.dim == placement.dim:
+                if isinstance(along, (Shard, StridedShard)) and along.dim == placement.dim:
                     later *= mesh.size(other)
             if placement.split_factor != later and 0 not in sizes:
                 raise FabricInitError(f"cannot fill a DTensor with {placements} on {mesh}: its shard is not contiguous")
@@ -113,13 +118,13 @@ def region_of(tensor: DTensor) -> Box:
 def shard_box(
     shape: Sequence[int], mesh: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
 ) -> Box:
-    """The part of a tensor of ``shape`` at a ``coordinate`` of a device mesh of these sizes; may have no element."""
-    sizes, offsets = _compute_local_shape_and_global_offset(tuple(shape), tuple(mesh), list(coordinate), placements)
+    """Return the part of a tensor at a ``coordinate`` of a device mesh of these sizes; it may be empty."""
+    sizes, offsets = compute_local_shape_and_global_offset(tuple(shape), tuple(mesh), list(coordinate), placements)
     return Box((0,) * len(sizes) if 0 in sizes else tuple(offsets), tuple(sizes))
 
 
 def accept_whole_tensors(model: nn.Module) -> None:
-    """Let ``load_state_dict`` take whole tensors for sharded parameters, too: each rank takes its part of them."""
+    """Make ``load_state_dict`` accept full tensors for sharded parameters, too: each rank takes its shard of them."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             cast(nn.Module, module).register_load_state_dict_pre_hook(_reshard)  # units come before what is in them
@@ -128,7 +133,7 @@ def accept_whole_tensors(model: nn.Module) -> None:
 
 
 def _reshard(module: Any, *args: Any) -> None:
-    module.reshard()  # with reshard_after_forward=False, whole parameters lie in the shards' places since the forward
+    module.reshard()  # with reshard_after_forward=False, the module holds full parameters since the forward
 
 
 def _take_parts(module: nn.Module, state_dict: Any, prefix: str, *rest: Any) -> None:

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import FabricInitError, RecordingError
-from fabric_init.filling.execute import carry_out, prepare
+from fabric_init.filling.execute import execute_plan, prepare
 from fabric_init.filling.merge import declared_at, merged, planned_tensors
 from fabric_init.filling.missing import initialize_possible, run_replaced_init
 from fabric_init.filling.wait import let_wait
@@ -59,12 +60,12 @@ class ShardedPlacement(Placement, Protocol):
 
 
 class BoundPlans(NamedTuple):
-    """What a recorded model gets when it is set up.
+    """How a recorded model is filled in setup.
 
     What it got in a block without checkpoint gets its own init, or waits on for a later load.
     """
 
-    waits: bool = False
+    allocates: bool = False
     own_init: bool = False
 
 
@@ -72,11 +73,11 @@ def bind(model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions,
     """Plan for ``model``, if there is a checkpoint, and remember that until it is sharded.
 
     Raises:
-        CheckpointMismatchError: keys, shapes or dtypes of file and model disagree.
+        CheckpointMismatchError: Keys, shapes or dtypes of checkpoint and model disagree.
     """
     bound: BoundPlans = vars(model).get(_ATTRIBUTE, BoundPlans())
     if reader is None:
-        _keep(model, bound._replace(waits=True))
+        _keep(model, bound._replace(allocates=True))
         return
     prepared, since = prepare(model, reader, wanted, agreement), now()
     entries = tuple(entry._replace(since=since) for entry in prepared.plan.entries)
@@ -104,7 +105,7 @@ def is_bound(model: nn.Module) -> bool:
 
 
 def choose_own_init(model: nn.Module) -> None:
-    """Let a bound model run its own init, when it is sharded, for what no checkpoint brings."""
+    """Make setup run the own init of a bound model for tensors that no checkpoint brings."""
     for module in model.modules():
         bound: BoundPlans | None = vars(module).get(_ATTRIBUTE)
         if bound is not None:
@@ -115,13 +116,13 @@ def choose_own_init(model: nn.Module) -> None:
 def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan]:
     """Context in which the bound ``model`` is sharded and filled after the plan that it yields.
 
-    If planning fails, the model is as it was. If the rest fails, it stays bound, so that nobody can use it.
+    If planning fails, the model is as it was. If the rest fails, it stays bound, so that it cannot be used.
     """
     bounds = [(module, vars(module).pop(_ATTRIBUTE)) for module in model.modules() if _ATTRIBUTE in vars(module)]
     declared = [(module, vars(module).pop(_PLANS)) for module in model.modules() if _PLANS in vars(module)]
     plans = sorted({id(plan): plan for _, its in declared for plan in its}.values(), key=declared_at)
     try:
-        yield agreement.same(
+        yield agreement.run_together(
             "planning for the model as it is now", lambda: _plan(model, [b for _, b in bounds], plans), prepared_digest
         )
     except BaseException:
@@ -134,10 +135,10 @@ def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan
 
 def _plan(model: nn.Module, bounds: Sequence[BoundPlans], plans: Sequence[PreparedPlan]) -> PreparedPlan:
     _refuse_sharded(model)
-    if any(bound.waits for bound in bounds):
+    if any(bound.allocates for bound in bounds):
         run_replaced_init(model, planned_tensors(plans))
     prepared = merged(plans, model)
-    if not any(bound.waits and not bound.own_init for bound in bounds):
+    if not any(bound.allocates and not bound.own_init for bound in bounds):
         return prepared
     planned = planned_tensors(plans)
     loaded = {storage: source.since for storage, source in loaded_storages(prepared.plan, prepared.tapes).items()}
@@ -193,13 +194,13 @@ def plain_meta(planned: PreparedPlan) -> Iterator[None]:
     If it fails, those that are left in the model are recorded tensors again.
     """
     recordings = [(t, t._meta, t._claimed) for t in planned.tensors if isinstance(t, RecordedTensor)]
-    with torch._C.DisableTorchFunction(), torch.no_grad():
+    with DisableTorchFunction(), torch.no_grad():
         for tensor, meta, _ in recordings:
             become(tensor, meta.detach(), alone=True)
     try:
         yield
     except BaseException:
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with DisableTorchFunction(), torch.no_grad():
             for tensor, meta, device in recordings:
                 if tensor.is_meta:
                     become_recorded(tensor, meta, device)
@@ -212,7 +213,7 @@ def shard_and_fill(
     placement_for: Callable[[nn.Module], ShardedPlacement],
     agreement: Agreement,
 ) -> nn.Module:
-    """Plan for the bound ``model``, let ``shard`` put the strategy's tensors in its parameters' places, fill those.
+    """Shard a bound model, and fill or allocate the tensors that the strategy has put in its parameters' places.
 
     Args:
         model: bound by :func:`bind`.
@@ -221,19 +222,19 @@ def shard_and_fill(
         agreement: how the ranks keep in step.
 
     Raises:
-        CheckpointMismatchError: keys, shapes or dtypes of file and model disagree.
-        FabricInitError: a rank failed, or ``shard`` made parameters that were not in the plan.
+        CheckpointMismatchError: Keys, shapes or dtypes of checkpoint and model disagree.
+        FabricInitError: A rank failed, or ``shard`` made parameters that were not in the plan.
     """
     name = type(model).__name__
     with planned_for(model, agreement) as planned, plain_meta(planned):
-        sharded = agreement.same("sharding the model", lambda: shard(model), lambda _: "")
+        sharded = agreement.run_together("sharding the model", lambda: shard(model))
         placement = placement_for(sharded)
         planned = _without_new_values(planned, placement)
         slots = [entry.slot for entry in planned.plan.entries]
         tensors = [placement.current(slot, tensor) for slot, tensor in zip(slots, planned.tensors, strict=True)]
         unwatch_loads(model)
         forget_extra_state(model)
-        record = carry_out(planned, sharded, tensors, placement, agreement)
+        record = execute_plan(planned, sharded, tensors, placement, agreement)
         _let_shards_wait(planned, sharded, tensors, placement, agreement, name, record)
         left = [name for name, tensor in parameters_by_name(sharded).items() if local(tensor).is_meta]
         if left:

@@ -1,7 +1,7 @@
 """FSDP, the first version (``torch.distributed.fsdp.FullyShardedDataParallel``), as in Lightning's ``"fsdp"``.
 
-It flattens the parameters of a unit into one tensor, of which each rank keeps a part. So a unit has to be whole for a
-moment: it is filled when FSDP comes to wrap it, and FSDP shards it before it goes on to the next.
+It flattens the parameters of a unit into one tensor, of which each rank keeps a part. So a unit is
+allocated in full for a moment: it is filled when FSDP wraps it, and FSDP shards it before it goes on to the next.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp.wrap import CustomPolicy, _Policy, enable_wrap
+from torch.distributed.fsdp.wrap import CustomPolicy, enable_wrap
 
+from fabric_init._lightning_internals import WrapPolicy
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.incremental import IncrementalFill
 from fabric_init.guard.loads import unwatch_loads
@@ -35,7 +36,7 @@ _Marks = WeakKeyDictionary[nn.Module, dict[str, Any]]
 class FSDPStrategy(DeferredInitMixin, lightning_fsdp.FSDPStrategy):
     """Lightning's strategy of the same name; models built without values are filled unit by unit in ``setup``.
 
-    What no declared checkpoint brings gets the model's own init there; nothing waits for a later load.
+    What no declared checkpoint brings gets the model's own init there; no tensor is left to a later load.
 
     Units are those of ``auto_wrap_policy``, or what the constructor marked with ``torch.distributed.fsdp.wrap.wrap``.
     The model itself is the outermost unit; without a policy it is the only one, so each rank has all of it in memory
@@ -100,7 +101,7 @@ class FSDPStrategy(DeferredInitMixin, lightning_fsdp.FSDPStrategy):
                 wrapped = self._wrap(module, param_init_fn=filling.fill_under, **options)
                 return wrapped, filling.finish()
 
-            wrapped, record = self.agreement.same("wrapping and filling the model", wrap, lambda _: "")
+            wrapped, record = self.agreement.run_together("wrapping and filling the model", wrap)
         unwatch_loads(module)
         release_forward(module)
         keep_record(module, record)
@@ -121,7 +122,7 @@ class FSDPStrategy(DeferredInitMixin, lightning_fsdp.FSDPStrategy):
         with enable_wrap(wrapper_cls=mark):
             yield
 
-    def _units_by_hand(self, model: nn.Module) -> _Policy | None:
+    def _units_by_hand(self, model: nn.Module) -> WrapPolicy | None:
         marked: _Marks = getattr(self, "_marked", WeakKeyDictionary())
         if not any(module in marked for module in model.modules()):
             return None
@@ -135,7 +136,7 @@ class _WholeUnits(WholeTensors):
         return slot.device if slot.real else super().device(slot)
 
 
-Policy = _Policy | Callable[..., bool]
+Policy = WrapPolicy | Callable[..., bool]
 
 
 def _without_split_storages(model: nn.Module, policy: Policy) -> Policy:
@@ -145,7 +146,7 @@ def _without_split_storages(model: nn.Module, policy: Policy) -> Policy:
     all that use it.
     """
     whole = _modules_with_storages_of_their_own(model)
-    if isinstance(policy, _Policy):
+    if isinstance(policy, WrapPolicy):
         return _FlatSlice(policy, whole)
 
     def chosen(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
@@ -155,10 +156,10 @@ def _without_split_storages(model: nn.Module, policy: Policy) -> Policy:
     return chosen
 
 
-class _FlatSlice(_Policy):
+class _FlatSlice(WrapPolicy):
     """A policy restricted to some modules, named by id."""
 
-    def __init__(self, policy: _Policy, whole: set[int]) -> None:
+    def __init__(self, policy: WrapPolicy, whole: set[int]) -> None:
         self._policy = policy
         self._whole = whole
 

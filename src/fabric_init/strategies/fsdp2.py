@@ -53,7 +53,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     """Fully sharded data parallel over all ranks, with ``torch.distributed.fsdp.fully_shard``.
 
     Args:
-        units: which modules are gathered as one. ``"blocks"``: the entries of the model's lists of layers
+        units: The modules that are gathered as a unit. ``"blocks"``: the entries of the model's lists of layers
             (``nn.ModuleList`` and ``nn.Sequential`` with at least two entries of one class). A number: modules of at
             least so many parameters, innermost first. A class, or several: their instances. A callable: the modules
             for which it is true. The model itself is always the outermost unit.
@@ -106,9 +106,9 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def region_on(shape: torch.Size, rank: int, world_size: int) -> Box:
-    """What ``rank`` keeps of a parameter of ``shape`` under :class:`FSDP2Strategy`: some of its rows.
+    """Return the rows of a parameter of ``shape`` that ``rank`` keeps under :class:`FSDP2Strategy`.
 
-    One without dimensions is taken whole: ``fully_shard`` will refuse it.
+    A parameter without dimensions counts as full: ``fully_shard`` raises for it.
     """
     if not shape:
         return Box((), ())
@@ -116,7 +116,7 @@ def region_on(shape: torch.Size, rank: int, world_size: int) -> Box:
 
 
 def units_of(model: nn.Module, units: Units) -> list[nn.Module]:
-    """The modules of ``model`` that ``units`` names, inner before outer, without ``model`` itself.
+    """Return the modules of ``model`` that ``units`` selects, inner before outer, without ``model`` itself.
 
     A module that shares a parameter, or a module, with another part of the model is left to the unit around both: FSDP2
     would untie them, and shards no module twice.
@@ -161,7 +161,7 @@ def _without_split_ties(model: nn.Module, units: list[nn.Module]) -> list[nn.Mod
 
 
 def _uses(model: nn.Module) -> Counter[int]:
-    """Under how many names each parameter, by id, is in ``model``; modules may be shared, too."""
+    """Return the number of names of each parameter, by id, in ``model``; modules may be shared, too."""
     return Counter(id(p) for _, module in named_modules(model) for p in module._parameters.values() if p is not None)
 
 
@@ -173,7 +173,7 @@ def _units_by_size(model: nn.Module, least: int) -> list[nn.Module]:
 
 
 def _append_units(module: nn.Module, least: int, units: list[nn.Module]) -> int:
-    """Add the units in ``module``; gives the number of its parameters that are in none of them."""
+    """Append the units in ``module``, and return the number of its parameters that are in none of them."""
     left = sum(p.numel() for p in module.parameters(recurse=False))
     left += sum(_append_units(child, least, units) for child in module.children())
     if left >= least and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):

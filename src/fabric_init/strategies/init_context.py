@@ -1,4 +1,4 @@
-"""The block in which a model is recorded, and what becomes of it at the block's end."""
+"""The block in which a model is recorded, and then filled, allocated or kept for setup."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NOTHING_WANTED = LoadOptions()
 
 
 class RecordingStrategy(Protocol):
-    """What the block asks of a strategy: what :class:`~fabric_init.strategies.DeferredInitMixin` has."""
+    """The interface of a strategy for the block, which :class:`~fabric_init.strategies.DeferredInitMixin` has."""
 
     io: Io
 
@@ -49,7 +49,7 @@ class RecordingStrategy(Protocol):
 
     @property
     def agreement(self) -> Agreement:
-        """How the ranks keep in step."""
+        """How the ranks run their steps together."""
         ...
 
     def placement(self, model: nn.Module) -> Placement:
@@ -67,11 +67,11 @@ def init_context(
     source: Source | None = None,
     wanted: LoadOptions = _NOTHING_WANTED,
 ) -> Iterator[None]:
-    """Record the model that is built in the block, and fill it, give it room, or bind it until it is sharded.
+    """Record the model that is built in the block; at its end fill it, allocate it, or bind it until setup.
 
     Raises:
-        RecordingError: a block in a block, or one that builds no model, or several for one checkpoint.
-        FabricInitError: a rank failed, or the precision plugin puts layers of its own in the place of the model's.
+        RecordingError: Blocks are nested, or a block builds no model, or several models for one checkpoint.
+        FabricInitError: A rank failed, or the precision plugin replaces layers of the model by its own.
     """
     refuse_nesting()
     _refuse_precision(strategy.precision)
@@ -109,7 +109,7 @@ def init_context(
         return models
 
     try:
-        models = agreement.same("building the model", built_models, _described)
+        models = agreement.run_together("building the model", built_models, _described)
         _complete(models, reader, wanted, strategy)
     except BaseException:
         _hold_failed(built.roots())
@@ -117,7 +117,11 @@ def init_context(
 
 
 def refuse_nesting() -> None:
-    """Raise if a recorded block is open."""
+    """Raise if a recorded block is open.
+
+    Raises:
+        RecordingError: One is.
+    """
     if active() is not None:
         raise RecordingError(
             "init_module inside a recorded block: build both models in one block, or one after the other"
@@ -160,7 +164,7 @@ def _one_model(models: list[nn.Module], reader: CheckpointReader) -> None:
 
 
 def _described(models: list[nn.Module]) -> str:
-    """What tells models that differ between ranks apart."""
+    """Return a text that differs where models differ between ranks."""
     described = []
     for model in models:
         shapes = [p.shape for p in model.parameters() if not is_lazy(p)]

@@ -1,4 +1,4 @@
-"""What a Lightning strategy needs to build models without running their init: a mixin, and where it is registered."""
+"""A mixin for Lightning strategies that record models and fill them, and the registry of such strategies."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class DeferredInitMixin(Strategy):
 
     Put it before the strategy's own class, and say where tensors live::
 
-        class MyStrategy(RecordedInit, TheirStrategy):
+        class MyStrategy(DeferredInitMixin, TheirStrategy):
             def placement(self, model):
                 return MyPlacement(...)
 
     Such a strategy works in :class:`fabric_init.Fabric`, and in an unchanged ``lightning.Fabric``, whose
-    ``init_module(empty_init=True)`` then records, and guards what has no values. The order of calls:
+    ``init_module(empty_init=True)`` then records, and guards uninitialized tensors. The order of calls:
     ``module_init_context`` around the model's constructor; at its end ``placement(model)``; later ``setup_module``.
     With ``fills_in_setup`` nothing is placed at the end of the block: ``setup_module`` calls ``shard(model)`` and then
-    ``placement(what shard gave)``.
+    ``placement`` with the sharded model.
     """
 
     fills_in_setup: bool = False
@@ -49,30 +49,30 @@ class DeferredInitMixin(Strategy):
         self.io = check_io(io)
 
     def placement(self, model: nn.Module) -> Placement:
-        """Where this rank keeps the tensors of ``model``; a ``ShardedPlacement`` where it ``fills_in_setup``."""
+        """Return how this rank keeps the tensors of ``model``: a ``ShardedPlacement`` with ``fills_in_setup``."""
         raise NotImplementedError(f"{type(self).__name__} has to say where it keeps tensors: override placement(model)")
 
     def shard(self, model: nn.Module) -> nn.Module:
-        """Put the strategy's own tensors, without memory, in the places of the recorded ones, and give the model."""
+        """Replace the recorded tensors by the strategy's own, without memory, and return the sharded model."""
         raise NotImplementedError(f"{type(self).__name__} fills in setup, and has to override shard(model)")
 
     def sharded_placement(self, model: nn.Module) -> ShardedPlacement:
-        """:meth:`placement`, of a strategy that ``fills_in_setup``."""
+        """Return :meth:`placement`, for a strategy that ``fills_in_setup``."""
         return self.placement(model)  # type: ignore[return-value]
 
     def while_recording(self) -> AbstractContextManager[Any]:
-        """What else a constructor that is recorded runs in."""
+        """Return a further context for the constructor of a recorded model."""
         return nullcontext()
 
     @property
     def agreement(self) -> Agreement:
-        """How the ranks keep in step while a model is built and filled."""
+        """How the ranks run the steps of building and filling a model together."""
         return RankGroup() if getattr(self, "world_size", 1) > 1 else SingleProcess()
 
     # -- what Lightning calls ------------------------------------------------------------------------------------------
 
     def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
-        """Context in which a model is built: recorded with ``empty_init=True``, else eagerly."""
+        """Return the context in which a model is built: recorded with ``empty_init=True``, else eagerly."""
         if empty_init:
             return init_context(self)
         return super().module_init_context(empty_init=False)
@@ -90,21 +90,25 @@ class DeferredInitMixin(Strategy):
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
     ) -> tuple[nn.Module, list[Optimizer], Any]:
-        """As Lightning's; the optimizers get the parameters that sharding has made."""
+        """Set up a model and its optimizers, which then hold the parameters that sharding has made."""
         module = self.setup_module(module)
         for optimizer in optimizers:
             self.adopt(optimizer)
         return module, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
 
     def load_checkpoint(self, path: Any, state: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As Lightning's; what it brings to tensors that wait for values counts as loaded when it ends."""
+        """Load a checkpoint; uninitialized tensors that it writes count as loaded when it ends."""
         with ExitStack() as stack:
             for module in _modules(state):
                 stack.enter_context(loading(module))
             return super().load_checkpoint(path, state, *args, **kwargs)
 
     def save_checkpoint(self, path: Any, state: Any, *args: Any, **kwargs: Any) -> None:
-        """As Lightning's; raises on every rank if a tensor has no values."""
+        """Save a checkpoint.
+
+        Raises:
+            UninitializedTensorError: A tensor is uninitialized; raised on every rank.
+        """
         for module in _modules(state):
             require(module, "be saved")
         super().save_checkpoint(path, state, *args, **kwargs)
@@ -112,7 +116,7 @@ class DeferredInitMixin(Strategy):
     # -- optimizers that were made before setup ------------------------------------------------------------------------
 
     def remember(self, before: Mapping[str, nn.Parameter], sharded: nn.Module) -> None:
-        """Keep in mind, while ``sharded`` lives, in which parameters' place it has put others."""
+        """Remember, while ``sharded`` lives, which parameters it has replaced."""
         replaced = getattr(self, "_replaced", None)
         if replaced is None:
             replaced = self._replaced = WeakKeyDictionary[nn.Module, dict[str, nn.Parameter]]()
@@ -122,7 +126,7 @@ class DeferredInitMixin(Strategy):
         """Make an optimizer that was made before ``setup`` hold the sharded parameters.
 
         Raises:
-            FabricInitError: they are not those of a model that was set up.
+            FabricInitError: Its parameters are not those of a model that was set up.
         """
         for sharded, before in list(getattr(self, "_replaced", {}).items()):
             remap(optimizer, before, parameters_by_name(sharded))
@@ -142,14 +146,14 @@ def register_strategy(ours: type[DeferredInitMixin], instead_of: type[Strategy])
     """Let :class:`fabric_init.Fabric` use ``ours`` wherever it meets an instance of exactly ``instead_of``.
 
     Args:
-        ours: a subclass of ``instead_of`` without attributes of its own that only ``__init__`` sets.
-        instead_of: a strategy, by name or instance, as users ask for it.
+        ours: A subclass of ``instead_of`` without attributes of its own that only ``__init__`` sets.
+        instead_of: The class of the strategy that users choose, by name or instance.
     """
     _instead[instead_of] = ours
 
 
 def with_deferred_init(strategy: Strategy) -> Strategy:
-    """The strategy itself, now of the class that was registered for it."""
+    """Return the strategy itself, now of the class that was registered for it."""
     ours = _instead.get(type(strategy))
     if ours is not None:
         strategy.__class__ = ours  # the same object, which the accelerator, launcher and precision know already
@@ -157,10 +161,10 @@ def with_deferred_init(strategy: Strategy) -> Strategy:
 
 
 def require_deferred_init(strategy: Strategy) -> DeferredInitMixin:
-    """The strategy, if it can build models without values.
+    """Return the strategy, if it can record models.
 
     Raises:
-        FabricInitError: it is none of ours, and none is registered for its class.
+        FabricInitError: It does not have the mixin, and no strategy is registered for its class.
     """
     if isinstance(strategy, DeferredInitMixin):
         return strategy

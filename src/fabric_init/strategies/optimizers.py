@@ -1,4 +1,4 @@
-"""Optimizers that were made before their parameters were sharded."""
+"""Update optimizers that were made before their parameters were sharded."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from fabric_init.planning.tensors import named_modules, plain_name
 
 
 def remap(optimizer: Optimizer, old: Mapping[str, nn.Parameter], new: Mapping[str, nn.Parameter]) -> None:
-    """Make an optimizer that was given ``old`` parameters hold their ``new`` selves, by name.
+    """Replace the ``old`` parameters of an optimizer by the ``new`` ones of the same name.
 
     Raises:
-        FabricInitError: the optimizer has taken steps, so its state is of the old parameters' shape.
+        FabricInitError: The optimizer has taken steps, so its state is of the old parameters' shape.
     """
     names = {id(parameter): name for name, parameter in old.items() if new.get(name) is not parameter}
     if any(id(parameter) in names for parameter in optimizer.state):
@@ -32,7 +32,7 @@ def refuse_left_behind(optimizer: Optimizer) -> None:
     """Raise if ``optimizer`` holds parameters without memory: a model that was set up holds none.
 
     Raises:
-        FabricInitError: it would train nothing.
+        FabricInitError: It does, and would train nothing.
     """
     if any(parameter.is_meta for group in optimizer.param_groups for parameter in group["params"]):
         raise FabricInitError(
@@ -42,10 +42,10 @@ def refuse_left_behind(optimizer: Optimizer) -> None:
 
 
 def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter under every name it has, names as before any wrapping."""
-    found: dict[str, Any] = {}
+    """Return every parameter under every name it has, as before any wrapping."""
+    parameters: dict[str, Any] = {}
     for prefix, module in named_modules(model):
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                found[f"{plain_name(prefix)}.{name}" if prefix else name] = parameter
-    return found
+                parameters[f"{plain_name(prefix)}.{name}" if prefix else name] = parameter
+    return parameters

@@ -1,4 +1,4 @@
-"""One device, CPU or CUDA: every tensor whole, on that device."""
+"""One device, CPU or CUDA: full tensors on that device."""
 
 from __future__ import annotations
 

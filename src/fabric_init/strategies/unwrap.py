@@ -1,25 +1,26 @@
-"""What Fabric and its strategies put around a user's model, and how to come back to it."""
+"""Unwrap a user's model from the modules that Fabric and its strategies put around it."""
 
 from __future__ import annotations
 
 from typing import cast
 
-from lightning.fabric.wrappers import _FabricModule
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-_wrappers: list[type[nn.Module]] = [_FabricModule, DistributedDataParallel, FullyShardedDataParallel]
+from fabric_init._lightning_internals import FabricModule
+
+_wrappers: list[type[nn.Module]] = [FabricModule, DistributedDataParallel, FullyShardedDataParallel]
 
 
 def register_wrapper(wrapper: type[nn.Module]) -> None:
-    """A class of modules that keep the user's model as ``.module``."""
+    """Register a class of modules that keep the user's model as ``.module``."""
     if wrapper not in _wrappers:
         _wrappers.append(wrapper)
 
 
 def original(model: nn.Module) -> nn.Module:
-    """The module that the user built, without what Fabric, its strategy and torch.compile put around it."""
+    """Return the module that the user built, without the wrappers of Fabric, its strategy and torch.compile."""
     while True:
         if isinstance(model, tuple(_wrappers)):
             model = cast(nn.Module, model.module)

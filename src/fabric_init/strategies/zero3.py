@@ -18,9 +18,8 @@ from fabric_init.recording.tensor import become
 def partition_without_values(module: nn.Module, config: Any, remote_device: str | None) -> None:
     """Turn each parameter of ``module``, which stays the same object, into one that DeepSpeed has partitioned.
 
-    Where it has no memory yet, none is taken, and ``ds_tensor`` is on the meta device; what has values keeps them. No
-    bytes go between ranks. As ``fabric_init_place`` each ``ds_tensor`` has the device that it is to be on, and whether
-    pinned.
+    Where it has no memory yet, none is allocated, and ``ds_tensor`` is on the meta device; values are kept. Ranks do
+    not communicate. As ``fabric_init_place`` each ``ds_tensor`` has its later device, and whether it is to be pinned.
     """
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import is_zero_param
@@ -31,7 +30,7 @@ def partition_without_values(module: nn.Module, config: Any, remote_device: str 
         pin_memory: bool
 
         def _convert_to_zero_parameters(self, param_list: Iterable[Any]) -> None:
-            """As DeepSpeed's, but for parameters without values: from a meta tensor, and without the broadcast."""
+            """Partition recorded parameters from a meta tensor, and without DeepSpeed's broadcast."""
             real = (self.local_device, self.remote_device, self.pin_memory)
             for parameter in param_list:
                 if is_zero_param(parameter):
@@ -56,10 +55,10 @@ def partition_without_values(module: nn.Module, config: Any, remote_device: str 
 
 
 class ZeroPartitions:
-    """A placement for parameters that DeepSpeed has partitioned (ZeRO-3), beside whole tensors.
+    """A placement for parameters that DeepSpeed has partitioned (ZeRO-3), beside full tensors.
 
     Args:
-        device: where whole tensors, buffers for example, are to be.
+        device: The device for full tensors, such as buffers.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -67,7 +66,7 @@ class ZeroPartitions:
         self._parameters: dict[str, Any] = {}
 
     def current(self, slot: TensorInfo, tensor: Tensor) -> Tensor:
-        """What the model holds where it held ``tensor``: the same object still."""
+        """Return the tensor that the model holds in the place of ``tensor``: the same object."""
         if hasattr(tensor, "ds_tensor"):
             self._parameters[slot.name] = tensor
         return tensor
@@ -96,18 +95,18 @@ class ZeroPartitions:
 
 
 def _span(parameter: Any) -> Span:
-    """This rank's slice of a partitioned parameter."""
+    """Return this rank's slice of a partitioned parameter."""
     return _slice(parameter.ds_numel, parameter.partition_numel(), parameter.ds_zero_partition_rank)
 
 
 def _slice(numel: int, partition: int, rank: int) -> Span:
-    """Slice number ``rank`` of ``partition`` elements; the last one, or several, may be shorter than the others."""
+    """Return slice number ``rank`` of ``partition`` elements; the last ones may be shorter."""
     start = rank * partition
     return Span(min(start, numel), min(start + partition, numel))
 
 
 def region_on(shape: torch.Size, rank: int, world_size: int) -> Span:
-    """What ``rank`` keeps of a parameter of ``shape``: DeepSpeed pads it to a multiple of the ``world_size``."""
+    """Return the slice of a parameter on ``rank``: DeepSpeed pads parameters to a multiple of ``world_size``."""
     numel = shape.numel()
     return _slice(numel, -(-numel // world_size), rank)
 
@@ -120,11 +119,11 @@ def _pinned(value: Tensor) -> Tensor:
 
 
 def accept_whole_tensors(model: nn.Module, loaded: Callable[[], None]) -> None:
-    """Let ``load_state_dict`` take whole tensors for partitioned parameters: each rank takes its slice of them.
+    """Make ``load_state_dict`` accept full tensors for partitioned parameters: each rank takes its slice of them.
 
     Args:
-        model: partitioned.
-        loaded: called when slices have been written.
+        model: The partitioned model.
+        loaded: Called when slices have been written.
     """
 
     def take_slices(

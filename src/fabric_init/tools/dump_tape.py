@@ -9,6 +9,7 @@ from torch import nn
 
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.planning.tensors import TensorInfo, survey
+from fabric_init.recording.liveness import live_ops
 from fabric_init.recording.tape import Tape
 from fabric_init.reports.registry import report_of
 from fabric_init.strategies.unwrap import original
@@ -55,7 +56,7 @@ def _lines(tape: Tape, tensors: Iterable[TensorInfo]) -> Iterator[str]:
         assert slot.ref is not None
         before = f"{names[slot.ref.storage]}, " if slot.ref.storage in names else ""
         names[slot.ref.storage] = before + " = ".join(slot.names)  # ties of a tensor, then others on its storage
-    live = tape.live(names, exact=False)
+    live = live_ops(tape, names, exact=False)
     yield tape.summary()
     yield "storages:"
     for number, info in sorted(tape.storages.items()):

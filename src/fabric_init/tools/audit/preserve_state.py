@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+
+from fabric_init._torch_internals import NormBase
 
 _SEED = 0
 
@@ -24,7 +25,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     values = {id(buffer): buffer.detach().clone() for _, _, buffer in buffers if buffer is not None}
     try:
         for module, _ in modes:
-            module.training = isinstance(module, _NormBase)
+            module.training = isinstance(module, NormBase)
         with torch.random.fork_rng(devices=_devices(model)), torch.enable_grad():
             torch.default_generator.manual_seed(_SEED)
             yield

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fabric_init._torch_internals import ConvTransposeNd
 from fabric_init.planning.tensors import named_modules
 
 WITHIN = 0.1
@@ -89,7 +90,7 @@ def suspects(model: nn.Module, gradients: Mapping[str, Tensor | None]) -> list[S
 def _fan_in(module: nn.Module, weight: Tensor) -> int:
     if isinstance(module, nn.Embedding):
         return 1
-    if isinstance(module, nn.modules.conv._ConvTransposeNd) or type(module).__name__ == "Conv1D":
+    if isinstance(module, ConvTransposeNd) or type(module).__name__ == "Conv1D":
         return weight.numel() // weight.shape[1]  # inputs come first, as in Conv1D of transformers
     return weight.numel() // weight.shape[0]
 

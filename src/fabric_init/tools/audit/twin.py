@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.execute import fill
 from fabric_init.planning.placement import WholeTensors
@@ -50,7 +50,7 @@ def with_values(model: nn.Module) -> nn.Module:
 
 def _twin(tensor: Tensor) -> Tensor:
     assert isinstance(tensor, RecordedTensor)
-    with torch._C.DisableTorchFunction():
+    with DisableTorchFunction():
         twin = recorded_tensor(tensor._meta.detach(), tensor._claimed, tensor.requires_grad)
     attributes = {name: value for name, value in vars(tensor).items() if name not in ("_meta", "_claimed")}
     vars(twin).update(attributes)

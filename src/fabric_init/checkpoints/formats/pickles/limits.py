@@ -13,8 +13,7 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Sized
 from typing import Any, BinaryIO, ClassVar
 
-from torch._weights_only_unpickler import _get_allowed_globals, _get_user_allowed_globals
-
+from fabric_init._torch_internals import get_allowed_globals, get_user_allowed_globals
 from fabric_init.checkpoints.formats.pickles.restricted import Name, RestrictedUnpickler
 
 _TIMES, _LEAST = 16, 1 << 20
@@ -120,6 +119,6 @@ def _cost(name: str, arguments: Any) -> float:
         return linear if isinstance(arguments[0], str) else math.inf
     if name == f"{_REBUILD}qtensor":
         return math.prod(arguments[2]) if isinstance(arguments[2], tuple) else math.inf
-    if not arguments or name in _LINEAR or name not in _get_allowed_globals() or name in _get_user_allowed_globals():
+    if not arguments or name in _LINEAR or name not in get_allowed_globals() or name in get_user_allowed_globals():
         return linear
     return linear if name == "torch._tensor._rebuild_from_type_v2" else math.inf  # classes of storages, of old tensors

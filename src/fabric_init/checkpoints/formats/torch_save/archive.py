@@ -22,8 +22,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_map_only
 
+from fabric_init._torch_internals import tree_map_only
 from fabric_init.checkpoints.formats.pickles.limits import check_calls
 from fabric_init.checkpoints.formats.torch_save.meta_tensors import MetaStorages, load_meta, read_region, unsafe_globals
 from fabric_init.checkpoints.formats.torch_save.zip_file import TAIL_BYTES, FilePart, local_header, open_zip

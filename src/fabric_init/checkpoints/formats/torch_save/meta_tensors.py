@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any, BinaryIO, Protocol
 
 import torch
-from torch._weights_only_unpickler import (
-    Unpickler,
-    _get_allowed_globals,
-    _get_user_allowed_globals,
-    get_globals_in_pkl,
-)
 
+from fabric_init._torch_internals import (
+    WeightsOnlyUnpickler,
+    get_allowed_globals,
+    get_globals_in_pkl,
+    get_user_allowed_globals,
+)
 from fabric_init.checkpoints.region import Region, Span, Window, take
 from fabric_init.checkpoints.storage.local import FileBytes
 
@@ -84,7 +84,7 @@ def load_meta(file: BinaryIO, storage_of: StorageOf, *, legacy: bool = False) ->
         raise ValueError("it has quantized tensors in it, which cannot be read: dequantize them first") from error
 
 
-class _Unpickler(Unpickler):
+class _Unpickler(WeightsOnlyUnpickler):
     storage_of: StorageOf
     legacy: bool
 
@@ -105,7 +105,7 @@ def unsafe_globals(data: bytes) -> list[str]:
         names = set(get_globals_in_pkl(io.BytesIO(data)))
     except Exception:  # corrupt as well: the caller reports the first error
         return []
-    return sorted(names - _get_allowed_globals().keys() - _get_user_allowed_globals().keys())
+    return sorted(names - get_allowed_globals().keys() - get_user_allowed_globals().keys())
 
 
 def read_region(file: FileBytes, start: int, tensor: torch.Tensor, region: Region | None) -> torch.Tensor:

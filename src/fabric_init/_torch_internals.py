@@ -1,0 +1,93 @@
+"""Private names of torch that we need, all in this file: a new release of torch may move or drop any of them.
+
+``tests/test_torch_internals.py`` says which is gone and which files need it. Those of sharded tensors and of Lightning
+are in ``_lightning_internals``, so that recording and planning load neither.
+
+Private attributes of objects are used where the objects are:
+
+- of a tensor ``_version``, ``_backward_hooks``, ``_post_accumulate_grad_hooks`` and ``_neg_view``;
+- of a storage or a generator ``_cdata``, its address; ``TypedStorage`` takes ``_internal=True``;
+- of a module ``_parameters``, ``_buffers``, ``_modules``, ``_non_persistent_buffers_set``, ``_apply`` and its tables
+  ``_forward_pre_hooks``, ``_state_dict_pre_hooks``, ``_load_state_dict_pre_hooks``, ``_load_state_dict_post_hooks``;
+- of a compiled module ``_orig_mod``, of a checkpointed one ``_checkpoint_wrapped_module``;
+- of an operator ``_schema``.
+
+``checkpoints/formats/pickles/limits.py`` also knows private names that ``torch.save`` writes into files; those stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch._ops
+import torch._weights_only_unpickler
+import torch.distributed.distributed_c10d
+import torch.nn.init
+import torch.nn.modules.batchnorm
+import torch.nn.modules.conv
+import torch.overrides
+import torch.utils._device
+import torch.utils._python_dispatch
+import torch.utils._pytree
+
+# -- modes -------------------------------------------------------------------------------------------------------------
+
+# Ask a tensor without calling function modes or subclasses. Checked on torch 2.13.0.
+DisableTorchFunction = torch._C.DisableTorchFunction
+# Answer for a tensor subclass without asking it again. Checked on torch 2.13.0.
+DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
+# Run an operator without calling dispatch modes. Checked on torch 2.13.0.
+DisableTorchDispatch = torch._C._DisableTorchDispatch
+# See every operator, however it was reached. Checked on torch 2.13.0.
+TorchDispatchMode = torch.utils._python_dispatch.TorchDispatchMode
+# Find the recording that is open in this thread. Checked on torch 2.13.0.
+get_current_function_mode_stack: Callable[[], list[torch.overrides.TorchFunctionMode]] = (
+    torch.overrides._get_current_function_mode_stack
+)
+# Its CURRENT_DEVICE is the default device, without the cost of asking for it. Checked on torch 2.13.0.
+default_device = torch.utils._device
+
+# -- operators and their arguments -------------------------------------------------------------------------------------
+
+# Tell operators from other functions, and read their schemas. Checked on torch 2.13.0.
+OpOverload = torch._ops.OpOverload
+# Read the arguments of Tensor.to as torch does. Checked on torch 2.13.0.
+parse_to = torch._C._nn._parse_to
+# Map the tensors in nested containers. Checked on torch 2.13.0.
+tree_map_only = torch.utils._pytree.tree_map_only
+
+# -- tensors -----------------------------------------------------------------------------------------------------------
+
+# Let a tensor that others hold become another one. Checked on torch 2.13.0.
+swap_tensor_impl = torch._C._swap_tensor_impl
+# Rebuild a conjugated view. Checked on torch 2.13.0.
+conj_view = torch._conj
+# Rebuild a negated view. Checked on torch 2.13.0.
+neg_view = torch._neg_view
+# Its frame asks for the storage of a tensor in pickle, torch.save and Tensor.storage. Checked on torch 2.13.0.
+typed_storage = torch.Tensor._typed_storage
+# Its frame, behind that of typed_storage, is pickle's or torch.save's. Checked on torch 2.13.0.
+reduce_ex_internal = torch.Tensor._reduce_ex_internal
+
+# -- modules -----------------------------------------------------------------------------------------------------------
+
+# Its frame draws for trunc_normal_, which asks whether the tensor is on meta. Checked on torch 2.13.0.
+no_grad_trunc_normal_ = torch.nn.init._no_grad_trunc_normal_
+# Every kind of batch normalization. Checked on torch 2.13.0.
+NormBase = torch.nn.modules.batchnorm._NormBase
+# Every transposed convolution: its weight has inputs first. Checked on torch 2.13.0.
+ConvTransposeNd = torch.nn.modules.conv._ConvTransposeNd
+
+# -- files and ranks ---------------------------------------------------------------------------------------------------
+
+# Load a pickle as weights_only does, with storages of our own. Checked on torch 2.13.0.
+WeightsOnlyUnpickler = torch._weights_only_unpickler.Unpickler
+# Names that weights_only allows. Checked on torch 2.13.0.
+get_allowed_globals: Callable[[], dict[str, Any]] = torch._weights_only_unpickler._get_allowed_globals
+# Names that the user allowed with torch.serialization.add_safe_globals. Checked on torch 2.13.0.
+get_user_allowed_globals: Callable[[], dict[str, Any]] = torch._weights_only_unpickler._get_user_allowed_globals
+# Names that a pickle asks for. Checked on torch 2.13.0.
+get_globals_in_pkl = torch._weights_only_unpickler.get_globals_in_pkl
+# Reach ranks that do not come to a collective. Checked on torch 2.13.0.
+get_default_store = torch.distributed.distributed_c10d._get_default_store

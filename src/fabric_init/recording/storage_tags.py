@@ -1,0 +1,70 @@
+"""The tag on a storage object that says which tape records it, and under which number.
+
+The tag is an attribute of the storage object. torch keeps that object alive as long as any tensor on it, so looking a
+tensor up is one attribute read, and a tape is freed together with the tensors that it records.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+from fabric_init.recording.tape import Tape, TensorRef
+
+
+class Recorded:
+    """The attribute of a recorded storage object: the tape it was first recorded on, and its number there.
+
+    ``memory`` is where its values are, and at which byte, once they have come: tensors that nobody has turned into
+    plain ones by then, such as views in a closure, find them there.
+    """
+
+    __slots__ = ("__weakref__", "first_tape", "memory", "storage")
+
+    def __init__(self, first_tape: Tape, storage: int) -> None:
+        self.first_tape = first_tape
+        self.storage = storage
+        self.memory: tuple[torch.UntypedStorage, int] | None = None
+
+    @property
+    def tape(self) -> Tape:
+        return self.first_tape.current()
+
+    @property
+    def device(self) -> torch.device:
+        return self.tape.storages[self.storage].device
+
+
+def recorded_storage(tensor: torch.Tensor) -> Recorded | None:
+    """Return the recording of the storage of a plain meta ``tensor``, or ``None`` if it is not recorded."""
+    if not tensor.is_meta:
+        return None
+    try:
+        recording: Recorded | None = tensor.untyped_storage()._fabric_init  # type: ignore[attr-defined]
+    except (AttributeError, NotImplementedError):  # not recorded; a sparse tensor has no storage
+        return None
+    return recording
+
+
+def begin(tensor: torch.Tensor, tape: Tape, device: torch.device) -> int:
+    """Start recording the storage of a new meta tensor, meant for ``device``; return its number on ``tape``."""
+    storage = tensor.untyped_storage()
+    number = tape.add_storage(storage.nbytes(), device)
+    record = Recorded(tape, number)
+    storage._fabric_init = record  # type: ignore[attr-defined]
+    tape.records[number] = weakref.ref(record)
+    return number
+
+
+def ref_of(tensor: torch.Tensor, storage: int) -> TensorRef:
+    """Return the geometry of ``tensor`` on recorded storage number ``storage``."""
+    lazy_bits = tensor.is_neg() or (tensor.dtype.is_complex and tensor.is_conj())
+    return TensorRef(
+        storage,
+        int(tensor.storage_offset()),
+        tensor.size(),
+        tensor.stride(),
+        tensor.dtype,
+        *((tensor.is_conj(), tensor.is_neg()) if lazy_bits else ()),
+    )
