@@ -15,7 +15,9 @@ from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.planning.tensors import named_tensors
 from fabric_init.recording.later import Later
-from fabric_init.recording.tensor import RecordedTensor, claim, give_lazy_memory, recorded
+from fabric_init.recording.liveness import never_written
+from fabric_init.recording.storage_tags import ref_of
+from fabric_init.recording.tensor import RecordedTensor, claim, give_lazy_memory, meta_of, recorded
 from fabric_init.recording.waiting import THREE_WAYS, uninitialized
 
 _RANKS = "_fabric_init_ranks"
@@ -149,6 +151,12 @@ def waits(tensor: Tensor) -> bool:
     if found is None or found.memory is not None:
         return False
     return bool(found.tape.later.waiting.missing([found.storage]))
+
+
+def has_own_init(tensor: Tensor) -> bool:
+    """Return whether the model's own code gives all of a recorded ``tensor`` a value."""
+    found = recorded(local(tensor))
+    return found is not None and not never_written(found.tape, ref_of(meta_of(local(tensor)), found.storage))
 
 
 def own_init_is_wanted(tensors: Iterable[Tensor]) -> None:

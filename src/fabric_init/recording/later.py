@@ -36,7 +36,7 @@ from fabric_init.recording.replay import real_execution, storage_now, view
 from fabric_init.recording.rng import LateStreams
 from fabric_init.recording.storage_tags import Recorded, ref_of
 from fabric_init.recording.tape import Tape, TensorRef
-from fabric_init.recording.tensor import RecordedTensor, become, become_recorded, recorded, recorded_tensor
+from fabric_init.recording.tensor import RecordedTensor, become, become_recorded, meta_of, recorded, recorded_tensor
 from fabric_init.recording.waiting import Waiting, uninitialized
 
 
@@ -83,6 +83,8 @@ class Later:
         gives_memory: whether a tensor that is written gets memory at once; a strategy that shards first wants it later.
         status: what a tensor that gets values now is reported as.
         block_is_open: whether the block that records the tape is open.
+        is_sharded: whether a strategy has sharded the model. A shard without values says that it is on meta, which is
+            how sharding code (FSDP2's ``reset_sharded_param``) tells that it has to leave it alone.
     """
 
     def __init__(self, tape: Tape) -> None:
@@ -90,6 +92,7 @@ class Later:
         self.gives_memory = True
         self.status = "written by the user"
         self.block_is_open = True
+        self.is_sharded = False
         self.waiting = Waiting(tape)
         self.owners: list[Owners] = []
         self._kept: list[tuple[Tensor, int]] = []
@@ -105,6 +108,7 @@ class Later:
     def join(self, later: Later) -> None:
         """Hand everything over to the answers for a later tape, which continues this one's."""
         later.gives_memory = later.gives_memory and self.gives_memory
+        later.is_sharded = later.is_sharded or self.is_sharded
         later.owners += self.owners
         later._kept += self._kept
         later.waiting.join(self.waiting)
@@ -295,6 +299,8 @@ class Later:
         return result
 
     def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Sequence[Tensor]) -> Any:
+        if func is torch.ops.aten.copy_.default and self._is_same(args[0], args[1]):
+            return args[0]  # load_state_dict of a model's own state dict: nothing is written
         storages = [found.storage for tensor in written if (found := recorded(tensor)) is not None]
         unwritten = any(self._is_open(t) and self._never_written(t) for t in written)
         read = list(tensors_in((args, kwargs.values())))
@@ -319,6 +325,12 @@ class Later:
         elif whole and not late:
             self.waiting.note_status(found.storage, self.status)
         return result
+
+    def _is_same(self, one: Tensor, other: Tensor) -> bool:
+        found, its = recorded(one), recorded(other)
+        if found is None or its is None or found.storage != its.storage:
+            return False
+        return ref_of(meta_of(one), found.storage) == ref_of(meta_of(other), its.storage)
 
     def _never_written(self, tensor: Tensor) -> bool:
         found = recorded(tensor)
@@ -408,6 +420,14 @@ def _set_data(later: Later, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
             func(target, value)
 
 
+def _is_meta(later: Later, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    return later.is_sharded and isinstance(args[0], RecordedTensor)
+
+
+def _format(later: Later, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    return _of_value(later, func, args, kwargs) if args[1] else repr(args[0])  # a DTensor prints its shard like this
+
+
 def _of_value(later: Later, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(later.value(args[0], "be read"), *args[1:], **kwargs)
 
@@ -418,10 +438,11 @@ _HANDLERS: dict[Any, Any] = {
     **device_queries.LATER_HANDLERS,
     **escapes.HANDLERS,
     Tensor.share_memory_: _of_value,
-    Tensor.__format__: _of_value,
+    Tensor.__format__: _format,
     Tensor.__float__: _of_value,
     Tensor.__int__: _of_value,
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+    Tensor.is_meta.__get__: _is_meta,  # type: ignore[attr-defined]
 }
 
 

@@ -27,7 +27,15 @@ from fabric_init.filling.merge import declared_at, merged, planned_tensors
 from fabric_init.filling.missing import initialize_possible, run_replaced_init
 from fabric_init.filling.wait import let_wait
 from fabric_init.guard.loads import forget_extra_state, unwatch_loads, watch_loads
-from fabric_init.guard.models import hold, hold_forward, local, own_tensors
+from fabric_init.guard.models import (
+    has_own_init,
+    hold,
+    hold_forward,
+    local,
+    own_init_is_wanted,
+    own_tensors,
+    unfilled,
+)
 from fabric_init.guard.shards import WaitingShards, empty_shard, hold_shards
 from fabric_init.planning.derived import loaded_storages, sources_of
 from fabric_init.planning.placement import Placement
@@ -36,6 +44,7 @@ from fabric_init.planning.prepare import PreparedPlan, prepared_digest
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.tape import now
 from fabric_init.recording.tensor import RecordedTensor, become, become_recorded, recorded
+from fabric_init.recording.waiting import THREE_WAYS
 from fabric_init.reports.registry import FillRecord
 from fabric_init.strategies.optimizers import parameters_by_name
 
@@ -95,8 +104,14 @@ def bind(model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions,
 
 def _keep(model: nn.Module, bound: BoundPlans) -> None:
     hold(model, FIX, gives_memory=False)
-    watch_loads(model, initialize_possible)
+    watch_loads(model, _complete)
     vars(model)[_ATTRIBUTE] = bound
+
+
+def _complete(model: nn.Module) -> None:
+    """After a load before setup, let tensors that it did not bring have their own init, but for declared loads."""
+    planned = planned_tensors([plan for module in model.modules() for plan in vars(module).get(_PLANS, ())])
+    own_init_is_wanted(tensor for _, tensor in unfilled(model) if id(tensor) not in planned and has_own_init(tensor))
 
 
 def is_bound(model: nn.Module) -> bool:
@@ -236,7 +251,8 @@ def shard_and_fill(
         forget_extra_state(model)
         record = execute_plan(planned, sharded, tensors, placement, agreement)
         _let_shards_wait(planned, sharded, tensors, placement, agreement, name, record)
-        left = [name for name, tensor in parameters_by_name(sharded).items() if local(tensor).is_meta]
+        parts = {name: local(tensor) for name, tensor in parameters_by_name(sharded).items()}
+        left = [name for name, part in parts.items() if part.is_meta and not isinstance(part, RecordedTensor)]
         if left:
             raise FabricInitError(f"sharding split a tie or made parameters of its own, which have no values: {left}")
         return sharded
@@ -262,7 +278,8 @@ def _let_shards_wait(
     for entry, tensor, row in waiting:
         assert entry.slot.ref is not None
         tape, device = planned.tapes[entry.slot.ref.storage].current(), placement.device(entry.slot)
-        tape.later.gives_memory = True
+        tape.later.gives_memory = tape.later.is_sharded = True
+        tape.later.waiting.fix = THREE_WAYS
         placement.put_waiting(
             entry.slot,
             tensor,
