@@ -113,7 +113,7 @@ def _values(
         for storage, group in storage_groups(entries).items()
         if (positions := [position for position in group if not _has_room_of_its_own(entries[position])])
         if not _is_loaded_whole(entries, positions, tapes[storage])
-        if all(entries[position].action is not Action.WAIT for position in positions)
+        if not any(entries[position].action is Action.WAIT or entries[position].on_use for position in positions)
     }
     shared = {position for positions in to_replay.values() for position in positions}
     parts: dict[int, Tensor] = {}  # loaded into memory that other tensors share
@@ -216,7 +216,9 @@ def _check(plan: Plan, tensors: Sequence[Tensor]) -> None:
     left = [
         entry.slot.name
         for entry, tensor in zip(plan.entries, tensors, strict=True)
-        if entry.action is not Action.WAIT and (tensor.is_meta or isinstance(tensor, RecordedTensor))
+        if entry.action is not Action.WAIT
+        and not entry.on_use
+        and (tensor.is_meta or isinstance(tensor, RecordedTensor))
     ]
     if left:
         raise FabricInitError(f"fabric_init left these tensors on the meta device, which is a bug of its own: {left}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from fabric_init.guard.models import (
 from fabric_init.guard.shards import forget_shards, is_partly_written, waiting_shards
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.plan import Action, Plan, PlanEntry
-from fabric_init.planning.tensors import TensorInfo, find_tensors
+from fabric_init.planning.tensors import TensorInfo, find_tensors, named_tensors
 from fabric_init.planning.validation import check_all_have_values
 from fabric_init.recording.liveness import computed_from, first_ref, never_written
 from fabric_init.recording.replay import view
@@ -40,7 +40,6 @@ def initialize_missing(model: nn.Module) -> None:
     Raises:
         UninitializedTensorError: the model's own code never gives some tensor a value, or it would be the wrong one.
     """
-    settle(model)
     agreement = ranks_of(model) or SingleProcess()
     agreement.run_together("initializing what is missing", lambda: _initialize_all(model))
     release_forward(model)
@@ -82,11 +81,13 @@ def _initialize_all(model: nn.Module) -> None:
 
 
 def _initialize(model: nn.Module, *, partial: bool) -> None:
+    settle(model)
     infos = [(info, tensor) for info, tensor in find_tensors(model) if info.ref is not None]
     tapes = {info.ref.storage: found.tape for info, tensor in infos if info.ref and (found := recorded(tensor))}
     entries = [PlanEntry(info, Action.INIT) for info, tensor in infos if waits(tensor) or not partial]
     tensors = [tensor for info, tensor in infos if waits(tensor) or not partial]
-    _run(entries, tensors, tapes, WholeTensors(), partial=partial)
+    held = _Held(model)
+    _run(entries, tensors, tapes, WholeTensors(), held, partial=partial)
     for shards in list(waiting_shards(model)):
         partly = [e.slot.name for e, t in zip(shards.entries, shards.tensors, strict=True) if is_partly_written(t)]
         if partly and not partial:
@@ -100,14 +101,21 @@ def _initialize(model: nn.Module, *, partial: bool) -> None:
             [t for t, yes in zip(shards.tensors, chosen, strict=True) if yes],
             shards.tapes,
             shards.placement,
+            held,
             partial=partial,
         )
 
 
 def _run(
-    entries: list[PlanEntry], tensors: list[Tensor], tapes: Mapping[int, Tape], placement: Placement, *, partial: bool
+    entries: list[PlanEntry],
+    tensors: list[Tensor],
+    tapes: Mapping[int, Tape],
+    placement: Placement,
+    held: _Held,
+    *,
+    partial: bool,
 ) -> None:
-    sources = {id(tensor): _sources(entry.slot, tapes) for entry, tensor in zip(entries, tensors, strict=True)}
+    sources = {id(tensor): held.sources(entry.slot, tapes) for entry, tensor in zip(entries, tensors, strict=True)}
     lost = [e.slot.name for e, t in zip(entries, tensors, strict=True) if sources[id(t)] is None]
     if lost and not partial:
         raise UninitializedTensorError(
@@ -120,6 +128,9 @@ def _run(
         both = [(e, t) for e, t in both if not never_written(tapes[_ref(e).storage], _ref(e))]
     else:
         check_all_have_values([e for e, _ in both if waits(_)], tapes, None)
+    for entry, tensor in both:
+        for source, _ in sources[id(tensor)] or ():
+            tapes[_ref(entry).storage].later.waiting.filled(source.storage)
     own_init_is_wanted(tensor for _, tensor in both)
     both = [(e, t) for e, t in both if not waits(t)]
     plain = [(e, t) for e, t in both if not sources[id(t)]]
@@ -141,18 +152,51 @@ def _ref(entry: PlanEntry) -> TensorRef:
     return entry.slot.ref
 
 
-def _sources(info: TensorInfo, tapes: Mapping[int, Tape]) -> Sequence[tuple[TensorRef, Tensor]] | None:
-    """The loaded tensors that the model's own init computes this one from; ``None`` where they cannot be had whole."""
-    assert info.ref is not None
-    tape = tapes[info.ref.storage]
-    if not info.saved or not tape.overruled:
-        return ()
-    found = []
-    for storage in sorted(computed_from(tape, info.ref.storage, dict.fromkeys(tape.overruled))):
-        now = [t for owners in tape.later.owners for t in owners.now(storage)]
-        ref = first_ref(tape, storage)
-        whole = [t for t in now if local(t) is t and recorded(t) is None and ref is not None and t.shape == ref.size]
-        if not whole or ref is None:
-            return None
-        found.append((ref, whole[0].detach()))
-    return found
+_Source = tuple[TensorRef, Tensor]
+
+
+class _Held:
+    """What a model holds by now where tensors were from which its constructor has computed others."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._by_name = {name: tensor for name, kind, tensor in named_tensors(model) if kind != "attribute"}
+        self._ids = {id(tensor) for tensor in self._by_name.values()}
+        self._candidates: dict[tuple[int, bool], dict[int, _Source | None]] = {}
+
+    def sources(self, info: TensorInfo, tapes: Mapping[int, Tape]) -> Sequence[_Source] | None:
+        """Return the tensors with values that the model's own init computes this one from.
+
+        ``None`` where they cannot be had whole.
+        """
+        assert info.ref is not None
+        tape = tapes[info.ref.storage]
+        if not info.saved or not (tape.overruled or tape.waits):
+            return ()
+        copied = not any(owners.has(info.ref.storage) for owners in tape.later.owners)
+        key = id(tape), copied
+        if key not in self._candidates:
+            self._candidates[key] = dict(self._with_values(tape, copied=copied))
+        candidates = self._candidates[key]
+        found = [candidates[s] for s in sorted(computed_from(tape, info.ref.storage, dict.fromkeys(candidates)))]
+        whole = [source for source in found if source is not None]
+        return whole if len(whole) == len(found) else None
+
+    def _with_values(self, tape: Tape, *, copied: bool) -> Iterator[tuple[int, _Source | None]]:
+        """Yield storages that waited, with what the model holds for them; ``None`` if that has no values here."""
+        for storage in (*tape.overruled, *tape.waits):
+            ref = first_ref(tape, storage)
+            for tensor in self._now(storage, tape, copied=copied):
+                if local(tensor) is tensor and recorded(tensor) is None and ref and tensor.shape == ref.size:
+                    yield storage, (ref, tensor.detach())
+                    break
+            else:
+                if storage in tape.overruled:
+                    yield storage, None
+
+    def _now(self, storage: int, tape: Tape, *, copied: bool) -> list[Tensor]:
+        """Return what is today where a tensor on ``storage`` was, or under its name: in a copy, or in another module."""
+        there = [tensor for owners in tape.later.owners for tensor in owners.now(storage)]
+        if there and not copied:
+            return [tensor for tensor in there if id(tensor) in self._ids]
+        tensor = self._by_name.get(tape.later.waiting.names.get(storage, ("", ""))[1])
+        return [] if tensor is None else [tensor]

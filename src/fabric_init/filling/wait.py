@@ -39,7 +39,8 @@ def _plan(model: nn.Module) -> PreparedPlan:
     infos, tensors, tapes = survey(model)
     saved = [info.saved and info.ref is not None for info in infos]
     now = make_plan([info for info, later in zip(infos, saved, strict=True) if not later], tapes, None, LoadOptions())
-    entries = iter(now.entries)
+    # Until somebody uses them, so that to_empty() keeps what no load will bring.
+    entries = iter(entry._replace(on_use=entry.slot.ref is not None) for entry in now.entries)
     all_of_them = [
         PlanEntry(info, Action.WAIT) if later else next(entries) for info, later in zip(infos, saved, strict=True)
     ]

@@ -75,6 +75,10 @@ class Places:
         if not self._left and model is not None and not unfilled(model):
             release_forward(model)
 
+    def has(self, storage: int) -> bool:
+        """Return whether a tensor of the model was on ``storage``."""
+        return storage in self._places
+
     def now(self, storage: int) -> Iterator[Tensor]:
         """Yield what is today where tensors on ``storage`` were."""
         for reference, name in self._places.get(storage, ()):
@@ -93,8 +97,12 @@ class Places:
     def unfilled(self) -> tuple[str, dict[int, str]]:
         """Return the class of the model, and the names of its tensors that wait, by recorded storage."""
         model = self._model()
-        found = {} if model is None else {recorded(local(tensor)): name for name, tensor in unfilled(model)}
-        return self._name, {record.storage: name for record, name in found.items() if record is not None}
+        names: dict[int, str] = {}
+        for name, tensor in [] if model is None else unfilled(model):
+            record = recorded(local(tensor))
+            if record is not None:
+                names.setdefault(record.storage, name)  # several objects may be on one storage
+        return self._name, names
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -209,11 +217,14 @@ def hold_forward(model: nn.Module, agreement: Agreement | None = None) -> None:
 
 
 def release_forward(model: nn.Module) -> None:
-    """Take that back: nothing waits any more."""
+    """Take that back: nothing waits any more. What is still recorded, also outside the model, becomes plain."""
     for module in model.modules():
         vars(module).pop(_RANKS, None)
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _before_forward]:
             del module._forward_pre_hooks[key]
+    parts = [local(tensor) for _, _, tensor in named_tensors(model)]
+    for tape in {found.tape for part in parts if (found := recorded(part)) is not None}:
+        tape.later.finish(parts)
 
 
 def _before_forward(module: nn.Module, args: object) -> None:

@@ -37,6 +37,8 @@ class PlanEntry(NamedTuple):
     spec: TensorSpec | None = None
     since: int | None = None
     """Ops with a higher number were recorded after this load was declared, in a later block."""
+    on_use: bool = False
+    """Whether the own init is only run when the tensor is used, or when all others have their values."""
 
     @property
     def cast_from(self) -> torch.dtype | None:

@@ -16,6 +16,7 @@ So there is one path for writes in the block, after it, and by ``load_state_dict
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,6 +43,10 @@ from fabric_init.recording.waiting import Waiting, uninitialized
 
 class Owners(Protocol):
     """Where the tensors of a living model are, by recorded storage."""
+
+    def has(self, storage: int) -> bool:
+        """Return whether a tensor of the model was on ``storage``."""
+        ...
 
     def now(self, storage: int) -> Iterator[Tensor]:
         """Yield what is today where tensors on ``storage`` were."""
@@ -363,6 +368,26 @@ class Later:
             for tensor in list(owners.recorded(found.storage)):
                 self.make_plain(tensor)
             owners.filled(self.waiting.origin(found.storage))
+
+    def finish(self, tensors: Iterable[Tensor]) -> None:
+        """Turn recorded tensors whose values can be made by now into plain ones: these, and those kept elsewhere."""
+        for tensor in tensors:
+            self._finish(tensor)
+        if any(self.tape.is_alive(storage) for storage in self.tape.records):  # then the search is worth its time
+            for each in gc.get_objects():
+                if issubclass(type(each), RecordedTensor):
+                    self._finish(each)
+
+    def _finish(self, tensor: Tensor) -> None:
+        found = recorded(tensor)
+        if found is None or found.tape is not self.tape or tensor.grad_fn is not None:
+            return
+        if found.memory is None:
+            unwritten = never_written(self.tape, ref_of(meta_of(tensor), found.storage))
+            if unwritten or self.waiting.missing([found.storage]):
+                return
+            self.value(tensor, "be read")
+        self.make_plain(tensor)
 
     def make_plain(self, tensor: Tensor) -> None:
         """Turn a recorded tensor whose values are there into a plain one, which stays the same object."""

@@ -54,7 +54,8 @@ class Waiting:
     def begin(self, storage: int, model: str, name: str) -> None:
         """Let a storage wait from now on."""
         self.tape.waits.setdefault(storage, now())
-        self.names[storage] = model, name
+        if storage not in self.names or self.names[storage][0] != model:
+            self.names[storage] = model, name  # of ties the first name
 
     def rename(self, old: int, new: int) -> None:
         """Let storage ``new``, which takes the place of ``old``, be known under its name."""
