@@ -61,6 +61,10 @@ tree_map_only = torch.utils._pytree.tree_map_only
 
 # Let a tensor that others hold become another one. Checked on torch 2.13.0.
 swap_tensor_impl = torch._C._swap_tensor_impl
+# Put a tensor on the meta device into a subclass that claims another device. Checked on torch 2.13.0.
+make_subclass = torch.Tensor._make_subclass
+# Ask a tensor for its storage past the subclass that it is of. Checked on torch 2.13.0.
+TensorBase = torch._C.TensorBase
 # Rebuild a conjugated view. Checked on torch 2.13.0.
 conj_view = torch._conj
 # Rebuild a negated view. Checked on torch 2.13.0.

@@ -33,7 +33,7 @@ from fabric_init.recording.replay import real_execution, replay, view
 from fabric_init.recording.tape import Rng, Tape
 from fabric_init.recording.tensor import RecordedTensor
 from fabric_init.reports.provenance import describe_rule
-from fabric_init.reports.registry import FillRecord, RowRecord, keep_record
+from fabric_init.reports.registry import FillRecord, RowRecord, keep_record, statuses
 from fabric_init.reports.rows import InitRow
 from fabric_init.reports.trace import recording_of
 
@@ -324,5 +324,9 @@ def execute_plan(
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()  # cuDNN's layout: the constructor's own call came before there was memory
+    early = statuses(model)
+    for row, entry in zip(record.rows, plan.entries, strict=True):
+        if entry.action is Action.KEEP and entry.slot.name in early:
+            row.update(status=early[entry.slot.name])
     keep_record(model, record)
     return record

@@ -31,7 +31,7 @@ from fabric_init.planning.validation import check_all_have_values
 from fabric_init.recording.liveness import computed_from, first_ref, never_written
 from fabric_init.recording.replay import view
 from fabric_init.recording.tape import Tape, TensorRef
-from fabric_init.recording.tensor import recorded
+from fabric_init.recording.tensor import become, recorded
 
 
 def initialize_missing(model: nn.Module) -> None:
@@ -87,7 +87,7 @@ def _initialize(model: nn.Module, *, partial: bool) -> None:
     entries = [PlanEntry(info, Action.INIT) for info, tensor in infos if waits(tensor) or not partial]
     tensors = [tensor for info, tensor in infos if waits(tensor) or not partial]
     held = _Held(model)
-    _run(entries, tensors, tapes, WholeTensors(), held, partial=partial)
+    _run(entries, tensors, tapes, _AsItsStrategyDoes(), held, partial=partial)
     for shards in list(waiting_shards(model)):
         partly = [e.slot.name for e, t in zip(shards.entries, shards.tensors, strict=True) if is_partly_written(t)]
         if partly and not partial:
@@ -104,6 +104,15 @@ def _initialize(model: nn.Module, *, partial: bool) -> None:
             held,
             partial=partial,
         )
+
+
+class _AsItsStrategyDoes(WholeTensors):
+    """The placement of tensors that are whole on this rank, where the strategy of their model wants them."""
+
+    def put(self, slot: TensorInfo, tensor: Tensor, value: Tensor) -> Tensor:
+        found = recorded(tensor)
+        become(tensor, value) if found is None else found.tape.later.put(tensor, value)
+        return tensor
 
 
 def _run(
@@ -194,7 +203,7 @@ class _Held:
                     yield storage, None
 
     def _now(self, storage: int, tape: Tape, *, copied: bool) -> list[Tensor]:
-        """Return what is today where a tensor on ``storage`` was, or under its name: in a copy, or in another module."""
+        """Return what is today where a tensor on ``storage`` was; in a copy, or another module, what has its name."""
         there = [tensor for owners in tape.later.owners for tensor in owners.now(storage)]
         if there and not copied:
             return [tensor for tensor in there if id(tensor) in self._ids]

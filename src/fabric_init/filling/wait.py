@@ -30,9 +30,10 @@ def wait_for_load(
         for model in models
     ]
     for model, plan in zip(models, prepared, strict=True):
-        hold(model)
+        placement = placement_for(model)
+        hold(model, placement=placement)
         watch_loads(model, initialize_possible)
-        execute_plan(plan, model, plan.tensors, placement_for(model), agreement)
+        execute_plan(plan, model, plan.tensors, placement, agreement)
 
 
 def _plan(model: nn.Module) -> PreparedPlan:

@@ -150,6 +150,8 @@ def _end(module: nn.Module, complete: Complete | None) -> None:
         found = recorded(local(tensor))
         if found is not None and found.memory is None and not _holds(module, tensor):
             found.tape.later.waiting.note_status(found.storage, "loaded")
+            for owners in found.tape.later.owners:
+                owners.filled(found.storage, "loaded")
     left = unfilled(module)
     for later in _current.laters:
         later.status = "initialized"

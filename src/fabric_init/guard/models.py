@@ -13,23 +13,28 @@ from torch.nn.parameter import is_lazy
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import UninitializedTensorError
-from fabric_init.planning.tensors import named_tensors
+from fabric_init.planning.placement import Placement, WholeTensors
+from fabric_init.planning.tensors import TensorInfo, find_tensors, named_tensors
 from fabric_init.recording.later import Later
 from fabric_init.recording.liveness import never_written
 from fabric_init.recording.storage_tags import ref_of
-from fabric_init.recording.tensor import RecordedTensor, claim, give_lazy_memory, meta_of, recorded
+from fabric_init.recording.tensor import RecordedTensor, become, claim, give_lazy_memory, meta_of, recorded
 from fabric_init.recording.waiting import THREE_WAYS, uninitialized
+from fabric_init.reports.registry import note_status
 
 _RANKS = "_fabric_init_ranks"
 
 
-def hold(model: nn.Module, fix: str = THREE_WAYS, *, gives_memory: bool = True) -> None:
+def hold(
+    model: nn.Module, fix: str = THREE_WAYS, *, gives_memory: bool = True, placement: Placement | None = None
+) -> None:
     """Let all that ``state_dict`` holds of ``model`` wait for values from now on.
 
     Args:
         model: just built in a recorded block.
         fix: what the errors say that the user has to do.
         gives_memory: whether a tensor that is overwritten gets its memory at once.
+        placement: how its strategy keeps tensors that get values; ``None`` if that is not known yet.
     """
     laters: dict[int, Later] = {}
     with DisableTorchFunction(), torch.no_grad():
@@ -48,7 +53,7 @@ def hold(model: nn.Module, fix: str = THREE_WAYS, *, gives_memory: bool = True) 
         if id(later) not in laters:
             laters[id(later)] = later
             later.gives_memory, later.waiting.fix = gives_memory, fix
-            later.owners.append(Places(model))
+            later.owners.append(Places(model, placement))
     if laters:
         hold_forward(model)
 
@@ -56,8 +61,12 @@ def hold(model: nn.Module, fix: str = THREE_WAYS, *, gives_memory: bool = True) 
 class Places:
     """Where the parameters and buffers of a model are, by recorded storage. Keeps nothing alive."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, placement: Placement | None = None) -> None:
         self._model = weakref.ref(model)
+        self._placement = placement
+        self._infos: dict[int, TensorInfo] = {}
+        if placement is not None and type(placement) is not WholeTensors:
+            self._infos = {info.ref.storage: info for info, _ in find_tensors(model) if info.ref is not None}
         self._name = type(model).__name__
         self._left: set[int] = set()
         self._places: dict[int, list[tuple[weakref.ref[nn.Module], str]]] = {}
@@ -68,8 +77,12 @@ class Places:
                     self._places.setdefault(found.storage, []).append((weakref.ref(module), name))
         self._left.update(self._places)
 
-    def filled(self, storage: int) -> None:
+    def filled(self, storage: int, status: str) -> None:
         """Note that what was on ``storage`` has its values; a model that has all needs no hook any more."""
+        for reference, name in self._places.get(storage, ()):
+            module = reference()
+            if module is not None:
+                note_status(module, name, status)
         self._left.discard(storage)
         model = self._model()
         if not self._left and model is not None and not unfilled(model):
@@ -78,6 +91,13 @@ class Places:
     def has(self, storage: int) -> bool:
         """Return whether a tensor of the model was on ``storage``."""
         return storage in self._places
+
+    def put(self, storage: int, tensor: Tensor, value: Tensor) -> None:
+        """Give ``tensor``, which was on ``storage``, the memory of ``value``, or what its strategy keeps of that."""
+        if self._placement is None or storage not in self._infos:
+            become(tensor, value)
+        else:
+            self._placement.put(self._infos[storage], tensor, value)
 
     def now(self, storage: int) -> Iterator[Tensor]:
         """Yield what is today where tensors on ``storage`` were."""

@@ -26,7 +26,12 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
-from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, DisableTorchFunctionSubclass
+from fabric_init._torch_internals import (
+    DisableTorchDispatch,
+    DisableTorchFunction,
+    DisableTorchFunctionSubclass,
+    TensorBase,
+)
 from fabric_init.errors import RecordingError, UninitializedTensorError
 from fabric_init.recording import device_queries, escapes
 from fabric_init.recording.liveness import covers, never_written
@@ -56,8 +61,12 @@ class Owners(Protocol):
         """Yield those of them that are still on ``storage``."""
         ...
 
-    def filled(self, storage: int) -> None:
-        """Note that what was on ``storage`` has its values."""
+    def filled(self, storage: int, status: str) -> None:
+        """Note that what was on ``storage`` has its values, and what it is reported as."""
+        ...
+
+    def put(self, storage: int, tensor: Tensor, value: Tensor) -> None:
+        """Give ``tensor``, which was on ``storage``, the memory of ``value``, or what its strategy keeps of that."""
         ...
 
     def unfilled(self) -> tuple[str, dict[int, str]]:
@@ -367,7 +376,7 @@ class Later:
         for owners in self.owners:
             for tensor in list(owners.recorded(found.storage)):
                 self.make_plain(tensor)
-            owners.filled(self.waiting.origin(found.storage))
+            owners.filled(self.waiting.origin(found.storage), self.status)
 
     def finish(self, tensors: Iterable[Tensor]) -> None:
         """Turn recorded tensors whose values can be made by now into plain ones: these, and those kept elsewhere."""
@@ -399,7 +408,14 @@ class Later:
                 become(tensor, _plain_memory(tensor))
             elif found.memory is not None and tensor.grad_fn is None:
                 with suppress(RuntimeError):  # torch.jit.trace holds it weakly: it stays as it is, and has its values
-                    become(tensor, _real(found, ref_of(tensor._meta, found.storage)))
+                    self.put(tensor, _real(found, ref_of(tensor._meta, found.storage)))
+
+    def put(self, tensor: Tensor, value: Tensor) -> None:
+        """Give a recorded tensor the memory of ``value``, or what the strategy of its model makes of that."""
+        found = recorded(tensor)
+        origin = -1 if found is None else self.waiting.origin(found.storage)
+        owners = next((each for each in reversed(self.owners) if each.has(origin)), None)
+        become(tensor, value) if owners is None else owners.put(origin, tensor, value)
 
     # -- real tensors that recorded writes read ------------------------------------------------------------------------
 
@@ -488,6 +504,6 @@ def _real(found: Recorded, ref: TensorRef) -> Tensor:
 def _plain_memory(tensor: RecordedTensor) -> Tensor:
     """A plain tensor on real memory that torch itself has put behind a recorded tensor (``p.data = real``)."""
     with real_execution():
-        storage = torch._C.TensorBase.untyped_storage(tensor)
+        storage = TensorBase.untyped_storage(tensor)
         plain = torch.empty(0, dtype=tensor.dtype, device=storage.device)
         return plain.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())

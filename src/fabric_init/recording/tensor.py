@@ -24,11 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fabric_init._torch_internals import DisableTorchFunction, DisableTorchFunctionSubclass, swap_tensor_impl
+from fabric_init._torch_internals import (
+    DisableTorchFunction,
+    DisableTorchFunctionSubclass,
+    make_subclass,
+    swap_tensor_impl,
+)
 from fabric_init.errors import RecordingError
 from fabric_init.recording.storage_tags import Recorded, recorded_storage
 
-_make_subclass = torch.Tensor._make_subclass
 META = torch.device("meta")
 ASKS_DEVICE = torch.ops.prim.device.default
 """How torch's own code asks a tensor that answers by itself for its device."""
@@ -91,7 +95,7 @@ class RecordedTensor(Tensor):
 
 def recorded_tensor(meta: Tensor, device: torch.device, requires_grad: bool = False) -> RecordedTensor:
     """Return a recorded tensor on the storage of ``meta``, of its geometry, that claims to be on ``device``."""
-    tensor: RecordedTensor = _make_subclass(
+    tensor: RecordedTensor = make_subclass(
         RecordedTensor, meta, requires_grad, dispatch_device=True, device_for_backend_keys=device
     )
     tensor._meta = meta
@@ -160,7 +164,7 @@ def _in_class_of(asking: FrameType, tensor: RecordedTensor) -> Tensor:
             f"{asking.f_code.co_filename}:{asking.f_lineno} puts a recorded tensor into a subclass of torch.Tensor in "
             "a way that cannot be recorded. Build that tensor with plain values, outside the block, or after it."
         )
-    return _make_subclass(own[0], tensor._meta)
+    return make_subclass(own[0], tensor._meta)
 
 
 def claim(tensor: Tensor) -> None:
@@ -183,7 +187,7 @@ def give_lazy_memory(tensor: Tensor) -> None:
     found = recorded_storage(tensor)
     if found is not None:
         empty = torch.empty(0, dtype=tensor.dtype, device=found.device)
-        swap_tensor_impl(tensor, _make_subclass(type(tensor), empty, tensor.requires_grad))
+        swap_tensor_impl(tensor, make_subclass(type(tensor), empty, tensor.requires_grad))
 
 
 def _plain_view(tensor: Tensor) -> Tensor:

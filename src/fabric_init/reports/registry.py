@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from fabric_init._text import dtype_name
 from fabric_init.errors import FabricInitError
-from fabric_init.planning.tensors import named_tensors, plain_name
+from fabric_init.planning.tensors import named_modules, named_tensors, plain_name
 from fabric_init.recording.tape import Tape
 from fabric_init.recording.tensor import recorded
 from fabric_init.reports.init_report import InitReport
@@ -78,6 +78,23 @@ class FillRecord:
 
 
 _records: weakref.WeakKeyDictionary[nn.Module, FillRecord] = weakref.WeakKeyDictionary()
+
+
+_statuses: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKeyDictionary()
+
+
+def note_status(module: nn.Module, attribute: str, status: str) -> None:
+    """Note how a tensor of a module got its values before the model was filled."""
+    _statuses.setdefault(module, {})[attribute] = status
+
+
+def statuses(model: nn.Module) -> dict[str, str]:
+    """Return what :func:`note_status` knows of ``model``, by the names of its tensors."""
+    return {
+        f"{prefix}.{attribute}" if prefix else attribute: status
+        for prefix, module in named_modules(model)
+        for attribute, status in _statuses.get(module, {}).items()
+    }
 
 
 def keep_record(model: nn.Module, record: FillRecord) -> InitReport:
