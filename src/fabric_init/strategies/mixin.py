@@ -19,6 +19,7 @@ from fabric_init.guard.models import require, settle
 from fabric_init.planning.placement import Placement
 from fabric_init.strategies.fill_in_setup import ShardedPlacement, is_bound, shard_and_fill
 from fabric_init.strategies.init_context import init_context
+from fabric_init.strategies.mapped_io import mapped_io
 from fabric_init.strategies.optimizers import parameters_by_name, refuse_left_behind, remap
 
 
@@ -101,6 +102,8 @@ class DeferredInitMixin(Strategy):
         with ExitStack() as stack:
             for module in _modules(state):
                 stack.enter_context(loading(module))
+            if isinstance(state, nn.Module):  # a dictionary may hold optimizers, which keep the tensors they are given
+                stack.enter_context(mapped_io(self))
             return super().load_checkpoint(path, state, *args, **kwargs)
 
     def save_checkpoint(self, path: Any, state: Any, *args: Any, **kwargs: Any) -> None:
