@@ -82,13 +82,15 @@ def _initialize_all(model: nn.Module) -> None:
 
 def _initialize(model: nn.Module, *, partial: bool) -> None:
     settle(model)
-    infos = [(info, tensor) for info, tensor in find_tensors(model) if info.ref is not None]
+    sharded = list(waiting_shards(model))
+    of_shards = {id(tensor) for shards in sharded for tensor in shards.tensors}  # buffers, too, which stay whole
+    infos = [(info, t) for info, t in find_tensors(model) if info.ref is not None and id(t) not in of_shards]
     tapes = {info.ref.storage: found.tape for info, tensor in infos if info.ref and (found := recorded(tensor))}
     entries = [PlanEntry(info, Action.INIT) for info, tensor in infos if waits(tensor) or not partial]
     tensors = [tensor for info, tensor in infos if waits(tensor) or not partial]
     held = _Held(model)
     _run(entries, tensors, tapes, _AsItsStrategyDoes(), held, partial=partial)
-    for shards in list(waiting_shards(model)):
+    for shards in sharded:
         partly = [e.slot.name for e, t in zip(shards.entries, shards.tensors, strict=True) if is_partly_written(t)]
         if partly and not partial:
             raise UninitializedTensorError(

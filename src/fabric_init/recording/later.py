@@ -161,7 +161,7 @@ class Later:
             if written:
                 return self._write(func, args, kwargs, written)
             does = traits(func)
-            if does.data_dependent or does.name == "aten::_local_scalar_dense":
+            if does.data_dependent or does.name == "aten::_local_scalar_dense" or func.namespace in _OF_ALL_RANKS:
                 return self._run(func, args, kwargs)
             if any(recorded(tensor) is None and tensor.dim() > 0 for tensor in tensors) and (
                 does.name not in INDEXES or not self._missing(tensors)
@@ -474,6 +474,8 @@ def _of_value(later: Later, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 _WORTH_A_REFERENCE = 1 << 20
+_OF_ALL_RANKS = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"})
+"""Namespaces of collectives, which are never run again later, when the other ranks are elsewhere."""
 _OWN_ATTRIBUTES = frozenset({"_meta", "_claimed", "_is_param", "_is_buffer"})
 _HANDLERS: dict[Any, Any] = {
     **device_queries.LATER_HANDLERS,

@@ -101,6 +101,7 @@ class Traits(NamedTuple):
 
     name: str
     written: tuple[tuple[int, str], ...]  # (position, name) of the arguments that it writes
+    training: int | None  # the position of a flag without which it writes nothing (batch norm)
     has_device: bool
     takes_generator: bool
     takes_dtype: bool
@@ -126,6 +127,7 @@ def traits(func: OpOverload) -> Traits:
     return Traits(
         name=schema.name,
         written=written,
+        training=next((i for i, argument in enumerate(schema.arguments) if argument.name == "training"), None),
         has_device=any(argument.name == "device" for argument in schema.arguments),
         takes_generator=any(argument.name == "generator" for argument in schema.arguments),
         takes_dtype=any(argument.name == "dtype" for argument in schema.arguments),
