@@ -15,7 +15,7 @@ from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import Agreement, SingleProcess
-from fabric_init.errors import FabricInitError
+from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.derived import compute
 from fabric_init.filling.extra_state import set_extra_states
 from fabric_init.filling.fill_log import with_log
@@ -288,11 +288,34 @@ def fill_model(
 
     def plan() -> PreparedPlan:
         settle(model)
-        return plan_for(model, reader, wanted, rng)
+        prepared = plan_for(model, reader, wanted, rng)
+        _refuse_overwriting(prepared, model)
+        return prepared
 
     with PausedCollector():
         prepared = agreement.run_together(_PLANNING, plan, prepared_digest)
         return execute_plan(prepared, model, prepared.tensors, placement, agreement)
+
+
+def _refuse_overwriting(prepared: PreparedPlan, model: nn.Module) -> None:
+    """Raise if a load that is declared after the block would overwrite what the user has written since."""
+    noted = statuses(model)
+    lost = []
+    for entry in prepared.plan.entries if prepared.reader is not None else ():
+        slot = entry.slot
+        if entry.action is Action.LOAD and slot.ref is not None:
+            tape = prepared.tapes[slot.ref.storage]
+            since = tape.waits.get(slot.ref.storage)
+            if since is not None and tape.written_since(slot.ref.storage, since):
+                lost.append(slot.name)
+        elif entry.action is Action.LOAD and noted.get(slot.name) == "written by the user":
+            lost.append(slot.name)
+    if lost:
+        raise RecordingError(
+            f"{', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}: written after the recorded block, which the "
+            "checkpoint would overwrite. Write once the model is filled, or load with load_state_dict and "
+            "strict=False what you want loaded."
+        )
 
 
 def prepare(

@@ -315,6 +315,11 @@ class Later:
     def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Sequence[Tensor]) -> Any:
         if func is torch.ops.aten.copy_.default and self._is_same(args[0], args[1]):
             return args[0]  # load_state_dict of a model's own state dict: nothing is written
+        if not traits(func).changes_geometry and any(ref_of(meta_of(tensor), -1).expanded for tensor in written):
+            raise RuntimeError(  # as torch, and before anything is recorded
+                "unsupported operation: more than one element of the written-to tensor refers to a single memory "
+                "location. Please clone() the tensor before performing the operation."
+            )
         storages = [found.storage for tensor in written if (found := recorded(tensor)) is not None]
         unwritten = any(self._is_open(t) and self._never_written(t) for t in written)
         read = list(tensors_in((args, kwargs.values())))
