@@ -12,6 +12,7 @@ from fabric_init.distributed.agreement import SingleProcess
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.derived import compute_with
 from fabric_init.filling.execute import fill
+from fabric_init.guard.expected_load import forget_expected_load
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import (
     local,
@@ -40,6 +41,7 @@ def initialize_missing(model: nn.Module) -> None:
     Raises:
         UninitializedTensorError: the model's own code never gives some tensor a value, or it would be the wrong one.
     """
+    forget_expected_load(model)
     agreement = ranks_of(model) or SingleProcess()
     agreement.run_together("initializing what is missing", lambda: _initialize_all(model))
     release_forward(model)

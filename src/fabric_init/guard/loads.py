@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
+from fabric_init.guard.expected_load import ExpectedLoad
 from fabric_init.guard.models import local, own_tensors, release_forward, settle, unfilled
 from fabric_init.planning.extra_state import takes_extra_state
 from fabric_init.recording.later import Later
@@ -37,6 +38,7 @@ class _Current(threading.local):
     before: list[tuple[str, Tensor]]  # what waited under that
     laters: list[Later]  # of those
     whole = False  # inside `loading`, whose many calls are one load
+    brought: list[tuple[nn.Module, str]]  # what it has written so far, for models that expect a load
 
 
 _current = _Current()
@@ -102,6 +104,8 @@ def _before_load(
     if not _current.whole and _current.errors is not errors:
         _current.errors, _current.top = errors, weakref.ref(module)
         _begin(module)
+    if isinstance(vars(module).get(_COMPLETE), ExpectedLoad):
+        _current.brought += [(module, name) for name, _ in own_tensors(module) if prefix + name in state_dict]
 
 
 def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
@@ -137,15 +141,17 @@ def loading(model: nn.Module) -> Iterator[None]:
 
 
 def _begin(module: nn.Module) -> None:
-    _current.before = unfilled(module)
+    _current.before, _current.brought = unfilled(module), []
     _current.laters = _laters(module)
     for later in _current.laters:
         later.status = "loaded"
 
 
 def _end(module: nn.Module, complete: Complete | None) -> None:
-    before = _current.before
-    _current.before = []
+    before, brought = _current.before, _current.brought
+    _current.before, _current.brought = [], []
+    if brought and isinstance(complete, ExpectedLoad):
+        complete.came(brought)
     for _, tensor in before:  # assign=True has put others in their places
         found = recorded(local(tensor))
         if found is not None and found.memory is None and not _holds(module, tensor):

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import UninitializedTensorError
+from fabric_init.guard.expected_load import expected_load
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.tensors import TensorInfo, find_tensors, named_tensors
 from fabric_init.recording.later import Later
@@ -202,6 +203,8 @@ def require(model: nn.Module, use: str) -> None:
     Raises:
         UninitializedTensorError: naming every tensor without values, and the ways to give it some.
     """
+    if (load := expected_load(model)) is not None:
+        load.require(model, use)
     waiting = unfilled(model)
     ranks = ranks_of(model)
     if ranks is None:
@@ -209,13 +212,19 @@ def require(model: nn.Module, use: str) -> None:
     else:  # of a shard without elements, this rank cannot tell
         names = ranks.from_all([name for name, tensor in waiting if local(tensor).numel()])
     if names:
-        raise UninitializedTensorError(uninitialized(type(model).__name__, use, names, fix_of(model) or THREE_WAYS))
+        raise UninitializedTensorError(uninitialized(_class_of(model), use, names, fix_of(model) or THREE_WAYS))
     if waiting:
         with DisableTorchFunction(), torch.no_grad():
             for _, tensor in waiting:
                 local(tensor).zero_()  # without elements; the other ranks say that theirs are filled
     settle(model)
     release_forward(model)
+
+
+def _class_of(model: nn.Module) -> str:
+    """Return the name of the user's class: ``fully_shard`` makes one of its own from it."""
+    cls = type(model)
+    return cls.__bases__[1].__name__ if cls.__name__.startswith("FSDP") and len(cls.__bases__) == 2 else cls.__name__
 
 
 def ranks_of(model: nn.Module) -> Agreement | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -86,6 +87,20 @@ _statuses: weakref.WeakKeyDictionary[nn.Module, dict[str, str]] = weakref.WeakKe
 def note_status(module: nn.Module, attribute: str, status: str) -> None:
     """Note how a tensor of a module got its values before the model was filled."""
     _statuses.setdefault(module, {})[attribute] = status
+
+
+def note_loaded(model: nn.Module, tensors: Iterable[tuple[nn.Module, str]]) -> None:
+    """Note in the report on ``model`` that a load has overwritten these tensors: a module, and a name in it."""
+    record = _records.get(model)
+    if record is None:
+        return
+    prefixes: dict[int, list[str]] = {}
+    for prefix, module in named_modules(model):
+        prefixes.setdefault(id(module), []).append(f"{prefix}." if prefix else "")
+    names = {plain_name(p + attribute) for module, attribute in tensors for p in prefixes.get(id(module), [])}
+    for row in record.rows:
+        if not names.isdisjoint((row.row.name, *row.row.ties)):
+            row.update(status="loaded", origin="")
 
 
 def statuses(model: nn.Module) -> dict[str, str]:

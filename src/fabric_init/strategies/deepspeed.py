@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +26,12 @@ from torch.optim import Optimizer
 from fabric_init._lightning_internals import get_deepspeed_engines_from_state
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.missing import initialize_missing
-from fabric_init.guard.loads import loading
-from fabric_init.guard.models import settle, unfilled
+from fabric_init.guard.expected_load import ExpectedLoad
+from fabric_init.guard.loads import loading, watch_loads
+from fabric_init.guard.models import hold_forward, settle, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.recording.mode import RecordMode
-from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound, shard_and_fill
+from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound, left_to_loads, shard_and_fill
 from fabric_init.strategies.init_context import init_context
 from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
 from fabric_init.strategies.optimizers import refuse_left_behind
@@ -88,21 +89,31 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
             super().module_to_device(module)
 
     def setup_module(self, module: nn.Module) -> DeepSpeedEngine:
-        self._prepare(module)
-        return super().setup_module(module)
+        expected = self._prepare(module)
+        engine = super().setup_module(module)
+        self._expect_load(module, expected)
+        return engine
 
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
     ) -> tuple[DeepSpeedEngine, list[Optimizer], Any]:
         # DeepSpeed itself would block the other ranks where it raises on one
         self.agreement.run_together("setting the model up", lambda: _require_one_optimizer(optimizers))
-        self._prepare(module)  # parameters stay the same objects, so optimizers hold them still
+        expected = self._prepare(module)  # parameters stay the same objects, so optimizers hold them still
         refuse_left_behind(optimizers[0])
         theirs = lightning_deepspeed.DeepSpeedStrategy.setup_module_and_optimizers
         engine, optimizers, scheduler = theirs(self, module, optimizers, scheduler)
         if not self.zero_stage_3:
             module.register_load_state_dict_post_hook(lambda *_: refresh_masters(engine))
+        self._expect_load(module, expected)
         return engine, optimizers, scheduler
+
+    def _expect_load(self, module: nn.Module, names: Sequence[str]) -> None:
+        """Let a model refuse to run until the load has come that ``empty_init=True`` promises, or something like it."""
+        if names:
+            load = ExpectedLoad(module, names, lambda tensor: getattr(tensor, "ds_tensor", tensor), self.agreement)
+            watch_loads(module, load)
+            hold_forward(module)
 
     def _initialize_engine(
         self, model: nn.Module, optimizer: Optimizer | None = None, scheduler: Any = None
@@ -164,14 +175,19 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
         original(module).load_state_dict(state_dict, strict=strict)
         refresh_masters(module)
 
-    def _prepare(self, module: nn.Module) -> None:
-        """Partition and fill a recorded model; of any other, make sure that it has one shape on all ranks."""
+    def _prepare(self, module: nn.Module) -> list[str]:
+        """Partition and fill a recorded model; of any other, make sure that it has one shape on all ranks.
+
+        Returns:
+            The tensors that had to get their own init, because no load has brought them.
+        """
         settle(module)
+        expected = left_to_loads(module)
         if unfilled(module):  # DeepSpeed copies the weights when it is set up: they have to have values
             choose_own_init(module) if is_bound(module) else initialize_missing(module)
         if not is_bound(module):
             self.agreement.run_together("the model to set up", lambda: module, _shapes_digest)
-            return
+            return expected
         dtype = self._parameter_dtype()
         if dtype is not None:
             with RecordMode():  # the cast belongs to the recording, too
@@ -179,6 +195,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
                     if parameter.is_floating_point():
                         parameter.data = parameter.data.to(dtype)
         shard_and_fill(module, self.shard, self.sharded_placement, self.agreement)
+        return expected
 
     def _parameter_dtype(self) -> torch.dtype | None:
         """Return the dtype that DeepSpeed casts parameters to, and that ZeRO-3 expects them to have."""

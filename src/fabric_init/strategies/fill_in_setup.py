@@ -119,6 +119,15 @@ def is_bound(model: nn.Module) -> bool:
     return any(_ATTRIBUTE in vars(module) for module in model.modules())
 
 
+def left_to_loads(model: nn.Module) -> list[str]:
+    """Return the names of the tensors that a load is to bring which has not been declared."""
+    bounds = [bound for module in model.modules() if (bound := vars(module).get(_ATTRIBUTE)) is not None]
+    if bounds and not any(bound.allocates and not bound.own_init for bound in bounds):
+        return []
+    planned = planned_tensors([plan for module in model.modules() for plan in vars(module).get(_PLANS, ())])
+    return [name for name, tensor in unfilled(model) if id(tensor) not in planned]
+
+
 def choose_own_init(model: nn.Module) -> None:
     """Make setup run the own init of a bound model for tensors that no checkpoint brings."""
     for module in model.modules():

@@ -28,7 +28,10 @@ class MappedCheckpointIO(TorchCheckpointIO):
 @contextmanager
 def mapped_io(strategy: Strategy) -> Iterator[None]:
     """Context in which a strategy that reads in Lightning's own way reads mapped files."""
-    own = strategy.checkpoint_io
+    try:
+        own = strategy.checkpoint_io
+    except NotImplementedError:  # a strategy that reads in a way of its own
+        own = None
     if type(own) is not TorchCheckpointIO:
         yield
         return
