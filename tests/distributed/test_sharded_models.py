@@ -149,8 +149,8 @@ MOVES: dict[str, Callable[[Any], object]] = {
 }
 
 
-def moved(strategy: str, move: str) -> dict[str, Tensor]:
-    fabric = launch(strategy)
+def moved(move: str) -> dict[str, Tensor]:
+    fabric = launch("fsdp2")
     model = fabric.setup_module(build(fabric, "transformerish", empty_init=True))
     MOVES[move](model)
     with pytest.raises(UninitializedTensorError, match=r"layers\.1\.up\.weight"):
@@ -159,13 +159,12 @@ def moved(strategy: str, move: str) -> dict[str, Tensor]:
     return weights(model)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_stage_3"])
-def test_shards_without_values_that_are_moved_go_on_waiting(strategy: str) -> None:
+def test_shards_without_values_that_are_moved_go_on_waiting() -> None:
     expected = {
         name: value.half().float() if value.is_floating_point() else value
         for name, value in weights(one_device("transformerish")).items()
     }
-    for ranks in run_ranks_each(2, moved, {move: {"move": move} for move in MOVES}, strategy=strategy).values():
+    for ranks in run_ranks_each(2, moved, {move: {"move": move} for move in MOVES}).values():
         for found in ranks:
             assert_close(found, expected, atol=1e-3)
 
@@ -217,8 +216,8 @@ class Derived(nn.Module):
         self.out = nn.Linear(3, 2)
 
 
-def derived(strategy: str) -> dict[str, Tensor]:
-    fabric = launch(strategy)
+def derived() -> dict[str, Tensor]:
+    fabric = launch("fsdp2")
     with fabric.init_module(empty_init=True):
         model = Derived()
     wrapped = fabric.setup_module(model)
@@ -227,9 +226,8 @@ def derived(strategy: str) -> dict[str, Tensor]:
     return weights(wrapped)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_stage_3"])
-def test_a_shard_is_computed_from_what_was_loaded_since(strategy: str) -> None:
-    for found in run_ranks(2, derived, strategy=strategy):
+def test_a_shard_is_computed_from_what_was_loaded_since() -> None:
+    for found in run_ranks(2, derived):
         assert torch.equal(found["weight"], torch.full((2, 3), 14.0))
 
 

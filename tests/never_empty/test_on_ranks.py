@@ -71,6 +71,8 @@ WHOLE_WAYS: dict[str, Callable[[Any, Wide], Any]] = {
     "forward without hooks": lambda wrapped, model: model.linear.forward(X),
 }
 SHARDED_WAYS: dict[str, Callable[[Any, Wide], Any]] = {
+    "forward of the layer alone": lambda wrapped, model: model.linear(model.linear.weight.detach()),
+    "forward past the hooks": lambda wrapped, model: Wide.forward(model, X),
     "full_tensor": lambda wrapped, model: model.linear.weight.full_tensor(),
     "redistribute": lambda wrapped, model: _value(model.linear.weight.redistribute(placements=[Replicate()])),
     "to_local": lambda wrapped, model: model.linear.weight.to_local().tolist(),

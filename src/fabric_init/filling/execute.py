@@ -345,7 +345,7 @@ def execute_plan(
         return record
 
     record = agreement.run_together("filling the model", check_and_fill)
-    if not unfilled(model):
+    if not plan.waits and not unfilled(model):
         unwatch_loads(model)
         release_forward(model)
     for module in model.modules():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fabric_init._torch_internals import DisableTorchFunction
+from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import SingleProcess
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.derived import compute_with
@@ -29,7 +30,7 @@ from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.plan import Action, Plan, PlanEntry
 from fabric_init.planning.tensors import TensorInfo, find_tensors, named_tensors
 from fabric_init.planning.validation import check_all_have_values
-from fabric_init.recording.liveness import computed_from, first_ref, never_written
+from fabric_init.recording.liveness import computed_from, covers, never_written
 from fabric_init.recording.replay import view
 from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.recording.tensor import become, recorded
@@ -153,7 +154,7 @@ def _run(
         if given:
             memory = compute_with(entry.slot, tapes[_ref(entry).storage], given, placement.device(entry.slot))
             with DisableTorchFunction(), torch.no_grad():
-                placement.put(entry.slot, tensor, view(memory, _ref(entry)))
+                placement.put(entry.slot, tensor, take(view(memory, _ref(entry)), placement.region(entry.slot)))
 
 
 def _exact(tapes: Mapping[int, Tape]) -> bool:
@@ -197,8 +198,9 @@ class _Held:
     def _with_values(self, tape: Tape, *, copied: bool) -> Iterator[tuple[int, _Source | None]]:
         """Yield storages that waited, with what the model holds for them; ``None`` if that has no values here."""
         for storage in (*tape.overruled, *tape.waits):
-            ref = first_ref(tape, storage)
-            for tensor in self._now(storage, tape, copied=copied):
+            ref = tape.later.waiting.refs.get(storage)
+            whole = ref is not None and covers(tape, ref)
+            for tensor in self._now(storage, tape, copied=copied) if whole else ():
                 if local(tensor) is tensor and recorded(tensor) is None and ref and tensor.shape == ref.size:
                     yield storage, (ref, tensor.detach())
                     break

@@ -61,7 +61,10 @@ def with_waiting_storages(plan: Plan) -> Plan:
 def let_wait(
     plan: Plan, tensors: Sequence[Tensor], tapes: Mapping[int, Tape], chosen: Callable[[PlanEntry, Tensor], bool]
 ) -> Plan:
-    """Return ``plan`` in which recorded tensors that are ``chosen``, and have no values yet, wait for a later load."""
+    """Return ``plan`` in which recorded tensors that are ``chosen``, and have no values yet, wait for a later load.
+
+    Recorded tensors that no load can bring are made when they are used.
+    """
     entries = [
         entry._replace(action=Action.WAIT)
         if entry.action is Action.INIT
@@ -69,7 +72,7 @@ def let_wait(
         and entry.slot.ref
         and chosen(entry, tensor)
         and waits(tensor)
-        else entry
+        else entry._replace(on_use=entry.action is Action.INIT and not entry.slot.saved and entry.slot.ref is not None)
         for entry, tensor in zip(plan.entries, tensors, strict=True)
     ]
     return with_waiting_storages(replace(plan, entries=tuple(entries)))

@@ -29,7 +29,7 @@ class ExpectedLoad:
     Args:
         model: The model, as its strategy keeps it.
         names: The tensors that the load was to bring.
-        part_of: Returns this rank's memory of a parameter or buffer.
+        part_of: Returns this rank's memory of a parameter.
         agreement: How the ranks keep in step.
     """
 
@@ -66,7 +66,7 @@ class ExpectedLoad:
 
     def _digest_now(self, model: nn.Module) -> int:
         digest = 0
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in model.parameters():
             part = self._part_of(tensor).detach().cpu().contiguous()
             if part.numel():
                 digest = zlib.crc32(part.view(torch.uint8).numpy().data, digest)

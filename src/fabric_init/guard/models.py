@@ -24,6 +24,7 @@ from fabric_init.recording.waiting import THREE_WAYS, uninitialized
 from fabric_init.reports.registry import note_status
 
 _RANKS = "_fabric_init_ranks"
+_BROKEN = "_fabric_init_broken"
 
 
 def hold(
@@ -50,7 +51,8 @@ def hold(
             continue
         later: Later = found.tape.later
         if kind in ("parameter", "buffer") and found.memory is None:
-            later.waiting.begin(found.storage, type(model).__name__, name)
+            ref = ref_of(meta_of(tensor), found.storage)
+            later.waiting.begin(found.storage, type(model).__name__, name, ref)
         if id(later) not in laters:
             laters[id(later)] = later
             later.gives_memory, later.waiting.fix = gives_memory, fix
@@ -203,6 +205,10 @@ def require(model: nn.Module, use: str) -> None:
     Raises:
         UninitializedTensorError: naming every tensor without values, and the ways to give it some.
     """
+    if any(_BROKEN in vars(module) for module in model.modules()):
+        raise UninitializedTensorError(
+            f"{_class_of(model)} cannot {use}: fabric.setup has failed, and has left it in parts. Build it anew."
+        )
     if (load := expected_load(model)) is not None:
         load.require(model, use)
     waiting = unfilled(model)
@@ -232,6 +238,12 @@ def ranks_of(model: nn.Module) -> Agreement | None:
     return next((found for module in model.modules() if (found := vars(module).get(_RANKS)) is not None), None)
 
 
+def hold_broken(model: nn.Module) -> None:
+    """Let ``model``, which a strategy has changed in part before it failed, refuse to run for good."""
+    vars(model)[_BROKEN] = True
+    hold_forward(model)
+
+
 def hold_forward(model: nn.Module, agreement: Agreement | None = None) -> None:
     """Let ``model`` refuse to run while some of it waits: before its own code starts, and on all ranks together.
 
@@ -241,7 +253,8 @@ def hold_forward(model: nn.Module, agreement: Agreement | None = None) -> None:
     """
     if agreement is not None:
         vars(model)[_RANKS] = agreement
-    if not isinstance(model, torch.jit.ScriptModule) and _before_forward not in model._forward_pre_hooks.values():
+    if not isinstance(model, torch.jit.ScriptModule):
+        _remove_forward_hook(model)
         model.register_forward_pre_hook(_before_forward, prepend=True)  # before what gathers from other ranks
 
 
@@ -249,11 +262,15 @@ def release_forward(model: nn.Module) -> None:
     """Take that back: nothing waits any more. What is still recorded, also outside the model, becomes plain."""
     for module in model.modules():
         vars(module).pop(_RANKS, None)
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _before_forward]:
-            del module._forward_pre_hooks[key]
+        _remove_forward_hook(module)
     parts = [local(tensor) for _, _, tensor in named_tensors(model)]
     for tape in {found.tape for part in parts if (found := recorded(part)) is not None}:
         tape.later.finish(parts)
+
+
+def _remove_forward_hook(module: nn.Module) -> None:
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _before_forward]:
+        del module._forward_pre_hooks[key]
 
 
 def _before_forward(module: nn.Module, args: object) -> None:

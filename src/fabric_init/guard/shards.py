@@ -65,4 +65,4 @@ def empty_shard(sizes: Sequence[int], entry: PlanEntry, device: torch.device, ta
 def is_partly_written(tensor: Tensor) -> bool:
     """Return whether some of a waiting shard was written."""
     found = recorded(local(tensor))
-    return found is not None and bool(found.tape.writers.get(found.storage))
+    return found is not None and found.tape.later.waiting.is_partly_written(found.storage)

@@ -25,7 +25,7 @@ class Action(Enum):
     INIT = "initialized"
     KEEP = "set when built"
     SCRATCH = "scratch"
-    WAIT = "unfilled"
+    WAIT = "unfilled"  # no memory and no values until a later load or init
 
 
 class PlanEntry(NamedTuple):
@@ -74,8 +74,8 @@ class Plan:
     """By storage: loaded tensors that the model no longer holds, but that others may have been computed from."""
 
     @property
-    def allocates(self) -> bool:
-        """Whether some tensors get memory only, and their values later."""
+    def waits(self) -> bool:
+        """Whether some tensors are left to a later load."""
         return any(entry.action is Action.WAIT for entry in self.entries)
 
     def summary(self) -> str:

@@ -97,8 +97,6 @@ class Later:
         gives_memory: whether a tensor that is written gets memory at once; a strategy that shards first wants it later.
         status: what a tensor that gets values now is reported as.
         block_is_open: whether the block that records the tape is open.
-        is_sharded: whether a strategy has sharded the model. A shard without values says that it is on meta, which is
-            how sharding code (FSDP2's ``reset_sharded_param``) tells that it has to leave it alone.
     """
 
     def __init__(self, tape: Tape) -> None:
@@ -106,7 +104,6 @@ class Later:
         self.gives_memory = True
         self.status = "written by the user"
         self.block_is_open = True
-        self.is_sharded = False
         self.waiting = Waiting(tape)
         self.owners: list[Owners] = []
         self._kept: list[tuple[Tensor, int]] = []
@@ -122,7 +119,6 @@ class Later:
     def join(self, later: Later) -> None:
         """Hand everything over to the answers for a later tape, which continues this one's."""
         later.gives_memory = later.gives_memory and self.gives_memory
-        later.is_sharded = later.is_sharded or self.is_sharded
         later.owners += self.owners
         later._kept += self._kept
         later.waiting.join(self.waiting)
@@ -466,10 +462,6 @@ def _set_data(later: Later, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
             func(target, value)
 
 
-def _is_meta(later: Later, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return later.is_sharded and isinstance(args[0], RecordedTensor)
-
-
 def _format(later: Later, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return _of_value(later, func, args, kwargs) if args[1] else repr(args[0])  # a DTensor prints its shard like this
 
@@ -490,7 +482,6 @@ _HANDLERS: dict[Any, Any] = {
     Tensor.__float__: _of_value,
     Tensor.__int__: _of_value,
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
-    Tensor.is_meta.__get__: _is_meta,  # type: ignore[attr-defined]
 }
 
 

@@ -28,15 +28,6 @@ def covers(tape: Tape, ref: TensorRef) -> bool:
     return True
 
 
-def first_ref(tape: Tape, storage: int) -> TensorRef | None:
-    """Return how the first tensor that was written in full lies on ``storage``."""
-    for number in tape.writers.get(storage, ()):
-        for ref in (*tape.ops[number].outputs, *tape.ops[number].targets):
-            if ref.storage == storage and covers(tape, ref):
-                return ref
-    return None
-
-
 def writes_whole(tape: Tape, op: Op, storage: int) -> bool:
     """Return whether ``op`` sets all of ``storage`` to values that do not depend on its old ones."""
     if any(ref.storage == storage for ref in op.outputs):

@@ -82,7 +82,7 @@ class _GeneratorStreams:
         self.start = states[generator.device]
         seed = digest = _digest(self.start)
         if generator is torch.default_generator and (
-            earlier := sum(other.generator_state == digest for other in _not_moved_on)
+            earlier := sum(other.generator_state == digest and bool(other.waits) for other in _not_moved_on)
         ):
             seed = derived_seed(digest, -1 - earlier)
         self.stream = tape.add_stream(Stream(exact, agree(seed), states))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fabric_init.recording.liveness import writes_whole
-from fabric_init.recording.op_schemas import overwrites, traits
+from fabric_init.recording.op_schemas import only_copies, overwrites, traits
 from fabric_init.recording.storage_tags import ref_of
 from fabric_init.recording.tape import Tape, TensorRef, now
 from fabric_init.recording.tensor import meta_of, recorded
@@ -32,6 +32,7 @@ class Waiting:
     def __init__(self, tape: Tape) -> None:
         self._tape = weakref.ref(tape)
         self.names: dict[int, tuple[str, str]] = {}  # by storage: the class of the model, and the tensor's name
+        self.refs: dict[int, TensorRef] = {}  # by storage: the tensor that waits
         self.statuses: dict[int, str] = {}  # what those are reported as that have got their values
         self.fix = THREE_WAYS
         self._origins: dict[int, int] = {}  # the storage that one has taken the place of
@@ -47,12 +48,15 @@ class Waiting:
     def join(self, earlier: Waiting) -> None:
         """Take over what an earlier tape, which this one continues, knows."""
         self.names.update(earlier.names)
+        self.refs.update(earlier.refs)
         self.statuses.update(earlier.statuses)
         self._origins.update(earlier._origins)
         self._written.update(earlier._written)
 
-    def begin(self, storage: int, model: str, name: str) -> None:
-        """Let a storage wait from now on."""
+    def begin(self, storage: int, model: str, name: str, ref: TensorRef | None = None) -> None:
+        """Let a storage wait from now on; ``ref`` is the tensor of that name on it."""
+        if ref is not None:
+            self.refs.setdefault(storage, ref)
         self.tape.waits.setdefault(storage, now())
         if storage not in self.names or self.names[storage][0] != model:
             self.names[storage] = model, name  # of ties the first name
@@ -72,6 +76,21 @@ class Waiting:
         while storage in self._origins:
             storage = self._origins[storage]
         return storage
+
+    def is_partly_written(self, storage: int) -> bool:
+        """Return whether values were written to a storage that waits.
+
+        Copies of what waits itself, such as FSDP2's padding of a shard, are none.
+        """
+        for number in self.tape.writers.get(storage, ()):
+            op = self.tape.ops[number]
+            sources = {ref.storage for ref in op.reads()} - {storage}
+            is_target = any(target.storage == storage for target in op.targets)
+            if is_target and not (only_copies(op.func) and sources):
+                return True
+            if any(self.is_partly_written(source) for source in sources):
+                return True
+        return False
 
     def filled(self, storage: int) -> bool:
         """Note that a storage has got its values; returns whether it waited."""

@@ -62,10 +62,10 @@ class ShardedTensors:
 
     def put(self, slot: TensorInfo, tensor: Tensor, value: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
-            become(tensor, value)
+            become(tensor, value.to(tensor.dtype) if isinstance(tensor, RecordedTensor) else value)
             return tensor
-        if isinstance(tensor._local_tensor, RecordedTensor):
-            become(tensor._local_tensor, value.contiguous())
+        if isinstance(tensor._local_tensor, RecordedTensor):  # which may have been cast while it was waiting
+            become(tensor._local_tensor, value.to(tensor.dtype).contiguous())
         else:
             _become_shard(tensor, value.contiguous())
         vars(tensor).update(self._attributes.get(slot.name, {}))

@@ -30,6 +30,7 @@ from fabric_init.guard.loads import forget_extra_state, unwatch_loads, watch_loa
 from fabric_init.guard.models import (
     has_own_init,
     hold,
+    hold_broken,
     hold_forward,
     local,
     own_init_is_wanted,
@@ -145,11 +146,15 @@ def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan
     bounds = [(module, vars(module).pop(_ATTRIBUTE)) for module in model.modules() if _ATTRIBUTE in vars(module)]
     declared = [(module, vars(module).pop(_PLANS)) for module in model.modules() if _PLANS in vars(module)]
     plans = sorted({id(plan): plan for _, its in declared for plan in its}.values(), key=declared_at)
+    prepared: PreparedPlan | None = None
     try:
-        yield agreement.run_together(
+        prepared = agreement.run_together(
             "planning for the model as it is now", lambda: _plan(model, [b for _, b in bounds], plans), prepared_digest
         )
+        yield prepared
     except BaseException:
+        if prepared is not None:
+            hold_broken(model)
         for module, bound in bounds:
             vars(module)[_ATTRIBUTE] = bound
         for module, its in declared:
@@ -217,7 +222,11 @@ def plain_meta(planned: PreparedPlan) -> Iterator[None]:
 
     If it fails, those that are left in the model are recorded tensors again.
     """
-    recordings = [(t, t._meta, t._claimed) for t in planned.tensors if isinstance(t, RecordedTensor)]
+    recordings = [
+        (tensor, tensor._meta, tensor._claimed)
+        for entry, tensor in zip(planned.plan.entries, planned.tensors, strict=True)
+        if isinstance(tensor, RecordedTensor) and not entry.on_use
+    ]
     with DisableTorchFunction(), torch.no_grad():
         for tensor, meta, _ in recordings:
             become(tensor, meta.detach(), alone=True)
@@ -287,7 +296,7 @@ def _let_shards_wait(
     for entry, tensor, row in waiting:
         assert entry.slot.ref is not None
         tape, device = planned.tapes[entry.slot.ref.storage].current(), placement.device(entry.slot)
-        tape.later.gives_memory = tape.later.is_sharded = True
+        tape.later.gives_memory = True
         tape.later.waiting.fix = THREE_WAYS
         placement.put_waiting(
             entry.slot,

@@ -131,9 +131,12 @@ class DeferredInitMixin(Strategy):
         Raises:
             FabricInitError: Its parameters are not those of a model that was set up.
         """
-        for sharded, before in list(getattr(self, "_replaced", {}).items()):
+        if not self.fills_in_setup:
+            return  # parameters stay the same objects, also those that wait for a load
+        replaced = dict(getattr(self, "_replaced", {}))
+        for sharded, before in replaced.items():
             remap(optimizer, before, parameters_by_name(sharded))
-        refuse_left_behind(optimizer)
+        refuse_left_behind(optimizer, replaced)
 
 
 def _modules(state: Any) -> list[nn.Module]:
