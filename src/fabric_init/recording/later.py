@@ -97,8 +97,9 @@ class Later:
         gives_memory: whether a tensor that is written gets memory at once; a strategy that shards first wants it later.
         status: what a tensor that gets values now is reported as.
         block_is_open: whether the block that records the tape is open.
-        is_sharded: whether a strategy has sharded the model. A shard without values says that it is on meta, which is
-            how sharding code (FSDP2's ``reset_sharded_param``) tells that it has to leave it alone.
+        shards: the storages that are parts of DTensors. A shard without values says that it is on meta, which is how
+            sharding code (FSDP2's ``reset_sharded_param``) tells that it has to leave it alone. A whole parameter says
+            no such thing, in a sharded model either: Lightning takes no optimizer for parameters on meta.
     """
 
     def __init__(self, tape: Tape) -> None:
@@ -106,7 +107,7 @@ class Later:
         self.gives_memory = True
         self.status = "written by the user"
         self.block_is_open = True
-        self.is_sharded = False
+        self.shards: set[int] = set()
         self.waiting = Waiting(tape)
         self.owners: list[Owners] = []
         self._kept: list[tuple[Tensor, int]] = []
@@ -122,7 +123,7 @@ class Later:
     def join(self, later: Later) -> None:
         """Hand everything over to the answers for a later tape, which continues this one's."""
         later.gives_memory = later.gives_memory and self.gives_memory
-        later.is_sharded = later.is_sharded or self.is_sharded
+        later.shards |= self.shards
         later.owners += self.owners
         later._kept += self._kept
         later.waiting.join(self.waiting)
@@ -467,7 +468,8 @@ def _set_data(later: Later, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _is_meta(later: Later, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    return later.is_sharded and isinstance(args[0], RecordedTensor)
+    found = recorded(args[0])
+    return found is not None and later.waiting.origin(found.storage) in later.shards
 
 
 def _format(later: Later, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

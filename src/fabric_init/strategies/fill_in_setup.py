@@ -287,7 +287,7 @@ def _let_shards_wait(
     for entry, tensor, row in waiting:
         assert entry.slot.ref is not None
         tape, device = planned.tapes[entry.slot.ref.storage].current(), placement.device(entry.slot)
-        tape.later.gives_memory = tape.later.is_sharded = True
+        tape.later.gives_memory = True
         tape.later.waiting.fix = THREE_WAYS
         placement.put_waiting(
             entry.slot,
@@ -296,6 +296,8 @@ def _let_shards_wait(
         )
         found = recorded(local(tensor))
         assert found is not None
+        if isinstance(tensor, DTensor):
+            tape.later.shards.add(found.storage)
         row.waits_on(tape, found.storage)
     entries = [entry._replace(action=Action.INIT) for entry, _, _ in waiting]
     hold_shards(sharded, WaitingShards(entries, [tensor for _, tensor, _ in waiting], planned.tapes, placement))

@@ -131,9 +131,13 @@ class DeferredInitMixin(Strategy):
         Raises:
             FabricInitError: Its parameters are not those of a model that was set up.
         """
+        held: set[int] = set()
         for sharded, before in list(getattr(self, "_replaced", {}).items()):
-            remap(optimizer, before, parameters_by_name(sharded))
-        refuse_left_behind(optimizer)
+            after = parameters_by_name(sharded)
+            remap(optimizer, before, after)
+            held.update(map(id, after.values()))
+        if self.fills_in_setup:  # elsewhere parameters stay the same objects, and may be set up later
+            refuse_left_behind(optimizer, held)
 
 
 def _modules(state: Any) -> list[nn.Module]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from fabric_init.errors import FabricInitError
+from fabric_init.guard.models import local
 from fabric_init.planning.tensors import named_modules, plain_name
+from fabric_init.recording.tensor import RecordedTensor
 
 
 def remap(optimizer: Optimizer, old: Mapping[str, nn.Parameter], new: Mapping[str, nn.Parameter]) -> None:
@@ -28,13 +30,18 @@ def remap(optimizer: Optimizer, old: Mapping[str, nn.Parameter], new: Mapping[st
         group["params"][:] = [new.get(names.get(id(parameter), ""), parameter) for parameter in group["params"]]
 
 
-def refuse_left_behind(optimizer: Optimizer) -> None:
-    """Raise if ``optimizer`` holds parameters without memory: a model that was set up holds none.
+def refuse_left_behind(optimizer: Optimizer, held: Container[int]) -> None:
+    """Raise if ``optimizer`` holds parameters without memory that no model which was set up will give values to.
+
+    Args:
+        optimizer: remapped to the parameters of those models.
+        held: the ids of their parameters, which may wait for values.
 
     Raises:
         FabricInitError: It does, and would train nothing.
     """
-    if any(parameter.is_meta for group in optimizer.param_groups for parameter in group["params"]):
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(id(p) not in held and (p.is_meta or isinstance(local(p), RecordedTensor)) for p in parameters):
         raise FabricInitError(
             f"this {type(optimizer).__name__} holds parameters without memory, and would train nothing. Set up their "
             "model first; if load_state_dict(assign=True) has put others in their places, make it after that."
