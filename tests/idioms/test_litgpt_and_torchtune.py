@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fabric_init import Fabric
-from tests.idioms.setups import ONE_AFTER_THE_OTHER, Files, Found, Idiom, check, launched, tried
+from tests.idioms.setups import ONE_AFTER_THE_OTHER, Files, Found, Idiom, check, tried
 from tests.support.ranks import run_ranks
 
 
@@ -76,7 +76,7 @@ IDIOMS = {
 
 
 def on_this_rank(setup: str, files: Files) -> dict[str, Found]:
-    return tried(launched(setup), IDIOMS, files)
+    return tried(setup, IDIOMS, files)
 
 
 @pytest.mark.parametrize("setup", ONE_AFTER_THE_OTHER)
