@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.fabric.utilities.load import _lazy_load
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fabric_init import Fabric
-from tests.idioms.setups import ONE_AFTER_THE_OTHER, Files, Found, Idiom, check, tried
+from tests.idioms.setups import Files, Found, Idiom, check, tried
 from tests.support.ranks import run_ranks
 
 
@@ -64,6 +65,15 @@ def in_place_without_adapters(fabric: Fabric, model: nn.Module, files: Files) ->
     model.load_state_dict(sharded(model, torch.load(files.part)), strict=False)
 
 
+def lazily(fabric: Fabric, model: nn.Module, files: Files) -> None:
+    """``litgpt.utils.load_checkpoint`` without sharding: tensors of a class of their own, read when they are copied."""
+    model.load_state_dict(_lazy_load(files.raw), strict=False)
+
+
+def lazily_without_adapters(fabric: Fabric, model: nn.Module, files: Files) -> None:
+    model.load_state_dict(_lazy_load(files.part), strict=False)
+
+
 IDIOMS = {
     "torchtune": Idiom(torchtune, keeps_parameters=False),
     "litgpt": Idiom(litgpt, keeps_parameters=False),
@@ -75,14 +85,21 @@ IDIOMS = {
 }
 
 
+WITHOUT_SHARDS = IDIOMS | {
+    "lazily": Idiom(lazily),
+    "lazily, without adapters": Idiom(lazily_without_adapters, is_partial=True),
+}
+IN_SETUP = {"ddp": WITHOUT_SHARDS, "fsdp2": IDIOMS, "tensor parallel": IDIOMS}
+
+
 def on_this_rank(setup: str, files: Files) -> dict[str, Found]:
-    return tried(setup, IDIOMS, files)
+    return tried(setup, IN_SETUP[setup], files)
 
 
-@pytest.mark.parametrize("setup", ONE_AFTER_THE_OTHER)
+@pytest.mark.parametrize("setup", IN_SETUP)
 def test_shards_that_follow_the_state_dict_fill_the_model_on_two_ranks(setup: str, untied_files: Files) -> None:
-    check(setup, IDIOMS, untied_files, run_ranks(2, on_this_rank, setup=setup, files=untied_files))
+    check(setup, IN_SETUP[setup], untied_files, run_ranks(2, on_this_rank, setup=setup, files=untied_files))
 
 
 def test_tensors_that_follow_the_state_dict_fill_the_model_on_one_device(untied_files: Files) -> None:
-    check("one device", IDIOMS, untied_files, [on_this_rank("one device", untied_files)])
+    check("one device", WITHOUT_SHARDS, untied_files, [tried("one device", WITHOUT_SHARDS, untied_files)])
