@@ -372,12 +372,18 @@ class Later:
 
     def _has_values(self, found: Recorded, memory: torch.UntypedStorage) -> None:
         found.memory = memory, 0
-        if self.waiting.filled(found.storage):
+        if self.waiting.filled(found.storage) or self._replaces_one_that_waited(found.storage):
             self.waiting.note_status(found.storage, self.status)
         for owners in self.owners:
             for tensor in list(owners.recorded(found.storage)):
                 self.make_plain(tensor)
             owners.filled(self.waiting.origin(found.storage), self.status)
+
+    def _replaces_one_that_waited(self, storage: int) -> bool:
+        """Return whether a cast or ``to_empty`` has put ``storage`` in the place of one that waited; copies do not."""
+        origin = self.waiting.origin(storage)
+        waited = origin in self.waiting.names and origin not in self.waiting.statuses
+        return origin != storage and waited and not self.tape.is_alive(origin)
 
     def finish(self, tensors: Iterable[Tensor]) -> None:
         """Turn recorded tensors whose values can be made by now into plain ones: these, and those kept elsewhere."""

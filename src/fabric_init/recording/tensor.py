@@ -56,6 +56,10 @@ class RecordedTensor(Tensor):
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if not all(
+            issubclass(each, Tensor) for each in types
+        ):  # a lazy tensor, say, which loads itself when it is used
+            return NotImplemented
         tensor = first_recorded((args, (kwargs or {}).values()))
         if tensor is None:  # a question about the class
             with DisableTorchFunctionSubclass():

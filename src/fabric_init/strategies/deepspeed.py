@@ -100,7 +100,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
         # DeepSpeed itself would block the other ranks where it raises on one
         self.agreement.run_together("setting the model up", lambda: _require_one_optimizer(optimizers))
         expected = self._prepare(module)  # parameters stay the same objects, so optimizers hold them still
-        refuse_left_behind(optimizers[0])
+        refuse_left_behind(optimizers[0], [module])
         theirs = lightning_deepspeed.DeepSpeedStrategy.setup_module_and_optimizers
         engine, optimizers, scheduler = theirs(self, module, optimizers, scheduler)
         if not self.zero_stage_3:
