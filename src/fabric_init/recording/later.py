@@ -331,6 +331,8 @@ class Later:
         if whole and not late and self.gives_memory:
             return self._write_through(func, args, kwargs, target, found, ref)
         result = self._record(func, args, kwargs)
+        if func is torch.ops.aten.copy_.default and late and (source := recorded(args[1])) is not None:
+            self.waiting.rename(source.storage, found.storage)  # FSDP2 pads a shard like this
         if not set(late) & set(storages):  # what is computed from its own old values still waits for those
             for tensor in written:
                 self.waiting.note(func, args, kwargs, tensor)

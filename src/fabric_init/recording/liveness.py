@@ -50,8 +50,8 @@ def live_ops(
 ) -> set[int]:
     """Return the numbers of the ops that have to run so that ``storages`` hold their recorded values.
 
-    For each storage these are its last full write and the writes after it, and the same for every storage that those
-    read, as of the op that reads it.
+    For each storage these are its last full write and the writes after it, but for parts that are overwritten later,
+    and the same for every storage that those read, as of the op that reads it.
 
     Args:
         tape: The recording.
@@ -64,6 +64,7 @@ def live_ops(
     """
     live: set[int] = set()
     seen: set[tuple[int, int]] = set()
+    skipped: set[int] = set()
     storage_work = [(storage, before) for storage in storages]
     op_work: list[int] = []
     while storage_work or op_work:
@@ -83,14 +84,23 @@ def live_ops(
                 op_work.append(draw.previous)
             continue
         storage, limit = storage_work.pop()
+        overwritten: set[TensorRef] = set()  # parts that ops after the present one write in full
         for index in reversed(tape.writers.get(storage, ())):
             if limit is not None and index >= limit:
                 continue
-            if (storage, index) in seen:
-                break
-            seen.add((storage, index))
-            op_work.append(index)
-            if writes_whole(tape, tape.ops[index], storage):
+            op = tape.ops[index]
+            here = {ref for ref in op.targets if ref.storage == storage}
+            if here and here <= overwritten:
+                skipped.add(storage)
+                continue
+            if overwrites(op.func):
+                overwritten |= here
+            if (storage, index) not in seen:
+                seen.add((storage, index))
+                op_work.append(index)
+            elif storage not in skipped:
+                break  # otherwise an earlier walk has left out ops that this one may need
+            if writes_whole(tape, op, storage):
                 break
     return live
 
