@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,11 @@ from fabric_init.planning.plan import Action, Plan, PlanEntry
 from fabric_init.planning.tensors import TensorInfo, find_tensors, named_tensors
 from fabric_init.planning.validation import check_all_have_values
 from fabric_init.recording.liveness import computed_from, covers, never_written
+from fabric_init.recording.recompute import reads_any, recompute
 from fabric_init.recording.replay import view
+from fabric_init.recording.storage_tags import ref_of
 from fabric_init.recording.tape import Tape, TensorRef
-from fabric_init.recording.tensor import become, recorded
+from fabric_init.recording.tensor import become, meta_of, recorded
 
 
 def initialize_missing(model: nn.Module) -> None:
@@ -166,6 +168,33 @@ def _ref(entry: PlanEntry) -> TensorRef:
     return entry.slot.ref
 
 
+def recompute_from_loaded(model: nn.Module, tensors: Iterable[Tensor]) -> None:
+    """Record again how those of the waiting ``tensors`` are computed that the constructor computed from loaded ones.
+
+    Args:
+        model: A model that stays recorded until it is set up, some of which was loaded.
+        tensors: Tensors of it that are to get their own init.
+    """
+    waiting = [(found, tensor) for tensor in tensors if (found := recorded(tensor)) is not None]
+    loaded: dict[int, int] = {}
+    for tape in {found.tape for found, _ in waiting}:
+        for storage, ref in tape.later.waiting.refs.items():
+            for now in (t for owners in tape.later.owners for t in owners.now(storage)):
+                present = recorded(now)
+                if now.shape != ref.size or not covers(tape, ref):
+                    continue
+                if present is None:  # another tensor has taken the place
+                    constant = recorded(tape.later.constant(now.detach().as_strided(ref.size, ref.stride).clone()))
+                    assert constant is not None
+                    loaded[storage] = constant.storage
+                elif present.storage == storage and not waits(now) and storage in tape.waits:
+                    loaded[storage] = storage
+    for found, tensor in waiting:
+        if reads_any(found.tape, found.storage, loaded.keys()):
+            instead = {storage: other for storage, other in loaded.items() if other != storage}
+            recompute(found.tape, ref_of(meta_of(tensor), found.storage), loaded.keys(), instead)
+
+
 _Source = tuple[TensorRef, Tensor]
 
 
@@ -203,6 +232,9 @@ class _Held:
             for tensor in self._now(storage, tape, copied=copied) if whole else ():
                 if local(tensor) is tensor and recorded(tensor) is None and ref and tensor.shape == ref.size:
                     yield storage, (ref, tensor.detach())
+                    break
+                if local(tensor) is not tensor and not waits(tensor):
+                    yield storage, None  # this rank has a shard of it
                     break
             else:
                 if storage in tape.overruled:

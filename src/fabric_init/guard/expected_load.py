@@ -9,7 +9,7 @@ has written to it.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from weakref import ref
 
 import torch
@@ -28,16 +28,21 @@ class ExpectedLoad:
 
     Args:
         model: The model, as its strategy keeps it.
-        names: The tensors that the load was to bring.
+        names: The tensors that the load was to bring, each with the names of those that it was computed from.
         part_of: Returns this rank's memory of a parameter.
         agreement: How the ranks keep in step.
     """
 
     def __init__(
-        self, model: nn.Module, names: Sequence[str], part_of: Callable[[Tensor], Tensor], agreement: Agreement
+        self,
+        model: nn.Module,
+        names: Mapping[str, Collection[str]],
+        part_of: Callable[[Tensor], Tensor],
+        agreement: Agreement,
     ) -> None:
         self._model = ref(model)
-        self._names = list(names)
+        self._names = dict(names)
+        self._stale: list[str] = []  # computed from tensors that were loaded since
         self._part_of = part_of
         self._agreement = agreement
         self._digest = self._digest_now(model)
@@ -50,8 +55,11 @@ class ExpectedLoad:
         """Note that a load has written these tensors, each given by its module and its name there."""
         model = self._model()
         if model is not None:
-            note_loaded(model, brought)
-            vars(model).pop(_EXPECTED, None)
+            loaded = note_loaded(model, brought)
+            sources = self._names.items()
+            self._stale = [name for name, its in sources if name not in loaded and not loaded.isdisjoint(its)]
+            if not self._stale:
+                vars(model).pop(_EXPECTED, None)
 
     def require(self, model: nn.Module, use: str) -> None:
         """Raise, on all ranks, unless somebody has written to the model on some rank.
@@ -59,9 +67,15 @@ class ExpectedLoad:
         Raises:
             UninitializedTensorError: Naming the tensors that the load was to bring.
         """
+        if self._stale:
+            raise UninitializedTensorError(
+                f"{type(model).__name__} cannot {use}: the constructor has computed {', '.join(self._stale[:5])} from "
+                "tensors that have been loaded since setup. "
+                "Load them as well, or load before setup, or keep them: fabric.init_missing(model)."
+            )
         is_written = self._digest_now(model) != self._digest
         if not self._agreement.from_all(["written"] if is_written else []):
-            raise UninitializedTensorError(uninitialized(type(model).__name__, use, self._names))
+            raise UninitializedTensorError(uninitialized(type(model).__name__, use, list(self._names)))
         vars(model).pop(_EXPECTED, None)
 
     def _digest_now(self, model: nn.Module) -> int:

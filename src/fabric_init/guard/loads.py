@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
-from fabric_init.guard.expected_load import ExpectedLoad
+from fabric_init.guard.expected_load import ExpectedLoad, expected_load
 from fabric_init.guard.models import local, own_tensors, release_forward, settle, unfilled
 from fabric_init.planning.extra_state import takes_extra_state
 from fabric_init.recording.later import Later
@@ -114,7 +114,7 @@ def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
     _current.errors, _current.top = None, None
     complete: Complete | None = vars(module).get(_COMPLETE)
     _end(module, complete)
-    if not unfilled(module):
+    if not unfilled(module) and expected_load(module) is None:
         unwatch_loads(module, running=module._load_state_dict_post_hooks)
         release_forward(module)
 
@@ -135,7 +135,7 @@ def loading(model: nn.Module) -> Iterator[None]:
         for later in _current.laters:
             later.status = "written by the user"
     _end(model, complete)
-    if not unfilled(model):
+    if not unfilled(model) and expected_load(model) is None:
         unwatch_loads(model)
         release_forward(model)
 

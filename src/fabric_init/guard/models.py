@@ -265,7 +265,8 @@ def release_forward(model: nn.Module) -> None:
         _remove_forward_hook(module)
     parts = [local(tensor) for _, _, tensor in named_tensors(model)]
     for tape in {found.tape for part in parts if (found := recorded(part)) is not None}:
-        tape.later.finish(parts)
+        if tape.later.gives_memory:  # otherwise a strategy shards first
+            tape.later.finish(parts)
 
 
 def _remove_forward_hook(module: nn.Module) -> None:

@@ -46,7 +46,13 @@ def is_final(tape: Tape, storage: int, before: int) -> bool:
 
 
 def live_ops(
-    tape: Tape, storages: Iterable[int], *, exact: bool, before: int | None = None, inputs: Collection[int] = ()
+    tape: Tape,
+    storages: Iterable[int],
+    *,
+    exact: bool,
+    before: int | None = None,
+    inputs: Collection[int] = (),
+    cut: Collection[int] = (),
 ) -> set[int]:
     """Return the numbers of the ops that have to run so that ``storages`` hold their recorded values.
 
@@ -61,6 +67,7 @@ def live_ops(
         before: Take the values of ``storages`` just before this op number; the last ones if ``None``.
         inputs: Storages whose last values come from elsewhere. An op that reads the last value of one does not make
             the ops live that compute it.
+        cut: Storages of which no op is live that only computes what others read there, whenever they read it.
     """
     live: set[int] = set()
     seen: set[tuple[int, int]] = set()
@@ -77,7 +84,7 @@ def live_ops(
             storage_work.extend(
                 (ref.storage, index)
                 for ref in op.reads()
-                if ref.storage not in inputs or not is_final(tape, ref.storage, index)
+                if ref.storage not in cut and (ref.storage not in inputs or not is_final(tape, ref.storage, index))
             )
             draw = op.draw
             if draw is not None and draw.previous is not None and (exact or tape.streams[draw.stream].exact):

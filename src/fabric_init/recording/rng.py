@@ -18,7 +18,7 @@ follow. No hook reports these calls, but all of them set the generator's seed. T
   generator that the constructor itself has seeded last is not touched.
 - ``Fabric.init_module(empty_init=True)`` makes that one draw later, when a model's own init is run (:func:`move_on`).
   Until then the generator is where Lightning's own leaves it, so that init code which the user runs after the block
-  draws the same numbers. A second such block in the meantime has another seed, because the first one is counted.
+  draws the same numbers. A second such block in the meantime begins with the same seed.
 """
 
 from __future__ import annotations
@@ -80,11 +80,7 @@ class _GeneratorStreams:
         self.generator = generator
         states = _snapshot(generator)
         self.start = states[generator.device]
-        seed = digest = _digest(self.start)
-        if generator is torch.default_generator and (
-            earlier := sum(other.generator_state == digest and bool(other.waits) for other in _not_moved_on)
-        ):
-            seed = derived_seed(digest, -1 - earlier)
+        seed = _digest(self.start)
         self.stream = tape.add_stream(Stream(exact, agree(seed), states))
         self._next = Draw(self.stream, 0, None)
         self._labels: dict[int, Draw] = {}

@@ -89,18 +89,21 @@ def note_status(module: nn.Module, attribute: str, status: str) -> None:
     _statuses.setdefault(module, {})[attribute] = status
 
 
-def note_loaded(model: nn.Module, tensors: Iterable[tuple[nn.Module, str]]) -> None:
-    """Note in the report on ``model`` that a load has overwritten these tensors: a module, and a name in it."""
-    record = _records.get(model)
-    if record is None:
-        return
+def note_loaded(model: nn.Module, tensors: Iterable[tuple[nn.Module, str]]) -> set[str]:
+    """Note in the report on ``model`` that a load has overwritten these tensors: a module, and a name in it.
+
+    Returns:
+        Their names in ``model``.
+    """
     prefixes: dict[int, list[str]] = {}
     for prefix, module in named_modules(model):
         prefixes.setdefault(id(module), []).append(f"{prefix}." if prefix else "")
     names = {plain_name(p + attribute) for module, attribute in tensors for p in prefixes.get(id(module), [])}
-    for row in record.rows:
+    record = _records.get(model)
+    for row in record.rows if record is not None else ():
         if not names.isdisjoint((row.row.name, *row.row.ties)):
             row.update(status="loaded", origin="")
+    return names
 
 
 def statuses(model: nn.Module) -> dict[str, str]:

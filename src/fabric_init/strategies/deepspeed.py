@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,7 +108,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
         self._expect_load(module, expected)
         return engine, optimizers, scheduler
 
-    def _expect_load(self, module: nn.Module, names: Sequence[str]) -> None:
+    def _expect_load(self, module: nn.Module, names: Mapping[str, set[str]]) -> None:
         """Let a model refuse to run until the load has come that ``empty_init=True`` promises, or something like it."""
         if names:
             load = ExpectedLoad(module, names, lambda tensor: getattr(tensor, "ds_tensor", tensor), self.agreement)
@@ -175,11 +175,12 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
         original(module).load_state_dict(state_dict, strict=strict)
         refresh_masters(module)
 
-    def _prepare(self, module: nn.Module) -> list[str]:
+    def _prepare(self, module: nn.Module) -> dict[str, set[str]]:
         """Partition and fill a recorded model; of any other, make sure that it has one shape on all ranks.
 
         Returns:
-            The tensors that had to get their own init, because no load has brought them.
+            The tensors that had to get their own init, because no load has brought them, and from which others each
+            was computed.
         """
         settle(module)
         expected = left_to_loads(module)

@@ -24,7 +24,7 @@ from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.execute import execute_plan, prepare
 from fabric_init.filling.merge import declared_at, merged, planned_tensors
-from fabric_init.filling.missing import initialize_possible, run_replaced_init
+from fabric_init.filling.missing import initialize_possible, recompute_from_loaded, run_replaced_init
 from fabric_init.filling.wait import let_wait
 from fabric_init.guard.loads import forget_extra_state, unwatch_loads, watch_loads
 from fabric_init.guard.models import (
@@ -43,6 +43,7 @@ from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan, prepared_digest
 from fabric_init.planning.tensors import TensorInfo
+from fabric_init.recording.liveness import computed_from
 from fabric_init.recording.tape import now
 from fabric_init.recording.tensor import RecordedTensor, become, become_recorded, recorded
 from fabric_init.recording.waiting import THREE_WAYS
@@ -112,7 +113,9 @@ def _keep(model: nn.Module, bound: BoundPlans) -> None:
 def _complete(model: nn.Module) -> None:
     """After a load before setup, let tensors that it did not bring have their own init, but for declared loads."""
     planned = planned_tensors([plan for module in model.modules() for plan in vars(module).get(_PLANS, ())])
-    own_init_is_wanted(tensor for _, tensor in unfilled(model) if id(tensor) not in planned and has_own_init(tensor))
+    left = [t for _, t in unfilled(model) if id(t) not in planned and has_own_init(t)]
+    recompute_from_loaded(model, left)
+    own_init_is_wanted(left)
 
 
 def is_bound(model: nn.Module) -> bool:
@@ -120,13 +123,22 @@ def is_bound(model: nn.Module) -> bool:
     return any(_ATTRIBUTE in vars(module) for module in model.modules())
 
 
-def left_to_loads(model: nn.Module) -> list[str]:
-    """Return the names of the tensors that a load is to bring which has not been declared."""
+def left_to_loads(model: nn.Module) -> dict[str, set[str]]:
+    """Return the names of the tensors that a load is to bring which has not been declared.
+
+    Each with the names of those from which the constructor has computed it.
+    """
     bounds = [bound for module in model.modules() if (bound := vars(module).get(_ATTRIBUTE)) is not None]
     if bounds and not any(bound.allocates and not bound.own_init for bound in bounds):
-        return []
+        return {}
     planned = planned_tensors([plan for module in model.modules() for plan in vars(module).get(_PLANS, ())])
-    return [name for name, tensor in unfilled(model) if id(tensor) not in planned]
+    left = [(name, recorded(t)) for name, t in unfilled(model) if id(t) not in planned]
+    names = {found.storage: name for name, found in left if found is not None}
+    return {
+        name: {names[s] for s in computed_from(found.tape, found.storage, dict.fromkeys(names)) if s != found.storage}
+        for name, found in left
+        if found is not None
+    }
 
 
 def choose_own_init(model: nn.Module) -> None:
@@ -151,6 +163,8 @@ def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan
         prepared = agreement.run_together(
             "planning for the model as it is now", lambda: _plan(model, [b for _, b in bounds], plans), prepared_digest
         )
+        for tape in prepared.tapes.values():
+            tape.current().later.gives_memory = True
         yield prepared
     except BaseException:
         if prepared is not None:
@@ -296,7 +310,6 @@ def _let_shards_wait(
     for entry, tensor, row in waiting:
         assert entry.slot.ref is not None
         tape, device = planned.tapes[entry.slot.ref.storage].current(), placement.device(entry.slot)
-        tape.later.gives_memory = True
         tape.later.waiting.fix = THREE_WAYS
         placement.put_waiting(
             entry.slot,
