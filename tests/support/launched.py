@@ -9,6 +9,7 @@ weights can be compared with those of one device.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, fabric: Fabric | N
 
 
 def main() -> None:
+    faulthandler.dump_traceback_later(60)  # a rank that hangs says where, before the test kills it
     parser = argparse.ArgumentParser()
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
