@@ -39,7 +39,7 @@ def merged(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
     settle(model)
     infos, tensors, tapes = survey(model)
     for tape in set(tapes.values()):
-        tape.later.check_kept()
+        tape.later.kept.check()
     readers = [plan.reader for plan in plans if plan.reader is not None]
     combined = CombinedReader(readers) if readers else None
     reader: CheckpointReader | None = combined if len(readers) > 1 else readers[0] if readers else None

@@ -30,19 +30,20 @@ from fabric_init._torch_internals import (
     DisableTorchDispatch,
     DisableTorchFunction,
     DisableTorchFunctionSubclass,
-    TensorBase,
 )
-from fabric_init.errors import RecordingError, UninitializedTensorError
-from fabric_init.recording import device_queries, escapes
+from fabric_init.errors import UninitializedTensorError
+from fabric_init.recording.kept_values import KeptValues
+from fabric_init.recording.later_calls import HANDLERS
 from fabric_init.recording.liveness import covers, never_written
 from fabric_init.recording.meta_kernels import map_tensors, tensors_in, written_tensors
 from fabric_init.recording.op_schemas import INDEXES, only_copies, overwrites, traits
+from fabric_init.recording.real_memory import plain_memory, real_tensor
 from fabric_init.recording.recorder import Recorder
 from fabric_init.recording.replay import real_execution, storage_now, view
 from fabric_init.recording.rng import LateStreams
 from fabric_init.recording.storage_tags import Recorded, ref_of
 from fabric_init.recording.tape import Tape, TensorRef
-from fabric_init.recording.tensor import RecordedTensor, become, become_recorded, meta_of, recorded, recorded_tensor
+from fabric_init.recording.tensor import RecordedTensor, become, meta_of, recorded, recorded_tensor
 from fabric_init.recording.waiting import Waiting, uninitialized
 
 
@@ -87,7 +88,7 @@ class LateRecorder(Recorder):
         return self.later.value(tensor, "be read")
 
     def constant_value(self, value: Tensor) -> Any:
-        return self.later.keep(value)
+        return self.later.kept.keep(value)
 
 
 class Later:
@@ -106,7 +107,7 @@ class Later:
         self.block_is_open = True
         self.waiting = Waiting(tape)
         self.owners: list[Owners] = []
-        self._kept: list[tuple[Tensor, int]] = []
+        self.kept = KeptValues()
         self._lock = threading.RLock()
 
     @property
@@ -120,7 +121,7 @@ class Later:
         """Hand everything over to the answers for a later tape, which continues this one's."""
         later.gives_memory = later.gives_memory and self.gives_memory
         later.owners += self.owners
-        later._kept += self._kept
+        later.kept.join(self.kept)
         later.waiting.join(self.waiting)
 
     # -- what RecordedTensor calls -------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ class Later:
         for tensor in tensors_in((args, kwargs.values())):
             self.make_plain(tensor)
         with DisableTorchFunctionSubclass():
-            handler = _HANDLERS.get(func)
+            handler = HANDLERS.get(func)
             if handler is not None:
                 return handler(self, func, args, kwargs)
             result = func(*args, **kwargs)
@@ -188,7 +189,7 @@ class Later:
                 if random:
                     self.tape.sealed_rng = self.tape.rng
                 self._has_values(found, memory)
-            return _real(found, ref)
+            return real_tensor(found, ref)
 
     def text(self, tensor: RecordedTensor) -> str:
         """Return what ``print`` shows of ``tensor``: its values, if they are there."""
@@ -286,7 +287,7 @@ class Later:
         def real(tensor: Tensor) -> Tensor:
             if not isinstance(tensor, RecordedTensor):
                 return tensor
-            value = _plain_memory(tensor) if recorded(tensor) is None else self.value(tensor, _use_of(func))
+            value = plain_memory(tensor) if recorded(tensor) is None else self.value(tensor, _use_of(func))
             given[id(value)] = tensor
             return value
 
@@ -414,10 +415,10 @@ class Later:
         with DisableTorchFunction():
             found = recorded(tensor)
             if found is None:
-                become(tensor, _plain_memory(tensor))
+                become(tensor, plain_memory(tensor))
             elif found.memory is not None and tensor.grad_fn is None:
                 with suppress(RuntimeError):  # torch.jit.trace holds it weakly: it stays as it is, and has its values
-                    self.put(tensor, _real(found, ref_of(tensor._meta, found.storage)))
+                    self.put(tensor, real_tensor(found, ref_of(tensor._meta, found.storage)))
 
     def put(self, tensor: Tensor, value: Tensor) -> None:
         """Give a recorded tensor the memory of ``value``, or what the strategy of its model makes of that."""
@@ -426,90 +427,11 @@ class Later:
         owners = next((each for each in reversed(self.owners) if each.has(origin)), None)
         become(tensor, value) if owners is None else owners.put(origin, tensor, value)
 
-    # -- real tensors that recorded writes read ------------------------------------------------------------------------
 
-    def keep(self, value: Tensor) -> Tensor:
-        """Keep the real ``value`` that a recorded write reads; of what is large, by reference."""
-        if value.nbytes < _WORTH_A_REFERENCE or value.is_inference():
-            return value.detach().clone()
-        self._kept.append((value, value._version))
-        return value.detach()
-
-    def check_kept(self) -> None:
-        """Raise if what a recorded write reads was changed since.
-
-        Raises:
-            RecordingError: it was.
-        """
-        changed = sum(value._version != version for value, version in self._kept)
-        if changed:
-            raise RecordingError(
-                f"{changed} tensors that load_state_dict or copy_ was given were changed before the model got memory, "
-                "which is when they are read. Load copies (tensor.clone()), or load once the model has values."
-            )
-
-
-def _set_data(later: Later, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """``p.data = t``, which takes values, or the wait for some, from ``t``."""
-    target, value = args
-    with DisableTorchFunction(), torch.no_grad():
-        old, new = recorded(target), recorded(value)
-        if isinstance(value, RecordedTensor) and new is not None:
-            if isinstance(target, RecordedTensor):
-                func(target, value)
-                target._meta, target._claimed = value._meta.detach(), value._claimed
-                if old is not None:
-                    later.waiting.rename(old.storage, new.storage)
-            else:
-                become_recorded(target, value._meta.detach(), value._claimed)
-        elif isinstance(target, RecordedTensor):
-            become(target, value.detach(), alone=True)
-            if old is not None and later.waiting.filled(old.storage):
-                later.waiting.note_status(old.storage, later.status)
-        else:
-            func(target, value)
-
-
-def _format(later: Later, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    return _of_value(later, func, args, kwargs) if args[1] else repr(args[0])  # a DTensor prints its shard like this
-
-
-def _of_value(later: Later, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func(later.value(args[0], "be read"), *args[1:], **kwargs)
-
-
-_WORTH_A_REFERENCE = 1 << 20
 _OF_ALL_RANKS = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"})
 """Namespaces of collectives, which are never run again later, when the other ranks are elsewhere."""
 _OWN_ATTRIBUTES = frozenset({"_meta", "_claimed", "_is_param", "_is_buffer"})
-_HANDLERS: dict[Any, Any] = {
-    **device_queries.LATER_HANDLERS,
-    **escapes.HANDLERS,
-    Tensor.share_memory_: _of_value,
-    Tensor.__format__: _format,
-    Tensor.__float__: _of_value,
-    Tensor.__int__: _of_value,
-    Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
-}
 
 
 def _use_of(func: Any) -> str:
     return f"be used by {func.overloadpacket.__name__}" if hasattr(func, "overloadpacket") else "be used"
-
-
-def _real(found: Recorded, ref: TensorRef) -> Tensor:
-    """The tensor at ``ref`` of a storage whose values are there."""
-    assert found.memory is not None
-    storage, offset = found.memory
-    elements, rest = divmod(offset, ref.dtype.itemsize)
-    assert not rest
-    with real_execution():
-        return view(storage, ref._replace(offset=ref.offset + elements))
-
-
-def _plain_memory(tensor: RecordedTensor) -> Tensor:
-    """A plain tensor on real memory that torch itself has put behind a recorded tensor (``p.data = real``)."""
-    with real_execution():
-        storage = TensorBase.untyped_storage(tensor)
-        plain = torch.empty(0, dtype=tensor.dtype, device=storage.device)
-        return plain.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
