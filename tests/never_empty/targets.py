@@ -102,7 +102,9 @@ class DataAlias(Parameter):
 
 
 class HeldModule(Parameter):
-    """Another module in a dict, which is no submodule: it was built in the block, and is a model of it."""
+    """Another module in a dict, which is no submodule and in no state dict, so that no load is to bring it."""
+
+    waits = False
 
     def __init__(self) -> None:
         super().__init__()
