@@ -30,7 +30,6 @@ from fabric_init.planning.plan import Action, DerivedFrom, LoadOptions, Plan, Pl
 from fabric_init.planning.prepare import PreparedPlan, plan_for, prepared_digest
 from fabric_init.recording.liveness import covers
 from fabric_init.recording.replay import real_execution, replay, view
-from fabric_init.recording.rng import move_on
 from fabric_init.recording.tape import Rng, Tape
 from fabric_init.recording.tensor import RecordedTensor
 from fabric_init.reports.provenance import describe_rule
@@ -78,9 +77,6 @@ def fill(
         OutOfMemoryError: Memory has run out; the model has not changed.
     """
     loaded = loaded if loaded is not None else loaded_storages(plan, tapes)
-    for entry in plan.entries:
-        if entry.action is Action.INIT and not entry.on_use and entry.slot.ref is not None:
-            move_on(tapes[entry.slot.ref.storage].current())
     with torch.inference_mode(False), real_execution():
         values: dict[int, Tensor] = {}
         with out_of_memory_explained(plan, values), ExitStack() as stack:

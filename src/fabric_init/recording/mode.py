@@ -57,13 +57,12 @@ class RecordMode(TorchFunctionMode):
     Args:
         rng: How random numbers are drawn at replay; see :func:`fabric_init.deferred_init`.
         agree: Maps the seed of this process to the one that all ranks use.
-        moves_generator: Whether the block advances torch's default generator, or the model's own init later.
     """
 
-    def __init__(self, rng: Rng = "per_op", agree: Callable[[int], int] = int, *, moves_generator: bool = True) -> None:
+    def __init__(self, rng: Rng = "per_op", agree: Callable[[int], int] = int) -> None:
         super().__init__()
         self.tape = Tape(rng)
-        self.recorder = Recorder(self.tape, agree, moves_generator=moves_generator)
+        self.recorder = Recorder(self.tape, agree)
         self.tape.later = Later(self.tape)
         self._collector = PausedCollector()
         self._opened = 0.0

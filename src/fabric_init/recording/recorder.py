@@ -44,15 +44,13 @@ class Recorder(TorchDispatchMode):
     Args:
         tape: The tape to write.
         agree: Maps the seed of this process to the one that all ranks use.
-        moves_generator: Whether the block advances torch's default generator, or the model's own init later.
     """
 
-    def __init__(self, tape: Tape, agree: Callable[[int], int] = int, *, moves_generator: bool = True) -> None:
+    def __init__(self, tape: Tape, agree: Callable[[int], int] = int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape = tape
         self.exact = tape.rng == "eager"
         self._agree = agree
-        self._moves_generator = moves_generator
         self.streams: Streams | None = None
         self._intended_device: torch.device | None = None  # a device that has to be named to torch as meta
         self.recognizes_init_calls = True
@@ -67,9 +65,7 @@ class Recorder(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         with real_execution():
-            self.streams = Streams(
-                self.tape, exact=self.exact, agree=self._agree, moves_generator=self._moves_generator
-            )
+            self.streams = Streams(self.tape, exact=self.exact, agree=self._agree)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 

@@ -16,15 +16,11 @@ follow. No hook reports these calls, but all of them set the generator's seed. T
 - At the end of the block the default generator returns to its first state plus one draw, so that a second block
   differs from the first, and other generators get a fresh seed, so that they do not repeat the weights' numbers. A
   generator that the constructor itself has seeded last is not touched.
-- ``Fabric.init_module(empty_init=True)`` makes that one draw later, when a model's own init is run (:func:`move_on`).
-  Until then the generator is where Lightning's own leaves it, so that init code which the user runs after the block
-  draws the same numbers. A second such block in the meantime begins with the same seed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import weakref
 from collections.abc import Callable
 from ctypes import string_at
 
@@ -54,22 +50,6 @@ def _identity(generator: torch.Generator) -> int:
     return address
 
 
-def _digest(state: torch.Tensor) -> int:
-    digest = hashlib.blake2b(string_at(state.data_ptr(), state.numel()), digest_size=8).digest()
-    return int.from_bytes(digest, "little") & _LAST_63_BITS
-
-
-_not_moved_on: weakref.WeakSet[Tape] = weakref.WeakSet()
-
-
-def move_on(tape: Tape) -> None:
-    """Advance torch's default generator by one draw if it is still where the block of ``tape`` has left it."""
-    if tape in _not_moved_on:
-        _not_moved_on.discard(tape)
-        if _digest(torch.default_generator.get_state()) == tape.generator_state:
-            torch.empty((), dtype=torch.int64).random_(generator=torch.default_generator)
-
-
 class _GeneratorStreams:
     """The streams of one generator, and the labels that identify them: see [Note: random streams]."""
 
@@ -80,7 +60,8 @@ class _GeneratorStreams:
         self.generator = generator
         states = _snapshot(generator)
         self.start = states[generator.device]
-        seed = _digest(self.start)
+        digest = hashlib.blake2b(string_at(self.start.data_ptr(), self.start.numel()), digest_size=8).digest()
+        seed = int.from_bytes(digest, "little") & _LAST_63_BITS
         self.stream = tape.add_stream(Stream(exact, agree(seed), states))
         self._next = Draw(self.stream, 0, None)
         self._labels: dict[int, Draw] = {}
@@ -115,11 +96,8 @@ class _GeneratorStreams:
 class Streams:
     """All generators of one recording. Use it with torch's modes switched off."""
 
-    def __init__(
-        self, tape: Tape, *, exact: bool, agree: Callable[[int], int] = int, moves_generator: bool = True
-    ) -> None:
+    def __init__(self, tape: Tape, *, exact: bool, agree: Callable[[int], int] = int) -> None:
         self._tape = tape
-        self._moves_generator = moves_generator
         self._default = _GeneratorStreams(tape, torch.default_generator, exact=exact, agree=agree)
         self._others: dict[int, _GeneratorStreams] = {}
         self.default_stream = self._default.stream
@@ -134,17 +112,14 @@ class Streams:
         return streams
 
     def close(self) -> None:
-        """Restore the default generator, advanced by one draw now or later, and reseed the constructor's own ones.
+        """Restore the default generator, advanced by one draw, and reseed the constructor's own generators.
 
         Replay draws from the states that those had; if restored, they would later return the numbers that went into
         the weights.
         """
         if not self._default.reseeded():
             self._default.generator.set_state(self._default.start)
-            self._tape.generator_state = _digest(self._default.start)
-            _not_moved_on.add(self._tape)
-            if self._moves_generator:
-                move_on(self._tape)
+            torch.empty((), dtype=torch.int64).random_(generator=self._default.generator)
         for streams in self._others.values():
             if not streams.reseeded():
                 seed = self._tape.streams[streams.stream].seed

@@ -84,9 +84,7 @@ def init_context(
     try:
         with ExitStack() as contexts:
             built = contexts.enter_context(BuiltModules())
-            recording = contexts.enter_context(
-                RecordMode(agree=agreement.from_rank_zero, moves_generator=source is not None)
-            )
+            recording = contexts.enter_context(RecordMode(agree=agreement.from_rank_zero))
             device = strategy.root_device
             if device != torch.get_default_device():  # a default device makes every call in the block slower
                 contexts.enter_context(device)
