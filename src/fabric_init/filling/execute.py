@@ -344,6 +344,8 @@ def execute_plan(
     if not plan.waits and not unfilled(model):
         unwatch_loads(model)
         release_forward(model)
+        for tape in {tape.current() for tape in tapes.values()}:
+            tape.later.finish(())  # what closures and caches hold
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()  # cuDNN's layout: the constructor's own call came before there was memory

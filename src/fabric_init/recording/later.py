@@ -401,12 +401,17 @@ class Later:
         found = recorded(tensor)
         if found is None or found.tape is not self.tape or tensor.grad_fn is not None:
             return
-        if found.memory is None:
-            unwritten = never_written(self.tape, ref_of(meta_of(tensor), found.storage))
-            if unwritten or self.waiting.missing([found.storage]):
-                return
+        if self.has_value(tensor):
             self.value(tensor, "be read")
-        self.make_plain(tensor)
+            self.make_plain(tensor)
+
+    def has_value(self, tensor: Tensor) -> bool:
+        """Return whether nothing is missing for the values of a recorded ``tensor``."""
+        found = recorded(tensor)
+        if found is None or found.memory is not None:
+            return found is not None
+        unwritten = never_written(self.tape, ref_of(meta_of(tensor), found.storage))
+        return not unwritten and not self.waiting.missing([found.storage])
 
     def make_plain(self, tensor: Tensor) -> None:
         """Turn a recorded tensor whose values are there into a plain one, which stays the same object."""

@@ -41,10 +41,16 @@ def _of_value(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     return func(later.value(args[0], "be read"), *args[1:], **kwargs)
 
 
+def _storage(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the storage with the values, if they can be had; otherwise the one on meta, which has no bytes to read."""
+    return func(later.value(args[0], "be read") if later.has_value(args[0]) else args[0])
+
+
 HANDLERS: dict[Any, Any] = {
     **device_queries.LATER_HANDLERS,
     **escapes.HANDLERS,
     Tensor.share_memory_: _of_value,
+    Tensor.untyped_storage: _storage,
     Tensor.__format__: _format,
     Tensor.__float__: _of_value,
     Tensor.__int__: _of_value,
