@@ -435,7 +435,7 @@ class Later:
 
 _OF_ALL_RANKS = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"})
 """Namespaces of collectives, which are never run again later, when the other ranks are elsewhere."""
-_OWN_ATTRIBUTES = frozenset({"_meta", "_claimed", "_is_param", "_is_buffer"})
+_OWN_ATTRIBUTES = frozenset({"_meta", "_claimed", "_is_param"})
 
 
 def _use_of(func: Any) -> str:

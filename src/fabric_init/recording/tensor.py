@@ -144,7 +144,7 @@ def become(tensor: Tensor, value: Tensor, *, alone: bool = False) -> None:
             _note_memory(tensor, value)
         other.__class__ = RecordedTensor  # torch may still hold it, inside of the call that writes ``tensor``
         vars(other).update(_meta=tensor._meta, _claimed=tensor._claimed)
-        for name in ("_meta", "_claimed", "_is_param", "_is_buffer"):
+        for name in ("_meta", "_claimed", "_is_param"):
             vars(tensor).pop(name, None)
         own: Any = getattr(type(tensor), "own_class", None)
         tensor.__class__ = own or (nn.Parameter if is_parameter else Tensor)  # type: ignore[assignment]
