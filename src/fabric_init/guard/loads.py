@@ -159,6 +159,12 @@ def _end(module: nn.Module, complete: Complete | None) -> None:
             for owners in found.tape.later.owners:
                 owners.filled(found.storage, "loaded")
     left = unfilled(module)
+    empty = [local(tensor) for _, tensor in left if not local(tensor).numel()]
+    if empty and len(left) < len(before):  # shards without elements, which a load has nothing to write to
+        with torch.no_grad():
+            for tensor in empty:
+                tensor.zero_()
+        left = unfilled(module)
     for later in _current.laters:
         later.status = "initialized"
     try:
