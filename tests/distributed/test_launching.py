@@ -122,7 +122,7 @@ def test_two_machines(strategy: str, checkpoint: Path, tmp_path: Path, expected:
     rendezvous = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=10.77.0.1", "--master_port=29400"]
     script = [SCRIPT, checkpoint, tmp_path, "--strategy", strategy, "--devices=1", "--num-nodes=2"]
     machines = ["unshare", "--map-root-user", "--net", "sh", HERE / "two_machines.sh"]
-    done = run_to_the_end([*machines, BIN / "torchrun", *rendezvous, *script], seconds=180)
+    done = run_to_the_end([*machines, BIN / "torchrun", *rendezvous, *script])
     found = _check(done, tmp_path, strategy, expected)
     assert [each["node rank"] for each in found] == [0, 1]
     assert found[0]["network"] != found[1]["network"]
