@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
 import os
 import sys
 from pathlib import Path
@@ -49,6 +50,16 @@ def main() -> None:
     fabric = Fabric(accelerator="cpu", devices=options.devices, num_nodes=options.num_nodes, strategy=options.strategy)
     if "LT_CLI_USED" not in os.environ:  # `fabric run` has launched already, and Lightning wants no second time
         fabric.launch()
+    train_and_write(fabric, options)
+    # DistributedDataParallel holds the process group from C++, and as its last holder it would wait, with the GIL, for
+    # a thread of Gloo's that may want the GIL to let go of a tensor (pytorch/pytorch#56297): it goes first.
+    gc.collect()
+    # A machine whose last process has ended takes its network with it: nobody may still wait to hear from it.
+    fabric.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def train_and_write(fabric: Fabric, options: argparse.Namespace) -> None:
     fabric.seed_everything(1, verbose=False)
     with fabric.init_module(checkpoint=options.checkpoint, strict=False):
         model = Transformerish()
@@ -67,9 +78,6 @@ def main() -> None:
         "after": weights(model),
     }
     torch.save(found, options.folder / f"rank {fabric.global_rank}.pt")
-    # A machine whose last process has ended takes its network with it: nobody may still wait to hear from it.
-    fabric.barrier()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
