@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from fabric_init._gc import PausedCollector
 from fabric_init.checkpoints import Conversion
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.filling.execute import fill_model
@@ -135,15 +136,16 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
         with recorded_build(rng):
             yield
         return
-    with BuiltModules() as built:
+    with PausedCollector(), BuiltModules() as built:
         try:
             with recorded_build(rng):
                 yield
-            refuse_scripted(built.roots())
         finally:
-            for model in built.roots():
+            models = built.roots()
+            for model in models:
                 hold(model, "fabric_init.materialize(model) gives it memory and values: call that first.")
                 watch_loads(model, initialize_possible)
+        refuse_scripted(models)
 
 
 def init_missing(model: nn.Module) -> None:

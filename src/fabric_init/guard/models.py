@@ -39,13 +39,13 @@ def hold(
         placement: how its strategy keeps tensors that get values; ``None`` if that is not known yet.
     """
     laters: dict[int, Later] = {}
-    with DisableTorchFunction(), torch.no_grad():
-        for _, _, tensor in named_tensors(model):
-            if is_lazy(tensor):
-                give_lazy_memory(tensor)
-            elif not isinstance(tensor, RecordedTensor):
-                claim(tensor)
     for name, kind, tensor in named_tensors(model):
+        if not isinstance(tensor, RecordedTensor):
+            with DisableTorchFunction(), torch.no_grad():
+                if is_lazy(tensor):
+                    give_lazy_memory(tensor)
+                else:
+                    claim(tensor)
         found = recorded(tensor)
         if found is None:
             continue
@@ -74,10 +74,11 @@ class Places:
         self._left: set[int] = set()
         self._places: dict[int, list[tuple[weakref.ref[nn.Module], str]]] = {}
         for module in model.modules():
+            reference = weakref.ref(module)
             for name, tensor in own_tensors(module):
                 found = recorded(tensor)
                 if found is not None:
-                    self._places.setdefault(found.storage, []).append((weakref.ref(module), name))
+                    self._places.setdefault(found.storage, []).append((reference, name))
         self._left.update(self._places)
 
     def filled(self, storage: int, status: str) -> None:

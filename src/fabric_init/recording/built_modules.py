@@ -27,9 +27,7 @@ class BuiltModules:
     """Context manager that collects the modules built in it by this thread, through torch's registration hooks."""
 
     def __init__(self) -> None:
-        self._seen: weakref.WeakKeyDictionary[nn.Module, None] = (
-            weakref.WeakKeyDictionary()
-        )  # ordered, so that ranks agree
+        self._seen: dict[int, weakref.ref[nn.Module]] = {}  # by id, in order, so that ranks agree
         self._thread = threading.get_ident()
         self._hooks = ExitStack()
 
@@ -48,29 +46,36 @@ class BuiltModules:
         self._hooks.close()
 
     def _notice(self, module: nn.Module, name: str, value: Any) -> None:
-        if threading.get_ident() == self._thread:
-            self._seen.setdefault(module)
+        known = self._seen.get(id(module))
+        if (known is None or known() is not module) and threading.get_ident() == self._thread:
+            self._seen.pop(id(module), None)  # of a module that is gone
+            self._seen[id(module)] = weakref.ref(module)
 
     def roots(self) -> list[nn.Module]:
         """Return the models: modules that no other module of the block holds, registered or in a list, dict or object.
 
         What a module only keeps in one of these is no part of its ``state_dict``, and no model of its own.
         """
-        if len(self._unregistered()) > 1:
+        found = self._unregistered()
+        if len(found) > 1:
+            del found
             gc.collect()  # a module that was built and dropped may live on in a reference cycle
-        return _without_kept(self._unregistered())
+            found = self._unregistered()
+        return _without_kept(found)
 
     def _unregistered(self) -> list[nn.Module]:
-        seen = list(self._seen.keys())
+        seen = [module for reference in self._seen.values() if (module := reference()) is not None]
         child_ids: set[int] = set()
         pending, visited = list(seen), set()
         while pending:  # also through modules of an earlier block, whose submodules this block may have replaced
             module = pending.pop()
             if id(module) not in visited:
                 visited.add(id(module))
-                children = list(module.children())
-                child_ids.update(map(id, children))
-                pending += children
+                for child in module._modules.values():
+                    if child is not None:
+                        child_ids.add(id(child))
+                        if id(child) not in visited:
+                            pending.append(child)
         return [module for module in seen if id(module) not in child_ids]
 
 

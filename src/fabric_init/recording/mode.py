@@ -21,7 +21,6 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
 from fabric_init import _log
-from fabric_init._gc import PausedCollector
 from fabric_init._torch_internals import (
     DisableTorchDispatch,
     DisableTorchFunction,
@@ -43,6 +42,8 @@ from fabric_init.recording.tensor import RecordedTensor, claim_all, recorded, re
 _INIT_WITH_MODE: dict[str, Any] = {
     name: INIT_FUNCTIONS[name] for name in ("uniform_", "normal_", "constant_", "kaiming_uniform_")
 }
+_RECORDED_ALONE = (RecordedTensor,)
+_ASKED_OF_EACH_PARAMETER = frozenset({Tensor.requires_grad_, Tensor.grad_fn.__get__})  # type: ignore[union-attr]
 _NEW_PARAMETER = torch.nn.Parameter.__new__.__code__
 _TRUNC_NORMAL = no_grad_trunc_normal_.__code__
 _logger = _log.channel("record")
@@ -64,7 +65,6 @@ class RecordMode(TorchFunctionMode):
         self.tape = Tape(rng)
         self.recorder = Recorder(self.tape, agree)
         self.tape.later = Later(self.tape)
-        self._collector = PausedCollector()
         self._opened = 0.0
 
     def __repr__(self) -> str:
@@ -72,7 +72,6 @@ class RecordMode(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         self.recorder.__enter__()
-        self._collector.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         _logger.debug("block opened, rng=%r", self.tape.rng)
         self._opened = time.perf_counter()
@@ -83,7 +82,6 @@ class RecordMode(TorchFunctionMode):
     ) -> None:
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         self.recorder.__exit__(kind, error, trace)
-        self._collector.__exit__(kind, error, trace)
         self.tape.later.block_is_open = False
         if _logger.isEnabledFor(logging.DEBUG):  # the summary of a large tape is not for free
             seconds, raised = time.perf_counter() - self._opened, "" if kind is None else f" by {kind.__name__}"
@@ -92,7 +90,11 @@ class RecordMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if types and not all(issubclass(kind, Tensor) for kind in types):
+        if types == _RECORDED_ALONE:
+            if func in _ASKED_OF_EACH_PARAMETER and not kwargs:
+                with DisableTorchFunctionSubclass():
+                    return func(*args)
+        elif types and not all(issubclass(kind, Tensor) for kind in types):
             return func(*args, **(kwargs or {}))  # a proxy of torch.fx, say, which has an answer of its own
         if self.tape.has_plain:
             with real_execution():
@@ -104,7 +106,7 @@ class RecordMode(TorchFunctionMode):
             return _init_function(self.recorder, original, args, kwargs or {})
         if kwargs and kwargs.get("device") is not None:
             return device_queries.on_device_by_name(self.recorder, func, args, kwargs)
-        if types and all(issubclass(kind, RecordedTensor) for kind in types):
+        if types == _RECORDED_ALONE or (types and all(issubclass(kind, RecordedTensor) for kind in types)):
             with DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         return func(*args, **kwargs) if kwargs else func(*args)

@@ -11,6 +11,7 @@ from lightning.fabric.plugins import BitsandbytesPrecision, Precision, Transform
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from fabric_init._gc import PausedCollector
 from fabric_init.checkpoints import CheckpointReader, Source
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.distributed.io import Io, open_on_all_ranks
@@ -73,6 +74,11 @@ def init_context(
         RecordingError: Blocks are nested, or a block builds no model, or several models for one checkpoint.
         FabricInitError: A rank failed, or the precision plugin replaces layers of the model by its own.
     """
+    with PausedCollector():
+        yield from _recorded(strategy, source, wanted)
+
+
+def _recorded(strategy: RecordingStrategy, source: Source | None, wanted: LoadOptions) -> Iterator[None]:
     refuse_nesting()
     _refuse_precision(strategy.precision)
     agreement = strategy.agreement
