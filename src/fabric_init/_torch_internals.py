@@ -41,6 +41,16 @@ DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
 DisableTorchDispatch = torch._C._DisableTorchDispatch
 # See every operator, however it was reached. Checked on torch 2.13.0.
 TorchDispatchMode = torch.utils._python_dispatch.TorchDispatchMode
+# Leave the transforms of torch.func that are running. Checked on torch 2.13.0.
+functorch_stack = torch._C._functorch
+# Keep torch.compile out of our code. Checked on torch 2.13.0.
+compiled_frames = torch._C._dynamo.eval_frame
+# Leave torch.jit.trace while it runs. Checked on torch 2.13.0.
+get_tracing_state = torch._C._get_tracing_state
+set_tracing_state: Callable[[Any], None] = torch._C._set_tracing_state  # type: ignore[attr-defined]
+# Know torch.export and make_fx while they run. Checked on torch 2.13.0.
+get_dispatch_mode = torch._C._get_dispatch_mode
+DispatchModeKey = torch._C._TorchDispatchModeKey
 # Find the recording that is open in this thread. Checked on torch 2.13.0.
 get_current_function_mode_stack: Callable[[], list[torch.overrides.TorchFunctionMode]] = (
     torch.overrides._get_current_function_mode_stack

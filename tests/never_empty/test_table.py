@@ -84,11 +84,17 @@ PAST_OUR_CODE = "p.data ="
 """What a plain parameter takes as its data does not come to a recorded tensor: torch refuses it, with values or not."""
 
 
-def wanted(way: str, target: str, state: str) -> str:
-    """Return what has to become of a cell."""
-    if way == PAST_OUR_CODE and state == "deferred_init":
-        return REFUSED
-    return REFUSED if TARGETS[target].waits and state != "materialized" else RIGHT
+JIT_TRACES = ("traced function", "jit.trace", "jit.trace, saved")
+"""These may hold a tensor from C++ before anybody asks for its values, so that it cannot become a plain one in time."""
+
+
+def wanted(way: str, target: str, state: str) -> tuple[str, ...]:
+    """Return what may become of a cell."""
+    if way == PAST_OUR_CODE and (state == "deferred_init" or (state == "empty_init" and target == HELD)):
+        return (REFUSED,)
+    if TARGETS[target].waits and state != "materialized":
+        return (REFUSED,)
+    return (RIGHT, REFUSED, f"refused, and then {RIGHT}") if way in JIT_TRACES and state != "materialized" else (RIGHT,)
 
 
 def test_the_table_is_large() -> None:
@@ -105,4 +111,4 @@ def test_right_or_refused(way: str, state: str) -> None:
         target: outcome(WAYS[way], lambda target=target: STATES[state](TARGETS[target]), eager(way, target))
         for target in targets
     }
-    assert found == {target: wanted(way, target, state) for target in targets}
+    assert {target: one for target, one in found.items() if one not in wanted(way, target, state)} == {}

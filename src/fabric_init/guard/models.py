@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -207,9 +208,7 @@ def require(model: nn.Module, use: str) -> None:
         UninitializedTensorError: naming every tensor without values, and the ways to give it some.
     """
     if any(_BROKEN in vars(module) for module in model.modules()):
-        raise UninitializedTensorError(
-            f"{_class_of(model)} cannot {use}: fabric.setup has failed, and has left it in parts. Build it anew."
-        )
+        _refuse_broken(model, use)
     if (load := expected_load(model)) is not None:
         load.require(model, use)
     waiting = unfilled(model)
@@ -243,6 +242,17 @@ def hold_broken(model: nn.Module) -> None:
     """Let ``model``, which a strategy has changed in part before it failed, refuse to run for good."""
     vars(model)[_BROKEN] = True
     hold_forward(model)
+    model.register_state_dict_pre_hook(_before_state_dict)  # its tensors may be torch's own on meta, which can be saved
+
+
+def _before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    _refuse_broken(module, "be saved")
+
+
+def _refuse_broken(model: nn.Module, use: str) -> NoReturn:
+    raise UninitializedTensorError(
+        f"{_class_of(model)} cannot {use}: fabric.setup has failed, and has left it in parts. Build it anew."
+    )
 
 
 def hold_forward(model: nn.Module, agreement: Agreement | None = None) -> None:
@@ -261,13 +271,13 @@ def hold_forward(model: nn.Module, agreement: Agreement | None = None) -> None:
 
 def release_forward(model: nn.Module) -> None:
     """Take that back: nothing waits any more. What is still recorded, also outside the model, becomes plain."""
-    for module in model.modules():
-        vars(module).pop(_RANKS, None)
-        _remove_forward_hook(module)
     parts = [local(tensor) for _, _, tensor in named_tensors(model)]
     for tape in {found.tape for part in parts if (found := recorded(part)) is not None}:
         if tape.later.gives_memory:  # otherwise a strategy shards first
             tape.later.finish(parts)
+    for module in model.modules():
+        vars(module).pop(_RANKS, None)
+        _remove_forward_hook(module)
 
 
 def _remove_forward_hook(module: nn.Module) -> None:

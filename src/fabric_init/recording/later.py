@@ -31,7 +31,7 @@ from fabric_init._torch_internals import (
     DisableTorchFunction,
     DisableTorchFunctionSubclass,
 )
-from fabric_init.errors import UninitializedTensorError
+from fabric_init.errors import RecordingError, UninitializedTensorError
 from fabric_init.recording.kept_values import KeptValues
 from fabric_init.recording.later_calls import HANDLERS
 from fabric_init.recording.liveness import covers, never_written
@@ -44,6 +44,7 @@ from fabric_init.recording.rng import LateStreams
 from fabric_init.recording.storage_tags import Recorded, ref_of
 from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.recording.tensor import RecordedTensor, become, meta_of, recorded, recorded_tensor
+from fabric_init.recording.tracing import is_faked, is_jit_traced, is_traced
 from fabric_init.recording.waiting import Waiting, uninitialized
 
 
@@ -130,6 +131,8 @@ class Later:
         """Answer a call that torch shows to ``__torch_function__``."""
         for tensor in tensors_in((args, kwargs.values())):
             self.make_plain(tensor)
+        if is_traced():
+            self._give_values(func, args, kwargs)
         with DisableTorchFunctionSubclass():
             handler = HANDLERS.get(func)
             if handler is not None:
@@ -143,6 +146,18 @@ class Later:
         ):
             return args[0] if func.__name__.endswith("_") else result  # it got memory, and became a plain tensor
         return result
+
+    def _give_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Make the values that what traces a call would otherwise trace, too, or could not take."""
+        for tensor in tensors_in((args, kwargs.values())):
+            if isinstance(tensor, RecordedTensor):
+                with real_execution():
+                    if self.has_value(tensor):
+                        self._finish(tensor)
+                    elif is_faked() and func.__name__ != "__get__":
+                        self.value(tensor, f"be used by {func.__name__}")
+        if is_jit_traced() and func.__name__ != "__get__":
+            raise RecordingError(_MSG_JIT_TRACE)
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer an operator."""
@@ -390,12 +405,15 @@ class Later:
 
     def finish(self, tensors: Iterable[Tensor]) -> None:
         """Turn recorded tensors whose values can be made by now into plain ones: these, and those kept elsewhere."""
-        for tensor in tensors:
+        late = [tensor for tensor in tensors if isinstance(tensor, RecordedTensor)]
+        for tensor in late:
             self._finish(tensor)
         if any(self.tape.is_alive(storage) for storage in self.tape.records):  # then the search is worth its time
             for each in gc.get_objects():
                 if issubclass(type(each), RecordedTensor):
                     self._finish(each)
+        if late and is_jit_traced():  # its module holds what these were, which has no memory
+            raise RecordingError(_MSG_JIT_TRACE)
 
     def _finish(self, tensor: Tensor) -> None:
         found = recorded(tensor)
@@ -422,7 +440,7 @@ class Later:
             if found is None:
                 become(tensor, plain_memory(tensor))
             elif found.memory is not None and tensor.grad_fn is None:
-                with suppress(RuntimeError):  # torch.jit.trace holds it weakly: it stays as it is, and has its values
+                with suppress(RuntimeError):  # something in C++ holds it: it stays as it is, and has its values
                     self.put(tensor, real_tensor(found, ref_of(tensor._meta, found.storage)))
 
     def put(self, tensor: Tensor, value: Tensor) -> None:
@@ -433,6 +451,10 @@ class Later:
         become(tensor, value) if owners is None else owners.put(origin, tensor, value)
 
 
+_MSG_JIT_TRACE = (
+    "torch.jit.trace has come to a tensor that was recorded and was not in real memory yet. Call "
+    "fabric_init.materialize(model), or run the model once, before that."
+)
 _OF_ALL_RANKS = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"})
 """Namespaces of collectives, which are never run again later, when the other ranks are elsewhere."""
 _OWN_ATTRIBUTES = frozenset({"_meta", "_claimed", "_is_param"})

@@ -46,9 +46,17 @@ def _storage(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     return func(later.value(args[0], "be read") if later.has_value(args[0]) else args[0])
 
 
+def _is_view(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """What torch.export and torch.compile ask before they make a fake tensor from one: it needs to be a plain one."""
+    later.value(args[0], "be traced")
+    later.make_plain(args[0])
+    return bool(func(args[0]))
+
+
 HANDLERS: dict[Any, Any] = {
     **device_queries.LATER_HANDLERS,
     **escapes.HANDLERS,
+    Tensor._is_view: _is_view,
     Tensor.share_memory_: _of_value,
     Tensor.untyped_storage: _storage,
     Tensor.__format__: _format,

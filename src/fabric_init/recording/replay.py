@@ -16,6 +16,7 @@ from fabric_init.recording.liveness import covers, is_final, live_ops
 from fabric_init.recording.op_schemas import overwrites, with_generator
 from fabric_init.recording.replay_rng import ReplayStreams
 from fabric_init.recording.tape import Constant, Op, Tape, TensorRef
+from fabric_init.recording.tracing import outside_tracing
 
 _default_generator_lock = threading.Lock()
 
@@ -23,7 +24,7 @@ _default_generator_lock = threading.Lock()
 @contextmanager
 def real_execution() -> Iterator[None]:
     """Switch off all dispatch and function modes, ours and the user's, and autograd: ops inside reach their kernels."""
-    with DisableTorchDispatch(), DisableTorchFunction(), torch.no_grad():
+    with outside_tracing(), DisableTorchDispatch(), DisableTorchFunction(), torch.no_grad():
         yield
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fabric_init._torch_internals import (
+    DisableTorchDispatch,
     DisableTorchFunction,
     DisableTorchFunctionSubclass,
     make_subclass,
@@ -32,6 +33,7 @@ from fabric_init._torch_internals import (
 )
 from fabric_init.errors import RecordingError
 from fabric_init.recording.storage_tags import Recorded, recorded_storage
+from fabric_init.recording.tracing import never_compiled, outside_tracing
 
 META = torch.device("meta")
 ASKS_DEVICE = torch.ops.prim.device.default
@@ -53,6 +55,7 @@ class RecordedTensor(Tensor):
         return self._claimed
 
     @classmethod
+    @never_compiled
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -67,6 +70,7 @@ class RecordedTensor(Tensor):
         return _later(tensor).function(func, args, kwargs or {})
 
     @classmethod
+    @never_compiled
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -136,9 +140,10 @@ def become(tensor: Tensor, value: Tensor, *, alone: bool = False) -> None:
     after_accumulation = tensor._post_accumulate_grad_hooks if tensor.is_leaf else None
     requires_grad = tensor.requires_grad and tensor.is_leaf
     is_parameter = isinstance(tensor, nn.Parameter)
-    other: Tensor = nn.Parameter(value, requires_grad=False) if is_parameter else value.detach()
-    other.requires_grad_(requires_grad)
-    swap_tensor_impl(tensor, other)
+    with outside_tracing(), DisableTorchDispatch(), DisableTorchFunction():
+        other: Tensor = nn.Parameter(value, requires_grad=False) if is_parameter else value.detach()
+        other.requires_grad_(requires_grad)
+        swap_tensor_impl(tensor, other)
     if isinstance(tensor, RecordedTensor):
         if not alone and not value.is_meta:
             _note_memory(tensor, value)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fabric_init.recording.liveness import writes_whole
 from fabric_init.recording.op_schemas import only_copies, overwrites, traits
+from fabric_init.recording.replay import real_execution
 from fabric_init.recording.storage_tags import ref_of
 from fabric_init.recording.tape import Tape, TensorRef, now
 from fabric_init.recording.tensor import meta_of, recorded
@@ -170,7 +171,8 @@ class Waiting:
 
     def _is_complete(self, storage: int) -> bool:
         mask = self._written.get(storage)
-        return mask is not None and bool(mask.all())
+        with real_execution():
+            return mask is not None and bool(mask.all())
 
 
 def uninitialized(model: str, use: str, names: list[str], fix: str = THREE_WAYS) -> str:
