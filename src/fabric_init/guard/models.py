@@ -13,14 +13,15 @@ from torch.nn.parameter import is_lazy
 
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.distributed.agreement import Agreement
-from fabric_init.errors import UninitializedTensorError
+from fabric_init.errors import RecordingError, UninitializedTensorError
 from fabric_init.guard.expected_load import expected_load
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.tensors import TensorInfo, find_tensors, named_tensors
-from fabric_init.recording.later import Later
+from fabric_init.recording.later import MSG_JIT_TRACE, Later
 from fabric_init.recording.liveness import never_written
 from fabric_init.recording.storage_tags import ref_of
 from fabric_init.recording.tensor import RecordedTensor, become, claim, give_lazy_memory, meta_of, recorded
+from fabric_init.recording.tracing import is_jit_traced
 from fabric_init.recording.waiting import THREE_WAYS, uninitialized
 from fabric_init.reports.registry import note_status
 
@@ -286,5 +287,10 @@ def _remove_forward_hook(module: nn.Module) -> None:
 
 
 def _before_forward(module: nn.Module, args: object) -> None:
-    if not torch.compiler.is_compiling():  # there the tensors themselves refuse
-        require(module, "run")
+    if torch.compiler.is_compiling():  # there the tensors themselves refuse
+        return
+    held = is_jit_traced() and any(isinstance(local(tensor), RecordedTensor) for _, _, tensor in named_tensors(module))
+    require(module, "run")
+    if held:  # the traced module has what these were, which has no memory that could be saved
+        hold_forward(module)
+        raise RecordingError(MSG_JIT_TRACE)

@@ -157,7 +157,7 @@ class Later:
                     elif is_faked() and func.__name__ != "__get__":
                         self.value(tensor, f"be used by {func.__name__}")
         if is_jit_traced() and func.__name__ != "__get__":
-            raise RecordingError(_MSG_JIT_TRACE)
+            raise RecordingError(MSG_JIT_TRACE)
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer an operator."""
@@ -405,15 +405,12 @@ class Later:
 
     def finish(self, tensors: Iterable[Tensor]) -> None:
         """Turn recorded tensors whose values can be made by now into plain ones: these, and those kept elsewhere."""
-        late = [tensor for tensor in tensors if isinstance(tensor, RecordedTensor)]
-        for tensor in late:
+        for tensor in tensors:
             self._finish(tensor)
         if any(self.tape.is_alive(storage) for storage in self.tape.records):  # then the search is worth its time
             for each in gc.get_objects():
                 if issubclass(type(each), RecordedTensor):
                     self._finish(each)
-        if late and is_jit_traced():  # its module holds what these were, which has no memory
-            raise RecordingError(_MSG_JIT_TRACE)
 
     def _finish(self, tensor: Tensor) -> None:
         found = recorded(tensor)
@@ -451,7 +448,7 @@ class Later:
         become(tensor, value) if owners is None else owners.put(origin, tensor, value)
 
 
-_MSG_JIT_TRACE = (
+MSG_JIT_TRACE = (
     "torch.jit.trace has come to a tensor that was recorded and was not in real memory yet. Call "
     "fabric_init.materialize(model), or run the model once, before that."
 )
