@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fabric_init._torch_internals import DisableTorchFunction
+from fabric_init._torch_internals import DisableTorchFunction, asks_if_view
 from fabric_init.recording import device_queries, escapes
 from fabric_init.recording.tensor import RecordedTensor, become, become_recorded, recorded
 
@@ -56,7 +56,7 @@ def _is_view(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 HANDLERS: dict[Any, Any] = {
     **device_queries.LATER_HANDLERS,
     **escapes.HANDLERS,
-    Tensor._is_view: _is_view,
+    asks_if_view: _is_view,
     Tensor.share_memory_: _of_value,
     Tensor.untyped_storage: _storage,
     Tensor.__format__: _format,

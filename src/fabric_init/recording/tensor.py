@@ -81,7 +81,7 @@ class RecordedTensor(Tensor):
         later = _later(tensor)
         if later.block_is_open and func in _MAKES_SUBCLASS:
             later.tape.has_plain = True
-            return _in_class_of(sys._getframe(1), tensor)
+            return _in_class_of(sys._getframe(2), tensor)
         return later.dispatch(func, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

@@ -17,10 +17,13 @@ import torch
 
 from fabric_init._torch_internals import (
     DispatchModeKey,
-    compiled_frames,
+    FrameAction,
+    FrameExecStrategy,
     functorch_stack,
     get_dispatch_mode,
     get_tracing_state,
+    graph_break,
+    set_code_exec_strategy,
     set_tracing_state,
 )
 
@@ -69,11 +72,9 @@ def never_compiled(answer: _Answer) -> _Answer:
     @wraps(answer)
     def run(cls: type, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if torch.compiler.is_dynamo_compiling():  # it reads this function as a part of another one
-            torch._dynamo.graph_break()
+            graph_break()
         return answer(cls, func, types, args, kwargs)
 
-    skip = compiled_frames._FrameAction.SKIP
-    compiled_frames.set_code_exec_strategy(
-        cast(FunctionType, run).__code__, compiled_frames._FrameExecStrategy(skip, skip)
-    )
+    not_compiled = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
+    set_code_exec_strategy(cast(FunctionType, run).__code__, not_compiled)
     return cast(_Answer, run)
