@@ -16,6 +16,7 @@ from fabric_init.filling.execute import fill
 from fabric_init.guard.expected_load import forget_expected_load
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import (
+    draw_for_own_init,
     local,
     own_init_is_wanted,
     own_tensors,
@@ -45,6 +46,7 @@ def initialize_missing(model: nn.Module) -> None:
         UninitializedTensorError: the model's own code never gives some tensor a value, or it would be the wrong one.
     """
     forget_expected_load(model)
+    draw_for_own_init(model)
     agreement = ranks_of(model) or SingleProcess()
     agreement.run_together("initializing what is missing", lambda: _initialize_all(model))
     release_forward(model)

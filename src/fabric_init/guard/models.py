@@ -19,6 +19,7 @@ from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.tensors import TensorInfo, find_tensors, named_tensors
 from fabric_init.recording.later import MSG_JIT_TRACE, Later
 from fabric_init.recording.liveness import never_written
+from fabric_init.recording.rng import own_init_runs
 from fabric_init.recording.storage_tags import ref_of
 from fabric_init.recording.tensor import RecordedTensor, become, claim, give_lazy_memory, meta_of, recorded
 from fabric_init.recording.tracing import is_jit_traced
@@ -200,6 +201,13 @@ def own_init_is_wanted(tensors: Iterable[Tensor]) -> None:
         found = recorded(part)
         if found is not None and found.memory is None:
             found.tape.later.waiting.accept_own_init([found.storage])
+
+
+def draw_for_own_init(model: nn.Module) -> None:
+    """Draw from torch's generator for the own init of ``model``, unless its block has done so."""
+    found = [recorded(local(tensor)) for _, _, tensor in named_tensors(model)]
+    for tape in {record.tape for record in found if record is not None}:
+        own_init_runs(tape)
 
 
 def require(model: nn.Module, use: str) -> None:

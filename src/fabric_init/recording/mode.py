@@ -58,12 +58,13 @@ class RecordMode(TorchFunctionMode):
     Args:
         rng: How random numbers are drawn at replay; see :func:`fabric_init.deferred_init`.
         agree: Maps the seed of this process to the one that all ranks use.
+        skips_init: Whether the default generator is left where Lightning's ``empty_init=True`` leaves it.
     """
 
-    def __init__(self, rng: Rng = "per_op", agree: Callable[[int], int] = int) -> None:
+    def __init__(self, rng: Rng = "per_op", agree: Callable[[int], int] = int, *, skips_init: bool = False) -> None:
         super().__init__()
         self.tape = Tape(rng)
-        self.recorder = Recorder(self.tape, agree)
+        self.recorder = Recorder(self.tape, agree, skips_init=skips_init)
         self.tape.later = Later(self.tape)
         self._opened = 0.0
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from typing_extensions import Self
 
-from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, TorchDispatchMode
+from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, OpOverload, TorchDispatchMode
 from fabric_init.errors import RecordingError
 from fabric_init.recording.call_site import caller, init_call
 from fabric_init.recording.meta_kernels import (
@@ -44,13 +44,15 @@ class Recorder(TorchDispatchMode):
     Args:
         tape: The tape to write.
         agree: Maps the seed of this process to the one that all ranks use.
+        skips_init: Whether the default generator is left where Lightning's ``empty_init=True`` leaves it.
     """
 
-    def __init__(self, tape: Tape, agree: Callable[[int], int] = int) -> None:
+    def __init__(self, tape: Tape, agree: Callable[[int], int] = int, *, skips_init: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape = tape
         self.exact = tape.rng == "eager"
         self._agree = agree
+        self._skips_init = skips_init
         self.streams: Streams | None = None
         self._intended_device: torch.device | None = None  # a device that has to be named to torch as meta
         self.recognizes_init_calls = True
@@ -65,7 +67,7 @@ class Recorder(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         with real_execution():
-            self.streams = Streams(self.tape, exact=self.exact, agree=self._agree)
+            self.streams = Streams(self.tape, exact=self.exact, agree=self._agree, skips_init=self._skips_init)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -210,7 +212,7 @@ class Recorder(TorchDispatchMode):
         streams = self.streams.of(generator)
         draw: Draw = streams.draw()
         number = self.tape.add_op(func, args, kwargs, targets, outputs, draw, caller(frame), default_dtype)
-        streams.drawn(number)
+        streams.drawn(number, by_init=not isinstance(func, OpOverload))
 
     def add_init(self, func: Func, tensor: torch.Tensor, options: dict[str, Any], frame: FrameType | None) -> None:
         """Write a whole ``torch.nn.init`` call to the tape."""

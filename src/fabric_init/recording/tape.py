@@ -211,6 +211,7 @@ class Tape:
         self.sealed_rng: Rng | None = (
             None  # the mode in which the constructor has read a random value: replay has to use the same
         )
+        self.own_init_ran = False  # whether the model's own init was asked for
         self.has_plain = False  # plain meta tensors are on recorded storages: lazy ones get torch's own class later
         self.waits: dict[int, int] = {}  # storages that wait for a load, and the op number from which on
         self.overruled: dict[int, int] = {}  # those of them that got values, so their own init is not what they hold

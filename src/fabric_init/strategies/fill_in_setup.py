@@ -28,6 +28,7 @@ from fabric_init.filling.missing import initialize_possible, recompute_from_load
 from fabric_init.filling.wait import let_wait
 from fabric_init.guard.loads import forget_extra_state, unwatch_loads, watch_loads
 from fabric_init.guard.models import (
+    draw_for_own_init,
     has_own_init,
     hold,
     hold_broken,
@@ -143,6 +144,7 @@ def left_to_loads(model: nn.Module) -> dict[str, set[str]]:
 
 def choose_own_init(model: nn.Module) -> None:
     """Make setup run the own init of a bound model for tensors that no checkpoint brings."""
+    draw_for_own_init(model)
     for module in model.modules():
         bound: BoundPlans | None = vars(module).get(_ATTRIBUTE)
         if bound is not None:
