@@ -10,7 +10,10 @@ _WORTH_A_REFERENCE = 1 << 20  # bytes
 
 
 class KeptValues:
-    """The real tensors that ops after the block have read: copies of small ones, large ones themselves."""
+    """The real tensors that ops after the block have read: copies, but for large ones of a whole state dict.
+
+    Those of a state dict that is loaded before ``setup`` are read there, and a copy would be a second model.
+    """
 
     def __init__(self) -> None:
         self._values: list[tuple[Tensor, int]] = []
@@ -19,9 +22,9 @@ class KeptValues:
         """Take over those of an earlier tape."""
         self._values += earlier._values
 
-    def keep(self, value: Tensor) -> Tensor:
-        """Keep the real ``value`` that a recorded write reads; of what is large, by reference."""
-        if value.nbytes < _WORTH_A_REFERENCE or value.is_inference():
+    def keep(self, value: Tensor, *, by_reference: bool) -> Tensor:
+        """Keep the real ``value`` that a recorded write reads; of what is large and not reused, ``by_reference``."""
+        if not by_reference or value.nbytes < _WORTH_A_REFERENCE or value.is_inference():
             return value.detach().clone()
         self._values.append((value, value._version))
         return value.detach()

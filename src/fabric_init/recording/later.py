@@ -36,14 +36,14 @@ from fabric_init.recording.kept_values import KeptValues
 from fabric_init.recording.later_calls import HANDLERS
 from fabric_init.recording.liveness import covers, never_written
 from fabric_init.recording.meta_kernels import map_tensors, tensors_in, written_tensors
-from fabric_init.recording.op_schemas import INDEXES, only_copies, overwrites, traits
+from fabric_init.recording.op_schemas import INDEXES, asks_shape_only, has_out, only_copies, overwrites, traits
 from fabric_init.recording.real_memory import plain_memory, real_tensor
 from fabric_init.recording.recorder import Recorder
 from fabric_init.recording.replay import real_execution, storage_now, view
 from fabric_init.recording.rng import LateStreams
 from fabric_init.recording.storage_tags import Recorded, ref_of
 from fabric_init.recording.tape import Tape, TensorRef
-from fabric_init.recording.tensor import RecordedTensor, become, meta_of, recorded, recorded_tensor
+from fabric_init.recording.tensor import FormerTensor, RecordedTensor, become, meta_of, recorded, recorded_tensor
 from fabric_init.recording.tracing import is_faked, is_jit_traced, is_traced
 from fabric_init.recording.waiting import Waiting, uninitialized
 
@@ -89,7 +89,8 @@ class LateRecorder(Recorder):
         return self.later.value(tensor, "be read")
 
     def constant_value(self, value: Tensor) -> Any:
-        return self.later.kept.keep(value)
+        loaded = not self.later.gives_memory and self.later.status == "loaded"
+        return self.later.kept.keep(value, by_reference=loaded)
 
 
 class Later:
@@ -110,6 +111,7 @@ class Later:
         self.owners: list[Owners] = []
         self.kept = KeptValues()
         self._lock = threading.RLock()
+        self._finishes = False
 
     @property
     def tape(self) -> Tape:
@@ -129,22 +131,19 @@ class Later:
 
     def function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer a call that torch shows to ``__torch_function__``."""
-        for tensor in tensors_in((args, kwargs.values())):
-            self.make_plain(tensor)
-        if is_traced():
-            self._give_values(func, args, kwargs)
-        with DisableTorchFunctionSubclass():
-            handler = HANDLERS.get(func)
-            if handler is not None:
-                return handler(self, func, args, kwargs)
-            result = func(*args, **kwargs)
-        if (
-            isinstance(result, RecordedTensor)
-            and args
-            and isinstance(args[0], Tensor)
-            and type(args[0]) is not type(result)
-        ):
-            return args[0] if func.__name__.endswith("_") else result  # it got memory, and became a plain tensor
+        with self._lock:  # no other thread may swap what C++ works on
+            for tensor in tensors_in((args, kwargs.values())):
+                self.make_plain(tensor)
+            if is_traced():
+                self._give_values(func, args, kwargs)
+            with DisableTorchFunctionSubclass():
+                handler = HANDLERS.get(func)
+                if handler is not None:
+                    return handler(self, func, args, kwargs)
+                result = func(*args, **kwargs)
+        returns_target = isinstance(result, RecordedTensor) and args and isinstance(args[0], Tensor)
+        if returns_target and type(args[0]) is not type(result) and _writes_in_place(func.__name__):
+            return args[0]  # it got memory, and became a plain tensor
         return result
 
     def _give_values(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -168,11 +167,19 @@ class Later:
             if not any(self._is_open(tensor) for tensor in tensors):
                 return self._run(func, args, kwargs)
             written = written_tensors(func, args, kwargs)
+            if func in _FOREACH:
+                for each in zip(*(value for value in args if isinstance(value, (list, tuple))), strict=True):
+                    _FOREACH[func](*each)
+                return None
             if any(not isinstance(tensor, RecordedTensor) for tensor in written):
                 return self._run(func, args, kwargs)
             if written:
                 return self._write(func, args, kwargs, written)
             does = traits(func)
+            if does.random and not self._missing(tensors):
+                return self._run(func, args, kwargs)  # draws now, from the user's generator, as in plain PyTorch
+            if does.random and asks_shape_only(func):
+                return func(*map_tensors(args, self._same_shape), **kwargs)
             if does.data_dependent or does.name == "aten::_local_scalar_dense" or func.namespace in _OF_ALL_RANKS:
                 return self._run(func, args, kwargs)
             if any(recorded(tensor) is None and tensor.dim() > 0 for tensor in tensors) and (
@@ -192,19 +199,30 @@ class Later:
             return tensor
         with self._lock:
             ref = ref_of(tensor._meta, found.storage)  # type: ignore[attr-defined]
+            if found.memory is None and not self.waiting.missing([found.storage]) and never_written(self.tape, ref):
+                raise UninitializedTensorError(
+                    f"a tensor of shape {tuple(tensor.shape)} cannot {use}: it was made by torch.empty or "
+                    "the like, and nothing has written values there. Write it, or load it."
+                )
+            self.memory(found, use)
+            return real_tensor(found, ref)
+
+    def memory(self, found: Recorded, use: str) -> torch.UntypedStorage:
+        """Return the memory of a recorded storage with its values.
+
+        Raises:
+            UninitializedTensorError: they wait for a load.
+        """
+        with self._lock:
             if found.memory is None:
                 if missing := self.waiting.missing([found.storage]):
                     self.refuse(use, [found.storage, *missing])
-                if never_written(self.tape, ref):
-                    raise UninitializedTensorError(
-                        f"a tensor of shape {tuple(tensor.shape)} cannot {use}: it was made by torch.empty or "
-                        "the like, and nothing has written values there. Write it, or load it."
-                    )
                 memory, random = storage_now(self.tape, found.storage, exact=self.tape.rng == "eager")
                 if random:
                     self.tape.sealed_rng = self.tape.rng
                 self._has_values(found, memory)
-            return real_tensor(found, ref)
+            assert found.memory is not None
+            return found.memory[0]
 
     def text(self, tensor: RecordedTensor) -> str:
         """Return what ``print`` shows of ``tensor``: its values, if they are there."""
@@ -307,8 +325,59 @@ class Later:
             return value
 
         real_args, real_kwargs = map_tensors((args, kwargs), real)
+        written = [(value, _geometry(value)) for value in written_tensors(func, real_args, real_kwargs)]
         result = func(*real_args, **real_kwargs)
+        for value, before in written:
+            if id(value) in given and _geometry(value) != before:  # set_, resize_, or out= of another shape
+                become(given[id(value)], value, alone=True)
         return map_tensors(result, lambda tensor: given.get(id(tensor), tensor))
+
+    def _same_shape(self, tensor: Tensor) -> Tensor:
+        """Return a tensor like one that waits, for what asks for nothing but its shape, dtype and device."""
+        if not isinstance(tensor, RecordedTensor):
+            return tensor
+        with real_execution():
+            meta = tensor._meta
+            return torch.empty_strided(meta.size(), meta.stride(), dtype=meta.dtype, device=tensor._claimed)
+
+    def _write_out(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Sequence[Tensor]) -> Any:
+        """Run ``func(…, out=t)``: on memory of its own first, since it may have another shape than ``t``."""
+        made: dict[int, Tensor] = {}
+
+        def other(tensor: Tensor) -> Tensor:
+            if all(tensor is not target for target in written):
+                return tensor
+            with real_execution():
+                made[id(tensor)] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            return made[id(tensor)]
+
+        self._run(func, args, {name: map_tensors(value, other) for name, value in kwargs.items()})
+        for target in written:
+            value = made[id(target)]
+            if value.size() != target.size():
+                raise RecordingError(
+                    f"out= is a tensor of shape {tuple(target.size())} that waits for values, and the result is of "
+                    f"shape {tuple(value.size())}. Give a tensor of that shape, or assign the result."
+                )
+            self.dispatch(torch.ops.aten.copy_.default, (target, value), {})
+        return written[0] if len(written) == 1 else tuple(written)
+
+    def _set(self, args: tuple[Any, ...]) -> Tensor:
+        """Run ``t.set_(…)``: ``t`` takes the memory that it is given, and its values."""
+        target: Any = args[0]
+        with real_execution():
+            value = torch.empty(0, dtype=target.dtype, device=target._claimed).set_(*args[1:])
+        self.replace(target, value)
+        return args[0]  # type: ignore[no-any-return]
+
+    def replace(self, target: Tensor, value: Tensor) -> None:
+        """Let ``target`` have the memory of ``value`` and no more to do with its recorded storage."""
+        found = recorded(target)
+        become(target, value, alone=True)
+        if found is None or any(True for owners in self.owners for _ in owners.recorded(found.storage)):
+            return  # only an alias of a tensor that goes on waiting
+        if self.waiting.filled(found.storage):
+            self.waiting.note_status(found.storage, self.status)
 
     def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with DisableTorchDispatch():
@@ -340,12 +409,19 @@ class Later:
         has_values = not late and not unwritten and not self.waiting.missing(storages)
         if has_values and (self.gives_memory or not self._to_be_sharded(storages)):
             return self._run(func, args, kwargs)
+        if has_out(func):
+            return self._write_out(func, args, kwargs, written)
+        if traits(func).name == "aten::set_" and len(args) > 1 and not isinstance(args[1], RecordedTensor):
+            return self._set(args)
         target, found = written[0], recorded(written[0])
         assert found is not None
         ref = ref_of(target._meta, found.storage)  # type: ignore[attr-defined]
         whole = len(written) == 1 and overwrites(func) and covers(self.tape, ref)
         if whole and not late and self.gives_memory:
             return self._write_through(func, args, kwargs, target, found, ref)
+        if traits(func).random and overwrites(func) and self.gives_memory and not late:
+            drawn = func(self._same_shape(target), *args[1:], **kwargs)  # now, from the user's generator
+            return self.dispatch(torch.ops.aten.copy_.default, (target, drawn), {})
         result = self._record(func, args, kwargs)
         if func is torch.ops.aten.copy_.default and late and (source := recorded(args[1])) is not None:
             self.waiting.rename(source.storage, found.storage)  # FSDP2 pads a shard like this
@@ -405,16 +481,23 @@ class Later:
 
     def finish(self, tensors: Iterable[Tensor]) -> None:
         """Turn recorded tensors whose values can be made by now into plain ones: these, and those kept elsewhere."""
-        for tensor in tensors:
-            self._finish(tensor)
-        if any(self.tape.is_alive(storage) for storage in self.tape.records):  # then the search is worth its time
-            for each in gc.get_objects():
-                if issubclass(type(each), RecordedTensor):
-                    self._finish(each)
+        with self._lock:
+            if self._finishes:  # a value that is made there completes a model
+                return
+            self._finishes = True
+            try:
+                for tensor in tensors:
+                    self._finish(tensor)
+                if any(self.tape.is_alive(storage) for storage in self.tape.records):  # the search is worth its time
+                    for each in gc.get_objects():
+                        if issubclass(type(each), RecordedTensor):
+                            self._finish(each)
+            finally:
+                self._finishes = False
 
     def _finish(self, tensor: Tensor) -> None:
         found = recorded(tensor)
-        if found is None or found.tape is not self.tape or tensor.grad_fn is not None:
+        if found is None or found.tape is not self.tape or isinstance(tensor, FormerTensor) or _has_graph(tensor):
             return
         if self.has_value(tensor):
             self.value(tensor, "be read")
@@ -430,13 +513,13 @@ class Later:
 
     def make_plain(self, tensor: Tensor) -> None:
         """Turn a recorded tensor whose values are there into a plain one, which stays the same object."""
-        if not isinstance(tensor, RecordedTensor):
-            return
-        with DisableTorchFunction():
+        with self._lock, DisableTorchFunction():
+            if not isinstance(tensor, RecordedTensor) or isinstance(tensor, FormerTensor):
+                return
             found = recorded(tensor)
             if found is None:
                 become(tensor, plain_memory(tensor))
-            elif found.memory is not None and tensor.grad_fn is None:
+            elif found.memory is not None and not _has_graph(tensor):
                 with suppress(RuntimeError):  # something in C++ holds it: it stays as it is, and has its values
                     self.put(tensor, real_tensor(found, ref_of(tensor._meta, found.storage)))
 
@@ -455,6 +538,32 @@ MSG_JIT_TRACE = (
 _OF_ALL_RANKS = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"})
 """Namespaces of collectives, which are never run again later, when the other ranks are elsewhere."""
 _OWN_ATTRIBUTES = frozenset({"_meta", "_claimed", "_is_param"})
+
+
+_FOREACH: dict[Any, Any] = {
+    torch.ops.aten._foreach_copy_.default: torch.ops.aten.copy_.default,
+    torch.ops.aten._foreach_zero_.default: torch.ops.aten.zero_.default,
+}
+
+
+def _writes_in_place(name: str) -> bool:
+    if name.endswith("__"):
+        return name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
+    return name.endswith("_")
+
+
+def _geometry(tensor: Tensor) -> tuple[Any, ...]:
+    storage = None if tensor.layout != torch.strided else tensor.untyped_storage()._cdata
+    return storage, tensor.size(), tensor.stride() if storage is not None else None, tensor.storage_offset()
+
+
+def _has_graph(tensor: Tensor) -> bool:
+    """Return whether ``tensor`` is computed with autograd, so that it cannot become another tensor."""
+    with torch.no_grad():
+        try:
+            return tensor.grad_fn is not None
+        except RuntimeError:  # a view made under no_grad, of a base that was written since
+            return True
 
 
 def _use_of(func: Any) -> str:

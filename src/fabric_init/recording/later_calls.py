@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fabric_init._torch_internals import DisableTorchFunction, asks_if_view
 from fabric_init.recording import device_queries, escapes
-from fabric_init.recording.tensor import RecordedTensor, become, become_recorded, recorded
+from fabric_init.recording.tensor import RecordedTensor, become_recorded, recorded
 
 
 def _set_data(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -26,9 +26,7 @@ def _set_data(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
             else:
                 become_recorded(target, value._meta.detach(), value._claimed)
         elif isinstance(target, RecordedTensor):
-            become(target, value.detach(), alone=True)
-            if old is not None and later.waiting.filled(old.storage):
-                later.waiting.note_status(old.storage, later.status)
+            later.replace(target, value.detach())
         else:
             func(target, value)
 
@@ -59,6 +57,7 @@ HANDLERS: dict[Any, Any] = {
     asks_if_view: _is_view,
     Tensor.share_memory_: _of_value,
     Tensor.untyped_storage: _storage,
+    Tensor.storage: _storage,
     Tensor.__format__: _format,
     Tensor.__float__: _of_value,
     Tensor.__int__: _of_value,

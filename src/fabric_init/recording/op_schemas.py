@@ -150,6 +150,12 @@ def overwrites(func: Func) -> bool:
 
 
 @cache
+def has_out(func: Func) -> bool:
+    """Return whether ``func`` writes its result to tensors that it is given as ``out=``, and may change their shape."""
+    return isinstance(func, OpOverload) and any(argument.is_out for argument in func._schema.arguments)
+
+
+@cache
 def pointwise(func: Func) -> bool:
     """Return whether each element of ``func``'s result depends only on the same element of its inputs."""
     return isinstance(func, OpOverload) and Tag.pointwise in func.tags

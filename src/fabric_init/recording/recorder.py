@@ -31,6 +31,7 @@ from fabric_init.recording.meta_kernels import (
 from fabric_init.recording.op_schemas import DRAWS_FROM_DEFAULT, INIT_FUNCTIONS, Func, is_random, traits
 from fabric_init.recording.replay import real_execution, storage_now, view
 from fabric_init.recording.rng import Streams
+from fabric_init.recording.storage import RecordedStorage
 from fabric_init.recording.storage_tags import Recorded, begin, ref_of
 from fabric_init.recording.tape import Draw, Tape, TensorRef
 from fabric_init.recording.tensor import ASKS_DEVICE, RecordedTensor, follow_meta, meta_of, recorded, recorded_tensor
@@ -368,7 +369,7 @@ class Recorder(TorchDispatchMode):
 
     def _set_storage(self, args: tuple[Any, ...]) -> Any:
         """Run ``t.set_(storage, …)``, which is how ``torch.load`` builds tensors."""
-        if args[1].device.type == "meta":
+        if args[1].device.type == "meta" or isinstance(args[1], RecordedStorage):
             torch.ops.aten.set_.source_Storage_storage_offset(meta_of(args[0]), *args[1:])
             return self._followed(args[0])
         with real_execution():

@@ -24,7 +24,13 @@ _default_generator_lock = threading.Lock()
 @contextmanager
 def real_execution() -> Iterator[None]:
     """Switch off all dispatch and function modes, ours and the user's, and autograd: ops inside reach their kernels."""
-    with outside_tracing(), DisableTorchDispatch(), DisableTorchFunction(), torch.no_grad():
+    with (
+        outside_tracing(),
+        DisableTorchDispatch(),
+        DisableTorchFunction(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
         yield
 
 

@@ -10,6 +10,7 @@ import weakref
 
 import torch
 
+from fabric_init.recording.storage import RecordedStorage
 from fabric_init.recording.tape import Tape, TensorRef
 
 
@@ -53,6 +54,7 @@ def begin(tensor: torch.Tensor, tape: Tape, device: torch.device) -> int:
     number = tape.add_storage(storage.nbytes(), device)
     record = Recorded(tape, number)
     storage._fabric_init = record  # type: ignore[attr-defined]
+    storage.__class__ = RecordedStorage
     tape.records[number] = weakref.ref(record)
     return number
 

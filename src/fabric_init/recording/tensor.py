@@ -16,8 +16,9 @@ the Python object stays, and becomes a plain tensor (:func:`become`), so optimiz
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from types import FrameType
 from typing import Any
 
@@ -101,6 +102,10 @@ class RecordedTensor(Tensor):
         return copied
 
 
+class FormerTensor(RecordedTensor):
+    """What a recorded tensor was before it became a plain one: torch may hold it in a call, or in autograd's graph."""
+
+
 def recorded_tensor(meta: Tensor, device: torch.device, requires_grad: bool = False) -> RecordedTensor:
     """Return a recorded tensor on the storage of ``meta``, of its geometry, that claims to be on ``device``."""
     tensor: RecordedTensor = make_subclass(
@@ -140,23 +145,37 @@ def become(tensor: Tensor, value: Tensor, *, alone: bool = False) -> None:
     after_accumulation = tensor._post_accumulate_grad_hooks if tensor.is_leaf else None
     requires_grad = tensor.requires_grad and tensor.is_leaf
     is_parameter = isinstance(tensor, nn.Parameter)
-    with outside_tracing(), DisableTorchDispatch(), DisableTorchFunction():
+    grad = tensor.grad if tensor.is_leaf else None
+    with outside_tracing(), DisableTorchDispatch(), DisableTorchFunction(), torch.inference_mode(False):
         other: Tensor = nn.Parameter(value, requires_grad=False) if is_parameter else value.detach()
         other.requires_grad_(requires_grad)
         swap_tensor_impl(tensor, other)
+        if requires_grad and not value.is_meta:  # what was computed before has `other` as its leaf
+            other.register_post_accumulate_grad_hook(partial(_pass_grad_on, weakref.ref(tensor)))
     if isinstance(tensor, RecordedTensor):
         if not alone and not value.is_meta:
             _note_memory(tensor, value)
-        other.__class__ = RecordedTensor  # torch may still hold it, inside of the call that writes ``tensor``
+        other.__class__ = FormerTensor
         vars(other).update(_meta=tensor._meta, _claimed=tensor._claimed)
-        for name in ("_meta", "_claimed", "_is_param"):
-            vars(tensor).pop(name, None)
         own: Any = getattr(type(tensor), "own_class", None)
         tensor.__class__ = own or (nn.Parameter if is_parameter else Tensor)  # type: ignore[assignment]
+        for name in ("_meta", "_claimed", "_is_param"):  # last: another thread may be asking
+            vars(tensor).pop(name, None)
+    if grad is not None and grad.size() == tensor.size():
+        tensor.grad = grad
     if hooks:
         tensor._backward_hooks = hooks
     if after_accumulation:
         tensor._post_accumulate_grad_hooks = after_accumulation
+
+
+def _pass_grad_on(reference: weakref.ref[Tensor], before: Tensor) -> None:
+    """Add what ``backward`` has left at a tensor to the one that has taken its place."""
+    tensor = reference()
+    with DisableTorchFunction():
+        grad, before.grad = before.grad, None
+    if tensor is not None and grad is not None:
+        tensor.grad = grad if tensor.grad is None else tensor.grad + grad
 
 
 def _in_class_of(asking: FrameType, tensor: RecordedTensor) -> Tensor:

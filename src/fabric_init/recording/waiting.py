@@ -166,7 +166,7 @@ class Waiting:
         part = mask.as_strided(ref.size, ref.stride, ref.offset)
         if overwrites(func):
             part.fill_(True)
-        elif (write := _PARTIAL.get(traits(func).name)) is not None:
+        elif kwargs.get("reduce") is None and (write := _PARTIAL.get(traits(func).name)) is not None:
             write(part, *args[1:])
 
     def _is_complete(self, storage: int) -> bool:
