@@ -13,7 +13,7 @@ class RecordedStorage(torch.UntypedStorage):
     """A storage on the meta device that reads and writes the memory which takes its place, once there is some.
 
     It claims the device that its tensors claim, so torch refuses to make another tensor on it, which would be one on
-    meta that nobody answers for. Its address is one of its own: code compares addresses to find shared memory.
+    meta that nobody answers for.
     """
 
     _fabric_init: Any
@@ -24,9 +24,9 @@ class RecordedStorage(torch.UntypedStorage):
         return torch.device(self._fabric_init.device)
 
     def data_ptr(self) -> int:
-        """Return where the bytes are, or a number that no other storage has."""
+        """Return where the bytes are; 0, as on meta, while there are none: code in C may read what lies there."""
         memory = self._fabric_init.memory
-        return int(self._cdata) if memory is None else int(memory[0].data_ptr())
+        return 0 if memory is None else int(memory[0].data_ptr())
 
     def _memory(self, use: str) -> torch.UntypedStorage:
         record = self._fabric_init
