@@ -63,7 +63,7 @@ def phases(name: str, root: str, accelerator: str, pages: str) -> Generator[tupl
     yield "touch", lambda: touch(model)
     cast = torch.bfloat16 if name not in BUFFERS_AS_BUILT else None
     device = torch.cuda.max_memory_allocated() if accelerator == "cuda" else None
-    yield "verify", lambda: verify(model, task.workload, cast) | {"device": device}
+    yield "verify", lambda: verify(model, task.workload, cast, initialized="init_missing" in name) | {"device": device}
 
 
 def _finished(built: tuple[nn.Module, Any], task: Task) -> tuple[nn.Module, Any]:
@@ -136,6 +136,18 @@ def _shard(model: nn.Module, mesh: Any) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
+def fsdp2_ours_load_state_dict(task: Task) -> Build:
+    return _ours_later(task, "fsdp2", _load_state_dict)
+
+
+def fsdp2_ours_load_raw(task: Task) -> Build:
+    return _ours_later(task, "fsdp2", _load_raw)
+
+
+def fsdp2_ours_init_missing(task: Task) -> Build:
+    return _ours_later(task, "fsdp2", _init_missing)
+
+
 # DDP -----------------------------------------------------------------------------------------------------------------
 
 
@@ -158,6 +170,18 @@ def ddp_lightning(task: Task) -> Build:
 
 def ddp_ours(task: Task) -> Build:
     return _ours(task, "ddp")
+
+
+def ddp_ours_load_state_dict(task: Task) -> Build:
+    return _ours_later(task, "ddp", _load_state_dict)
+
+
+def ddp_ours_load_raw(task: Task) -> Build:
+    return _ours_later(task, "ddp", _load_raw)
+
+
+def ddp_ours_init_missing(task: Task) -> Build:
+    return _ours_later(task, "ddp", _init_missing)
 
 
 # ZeRO-3 --------------------------------------------------------------------------------------------------------------
@@ -191,6 +215,12 @@ def zero3_ours(task: Task) -> Build:
     return build
 
 
+def zero3_ours_load_raw(task: Task) -> Build:
+    build = _ours_later(task, "deepspeed_stage_3", _load_raw)
+    _first_partition({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+    return build
+
+
 def _first_partition(config: dict[str, Any]) -> None:
     """DeepSpeed compiles an operator at its first use, which takes a minute on a new machine."""
     import deepspeed
@@ -215,16 +245,56 @@ def _ours(task: Task, strategy: str) -> Build:
     return build
 
 
+def _ours_later(task: Task, strategy: str, give_values: Callable[[Any, nn.Module, Task], object]) -> Build:
+    """Built with ``empty_init=True``, set up, and given values only then."""
+    from fabric_init import Fabric
+
+    config, workload = task.config, task.workload
+    fabric = Fabric(strategy=strategy, **task.fabric)
+    fabric.launch()
+    task.prepare(workload.torch_file if give_values is _load_raw else workload.safetensors)
+
+    def build() -> tuple[nn.Module, Any]:
+        with fabric.init_module(empty_init=True):
+            model = LlamaForCausalLM(config)
+        wrapped = fabric.setup(model)
+        give_values(fabric, wrapped, task)
+        return model, wrapped
+
+    return build
+
+
+def _load_state_dict(fabric: Any, model: nn.Module, task: Task) -> None:
+    from safetensors.torch import load_file
+
+    model.load_state_dict(load_file(task.workload.safetensors))
+
+
+def _load_raw(fabric: Any, model: nn.Module, task: Task) -> None:
+    fabric.load_raw(task.workload.torch_file, model)
+
+
+def _init_missing(fabric: Any, model: nn.Module, task: Task) -> None:
+    fabric.init_missing(model)
+
+
 CONTENDERS: dict[str, Callable[[Task], Build]] = {
     contender.__name__: contender
     for contender in (
         fsdp2_lightning,
         fsdp2_dcp,
         fsdp2_ours,
+        fsdp2_ours_load_state_dict,
+        fsdp2_ours_load_raw,
+        fsdp2_ours_init_missing,
         ddp_lightning,
         ddp_ours,
+        ddp_ours_load_state_dict,
+        ddp_ours_load_raw,
+        ddp_ours_init_missing,
         zero3_transformers,
         zero3_ours,
+        zero3_ours_load_raw,
     )
 }
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from _workload import Workload
+from _verification import same_moments
+from _workload import INIT_OVER_CHECKPOINT, Workload
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -31,10 +32,11 @@ def touch(model: nn.Module) -> None:
             data[-1].item()
 
 
-def verify(model: nn.Module, workload: Workload, cast: torch.dtype | None) -> dict[str, Any]:
+def verify(model: nn.Module, workload: Workload, cast: torch.dtype | None, *, initialized: bool) -> dict[str, Any]:
     """What this rank holds, in bytes, and the names of tensors of which it does not hold what it should.
 
     ``cast`` is the dtype that the strategy's precision gives every buffer; ``None`` leaves them as they are built.
+    ``initialized``: it should hold the model's own init, drawn by the same rule as the reference's, and no checkpoint.
     """
     buffers = torch.load(workload.buffers, weights_only=True)
     buffers = {name: buffer.to(cast or buffer.dtype) for name, buffer in buffers.items()}
@@ -46,7 +48,11 @@ def verify(model: nn.Module, workload: Workload, cast: torch.dtype | None) -> di
                 wrong.append(name)
             elif local_part(tensor).is_meta:
                 on_meta.append(name)
-            elif not _holds(tensor, buffers[name] if name in buffers else file.get_tensor(name)):
+            elif name in buffers:
+                wrong += [] if _holds(tensor, buffers[name]) else [name]
+            elif initialized:
+                wrong += [] if _is_like(tensor, file.get_tensor(name) * INIT_OVER_CHECKPOINT) else [name]
+            elif not _holds(tensor, file.get_tensor(name)):
                 wrong.append(name)
     parameters = [local_part(parameter) for parameter in model.parameters()]
     return {"shard": sum(parameter.nbytes for parameter in parameters), "on_meta": on_meta, "wrong": wrong}
@@ -54,6 +60,13 @@ def verify(model: nn.Module, workload: Workload, cast: torch.dtype | None) -> di
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _is_like(tensor: Tensor, whole: Tensor) -> bool:
+    local, whole = local_part(tensor).cpu().float(), whole.float()
+    if whole.std() == 0:
+        return bool((local == whole.flatten()[0]).all())
+    return same_moments(local, whole)
 
 
 def _holds(tensor: Tensor, whole: Tensor) -> bool:

@@ -165,6 +165,45 @@ def ours_core(workload: Workload) -> Build:
     return build
 
 
+def ours_load_state_dict(workload: Workload) -> Build:
+    from safetensors.torch import load_file
+
+    model_of = _ours_empty(workload)
+    warm(workload.safetensors)
+
+    def build() -> nn.Module:
+        _, model = model_of()
+        model.load_state_dict(load_file(workload.safetensors))
+        return model
+
+    return build
+
+
+def ours_load_raw(workload: Workload) -> Build:
+    model_of = _ours_empty(workload)
+    warm(workload.torch_file)
+
+    def build() -> nn.Module:
+        fabric, model = model_of()
+        fabric.load_raw(workload.torch_file, model)
+        return model
+
+    return build
+
+
+def _ours_empty(workload: Workload) -> Callable[[], tuple[Any, nn.Module]]:
+    from fabric_init import Fabric
+
+    config = _config(workload)
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-true")
+
+    def build() -> tuple[Any, nn.Module]:
+        with fabric.init_module(empty_init=True):
+            return fabric, LlamaForCausalLM(config)
+
+    return build
+
+
 # From scratch --------------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +226,17 @@ def ours_per_op(workload: Workload) -> Build:
         with default_dtype(torch.bfloat16), deferred_init():
             model = LlamaForCausalLM(config)
         materialize(model)
+        return model
+
+    return build
+
+
+def ours_init_missing(workload: Workload) -> Build:
+    model_of = _ours_empty(workload)
+
+    def build() -> nn.Module:
+        fabric, model = model_of()
+        fabric.init_missing(model)
         return model
 
     return build
@@ -217,10 +267,18 @@ CONTENDERS: dict[str, Callable[[Workload], Build]] = {
         hand_written_repaired,
         ours_fabric,
         ours_core,
+        ours_load_state_dict,
+        ours_load_raw,
         eager,
         ours_per_op,
+        ours_init_missing,
         ours_eager_stream,
     )
 }
 
-EXPECTED: dict[str, Expected] = {"eager": "init", "ours_per_op": "like init", "ours_eager_stream": "init"}
+EXPECTED: dict[str, Expected] = {
+    "eager": "init",
+    "ours_per_op": "like init",
+    "ours_init_missing": "like init",
+    "ours_eager_stream": "init",
+}

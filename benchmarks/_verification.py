@@ -49,11 +49,12 @@ def _holds(
     if want is None or tensor.shape != want.shape or tensor.dtype != want.dtype:
         return False
     if expected == "like init" and name in reference and want.float().std() > 0:
-        return _same_moments(tensor.float(), want.float())
+        return same_moments(tensor.float(), want.float())
     return torch.equal(tensor, want)
 
 
-def _same_moments(got: torch.Tensor, want: torch.Tensor) -> bool:
+def same_moments(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """Whether both look like draws from one distribution."""
     deviation = want.std()
     return bool(
         got.isfinite().all()

@@ -27,14 +27,21 @@ GROUPS = {
         "fsdp2_lightning": "Lightning: empty_init + setup + load_raw",
         "fsdp2_dcp": "DCP: HuggingFaceStorageReader, buffers repaired",
         "fsdp2_ours": "ours: init_module(checkpoint=) + setup",
+        "fsdp2_ours_load_state_dict": "ours: empty_init + setup + load_state_dict",
+        "fsdp2_ours_load_raw": "ours: empty_init + setup + load_raw",
+        "fsdp2_ours_init_missing": "ours: empty_init + setup + init_missing",
     },
     "DDP": {
         "ddp_lightning": "Lightning: empty_init + load_raw + setup",
         "ddp_ours": "ours: init_module(checkpoint=) + setup",
+        "ddp_ours_load_state_dict": "ours: empty_init + setup + load_state_dict",
+        "ddp_ours_load_raw": "ours: empty_init + setup + load_raw",
+        "ddp_ours_init_missing": "ours: empty_init + setup + init_missing",
     },
     "ZeRO-3": {
         "zero3_transformers": "transformers: from_pretrained, zero.Init",
         "zero3_ours": "ours: init_module(checkpoint=) + setup",
+        "zero3_ours_load_raw": "ours: empty_init + setup + load_raw",
     },
 }
 STRATEGY = {name: strategy for strategy, labels in GROUPS.items() for name in labels}
@@ -187,6 +194,12 @@ def _targets(results: dict[str, GroupResult], model_bytes: int, largest_bytes: i
             if ours.device is not None:
                 used = ratio(ours.device, room)
                 targets.append(Target(f"{strategy}, ours, device memory over the same", used, "at most", 1.05))
+    for name, ours in results.items():
+        if "_ours_" in name and not ours.error:
+            memory = ratio(ours.private, ours.shard + largest_bytes)
+            targets.append(
+                Target(f"{STRATEGY[name]}, {ours.label}, private over part + largest", memory, "at most", 1.05)
+            )
     for peer, bound in {"fsdp2_lightning": 5, "fsdp2_dcp": 3}.items():
         if peer in results and (ours := results.get("fsdp2_ours")):
             name = f"FSDP2, times faster than {results[peer].label.split(':')[0]}"

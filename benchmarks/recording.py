@@ -46,7 +46,7 @@ def main() -> int:
     for result in results.values():
         if result.error:
             print(f"\n{result.label}: {result.error}", end="")
-    target = Target(f"{ours.label}, time over bare meta's", ratio(ours.seconds, meta.seconds), "at most", 1.2)
+    target = Target(f"{ours.label}, time over bare meta's", ratio(ours.seconds, meta.seconds), "at most", 0.8)
     print(f"\n\nTargets\n\n{target}")
     if options.json:
         report = {

@@ -14,7 +14,7 @@ from dataclasses import asdict
 
 from _environment import environment
 from _fresh_process import run_contender
-from _options import llama_parser, workload_of
+from _options import llama_parser, shape_of, workload_of
 from _result import Result, summarize
 from _table import markdown_table, megabytes, number, plain_table
 from _target import Target, ratio
@@ -29,12 +29,17 @@ LOADED = {
     "hand_written_repaired": "hand-written, buffers repaired",
     "ours_fabric": "ours: init_module(checkpoint=)",
     "ours_core": "ours: deferred_init + materialize",
+    "ours_load_state_dict": "ours: empty_init + load_state_dict",
+    "ours_load_raw": "ours: empty_init + load_raw",
 }
 FROM_SCRATCH = {
     "eager": "eager",
     "ours_per_op": "ours: rng='per_op'",
+    "ours_init_missing": "ours: empty_init + init_missing",
     "ours_eager_stream": "ours: rng='eager'",
 }
+COPIED = ("ours_load_state_dict", "ours_load_raw", "ours_per_op", "ours_init_missing")
+"""The ways of ours in which the model gets memory of its own."""
 GROUPS = {"From a checkpoint": (LOADED, "ours_fabric"), "From scratch": (FROM_SCRATCH, "ours_per_op")}
 
 HEADERS = (
@@ -67,7 +72,7 @@ def main() -> int:
             print(table(HEADERS, [_row(result, results.get(ours)) for result in shown]))
     for note in _notes(results.values()):
         print(f"\n{note}", end="")
-    targets = _targets(results, manifest["bytes"])
+    targets = _targets(results, manifest["bytes"], shape_of(options).largest_bytes)
     print("\n\nTargets\n", *targets, sep="\n")
     if options.json:
         options.json.write_text(json.dumps(_as_json(manifest, results, targets), indent=2) + "\n")
@@ -116,7 +121,7 @@ def _notes(results: Sequence[Result]) -> list[str]:
     return notes
 
 
-def _targets(results: dict[str, Result], model_bytes: int) -> list[Target]:
+def _targets(results: dict[str, Result], model_bytes: int, largest_bytes: int) -> list[Target]:
     """One for each of ours that ran; those against a peer that ``--only`` left out are not judged."""
     targets = []
     for ours in (results[name] for name in ("ours_fabric", "ours_core") if name in results):
@@ -134,6 +139,9 @@ def _targets(results: dict[str, Result], model_bytes: int) -> list[Target]:
     if (ours := results.get("ours_per_op")) and (peer := results.get("eager")):
         faster = ratio(peer.seconds, ours.seconds)
         targets.append(Target(f"{ours.label} from scratch, times faster than eager", faster, "at least", 3))
+    for ours in (results[name] for name in COPIED if name in results):
+        memory = ratio(ours.private, model_bytes + largest_bytes)
+        targets.append(Target(f"{ours.label}, private memory over model + largest tensor", memory, "at most", 1.05))
     for ours in (result for name, result in results.items() if name.startswith("ours")):
         targets.append(Target(f"{ours.label}, on meta or wrong", _unfilled(ours), "at most", 0, "tensors"))
     return targets

@@ -32,6 +32,8 @@ from fabric_init import (
     materialize,
 )
 from fabric_init.checkpoints import Transpose
+from fabric_init.recording.tensor import RecordedTensor
+from tests.support.recordings import is_recorded
 
 # 2 GiB once it has memory; recorded it has none.
 WIDE = 16384
@@ -334,13 +336,13 @@ def test_the_error_says_what_and_where_and_all_is_as_it_was(tmp_path: Path, way:
         assert way is by_fabric
         assert bad.error in (CheckpointNotFoundError, CheckpointFormatError)  # seen before the model was built
         return
-    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    assert all(is_recorded(tensor) for tensor in (*model.parameters(), *model.buffers()))
     assert model.head.weight is model.embedding.weight
     # the model can be given its values after all: all but the huge one, which stays recorded, part by part
     report = materialize(model.head)
     assert report.complete
     assert model.head.weight.isfinite().all()
-    assert model.huge.is_meta
+    assert is_recorded(model.huge)
 
 
 FILLABLE = [name for name, bad in BAD.items() if bad.error in (CheckpointMismatchError, OptionError)]
@@ -399,7 +401,7 @@ def test_reinit_as_a_string_is_refused_at_the_call_and_all_is_as_it_was(tmp_path
     with pytest.raises(TypeError, match=r"a list.*reinit=\['head\.\*'\]"):
         Fabric(accelerator="cpu", devices=1).init_module(checkpoint=path, reinit="head.*")
     assert torch_state() == before
-    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    assert all(isinstance(tensor, RecordedTensor) for tensor in (*model.parameters(), *model.buffers()))
     assert {row.status for row in materialize(model, checkpoint=path).rows} == {"loaded"}
 
 
@@ -439,4 +441,4 @@ def test_a_file_that_changes_between_opening_and_reading_is_noticed(tmp_path: Pa
         model = Small()
         os.truncate(path, path.stat().st_size // 2)
     assert str(path) in str(caught.value)
-    assert all(parameter.is_meta for parameter in model.parameters())
+    assert all(is_recorded(parameter) for parameter in model.parameters())

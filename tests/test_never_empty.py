@@ -439,7 +439,7 @@ def test_what_the_constructor_forgets_raises_with_its_names(tmp_path: Path) -> N
         lambda: materialize(recorded, checkpoint=tmp_path / "part.pt", strict=False),
         lambda: fabric.init_missing(unfilled),
         lambda: unfilled(),
-        lambda: unfilled.state_dict(),
+        lambda: torch.save(unfilled.state_dict(), tmp_path / "x.pt"),
         declared,
     ):
         with pytest.raises(UninitializedTensorError) as caught:

@@ -104,7 +104,7 @@ def test_a_name_that_is_gone_is_named_with_the_files_that_need_it() -> None:
 
 def test_the_names_are_all_found() -> None:
     found = {name.ours: users(name) for name in NAMES}
-    assert found["swap_tensor_impl"] == ["planning/placement.py", "strategies/dtensor.py"]
+    assert found["swap_tensor_impl"] == ["recording/tensor.py", "strategies/dtensor.py"]
     assert found["StridedShard"] == ["strategies/dtensor.py"]  # an import over several lines
 
 

@@ -35,10 +35,35 @@ import torch.utils._pytree
 
 # Ask a tensor without calling function modes or subclasses. Checked on torch 2.13.0.
 DisableTorchFunction = torch._C.DisableTorchFunction
+# Answer for a tensor subclass without asking it again. Checked on torch 2.13.0.
+DisableTorchFunctionSubclass = torch._C.DisableTorchFunctionSubclass
 # Run an operator without calling dispatch modes. Checked on torch 2.13.0.
 DisableTorchDispatch = torch._C._DisableTorchDispatch
 # See every operator, however it was reached. Checked on torch 2.13.0.
 TorchDispatchMode = torch.utils._python_dispatch.TorchDispatchMode
+# Leave the transforms of torch.func that are running. Checked on torch 2.13.0.
+functorch_stack = torch._C._functorch
+# Keep torch.compile out of our code. Checked on torch 2.13.0.
+set_code_exec_strategy = torch._C._dynamo.eval_frame.set_code_exec_strategy
+# Say so of a function, and of what that calls. Checked on torch 2.13.0.
+FrameExecStrategy = torch._C._dynamo.eval_frame._FrameExecStrategy
+# Say that it is not compiled. Checked on torch 2.13.0.
+FrameAction = torch._C._dynamo.eval_frame._FrameAction
+
+
+def graph_break() -> None:
+    """Let torch.compile cut the code that it reads here. A name of ``torch._dynamo``, which takes long to import."""
+    torch._dynamo.graph_break()
+
+
+# Know torch.jit.trace while it runs. Checked on torch 2.13.0.
+get_tracing_state = torch._C._get_tracing_state
+# Leave it for a while. Checked on torch 2.13.0.
+set_tracing_state: Callable[[Any], None] = torch._C._set_tracing_state  # type: ignore[attr-defined]
+# Know torch.export and make_fx while they run. Checked on torch 2.13.0.
+get_dispatch_mode = torch._C._get_dispatch_mode
+# Name the two modes that they use. Checked on torch 2.13.0.
+DispatchModeKey = torch._C._TorchDispatchModeKey
 # Find the recording that is open in this thread. Checked on torch 2.13.0.
 get_current_function_mode_stack: Callable[[], list[torch.overrides.TorchFunctionMode]] = (
     torch.overrides._get_current_function_mode_stack
@@ -57,8 +82,14 @@ tree_map_only = torch.utils._pytree.tree_map_only
 
 # -- tensors -----------------------------------------------------------------------------------------------------------
 
+# What torch.export and torch.compile ask a tensor before they make a fake one of it. Checked on torch 2.13.0.
+asks_if_view = torch.Tensor._is_view
 # Let a tensor that others hold become another one. Checked on torch 2.13.0.
 swap_tensor_impl = torch._C._swap_tensor_impl
+# Put a tensor on the meta device into a subclass that claims another device. Checked on torch 2.13.0.
+make_subclass = torch.Tensor._make_subclass
+# Ask a tensor for its storage past the subclass that it is of. Checked on torch 2.13.0.
+TensorBase = torch._C.TensorBase
 # Rebuild a conjugated view. Checked on torch 2.13.0.
 conj_view = torch._conj
 # Rebuild a negated view. Checked on torch 2.13.0.

@@ -9,15 +9,16 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from fabric_init._gc import PausedCollector
 from fabric_init.checkpoints import Conversion
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.filling.execute import fill_model
-from fabric_init.filling.missing import initialize_missing
-from fabric_init.guard.hooks import refresh_state, release
-from fabric_init.guard.recorded import guard_recorded
+from fabric_init.filling.missing import initialize_missing, initialize_possible
+from fabric_init.guard.loads import watch_loads
+from fabric_init.guard.models import hold, settle
 from fabric_init.planning.options import load_options
 from fabric_init.planning.placement import WholeTensors
-from fabric_init.recording.built_modules import BuiltModules
+from fabric_init.recording.built_modules import BuiltModules, refuse_scripted
 from fabric_init.recording.mode import active, recorded_build
 from fabric_init.recording.tape import Rng, check_rng
 from fabric_init.reports.init_report import InitReport
@@ -101,7 +102,8 @@ def materialize(
         manifest=manifest,
         convert=convert,
     )
-    return fill_model(model, None if source is None else source.open(), options, placement, rng)
+    fill_model(model, None if source is None else source.open(), options, placement, rng)
+    return report_of(model)
 
 
 def _device(device: torch.device | str | None) -> torch.device | None:
@@ -116,8 +118,8 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
     """Build models in this block without running init kernels or allocating memory for weights.
 
     The ops of the constructors are recorded. :func:`fabric_init.materialize` replays them later, once for each tensor,
-    or loads the tensor instead. Until then the models cannot run or be saved; a ``load_state_dict`` is kept and applied
-    by ``materialize``. A block inside another one continues the outer recording.
+    or loads the tensor instead. Until then the models cannot run or be saved; what ``load_state_dict`` or other code
+    writes whole gets memory at once. A block inside another one continues the outer recording.
 
     Args:
         rng: Where random numbers come from. ``"per_op"``: each random op has its own generator, so a tensor gets the
@@ -134,13 +136,16 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
         with recorded_build(rng):
             yield
         return
-    with BuiltModules() as built:
+    with PausedCollector(), BuiltModules() as built:
         try:
             with recorded_build(rng):
                 yield
         finally:
-            for model in built.roots():
-                guard_recorded(model, "fabric_init.materialize(model) gives it memory and values: call that first")
+            models = built.roots()
+            for model in models:
+                hold(model, "fabric_init.materialize(model) gives it memory and values: call that first.")
+                watch_loads(model, initialize_possible)
+        refuse_scripted(models)
 
 
 def init_missing(model: nn.Module) -> None:
@@ -170,6 +175,5 @@ def init_report(model: nn.Module) -> InitReport:
         FabricInitError: The model was not built in a recorded block.
     """
     model = original(model)
-    report = report_of(model, unfilled=set(refresh_state(model)))
-    release(model)
-    return report
+    settle(model)
+    return report_of(model)

@@ -23,7 +23,7 @@ from fabric_init.checkpoints import Conversion
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.distributed.io import Io, check_io
 from fabric_init.errors import OptionError, RecordingError
-from fabric_init.guard.recorded import fix_of
+from fabric_init.guard.models import fix_of, unfilled
 from fabric_init.planning.options import load_options
 from fabric_init.recording.mode import active
 from fabric_init.reports.init_report import InitReport
@@ -266,8 +266,9 @@ def _require_tensors(module: nn.Module) -> None:
         raise RecordingError("setup inside a recorded block: the model has no values yet. Call it after the block.")
     module = original(module)
     on_meta = [name for name, tensor in module.named_parameters() if tensor.is_meta]
-    if on_meta and not is_bound(module):
+    if on_meta:
         raise RecordingError(
-            f"{counted(len(on_meta), 'parameter')} on the meta device (first: {on_meta[0]}). "
-            f"{fix_of(module) or _MSG_FILL_FIRST}."
+            f"{counted(len(on_meta), 'parameter')} on the meta device (first: {on_meta[0]}). {_MSG_FILL_FIRST}."
         )
+    if (fix := fix_of(module)) is not None and not is_bound(module):
+        raise RecordingError(f"{type(module).__name__} has no values yet (first: {unfilled(module)[0][0]}). {fix}")

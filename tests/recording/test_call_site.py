@@ -15,7 +15,7 @@ from torch.nn.init import kaiming_normal_, orthogonal_, trunc_normal_, xavier_un
 
 from fabric_init import deferred_init
 from fabric_init.api import materialize
-from fabric_init.recording.storage_tags import recorded
+from fabric_init.recording.tensor import recorded
 
 HERE = Path(__file__).name
 

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fabric_init import deferred_init
 from fabric_init.recording.liveness import live_ops
 from fabric_init.recording.replay import _Execution, real_execution, replay, view
-from fabric_init.recording.storage_tags import recorded, ref_of
+from fabric_init.recording.storage_tags import ref_of
 from fabric_init.recording.tape import Op, Tape
+from fabric_init.recording.tensor import recorded
 
 
 def build(seed: int = 0) -> tuple[nn.Module, Tape, dict[str, int]]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import lightning
 import pytest
 import torch
 from torch import nn
 
-from fabric_init import deferred_init
+from fabric_init import Fabric, deferred_init
 from fabric_init.api import materialize
 from fabric_init.errors import RecordingError
 from fabric_init.recording.rng import derived_seed
@@ -135,3 +136,51 @@ def test_values_shown_in_one_mode_cannot_be_filled_in_the_other() -> None:
     with pytest.raises(RecordingError, match="rng='eager'"):
         materialize(model, rng="eager")
     materialize(model)
+
+
+def built(fabric: lightning.Fabric, seed: int | None = 0) -> nn.Sequential:
+    """A model that is built without init, from a seed or from where the generator is."""
+    if seed is not None:
+        torch.manual_seed(seed)
+    with fabric.init_module(empty_init=True):
+        return nn.Sequential(nn.Linear(4, 8), nn.Embedding(3, 3), nn.Conv1d(2, 2, 1), nn.LSTM(2, 2), nn.Linear(8, 1))
+
+
+FABRIC = Fabric(accelerator="cpu", devices=1)
+
+
+def test_empty_init_leaves_torchs_generator_where_lightnings_leaves_it() -> None:
+    built(lightning.Fabric(accelerator="cpu", devices=1))
+    expected = torch.get_rng_state()
+    built(FABRIC)
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_models_that_skip_init_from_one_state_have_own_inits_that_differ() -> None:
+    models = [built(FABRIC, seed) for seed in (0, None, None)]
+    for model in models:
+        FABRIC.init_missing(model)
+    models.append(built(FABRIC, seed=None))
+    FABRIC.init_missing(models[-1])
+    for position in (0, 4):
+        first = [model[position].weight.flatten()[:4].tolist() for model in models]
+        assert len(set(map(tuple, first))) == len(models)
+
+
+def test_a_seed_that_is_set_again_gives_the_same_own_init_again() -> None:
+    weights = []
+    for _ in range(2):
+        model = built(FABRIC)
+        FABRIC.init_missing(model)
+        weights.append(model[0].weight)
+    assert torch.equal(*weights)
+
+
+def test_own_init_moves_torchs_generator_on_once() -> None:
+    model = built(FABRIC)
+    before = torch.get_rng_state()
+    FABRIC.init_missing(model)
+    after = torch.get_rng_state()
+    assert not torch.equal(after, before)
+    FABRIC.init_missing(model)
+    assert torch.equal(torch.get_rng_state(), after)

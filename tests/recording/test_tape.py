@@ -10,8 +10,9 @@ from torch import nn
 
 from fabric_init.recording.liveness import covers, live_ops, never_written
 from fabric_init.recording.mode import RecordMode
-from fabric_init.recording.storage_tags import recorded, ref_of
+from fabric_init.recording.storage_tags import ref_of
 from fabric_init.recording.tape import Tape, TensorRef
+from fabric_init.recording.tensor import recorded
 
 
 def number(tensor: torch.Tensor) -> int:

@@ -94,6 +94,15 @@ class Transformerish(nn.Module):
         return self.lm_head(self.norm(hidden))
 
 
+class Untied(Transformerish):
+    """With a head of its own, for loads that cut ties: ``load_state_dict(assign=True)`` of plain PyTorch does."""
+
+    def __init__(self) -> None:
+        super().__init__(width=8, inside=16)
+        self.lm_head = nn.Linear(8, VOCABULARY, bias=False)
+        self.apply(self._init_weights)
+
+
 class CrossTied(nn.Module):
     """Two blocks of one kind that share a weight: a unit per block would cut the tie."""
 
@@ -136,6 +145,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "cross_tied": CrossTied,
     "buffers": Buffers,
     "even": lambda: Transformerish(width=8, inside=16),  # for what torch cannot do with uneven dimensions
+    "even, untied": Untied,
     "uneven, nothing empty": lambda: Uneven(empty=False),
 }
 NAMES = ["uneven", "transformerish", "cross_tied", "buffers"]
@@ -145,6 +155,7 @@ LEFT_OUT = {
     "cross_tied": ["layers.0.up.weight", "layers.1.up.weight", "head.bias"],
     "buffers": ["noise", "norm.running_var", "head.weight", "frozen"],
     "even": ["layers.0.up.weight", "layers.1.down.weight"],
+    "even, untied": ["layers.0.up.weight", "layers.1.down.weight", "norm.bias"],
     "uneven, nothing empty": ["mix", "second.weight", "out.bias"],
 }
 """What a partial checkpoint does not have: each kind of tensor, ties under all their names."""

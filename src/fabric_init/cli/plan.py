@@ -67,63 +67,74 @@ def _names(literal: object) -> str:
     return ", ".join(f"`{name}`" for name in get_args(literal))
 
 
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=model_argument.HELP)]
+Checkpoint = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="PATH",
+        help="The checkpoint: a file, folder, URL or Hub id. Default: `MODEL`, if that is a folder.",
+        show_default=False,
+    ),
+]
+Strategy = Annotated[
+    StrategyName, typer.Option(metavar="NAME", help=f"Strategy, by Fabric's names: {_names(StrategyName)}.")
+]
+Devices = Annotated[int, typer.Option(metavar="N", min=1, help="Devices (ranks) per machine.")]
+Nodes = Annotated[int, typer.Option(metavar="N", min=1, help="Number of machines.")]
+Precision = Annotated[
+    PrecisionName, typer.Option(metavar="NAME", help=f"Precision, by Fabric's names: {_names(PrecisionName)}.")
+]
+Optimizer = Annotated[
+    OptimizerName,
+    typer.Option(metavar="NAME", help=f"Optimizer, whose states take memory: {_names(OptimizerName)} (no training)."),
+]
+UnitsText = Annotated[
+    str | None,
+    typer.Option(
+        metavar="UNITS",
+        help="For FSDP, the modules to wrap: `blocks`, a minimum number of parameters, or `Class,Class`.",
+    ),
+]
+Bandwidth = Annotated[
+    str | None,
+    typer.Option(metavar="SPEED", help="Storage bandwidth, for the time: `2GB/s`, `500MiB/s`, `25Gbit/s`."),
+]
+ReadBy = Annotated[
+    Io, typer.Option(metavar="MODE", help=f"{_names(Io)}: each rank reads what it keeps, or rank 0 reads for all.")
+]
+Renames = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FROM=TO", help="Regular expression for checkpoint keys, and its replacement; repeatable."),
+]
+Entry = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The key of the state dict to load, if a file holds several.")
+]
+Strict = Annotated[
+    bool, typer.Option(help="Fail on missing or extra keys; else initialize missing tensors, ignore extra keys.")
+]
+Reinit = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="Tensors to initialize even if the checkpoint has them; repeatable."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
+
+
 def run(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=model_argument.HELP)],
-    path: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="PATH",
-            help="The checkpoint: a file, folder, URL or Hub id. Default: `MODEL`, if that is a folder.",
-            show_default=False,
-        ),
-    ] = None,
-    strategy: Annotated[
-        StrategyName,
-        typer.Option(metavar="NAME", help=f"Strategy, by Fabric's names: {_names(StrategyName)}."),
-    ] = "auto",
-    devices: Annotated[int, typer.Option(metavar="N", min=1, help="Devices (ranks) per machine.")] = 1,
-    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Number of machines.")] = 1,
-    precision: Annotated[
-        PrecisionName, typer.Option(metavar="NAME", help=f"Precision, by Fabric's names: {_names(PrecisionName)}.")
-    ] = "32-true",
-    optimizer: Annotated[
-        OptimizerName,
-        typer.Option(
-            metavar="NAME", help=f"Optimizer, whose states take memory: {_names(OptimizerName)} (no training)."
-        ),
-    ] = "adamw",
-    units: Annotated[
-        str | None,
-        typer.Option(
-            metavar="UNITS",
-            help="For FSDP, the modules to wrap: `blocks`, a minimum number of parameters, or `Class,Class`.",
-        ),
-    ] = None,
-    bandwidth: Annotated[
-        str | None,
-        typer.Option(metavar="SPEED", help="Storage bandwidth, for the time: `2GB/s`, `500MiB/s`, `25Gbit/s`."),
-    ] = None,
-    io: Annotated[
-        Io, typer.Option(metavar="MODE", help=f"{_names(Io)}: each rank reads what it keeps, or rank 0 reads for all.")
-    ] = "auto",
-    rename: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FROM=TO", help="Regular expression for checkpoint keys, and its replacement; repeatable."
-        ),
-    ] = None,
-    entry: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The key of the state dict to load, if a file holds several.")
-    ] = None,
-    strict: Annotated[
-        bool,
-        typer.Option(help="Fail on missing or extra keys; else initialize missing tensors, ignore extra keys."),
-    ] = True,
-    reinit: Annotated[
-        list[str] | None,
-        typer.Option(metavar="GLOB", help="Tensors to initialize even if the checkpoint has them; repeatable."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    model: Model,
+    path: Checkpoint = None,
+    strategy: Strategy = "auto",
+    devices: Devices = 1,
+    nodes: Nodes = 1,
+    precision: Precision = "32-true",
+    optimizer: Optimizer = "adamw",
+    units: UnitsText = None,
+    bandwidth: Bandwidth = None,
+    io: ReadBy = "auto",
+    rename: Renames = None,
+    entry: Entry = None,
+    strict: Strict = True,
+    reinit: Reinit = None,
+    as_json: AsJson = False,
 ) -> int:
     """Show what a load would do and cost: no weight is read, no memory allocated, on any machine.
 

@@ -174,7 +174,8 @@ class _Target(NamedTuple):
 
 def _target(load: Load) -> _Target:
     slot = load.entry.slot
-    stride = slot.ref.stride if slot.ref is not None and load.region is None else None
+    ref = slot.ref if load.region is None else None
+    stride = ref.stride if ref is not None and not ref.expanded else None
     return _Target(load.region, _sizes(slot.shape, load.region), stride, slot.dtype, load.device)
 
 

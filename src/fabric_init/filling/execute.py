@@ -15,14 +15,15 @@ from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import Agreement, SingleProcess
-from fabric_init.errors import FabricInitError
+from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.derived import compute
 from fabric_init.filling.extra_state import set_extra_states
 from fabric_init.filling.fill_log import with_log
 from fabric_init.filling.loader import loader_for
 from fabric_init.filling.out_of_memory import out_of_memory_explained
 from fabric_init.filling.progress import with_progress
-from fabric_init.guard.recorded import loaded_since, refuse_lost_writes, release_recorded
+from fabric_init.guard.loads import unwatch_loads
+from fabric_init.guard.models import release_forward, settle, unfilled
 from fabric_init.planning.derived import loaded_storages, sources_of
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, DerivedFrom, LoadOptions, Plan, PlanEntry, storage_groups
@@ -30,9 +31,9 @@ from fabric_init.planning.prepare import PreparedPlan, plan_for, prepared_digest
 from fabric_init.recording.liveness import covers
 from fabric_init.recording.replay import real_execution, replay, view
 from fabric_init.recording.tape import Rng, Tape
-from fabric_init.reports.init_report import InitReport
+from fabric_init.recording.tensor import RecordedTensor
 from fabric_init.reports.provenance import describe_rule
-from fabric_init.reports.registry import FillRecord, RowRecord, keep_record
+from fabric_init.reports.registry import FillRecord, RowRecord, keep_record, statuses
 from fabric_init.reports.rows import InitRow
 from fabric_init.reports.trace import recording_of
 
@@ -109,8 +110,10 @@ def _values(
     entries = plan.entries
     to_replay = {
         storage: positions
-        for storage, positions in storage_groups(entries).items()
+        for storage, group in storage_groups(entries).items()
+        if (positions := [position for position in group if not _has_room_of_its_own(entries[position])])
         if not _is_loaded_whole(entries, positions, tapes[storage])
+        if not any(entries[position].action is Action.WAIT or entries[position].on_use for position in positions)
     }
     shared = {position for positions in to_replay.values() for position in positions}
     parts: dict[int, Tensor] = {}  # loaded into memory that other tensors share
@@ -144,6 +147,11 @@ def _kept(memory: torch.UntypedStorage, entry: PlanEntry, placement: Placement) 
     assert entry.slot.ref is not None
     value, region = view(memory, entry.slot.ref), placement.region(entry.slot)
     return value if region is None else take(value, region).clone()
+
+
+def _has_room_of_its_own(entry: PlanEntry) -> bool:
+    """Whether a tensor that was recorded as expanded is loaded: its elements may differ in the file."""
+    return entry.action is Action.LOAD and entry.slot.ref is not None and entry.slot.ref.expanded
 
 
 def _is_loaded_whole(entries: Sequence[PlanEntry], positions: Sequence[int], tape: Tape) -> bool:
@@ -194,23 +202,31 @@ def _keep_apart(plan: Plan, values: dict[int, Tensor]) -> None:
         for position, value in values.items()
         if plan.entries[position].action is Action.LOAD and value.numel()
     ]
-    end = 0
+    end, behind = 0, None
     for start, position in sorted(loaded):
-        value = values[position]
-        if start < end:
+        value, entry = values[position], plan.entries[position]
+        storage = None if entry.slot.ref is None or _has_room_of_its_own(entry) else entry.slot.ref.storage
+        if start < end and (storage is None or storage != behind):
             values[position] = value.clone()
-        end = max(end, start + value.nbytes)
+        elif start + value.nbytes > end:
+            end, behind = start + value.nbytes, storage
 
 
 def _check(plan: Plan, tensors: Sequence[Tensor]) -> None:
-    left = [entry.slot.name for entry, tensor in zip(plan.entries, tensors, strict=True) if tensor.is_meta]
+    left = [
+        entry.slot.name
+        for entry, tensor in zip(plan.entries, tensors, strict=True)
+        if entry.action is not Action.WAIT
+        and not entry.on_use
+        and (tensor.is_meta or isinstance(tensor, RecordedTensor))
+    ]
     if left:
         raise FabricInitError(f"fabric_init left these tensors on the meta device, which is a bug of its own: {left}")
 
 
 def make_record(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader | None) -> FillRecord:
     """Return the rows of the report for the entries of a plan."""
-    rows = []
+    records = []
     for entry in plan.entries:
         slot = entry.slot
         origin = ""
@@ -220,21 +236,22 @@ def make_record(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader 
                 origin += f" ({entry.spec.made})"
         elif entry.action is Action.INIT and slot.ref is not None:
             origin = describe_rule(tapes[slot.ref.storage], slot.ref)
-        rows.append(
-            InitRow(
-                name=slot.name,
-                status=entry.action.value,
-                shape=tuple(slot.shape),
-                dtype=dtype_name(slot.dtype),
-                kind=slot.kind,
-                origin=origin,
-                cast_from=None if entry.cast_from is None else dtype_name(entry.cast_from),
-                ties=slot.names[1:],
-                recording=None if slot.ref is None else recording_of(slot, tapes[slot.ref.storage]),
-            )
+        row = InitRow(
+            name=slot.name,
+            status=entry.action.value,
+            shape=tuple(slot.shape),
+            dtype=dtype_name(slot.dtype),
+            kind=slot.kind,
+            origin=origin,
+            cast_from=None if entry.cast_from is None else dtype_name(entry.cast_from),
+            ties=slot.names[1:],
+            recording=None if slot.ref is None else recording_of(slot, tapes[slot.ref.storage]),
         )
+        records.append(RowRecord(row))
+        if entry.action is Action.WAIT and slot.ref is not None:
+            records[-1].waits_on(tapes[slot.ref.storage], slot.ref.storage)
     path, note = (None, None) if reader is None else (str(reader.path), reader.note)
-    return FillRecord(list(map(RowRecord, rows)), path, note, plan.unexpected)
+    return FillRecord(records, path, note, plan.unexpected)
 
 
 _ALONE = SingleProcess()
@@ -250,7 +267,7 @@ def fill_model(
     placement: Placement,
     rng: Rng | None = None,
     agreement: Agreement = _ALONE,
-) -> InitReport:
+) -> FillRecord:
     """Plan for ``model`` and fill it, on all ranks together.
 
     Args:
@@ -266,12 +283,35 @@ def fill_model(
     """
 
     def plan() -> PreparedPlan:
-        source, asked = _with_earlier_load(model, reader, wanted)
-        return plan_for(model, source, asked, rng)
+        settle(model)
+        prepared = plan_for(model, reader, wanted, rng)
+        _refuse_overwriting(prepared, model)
+        return prepared
 
     with PausedCollector():
         prepared = agreement.run_together(_PLANNING, plan, prepared_digest)
         return execute_plan(prepared, model, prepared.tensors, placement, agreement)
+
+
+def _refuse_overwriting(prepared: PreparedPlan, model: nn.Module) -> None:
+    """Raise if a load that is declared after the block would overwrite what the user has written since."""
+    noted = statuses(model)
+    lost = []
+    for entry in prepared.plan.entries if prepared.reader is not None else ():
+        slot = entry.slot
+        if entry.action is Action.LOAD and slot.ref is not None:
+            tape = prepared.tapes[slot.ref.storage]
+            since = tape.waits.get(slot.ref.storage)
+            if since is not None and tape.written_since(slot.ref.storage, since):
+                lost.append(slot.name)
+        elif entry.action is Action.LOAD and noted.get(slot.name) == "written by the user":
+            lost.append(slot.name)
+    if lost:
+        raise RecordingError(
+            f"{', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}: written after the recorded block, which the "
+            "checkpoint would overwrite. Write once the model is filled, or load with load_state_dict and "
+            "strict=False what you want loaded."
+        )
 
 
 def prepare(
@@ -290,9 +330,9 @@ def execute_plan(
     tensors: Sequence[Tensor],
     placement: Placement,
     agreement: Agreement = _ALONE,
-) -> InitReport:
+) -> FillRecord:
     """Execute a plan on ``tensors``: its own, or those that a strategy has made of them."""
-    plan, _, tapes, reader, exact = prepared
+    plan, _, tapes, reader, exact, *_ = prepared
 
     def check_and_fill() -> FillRecord:
         check_ties(plan, reader, placement)
@@ -301,24 +341,17 @@ def execute_plan(
         return record
 
     record = agreement.run_together("filling the model", check_and_fill)
-    release_recorded(model)
+    if not plan.waits and not unfilled(model):
+        unwatch_loads(model)
+        release_forward(model)
+        for tape in {tape.current() for tape in tapes.values()}:
+            tape.later.finish(())  # what closures and caches hold
     for module in model.modules():
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()  # cuDNN's layout: the constructor's own call came before there was memory
-    return keep_record(model, record)
-
-
-def _with_earlier_load(
-    model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions
-) -> tuple[CheckpointReader | None, LoadOptions]:
-    """Return the checkpoint to fill from, or what ``load_state_dict`` has brought to the recorded model."""
-    refuse_lost_writes(model)
-    earlier = loaded_since(model)
-    if earlier is None or (reader is not None and wanted.strict):
-        return reader, wanted  # a strict load brings everything anyway
-    if reader is not None:
-        raise FabricInitError(
-            f"load_state_dict has brought {len(earlier.keys())} tensors into this recorded model, and {reader.path} "
-            "is to fill it as well, not strictly. Load the second one once the model has values."
-        )
-    return earlier, LoadOptions(strict=False)
+    early = statuses(model)
+    for row, entry in zip(record.rows, plan.entries, strict=True):
+        if entry.action is Action.KEEP and entry.slot.name in early:
+            row.update(status=early[entry.slot.name])
+    keep_record(model, record)
+    return record

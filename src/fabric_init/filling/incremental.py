@@ -33,8 +33,8 @@ class IncrementalFill:
         self._rows: dict[int, RowRecord] = {}
 
     def begin(self) -> None:
-        """Check the ties in the checkpoint, and fill tensors that were not recorded."""
-        plan, _, _, reader, _ = self._prepared
+        """Check what takes values to check, and fill what has memory already."""
+        plan, _, _, reader, _, *_ = self._prepared
         check_ties(plan, reader, self._placement)
         self._fill(position for position, entry in enumerate(plan.entries) if entry.slot.ref is None)
 
@@ -49,7 +49,7 @@ class IncrementalFill:
 
     def finish(self) -> FillRecord:
         """Fill all remaining tensors, and return the rows of the report."""
-        plan, _, _, reader, _ = self._prepared
+        plan, _, _, reader, _, *_ = self._prepared
         self._fill(range(len(plan.entries)))
         set_extra_states(plan.extras)
         rows = [row for _, row in sorted(self._rows.items())]
@@ -57,7 +57,7 @@ class IncrementalFill:
         return FillRecord(rows, path, note, plan.unexpected)
 
     def _fill(self, positions: Iterable[int]) -> None:
-        plan, tensors, tapes, reader, exact = self._prepared
+        plan, tensors, tapes, reader, exact, *_ = self._prepared
         wanted = {other for position in positions for other in self._together.get(position, (position,))}
         now = sorted(wanted - self._rows.keys())
         if now:

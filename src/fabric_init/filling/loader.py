@@ -13,6 +13,7 @@ from fabric_init.checkpoints.reader import read
 from fabric_init.planning.loads import check_tie, loads
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Plan
+from fabric_init.recording.tape import TensorRef
 
 
 @runtime_checkable
@@ -56,10 +57,14 @@ class LocalLoader:
             slot = load.entry.slot
             value = read(self._reader, load.entry.keys[0], load.region)
             value = value.to(device=load.device, dtype=slot.dtype)
-            if load.region is None and slot.ref is not None and value.stride() != slot.ref.stride:
+            if load.region is None and slot.ref is not None and _has_other_layout(value, slot.ref):
                 strided = torch.empty_strided(slot.shape, slot.ref.stride, dtype=slot.dtype, device=value.device)
                 value = strided.copy_(value)
             yield load.position, value
+
+
+def _has_other_layout(value: Tensor, ref: TensorRef) -> bool:
+    return value.stride() != ref.stride and not ref.expanded  # the elements of an expanded tensor share memory
 
 
 def loader_for(reader: CheckpointReader) -> Loader:

@@ -1,15 +1,16 @@
-"""Merge the plans of several recorded blocks, and update them to what the user has changed in the model since."""
+"""Plans that were made when recorded blocks ended, brought up to what the user has done to the model since."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.mapping.combined import CombinedReader
 from fabric_init.errors import RecordingError
-from fabric_init.guard.recorded import loaded_since, refuse_lost_writes, replaced_since_block, wants_extra_state
+from fabric_init.guard.loads import extra_state_loaded_since
+from fabric_init.guard.models import settle
 from fabric_init.planning.derived import replaced_since, written_since
 from fabric_init.planning.matching import own_init
 from fabric_init.planning.plan import Action, DerivedFrom, Plan, PlanEntry
@@ -20,41 +21,42 @@ from fabric_init.recording.liveness import covers
 from fabric_init.recording.tape import Tape
 
 
-def revised(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
-    """Return one plan for ``model`` as it is now: as if each block had filled it, and the user had changed it then.
+def merged(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
+    """Return one plan for ``model`` as it is today: as if it had been filled when each block ended, and changed since.
 
     Tensors are known by identity, so modules may have been moved, wrapped or renamed, and models of several blocks put
-    together. Tensors that the user has loaded, written or put into the model since are kept; a recorded tensor of
-    another block gets its own init.
+    together. What the user has loaded, written or put into the model since stands; a recorded tensor of another block
+    gets its own init.
 
     Args:
-        plans: The plans in the order of their blocks; a later load wins.
-        model: The model with the planned tensors.
+        plans: in the order of their blocks; a later load wins.
+        model: whose tensors they are about.
 
     Raises:
-        RecordingError: Recorded tensors were written in place, without memory, or in a later block than their load.
-        UninitializedTensorError: A tensor that came since has neither values nor a recorded init.
+        RecordingError: a tensor that is to be loaded was written in part, or in a later block.
+        UninitializedTensorError: a tensor that came since has neither values nor a recorded init.
     """
-    refuse_lost_writes(model)
-    slots, tensors, tapes = survey(model)
-    replaced, earlier = replaced_since_block(model), loaded_since(model)
-    readers: list[CheckpointReader] = [plan.reader for plan in plans if plan.reader is not None]
-    readers += [earlier] if earlier is not None else []
-    several = CombinedReader(readers)
-    reader = several if len(several) > 1 else readers[0]  # which may have a way of its own to load all
-    planned = _by_tensor(plans, several)
-    loaded = frozenset(earlier.keys()) if earlier is not None else frozenset()
+    settle(model)
+    infos, tensors, tapes = survey(model)
+    for tape in set(tapes.values()):
+        tape.later.kept.check()
+    readers = [plan.reader for plan in plans if plan.reader is not None]
+    combined = CombinedReader(readers) if readers else None
+    reader: CheckpointReader | None = combined if len(readers) > 1 else readers[0] if readers else None
+    if combined is not None and len(combined) == 1:
+        reader = readers[0]  # which may have a way of its own to load all
+    planned = _by_tensor(plans, combined)
     entries = []
-    for slot, tensor in zip(slots, tensors, strict=True):
-        over = next((name for name in slot.names if name in loaded), None)
-        if over is not None and earlier is not None:
-            entries.append(PlanEntry(slot, Action.LOAD, (several.key(earlier, over),), earlier.spec(over)))
-        elif slot.real and any(name in replaced for name in slot.names):
-            entries.append(PlanEntry(slot, Action.KEEP))
-        elif (entry := planned.get(id(tensor))) is not None and not replaced_since(entry, slot, tapes):
-            entries.append(entry._replace(slot=slot))
+    for info, tensor in zip(infos, tensors, strict=True):
+        entry = planned.get(id(tensor))
+        if entry is None or replaced_since(entry, info, tapes):
+            entries.append(PlanEntry(info, own_init(info, tapes)))
+        elif info.real and not (entry.slot.real and _is_as_planned(plans, tensor)):
+            entries.append(PlanEntry(info, Action.KEEP))
+        elif _is_overwritten(entry, info.ref.storage if info.ref else None, tapes):
+            entries.append(PlanEntry(info, Action.INIT))
         else:
-            entries.append(PlanEntry(slot, own_init(slot, tapes)))
+            entries.append(entry._replace(slot=info))
     check_all_have_values(entries, tapes, reader)
     _refuse_lost_changes(entries, tapes)
     unexpected = tuple(key for plan in plans for key in plan.plan.unexpected)
@@ -63,31 +65,51 @@ def revised(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
         extra
         for plan in plans
         for extra in plan.plan.extras
-        if extra.module in held and wants_extra_state(extra.module)
+        if extra.module in held and not extra_state_loaded_since(extra.module, declared_at(plan))
     )
     plan = Plan(tuple(entries), unexpected, extras, _sources(planned.values(), plans))
-    return PreparedPlan(plan, tensors, tapes, reader, any(plan.exact for plan in plans))
+    exact = any(plan.exact for plan in plans) or {tape.rng for tape in tapes.values()} == {"eager"}
+    return PreparedPlan(plan, tensors, tapes, reader, exact)
 
 
 def planned_tensors(plans: Sequence[PreparedPlan]) -> set[int]:
-    """Return the ids of the tensors in the plans."""
+    """Return the ids of the tensors that the plans are about."""
     return {id(tensor) for plan in plans for tensor in plan.tensors}
 
 
-def _by_tensor(plans: Sequence[PreparedPlan], reader: CombinedReader) -> dict[int, PlanEntry]:
-    entries: dict[int, PlanEntry] = {}
+def declared_at(prepared: PreparedPlan) -> int:
+    """Return when the load of a plan was declared, among the numbers of ops: a later load wins."""
+    return max((entry.since or 0 for entry in prepared.plan.entries), default=0)
+
+
+def _is_as_planned(plans: Sequence[PreparedPlan], tensor: Tensor) -> bool:
+    """Return whether a tensor that had values when it was planned for has not been written since."""
+    return all(tensor._version == version for plan in plans for held, version in plan.versions if held is tensor)
+
+
+def _is_overwritten(entry: PlanEntry, storage: int | None, tapes: Mapping[int, Tape]) -> bool:
+    return (
+        storage is not None
+        and entry.since is not None
+        and tapes[storage].later.waiting.written_since(storage, entry.since)
+    )
+
+
+def _by_tensor(plans: Sequence[PreparedPlan], reader: CombinedReader | None) -> dict[int, PlanEntry]:
+    found: dict[int, PlanEntry] = {}
     for plan in plans:
         for entry, tensor in zip(plan.plan.entries, plan.tensors, strict=True):
             if entry.action is Action.LOAD:
                 assert plan.reader is not None
-                entries[id(tensor)] = entry._replace(keys=tuple(reader.key(plan.reader, key) for key in entry.keys))
+                assert reader is not None
+                found[id(tensor)] = entry._replace(keys=tuple(reader.key(plan.reader, key) for key in entry.keys))
             else:
-                entries.setdefault(id(tensor), entry)
-    return entries
+                found.setdefault(id(tensor), entry)
+    return found
 
 
 def _sources(entries: Iterable[PlanEntry], plans: Sequence[PreparedPlan]) -> dict[int, DerivedFrom]:
-    """Return the loads of the plans by storage, including those of tensors that the model no longer holds."""
+    """What was to be loaded when the blocks ended, also where the model holds something else by now."""
     tapes = {storage: tape for plan in plans for storage, tape in plan.tapes.items()}
     return {
         ref.storage: DerivedFrom(ref, entry.keys[0], entry.since)
@@ -101,7 +123,7 @@ def _refuse_lost_changes(entries: Sequence[PlanEntry], tapes: Mapping[int, Tape]
     loads = [entry for entry in entries if entry.action is Action.LOAD]
     written = [entry for entry in loads if written_since(entry, tapes)]
     resized = [entry for entry in loads if entry.spec is not None and entry.spec.shape != entry.slot.shape]
-    for what, changed in (("written", written), ("of another shape", resized)):
+    for what, changed in (("written in part", written), ("of another shape", resized)):
         if changed:
             names = ", ".join(entry.slot.name for entry in changed[:5])
             raise RecordingError(

@@ -1,166 +1,251 @@
-"""Run the model's own init for allocated tensors, by now moved, cast, or beside others that were loaded."""
+"""The model's own init for tensors that wait, beside others that were loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fabric_init._text import dtype_name
+from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import SingleProcess
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.derived import compute_with
 from fabric_init.filling.execute import fill
-from fabric_init.guard.hooks import items_under, ranks_of, refresh_state, release
-from fabric_init.guard.state import ATTRIBUTE, Place, Unfilled, states_under, tensor_at
-from fabric_init.planning.placement import Placement
-from fabric_init.planning.plan import LoadOptions
-from fabric_init.planning.tensors import TensorInfo
-from fabric_init.planning.validation import make_plan
-from fabric_init.recording.liveness import computed_from, never_written
+from fabric_init.guard.expected_load import forget_expected_load
+from fabric_init.guard.loads import unwatch_loads
+from fabric_init.guard.models import (
+    draw_for_own_init,
+    local,
+    own_init_is_wanted,
+    own_tensors,
+    ranks_of,
+    release_forward,
+    settle,
+    unfilled,
+    waits,
+)
+from fabric_init.guard.shards import forget_shards, is_partly_written, waiting_shards
+from fabric_init.planning.placement import Placement, WholeTensors
+from fabric_init.planning.plan import Action, Plan, PlanEntry
+from fabric_init.planning.tensors import TensorInfo, find_tensors, named_tensors
+from fabric_init.planning.validation import check_all_have_values
+from fabric_init.recording.liveness import computed_from, covers, never_written
+from fabric_init.recording.recompute import reads_any, recompute
 from fabric_init.recording.replay import view
-from fabric_init.recording.tape import TensorRef
+from fabric_init.recording.storage_tags import ref_of
+from fabric_init.recording.tape import Tape, TensorRef
+from fabric_init.recording.tensor import become, meta_of, recorded
 
-Uninitialized = Sequence[tuple[nn.Module, Unfilled]]
-"""Uninitialized tensors, with the modules that hold them."""
 
-
-def initialize_all(uninitialized: Uninitialized) -> None:
-    """Run the model's own init for all of these tensors.
+def initialize_missing(model: nn.Module) -> None:
+    """Run the model's own recorded init for every tensor under ``model`` that still waits.
 
     Raises:
-        UninitializedTensorError: The model's own code never initializes some tensor, or would compute a wrong value.
+        UninitializedTensorError: the model's own code never gives some tensor a value, or it would be the wrong one.
     """
-    computed = [item.slot.name for _, item in uninitialized if item.slot.ref is None]
-    if computed:
+    forget_expected_load(model)
+    draw_for_own_init(model)
+    agreement = ranks_of(model) or SingleProcess()
+    agreement.run_together("initializing what is missing", lambda: _initialize_all(model))
+    release_forward(model)
+    forget_shards(model)
+    unwatch_loads(model)
+
+
+def run_replaced_init(model: nn.Module, planned: Collection[int] = ()) -> None:
+    """Run ``reset_parameters`` of the modules under ``model`` for which the user has replaced it since the block.
+
+    Lightning calls it in ``setup``, for whatever was built with ``empty_init=True`` and has to be sharded; so litgpt's
+    pretraining chooses its init. What it writes is recorded.
+
+    Args:
+        model: whose tensors are recorded still.
+        planned: ids of the tensors that a declared load is about, which are left alone.
+    """
+    for module in model.modules():
+        replaced = vars(module).get("reset_parameters")
+        if replaced is None or any(True for _, tensor in own_tensors(module) if id(tensor) in planned):
+            continue
+        if any(waits(tensor) for _, tensor in own_tensors(module)):
+            replaced()
+
+
+def initialize_possible(model: nn.Module) -> None:
+    """Run it for those of them that it gives a value, from what this rank has."""
+    _initialize(model, partial=True)
+
+
+def _initialize_all(model: nn.Module) -> None:
+    _initialize(model, partial=False)
+    left = [name for name, tensor in unfilled(model) if local(tensor).numel()]
+    if left:
         raise UninitializedTensorError(
-            f"{', '.join(computed)} came in (by weight_norm, prune, a parametrization, …) when there were no "
-            "values to compute with. Do that in the init_module block, or call fabric.init_missing(model) before."
+            f"{', '.join(left)}: computed from tensors that had no values then, and have others now. Compute them "
+            "in the init_module block, or after the load."
         )
-    partly = [item.slot.name for module, item in uninitialized if item.changed(_tensor_of(module, item))]
-    if partly:
-        raise UninitializedTensorError(
-            f"the model's own init would overwrite what was written into a part of {', '.join(partly)}. Call "
-            "fabric.init_missing(model) first and write afterwards, or write the whole tensor."
+
+
+def _initialize(model: nn.Module, *, partial: bool) -> None:
+    settle(model)
+    sharded = list(waiting_shards(model))
+    of_shards = {id(tensor) for shards in sharded for tensor in shards.tensors}  # buffers, too, which stay whole
+    infos = [(info, t) for info, t in find_tensors(model) if info.ref is not None and id(t) not in of_shards]
+    tapes = {info.ref.storage: found.tape for info, tensor in infos if info.ref and (found := recorded(tensor))}
+    entries = [PlanEntry(info, Action.INIT) for info, tensor in infos if waits(tensor) or not partial]
+    tensors = [tensor for info, tensor in infos if waits(tensor) or not partial]
+    held = _Held(model)
+    _run(entries, tensors, tapes, _AsItsStrategyDoes(), held, partial=partial)
+    for shards in sharded:
+        partly = [e.slot.name for e, t in zip(shards.entries, shards.tensors, strict=True) if is_partly_written(t)]
+        if partly and not partial:
+            raise UninitializedTensorError(
+                f"the model's own init would overwrite what was written into a part of {', '.join(partly)}. Call "
+                "fabric.init_missing(model) first and write afterwards, or write the whole tensor."
+            )
+        chosen = [e.slot.name not in partly for e in shards.entries]
+        _run(
+            [e for e, yes in zip(shards.entries, chosen, strict=True) if yes],
+            [t for t, yes in zip(shards.tensors, chosen, strict=True) if yes],
+            shards.tapes,
+            shards.placement,
+            held,
+            partial=partial,
         )
-    sources = _sources(uninitialized)
-    if lost := dict.fromkeys(item.slot.name for _, item in uninitialized if sources.get(id(item), ()) is None):
+
+
+class _AsItsStrategyDoes(WholeTensors):
+    """The placement of tensors that are whole on this rank, where the strategy of their model wants them."""
+
+    def put(self, slot: TensorInfo, tensor: Tensor, value: Tensor) -> Tensor:
+        found = recorded(tensor)
+        become(tensor, value) if found is None else found.tape.later.put(tensor, value)
+        return tensor
+
+
+def _run(
+    entries: list[PlanEntry],
+    tensors: list[Tensor],
+    tapes: Mapping[int, Tape],
+    placement: Placement,
+    held: _Held,
+    *,
+    partial: bool,
+) -> None:
+    sources = {id(tensor): held.sources(entry.slot, tapes) for entry, tensor in zip(entries, tensors, strict=True)}
+    lost = [e.slot.name for e, t in zip(entries, tensors, strict=True) if sources[id(t)] is None]
+    if lost and not partial:
         raise UninitializedTensorError(
             f"the model's own init computes {', '.join(lost)} from other tensors, of which this rank has to have "
             "all, with their values. Call init_missing for the whole model; or load it as well, or before setup; "
             "or declare the load: init_module(checkpoint=…)."
         )
-    _initialize(uninitialized, sources)
+    both = [(e, t) for e, t in zip(entries, tensors, strict=True) if sources[id(t)] is not None]
+    if partial:
+        both = [(e, t) for e, t in both if not never_written(tapes[_ref(e).storage], _ref(e))]
+    else:
+        check_all_have_values([e for e, _ in both if waits(_)], tapes, None)
+    for entry, tensor in both:
+        for source, _ in sources[id(tensor)] or ():
+            tapes[_ref(entry).storage].later.waiting.filled(source.storage)
+    own_init_is_wanted(tensor for _, tensor in both)
+    both = [(e, t) for e, t in both if not waits(t)]
+    plain = [(e, t) for e, t in both if not sources[id(t)]]
+    fill(Plan(tuple(e for e, _ in plain)), [t for _, t in plain], tapes, None, placement, exact=_exact(tapes))
+    for entry, tensor in both:
+        given = sources[id(tensor)]
+        if given:
+            memory = compute_with(entry.slot, tapes[_ref(entry).storage], given, placement.device(entry.slot))
+            with DisableTorchFunction(), torch.no_grad():
+                placement.put(entry.slot, tensor, take(view(memory, _ref(entry)), placement.region(entry.slot)))
 
 
-def initialize_possible(uninitialized: Uninitialized) -> None:
-    """Run the model's own init for those of these tensors that it can initialize from what this rank holds."""
-    with_init = [both for both in uninitialized if both[1].slot.ref is not None]
-    sources = _sources(with_init)
-    _initialize(
-        [
-            (module, item)
-            for module, item in with_init
-            if sources.get(id(item), ()) is not None and not never_written(item.tape, _ref(item))
-        ],
-        sources,
-    )
+def _exact(tapes: Mapping[int, Tape]) -> bool:
+    return {tape.rng for tape in tapes.values()} == {"eager"}
 
 
-_Sources = dict[int, list[tuple[TensorRef, Tensor]] | None]
+def _ref(entry: PlanEntry) -> TensorRef:
+    assert entry.slot.ref is not None
+    return entry.slot.ref
 
 
-def _sources(uninitialized: Uninitialized) -> _Sources:
-    """Return the values that the model's own init computes uninitialized tensors from, by the id of their item.
+def recompute_from_loaded(model: nn.Module, tensors: Iterable[Tensor]) -> None:
+    """Record again how those of the waiting ``tensors`` are computed that the constructor computed from loaded ones.
 
-    ``None`` where this rank does not have them in full. Tensors that need no others are left out.
+    Args:
+        model: A model that stays recorded until it is set up, some of which was loaded.
+        tensors: Tensors of it that are to get their own init.
     """
-    still = {_ref(item).storage for _, item in uninitialized}
-    sources: _Sources = {}
-    with_values: dict[int, dict[int, None]] = {}  # by what the modules share: the same for thousands of tensors
-    for module, item in uninitialized:
-        built = vars(module)[ATTRIBUTE].built
-        places = built.places
-        others = with_values.get(id(built))
-        if others is None:
-            others = with_values[id(built)] = dict.fromkeys(places.keys() - still)
-        if item.slot.saved and (storages := computed_from(item.tape, _ref(item).storage, others)):
-            tensors = [_full_value(item, places[storage]) for storage in sorted(storages)]
-            full = [tensor for tensor in tensors if tensor is not None]
-            sources[id(item)] = full if len(full) == len(tensors) else None
-    return sources
+    waiting = [(found, tensor) for tensor in tensors if (found := recorded(tensor)) is not None]
+    loaded: dict[int, int] = {}
+    for tape in {found.tape for found, _ in waiting}:
+        for storage, ref in tape.later.waiting.refs.items():
+            for now in (t for owners in tape.later.owners for t in owners.now(storage)):
+                present = recorded(now)
+                if now.shape != ref.size or not covers(tape, ref):
+                    continue
+                if present is None:  # another tensor has taken the place
+                    constant = recorded(tape.later.constant(now.detach().as_strided(ref.size, ref.stride).clone()))
+                    assert constant is not None
+                    loaded[storage] = constant.storage
+                elif present.storage == storage and not waits(now) and storage in tape.waits:
+                    loaded[storage] = storage
+    for found, tensor in waiting:
+        if reads_any(found.tape, found.storage, loaded.keys()):
+            instead = {storage: other for storage, other in loaded.items() if other != storage}
+            recompute(found.tape, ref_of(meta_of(tensor), found.storage), loaded.keys(), instead)
 
 
-def _full_value(item: Unfilled, place: Place | None) -> tuple[TensorRef, Tensor] | None:
-    if place is None or (module := place[0]()) is None:
-        return None
-    _, attribute, ref = place
-    if (state := vars(module).get(ATTRIBUTE)) is not None:  # elsewhere in the model
-        state.refresh()
-        if any(other.attribute == attribute for other in state.items):
-            return None
-    tensor = tensor_at(module, attribute)
-    if tensor is None or item.placement.held(tensor) is not tensor or tensor.shape != ref.size:
-        return None
-    return ref, tensor.detach()
+_Source = tuple[TensorRef, Tensor]
 
 
-def _initialize(uninitialized: Uninitialized, sources: _Sources) -> None:
-    by_tensor = {id(tensor := _tensor_of(module, item)): (item, tensor) for module, item in uninitialized}
-    items = [item for item, _ in by_tensor.values()]
-    if not items:
-        return
-    tapes = {_ref(item).storage: item.tape for item in items}
-    plan = make_plan([item.slot for item in items], tapes, None, LoadOptions())
-    tensors = [tensor for _, tensor in by_tensor.values()]
-    placement = _InPlace(items[0].placement)
-    record = fill(plan, tensors, tapes, None, placement, exact=False)
-    for item, tensor, row in zip(items, tensors, record.rows, strict=True):
-        for_it = sources.get(id(item))
-        if for_it:
-            memory = compute_with(item.slot, item.tape, for_it, tensor.device)
-            with torch.no_grad():
-                placement.put(item.slot, tensor, take(view(memory, _ref(item)), placement.region(item.slot)))
-        item.row.update(status="initialized", origin=row.row.origin, dtype=dtype_name(tensor.dtype))
+class _Held:
+    """What a model holds by now where tensors were from which its constructor has computed others."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self._by_name = {name: tensor for name, kind, tensor in named_tensors(model) if kind != "attribute"}
+        self._ids = {id(tensor) for tensor in self._by_name.values()}
+        self._candidates: dict[tuple[int, bool], dict[int, _Source | None]] = {}
 
-def _ref(item: Unfilled) -> TensorRef:
-    assert item.slot.ref is not None
-    return item.slot.ref
+    def sources(self, info: TensorInfo, tapes: Mapping[int, Tape]) -> Sequence[_Source] | None:
+        """Return the tensors with values that the model's own init computes this one from.
 
+        ``None`` where they cannot be had whole.
+        """
+        assert info.ref is not None
+        tape = tapes[info.ref.storage]
+        if not info.saved or not (tape.overruled or tape.waits):
+            return ()
+        copied = not any(owners.has(info.ref.storage) for owners in tape.later.owners)
+        key = id(tape), copied
+        if key not in self._candidates:
+            self._candidates[key] = dict(self._with_values(tape, copied=copied))
+        candidates = self._candidates[key]
+        found = [candidates[s] for s in sorted(computed_from(tape, info.ref.storage, dict.fromkeys(candidates)))]
+        whole = [source for source in found if source is not None]
+        return whole if len(whole) == len(found) else None
 
-def _tensor_of(module: nn.Module, item: Unfilled) -> Tensor:
-    tensor = tensor_at(module, item.attribute)
-    assert tensor is not None  # otherwise the model does without it, and it is not tracked
-    return tensor
+    def _with_values(self, tape: Tape, *, copied: bool) -> Iterator[tuple[int, _Source | None]]:
+        """Yield storages that waited, with what the model holds for them; ``None`` if that has no values here."""
+        for storage in (*tape.overruled, *tape.waits):
+            ref = tape.later.waiting.refs.get(storage)
+            whole = ref is not None and covers(tape, ref)
+            for tensor in self._now(storage, tape, copied=copied) if whole else ():
+                if local(tensor) is tensor and recorded(tensor) is None and ref and tensor.shape == ref.size:
+                    yield storage, (ref, tensor.detach())
+                    break
+                if local(tensor) is not tensor and not waits(tensor):
+                    yield storage, None  # this rank has a shard of it
+                    break
+            else:
+                if storage in tape.overruled:
+                    yield storage, None
 
-
-class _InPlace:
-    """A placement for tensors that may have been moved, cast or laid out anew since they were allocated."""
-
-    def __init__(self, placement: Placement) -> None:
-        self.device = placement.device
-        self.region = placement.region
-        self.held = placement.held
-
-    def put(self, slot: TensorInfo, tensor: Tensor, value: Tensor) -> Tensor:
-        self.held(tensor).detach().copy_(value)  # in place: layout, views and ties stay
-        return tensor
-
-
-def initialize_missing(model: nn.Module) -> None:
-    """Run the model's own recorded init for every uninitialized tensor under ``model``.
-
-    Raises:
-        UninitializedTensorError: The model's own code never initializes some tensor.
-    """
-    refresh_state(model)
-    uninitialized = list(items_under(model))
-    (ranks_of(model) or SingleProcess()).run_together(
-        "initializing what is missing", lambda: initialize_all(uninitialized)
-    )
-    for module, state in list(states_under(model)):
-        state.refresh("initialized", module)
-    release(model)
+    def _now(self, storage: int, tape: Tape, *, copied: bool) -> list[Tensor]:
+        """Return what is today where a tensor on ``storage`` was; in a copy, or another module, what has its name."""
+        there = [tensor for owners in tape.later.owners for tensor in owners.now(storage)]
+        if there and not copied:
+            return [tensor for tensor in there if id(tensor) in self._ids]
+        tensor = self._by_name.get(tape.later.waiting.names.get(storage, ("", ""))[1])
+        return [] if tensor is None else [tensor]

@@ -64,7 +64,7 @@ def match(
 
     Raises:
         CheckpointMismatchError: ``rename`` gives two keys the same name, or selects a part that is not there.
-        OptionError: ``rename`` is invalid, or ``reinit`` matches no tensor.
+        OptionError: ``rename`` is invalid, or ``reinit`` matches no tensor, or one of several that are tied.
     """
     keys = rename_keys((*reader.keys(), *reader.extra_state), options.rename) if reader is not None else {}
     key_of = {name: key for key, name in keys.items()}
@@ -149,6 +149,14 @@ def _check_reinit(slots: Sequence[TensorInfo], patterns: Sequence[str]) -> None:
                 f"reinit={pattern!r} names no tensor of the model; names look like {slots[0].name!r}"
                 if slots
                 else f"reinit={pattern!r}: the model has no tensors"
+            )
+    for slot in slots if patterns else ():
+        fresh = [name for name in slot.names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        others = [name for name in slot.names if name not in fresh]
+        if fresh and others:
+            raise OptionError(
+                f"reinit names {', '.join(fresh)}, which is tied to {', '.join(others)}: they are one tensor. "
+                f"Untie them in the model to give one of them new values, or name all: reinit={[*fresh, *others]}."
             )
 
 

@@ -25,7 +25,7 @@ class Action(Enum):
     INIT = "initialized"
     KEEP = "set when built"
     SCRATCH = "scratch"
-    ALLOCATE = "unfilled"  # memory only, guarded until a later load or init
+    WAIT = "unfilled"  # no memory and no values until a later load or init
 
 
 class PlanEntry(NamedTuple):
@@ -37,6 +37,8 @@ class PlanEntry(NamedTuple):
     spec: TensorSpec | None = None
     since: int | None = None
     """Ops with a higher number were recorded after this load was declared, in a later block."""
+    on_use: bool = False
+    """Whether the own init is only run when the tensor is used, or when all others have their values."""
 
     @property
     def cast_from(self) -> torch.dtype | None:
@@ -72,9 +74,9 @@ class Plan:
     """By storage: loaded tensors that the model no longer holds, but that others may have been computed from."""
 
     @property
-    def allocates(self) -> bool:
-        """Whether some tensors get memory only, and their values later."""
-        return any(entry.action is Action.ALLOCATE for entry in self.entries)
+    def waits(self) -> bool:
+        """Whether some tensors are left to a later load."""
+        return any(entry.action is Action.WAIT for entry in self.entries)
 
     def summary(self) -> str:
         """Return how many tensors get their value in which way, in words."""

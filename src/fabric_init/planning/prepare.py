@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import RecordingError
@@ -26,6 +27,12 @@ class PreparedPlan(NamedTuple):
     tapes: Mapping[int, Tape]
     reader: CheckpointReader | None
     exact: bool
+    versions: Sequence[tuple[Tensor, int]] = ()
+    """Of the tensors that had values when the plan was made: how often they had been written."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PreparedPlan:
+        """Return the plan itself: a copy of a module that has it is made of tensors that are computed from its own."""
+        return self
 
 
 def plan_for(
@@ -36,11 +43,29 @@ def plan_for(
     Raises:
         FabricInitError: Anything that the user has to fix; no memory is allocated before.
     """
+    if reader is not None:
+        _refuse_lazy(model)
     slots, tensors, tapes = survey(model)
     exact = _exact(set(tapes.values()), rng)
     plan = make_plan(slots, tapes, reader, options, find_extra_states(model))
     check_nothing_is_undone(plan.entries, tapes)
-    return PreparedPlan(plan, tensors, tapes, reader, exact)
+    versions = [
+        (tensor, tensor._version)
+        for info, tensor in zip(slots, tensors, strict=True)
+        if info.real and not tensor.is_inference()
+    ]
+    return PreparedPlan(plan, tensors, tapes, reader, exact, versions)
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        if any(tensor is not None and is_lazy(tensor) for tensor in tensors):
+            raise RecordingError(
+                f"{name or 'the model'} ({type(module).__name__}) is lazy: its tensors have no shape before it has "
+                "seen a batch, so no load can be planned for it. Run a batch through it in the block, or build the "
+                "model with init_module(empty_init=True) and call load_state_dict."
+            )
 
 
 def prepared_digest(prepared: PreparedPlan) -> str:

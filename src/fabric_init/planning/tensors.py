@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fabric_init._torch_internals import DisableTorchFunction
-from fabric_init.recording.storage_tags import recorded, ref_of
+from fabric_init.recording.storage_tags import ref_of
 from fabric_init.recording.tape import Tape, TensorRef
+from fabric_init.recording.tensor import meta_of, recorded
 
 Kind = Literal["parameter", "buffer", "non-persistent buffer", "attribute"]
 
@@ -118,6 +119,12 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:
                     yield path, "attribute", tensor
 
 
+def plain_name(name: str) -> str:
+    """A module's name without what wrappers for compiling and activation checkpointing put in between."""
+    parts = [part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module")]
+    return ".".join(parts)
+
+
 def find_tensors(model: nn.Module) -> list[tuple[TensorInfo, Tensor]]:
     """Return every parameter, buffer and plain tensor attribute of ``model`` once, with the tensor itself.
 
@@ -145,7 +152,7 @@ def find_tensors(model: nn.Module) -> list[tuple[TensorInfo, Tensor]]:
 def _slot(names: tuple[str, ...], kind: Kind, tensor: Tensor) -> TensorInfo | None:
     record = recorded(tensor)
     if is_lazy(tensor):
-        kind = "attribute"  # no shape yet, so no checkpoint can fill it
+        return None  # no shape yet: it gets one, and values, from the first batch or load_state_dict after the block
     if kind == "attribute" and record is None:
         return None  # a real tensor of the model's own
     return TensorInfo(
@@ -154,8 +161,8 @@ def _slot(names: tuple[str, ...], kind: Kind, tensor: Tensor) -> TensorInfo | No
         tensor.size(),
         tensor.dtype,
         tensor.device if record is None else record.device,
-        None if record is None else ref_of(tensor, record.storage),
-        not tensor.is_meta,
+        None if record is None else ref_of(meta_of(tensor), record.storage),
+        record is None and not tensor.is_meta,
         tensor.requires_grad,
     )
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from collections.abc import Iterable
 from contextlib import ExitStack
-from types import TracebackType
+from types import CodeType, FrameType, FunctionType, ModuleType, TracebackType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.module import (
     register_module_buffer_registration_hook,
     register_module_module_registration_hook,
@@ -17,14 +19,15 @@ from torch.nn.modules.module import (
 )
 from typing_extensions import Self
 
+from fabric_init.errors import RecordingError
+from fabric_init.recording.tensor import RecordedTensor
+
 
 class BuiltModules:
     """Context manager that collects the modules built in it by this thread, through torch's registration hooks."""
 
     def __init__(self) -> None:
-        self._seen: weakref.WeakKeyDictionary[nn.Module, None] = (
-            weakref.WeakKeyDictionary()
-        )  # ordered, so that ranks agree
+        self._seen: dict[int, weakref.ref[nn.Module]] = {}  # by id, in order, so that ranks agree
         self._thread = threading.get_ident()
         self._hooks = ExitStack()
 
@@ -43,26 +46,87 @@ class BuiltModules:
         self._hooks.close()
 
     def _notice(self, module: nn.Module, name: str, value: Any) -> None:
-        if threading.get_ident() == self._thread:
-            self._seen.setdefault(module)
+        known = self._seen.get(id(module))
+        if (known is None or known() is not module) and threading.get_ident() == self._thread:
+            self._seen.pop(id(module), None)  # of a module that is gone
+            self._seen[id(module)] = weakref.ref(module)
 
     def roots(self) -> list[nn.Module]:
-        """Return the modules of the block that are not part of another one, in the order they were built."""
-        roots = self._roots()
-        if len(roots) > 1:
-            gc.collect()  # a discarded module may still be alive in a reference cycle
-            roots = self._roots()
-        return roots
+        """Return the models: modules that no other module of the block holds, registered or in a list, dict or object.
 
-    def _roots(self) -> list[nn.Module]:
-        seen = list(self._seen.keys())
+        What a module only keeps in one of these is no part of its ``state_dict``, and no model of its own.
+        """
+        found = self._unregistered()
+        if len(found) > 1:
+            del found
+            gc.collect()  # a module that was built and dropped may live on in a reference cycle
+            found = self._unregistered()
+        return _without_kept(found)
+
+    def _unregistered(self) -> list[nn.Module]:
+        seen = [module for reference in self._seen.values() if (module := reference()) is not None]
         child_ids: set[int] = set()
         pending, visited = list(seen), set()
         while pending:  # also through modules of an earlier block, whose submodules this block may have replaced
             module = pending.pop()
             if id(module) not in visited:
                 visited.add(id(module))
-                children = list(module.children())
-                child_ids.update(map(id, children))
-                pending += children
+                for child in module._modules.values():
+                    if child is not None:
+                        child_ids.add(id(child))
+                        if id(child) not in visited:
+                            pending.append(child)
         return [module for module in seen if id(module) not in child_ids]
+
+
+def refuse_scripted(models: Iterable[nn.Module]) -> None:
+    """Raise if a module in ``models`` was scripted or traced while its tensors had no values.
+
+    TorchScript keeps tensors of its own behind its modules, in whose places no values can be put.
+
+    Raises:
+        RecordingError: naming the submodule.
+    """
+    for model in models:
+        for name, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule) and any(
+                isinstance(tensor, RecordedTensor)
+                for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+            ):
+                raise RecordingError(
+                    f"{name or 'the model'} ({module.original_name}) was scripted or traced with torch.jit in a "
+                    "recorded block, where its tensors have no values. Do that after the block, to the filled model: "
+                    f"{'model' if not name else 'model.' + name} = torch.jit.script(…)."
+                )
+
+
+def _without_kept(modules: list[nn.Module]) -> list[nn.Module]:
+    """Return those of ``modules`` that no other one keeps. Two that keep each other are two models."""
+    if len(modules) < 2:
+        return modules
+    kept = {id(module): _reachable(module) for module in modules}
+    return [
+        module
+        for module in modules
+        if all(id(module) not in kept[id(other)] or id(other) in kept[id(module)] for other in modules)
+    ]
+
+
+def _reachable(module: nn.Module) -> set[int]:
+    """Return the ids of the modules that ``module`` reaches through attributes, containers, partials and closures."""
+    work: list[Any] = [module]
+    seen: set[int] = set()
+    while work:
+        value = work.pop()
+        if id(value) in seen or isinstance(value, _NO_WAY):
+            continue
+        seen.add(id(value))
+        if isinstance(value, FunctionType):
+            work += [value.__closure__, value.__defaults__, value.__kwdefaults__]  # not all globals of its file
+        else:
+            work += gc.get_referents(value)
+    return seen
+
+
+# What leads to everything there is, or to no module at all.
+_NO_WAY = (type, ModuleType, FrameType, CodeType, Tensor, str, bytes, int, float, complex, type(None))

@@ -13,7 +13,8 @@ from torch import Tensor
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, default_device, parse_to
 from fabric_init.errors import RecordingError
 from fabric_init.recording.recorder import Recorder
-from fabric_init.recording.storage_tags import begin, recorded
+from fabric_init.recording.storage_tags import begin
+from fabric_init.recording.tensor import RecordedTensor, recorded, recorded_tensor
 
 Handler = Callable[[Recorder, Any, tuple[Any, ...], dict[str, Any]], Any]
 """Replaces one function in a function mode: (recorder, function, args, kwargs) → the result."""
@@ -52,9 +53,10 @@ def _empty(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[st
     if not _PLAIN_OPTIONS.issuperset(kwargs):
         return func(*args, **kwargs)
     with DisableTorchFunction(), DisableTorchDispatch():
-        tensor = func(*args, **{**kwargs, "device": _META})
+        requires_grad = kwargs.get("requires_grad", False)
+        tensor = func(*args, **{**kwargs, "device": _META, "requires_grad": False})
         begin(tensor, recorder.tape, device)
-    return tensor
+        return recorded_tensor(tensor, device, requires_grad)
 
 
 def _filled(op: Any) -> Handler:
@@ -69,48 +71,32 @@ def _filled(op: Any) -> Handler:
                 else on_device_by_name(recorder, func, args, kwargs)
             )
         with DisableTorchFunction(), DisableTorchDispatch():
-            tensor = torch.empty(*args, **{**kwargs, "device": _META})
+            requires_grad = kwargs.get("requires_grad", False)
+            tensor = torch.empty(*args, **{**kwargs, "device": _META, "requires_grad": False})
             ref = recorder.new_storage(tensor, device)
             recorder.add(op, (tensor.size(),), {"dtype": tensor.dtype, "device": device}, (), (ref,), sys._getframe(2))
-        return tensor
-
-    return handler
-
-
-def _device(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device:
-    with DisableTorchFunction():
-        recording = recorded(args[0])
-        return args[0].device if recording is None else recording.device
-
-
-def _is_device_type(kind: str) -> Handler:
-    def handler(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        return _device(recorder, func, args, kwargs).type == kind
+            return recorded_tensor(tensor, device, requires_grad)
 
     return handler
 
 
 def _get_device(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    device = _device(recorder, func, args, kwargs)
+    device = args[0].device
     return -1 if device.type == "cpu" else device.index or 0
-
-
-def _type(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with DisableTorchFunction():
-        recording = recorded(args[0])
-        if recording is None or len(args) > 1 or kwargs:
-            return func(*args, **kwargs)
-        prefix = "torch." if recording.device.type == "cpu" else f"torch.{recording.device.type}."
-        return func(args[0]).replace("torch.meta.", prefix)
 
 
 def _data_ptr(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     # code compares addresses to find shared memory, so they have to be equal exactly where the memory is shared
     with DisableTorchFunction():
         tensor = args[0]
-        if recorded(tensor) is None:
+        if not isinstance(tensor, RecordedTensor):
             return int(tensor.data_ptr())
-        return int(tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size())
+        return int(tensor._meta.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size())
+
+
+def _address(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Where the values are: whoever asks when no block is open means to read them."""
+    return recorder.true_value(args[0]).data_ptr()
 
 
 def _to(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -126,9 +112,7 @@ def _to(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         copy = positional.pop(copy_at) if len(positional) > copy_at else keywords.pop("copy", False)
         memory_format = keywords.pop("memory_format", None)
         if isinstance(other, Tensor):
-            like = recorded(other)
-            device = other.device if like is None else like.device
-            dtype = other.dtype
+            device, dtype = other.device, other.dtype
             non_blocking = positional[1] if len(positional) > 1 else keywords.get("non_blocking", False)
         else:
             parsed: tuple[Any, ...] = parse_to(*positional, **keywords)
@@ -175,16 +159,21 @@ _AUTOCAST: tuple[Any, ...] = (
 )
 _AUTOCAST += (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.scaled_dot_product_attention)
 
+LATER_HANDLERS: dict[Any, Handler] = {
+    Tensor.get_device: _get_device,
+    Tensor.data_ptr: _address,
+    Tensor.to: _to,
+    Tensor.cpu: _cpu,
+    Tensor.cuda: _cuda,
+}
+"""Those that also answer when no block is open."""
+
 HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys(_AUTOCAST, _autocast),
     torch.empty: _empty,
     torch.ones: _filled(torch.ops.aten.ones.default),
     torch.zeros: _filled(torch.ops.aten.zeros.default),
-    Tensor.device.__get__: _device,
-    Tensor.is_cpu.__get__: _is_device_type("cpu"),  # type: ignore[attr-defined]
-    Tensor.is_cuda.__get__: _is_device_type("cuda"),  # type: ignore[attr-defined]
     Tensor.get_device: _get_device,
-    Tensor.type: _type,
     Tensor.data_ptr: _data_ptr,
     Tensor.to: _to,
     Tensor.cpu: _cpu,

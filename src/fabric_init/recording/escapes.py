@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fabric_init._torch_internals import DisableTorchFunction, reduce_ex_internal, typed_storage
+from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, reduce_ex_internal, typed_storage
 from fabric_init.errors import RecordingError
 from fabric_init.recording.device_queries import Handler
 from fabric_init.recording.recorder import Recorder
-from fabric_init.recording.storage_tags import recorded
+from fabric_init.recording.tensor import RecordedTensor, recorded, recorded_tensor
 
 
 def _with_true_value(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -20,8 +20,6 @@ def _with_true_value(recorder: Recorder, func: Any, args: tuple[Any, ...], kwarg
         if recorded(args[0]) is None:
             return func(*args, **kwargs)
         real = recorder.true_value(args[0])
-        if func is Tensor.__repr__ and args[0].is_leaf:
-            real = real.detach().requires_grad_(args[0].requires_grad)
         result = func(real, *args[1:], **kwargs)
     if hasattr(result, "flags"):
         result.flags.writeable = False  # a write could not reach the recorded tensor: let NumPy raise
@@ -101,11 +99,26 @@ def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
     """Run ``p.data = t``. torch refuses to mix meta and real memory, so a real ``t`` is recorded as a constant."""
     target, value = args
     with DisableTorchFunction():
-        if recorded(target) is not None and not value.is_meta:
+        if recorded(target) is not None and recorded(value) is None and not value.is_meta:
             value = recorder.constant(value.detach())
-        elif not target.is_meta and recorded(value) is not None:
+        elif recorded(target) is None and not target.is_meta and recorded(value) is not None:
             value = recorder.true_value(value)
+        if isinstance(value, RecordedTensor) and not isinstance(target, RecordedTensor):
+            value = value._meta
+        elif isinstance(target, RecordedTensor) and not isinstance(value, RecordedTensor) and (like := recorded(value)):
+            value = recorded_tensor(value, like.device)
         func(target, value)
+        if isinstance(target, RecordedTensor) and isinstance(value, RecordedTensor):
+            with DisableTorchDispatch():
+                target._meta, target._claimed = value._meta.detach(), value._claimed
+
+
+def _get_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``t.data``, also of a lazy tensor, which asks it for the device that it is to get its memory on."""
+    with DisableTorchFunction():
+        data = func(*args)
+        found = None if isinstance(data, RecordedTensor) else recorded(data)
+        return data if found is None else recorded_tensor(data, found.device)
 
 
 HANDLERS: dict[Any, Handler] = {
@@ -114,7 +127,6 @@ HANDLERS: dict[Any, Handler] = {
     Tensor.__array__: _with_true_value,
     Tensor.__dlpack__: _with_true_value,
     Tensor.__dlpack_device__: _with_true_value,
-    Tensor.__repr__: _with_true_value,
     Tensor.untyped_storage: _untyped_storage,
     Tensor.share_memory_: _share_memory,
     Tensor.__getitem__: _index,
@@ -123,5 +135,6 @@ HANDLERS: dict[Any, Handler] = {
     Tensor.new: _new_tensor,
     torch.tensor: _tensor,
     torch.as_tensor: _tensor,
+    Tensor.data.__get__: _get_data,  # type: ignore[attr-defined]
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
 }

@@ -46,12 +46,18 @@ def is_final(tape: Tape, storage: int, before: int) -> bool:
 
 
 def live_ops(
-    tape: Tape, storages: Iterable[int], *, exact: bool, before: int | None = None, inputs: Collection[int] = ()
+    tape: Tape,
+    storages: Iterable[int],
+    *,
+    exact: bool,
+    before: int | None = None,
+    inputs: Collection[int] = (),
+    cut: Collection[int] = (),
 ) -> set[int]:
     """Return the numbers of the ops that have to run so that ``storages`` hold their recorded values.
 
-    For each storage these are its last full write and the writes after it, and the same for every storage that those
-    read, as of the op that reads it.
+    For each storage these are its last full write and the writes after it, but for parts that are overwritten later,
+    and the same for every storage that those read, as of the op that reads it.
 
     Args:
         tape: The recording.
@@ -61,9 +67,11 @@ def live_ops(
         before: Take the values of ``storages`` just before this op number; the last ones if ``None``.
         inputs: Storages whose last values come from elsewhere. An op that reads the last value of one does not make
             the ops live that compute it.
+        cut: Storages of which no op is live that only computes what others read there, whenever they read it.
     """
     live: set[int] = set()
     seen: set[tuple[int, int]] = set()
+    skipped: set[int] = set()
     storage_work = [(storage, before) for storage in storages]
     op_work: list[int] = []
     while storage_work or op_work:
@@ -76,21 +84,30 @@ def live_ops(
             storage_work.extend(
                 (ref.storage, index)
                 for ref in op.reads()
-                if ref.storage not in inputs or not is_final(tape, ref.storage, index)
+                if ref.storage not in cut and (ref.storage not in inputs or not is_final(tape, ref.storage, index))
             )
             draw = op.draw
             if draw is not None and draw.previous is not None and (exact or tape.streams[draw.stream].exact):
                 op_work.append(draw.previous)
             continue
         storage, limit = storage_work.pop()
+        overwritten: set[TensorRef] = set()  # parts that ops after the present one write in full
         for index in reversed(tape.writers.get(storage, ())):
             if limit is not None and index >= limit:
                 continue
-            if (storage, index) in seen:
-                break
-            seen.add((storage, index))
-            op_work.append(index)
-            if writes_whole(tape, tape.ops[index], storage):
+            op = tape.ops[index]
+            here = {ref for ref in op.targets if ref.storage == storage}
+            if here and here <= overwritten:
+                skipped.add(storage)
+                continue
+            if overwrites(op.func):
+                overwritten |= here
+            if (storage, index) not in seen:
+                seen.add((storage, index))
+                op_work.append(index)
+            elif storage not in skipped:
+                break  # otherwise an earlier walk has left out ops that this one may need
+            if writes_whole(tape, op, storage):
                 break
     return live
 

@@ -58,9 +58,12 @@ def plain_shape(func: Any, args: tuple[Any, ...]) -> Sequence[int] | None:
 
 def written_tensors(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
     """Return the tensors that the call writes in place."""
+    op_traits = traits(func)
+    if op_traits.training is not None and args[op_traits.training : op_traits.training + 1] == (False,):
+        return []
     return [
         tensor
-        for position, name in traits(func).written
+        for position, name in op_traits.written
         for tensor in tensors_in((args[position] if position < len(args) else kwargs.get(name),))
     ]
 

@@ -21,20 +21,30 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import Self
 
 from fabric_init import _log
-from fabric_init._gc import PausedCollector
-from fabric_init._torch_internals import DisableTorchFunction, get_current_function_mode_stack, no_grad_trunc_normal_
+from fabric_init._torch_internals import (
+    DisableTorchDispatch,
+    DisableTorchFunction,
+    DisableTorchFunctionSubclass,
+    get_current_function_mode_stack,
+    no_grad_trunc_normal_,
+)
 from fabric_init.recording import device_queries, escapes
 from fabric_init.recording.call_site import init_call
 from fabric_init.recording.device_queries import Handler
+from fabric_init.recording.later import Later
 from fabric_init.recording.op_schemas import INIT_FUNCTIONS
 from fabric_init.recording.recorder import Recorder
-from fabric_init.recording.storage_tags import recorded
+from fabric_init.recording.replay import real_execution
 from fabric_init.recording.tape import Rng, Tape, check_rng
+from fabric_init.recording.tensor import RecordedTensor, claim_all, recorded, recorded_class, recorded_tensor
 
 # The init functions that call a function mode; the others are found by their frame on the stack.
 _INIT_WITH_MODE: dict[str, Any] = {
     name: INIT_FUNCTIONS[name] for name in ("uniform_", "normal_", "constant_", "kaiming_uniform_")
 }
+_RECORDED_ALONE = (RecordedTensor,)
+_ASKED_OF_EACH_PARAMETER = frozenset({Tensor.requires_grad_, Tensor.grad_fn.__get__})  # type: ignore[union-attr]
+_NEW_PARAMETER = torch.nn.Parameter.__new__.__code__
 _TRUNC_NORMAL = no_grad_trunc_normal_.__code__
 _logger = _log.channel("record")
 
@@ -48,13 +58,14 @@ class RecordMode(TorchFunctionMode):
     Args:
         rng: How random numbers are drawn at replay; see :func:`fabric_init.deferred_init`.
         agree: Maps the seed of this process to the one that all ranks use.
+        skips_init: Whether the default generator is left where Lightning's ``empty_init=True`` leaves it.
     """
 
-    def __init__(self, rng: Rng = "per_op", agree: Callable[[int], int] = int) -> None:
+    def __init__(self, rng: Rng = "per_op", agree: Callable[[int], int] = int, *, skips_init: bool = False) -> None:
         super().__init__()
         self.tape = Tape(rng)
-        self.recorder = Recorder(self.tape, agree)
-        self._collector = PausedCollector()
+        self.recorder = Recorder(self.tape, agree, skips_init=skips_init)
+        self.tape.later = Later(self.tape)
         self._opened = 0.0
 
     def __repr__(self) -> str:
@@ -62,7 +73,6 @@ class RecordMode(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         self.recorder.__enter__()
-        self._collector.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         _logger.debug("block opened, rng=%r", self.tape.rng)
         self._opened = time.perf_counter()
@@ -73,24 +83,34 @@ class RecordMode(TorchFunctionMode):
     ) -> None:
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         self.recorder.__exit__(kind, error, trace)
-        self._collector.__exit__(kind, error, trace)
-        if _logger.isEnabledFor(logging.DEBUG):  # the summary of a large tape takes time
+        self.tape.later.block_is_open = False
+        if _logger.isEnabledFor(logging.DEBUG):  # the summary of a large tape is not for free
             seconds, raised = time.perf_counter() - self._opened, "" if kind is None else f" by {kind.__name__}"
             _logger.debug("block closed%s after %.3f s: %s", raised, seconds, self.tape.summary())
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if types == _RECORDED_ALONE:
+            if func in _ASKED_OF_EACH_PARAMETER and not kwargs:
+                with DisableTorchFunctionSubclass():
+                    return func(*args)
+        elif types and not all(issubclass(kind, Tensor) for kind in types):
+            return func(*args, **(kwargs or {}))  # a proxy of torch.fx, say, which has an answer of its own
+        if self.tape.has_plain:
+            with real_execution():
+                claim_all((args, (kwargs or {}).values()))
         handler = _HANDLERS.get(func)
         if handler is not None:
             return handler(self.recorder, func, args, kwargs or {})
         if type(func) is FunctionType and (original := _replaced(func, sys._getframe(2))) is not None:
             return _init_function(self.recorder, original, args, kwargs or {})
-        if not kwargs:
-            return func(*args)
-        if kwargs.get("device") is not None:
+        if kwargs and kwargs.get("device") is not None:
             return device_queries.on_device_by_name(self.recorder, func, args, kwargs)
-        return func(*args, **kwargs)
+        if types == _RECORDED_ALONE or (types and all(issubclass(kind, RecordedTensor) for kind in types)):
+            with DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 # -- whole init functions ----------------------------------------------------------------------------------------------
@@ -126,7 +146,7 @@ def _recordable(func: Any, tensor: Tensor) -> bool:
 
 def _is_meta(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     with DisableTorchFunction():
-        if recorded(args[0]) is None:
+        if not isinstance(args[0], RecordedTensor):
             return bool(args[0].is_meta)
         caller = sys._getframe(2)
         if caller.f_code is _TRUNC_NORMAL and (init_frame := init_call(caller)) is not None:
@@ -136,9 +156,24 @@ def _is_meta(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[
     return False
 
 
+def _detach(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What ``nn.Parameter`` asks of each tensor first, hence this shortcut past the dispatcher."""
+    tensor = args[0]
+    with DisableTorchFunction():
+        if not isinstance(tensor, RecordedTensor) or tensor.grad_fn is not None:
+            return func(*args, **kwargs)  # type: ignore[no-any-return]
+        with DisableTorchDispatch():
+            detached = recorded_tensor(tensor._meta.detach(), tensor._claimed)
+        asking = sys._getframe(2)
+        if asking.f_code is _NEW_PARAMETER and (own := asking.f_locals["cls"]) is not torch.nn.Parameter:
+            tensor.__class__ = detached.__class__ = recorded_class(own)  # type: ignore[assignment]  # torch wants both to be of one class
+        return detached
+
+
 _HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys(_INIT_WITH_MODE.values(), _init_function),
     Tensor.is_meta.__get__: _is_meta,  # type: ignore[attr-defined]
+    Tensor.detach: _detach,
     **device_queries.HANDLERS,
     **escapes.HANDLERS,
 }

@@ -90,11 +90,18 @@ _WRITTEN_UNMARKED = {
 }
 
 
+# Select elements by an index: what comes out of a tensor that waits may wait as well, whatever the index is.
+INDEXES = frozenset(
+    {f"aten::{name}" for name in ("index", "index_select", "gather", "take", "take_along_dim", "_unsafe_index")}
+)
+
+
 class Traits(NamedTuple):
     """The properties of an aten operator that recording depends on."""
 
     name: str
     written: tuple[tuple[int, str], ...]  # (position, name) of the arguments that it writes
+    training: int | None  # the position of a flag without which it writes nothing (batch norm)
     has_device: bool
     takes_generator: bool
     takes_dtype: bool
@@ -120,6 +127,7 @@ def traits(func: OpOverload) -> Traits:
     return Traits(
         name=schema.name,
         written=written,
+        training=next((i for i, argument in enumerate(schema.arguments) if argument.name == "training"), None),
         has_device=any(argument.name == "device" for argument in schema.arguments),
         takes_generator=any(argument.name == "generator" for argument in schema.arguments),
         takes_dtype=any(argument.name == "dtype" for argument in schema.arguments),
@@ -139,6 +147,12 @@ def overwrites(func: Func) -> bool:
         return True  # an init function
     schema = func._schema
     return schema.name in _OVERWRITING or any(argument.is_out for argument in schema.arguments)
+
+
+@cache
+def has_out(func: Func) -> bool:
+    """Return whether ``func`` writes its result to tensors that it is given as ``out=``, and may change their shape."""
+    return isinstance(func, OpOverload) and any(argument.is_out for argument in func._schema.arguments)
 
 
 @cache

@@ -6,7 +6,7 @@ Which op is recorded and which runs for real is laid down in [Note: what is reco
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from typing_extensions import Self
 
-from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, TorchDispatchMode
+from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, OpOverload, TorchDispatchMode
 from fabric_init.errors import RecordingError
 from fabric_init.recording.call_site import caller, init_call
 from fabric_init.recording.meta_kernels import (
@@ -31,8 +31,10 @@ from fabric_init.recording.meta_kernels import (
 from fabric_init.recording.op_schemas import DRAWS_FROM_DEFAULT, INIT_FUNCTIONS, Func, is_random, traits
 from fabric_init.recording.replay import real_execution, storage_now, view
 from fabric_init.recording.rng import Streams
-from fabric_init.recording.storage_tags import Recorded, begin, recorded, ref_of
+from fabric_init.recording.storage import RecordedStorage
+from fabric_init.recording.storage_tags import Recorded, begin, ref_of
 from fabric_init.recording.tape import Draw, Tape, TensorRef
+from fabric_init.recording.tensor import ASKS_DEVICE, RecordedTensor, follow_meta, meta_of, recorded, recorded_tensor
 
 _CPU = torch.device("cpu")
 
@@ -43,16 +45,19 @@ class Recorder(TorchDispatchMode):
     Args:
         tape: The tape to write.
         agree: Maps the seed of this process to the one that all ranks use.
+        skips_init: Whether the default generator is left where Lightning's ``empty_init=True`` leaves it.
     """
 
-    def __init__(self, tape: Tape, agree: Callable[[int], int] = int) -> None:
+    def __init__(self, tape: Tape, agree: Callable[[int], int] = int, *, skips_init: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape = tape
         self.exact = tape.rng == "eager"
         self._agree = agree
+        self._skips_init = skips_init
         self.streams: Streams | None = None
-        self._intended_device: torch.device | None = None  # what memory is meant for while torch allocates it on meta
-        self._running_init: FrameType | None = None  # a recorded init function whose own ops are not to be recorded
+        self._intended_device: torch.device | None = None  # a device that has to be named to torch as meta
+        self.recognizes_init_calls = True
+        self._running_init: FrameType | None = None  # the init function that is recorded already, while its ops come in
 
     def __repr__(self) -> str:
         return f"<Recorder: {self.tape.summary()}>"
@@ -63,7 +68,7 @@ class Recorder(TorchDispatchMode):
 
     def __enter__(self) -> Self:
         with real_execution():
-            self.streams = Streams(self.tape, exact=self.exact, agree=self._agree)
+            self.streams = Streams(self.tape, exact=self.exact, agree=self._agree, skips_init=self._skips_init)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -79,8 +84,10 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if func is ASKS_DEVICE:
+            return args[0].device
         with DisableTorchFunction():
-            return self._dispatch(func, args, dict(kwargs) if kwargs else {})
+            return self.record_op(func, args, dict(kwargs) if kwargs else {})
 
     @contextmanager
     def intended_device(self, device: torch.device) -> Iterator[None]:
@@ -93,12 +100,14 @@ class Recorder(TorchDispatchMode):
 
     # -- ops ---------------------------------------------------------------------------------------------------------
 
-    def _dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def record_op(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         op_traits = traits(func)
-        if op_traits.plain_fill and self.lookup(args[0]) is not None:
+        if op_traits.plain_fill and (target := self.lookup(args[0])) is not None and target.memory is None:
             return self._fill(func, args, kwargs)
         tensors = list(tensors_in((args, kwargs.values())))
         recordings = [recording for tensor in tensors if (recording := self.lookup(tensor)) is not None]
+        if any(recording.memory is not None for recording in recordings):
+            return self._with_memory(func, args, kwargs)
         if not recordings:
             if tensors and not (op_traits.unfilled and kwargs.get("device") is not None):
                 return self._untracked(func, args, kwargs, tensors)
@@ -121,7 +130,7 @@ class Recorder(TorchDispatchMode):
             return func(*self._real(args), **self._real(kwargs))  # writes a real tensor: run it now
 
         frame = sys._getframe(2)
-        init_frame = init_call(frame) if recordings or op_traits.has_device else None
+        init_frame = init_call(frame) if self.recognizes_init_calls and (recordings or op_traits.has_device) else None
         if init_frame is not None:
             self.record_init_frame(init_frame)
         try:
@@ -131,16 +140,15 @@ class Recorder(TorchDispatchMode):
         if not all(is_dense(tensor) for tensor in tensors_in((result,))):
             with real_execution():  # the tape only describes strided memory, so a sparse tensor is real at once
                 return func(*self._real(args), **self._real(kwargs))
-        if init_frame is not None and init_frame is self._running_init:
-            return result  # its ops are part of the recorded call
-        self._record(func, args, kwargs, recordings, written, result, frame)
-        return result
+        if init_frame is None or init_frame is not self._running_init:  # else its ops are part of the recorded call
+            self._record(func, args, kwargs, recordings, written, result, frame)
+        return self._wrapped(result, tensors, recordings, kwargs)
 
     def _fill(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """Record an in-place fill without running its meta kernel: it changes no shape, and most init ends in one."""
         frame = sys._getframe(3)
         target: torch.Tensor = args[0]
-        init_frame = init_call(frame)
+        init_frame = init_call(frame) if self.recognizes_init_calls else None
         if init_frame is not None:
             self.record_init_frame(init_frame)
         if init_frame is None or init_frame is not self._running_init:
@@ -205,7 +213,7 @@ class Recorder(TorchDispatchMode):
         streams = self.streams.of(generator)
         draw: Draw = streams.draw()
         number = self.tape.add_op(func, args, kwargs, targets, outputs, draw, caller(frame), default_dtype)
-        streams.drawn(number)
+        streams.drawn(number, by_init=not isinstance(func, OpOverload))
 
     def add_init(self, func: Func, tensor: torch.Tensor, options: dict[str, Any], frame: FrameType | None) -> None:
         """Write a whole ``torch.nn.init`` call to the tape."""
@@ -241,10 +249,9 @@ class Recorder(TorchDispatchMode):
         return recording
 
     def ref(self, tensor: torch.Tensor) -> TensorRef:
-        """Return the reference to a recorded tensor."""
         recording = self.lookup(tensor)
         assert recording is not None
-        return ref_of(tensor, recording.storage)
+        return ref_of(meta_of(tensor), recording.storage)
 
     def constant(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a new recorded tensor with the value of the real ``tensor``."""
@@ -253,17 +260,21 @@ class Recorder(TorchDispatchMode):
         ref = self.new_storage(meta, tensor.device)
         value = self.tape.add_constant(tensor)
         self.tape.add_op(torch.ops.aten.clone.default, (value,), {}, (), (ref,), None, caller(sys._getframe(1)))
-        return meta
+        return recorded_tensor(meta, tensor.device)
 
     def new_storage(self, tensor: torch.Tensor, device: torch.device) -> TensorRef:
         """Start recording the storage of ``tensor``, meant for ``device``; return the reference to it."""
         return ref_of(tensor, begin(tensor, self.tape, device))
 
+    def constant_value(self, value: torch.Tensor) -> torch.Tensor:
+        """What the tape holds of a real tensor that an op reads: its value at this moment."""
+        return value.detach().clone()
+
     def _grow(self, tensor: torch.Tensor) -> None:
         recording = self.lookup(tensor)
         assert recording is not None
         info = self.tape.storages[recording.storage]
-        self.tape.storages[recording.storage] = info._replace(nbytes=tensor.untyped_storage().nbytes())
+        self.tape.storages[recording.storage] = info._replace(nbytes=meta_of(tensor).untyped_storage().nbytes())
 
     def _refs(self, value: Any) -> Any:
         """Return ``value`` with tensors replaced by references and constants.
@@ -280,7 +291,7 @@ class Recorder(TorchDispatchMode):
                     "was created outside this block. Create it inside the block, or on a real device."
                 )
             with DisableTorchDispatch():
-                return self.tape.add_constant(value.detach().clone())
+                return self.tape.add_constant(self.constant_value(value))
         if type(value) is dict:
             return {name: self._refs(item) for name, item in value.items()}
         if type(value) in (list, tuple):
@@ -292,6 +303,7 @@ class Recorder(TorchDispatchMode):
     def _on_meta(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         def meta(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
+                value = meta_of(value)
                 return value if value.is_meta or value.dim() == 0 else like_on_meta(value)
             if type(value) in (list, tuple):
                 return type(value)([meta(item) for item in value])
@@ -310,25 +322,65 @@ class Recorder(TorchDispatchMode):
         result = func(*(meta(value) for value in args), **kwargs)
         return map_tensors(result, lambda tensor: dense(tensor) if recorded(tensor) is None else tensor)
 
+    def _with_memory(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An op on tensors of an earlier block that have their values: on real ones, from here on."""
+        given: dict[int, torch.Tensor] = {}
+
+        def real(tensor: torch.Tensor) -> torch.Tensor:
+            recording = self.lookup(tensor)
+            if recording is None or recording.memory is None:
+                return tensor
+            value: torch.Tensor = self.tape.later.value(tensor, "be read")
+            given[id(value)] = tensor
+            return value
+
+        real_args, real_kwargs = map_tensors((args, kwargs), real)
+        result = self.record_op(func, real_args, real_kwargs)
+        return map_tensors(result, lambda tensor: given.get(id(tensor), tensor))
+
     def _with_true_values(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], recordings: list[Recorded]
     ) -> Any:
-        """Run ``func`` on the current values of its arguments, and record the tensors that it returns."""
-        with real_execution(), _generator_kept(func, kwargs):  # replay makes the recorded draw: this one must not count
+        """Run ``func`` on the values that its arguments would have by now; tensors that come out are recorded."""
+        with real_execution(), _generator_kept(func, kwargs):  # a recorded draw is made by replay, not here
             real = func(*self._real(args), **self._real(kwargs))
             if not any(True for _ in tensors_in((real,))) or not all(is_dense(t) for t in tensors_in((real,))):
                 return real
             result = map_tensors(real, like_on_meta)
         self._record(func, args, kwargs, recordings, written_tensors(func, args, kwargs), result, sys._getframe(2))
-        return result
+        return self._wrapped(result, (), recordings, kwargs)
+
+    def _wrapped(self, result: Any, tensors: Iterable[torch.Tensor], recordings: list[Recorded], kwargs: Any) -> Any:
+        """What an op on meta tensors has returned, as recorded tensors: those that were passed in stay themselves."""
+        passed = {id(meta_of(tensor)): tensor for tensor in tensors}
+
+        def wrapped(meta: torch.Tensor) -> torch.Tensor:
+            tensor = passed.get(id(meta))
+            if tensor is None:
+                recording = recorded(meta)
+                return meta if recording is None else recorded_tensor(meta, recording.device)
+            if isinstance(tensor, RecordedTensor) and (
+                meta.size() != tensor.size() or meta.stride() != tensor.stride()
+            ):
+                follow_meta(tensor)
+            return tensor
+
+        return map_tensors(result, wrapped)
 
     def _set_storage(self, args: tuple[Any, ...]) -> Any:
         """Run ``t.set_(storage, …)``, which is how ``torch.load`` builds tensors."""
-        if args[1].device.type == "meta":
-            return torch.ops.aten.set_.source_Storage_storage_offset(*args)
+        if args[1].device.type == "meta" or isinstance(args[1], RecordedStorage):
+            torch.ops.aten.set_.source_Storage_storage_offset(meta_of(args[0]), *args[1:])
+            return self._followed(args[0])
         with real_execution():
             real = torch.empty(0, dtype=args[0].dtype, device=args[1].device).set_(*args[1:])
-        return torch.ops.aten.set_.source_Tensor(args[0], self.constant(real))
+        torch.ops.aten.set_.source_Tensor(meta_of(args[0]), meta_of(self.constant(real)))
+        return self._followed(args[0])
+
+    def _followed(self, tensor: torch.Tensor) -> torch.Tensor:
+        if isinstance(tensor, RecordedTensor):
+            follow_meta(tensor)
+        return tensor
 
     def _untracked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
         if not traits(func).random or any(tensor.is_meta for tensor in tensors) or kwargs.get("generator") is not None:
@@ -337,7 +389,7 @@ class Recorder(TorchDispatchMode):
         # then copy their true values.
         stand_ins = {id(tensor): self.constant(tensor.detach().clone()) for tensor in tensors}
         swapped_args, swapped_kwargs = map_tensors((args, kwargs), lambda tensor: stand_ins[id(tensor)])
-        result = self._dispatch(func, swapped_args, swapped_kwargs)
+        result = self.record_op(func, swapped_args, swapped_kwargs)
         originals = {id(stand_ins[id(tensor)]): tensor for tensor in tensors}
         for tensor in written_tensors(func, args, kwargs):
             with real_execution():
@@ -353,9 +405,12 @@ class Recorder(TorchDispatchMode):
         return map_tensors(value, lambda tensor: tensor if recorded(tensor) is None else self.true_value(tensor))
 
     def true_value(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the current value of ``tensor`` as a real tensor, by replaying that tensor alone."""
+        """What the constructor would find in ``tensor`` at this point, as a real tensor. Replays that tensor alone."""
         recording = self.lookup(tensor)
         assert recording is not None
+        if recording.memory is not None or self.tape.later.waiting.missing([recording.storage]):
+            value: torch.Tensor = self.tape.later.value(tensor, "be read")  # of an earlier block: it may wait
+            return value
         memory, random = storage_now(self.tape, recording.storage, exact=self.exact)
         if random:
             self.tape.sealed_rng = self.tape.rng

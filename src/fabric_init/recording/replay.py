@@ -16,6 +16,7 @@ from fabric_init.recording.liveness import covers, is_final, live_ops
 from fabric_init.recording.op_schemas import overwrites, with_generator
 from fabric_init.recording.replay_rng import ReplayStreams
 from fabric_init.recording.tape import Constant, Op, Tape, TensorRef
+from fabric_init.recording.tracing import outside_tracing
 
 _default_generator_lock = threading.Lock()
 
@@ -23,7 +24,13 @@ _default_generator_lock = threading.Lock()
 @contextmanager
 def real_execution() -> Iterator[None]:
     """Switch off all dispatch and function modes, ours and the user's, and autograd: ops inside reach their kernels."""
-    with DisableTorchDispatch(), DisableTorchFunction(), torch.no_grad():
+    with (
+        outside_tracing(),
+        DisableTorchDispatch(),
+        DisableTorchFunction(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
         yield
 
 
@@ -157,7 +164,7 @@ class _Execution:
         same_layout = (tensor.storage_offset(), tensor.size(), tensor.stride()) == (ref.offset, ref.size, ref.stride)
         if same_layout and storage.nbytes() == self._tape.storages[ref.storage].nbytes:
             self._memory[ref.storage] = storage
-        else:
+        elif tensor.numel() or not ref.size.numel():  # else a result that the kernel leaves out: batch norm's, in eval
             view(self._storage(ref.storage, zeroed=False), ref).copy_(tensor)
 
 

@@ -16,11 +16,16 @@ follow. No hook reports these calls, but all of them set the generator's seed. T
 - At the end of the block the default generator returns to its first state plus one draw, so that a second block
   differs from the first, and other generators get a fresh seed, so that they do not repeat the weights' numbers. A
   generator that the constructor itself has seeded last is not touched.
+- A block that skips initialization, as Lightning's ``empty_init=True`` does, leaves the default generator where it was
+  if nothing but ``torch.nn.init`` drew from it. The draw comes when the model's own init is asked for. A block that
+  starts from the same state before that has other numbers nevertheless (:func:`_apart`).
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import weakref
 from collections.abc import Callable
 from ctypes import string_at
 
@@ -35,6 +40,43 @@ def derived_seed(seed: int, position: int) -> int:
     """Return the seed for draw number ``position`` of the stream ``seed``: a 63-bit hash of both."""
     digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") & _LAST_63_BITS
+
+
+_undrawn: list[tuple[int, weakref.ref[Tape]]] = []
+"""Blocks that have left the default generator where it was: the seed of that state, and the tape."""
+
+
+def _apart(seed: int) -> int:
+    """Return ``seed``, or another one if a model whose own init is still to come has it."""
+    if any(other == seed for other, _ in _still_undrawn()):
+        gc.collect()  # models that are gone, but for a reference cycle, do not count
+        while any(other == seed for other, _ in _still_undrawn()):
+            seed = derived_seed(seed, -2)
+    return seed
+
+
+def _still_undrawn() -> list[tuple[int, weakref.ref[Tape]]]:
+    _undrawn[:] = [
+        (seed, reference)
+        for seed, reference in _undrawn
+        if (tape := reference()) is not None and not tape.current().own_init_ran
+    ]
+    return _undrawn
+
+
+def own_init_runs(tape: Tape) -> None:
+    """Draw once from the default generator, as every init does, before the own init of a model on ``tape`` runs."""
+    if not tape.own_init_ran and any(tape.current() is other.current() for other in _undrawn_tapes()):
+        _draw_once(torch.default_generator)
+    tape.own_init_ran = True
+
+
+def _undrawn_tapes() -> list[Tape]:
+    return [tape for _, reference in _undrawn if (tape := reference()) is not None]
+
+
+def _draw_once(generator: torch.Generator) -> None:
+    torch.empty((), dtype=torch.int64, device=generator.device).random_(generator=generator)
 
 
 def _snapshot(generator: torch.Generator) -> dict[torch.device, torch.Tensor]:
@@ -61,11 +103,12 @@ class _GeneratorStreams:
         states = _snapshot(generator)
         self.start = states[generator.device]
         digest = hashlib.blake2b(string_at(self.start.data_ptr(), self.start.numel()), digest_size=8).digest()
-        seed = int.from_bytes(digest, "little") & _LAST_63_BITS
+        seed = _apart(int.from_bytes(digest, "little") & _LAST_63_BITS)
         self.stream = tape.add_stream(Stream(exact, agree(seed), states))
         self._next = Draw(self.stream, 0, None)
+        self.only_init = True  # whether nothing but functions of torch.nn.init has drawn
         self._labels: dict[int, Draw] = {}
-        self._label = seed
+        self._label = self.seed = seed
         self._mark()
 
     def _mark(self) -> None:
@@ -83,8 +126,9 @@ class _GeneratorStreams:
             self._next = position
         return self._next
 
-    def drawn(self, number: int) -> None:
-        """Label the generator's state as "after op ``number``"."""
+    def drawn(self, number: int, *, by_init: bool) -> None:
+        """Label the generator's state as "after op ``number``", which was ``by_init``, a function of torch.nn.init."""
+        self.only_init = self.only_init and by_init
         self._next = Draw(self._next.stream, self._next.position + 1, number)
         self._mark()
 
@@ -96,8 +140,9 @@ class _GeneratorStreams:
 class Streams:
     """All generators of one recording. Use it with torch's modes switched off."""
 
-    def __init__(self, tape: Tape, *, exact: bool, agree: Callable[[int], int] = int) -> None:
+    def __init__(self, tape: Tape, *, exact: bool, agree: Callable[[int], int] = int, skips_init: bool = False) -> None:
         self._tape = tape
+        self._skips_init = skips_init
         self._default = _GeneratorStreams(tape, torch.default_generator, exact=exact, agree=agree)
         self._others: dict[int, _GeneratorStreams] = {}
         self.default_stream = self._default.stream
@@ -119,8 +164,43 @@ class Streams:
         """
         if not self._default.reseeded():
             self._default.generator.set_state(self._default.start)
-            torch.empty((), dtype=torch.int64).random_(generator=self._default.generator)
+            if self._skips_init and self._default.only_init:
+                _undrawn.append((self._default.seed, weakref.ref(self._tape)))
+            else:
+                _draw_once(self._default.generator)
         for streams in self._others.values():
             if not streams.reseeded():
                 seed = self._tape.streams[streams.stream].seed
                 streams.generator.manual_seed(derived_seed(seed, -1))
+
+
+class LateStreams:
+    """Where ops draw from that are recorded after their block: each from a generator of its own.
+
+    Its seed is drawn from the generator that the user's code has at that moment, so that it moves on, as in plain
+    PyTorch, and ranks with one seed record one value.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        self._tape = tape
+
+    def of(self, generator: torch.Generator | None) -> LateDraws:
+        """Return the draws from ``generator``; ``None`` is torch's default one."""
+        return LateDraws(self._tape, generator)
+
+
+class LateDraws:
+    """The one draw that an op makes."""
+
+    def __init__(self, tape: Tape, generator: torch.Generator | None) -> None:
+        self._tape = tape
+        self._generator = generator if generator is not None else torch.default_generator
+
+    def draw(self) -> Draw:
+        """Return the place of the op that is about to be recorded."""
+        number = torch.empty((), dtype=torch.int64, device=self._generator.device)
+        seed = int(number.random_(generator=self._generator)) & _LAST_63_BITS
+        return Draw(self._tape.add_stream(Stream(True, seed, {})), 0, None)
+
+    def drawn(self, number: int, *, by_init: bool) -> None:
+        """Nothing follows in this stream."""

@@ -6,18 +6,27 @@ tensor up is one attribute read, and a tape is freed together with the tensors t
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import weakref
 
 import torch
 
+from fabric_init.recording.storage import RecordedStorage
 from fabric_init.recording.tape import Tape, TensorRef
 
 
-class Recorded(NamedTuple):
-    """The attribute of a recorded storage object: the tape it was first recorded on, and its number there."""
+class Recorded:
+    """The attribute of a recorded storage object: the tape it was first recorded on, and its number there.
 
-    first_tape: Tape
-    storage: int
+    ``memory`` is where its values are, and at which byte, once they have come: tensors that nobody has turned into
+    plain ones by then, such as views in a closure, find them there.
+    """
+
+    __slots__ = ("__weakref__", "first_tape", "memory", "storage")
+
+    def __init__(self, first_tape: Tape, storage: int) -> None:
+        self.first_tape = first_tape
+        self.storage = storage
+        self.memory: tuple[torch.UntypedStorage, int] | None = None
 
     @property
     def tape(self) -> Tape:
@@ -28,8 +37,8 @@ class Recorded(NamedTuple):
         return self.tape.storages[self.storage].device
 
 
-def recorded(tensor: torch.Tensor) -> Recorded | None:
-    """Return the recording of ``tensor``'s storage, or ``None`` if it is not recorded."""
+def recorded_storage(tensor: torch.Tensor) -> Recorded | None:
+    """Return the recording of the storage of a plain meta ``tensor``, or ``None`` if it is not recorded."""
     if not tensor.is_meta:
         return None
     try:
@@ -43,7 +52,10 @@ def begin(tensor: torch.Tensor, tape: Tape, device: torch.device) -> int:
     """Start recording the storage of a new meta tensor, meant for ``device``; return its number on ``tape``."""
     storage = tensor.untyped_storage()
     number = tape.add_storage(storage.nbytes(), device)
-    storage._fabric_init = Recorded(tape, number)  # type: ignore[attr-defined]
+    record = Recorded(tape, number)
+    storage._fabric_init = record  # type: ignore[attr-defined]
+    storage.__class__ = RecordedStorage
+    tape.records[number] = weakref.ref(record)
     return number
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -52,6 +53,11 @@ class TensorRef(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.size.numel() * self.dtype.itemsize
+
+    @property
+    def expanded(self) -> bool:
+        """Whether several of its elements are at one place in memory."""
+        return any(stride == 0 and size > 1 for stride, size in zip(self.stride, self.size, strict=True))
 
     def text(self, name: str = "") -> str:
         """Return the reference in one line, as ``s3[4, 2] float32 (offset 4)``, with the ``name`` of its storage."""
@@ -205,6 +211,12 @@ class Tape:
         self.sealed_rng: Rng | None = (
             None  # the mode in which the constructor has read a random value: replay has to use the same
         )
+        self.own_init_ran = False  # whether the model's own init was asked for
+        self.has_plain = False  # plain meta tensors are on recorded storages: lazy ones get torch's own class later
+        self.waits: dict[int, int] = {}  # storages that wait for a load, and the op number from which on
+        self.overruled: dict[int, int] = {}  # those of them that got values, so their own init is not what they hold
+        self.records: dict[int, weakref.ref[Any]] = {}  # tags by storage: alive as long as a tensor is on it
+        self.later: Any = None  # answers for recorded tensors when no block is open
         self._joined: Tape | None = None
 
     def summary(self) -> str:
@@ -221,6 +233,10 @@ class Tape:
             ops = [*ops[:_SHOWN_OPS], f"… {len(ops) - 2 * _SHOWN_OPS:,} more ops …", *ops[-_SHOWN_OPS:]]
         return "\n  ".join([f"Tape: {self.summary()}", *ops])
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tape:
+        """Return the tape itself: copies of recorded tensors are on it, too."""
+        return self
+
     def current(self) -> Tape:
         """Return this tape, or the later one that it was joined to."""
         tape = self
@@ -236,12 +252,26 @@ class Tape:
         later.streams.update(self.streams)
         later.constant_bytes += self.constant_bytes
         later.sealed_rng = later.sealed_rng or self.sealed_rng
+        later.waits.update(self.waits)
+        later.records.update(self.records)
+        later.overruled.update(self.overruled)
+        if self.later is not None and later.later is not None:
+            self.later.join(later.later)
         self._joined = later
 
     def add_storage(self, nbytes: int, device: torch.device) -> int:
         number = next(_numbers)
         self.storages[number] = StorageInfo(nbytes, device)
         return number
+
+    def is_alive(self, storage: int) -> bool:
+        """Return whether a recorded tensor is on ``storage`` still."""
+        record = self.records.get(storage)
+        return record is not None and record() is not None
+
+    def written_since(self, storage: int, number: int) -> bool:
+        """Return whether an op later than ``number`` wrote to ``storage``."""
+        return any(writer > number for writer in self.writers.get(storage, ()))
 
     def add_stream(self, stream: Stream) -> int:
         number = next(_numbers)

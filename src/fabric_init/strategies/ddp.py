@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import lightning.fabric.strategies as lightning_strategies
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from fabric_init.distributed.agreement import RankGroup
-from fabric_init.guard.hooks import refresh_state
+from fabric_init.distributed.agreement import Agreement, RankGroup
+from fabric_init.guard.models import require, settle, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.reports.registry import filled_by_us
 from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
@@ -22,18 +24,21 @@ class DDPStrategy(DeferredInitMixin, lightning_strategies.DDPStrategy):
 
     ``setup_module`` does without DDP's first broadcast of all weights where the ranks have filled the model alike: they
     agreed on seed, checkpoint and plan, and what a constructor took from elsewhere (numpy's random numbers, say) shows
-    in a sample of each tensor. An uninitialized model has no values to send, and receiving would look like a write by
-    the user.
+    in a sample of each tensor. A model that waits for values is wrapped in DDP once it has them.
     """
 
     def placement(self, model: nn.Module) -> Placement:
         return WholeTensors(self.root_device)
 
     def setup_module(self, module: nn.Module) -> Any:
+        settle(module)
+        if not self.agreement.from_all(["waits"] if unfilled(module) else []):
+            return self._wrapped(module)
+        return DDPWhenFilled(module, self._wrapped, self.agreement)
+
+    def _wrapped(self, module: nn.Module) -> Any:
         options = self._ddp_kwargs
-        is_unfilled = bool(refresh_state(module))
-        sample = _sample(module, values=not is_unfilled) if is_unfilled or filled_by_us(module) else None
-        if RankGroup().alike(sample):
+        if RankGroup().alike(_sample(module) if filled_by_us(module) else None):
             self._ddp_kwargs = {"init_sync": False} | options
         try:
             return super().setup_module(module)
@@ -41,15 +46,47 @@ class DDPStrategy(DeferredInitMixin, lightning_strategies.DDPStrategy):
             self._ddp_kwargs = options
 
 
-def _sample(module: nn.Module, *, values: bool) -> str:
-    """Return a hash of the name and shape of every tensor, and of the values at its two ends."""
+class DDPWhenFilled(DistributedDataParallel):
+    """A model that waits for values, on every rank, and is wrapped in DDP before its first forward.
+
+    DDP keeps hold of the memory that parameters have when it wraps them, so they have to have some by then.
+    """
+
+    def __init__(self, module: nn.Module, wrap: Callable[[nn.Module], Any], agreement: Agreement) -> None:
+        nn.Module.__init__(self)
+        self.module = module
+        self.require_backward_grad_sync = True
+        vars(self)["_wrap"] = wrap
+        vars(self)["_agreement"] = agreement
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Wrap the model in DDP, and run it.
+
+        Raises:
+            UninitializedTensorError: some of its tensors still wait, on this rank or another.
+        """
+        wrap, agreement = vars(self).pop("_wrap"), vars(self).pop("_agreement")
+        try:
+            agreement.run_together("wrapping the model in DDP", lambda: require(self.module, "run"))
+        except BaseException:
+            vars(self).update(_wrap=wrap, _agreement=agreement)
+            raise
+        sync, training = self.require_backward_grad_sync, self.training
+        hooks = {name: table for name, table in vars(self).items() if name.endswith("_hooks") and table}
+        wrapped = wrap(self.module)
+        self.__class__ = type(wrapped)
+        self.__dict__ = wrapped.__dict__ | hooks | {"require_backward_grad_sync": sync, "training": training}
+        return self(*args, **kwargs)
+
+
+def _sample(module: nn.Module) -> str:
+    """Name and shape of every tensor, and the values at its two ends, hashed."""
     digest = hashlib.sha256()
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
         digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
-        if values:
-            flat = tensor.detach().reshape(-1)
-            ends = torch.cat([flat[:64], flat[-64:]]).cpu().contiguous()
-            digest.update(bytes(ends.view(torch.uint8).numpy()))
+        flat = tensor.detach().reshape(-1)
+        ends = torch.cat([flat[:64], flat[-64:]]).cpu().contiguous()
+        digest.update(bytes(ends.view(torch.uint8).numpy()))
     return digest.hexdigest()
 
 

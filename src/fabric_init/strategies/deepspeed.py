@@ -25,10 +25,13 @@ from torch.optim import Optimizer
 
 from fabric_init._lightning_internals import get_deepspeed_engines_from_state
 from fabric_init.errors import FabricInitError
-from fabric_init.guard.hooks import loading, refresh_state, release, require
+from fabric_init.filling.missing import initialize_missing
+from fabric_init.guard.expected_load import ExpectedLoad
+from fabric_init.guard.loads import loading, watch_loads
+from fabric_init.guard.models import hold_forward, settle, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.recording.mode import RecordMode
-from fabric_init.strategies.fill_in_setup import is_bound, shard_and_fill
+from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound, left_to_loads, shard_and_fill
 from fabric_init.strategies.init_context import init_context
 from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
 from fabric_init.strategies.optimizers import refuse_left_behind
@@ -86,23 +89,31 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
             super().module_to_device(module)
 
     def setup_module(self, module: nn.Module) -> DeepSpeedEngine:
-        self._prepare(module)
-        return super().setup_module(module)
+        expected = self._prepare(module)
+        engine = super().setup_module(module)
+        self._expect_load(module, expected)
+        return engine
 
     def setup_module_and_optimizers(
         self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
     ) -> tuple[DeepSpeedEngine, list[Optimizer], Any]:
         # DeepSpeed itself would block the other ranks where it raises on one
         self.agreement.run_together("setting the model up", lambda: _require_one_optimizer(optimizers))
-        self._prepare(module)  # parameters stay the same objects, so optimizers hold them still
-        refuse_left_behind(optimizers[0])
+        expected = self._prepare(module)  # parameters stay the same objects, so optimizers hold them still
+        refuse_left_behind(optimizers[0], [module])
         theirs = lightning_deepspeed.DeepSpeedStrategy.setup_module_and_optimizers
         engine, optimizers, scheduler = theirs(self, module, optimizers, scheduler)
         if not self.zero_stage_3:
             module.register_load_state_dict_post_hook(lambda *_: refresh_masters(engine))
-        if refresh_state(module):
-            _refresh_when_filled(engine, module)
+        self._expect_load(module, expected)
         return engine, optimizers, scheduler
+
+    def _expect_load(self, module: nn.Module, names: Mapping[str, set[str]]) -> None:
+        """Let a model refuse to run until the load has come that ``empty_init=True`` promises, or something like it."""
+        if names:
+            load = ExpectedLoad(module, names, lambda tensor: getattr(tensor, "ds_tensor", tensor), self.agreement)
+            watch_loads(module, load)
+            hold_forward(module)
 
     def _initialize_engine(
         self, model: nn.Module, optimizer: Optimizer | None = None, scheduler: Any = None
@@ -145,7 +156,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
     def save_checkpoint(self, path: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         for engine in _require_checkpointing(state):
             if (refresh := vars(engine).get(_WAITS)) is not None:
-                refresh(use="be saved")
+                refresh()
         super().save_checkpoint(path, state, *args, **kwargs)
 
     def load_checkpoint(self, path: Any, state: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -164,13 +175,20 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
         original(module).load_state_dict(state_dict, strict=strict)
         refresh_masters(module)
 
-    def _prepare(self, module: nn.Module) -> None:
-        """Partition and fill a recorded model; check that any other has the same shapes on all ranks."""
-        refresh_state(module)
-        release(module)
+    def _prepare(self, module: nn.Module) -> dict[str, set[str]]:
+        """Partition and fill a recorded model; of any other, make sure that it has one shape on all ranks.
+
+        Returns:
+            The tensors that had to get their own init, because no load has brought them, and from which others each
+            was computed.
+        """
+        settle(module)
+        expected = left_to_loads(module)
+        if unfilled(module):  # DeepSpeed copies the weights when it is set up: they have to have values
+            choose_own_init(module) if is_bound(module) else initialize_missing(module)
         if not is_bound(module):
             self.agreement.run_together("the model to set up", lambda: module, _shapes_digest)
-            return
+            return expected
         dtype = self._parameter_dtype()
         if dtype is not None:
             with RecordMode():  # the cast belongs to the recording, too
@@ -178,6 +196,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
                     if parameter.is_floating_point():
                         parameter.data = parameter.data.to(dtype)
         shard_and_fill(module, self.shard, self.sharded_placement, self.agreement)
+        return expected
 
     def _parameter_dtype(self) -> torch.dtype | None:
         """Return the dtype that DeepSpeed casts parameters to, and that ZeRO-3 expects them to have."""
@@ -229,12 +248,11 @@ def refresh_masters(engine: Any) -> None:
 
 
 def _refresh_when_filled(engine: Any, model: nn.Module) -> None:
-    """Refresh the masters before their next use: DeepSpeed has made them from other values than the model's."""
+    """Make the masters anew before they are used: DeepSpeed made them from other values than ``model`` has by now."""
     if _WAITS in vars(engine):
         return
 
-    def refresh(*_: Any, use: str = "run") -> None:
-        require(model, use)
+    def refresh(*_: Any) -> None:
         handle.remove()
         del vars(engine)[_WAITS]
         parameters: list[Any] = list(model.parameters())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,9 +21,8 @@ from fabric_init._torch_internals import swap_tensor_impl
 from fabric_init.checkpoints import Box, Region
 from fabric_init.checkpoints.region import take
 from fabric_init.errors import FabricInitError
-from fabric_init.planning.placement import become
-from fabric_init.planning.tensors import TensorInfo, named_modules
-from fabric_init.strategies.optimizers import plain_name
+from fabric_init.planning.tensors import TensorInfo, named_modules, plain_name
+from fabric_init.recording.tensor import RecordedTensor, become, become_recorded
 
 
 class ShardedTensors:
@@ -63,14 +62,22 @@ class ShardedTensors:
 
     def put(self, slot: TensorInfo, tensor: Tensor, value: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
-            become(tensor, value)
+            become(tensor, value.to(tensor.dtype) if isinstance(tensor, RecordedTensor) else value)
             return tensor
-        _become_shard(tensor, value.contiguous())
+        if isinstance(tensor._local_tensor, RecordedTensor):  # which may have been cast while it was waiting
+            become(tensor._local_tensor, value.to(tensor.dtype).contiguous())
+        else:
+            _become_shard(tensor, value.contiguous())
         vars(tensor).update(self._attributes.get(slot.name, {}))
         return tensor
 
-    def held(self, tensor: Tensor) -> Tensor:
-        return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    def put_waiting(self, slot: TensorInfo, tensor: Tensor, make: Callable[[Sequence[int]], RecordedTensor]) -> None:
+        if isinstance(tensor, DTensor):
+            _become_shard(tensor, make(tensor._local_tensor.shape))
+            vars(tensor).update(self._attributes.get(slot.name, {}))
+        else:
+            recording = make(tensor.shape)
+            become_recorded(tensor, recording._meta, recording._claimed)
 
 
 def _become_shard(parameter: DTensor, local: Tensor) -> None:

@@ -1,4 +1,11 @@
-"""Models that stay recorded until their strategy shards them in setup, and are filled there."""
+"""A model that stays recorded until its strategy shards it, bound to what it will then be filled from.
+
+[Note: why parameters keep their identity]
+Plans know tensors by identity, and users make optimizers, ties and lists of parameters before ``setup``. So a tensor
+stays the same Python object while it is recorded, planned for, and filled, and only a strategy that makes parameters of
+its own (``fully_shard``, ``distribute_tensor``) puts others in its place. Right before that, recorded tensors become
+plain meta tensors, which is what these functions know; what has no values after it becomes a recorded shard.
+"""
 
 from __future__ import annotations
 
@@ -7,41 +14,67 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.distributed.agreement import Agreement
-from fabric_init.errors import FabricInitError
-from fabric_init.filling.allocate import allocate_and_guard, leave_to_later_loads, plan_allocation
+from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.execute import execute_plan, prepare
-from fabric_init.filling.merge import planned_tensors, revised
-from fabric_init.guard.recorded import fix_of, guard_recorded, loaded_since, overrule_loads, refuse_lost_writes
+from fabric_init.filling.merge import declared_at, merged, planned_tensors
+from fabric_init.filling.missing import initialize_possible, recompute_from_loaded, run_replaced_init
+from fabric_init.filling.wait import let_wait
+from fabric_init.guard.loads import forget_extra_state, unwatch_loads, watch_loads
+from fabric_init.guard.models import (
+    draw_for_own_init,
+    has_own_init,
+    hold,
+    hold_broken,
+    hold_forward,
+    local,
+    own_init_is_wanted,
+    own_tensors,
+    unfilled,
+)
+from fabric_init.guard.shards import WaitingShards, empty_shard, hold_shards
+from fabric_init.planning.derived import loaded_storages, sources_of
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
-from fabric_init.planning.prepare import PreparedPlan, plan_for, prepared_digest
+from fabric_init.planning.prepare import PreparedPlan, prepared_digest
 from fabric_init.planning.tensors import TensorInfo
+from fabric_init.recording.liveness import computed_from
 from fabric_init.recording.tape import now
+from fabric_init.recording.tensor import RecordedTensor, become, become_recorded, recorded
+from fabric_init.recording.waiting import THREE_WAYS
+from fabric_init.reports.registry import FillRecord
 from fabric_init.strategies.optimizers import parameters_by_name
 
 _ATTRIBUTE = "_fabric_init_bound"
 _PLANS = "_fabric_init_plans"  # on the modules of a bound model: a part that is put into another one keeps its load
+FIX = "fabric.setup(model), with all that its block built, shards and fills it: call that first."
 
 
 class ShardedPlacement(Placement, Protocol):
     """A placement for a model that has been sharded since it was planned for."""
 
     def current(self, slot: TensorInfo, tensor: Tensor) -> Tensor:
-        """Return the tensor that the sharded model holds in the place of ``tensor``."""
+        """Return what the sharded model holds where it held ``tensor``."""
+        ...
+
+    def put_waiting(self, slot: TensorInfo, tensor: Tensor, make: Callable[[Sequence[int]], RecordedTensor]) -> None:
+        """Put a recorded tensor where this rank keeps ``tensor``; ``make`` returns one of the sizes that it is given.
+
+        Only called of strategies in whose models tensors can wait after they were sharded.
+        """
         ...
 
 
 class BoundPlans(NamedTuple):
     """How a recorded model is filled in setup.
 
-    Attributes:
-        allocates: Whether tensors of a block without a checkpoint are allocated, and left to a later load.
-        own_init: Whether these get the model's own init after all.
+    What it got in a block without checkpoint gets its own init, or waits on for a later load.
     """
 
     allocates: bool = False
@@ -49,7 +82,7 @@ class BoundPlans(NamedTuple):
 
 
 def bind(model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions, agreement: Agreement) -> None:
-    """Plan for ``model``, if there is a checkpoint, and keep the plan until setup, with those of earlier blocks.
+    """Plan for ``model``, if there is a checkpoint, and remember that until it is sharded.
 
     Raises:
         CheckpointMismatchError: Keys, shapes or dtypes of checkpoint and model disagree.
@@ -61,27 +94,57 @@ def bind(model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions,
     prepared, since = prepare(model, reader, wanted, agreement), now()
     entries = tuple(entry._replace(since=since) for entry in prepared.plan.entries)
     planned = prepared._replace(plan=replace(prepared.plan, entries=entries))
-    loaded = {name for entry in entries if entry.action is Action.LOAD for name in entry.slot.names}
-    overrule_loads(model, loaded, {extra.module for extra in planned.plan.extras})
-    _keep(model, bound)  # first: its guard refuses copies, which would find the plans
+    _keep(model, bound)
+    extras = {extra.module for extra in planned.plan.extras}
     for module in model.modules():
-        if fix_of(module) is None:
-            continue  # nothing to load; an activation function may be one object for all models of a library
-        vars(module)[_PLANS] = (*vars(module).get(_PLANS, ()), planned)
+        if (
+            module in extras
+            or any(recorded(tensor) is not None for _, tensor in own_tensors(module))
+            or module is model
+        ):
+            vars(module)[_PLANS] = (*vars(module).get(_PLANS, ()), planned)
 
 
 def _keep(model: nn.Module, bound: BoundPlans) -> None:
-    guard_recorded(model, "fabric.setup(model), with all that its block built, shards and fills it: call that first")
+    hold(model, FIX, gives_memory=False)
+    watch_loads(model, _complete)
     vars(model)[_ATTRIBUTE] = bound
 
 
+def _complete(model: nn.Module) -> None:
+    """After a load before setup, let tensors that it did not bring have their own init, but for declared loads."""
+    planned = planned_tensors([plan for module in model.modules() for plan in vars(module).get(_PLANS, ())])
+    left = [t for _, t in unfilled(model) if id(t) not in planned and has_own_init(t)]
+    recompute_from_loaded(model, left)
+    own_init_is_wanted(left)
+
+
 def is_bound(model: nn.Module) -> bool:
-    """Return whether ``model``, or a model in it, is to be sharded and filled in setup."""
+    """Return whether ``model``, or a model in it, waits to be sharded and filled."""
     return any(_ATTRIBUTE in vars(module) for module in model.modules())
+
+
+def left_to_loads(model: nn.Module) -> dict[str, set[str]]:
+    """Return the names of the tensors that a load is to bring which has not been declared.
+
+    Each with the names of those from which the constructor has computed it.
+    """
+    bounds = [bound for module in model.modules() if (bound := vars(module).get(_ATTRIBUTE)) is not None]
+    if bounds and not any(bound.allocates and not bound.own_init for bound in bounds):
+        return {}
+    planned = planned_tensors([plan for module in model.modules() for plan in vars(module).get(_PLANS, ())])
+    left = [(name, recorded(t)) for name, t in unfilled(model) if id(t) not in planned]
+    names = {found.storage: name for name, found in left if found is not None}
+    return {
+        name: {names[s] for s in computed_from(found.tape, found.storage, dict.fromkeys(names)) if s != found.storage}
+        for name, found in left
+        if found is not None
+    }
 
 
 def choose_own_init(model: nn.Module) -> None:
     """Make setup run the own init of a bound model for tensors that no checkpoint brings."""
+    draw_for_own_init(model)
     for module in model.modules():
         bound: BoundPlans | None = vars(module).get(_ATTRIBUTE)
         if bound is not None:
@@ -90,20 +153,26 @@ def choose_own_init(model: nn.Module) -> None:
 
 @contextmanager
 def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan]:
-    """Yield the plan for a bound ``model``, which is sharded and filled in the context.
+    """Context in which the bound ``model`` is sharded and filled after the plan that it yields.
 
     If planning fails, the model is as it was. If the rest fails, it stays bound, so that it cannot be used.
     """
     bounds = [(module, vars(module).pop(_ATTRIBUTE)) for module in model.modules() if _ATTRIBUTE in vars(module)]
     declared = [(module, vars(module).pop(_PLANS)) for module in model.modules() if _PLANS in vars(module)]
-    plans = sorted({id(plan): plan for _, its in declared for plan in its}.values(), key=_declared_at)
+    plans = sorted({id(plan): plan for _, its in declared for plan in its}.values(), key=declared_at)
+    prepared: PreparedPlan | None = None
     try:
-        yield agreement.run_together(
+        prepared = agreement.run_together(
             "planning for the model as it is now", lambda: _plan(model, [b for _, b in bounds], plans), prepared_digest
         )
+        for tape in prepared.tapes.values():
+            tape.current().later.gives_memory = True
+        yield prepared
     except BaseException:
+        if prepared is not None:
+            hold_broken(model)
         for module, bound in bounds:
-            _keep(module, bound)
+            vars(module)[_ATTRIBUTE] = bound
         for module, its in declared:
             vars(module)[_PLANS] = its
         raise
@@ -111,32 +180,47 @@ def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan
 
 def _plan(model: nn.Module, bounds: Sequence[BoundPlans], plans: Sequence[PreparedPlan]) -> PreparedPlan:
     _refuse_sharded(model)
-    allocates = any(bound.allocates and not bound.own_init for bound in bounds)
-    if plans:
-        prepared = revised(plans, model)
-        return leave_to_later_loads(prepared, planned_tensors(plans)) if allocates else prepared
-    refuse_lost_writes(model)
-    earlier = loaded_since(model)
-    if earlier is not None:
-        return plan_for(model, earlier, LoadOptions(strict=False))
-    return plan_allocation(model) if allocates else plan_for(model, None, LoadOptions())
+    if any(bound.allocates for bound in bounds):
+        run_replaced_init(model, planned_tensors(plans))
+    prepared = merged(plans, model)
+    if not any(bound.allocates and not bound.own_init for bound in bounds):
+        return prepared
+    planned = planned_tensors(plans)
+    loaded = {storage: source.since for storage, source in loaded_storages(prepared.plan, prepared.tapes).items()}
+
+    def chosen(entry: PlanEntry, tensor: Tensor) -> bool:
+        return id(tensor) not in planned and not sources_of(entry, prepared.tapes, loaded, exact=prepared.exact)
+
+    plan = let_wait(prepared.plan, prepared.tensors, prepared.tapes, chosen)
+    _refuse_partly_written(plan.entries, prepared)
+    return prepared._replace(plan=plan)
 
 
-def _without_new_values(prepared: PreparedPlan, placement: ShardedPlacement) -> PreparedPlan:
-    """Return the plan, which keeps tensors with values that sharding has put in the places of recorded ones."""
+def _refuse_partly_written(entries: Sequence[PlanEntry], prepared: PreparedPlan) -> None:
+    lost = [
+        entry.slot.name
+        for entry in entries
+        if entry.action is Action.WAIT and (ref := entry.slot.ref) is not None
+        if (tape := prepared.tapes[ref.storage]).written_since(ref.storage, tape.waits.get(ref.storage, 0))
+    ]
+    if lost:
+        raise RecordingError(
+            f"{', '.join(lost[:5])}{' …' if len(lost) > 5 else ''}: written in part before setup, and the "
+            "rest waits for a load. Write the whole tensor, call fabric.init_missing(model) before setup, or write "
+            "after it."
+        )
 
-    def revise(entry: PlanEntry, tensor: Tensor) -> PlanEntry:
-        if not tensor.is_meta or placement.current(entry.slot, tensor).is_meta:
-            return entry
-        return PlanEntry(entry.slot._replace(ref=None, real=True), Action.KEEP)
 
-    entries = tuple(map(revise, prepared.plan.entries, prepared.tensors))
-    return prepared._replace(plan=replace(prepared.plan, entries=entries))
+def _without_new_values(planned: PreparedPlan, placement: ShardedPlacement) -> PreparedPlan:
+    """Return the plan, but for tensors in whose places sharding has put others that have values: those stay."""
 
+    def as_given(entry: PlanEntry, tensor: Tensor) -> PlanEntry:
+        if tensor.is_meta and not local(placement.current(entry.slot, tensor)).is_meta:
+            return PlanEntry(entry.slot._replace(ref=None, real=True), Action.KEEP)
+        return entry
 
-def _declared_at(prepared: PreparedPlan) -> int:
-    """Return a number that orders plans by their blocks: a later load wins."""
-    return max((entry.since or 0 for entry in prepared.plan.entries), default=0)
+    entries = tuple(map(as_given, planned.plan.entries, planned.tensors))
+    return planned._replace(plan=replace(planned.plan, entries=entries))
 
 
 def _refuse_sharded(model: nn.Module) -> None:
@@ -148,6 +232,30 @@ def _refuse_sharded(model: nn.Module) -> None:
         )
 
 
+@contextmanager
+def plain_meta(planned: PreparedPlan) -> Iterator[None]:
+    """Context in which the recorded tensors of a plan are plain meta tensors, which functions that shard know.
+
+    If it fails, those that are left in the model are recorded tensors again.
+    """
+    recordings = [
+        (tensor, tensor._meta, tensor._claimed)
+        for entry, tensor in zip(planned.plan.entries, planned.tensors, strict=True)
+        if isinstance(tensor, RecordedTensor) and not entry.on_use
+    ]
+    with DisableTorchFunction(), torch.no_grad():
+        for tensor, meta, _ in recordings:
+            become(tensor, meta.detach(), alone=True)
+    try:
+        yield
+    except BaseException:
+        with DisableTorchFunction(), torch.no_grad():
+            for tensor, meta, device in recordings:
+                if tensor.is_meta:
+                    become_recorded(tensor, meta, device)
+        raise
+
+
 def shard_and_fill(
     model: nn.Module,
     shard: Callable[[nn.Module], nn.Module],
@@ -157,33 +265,63 @@ def shard_and_fill(
     """Shard a bound model, and fill or allocate the tensors that the strategy has put in its parameters' places.
 
     Args:
-        model: A model bound by :func:`bind`.
-        shard: Returns the model with the strategy's own tensors, which have no memory yet.
-        placement_for: Returns how this rank keeps the tensors of the sharded model.
-        agreement: How the ranks keep in step.
-
-    Returns:
-        The sharded model.
+        model: bound by :func:`bind`.
+        shard: returns the model with the strategy's own tensors, which have no memory yet.
+        placement_for: where this rank keeps the tensors of what ``shard`` returned.
+        agreement: how the ranks keep in step.
 
     Raises:
         CheckpointMismatchError: Keys, shapes or dtypes of checkpoint and model disagree.
         FabricInitError: A rank failed, or ``shard`` made parameters that were not in the plan.
     """
-    name = type(model).__name__  # sharding may change it
-    with planned_for(model, agreement) as prepared:
+    name = type(model).__name__
+    with planned_for(model, agreement) as planned, plain_meta(planned):
         sharded = agreement.run_together("sharding the model", lambda: shard(model))
         placement = placement_for(sharded)
-        prepared = _without_new_values(prepared, placement)
-        slots = [entry.slot for entry in prepared.plan.entries]
-        tensors = [placement.current(slot, tensor) for slot, tensor in zip(slots, prepared.tensors, strict=True)]
-        if prepared.plan.allocates:
-            agreement.run_together(
-                "allocating the model's memory",
-                lambda: allocate_and_guard(prepared, sharded, tensors, placement, name=name, agreement=agreement),
-            )
-        else:
-            execute_plan(prepared, sharded, tensors, placement, agreement)
-        left = [name for name, tensor in parameters_by_name(sharded).items() if tensor.is_meta]
+        planned = _without_new_values(planned, placement)
+        slots = [entry.slot for entry in planned.plan.entries]
+        tensors = [placement.current(slot, tensor) for slot, tensor in zip(slots, planned.tensors, strict=True)]
+        unwatch_loads(model)
+        forget_extra_state(model)
+        record = execute_plan(planned, sharded, tensors, placement, agreement)
+        _let_shards_wait(planned, sharded, tensors, placement, agreement, name, record)
+        parts = {name: local(tensor) for name, tensor in parameters_by_name(sharded).items()}
+        left = [name for name, part in parts.items() if part.is_meta and not isinstance(part, RecordedTensor)]
         if left:
             raise FabricInitError(f"sharding split a tie or made parameters of its own, which have no values: {left}")
         return sharded
+
+
+def _let_shards_wait(
+    planned: PreparedPlan,
+    sharded: nn.Module,
+    tensors: Sequence[Tensor],
+    placement: ShardedPlacement,
+    agreement: Agreement,
+    name: str,
+    record: FillRecord,
+) -> None:
+    """Put recorded tensors in the places of those that still wait for values."""
+    waiting = [
+        (entry, tensor, row)
+        for entry, tensor, row in zip(planned.plan.entries, tensors, record.rows, strict=True)
+        if entry.action is Action.WAIT
+    ]
+    if not waiting:
+        return
+    for entry, tensor, row in waiting:
+        assert entry.slot.ref is not None
+        tape, device = planned.tapes[entry.slot.ref.storage].current(), placement.device(entry.slot)
+        tape.later.waiting.fix = THREE_WAYS
+        placement.put_waiting(
+            entry.slot,
+            tensor,
+            lambda sizes, e=entry, d=device, t=tape: empty_shard(sizes, e, d, t, name),  # type: ignore[misc]
+        )
+        found = recorded(local(tensor))
+        assert found is not None
+        row.waits_on(tape, found.storage)
+    entries = [entry._replace(action=Action.INIT) for entry, _, _ in waiting]
+    hold_shards(sharded, WaitingShards(entries, [tensor for _, tensor, _ in waiting], planned.tapes, placement))
+    watch_loads(sharded, initialize_possible)
+    hold_forward(sharded, agreement)

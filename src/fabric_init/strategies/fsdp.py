@@ -22,11 +22,12 @@ from torch.distributed.fsdp.wrap import CustomPolicy, enable_wrap
 from fabric_init._lightning_internals import WrapPolicy
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.incremental import IncrementalFill
-from fabric_init.guard.recorded import release_recorded
+from fabric_init.guard.loads import unwatch_loads
+from fabric_init.guard.models import release_forward
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.tensors import TensorInfo, named_modules
 from fabric_init.reports.registry import FillRecord, keep_record
-from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound, planned_for
+from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound, plain_meta, planned_for
 from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
 
 _Marks = WeakKeyDictionary[nn.Module, dict[str, Any]]
@@ -92,7 +93,7 @@ class FSDPStrategy(DeferredInitMixin, lightning_fsdp.FSDPStrategy):
             options["auto_wrap_policy"] = _without_split_storages(module, policy)
         options["sync_module_states"] = False  # each rank fills its own after the plan that all agree on
         choose_own_init(module)
-        with planned_for(module, self.agreement) as prepared:
+        with planned_for(module, self.agreement) as prepared, plain_meta(prepared):
             filling = IncrementalFill(prepared, self.placement(module))
 
             def wrap() -> tuple[nn.Module, FillRecord]:
@@ -101,7 +102,8 @@ class FSDPStrategy(DeferredInitMixin, lightning_fsdp.FSDPStrategy):
                 return wrapped, filling.finish()
 
             wrapped, record = self.agreement.run_together("wrapping and filling the model", wrap)
-        release_recorded(module)
+        unwatch_loads(module)
+        release_forward(module)
         keep_record(module, record)
         return wrapped
 

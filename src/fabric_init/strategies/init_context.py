@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -12,16 +11,17 @@ from lightning.fabric.plugins import BitsandbytesPrecision, Precision, Transform
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from fabric_init._gc import PausedCollector
 from fabric_init.checkpoints import CheckpointReader, Source
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.distributed.io import Io, open_on_all_ranks
 from fabric_init.errors import FabricInitError, RecordingError
-from fabric_init.filling.allocate import allocate
 from fabric_init.filling.execute import fill_model
-from fabric_init.guard.recorded import guard_recorded, release_recorded
+from fabric_init.filling.wait import wait_for_load
+from fabric_init.guard.models import hold
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import LoadOptions
-from fabric_init.recording.built_modules import BuiltModules
+from fabric_init.recording.built_modules import BuiltModules, refuse_scripted
 from fabric_init.recording.mode import RecordMode, active
 from fabric_init.strategies.fill_in_setup import bind
 
@@ -74,6 +74,11 @@ def init_context(
         RecordingError: Blocks are nested, or a block builds no model, or several models for one checkpoint.
         FabricInitError: A rank failed, or the precision plugin replaces layers of the model by its own.
     """
+    with PausedCollector():
+        yield from _recorded(strategy, source, wanted)
+
+
+def _recorded(strategy: RecordingStrategy, source: Source | None, wanted: LoadOptions) -> Iterator[None]:
     refuse_nesting()
     _refuse_precision(strategy.precision)
     agreement = strategy.agreement
@@ -85,7 +90,7 @@ def init_context(
     try:
         with ExitStack() as contexts:
             built = contexts.enter_context(BuiltModules())
-            recording = contexts.enter_context(RecordMode(agree=agreement.from_rank_zero))
+            recording = contexts.enter_context(RecordMode(agree=agreement.from_rank_zero, skips_init=reader is None))
             device = strategy.root_device
             if device != torch.get_default_device():  # a default device makes every call in the block slower
                 contexts.enter_context(device)
@@ -104,6 +109,7 @@ def init_context(
         models = built.roots()
         if not models and (reader is not None or recording.tape.storages):
             raise RecordingError("no module was built in this init_module block; build the model inside it")
+        refuse_scripted(models)
         if reader is not None:
             _one_model(models, reader)
         return models
@@ -112,7 +118,7 @@ def init_context(
         models = agreement.run_together("building the model", built_models, _described)
         _complete(models, reader, wanted, strategy)
     except BaseException:
-        _guard_unfilled(built.roots())
+        _hold_failed(built.roots())
         raise
 
 
@@ -143,18 +149,15 @@ def _complete(
         for model in models:
             bind(model, reader, wanted, strategy.agreement)
     elif reader is None:
-        strategy.agreement.run_together("allocating the model's memory", lambda: allocate(models, strategy.placement))
+        wait_for_load(models, strategy.placement, strategy.agreement)
     else:
         fill_model(models[0], reader, wanted, strategy.placement(models[0]), agreement=strategy.agreement)
 
 
-def _guard_unfilled(models: list[nn.Module]) -> None:
-    """Guard the models of a block that has failed; modules in them that have all their values stay usable."""
+def _hold_failed(models: list[nn.Module]) -> None:
+    """Let nobody use what is left of models whose block has failed; what had values in them before may be used."""
     for model in models:
-        guard_recorded(model, "Its init_module block ended with an error: build it again")
-        for module in model.modules():
-            if not any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers())):
-                release_recorded(module)
+        hold(model, "Its init_module block ended with an error: build it again.")
 
 
 def _one_model(models: list[nn.Module], reader: CheckpointReader) -> None:

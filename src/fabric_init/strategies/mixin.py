@@ -14,10 +14,12 @@ from torch.optim import Optimizer
 from fabric_init.distributed.agreement import Agreement, RankGroup, SingleProcess
 from fabric_init.distributed.io import Io, check_io
 from fabric_init.errors import FabricInitError
-from fabric_init.guard.hooks import loading, refresh_state, release, require
+from fabric_init.guard.loads import loading
+from fabric_init.guard.models import require, settle
 from fabric_init.planning.placement import Placement
 from fabric_init.strategies.fill_in_setup import ShardedPlacement, is_bound, shard_and_fill
 from fabric_init.strategies.init_context import init_context
+from fabric_init.strategies.mapped_io import mapped_io
 from fabric_init.strategies.optimizers import parameters_by_name, refuse_left_behind, remap
 
 
@@ -77,9 +79,8 @@ class DeferredInitMixin(Strategy):
         return super().module_init_context(empty_init=False)
 
     def setup_module(self, module: nn.Module) -> nn.Module:
-        """Set up a model, which is sharded and filled first if it is still recorded."""
-        refresh_state(module)
-        release(module)
+        """Take what the user has written into account; shard and fill the model if it waits for that."""
+        settle(module)
         if not is_bound(module):
             return super().setup_module(module)
         before = parameters_by_name(module)
@@ -101,6 +102,8 @@ class DeferredInitMixin(Strategy):
         with ExitStack() as stack:
             for module in _modules(state):
                 stack.enter_context(loading(module))
+            if isinstance(state, nn.Module):  # a dictionary may hold optimizers, which keep the tensors they are given
+                stack.enter_context(mapped_io(self))
             return super().load_checkpoint(path, state, *args, **kwargs)
 
     def save_checkpoint(self, path: Any, state: Any, *args: Any, **kwargs: Any) -> None:
@@ -128,9 +131,12 @@ class DeferredInitMixin(Strategy):
         Raises:
             FabricInitError: Its parameters are not those of a model that was set up.
         """
-        for sharded, before in list(getattr(self, "_replaced", {}).items()):
+        if not self.fills_in_setup:
+            return  # parameters stay the same objects, also those that wait for a load
+        replaced = dict(getattr(self, "_replaced", {}))
+        for sharded, before in replaced.items():
             remap(optimizer, before, parameters_by_name(sharded))
-        refuse_left_behind(optimizer)
+        refuse_left_behind(optimizer, replaced)
 
 
 def _modules(state: Any) -> list[nn.Module]:

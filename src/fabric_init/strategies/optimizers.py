@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from fabric_init.errors import FabricInitError
-from fabric_init.planning.tensors import named_modules
+from fabric_init.planning.tensors import named_modules, plain_name
+from fabric_init.recording.tensor import RecordedTensor
 
 
 def remap(optimizer: Optimizer, old: Mapping[str, nn.Parameter], new: Mapping[str, nn.Parameter]) -> None:
@@ -28,23 +29,19 @@ def remap(optimizer: Optimizer, old: Mapping[str, nn.Parameter], new: Mapping[st
         group["params"][:] = [new.get(names.get(id(parameter), ""), parameter) for parameter in group["params"]]
 
 
-def refuse_left_behind(optimizer: Optimizer) -> None:
-    """Raise if ``optimizer`` holds parameters without memory: a model that was set up holds none.
+def refuse_left_behind(optimizer: Optimizer, models: Iterable[nn.Module] = ()) -> None:
+    """Raise if ``optimizer`` holds parameters without memory that are in none of the ``models`` that were set up.
 
     Raises:
         FabricInitError: It does, and would train nothing.
     """
-    if any(parameter.is_meta for group in optimizer.param_groups for parameter in group["params"]):
+    held = {id(parameter) for model in models for parameter in model.parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in held]
+    if any(isinstance(parameter, RecordedTensor) or parameter.is_meta for parameter in parameters):
         raise FabricInitError(
             f"this {type(optimizer).__name__} holds parameters without memory, and would train nothing. Set up their "
             "model first; if load_state_dict(assign=True) has put others in their places, make it after that."
         )
-
-
-def plain_name(name: str) -> str:
-    """Return a module's name without the parts that compile and activation checkpointing wrappers add."""
-    parts = [part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module")]
-    return ".".join(parts)
 
 
 def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from fabric_init.checkpoints import Region, Span
 from fabric_init.checkpoints.region import take
 from fabric_init.errors import FabricInitError
-from fabric_init.planning.placement import become
 from fabric_init.planning.tensors import TensorInfo
+from fabric_init.recording.tensor import become
 
 
 def partition_without_values(module: nn.Module, config: Any, remote_device: str | None) -> None:
@@ -70,11 +70,6 @@ class ZeroPartitions:
         if hasattr(tensor, "ds_tensor"):
             self._parameters[slot.name] = tensor
         return tensor
-
-    def held(self, tensor: Tensor) -> Tensor:
-        """Return this rank's part of ``tensor``: 1-D and without padding, if it is partitioned."""
-        parameter: Any = tensor
-        return parameter.ds_tensor[: _span(parameter).numel] if hasattr(parameter, "ds_tensor") else tensor
 
     def device(self, slot: TensorInfo) -> torch.device:
         parameter = self._parameters.get(slot.name)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fabric_init import FabricInitError, deferred_init, materialize
 from fabric_init.tools.audit.findings import Finding, Level
 from fabric_init.tools.audit.probe import examine
+from tests.support.recordings import is_recorded
 from tests.tools.audit.networks import Classifier, images_and_labels, t5, t5_config
 
 
@@ -159,7 +160,7 @@ def test_a_recorded_model_stays_recorded_and_is_materialized_as_if_nothing_had_b
     build = lambda: Classifier(std=1.0)  # noqa: E731
     model, same = recorded(build), recorded(build)
     examine(model, (), images_and_labels())
-    assert all(parameter.is_meta for parameter in model.parameters())
+    assert all(is_recorded(parameter) for parameter in model.parameters())
     materialize(model)
     materialize(same)
     for one, other in zip(model.parameters(), same.parameters(), strict=True):

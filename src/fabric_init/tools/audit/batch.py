@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fabric_init.errors import FabricInitError
 from fabric_init.recording.replay import real_execution, storage_now, view
-from fabric_init.recording.storage_tags import recorded, ref_of
+from fabric_init.recording.storage_tags import ref_of
+from fabric_init.recording.tensor import recorded
 
 LABEL_NAMES = ("labels", "label", "targets", "target", "y")
 

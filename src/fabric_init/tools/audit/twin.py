@@ -1,4 +1,4 @@
-"""Make a filled copy of a recorded model, which itself stays recorded, to be loaded or sharded later."""
+"""A recorded model's twin with values: the model itself stays recorded, to be loaded or sharded later."""
 
 from __future__ import annotations
 
@@ -8,25 +8,34 @@ from typing import Any
 from torch import Tensor, nn
 
 from fabric_init._torch_internals import DisableTorchFunction
-from fabric_init.api import materialize
 from fabric_init.errors import FabricInitError
-from fabric_init.guard.recorded import guards_in_copy, release_recorded
-from fabric_init.planning.tensors import find_tensors
+from fabric_init.filling.execute import fill
+from fabric_init.planning.placement import WholeTensors
+from fabric_init.planning.plan import LoadOptions
+from fabric_init.planning.prepare import plan_for
+from fabric_init.planning.tensors import TensorInfo, find_tensors
+from fabric_init.recording.tensor import RecordedTensor, become, recorded_tensor
+
+
+class _Apart(WholeTensors):
+    """Places values in the twin's tensors alone, though they lie on the same recorded storages as the model's."""
+
+    def put(self, slot: TensorInfo, tensor: Tensor, value: Tensor) -> Tensor:
+        become(tensor, value, alone=True)
+        return tensor
 
 
 def with_values(model: nn.Module) -> nn.Module:
-    """Return ``model`` if it has values, else a copy filled by its own init, which takes the memory of the model.
+    """Return ``model`` itself if it has values; else a copy that its own init has filled. Takes memory for one model.
 
     Raises:
         FabricInitError: the model cannot be copied.
-        UninitializedTensorError: its own code does not initialize some tensor.
+        UninitializedTensorError: its own code never gives some tensor a value.
     """
-    recorded = [tensor for slot, tensor in find_tensors(model) if slot.ref is not None]
+    recorded = [tensor for info, tensor in find_tensors(model) if info.ref is not None]
     if not recorded:
         return model
-    # the tensors of the twin share the recorded storages, so the same tape fills them
     memo: dict[int, Any] = {id(tensor): _twin(tensor) for tensor in recorded}
-    memo.update(guards_in_copy(model))
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as error:
@@ -34,15 +43,15 @@ def with_values(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} cannot be copied to run it ({type(error).__name__}: {error}). "
             "Call fabric_init.materialize(model) first, or build it plainly: then it is run itself."
         ) from error
-    release_recorded(twin)
-    materialize(twin)
+    prepared = plan_for(twin, None, LoadOptions())
+    fill(prepared.plan, prepared.tensors, prepared.tapes, None, _Apart(), exact=prepared.exact)
     return twin
 
 
 def _twin(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, RecordedTensor)
     with DisableTorchFunction():
-        twin = tensor.detach()
-        if isinstance(tensor, nn.Parameter):
-            twin = nn.Parameter(twin, tensor.requires_grad)
-    vars(twin).update(vars(tensor))
+        twin = recorded_tensor(tensor._meta.detach(), tensor._claimed, tensor.requires_grad)
+    attributes = {name: value for name, value in vars(tensor).items() if name not in ("_meta", "_claimed")}
+    vars(twin).update(attributes)
     return twin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_what_takes_tensors_over_waits_for_them(
     if copied:
         model = copy.deepcopy(model)
     take_over(model)
-    with pytest.raises(UninitializedTensorError, match=r"first\.weight"):
+    with pytest.raises(UninitializedTensorError, match=r"first\.(weight|other)"):
         model.eval()(X)
     if complete == "init_missing":
         fabric.init_missing(model)
@@ -119,21 +120,31 @@ REPARAMETRISED: dict[str, Callable[[nn.Module], object]] = {
 
 
 @pytest.mark.parametrize("change", REPARAMETRISED.values(), ids=REPARAMETRISED)
-def test_what_was_computed_from_no_values_waits_for_a_load(
+def test_what_is_computed_from_no_values_waits_or_raises(
     fabric: Fabric, model: Model, change: Callable[[nn.Module], object]
 ) -> None:
-    change(model.first)
+    with suppress(UninitializedTensorError):
+        change(model.first)
     with pytest.raises(UninitializedTensorError, match=r"first\."):
         model(X)
-    with pytest.raises(UninitializedTensorError, match=r"first\.\S+ came in .* call fabric\.init_missing"):
-        fabric.init_missing(model)
-    model.load_state_dict({"norm.weight": torch.ones(4)}, strict=False)
-    with pytest.raises(UninitializedTensorError, match=r"first\.\S*(weight_mask|original0|_u)"):
+
+
+def test_what_weight_norm_computes_from_no_values_waits_for_a_load(fabric: Fabric, model: Model) -> None:
+    parametrizations.weight_norm(model.first)
+    with pytest.raises(UninitializedTensorError, match=r"first\.\S*original0"):
         model(X)
     other = Model()
-    change(other.first)
+    parametrizations.weight_norm(other.first)
     model.load_state_dict(other.state_dict())
     assert torch.equal(model.eval()(X), other.eval()(X))
+
+
+def test_what_weight_norm_computes_follows_the_models_own_init(fabric: Fabric, model: Model) -> None:
+    parametrizations.weight_norm(model.first)
+    fabric.init_missing(model)
+    weight = model.first.parametrizations.weight
+    assert torch.allclose(weight.original0, weight.original1.norm(dim=1, keepdim=True))
+    assert model(X).isfinite().all()
 
 
 @pytest.mark.parametrize("change", REPARAMETRISED.values(), ids=REPARAMETRISED)
@@ -204,11 +215,10 @@ def test_what_is_computed_follows_what_it_is_computed_from(
     assert model(X).isfinite().all()
 
 
-def test_a_part_is_not_computed_from_what_waits_itself(fabric: Fabric) -> None:
+def test_a_part_is_computed_from_the_own_init_of_what_waits(fabric: Fabric) -> None:
     with fabric.init_module(empty_init=True):
         model = Computed()
-    with pytest.raises(UninitializedTensorError, match=r"computes rest\.norms from other tensors.*the whole model"):
-        fabric.init_missing(model.rest)
+    fabric.init_missing(model.rest)
     fabric.init_missing(model)
     assert torch.allclose(model.rest.norms, model.base.weight.norm(dim=1))
 

@@ -1,0 +1,190 @@
+"""What a load does beside the writes that it makes: it names them, and completes what it did not bring.
+
+In plain PyTorch, what ``load_state_dict(strict=False)`` does not bring keeps the model's own init. So here a load that
+has brought some of the tensors that wait gives the others theirs, also where a strict load raises.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fabric_init.checkpoints.state_dicts import EXTRA_STATE
+from fabric_init.guard.expected_load import ExpectedLoad, expected_load
+from fabric_init.guard.models import local, own_tensors, release_forward, settle, unfilled
+from fabric_init.planning.extra_state import takes_extra_state
+from fabric_init.recording.later import Later
+from fabric_init.recording.tape import now
+from fabric_init.recording.tensor import recorded
+
+Complete = Callable[[nn.Module], None]
+"""Gives what still waits under a module the model's own init, as far as that can be."""
+
+_COMPLETE = "_fabric_init_complete"
+_EXTRA = "_fabric_init_extra_state"
+
+
+class _Current(threading.local):
+    """The load that this thread is in."""
+
+    errors: Any = None  # load_state_dict's list of messages, which tells one call from another
+    top: weakref.ref[nn.Module] | None = None  # the outermost module that it reaches
+    before: list[tuple[str, Tensor]]  # what waited under that
+    laters: list[Later]  # of those
+    whole = False  # inside `loading`, whose many calls are one load
+    brought: list[tuple[nn.Module, str]]  # what it has written so far, for models that expect a load
+
+
+_current = _Current()
+
+
+def watch_loads(model: nn.Module, complete: Complete) -> None:
+    """Let ``load_state_dict`` of ``model``, or of modules in it, complete what it did not bring."""
+    for module in model.modules():
+        worth_it = module._modules or takes_extra_state(module) or any(True for _ in own_tensors(module))
+        if (
+            worth_it and _COMPLETE not in vars(module) and not isinstance(module, torch.jit.ScriptModule)
+        ):  # takes no hooks
+            vars(module)[_COMPLETE] = complete
+            module.register_load_state_dict_pre_hook(_before_load)
+            module.register_load_state_dict_post_hook(_after_load)
+
+
+def unwatch_loads(model: nn.Module, running: Any = None) -> None:
+    """Take that back for ``model`` and all in it.
+
+    Of hooks that are ``running``, torch allows taking off the last alone.
+    """
+    for module in model.modules():
+        if _COMPLETE not in vars(module):
+            continue
+        tables: tuple[Any, ...] = (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks)
+        if any(table is running and not _is_ours(table[next(reversed(table))]) for table in tables):
+            continue
+        del vars(module)[_COMPLETE]
+        for table in tables:
+            for key in [key for key, hook in table.items() if _is_ours(hook)]:
+                del table[key]
+
+
+def extra_state_loaded_since(module: nn.Module, since: int) -> bool:
+    """Return whether ``load_state_dict`` has brought extra state for ``module`` later than op number ``since``."""
+    loaded: int = vars(module).get(_EXTRA, -1)
+    return loaded > since
+
+
+def forget_extra_state(model: nn.Module) -> None:
+    """Forget which extra state loads have brought: what was declared earlier is set by now."""
+    for module in model.modules():
+        vars(module).pop(_EXTRA, None)
+
+
+def _is_ours(hook: Any) -> bool:
+    return getattr(hook, "hook", hook) in (_before_load, _after_load)  # torch keeps a pre-hook in a wrapper
+
+
+def _before_load(
+    module: nn.Module,
+    state_dict: Any,
+    prefix: str,
+    local_metadata: Any,
+    strict: Any,
+    missing: Any,
+    extra: Any,
+    errors: Any,
+) -> None:
+    if prefix + EXTRA_STATE in state_dict:
+        vars(module)[_EXTRA] = now()
+    if not _current.whole and _current.errors is not errors:
+        _current.errors, _current.top = errors, weakref.ref(module)
+        _begin(module)
+    if isinstance(vars(module).get(_COMPLETE), ExpectedLoad):
+        _current.brought += [(module, name) for name, _ in own_tensors(module) if prefix + name in state_dict]
+
+
+def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
+    if _current.whole or _current.top is None or _current.top() is not module:
+        return
+    _current.errors, _current.top = None, None
+    complete: Complete | None = vars(module).get(_COMPLETE)
+    _end(module, complete)
+    if not unfilled(module) and expected_load(module) is None:
+        unwatch_loads(module, running=module._load_state_dict_post_hooks)
+        release_forward(module)
+
+
+@contextmanager
+def loading(model: nn.Module) -> Iterator[None]:
+    """A load that takes several calls, of ``state_dict`` too: it is complete when the context ends."""
+    complete = next((found for m in model.modules() if (found := vars(m).get(_COMPLETE)) is not None), None)
+    if complete is None:
+        yield
+        return
+    _begin(model)
+    _current.whole = True
+    try:
+        yield
+    finally:
+        _current.whole = False
+        for later in _current.laters:
+            later.status = "written by the user"
+    _end(model, complete)
+    if not unfilled(model) and expected_load(model) is None:
+        unwatch_loads(model)
+        release_forward(model)
+
+
+def _begin(module: nn.Module) -> None:
+    _current.before, _current.brought = unfilled(module), []
+    _current.laters = _laters(module)
+    for later in _current.laters:
+        later.status = "loaded"
+
+
+def _end(module: nn.Module, complete: Complete | None) -> None:
+    before, brought = _current.before, _current.brought
+    _current.before, _current.brought = [], []
+    if brought and isinstance(complete, ExpectedLoad):
+        complete.came(brought)
+    for _, tensor in before:  # assign=True has put others in their places
+        found = recorded(local(tensor))
+        if found is not None and found.memory is None and not _holds(module, tensor):
+            found.tape.later.waiting.note_status(found.storage, "loaded")
+            for owners in found.tape.later.owners:
+                owners.filled(found.storage, "loaded")
+    left = unfilled(module)
+    empty = [local(tensor) for _, tensor in left if not local(tensor).numel()]
+    if empty and len(left) < len(before):  # shards without elements, which a load has nothing to write to
+        with torch.no_grad():
+            for tensor in empty:
+                tensor.zero_()
+        left = unfilled(module)
+    for later in _current.laters:
+        later.status = "initialized"
+    try:
+        if complete is not None and 0 < len(left) < len(before):
+            complete(module)
+    finally:
+        for later in _current.laters:
+            later.status = "written by the user"
+        _current.laters = []
+    settle(module)
+
+
+def _holds(model: nn.Module, tensor: Tensor) -> bool:
+    return any(held is tensor for module in model.modules() for _, held in own_tensors(module))
+
+
+def _laters(model: nn.Module) -> list[Later]:
+    found: dict[int, Later] = {}
+    for module in model.modules():
+        for _, tensor in own_tensors(module):
+            if (record := recorded(local(tensor))) is not None:
+                found[id(record.tape.later)] = record.tape.later
+    return list(found.values())

@@ -1,0 +1,304 @@
+"""Models whose tensors wait for values: where these are, who has to have them, and what is said otherwise."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
+
+from fabric_init._torch_internals import DisableTorchFunction
+from fabric_init.distributed.agreement import Agreement
+from fabric_init.errors import RecordingError, UninitializedTensorError
+from fabric_init.guard.expected_load import expected_load
+from fabric_init.planning.placement import Placement, WholeTensors
+from fabric_init.planning.tensors import TensorInfo, find_tensors, named_tensors
+from fabric_init.recording.later import MSG_JIT_TRACE, Later
+from fabric_init.recording.liveness import never_written
+from fabric_init.recording.rng import own_init_runs
+from fabric_init.recording.storage_tags import ref_of
+from fabric_init.recording.tensor import RecordedTensor, become, claim, give_lazy_memory, meta_of, recorded
+from fabric_init.recording.tracing import is_jit_traced
+from fabric_init.recording.waiting import THREE_WAYS, uninitialized
+from fabric_init.reports.registry import note_status
+
+_RANKS = "_fabric_init_ranks"
+_BROKEN = "_fabric_init_broken"
+
+
+def hold(
+    model: nn.Module, fix: str = THREE_WAYS, *, gives_memory: bool = True, placement: Placement | None = None
+) -> None:
+    """Let all that ``state_dict`` holds of ``model`` wait for values from now on.
+
+    Args:
+        model: just built in a recorded block.
+        fix: what the errors say that the user has to do.
+        gives_memory: whether a tensor that is overwritten gets its memory at once.
+        placement: how its strategy keeps tensors that get values; ``None`` if that is not known yet.
+    """
+    laters: dict[int, Later] = {}
+    for name, kind, tensor in named_tensors(model):
+        if not isinstance(tensor, RecordedTensor):
+            with DisableTorchFunction(), torch.no_grad():
+                if is_lazy(tensor):
+                    give_lazy_memory(tensor)
+                else:
+                    claim(tensor)
+        found = recorded(tensor)
+        if found is None:
+            continue
+        later: Later = found.tape.later
+        if kind in ("parameter", "buffer") and found.memory is None:
+            ref = ref_of(meta_of(tensor), found.storage)
+            later.waiting.begin(found.storage, type(model).__name__, name, ref)
+        if id(later) not in laters:
+            laters[id(later)] = later
+            later.gives_memory, later.waiting.fix = gives_memory, fix
+            later.owners.append(Places(model, placement))
+    if laters:
+        hold_forward(model)
+
+
+class Places:
+    """Where the parameters and buffers of a model are, by recorded storage. Keeps nothing alive."""
+
+    def __init__(self, model: nn.Module, placement: Placement | None = None) -> None:
+        self._model = weakref.ref(model)
+        self._placement = placement
+        self._infos: dict[int, TensorInfo] = {}
+        if placement is not None and type(placement) is not WholeTensors:
+            self._infos = {info.ref.storage: info for info, _ in find_tensors(model) if info.ref is not None}
+        self._name = type(model).__name__
+        self._left: set[int] = set()
+        self._places: dict[int, list[tuple[weakref.ref[nn.Module], str]]] = {}
+        for module in model.modules():
+            reference = weakref.ref(module)
+            for name, tensor in own_tensors(module):
+                found = recorded(tensor)
+                if found is not None:
+                    self._places.setdefault(found.storage, []).append((reference, name))
+        self._left.update(self._places)
+
+    def filled(self, storage: int, status: str) -> None:
+        """Note that what was on ``storage`` has its values; a model that has all needs no hook any more."""
+        for reference, name in self._places.get(storage, ()):
+            module = reference()
+            if module is not None:
+                note_status(module, name, status)
+        self._left.discard(storage)
+        model = self._model()
+        if not self._left and model is not None and not unfilled(model):
+            release_forward(model)
+
+    def has(self, storage: int) -> bool:
+        """Return whether a tensor of the model was on ``storage``."""
+        return storage in self._places
+
+    def put(self, storage: int, tensor: Tensor, value: Tensor) -> None:
+        """Give ``tensor``, which was on ``storage``, the memory of ``value``, or what its strategy keeps of that."""
+        if self._placement is None or storage not in self._infos:
+            become(tensor, value)
+        else:
+            self._placement.put(self._infos[storage], tensor, value)
+
+    def now(self, storage: int) -> Iterator[Tensor]:
+        """Yield what is today where tensors on ``storage`` were."""
+        for reference, name in self._places.get(storage, ()):
+            module = reference()
+            tensor = None if module is None else module._parameters.get(name, module._buffers.get(name))
+            if tensor is not None:
+                yield tensor
+
+    def recorded(self, storage: int) -> Iterator[Tensor]:
+        """Yield those of them that are still on ``storage``."""
+        for tensor in self.now(storage):
+            found = recorded(tensor)
+            if found is not None and found.storage == storage:
+                yield tensor
+
+    def unfilled(self) -> tuple[str, dict[int, str]]:
+        """Return the class of the model, and the names of its tensors that wait, by recorded storage."""
+        model = self._model()
+        names: dict[int, str] = {}
+        for name, tensor in [] if model is None else unfilled(model):
+            record = recorded(local(tensor))
+            if record is not None:
+                names.setdefault(record.storage, name)  # several objects may be on one storage
+        return self._name, names
+
+
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters and buffers of ``module`` itself, with their names in it."""
+    for table in (module._parameters, module._buffers):
+        for name, tensor in table.items():
+            if tensor is not None:
+                yield name, tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor; any other tensor as it is."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def settle(model: nn.Module) -> None:
+    """Turn tensors of ``model`` whose values are there by now into plain ones."""
+    for _, _, tensor in named_tensors(model):
+        part = local(tensor)
+        if isinstance(part, RecordedTensor):
+            found = recorded(part)
+            if found is None:
+                continue
+            later: Later = found.tape.later
+            if found.memory is None and found.storage in later.waiting.statuses and later.gives_memory:
+                later.value(part, "be read")
+            later.make_plain(part)
+
+
+def fix_of(model: nn.Module) -> str | None:
+    """Return what the user has to do before ``model`` can be set up; ``None`` where a later load may bring values."""
+    for _, tensor in unfilled(model):
+        found = recorded(local(tensor))
+        if found is not None and (fix := found.tape.later.waiting.fix) != THREE_WAYS:
+            return str(fix)
+    return None
+
+
+def unfilled(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the parameters and buffers under ``model`` that wait for values, by their first name."""
+    names: dict[int, tuple[str, Tensor]] = {}
+    for name, kind, tensor in named_tensors(model):
+        if kind != "attribute" and id(tensor) not in names and waits(tensor):
+            names[id(tensor)] = name, tensor
+    return list(names.values())
+
+
+def waits(tensor: Tensor) -> bool:
+    """Return whether ``tensor`` has to get values before it can be used."""
+    part = local(tensor)
+    if not isinstance(part, RecordedTensor):
+        return False
+    found = recorded(part)
+    if found is None or found.memory is not None:
+        return False
+    return bool(found.tape.later.waiting.missing([found.storage]))
+
+
+def has_own_init(tensor: Tensor) -> bool:
+    """Return whether the model's own code gives all of a recorded ``tensor`` a value."""
+    found = recorded(local(tensor))
+    return found is not None and not never_written(found.tape, ref_of(meta_of(local(tensor)), found.storage))
+
+
+def own_init_is_wanted(tensors: Iterable[Tensor]) -> None:
+    """Let tensors that wait hold what the model's own init gives them."""
+    for tensor in tensors:
+        part = local(tensor)
+        found = recorded(part)
+        if found is not None and found.memory is None:
+            found.tape.later.waiting.accept_own_init([found.storage])
+
+
+def draw_for_own_init(model: nn.Module) -> None:
+    """Draw from torch's generator for the own init of ``model``, unless its block has done so."""
+    found = [recorded(local(tensor)) for _, _, tensor in named_tensors(model)]
+    for tape in {record.tape for record in found if record is not None}:
+        own_init_runs(tape)
+
+
+def require(model: nn.Module, use: str) -> None:
+    """Raise unless every tensor under ``model`` has its values, on every rank that holds a part of it.
+
+    Raises:
+        UninitializedTensorError: naming every tensor without values, and the ways to give it some.
+    """
+    if any(_BROKEN in vars(module) for module in model.modules()):
+        _refuse_broken(model, use)
+    if (load := expected_load(model)) is not None:
+        load.require(model, use)
+    waiting = unfilled(model)
+    ranks = ranks_of(model)
+    if ranks is None:
+        names = [name for name, _ in waiting]
+    else:  # of a shard without elements, this rank cannot tell
+        names = ranks.from_all([name for name, tensor in waiting if local(tensor).numel()])
+    if names:
+        raise UninitializedTensorError(uninitialized(_class_of(model), use, names, fix_of(model) or THREE_WAYS))
+    if waiting:
+        with DisableTorchFunction(), torch.no_grad():
+            for _, tensor in waiting:
+                local(tensor).zero_()  # without elements; the other ranks say that theirs are filled
+    settle(model)
+    release_forward(model)
+
+
+def _class_of(model: nn.Module) -> str:
+    """Return the name of the user's class: ``fully_shard`` makes one of its own from it."""
+    cls = type(model)
+    return cls.__bases__[1].__name__ if cls.__name__.startswith("FSDP") and len(cls.__bases__) == 2 else cls.__name__
+
+
+def ranks_of(model: nn.Module) -> Agreement | None:
+    """Return how the ranks that only together hold ``model`` keep in step, while some of it waits."""
+    return next((found for module in model.modules() if (found := vars(module).get(_RANKS)) is not None), None)
+
+
+def hold_broken(model: nn.Module) -> None:
+    """Let ``model``, which a strategy has changed in part before it failed, refuse to run for good."""
+    vars(model)[_BROKEN] = True
+    hold_forward(model)
+    model.register_state_dict_pre_hook(_before_state_dict)  # its tensors may be torch's own on meta, which can be saved
+
+
+def _before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    _refuse_broken(module, "be saved")
+
+
+def _refuse_broken(model: nn.Module, use: str) -> NoReturn:
+    raise UninitializedTensorError(
+        f"{_class_of(model)} cannot {use}: fabric.setup has failed, and has left it in parts. Build it anew."
+    )
+
+
+def hold_forward(model: nn.Module, agreement: Agreement | None = None) -> None:
+    """Let ``model`` refuse to run while some of it waits: before its own code starts, and on all ranks together.
+
+    Args:
+        model: a whole model, not each module in it.
+        agreement: of the ranks that only together hold it, if no rank has all of it.
+    """
+    if agreement is not None:
+        vars(model)[_RANKS] = agreement
+    if not isinstance(model, torch.jit.ScriptModule):
+        _remove_forward_hook(model)
+        model.register_forward_pre_hook(_before_forward, prepend=True)  # before what gathers from other ranks
+
+
+def release_forward(model: nn.Module) -> None:
+    """Take that back: nothing waits any more. What is still recorded, also outside the model, becomes plain."""
+    parts = [local(tensor) for _, _, tensor in named_tensors(model)]
+    for tape in {found.tape for part in parts if (found := recorded(part)) is not None}:
+        if tape.later.gives_memory:  # otherwise a strategy shards first
+            tape.later.finish(parts)
+    for module in model.modules():
+        vars(module).pop(_RANKS, None)
+        _remove_forward_hook(module)
+
+
+def _remove_forward_hook(module: nn.Module) -> None:
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _before_forward]:
+        del module._forward_pre_hooks[key]
+
+
+def _before_forward(module: nn.Module, args: object) -> None:
+    if torch.compiler.is_compiling():  # there the tensors themselves refuse
+        return
+    held = is_jit_traced() and any(isinstance(local(tensor), RecordedTensor) for _, _, tensor in named_tensors(module))
+    require(module, "run")
+    if held:  # the traced module has what these were, which has no memory that could be saved
+        hold_forward(module)
+        raise RecordingError(MSG_JIT_TRACE)

@@ -1,0 +1,66 @@
+"""Functions of torch that have an answer of their own for recorded tensors after the block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fabric_init._torch_internals import DisableTorchFunction, asks_if_view
+from fabric_init.recording import device_queries, escapes
+from fabric_init.recording.tensor import RecordedTensor, become_recorded, recorded
+
+
+def _set_data(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """``p.data = t``, which takes values, or the wait for some, from ``t``."""
+    target, value = args
+    with DisableTorchFunction(), torch.no_grad():
+        old, new = recorded(target), recorded(value)
+        if isinstance(value, RecordedTensor) and new is not None:
+            if isinstance(target, RecordedTensor):
+                func(target, value)
+                target._meta, target._claimed = value._meta.detach(), value._claimed
+                if old is not None:
+                    later.waiting.rename(old.storage, new.storage)
+            else:
+                become_recorded(target, value._meta.detach(), value._claimed)
+        elif isinstance(target, RecordedTensor):
+            later.replace(target, value.detach())
+        else:
+            func(target, value)
+
+
+def _format(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    return _of_value(later, func, args, kwargs) if args[1] else repr(args[0])  # a DTensor prints its shard like this
+
+
+def _of_value(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(later.value(args[0], "be read"), *args[1:], **kwargs)
+
+
+def _storage(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the storage with the values, if they can be had; otherwise the one on meta, which has no bytes to read."""
+    return func(later.value(args[0], "be read") if later.has_value(args[0]) else args[0])
+
+
+def _is_view(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """What torch.export and torch.compile ask before they make a fake tensor from one: it needs to be a plain one."""
+    later.value(args[0], "be traced")
+    later.make_plain(args[0])
+    return bool(func(args[0]))
+
+
+HANDLERS: dict[Any, Any] = {
+    **device_queries.LATER_HANDLERS,
+    **escapes.HANDLERS,
+    asks_if_view: _is_view,
+    Tensor.share_memory_: _of_value,
+    Tensor.untyped_storage: _storage,
+    Tensor.storage: _storage,
+    Tensor.__format__: _format,
+    Tensor.__float__: _of_value,
+    Tensor.__int__: _of_value,
+    Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
+}
+"""By function: what to call with the answers for a tape (:class:`~fabric_init.recording.later.Later`)."""

@@ -1,0 +1,80 @@
+"""What of torch watches operators run, to trace or to transform them, and how values are made outside of it.
+
+A value that is made while ``torch.jit.trace``, ``torch.export``, ``make_fx`` or a transform of ``torch.func`` watches
+would become a part of what they trace, or a wrapper of theirs. ``torch.compile`` reads Python code instead of watching
+operators; our code is not for it to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from types import FunctionType
+from typing import Any, TypeVar, cast
+
+import torch
+
+from fabric_init._torch_internals import (
+    DispatchModeKey,
+    FrameAction,
+    FrameExecStrategy,
+    functorch_stack,
+    get_dispatch_mode,
+    get_tracing_state,
+    graph_break,
+    set_code_exec_strategy,
+    set_tracing_state,
+)
+
+_Answer = TypeVar("_Answer", bound=Callable[..., Any])
+
+
+def is_faked() -> bool:
+    """Return whether operators run on fake tensors now, which take none of another kind beside them."""
+    return get_dispatch_mode(DispatchModeKey.FAKE) is not None or get_dispatch_mode(DispatchModeKey.PROXY) is not None
+
+
+def is_jit_traced() -> bool:
+    """Return whether ``torch.jit.trace`` runs, which holds its inputs and the tensors of its module from C++."""
+    return get_tracing_state() is not None
+
+
+def is_traced() -> bool:
+    """Return whether something watches operators run."""
+    return is_jit_traced() or functorch_stack.peek_interpreter_stack() is not None or is_faked()
+
+
+@contextmanager
+def outside_tracing() -> Iterator[None]:
+    """Run operators of which neither ``torch.jit.trace`` nor a transform of ``torch.func`` hears."""
+    state, layers = get_tracing_state(), list[Any]()
+    while functorch_stack.peek_interpreter_stack() is not None:
+        layers.append(functorch_stack.pop_dynamic_layer_stack())
+    if state is not None:
+        set_tracing_state(None)
+    try:
+        yield
+    finally:
+        if state is not None:
+            set_tracing_state(state)
+        while layers:
+            functorch_stack.push_dynamic_layer_stack(layers.pop())
+
+
+def never_compiled(answer: _Answer) -> _Answer:
+    """Let Python run ``answer``, which a tensor subclass gives torch, where ``torch.compile`` would compile it.
+
+    Compiled code is cut in two there, and the second part sees the plain tensors that ``answer`` has made.
+    ``torch.compiler.disable`` would do the same, but its import takes longer than that of all of this package.
+    """
+
+    @wraps(answer)
+    def run(cls: type, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # it reads this function as a part of another one
+            graph_break()
+        return answer(cls, func, types, args, kwargs)
+
+    not_compiled = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
+    set_code_exec_strategy(cast(FunctionType, run).__code__, not_compiled)
+    return cast(_Answer, run)
