@@ -13,10 +13,7 @@ from typing_extensions import Self
 
 
 class PausedCollector:
-    """Context without automatic garbage collection; reference counting goes on, and nesting is fine.
-
-    Nor does the first collection afterwards pass over what came to life inside.
-    """
+    """Context without automatic garbage collection; reference counting goes on, and nesting is fine."""
 
     def __enter__(self) -> Self:
         self._was_enabled = gc.isenabled()
@@ -27,7 +24,4 @@ class PausedCollector:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._was_enabled:
-            if gc.get_freeze_count() == 0:  # else that would also unfreeze what the user has frozen
-                gc.freeze()
-                gc.unfreeze()  # all objects are of the oldest generation now, without a pass over them
             gc.enable()
