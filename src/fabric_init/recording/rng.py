@@ -55,24 +55,16 @@ def _apart(seed: int) -> int:
     return seed
 
 
-def _still_undrawn() -> list[tuple[int, weakref.ref[Tape]]]:
-    _undrawn[:] = [
-        (seed, reference)
-        for seed, reference in _undrawn
-        if (tape := reference()) is not None and not tape.current().own_init_ran
-    ]
-    return _undrawn
+def _still_undrawn() -> list[tuple[int, Tape]]:
+    tapes = [(seed, tape.current()) for seed, reference in _undrawn if (tape := reference()) is not None]
+    return [(seed, tape) for seed, tape in tapes if not tape.own_init_ran]
 
 
 def own_init_runs(tape: Tape) -> None:
     """Draw once from the default generator, as every init does, before the own init of a model on ``tape`` runs."""
-    if not tape.own_init_ran and any(tape.current() is other.current() for other in _undrawn_tapes()):
+    if any(other is tape.current() for _, other in _still_undrawn()):
         _draw_once(torch.default_generator)
     tape.own_init_ran = True
-
-
-def _undrawn_tapes() -> list[Tape]:
-    return [tape for _, reference in _undrawn if (tape := reference()) is not None]
 
 
 def _draw_once(generator: torch.Generator) -> None:
@@ -165,6 +157,7 @@ class Streams:
         if not self._default.reseeded():
             self._default.generator.set_state(self._default.start)
             if self._skips_init and self._default.only_init:
+                _undrawn[:] = [known for known in _undrawn if known[1]() is not None]
                 _undrawn.append((self._default.seed, weakref.ref(self._tape)))
             else:
                 _draw_once(self._default.generator)
