@@ -44,9 +44,17 @@ class CheckpointReader(Protocol):
     note: str | None
     """Anything the user should know of how it was read (``"state dict found under 'model'"``), else ``None``."""
 
+    collective: bool
+    """Whether ``read`` is for all ranks to call together, with the same keys in the same order."""
+
     @property
     def extra_state(self) -> Mapping[str, Any]:
         """Extra state (``nn.Module.get_extra_state``) that is not a tensor, by key; empty for formats of tensors."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any] | None:
+        """The ``_metadata`` of a saved ``state_dict()``, such as the versions of modules; ``None`` if there is none."""
         ...
 
     def keys(self) -> Sequence[str]:
@@ -87,6 +95,8 @@ class BaseReader(ABC):
     """Shape and dtype of every tensor by its key, in the file's own order."""
     extra_state: Mapping[str, Any] = MappingProxyType({})
     """Extra state that is not a tensor, by its key."""
+    metadata: Mapping[str, Any] | None = None
+    collective: bool = False
 
     def keys(self) -> Sequence[str]:
         """Return every tensor's checkpoint key, in the file's own order."""

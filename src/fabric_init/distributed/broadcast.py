@@ -31,6 +31,7 @@ class _Header(NamedTuple):
     note: str | None
     specs: dict[str, TensorSpec]
     extra_state: dict[str, Any]
+    metadata: Any
 
 
 class BroadcastReader(BaseReader):
@@ -46,9 +47,11 @@ class BroadcastReader(BaseReader):
             ones together.
     """
 
+    collective = True
+
     def __init__(self, header: _Header, reader: CheckpointReader | None, budget: int) -> None:
         assert budget >= 2 * ALIGNMENT
-        self.path, self.format, self.note, self.specs, self.extra_state = header
+        self.path, self.format, self.note, self.specs, self.extra_state, self.metadata = header
         self._reader = reader
         self._budget = budget
 
@@ -61,7 +64,7 @@ class BroadcastReader(BaseReader):
                 return None
             reader = make()
             specs = {key: reader.spec(key) for key in reader.keys()}
-            return reader, _Header(reader.path, reader.format, reader.note, specs, dict(reader.extra_state))
+            return reader, _Header(reader.path, reader.format, reader.note, specs, dict(reader.extra_state), reader.metadata)
 
         opened = agreement.run_together("opening the checkpoint", on_rank_zero)
         reader, header = opened if opened is not None else (None, None)

@@ -15,6 +15,7 @@ from fabric_init.planning.extra_state import Extra, ExtraStateInfo
 from fabric_init.planning.hints.adapters import likely_adapters
 from fabric_init.planning.hints.conversions import likely_conversions, likely_transposes
 from fabric_init.planning.hints.renames import likely_part, likely_renames, renamed_as_suggested
+from fabric_init.planning.loading.recorded_load import RecordedLoad
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.liveness import never_written
@@ -59,6 +60,7 @@ def match(
     reader: CheckpointReader | None,
     options: LoadOptions,
     extra_infos: Sequence[ExtraStateInfo] = (),
+    load: RecordedLoad | None = None,
 ) -> Matching:
     """Match tensors and keys. Arguments are those of :func:`~fabric_init.planning.validation.make_plan`.
 
@@ -68,6 +70,11 @@ def match(
     """
     keys = rename_keys((*reader.keys(), *reader.extra_state), options.rename) if reader is not None else {}
     key_of = {name: key for key, name in keys.items()}
+    if load is not None:  # what load code has loaded under which name, and what it misses, is as it says
+        keys = {key: name for key, name in keys.items() if key not in load.key_of.values()} | {
+            key: name for name, key in load.key_of.items()
+        }
+        key_of = {name: key for name, key in key_of.items() if name.endswith(EXTRA_STATE)} | dict(load.key_of)
     _check_reinit(slots, options.reinit)
 
     entries: list[PlanEntry] = []
@@ -76,7 +83,7 @@ def match(
     taken: set[str] = set()
     loadable = 0
     for slot in slots:
-        names = [name for name in slot.names if name in key_of] if slot.saved else []
+        names = [name for name in slot.names if name in key_of] if slot.saved or load is not None else []
         fresh = bool(options.reinit) and any(fnmatchcase(n, glob) for glob in options.reinit for n in slot.names)
         taken.update(key_of[name] for name in names)
         loadable += bool(names)
@@ -91,7 +98,8 @@ def match(
             )
             entries.append(PlanEntry(slot, Action.LOAD, slot_keys, specs[0]))
             continue
-        if reader is not None and slot.saved and not fresh:
+        lacks = load is None or load.outcome.missing is None or not load.outcome.missing.isdisjoint(slot.names)
+        if reader is not None and slot.saved and not fresh and lacks:
             missing.append(slot)
         entries.append(PlanEntry(slot, own_init(slot, tapes)))
     extras: list[Extra] = []
@@ -102,13 +110,16 @@ def match(
         taken.update(extra_keys)
         extras += [Extra(extra.module, key, reader) for key in extra_keys[:1]]
         missing_extras += extra.names[: not extra_keys]
+    unexpected = [key for key in keys if key not in taken]
+    if load is not None:
+        unexpected = [key for key in unexpected if keys[key] in load.outcome.unexpected]
     return Matching(
         entries=tuple(entries),
         names=keys,
         taken=frozenset(taken),
         loadable=loadable,
         missing=tuple(missing),
-        unexpected=tuple(key for key in keys if key not in taken),
+        unexpected=tuple(unexpected),
         misfits=tuple(misfits),
         extras=tuple(extras),
         missing_extras=tuple(missing_extras),

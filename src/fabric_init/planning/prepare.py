@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fabric_init.checkpoints import CheckpointReader
+from fabric_init.checkpoints import CheckpointReader, rename_keys
 from fabric_init.errors import RecordingError
 from fabric_init.planning.derived import check_nothing_is_undone
 from fabric_init.planning.extra_state import find_extra_states
+from fabric_init.planning.loading.choice import load_code
+from fabric_init.planning.loading.recorded_load import RecordedLoad, recorded_load
 from fabric_init.planning.plan import LoadOptions, Plan
 from fabric_init.planning.tensors import survey
 from fabric_init.planning.validation import make_plan
@@ -45,9 +47,22 @@ def plan_for(
     """
     if reader is not None:
         _refuse_lazy(model)
+        names = rename_keys((*reader.keys(), *reader.extra_state), options.rename)
+        code = load_code(model, reader, names, options.reinit)
+        if code is not None:
+            _, _, tapes = survey(model)
+            modes = {tape.rng for tape in tapes.values()}
+            with recorded_load(model, reader, names, code, "eager" if modes == {"eager"} else "per_op") as load:
+                return _plan(model, load.reader, options, rng, load)
+    return _plan(model, reader, options, rng, None)
+
+
+def _plan(
+    model: nn.Module, reader: CheckpointReader | None, options: LoadOptions, rng: Rng | None, load: RecordedLoad | None
+) -> PreparedPlan:
     slots, tensors, tapes = survey(model)
     exact = _exact(set(tapes.values()), rng)
-    plan = make_plan(slots, tapes, reader, options, find_extra_states(model))
+    plan = make_plan(slots, tapes, reader, options, find_extra_states(model), load)
     check_nothing_is_undone(plan.entries, tapes)
     versions = [
         (tensor, tensor._version)

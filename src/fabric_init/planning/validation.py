@@ -10,6 +10,7 @@ from fabric_init._text import counted, listed
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError, UninitializedTensorError
 from fabric_init.planning.extra_state import ExtraStateInfo
+from fabric_init.planning.loading.recorded_load import RecordedLoad
 from fabric_init.planning.matching import Matching, likely_fixes, likely_transpose, match
 from fabric_init.planning.plan import Action, LoadOptions, Plan, PlanEntry
 from fabric_init.planning.tensors import TensorInfo
@@ -25,6 +26,7 @@ def make_plan(
     reader: CheckpointReader | None,
     options: LoadOptions,
     extra_infos: Sequence[ExtraStateInfo] = (),
+    load: RecordedLoad | None = None,
 ) -> Plan:
     """Decide for each tensor whether to load a key, run the model's own init, or keep its value.
 
@@ -34,13 +36,14 @@ def make_plan(
         reader: The checkpoint, of which only the header is read; ``None`` to initialize everything.
         options: ``strict``, ``rename`` and ``reinit``.
         extra_infos: The modules of the model that take extra state.
+        load: What the load code of the model has made of the checkpoint, if it has any.
 
     Raises:
         CheckpointMismatchError: Keys are missing or unexpected, or shapes or dtypes differ.
         OptionError: ``rename`` is invalid, or ``reinit`` matches no tensor.
         UninitializedTensorError: Neither the checkpoint nor the model's own code gives some tensor a value.
     """
-    matching = match(slots, tapes, reader, options, extra_infos)
+    matching = match(slots, tapes, reader, options, extra_infos, load)
     if reader is not None:
         if matching.lacks_some or matching.unexpected:
             nothing_matches = matching.lacks_some and not matching.taken

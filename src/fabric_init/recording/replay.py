@@ -195,6 +195,12 @@ def storage_now(tape: Tape, storage: int, *, exact: bool) -> tuple[torch.Untyped
     return memory, any(tape.ops[index].draw is not None for index in live)
 
 
+def run_ops(tape: Tape, numbers: Iterable[int], storage: int, device: torch.device) -> torch.UntypedStorage:
+    """Run these ops, on ``device``, and return the memory of ``storage`` after them."""
+    with real_execution():
+        return _Execution(tape, numbers, {storage}, lambda _: device, exact=tape.rng == "eager").run()[storage]
+
+
 def replay_with(
     tape: Tape,
     storage: int,

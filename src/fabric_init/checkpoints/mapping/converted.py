@@ -43,7 +43,8 @@ class ConvertedReader(BaseReader):
         except CheckpointMismatchError as error:
             raise CheckpointMismatchError(f"{below.path}: {conversion}: {error}.") from None
         self.specs = {key: self._made[key].spec if key in self._made else specs[key] for key in keys}
-        self.extra_state = below.extra_state  # conversions are of tensors
+        self.extra_state, self.metadata = below.extra_state, below.metadata  # conversions are of tensors
+        self.collective = below.collective
         self.note = "; ".join(filter(None, [below.note, f"{conversion}: {len(self._made)} tensors made"]))
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:

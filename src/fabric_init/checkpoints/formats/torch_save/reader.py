@@ -94,6 +94,7 @@ class TorchFileReader(BaseReader):
                 with corruption_of(self.path):
                     extra_state[key] = value if self._archive is None else self._archive.with_values(value)
         self.extra_state = extra_state
+        self.metadata = getattr(state, "_metadata", None)
         self.specs = {key: TensorSpec(value.shape, value.dtype) for key, value in self._tensors.items()}
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:

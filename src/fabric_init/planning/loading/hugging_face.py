@@ -1,0 +1,103 @@
+"""Hugging Face models: transformers knows how each of its architectures lies on disk.
+
+``from_pretrained`` renames keys and converts tensors by a table (``get_model_conversion_mapping``) on their way into
+the modules. Here the same function runs, on tensors that have no values yet.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from fabric_init._text import listed
+from fabric_init.checkpoints import CheckpointReader
+from fabric_init.errors import CheckpointMismatchError
+from fabric_init.planning.loading.recorded_load import Outcome
+
+_MODELS, _LOADING, _TABLE, _LOGGING = (
+    f"transformers.{name}" for name in ("modeling_utils", "core_model_loading", "conversion_mapping", "utils.logging")
+)
+_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
+_environment = threading.Lock()
+
+
+def is_hugging_face(model: nn.Module) -> bool:
+    """Return whether ``model`` is a transformers model, of a version that has the table."""
+    if _MODELS not in sys.modules or _LOADING not in sys.modules or _TABLE not in sys.modules:
+        return False
+    return isinstance(model, sys.modules[_MODELS].PreTrainedModel)
+
+
+class HuggingFaceCode:
+    """Loads a state dict as ``from_pretrained`` does.
+
+    Args:
+        reader: The checkpoint; errors name it.
+        reinit: Globs of tensors that are not loaded, so their shapes may differ.
+    """
+
+    def __init__(self, reader: CheckpointReader, reinit: Sequence[str]) -> None:
+        self._reader = reader
+        self._reinit = reinit
+
+    def __call__(self, model: nn.Module, state: dict[str, Tensor]) -> Outcome:
+        """Load ``state``.
+
+        Raises:
+            CheckpointMismatchError: A tensor has another shape, or cannot be converted.
+        """
+        loading: Any = sys.modules[_LOADING]
+        mapping = sys.modules[_TABLE].get_model_conversion_mapping(model)
+        config = sys.modules[_MODELS].LoadStateDictConfig(weight_mapping=mapping)
+        meant = model.state_dict()
+        with _in_this_thread():
+            info, _ = loading.convert_and_load_state_dict_in_model(model, state, config)
+        problems = [
+            f"{name} is {tuple(here)} in the model and {tuple(there)} in the checkpoint"
+            for name, there, here in sorted(info.mismatched_keys)
+            if not any(fnmatchcase(name, glob) for glob in self._reinit)
+        ]
+        problems += [f"{name}: {error}" for name, error in dict(info.conversion_errors).items()]
+        if problems or info.error_msgs:
+            raise CheckpointMismatchError(
+                f"{self._reader.path}: tensors do not fit the model:\n"
+                + listed([*problems, *map(str, info.error_msgs)])
+                + "\nBuild the model from the checkpoint's own config, or have these tensors initialized instead: reinit=."
+            )
+        model._adjust_missing_and_unexpected_keys(info)  # type: ignore[operator]
+        renamings = [each for each in mapping if isinstance(each, loading.WeightRenaming)]
+        converters = [each for each in mapping if isinstance(each, loading.WeightConverter)]
+        extra = info.unexpected_keys
+        unexpected = tuple(
+            name
+            for name in state
+            if name in extra
+            or loading.rename_source_key(name, renamings, converters, model.base_model_prefix, meant)[0] in extra
+        )
+        return Outcome(frozenset(info.missing_keys), unexpected)
+
+
+@contextmanager
+def _in_this_thread() -> Iterator[None]:
+    """Context in which transformers loads in this thread, which records, and shows no progress of it."""
+    logging: Any = sys.modules[_LOGGING]
+    with _environment:
+        before, shown = os.environ.get(_NO_THREADS), logging.is_progress_bar_enabled()
+        os.environ[_NO_THREADS] = "1"
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            if shown:
+                logging.enable_progress_bar()
+            if before is None:
+                del os.environ[_NO_THREADS]
+            else:
+                os.environ[_NO_THREADS] = before

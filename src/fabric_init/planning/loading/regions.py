@@ -1,0 +1,253 @@
+"""Which parts of which sources a region of a recorded tensor needs, and the region's values from those.
+
+[Note: regions through ops]
+A view needs no op: it is a window (offset, sizes, strides) on the storage of another tensor. So slices, ``chunk``,
+``split``, ``view``, ``permute`` and ``transpose`` lead to a box of what was written to that storage. The ops that wrote
+it either put tensors side by side (``cat``, ``stack``), or compute each element from the same element of others
+(``clone``, casts, ``copy_``, arithmetic): a box of the result needs boxes of the arguments. Any other op is computed
+whole, once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fabric_init.checkpoints import CheckpointReader
+from fabric_init.checkpoints.reader import read
+from fabric_init.checkpoints.region import Box, Region, Span, boxes_of, full_box, take, window
+from fabric_init.planning.loading.sources import ReadTensor
+from fabric_init.recording.liveness import covers, live_ops
+from fabric_init.recording.op_schemas import only_copies, pointwise
+from fabric_init.recording.replay import real_execution, run_ops, view
+from fabric_init.recording.tape import Constant, Op, Tape, TensorRef
+
+_CPU = torch.device("cpu")
+_COPIES = ("aten::clone", "aten::_to_copy")
+_KEPT = 4  # results that were computed whole: parts of one are mostly read one after the other
+
+
+class Evaluation:
+    """Values of tensors on one tape, region by region.
+
+    Args:
+        tape: The tape; ops that come to it later are not looked at.
+        whole: Whether every source is read whole, in the same order, whatever the region is: reading is for all ranks
+            together.
+    """
+
+    def __init__(self, tape: Tape, *, whole: bool = False) -> None:
+        self._tape = tape
+        self._whole = whole
+        self._computed: dict[tuple[int, int], torch.UntypedStorage] = {}  # what has been computed whole
+
+    def region(self, ref: TensorRef, region: Region | None, before: int | None = None) -> Tensor:
+        """Return a region of the tensor ``ref``, as it is before op number ``before``, on the CPU."""
+        with real_execution():
+            if self._whole:
+                return take(view(self._storage(ref.storage, before), ref), region).clone()
+            if not isinstance(region, Span):
+                return self._box(ref, region or full_box(tuple(ref.size)), before)
+            out = torch.empty(region.numel, dtype=ref.dtype)
+            at = 0
+            for box in boxes_of(tuple(ref.size), region):
+                out[at : at + box.numel].view(box.sizes).copy_(self._box(ref, box, before))
+                at += box.numel
+            return out
+
+    def _box(self, ref: TensorRef, box: Box, before: int | None) -> Tensor:
+        if not box.numel:
+            return torch.empty(box.sizes, dtype=ref.dtype)
+        offset = ref.offset + sum(start * stride for start, stride in zip(box.offsets, ref.stride, strict=True))
+        op = _last_writer(self._tape, ref.storage, before)
+        written = None if op is None else _written_by(op, ref.storage)
+        if op is None or written is None or ref.conj or ref.neg or written.dtype != ref.dtype:
+            return self._computed_box(ref, box, before)
+        if not covers(self._tape, written) or not _row_major(written):
+            return self._computed_box(ref, box, before)
+        needed, start, strides = _box_of_window(tuple(written.size), offset, box.sizes, ref.stride)
+        make = self._way(op, written)
+        if make is None:
+            return self._computed_box(ref, box, before)
+        values = make(needed)
+        if values.size() == box.sizes and strides == window(box.sizes, None).strides and not start:
+            return values
+        return values.contiguous().as_strided(box.sizes, strides, start)
+
+    def _way(self, op: Op, written: TensorRef) -> Callable[[Box], Tensor] | None:
+        """Return how to compute a box of what ``op`` writes from boxes of its arguments; ``None`` if that is not known."""
+        func, before = op.func, op.number
+        if isinstance(func, ReadTensor):
+            return lambda box: read(func.reader, func.key, None if box == full_box(tuple(written.size)) else box)
+        name = _name(func)
+        if name in ("aten::cat", "aten::stack"):
+            parts = op.args[0]
+            dim = op.args[1] if len(op.args) > 1 else op.kwargs.get("dim", 0)
+            if not all(isinstance(part, TensorRef) and part.dtype == written.dtype for part in parts):
+                return None
+            dim = dim % len(written.size)
+            join = self._cat if name == "aten::cat" else self._stack
+            return lambda box: join(parts, dim, box, written.dtype, before)
+        source = op.args[1] if name == "aten::copy_" else op.args[0] if name in _COPIES else None
+        if isinstance(source, (TensorRef, Constant)):
+            return lambda box: self._argument(source, box, before).to(written.dtype).expand(box.sizes)
+        if pointwise(func) and op.draw is None and len(op.outputs) + len(op.targets) == 1:
+            return lambda box: self._pointwise(op, box)
+        return None
+
+    def _argument(self, value: TensorRef | Constant, box: Box, before: int) -> Tensor:
+        """Return what of an argument, which is broadcast to the result, a box of the result needs."""
+        if isinstance(value, Constant):
+            size = tuple(value.tensor.shape)
+            return take(value.tensor, _broadcast(box, size))
+        return self._box(value, _broadcast(box, tuple(value.size)), before)
+
+    def _pointwise(self, op: Op, box: Box) -> Tensor:
+        def real(value: Any) -> Any:
+            if isinstance(value, (TensorRef, Constant)):
+                needed = self._argument(value, box, op.number)
+                return needed.clone() if value in op.targets else needed
+            return _CPU if isinstance(value, torch.device) else value
+
+        result = op.func(*map(real, op.args), **{name: real(value) for name, value in op.kwargs.items()})
+        assert isinstance(result, Tensor)
+        return result
+
+    def _cat(self, parts: tuple[TensorRef, ...], dim: int, box: Box, dtype: torch.dtype, before: int) -> Tensor:
+        pieces: list[tuple[TensorRef, Box]] = []
+        start, stop, at = box.offsets[dim], box.offsets[dim] + box.sizes[dim], 0
+        for part in parts:
+            if len(part.size) != len(box.sizes):  # torch skips empty tensors of one dimension
+                continue
+            low, high = max(start, at), min(stop, at + part.size[dim])
+            if low < high:
+                pieces.append((part, _along(box, dim, low - at, high - low)))
+            at += part.size[dim]
+        if len(pieces) == 1:
+            return self._box(*pieces[0], before)
+        out = torch.empty(box.sizes, dtype=dtype)
+        at = 0
+        for part, piece in pieces:
+            out.narrow(dim, at, piece.sizes[dim]).copy_(self._box(part, piece, before))
+            at += piece.sizes[dim]
+        return out
+
+    def _stack(self, parts: tuple[TensorRef, ...], dim: int, box: Box, dtype: torch.dtype, before: int) -> Tensor:
+        inner = Box(box.offsets[:dim] + box.offsets[dim + 1 :], box.sizes[:dim] + box.sizes[dim + 1 :])
+        out = torch.empty(box.sizes, dtype=dtype)
+        first = box.offsets[dim]
+        for index, part in enumerate(parts[first : first + box.sizes[dim]]):
+            out.select(dim, index).copy_(self._box(part, inner, before))
+        return out
+
+    # -- what is computed whole ----------------------------------------------------------------------------------------
+
+    def _computed_box(self, ref: TensorRef, box: Box, before: int | None) -> Tensor:
+        return take(view(self._storage(ref.storage, before), ref), box)
+
+    def _storage(self, storage: int, before: int | None) -> torch.UntypedStorage:
+        op = _last_writer(self._tape, storage, before)
+        key = storage, -1 if op is None else op.number
+        if key not in self._computed:
+            while len(self._computed) >= _KEPT:
+                del self._computed[next(iter(self._computed))]
+            numbers = live_ops(self._tape, [storage], exact=self._tape.rng == "eager", before=before)
+            self._computed[key] = run_ops(self._tape, numbers, storage, _CPU)
+        return self._computed[key]
+
+
+def sources_of(tape: Tape, ref: TensorRef) -> list[str]:
+    """Return the checkpoint keys that the value of ``ref`` is computed from, in the order in which they were read."""
+    live = sorted(live_ops(tape, [ref.storage], exact=False))
+    return [func.key for number in live if isinstance(func := tape.ops[number].func, ReadTensor)]
+
+
+def copied_source(tape: Tape, ref: TensorRef) -> ReadTensor | None:
+    """Return the source that ``ref`` is a plain copy of, but for its dtype; ``None`` if more was done."""
+    before: int | None = None
+    kept, dtypes = ref.dtype, set()
+    while True:
+        op = _last_writer(tape, ref.storage, before)
+        written = None if op is None else _written_by(op, ref.storage)
+        if op is None or written is None or written[1:] != ref[1:] or not covers(tape, ref):
+            return None
+        if isinstance(op.func, ReadTensor):  # a cast on the way that rounds is more than one to the last dtype
+            return op.func if dtypes <= {kept, ref.dtype} else None
+        if not only_copies(op.func):
+            return None
+        source = op.args[1] if _name(op.func) == "aten::copy_" else op.args[0]
+        if not isinstance(source, TensorRef) or source.size != ref.size:
+            return None
+        ref, before = source, op.number
+        dtypes.add(ref.dtype)
+
+
+def _last_writer(tape: Tape, storage: int, before: int | None) -> Op | None:
+    for number in reversed(tape.writers.get(storage, ())):
+        if before is None or number < before:
+            return tape.ops[number]
+    return None
+
+
+def _written_by(op: Op, storage: int) -> TensorRef | None:
+    return next((ref for ref in (*op.outputs, *op.targets) if ref.storage == storage), None)
+
+
+def _name(func: Any) -> str:
+    schema = getattr(func, "_schema", None)
+    return "" if schema is None else str(schema.name)
+
+
+def _row_major(ref: TensorRef) -> bool:
+    return ref.offset == 0 and tuple(ref.stride) == window(tuple(ref.size), None).strides
+
+
+def _along(box: Box, dim: int, offset: int, size: int) -> Box:
+    offsets, sizes = list(box.offsets), list(box.sizes)
+    offsets[dim], sizes[dim] = offset, size
+    return Box(tuple(offsets), tuple(sizes))
+
+
+def _broadcast(box: Box, size: tuple[int, ...]) -> Box:
+    """Return the box of an argument of ``size`` that a box of the result needs."""
+    skipped = len(box.sizes) - len(size)
+    pairs = zip(box.offsets[skipped:], box.sizes[skipped:], size, strict=True)
+    inner = [(0, 1) if full == 1 else (offset, length) for offset, length, full in pairs]
+    return Box(tuple(offset for offset, _ in inner), tuple(length for _, length in inner))
+
+
+def _box_of_window(
+    shape: tuple[int, ...], offset: int, sizes: tuple[int, ...], strides: tuple[int, ...]
+) -> tuple[Box, int, tuple[int, ...]]:
+    """Return the box of a row-major tensor of ``shape`` that a window needs, and the window's place in that box.
+
+    The place is an offset and strides, in elements, in the box as a row-major tensor.
+    """
+    base = window(shape, None).strides
+    at, low = offset, []
+    for step in base:
+        low.append(at // step)
+        at %= step
+    high = list(low)
+    digits = []
+    for size, stride in zip(sizes, strides, strict=True):
+        mine = []
+        for dim, step in enumerate(base):
+            count = 0 if shape[dim] == 1 else stride // step
+            stride -= count * step
+            mine.append(count)
+            high[dim] += count * (size - 1)
+        digits.append(mine)
+    if all(index < full for index, full in zip(high, shape, strict=True)):
+        box = Box(tuple(low), tuple(last - first + 1 for first, last in zip(low, high, strict=True)))
+        inner = window(box.sizes, None).strides
+        return box, 0, tuple(sum(map(math.prod, zip(mine, inner, strict=True))) for mine in digits)
+    # an index carries over from one dimension to the next: all of the rows that the window reaches
+    reach = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    first, last = offset // base[0], reach // base[0]
+    box = Box((first,) + (0,) * (len(shape) - 1), (last - first + 1, *shape[1:]))
+    return box, offset - first * base[0], strides
