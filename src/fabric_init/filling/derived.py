@@ -3,16 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.reader import read
-from fabric_init.planning.plan import DerivedFrom
+from fabric_init.errors import RecordingError
+from fabric_init.planning.derived import loaded_storages
+from fabric_init.planning.plan import DerivedFrom, Plan
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.replay import real_execution, replay_with
-from fabric_init.recording.tape import Tape, TensorRef
+from fabric_init.recording.tape import LoadedStorage, Tape, TensorRef, now
+
+
+def note_loaded(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader | None) -> None:
+    """Let what is computed later from the tensors that a plan loads be computed from their values in the checkpoint.
+
+    That is what code of later blocks computes or looks at, and what is kept outside of modules.
+    """
+    if reader is None:
+        return
+    since = now()
+    for storage, (ref, key) in loaded_storages(plan, tapes).items():
+        tapes_of = tapes.get(ref.storage) or tapes.get(storage)
+        if tapes_of is not None:
+            tapes_of.current().loaded[storage] = LoadedStorage(since, partial(_read_storage, reader, key, ref))
+
+
+def _read_storage(reader: CheckpointReader, key: str, ref: TensorRef) -> torch.UntypedStorage:
+    if reader.collective:
+        raise RecordingError(
+            f"a value that is computed from {key} is asked for, and {reader.path} is read by all ranks together, which "
+            "this one cannot do alone. Declare the load with io='local' in the strategy."
+        )
+    return _laid_out(read(reader, key), ref, torch.device("cpu"))
 
 
 def compute(
@@ -29,7 +55,7 @@ def compute(
     in_order = sorted(sources, key=lambda source: source.ref.storage)
     assert slot.ref is not None
     return compute_with(
-        slot, tapes[slot.ref.storage], ((ref, read(reader, key)) for ref, key, _ in in_order), device, exact=exact
+        slot, tapes[slot.ref.storage], ((ref, read(reader, key)) for ref, key in in_order), device, exact=exact
     )
 
 

@@ -16,7 +16,7 @@ from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import Agreement, SingleProcess
 from fabric_init.errors import FabricInitError, RecordingError
-from fabric_init.filling.derived import compute
+from fabric_init.filling.derived import compute, note_loaded
 from fabric_init.filling.extra_state import set_extra_states
 from fabric_init.filling.fill_log import with_log
 from fabric_init.filling.loader import loader_for
@@ -129,16 +129,16 @@ def _values(
             device = placement.device(slot)
             if device != slot.device:
                 yield position, tensors[position].detach().to(device)
-    since = {storage: source.since for storage, source in loaded.items()}
     for storage, positions in list(to_replay.items()):
         entry = entries[positions[0]]
-        sources = sources_of(entry, tapes, since, exact=exact)
-        if sources and len(positions) == 1:
+        sources = sources_of(entry, tapes, loaded, exact=exact)
+        if sources and all(entries[position].action is Action.INIT for position in positions):
             assert reader is not None
             del to_replay[storage]
             needed = [loaded[source] for source in sources]
             memory = compute(entry.slot, tapes, needed, reader, placement.device(entry.slot), exact=exact)
-            yield positions[0], _kept(memory, entry, placement)
+            for position in positions:
+                yield position, _kept(memory, entries[position], placement)
     yield from _replayed(entries, to_replay, tapes, parts, placement, exact=exact)
 
 
@@ -290,6 +290,7 @@ def fill_model(
 
     with PausedCollector():
         prepared = agreement.run_together(_PLANNING, plan, prepared_digest)
+        note_loaded(prepared.plan, prepared.tapes, prepared.reader)
         return execute_plan(prepared, model, prepared.tensors, placement, agreement)
 
 
@@ -321,7 +322,9 @@ def prepare(
     agreement: Agreement = _ALONE,
 ) -> PreparedPlan:
     """Return the plan for ``model``, made on all ranks together; see :func:`plan_for`."""
-    return agreement.run_together(_PLANNING, lambda: plan_for(model, reader, wanted), prepared_digest)
+    prepared = agreement.run_together(_PLANNING, lambda: plan_for(model, reader, wanted), prepared_digest)
+    note_loaded(prepared.plan, prepared.tapes, prepared.reader)
+    return prepared
 
 
 def execute_plan(

@@ -112,7 +112,7 @@ def _sources(entries: Iterable[PlanEntry], plans: Sequence[PreparedPlan]) -> dic
     """What was to be loaded when the blocks ended, also where the model holds something else by now."""
     tapes = {storage: tape for plan in plans for storage, tape in plan.tapes.items()}
     return {
-        ref.storage: DerivedFrom(ref, entry.keys[0], entry.since)
+        ref.storage: DerivedFrom(ref, entry.keys[0])
         for entry in entries
         if entry.action is Action.LOAD and (ref := entry.slot.ref) is not None
         if covers(tapes[ref.storage].current(), ref)

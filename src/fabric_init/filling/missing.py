@@ -222,7 +222,7 @@ class _Held:
         if key not in self._candidates:
             self._candidates[key] = dict(self._with_values(tape, copied=copied))
         candidates = self._candidates[key]
-        found = [candidates[s] for s in sorted(computed_from(tape, info.ref.storage, dict.fromkeys(candidates)))]
+        found = [candidates[s] for s in sorted(computed_from(tape, info.ref.storage, candidates, copies=False))]
         whole = [source for source in found if source is not None]
         return whole if len(whole) == len(found) else None
 

@@ -1,12 +1,11 @@
 """Find tensors that the constructor computes from tensors of the checkpoint, such as DoRA's magnitudes.
 
-They are computed from what the checkpoint brings. A mere copy (``copy.deepcopy`` of a layer) keeps the init of what it
-was copied from, as in plain PyTorch, unless it was made after the block that declared the load.
+They are computed from what the checkpoint brings, and copies (``copy.deepcopy`` of a layer) are copies of that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.plan import Action, DerivedFrom, Plan, PlanEntry, storage_groups
@@ -23,7 +22,7 @@ def loaded_storages(plan: Plan, tapes: Mapping[int, Tape]) -> dict[int, DerivedF
         entry, ref = plan.entries[positions[0]], plan.entries[positions[0]].slot.ref
         assert ref is not None
         if len(positions) == 1 and entry.action is Action.LOAD and covers(tapes[storage], ref):
-            loaded[storage] = DerivedFrom(ref, entry.keys[0], entry.since)
+            loaded[storage] = DerivedFrom(ref, entry.keys[0])
     for storage, source in list(loaded.items()):
         for earlier in _cast_from(storage, tapes[storage]) if storage in tapes else ():
             loaded.setdefault(earlier.storage, source._replace(ref=earlier))
@@ -47,13 +46,13 @@ def _cast_from(storage: int, tape: Tape) -> Iterator[TensorRef]:
 
 
 def sources_of(
-    entry: PlanEntry, tapes: Mapping[int, Tape], others: Mapping[int, int | None], *, exact: bool = False
+    entry: PlanEntry, tapes: Mapping[int, Tape], others: Collection[int], *, exact: bool = False
 ) -> set[int]:
-    """Return which of the storages ``others`` the model's own init computes a parameter or buffer from."""
+    """Return which of the storages ``others`` the model's own init computes a tensor from."""
     ref = entry.slot.ref
-    if ref is None or entry.action is not Action.INIT or not entry.slot.saved or not others:
+    if ref is None or entry.action is not Action.INIT or not others:
         return set()
-    return computed_from(tapes[ref.storage], ref.storage, others, exact=exact)
+    return computed_from(tapes[ref.storage], ref.storage, others, copies=True, exact=exact)
 
 
 def check_nothing_is_undone(entries: Sequence[PlanEntry], tapes: Mapping[int, Tape]) -> None:

@@ -53,11 +53,10 @@ class PlanEntry(NamedTuple):
 
 
 class DerivedFrom(NamedTuple):
-    """A loaded tensor that spans its whole recorded storage, its checkpoint key, and :attr:`PlanEntry.since`."""
+    """A loaded tensor that spans its whole recorded storage, and its checkpoint key."""
 
     ref: TensorRef
     key: str
-    since: int | None = None
 
 
 _SHOWN = 10  # entries of a plan that is printed

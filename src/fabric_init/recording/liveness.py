@@ -7,7 +7,7 @@ replaces are dead, and so is what only dead writes read: replay runs none of the
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 
 import torch
 
@@ -112,28 +112,23 @@ def live_ops(
     return live
 
 
-def computed_from(tape: Tape, storage: int, others: Mapping[int, int | None], *, exact: bool = False) -> set[int]:
+def computed_from(
+    tape: Tape, storage: int, others: Collection[int], *, copies: bool, exact: bool = False
+) -> set[int]:
     """Return those of ``others`` from whose last values the value of ``storage`` is computed.
-
-    A plain copy or cast does not count as computed, unless it was made after the op number that ``others`` maps its
-    source to.
 
     Args:
         tape: The recording.
         storage: The number of the storage in question.
-        others: Storage numbers, each with the op number after which copies of it count, or ``None`` for never.
+        others: Storage numbers.
+        copies: Whether a plain copy or cast counts as computed.
         exact: As in :func:`live_ops`.
     """
     live = [tape.ops[index] for index in live_ops(tape, [storage], exact=exact, inputs=others)]
-    copied = all(only_copies(op.func) for op in live)
-    sources = set()
-    for op in live:
-        for source in {ref.storage for ref in op.reads()} - {storage}:
-            if source in others and is_final(tape, source, op.number):
-                since = others[source]
-                if not copied or (since is not None and op.number > since):
-                    sources.add(source)
-    return sources
+    if not copies and all(only_copies(op.func) for op in live):
+        return set()
+    read = {(ref.storage, op.number) for op in live for ref in op.reads()}
+    return {other for other, number in read if other in others and other != storage and is_final(tape, other, number)}
 
 
 def never_written(tape: Tape, ref: TensorRef) -> bool:

@@ -15,7 +15,7 @@ from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunct
 from fabric_init.recording.liveness import covers, is_final, live_ops
 from fabric_init.recording.op_schemas import overwrites, with_generator
 from fabric_init.recording.replay_rng import ReplayStreams
-from fabric_init.recording.tape import Constant, Op, Tape, TensorRef
+from fabric_init.recording.tape import Constant, LoadedStorage, Op, Tape, TensorRef
 from fabric_init.recording.tracing import outside_tracing
 
 _default_generator_lock = threading.Lock()
@@ -79,7 +79,7 @@ class _Execution:
         self._ops = [tape.ops[index] for index in sorted(indices)]
         self._keep = keep
         self._to = to
-        self._inputs = inputs or {}
+        self._inputs = {} if inputs is None else inputs
         self._memory: dict[int, torch.UntypedStorage] = {}
         self.draws = ReplayStreams(tape, self._ops, exact=exact)
 
@@ -187,11 +187,32 @@ def as_recorded(device: torch.device) -> torch.device:
     return device
 
 
+class _Brought(dict[int, torch.UntypedStorage]):
+    """The memory of storages that declared loads bring, read when it is asked for."""
+
+    def __init__(self, loaded: Mapping[int, LoadedStorage]) -> None:
+        super().__init__()
+        self._loaded = loaded
+
+    def __contains__(self, storage: object) -> bool:
+        return storage in self._loaded
+
+    def __missing__(self, storage: int) -> torch.UntypedStorage:
+        memory = self[storage] = self._loaded[storage].read()
+        return memory
+
+
 def storage_now(tape: Tape, storage: int, *, exact: bool) -> tuple[torch.UntypedStorage, bool]:
-    """Return the current value of ``storage``, and whether it depends on random numbers."""
-    live = live_ops(tape, [storage], exact=exact)
+    """Return the current value of ``storage``, and whether it depends on random numbers.
+
+    It is computed from what declared loads bring, where there are any.
+    """
+    inputs = _Brought(tape.brought()) if tape.loaded else {}
     with real_execution():
-        memory = _Execution(tape, live, {storage}, as_recorded, exact=exact).run()[storage]
+        if storage in inputs:
+            return inputs[storage], False
+        live = live_ops(tape, [storage], exact=exact, inputs=inputs)
+        memory = _Execution(tape, live, {storage}, as_recorded, exact=exact, inputs=inputs).run()[storage]
     return memory, any(tape.ops[index].draw is not None for index in live)
 
 

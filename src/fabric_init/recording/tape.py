@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -195,6 +195,13 @@ def _refs_in(values: Iterable[Any]) -> Iterator[TensorRef]:
             yield from _refs_in(value)
 
 
+class LoadedStorage(NamedTuple):
+    """What a declared load brings for a storage, in place of what the ops before number ``since`` left there."""
+
+    since: int
+    read: Callable[[], torch.UntypedStorage]
+
+
 _SHOWN_OPS = 5  # at either end of a tape
 
 
@@ -214,6 +221,7 @@ class Tape:
         self.own_init_ran = False  # whether the model's own init was asked for
         self.has_plain = False  # plain meta tensors are on recorded storages: lazy ones get torch's own class later
         self.waits: dict[int, int] = {}  # storages that wait for a load, and the op number from which on
+        self.loaded: dict[int, LoadedStorage] = {}  # storages whose last values a declared load brings
         self.overruled: dict[int, int] = {}  # those of them that got values, so their own init is not what they hold
         self.records: dict[int, weakref.ref[Any]] = {}  # tags by storage: alive as long as a tensor is on it
         self.later: Any = None  # answers for recorded tensors when no block is open
@@ -253,6 +261,7 @@ class Tape:
         later.constant_bytes += self.constant_bytes
         later.sealed_rng = later.sealed_rng or self.sealed_rng
         later.waits.update(self.waits)
+        later.loaded.update(self.loaded)
         later.records.update(self.records)
         later.overruled.update(self.overruled)
         if self.later is not None and later.later is not None:
@@ -272,6 +281,12 @@ class Tape:
     def written_since(self, storage: int, number: int) -> bool:
         """Return whether an op later than ``number`` wrote to ``storage``."""
         return any(writer > number for writer in self.writers.get(storage, ()))
+
+    def brought(self) -> dict[int, LoadedStorage]:
+        """Return the storages whose present values are those that a declared load brings, with how to read them."""
+        return {
+            storage: each for storage, each in self.loaded.items() if not self.written_since(storage, each.since)
+        }
 
     def add_stream(self, stream: Stream) -> int:
         number = next(_numbers)

@@ -108,8 +108,17 @@ class Waiting:
             if self.tape.waits.pop(storage, None) is not None:
                 self.note_status(storage, "initialized")
 
-    def missing(self, storages: Iterable[int], before: int | None = None) -> list[int]:
-        """Return which storages have to get values before all of ``storages`` have theirs, in order, each once."""
+    def missing(
+        self, storages: Iterable[int], before: int | None = None, *, declared_count: bool = True
+    ) -> list[int]:
+        """Return which storages have to get values before all of ``storages`` have theirs, in order, each once.
+
+        Args:
+            storages: The storages in question.
+            before: Take them as they are before this op number.
+            declared_count: Whether a storage is missing whose values a declared load will bring, and could be read.
+        """
+        brought = {} if declared_count or not self.tape.loaded else self.tape.brought()
         waits = self.tape.waits
         if not waits and not self.tape.overruled:
             return []
@@ -121,6 +130,8 @@ class Waiting:
             if (storage, limit) in seen:
                 continue
             seen.add((storage, limit))
+            if storage in brought and (limit is None or limit > brought[storage].since):
+                continue
             since = waits.get(storage)
             if since is None and limit is not None:
                 since = self.tape.overruled.get(storage)  # what it held before it got its values is not known

@@ -136,7 +136,7 @@ def left_to_loads(model: nn.Module) -> dict[str, set[str]]:
     left = [(name, recorded(t)) for name, t in unfilled(model) if id(t) not in planned]
     names = {found.storage: name for name, found in left if found is not None}
     return {
-        name: {names[s] for s in computed_from(found.tape, found.storage, dict.fromkeys(names)) if s != found.storage}
+        name: {names[s] for s in computed_from(found.tape, found.storage, names, copies=False) if s != found.storage}
         for name, found in left
         if found is not None
     }
@@ -186,7 +186,7 @@ def _plan(model: nn.Module, bounds: Sequence[BoundPlans], plans: Sequence[Prepar
     if not any(bound.allocates and not bound.own_init for bound in bounds):
         return prepared
     planned = planned_tensors(plans)
-    loaded = {storage: source.since for storage, source in loaded_storages(prepared.plan, prepared.tapes).items()}
+    loaded = loaded_storages(prepared.plan, prepared.tapes)
 
     def chosen(entry: PlanEntry, tensor: Tensor) -> bool:
         return id(tensor) not in planned and not sources_of(entry, prepared.tapes, loaded, exact=prepared.exact)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from fabric_init.checkpoints import CheckpointReader
-from fabric_init.planning.loading.hugging_face import HuggingFaceCode, is_hugging_face
+from fabric_init.planning.loading.hugging_face import HuggingFaceCode, outermost
 from fabric_init.planning.loading.module_code import ModuleCode, has_load_code
-from fabric_init.planning.loading.recorded_load import LoadCode
+from fabric_init.planning.loading.recorded_load import LoadCode, Outcome
 from fabric_init.planning.tensors import named_tensors
 
 
@@ -25,9 +25,42 @@ def load_code(
         reinit: Globs of tensors that are not loaded.
     """
     given = frozenset(names.values())
-    if is_hugging_face(model) and not _is_as_built(model, given):
+    parts = [prefix for prefix, part in outermost(model) if not _is_as_built(part, _under(prefix, given))]
+    if parts == [""]:
         return HuggingFaceCode(reader, reinit)
+    if parts:
+        return _Parts(reader, reinit, parts)
     return ModuleCode(reader) if has_load_code(model, given) else None
+
+
+class _Parts:
+    """Loads some modules as ``from_pretrained`` does, and all others as ``load_state_dict`` does."""
+
+    def __init__(self, reader: CheckpointReader, reinit: Sequence[str], prefixes: Sequence[str]) -> None:
+        self._reader = reader
+        self._reinit = reinit
+        self._prefixes = prefixes
+
+    def __call__(self, model: nn.Module, state: dict[str, Tensor]) -> Outcome:
+        missing: set[str] = set()
+        unexpected: list[str] = []
+        rest = dict(state)
+        for prefix in self._prefixes:
+            dot = f"{prefix}."
+            its = {name.removeprefix(dot): rest.pop(name) for name in state if name.startswith(dot)}
+            reinit = [glob.removeprefix(dot) for glob in self._reinit]
+            outcome = HuggingFaceCode(self._reader, reinit)(model.get_submodule(prefix), its)
+            missing |= {dot + name for name in outcome.missing or ()}
+            unexpected += [dot + name for name in outcome.unexpected]
+        outcome = ModuleCode(self._reader)(model, rest)
+        dots = tuple(f"{prefix}." for prefix in self._prefixes)
+        missing |= {name for name in outcome.missing or () if not name.startswith(dots)}
+        return Outcome(frozenset(missing), (*unexpected, *outcome.unexpected))
+
+
+def _under(prefix: str, names: frozenset[str]) -> frozenset[str]:
+    dot = f"{prefix}." if prefix else ""
+    return frozenset(name.removeprefix(dot) for name in names if name.startswith(dot))
 
 
 def _is_as_built(model: nn.Module, given: frozenset[str]) -> bool:

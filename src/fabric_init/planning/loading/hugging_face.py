@@ -28,11 +28,16 @@ _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 _environment = threading.Lock()
 
 
-def is_hugging_face(model: nn.Module) -> bool:
-    """Return whether ``model`` is a transformers model, of a version that has the table."""
+def outermost(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the transformers models that are in no other one, by name; none if transformers does not have the table."""
     if _MODELS not in sys.modules or _LOADING not in sys.modules or _TABLE not in sys.modules:
-        return False
-    return isinstance(model, sys.modules[_MODELS].PreTrainedModel)
+        return []
+    base: type[nn.Module] = sys.modules[_MODELS].PreTrainedModel
+    found: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, base) and not any(not of or name.startswith(f"{of}.") for of, _ in found):
+            found.append((name, module))
+    return found
 
 
 class HuggingFaceCode:

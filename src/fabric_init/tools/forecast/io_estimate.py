@@ -77,8 +77,7 @@ def _read_again(plan: Plan, tapes: Mapping[int, Tape]) -> Iterable[PlanEntry]:
     """Yield the entries that are read again, unsharded, because a tensor that is not loaded is computed from them."""
     loaded = loaded_storages(plan, tapes)
     by_key = {entry.keys[0]: entry for entry in plan.entries if entry.action is Action.LOAD}
-    since = {storage: source.since for storage, source in loaded.items()}
     for positions in storage_groups(plan.entries).values():
         if len(positions) == 1:
-            for storage in sources_of(plan.entries[positions[0]], tapes, since):
+            for storage in sources_of(plan.entries[positions[0]], tapes, loaded):
                 yield by_key[loaded[storage].key]
