@@ -47,6 +47,8 @@ SLOW = {
     "filling/test_interrupted.py": "stops processes at many places",
     "fuzz/*": "thousands of damaged files",
     "gpu/*": "needs a GPU",
+    "load_code/test_on_ranks.py": "starts ranks",
+    "load_code/test_random_trees.py": "hundreds of models",
     "meta/test_docs.py": "runs the documentation and the examples",
     "meta/test_leaks.py": "a pytest of its own",
     "meta/test_lint.py": "mypy",
