@@ -36,6 +36,8 @@ def load_code(
 class _Parts:
     """Loads some modules as ``from_pretrained`` does, and all others as ``load_state_dict`` does."""
 
+    replaces = False
+
     def __init__(self, reader: CheckpointReader, reinit: Sequence[str], prefixes: Sequence[str]) -> None:
         self._reader = reader
         self._reinit = reinit

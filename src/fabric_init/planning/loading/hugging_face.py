@@ -48,6 +48,8 @@ class HuggingFaceCode:
         reinit: Globs of tensors that are not loaded, so their shapes may differ.
     """
 
+    replaces = False
+
     def __init__(self, reader: CheckpointReader, reinit: Sequence[str]) -> None:
         self._reader = reader
         self._reinit = reinit

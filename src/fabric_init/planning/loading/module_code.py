@@ -51,6 +51,8 @@ class ModuleCode:
         reader: The checkpoint, of which the state dict's metadata is taken.
     """
 
+    replaces = True
+
     def __init__(self, reader: CheckpointReader) -> None:
         self._reader = reader
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,15 @@ class RecordedLoad(NamedTuple):
     outcome: Outcome
 
 
-LoadCode = Callable[[nn.Module, dict[str, Tensor]], Outcome]
-"""Loads a state dict into a model, both without values."""
+class LoadCode(Protocol):
+    """Loads a state dict into a model, both without values."""
+
+    replaces: bool
+    """Whether the parameters that it makes are to be in the model, as in plain PyTorch, or only their values."""
+
+    def __call__(self, model: nn.Module, state: dict[str, Tensor]) -> Outcome:
+        """Load ``state``."""
+        ...
 
 @contextmanager
 def recorded_load(
@@ -71,7 +78,7 @@ def recorded_load(
         finally:
             torch.set_rng_state(generator)
         refs = _left_behind(modules, places, since, mode.tape)
-        _put_back(modules, places)
+        _put_back(modules, places, replaces=code.replaces)
         made = RecordedReader(reader, mode.tape, refs)
         yield RecordedLoad(made, made.key_of, outcome)
     except BaseException:
@@ -138,15 +145,18 @@ def _left_behind(
     return refs
 
 
-def _put_back(modules: Iterable[tuple[str, nn.Module]], places: Iterable[_Place]) -> None:
-    """Put the model's own tensors back, but for what load code has removed, or replaced by another shape or dtype."""
+def _put_back(modules: Iterable[tuple[str, nn.Module]], places: Iterable[_Place], *, replaces: bool) -> None:
+    """Put the model's own tensors back, but for what load code has removed, replaced or given another shape."""
     originals = {id(place.stand_in): place.original for place in places}
     for _, table, key, original, stand_in in places:
         tensor = table.get(key)
-        if tensor is stand_in:
-            table[key] = original
-        elif isinstance(tensor, RecordedTensor) and _alike(tensor, original):
-            table[key] = original
+        mine = tensor is stand_in or (isinstance(tensor, RecordedTensor) and not replaces)
+        if tensor is None or not mine or not _alike(tensor, original):
+            originals.pop(id(stand_in), None)
+            continue
+        if stand_in.requires_grad != original.requires_grad and original.is_leaf:
+            original.requires_grad_(stand_in.requires_grad)
+        table[key] = original
     for _, module in modules:
         for name, value in vars(module).items():
             if isinstance(value, Tensor) and id(value) in originals:
