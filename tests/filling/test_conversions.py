@@ -314,11 +314,14 @@ def test_the_error_proposes_the_conversion_under_a_prefix_that_is_missing_too(tm
     assert "into=['q_proj.weight', 'k_proj.weight', 'v_proj.weight'], sizes=[8, 4, 4])]" in said
 
 
-def test_the_error_proposes_the_part_where_the_rest_belongs_to_another_model(tmp_path: Path) -> None:
-    saved(tmp_path, LlamaForCausalLM, llama_config())
+def test_a_base_model_takes_its_part_of_a_checkpoint_with_a_head(tmp_path: Path) -> None:
+    whole = saved(tmp_path, LlamaForCausalLM, llama_config())
     said = refused(LlamaModel, llama_config(), checkpoint=tmp_path)
-    assert r'rename={r"^model\.": ""} would match all 20 missing keys' in said
-    assert "rename=fabric_init.checkpoints.Part('model.') takes that part alone, without the rest (1)" in said
+    assert "20 of 20 tensors match" in said
+    assert "Not in the model (1):\n  lm_head.weight" in said
+    for options in ({"strict": False}, {"rename": Part("model.")}):
+        model = loaded(LlamaModel, llama_config(), checkpoint=tmp_path, **options)
+        assert torch.equal(model.layers[0].mlp.up_proj.weight, whole.model.layers[0].mlp.up_proj.weight)
 
 
 def test_the_error_proposes_to_transpose(tmp_path: Path) -> None:

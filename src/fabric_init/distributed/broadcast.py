@@ -64,7 +64,9 @@ class BroadcastReader(BaseReader):
                 return None
             reader = make()
             specs = {key: reader.spec(key) for key in reader.keys()}
-            return reader, _Header(reader.path, reader.format, reader.note, specs, dict(reader.extra_state), reader.metadata)
+            return reader, _Header(
+                reader.path, reader.format, reader.note, specs, dict(reader.extra_state), reader.metadata
+            )
 
         opened = agreement.run_together("opening the checkpoint", on_rank_zero)
         reader, header = opened if opened is not None else (None, None)

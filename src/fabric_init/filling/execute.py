@@ -17,7 +17,6 @@ from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import Agreement, SingleProcess
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.derived import compute, note_loaded
-from fabric_init.filling.extra_state import set_extra_states
 from fabric_init.filling.fill_log import with_log
 from fabric_init.filling.loader import loader_for
 from fabric_init.filling.out_of_memory import out_of_memory_explained
@@ -291,7 +290,12 @@ def fill_model(
     with PausedCollector():
         prepared = agreement.run_together(_PLANNING, plan, prepared_digest)
         note_loaded(prepared.plan, prepared.tapes, prepared.reader)
-        return execute_plan(prepared, model, prepared.tensors, placement, agreement)
+        try:
+            return execute_plan(prepared, model, prepared.tensors, placement, agreement)
+        except BaseException:
+            if prepared.undo is not None:
+                prepared.undo()
+            raise
 
 
 def _refuse_overwriting(prepared: PreparedPlan, model: nn.Module) -> None:
@@ -340,7 +344,6 @@ def execute_plan(
     def check_and_fill() -> FillRecord:
         check_ties(plan, reader, placement)
         record = fill(plan, tensors, tapes, reader, placement, exact=exact)
-        set_extra_states(plan.extras)
         return record
 
     record = agreement.run_together("filling the model", check_and_fill)

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from fabric_init.filling.execute import check_ties, fill
-from fabric_init.filling.extra_state import set_extra_states
 from fabric_init.planning.derived import loaded_storages
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Plan, storage_groups
@@ -51,7 +50,6 @@ class IncrementalFill:
         """Fill all remaining tensors, and return the rows of the report."""
         plan, _, _, reader, _, *_ = self._prepared
         self._fill(range(len(plan.entries)))
-        set_extra_states(plan.extras)
         rows = [row for _, row in sorted(self._rows.items())]
         path, note = (None, None) if reader is None else (str(reader.path), reader.note)
         return FillRecord(rows, path, note, plan.unexpected)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.mapping.combined import CombinedReader
 from fabric_init.errors import RecordingError
-from fabric_init.guard.loads import extra_state_loaded_since
 from fabric_init.guard.models import settle
 from fabric_init.planning.derived import replaced_since, written_since
 from fabric_init.planning.matching import own_init
@@ -60,14 +59,7 @@ def merged(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
     check_all_have_values(entries, tapes, reader)
     _refuse_lost_changes(entries, tapes)
     unexpected = tuple(key for plan in plans for key in plan.plan.unexpected)
-    held = set(model.modules())
-    extras = tuple(
-        extra
-        for plan in plans
-        for extra in plan.plan.extras
-        if extra.module in held and not extra_state_loaded_since(extra.module, declared_at(plan))
-    )
-    plan = Plan(tuple(entries), unexpected, extras, _sources(planned.values(), plans))
+    plan = Plan(tuple(entries), unexpected, _sources(planned.values(), plans))
     exact = any(plan.exact for plan in plans) or {tape.rng for tape in tapes.values()} == {"eager"}
     return PreparedPlan(plan, tensors, tapes, reader, exact)
 

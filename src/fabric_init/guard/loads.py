@@ -15,19 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.guard.expected_load import ExpectedLoad, expected_load
 from fabric_init.guard.models import local, own_tensors, release_forward, settle, unfilled
-from fabric_init.planning.extra_state import takes_extra_state
+from fabric_init.planning.loading.module_code import takes_extra_state
 from fabric_init.recording.later import Later
-from fabric_init.recording.tape import now
 from fabric_init.recording.tensor import recorded
 
 Complete = Callable[[nn.Module], None]
 """Gives what still waits under a module the model's own init, as far as that can be."""
 
 _COMPLETE = "_fabric_init_complete"
-_EXTRA = "_fabric_init_extra_state"
 
 
 class _Current(threading.local):
@@ -73,18 +70,6 @@ def unwatch_loads(model: nn.Module, running: Any = None) -> None:
                 del table[key]
 
 
-def extra_state_loaded_since(module: nn.Module, since: int) -> bool:
-    """Return whether ``load_state_dict`` has brought extra state for ``module`` later than op number ``since``."""
-    loaded: int = vars(module).get(_EXTRA, -1)
-    return loaded > since
-
-
-def forget_extra_state(model: nn.Module) -> None:
-    """Forget which extra state loads have brought: what was declared earlier is set by now."""
-    for module in model.modules():
-        vars(module).pop(_EXTRA, None)
-
-
 def _is_ours(hook: Any) -> bool:
     return getattr(hook, "hook", hook) in (_before_load, _after_load)  # torch keeps a pre-hook in a wrapper
 
@@ -99,8 +84,6 @@ def _before_load(
     extra: Any,
     errors: Any,
 ) -> None:
-    if prefix + EXTRA_STATE in state_dict:
-        vars(module)[_EXTRA] = now()
     if not _current.whole and _current.errors is not errors:
         _current.errors, _current.top = errors, weakref.ref(module)
         _begin(module)

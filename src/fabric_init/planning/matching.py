@@ -11,7 +11,6 @@ import torch
 from fabric_init.checkpoints import CheckpointReader, TensorSpec, rename_keys
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.errors import OptionError
-from fabric_init.planning.extra_state import Extra, ExtraStateInfo
 from fabric_init.planning.hints.adapters import likely_adapters
 from fabric_init.planning.hints.conversions import likely_conversions, likely_transposes
 from fabric_init.planning.hints.renames import likely_part, likely_renames, renamed_as_suggested
@@ -44,7 +43,6 @@ class Matching(NamedTuple):
     missing: tuple[TensorInfo, ...]
     unexpected: tuple[str, ...]
     misfits: tuple[Mismatch, ...]
-    extras: tuple[Extra, ...] = ()
     missing_extras: tuple[str, ...] = ()
     """Names of extra state that modules take but the checkpoint lacks."""
 
@@ -59,7 +57,6 @@ def match(
     tapes: Mapping[int, Tape],
     reader: CheckpointReader | None,
     options: LoadOptions,
-    extra_infos: Sequence[ExtraStateInfo] = (),
     load: RecordedLoad | None = None,
 ) -> Matching:
     """Match tensors and keys. Arguments are those of :func:`~fabric_init.planning.validation.make_plan`.
@@ -102,17 +99,16 @@ def match(
         if reader is not None and slot.saved and not fresh and lacks:
             missing.append(slot)
         entries.append(PlanEntry(slot, own_init(slot, tapes)))
-    extras: list[Extra] = []
-    missing_extras: list[str] = []
-    for extra in extra_infos if reader is not None else ():
-        assert reader is not None
-        extra_keys = [key_of[name] for name in extra.names if name in key_of]
-        taken.update(extra_keys)
-        extras += [Extra(extra.module, key, reader) for key in extra_keys[:1]]
-        missing_extras += extra.names[: not extra_keys]
+    missing_extras = []
+    if load is not None:
+        taken.update(
+            key for key, name in keys.items() if name.endswith(EXTRA_STATE) and name not in load.outcome.unexpected
+        )
+        missing_extras = sorted(name for name in load.outcome.missing or () if name.endswith(EXTRA_STATE))
     unexpected = [key for key in keys if key not in taken]
     if load is not None:
-        unexpected = [key for key in unexpected if keys[key] in load.outcome.unexpected]
+        renamed = [name for name in load.outcome.unexpected if name not in keys.values()]
+        unexpected = [*(key for key in unexpected if keys[key] in load.outcome.unexpected), *renamed]
     return Matching(
         entries=tuple(entries),
         names=keys,
@@ -121,7 +117,6 @@ def match(
         missing=tuple(missing),
         unexpected=tuple(unexpected),
         misfits=tuple(misfits),
-        extras=tuple(extras),
         missing_extras=tuple(missing_extras),
     )
 
@@ -176,7 +171,11 @@ def likely_fixes(matching: Matching, reader: CheckpointReader) -> list[str]:
     missing = {slot.name: slot.shape for slot in matching.missing} | dict.fromkeys(
         matching.missing_extras, torch.Size()
     )
-    offered = {matching.names[key]: _shape_of(key, matching.names[key], reader) for key in matching.unexpected}
+    offered = {
+        matching.names[key]: _shape_of(key, matching.names[key], reader)
+        for key in matching.unexpected
+        if key in matching.names
+    }
     adapters = likely_adapters(missing, offered, [name for entry in matching.entries for name in entry.slot.names])
     if adapters is not None:
         return [adapters]

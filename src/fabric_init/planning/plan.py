@@ -13,7 +13,6 @@ import torch
 from fabric_init._text import dtype_name
 from fabric_init.checkpoints import TensorSpec
 from fabric_init.checkpoints.mapping.rename import Rename
-from fabric_init.planning.extra_state import Extra
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.tape import TensorRef
 
@@ -68,7 +67,6 @@ class Plan:
 
     entries: tuple[PlanEntry, ...]
     unexpected: tuple[str, ...] = ()
-    extras: tuple[Extra, ...] = field(default=(), compare=False)
     sources: Mapping[int, DerivedFrom] = field(default_factory=dict)
     """By storage: loaded tensors that the model no longer holds, but that others may have been computed from."""
 

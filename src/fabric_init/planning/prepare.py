@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -12,9 +12,8 @@ from torch.nn.parameter import is_lazy
 from fabric_init.checkpoints import CheckpointReader, rename_keys
 from fabric_init.errors import RecordingError
 from fabric_init.planning.derived import check_nothing_is_undone
-from fabric_init.planning.extra_state import find_extra_states
 from fabric_init.planning.loading.choice import load_code
-from fabric_init.planning.loading.recorded_load import RecordedLoad, recorded_load
+from fabric_init.planning.loading.recorded_load import RecordedLoad, record_load
 from fabric_init.planning.plan import LoadOptions, Plan
 from fabric_init.planning.tensors import survey
 from fabric_init.planning.validation import make_plan
@@ -31,6 +30,8 @@ class PreparedPlan(NamedTuple):
     exact: bool
     versions: Sequence[tuple[Tensor, int]] = ()
     """Of the tensors that had values when the plan was made: how often they had been written."""
+    undo: Callable[[], None] | None = None
+    """Take back what load code has done to the modules."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PreparedPlan:
         """Return the plan itself: a copy of a module that has it is made of tensors that are computed from its own."""
@@ -47,14 +48,28 @@ def plan_for(
     """
     if reader is not None:
         _refuse_lazy(model)
-        names = rename_keys((*reader.keys(), *reader.extra_state), options.rename)
-        code = load_code(model, reader, names, options.reinit)
-        if code is not None:
-            _, _, tapes = survey(model)
-            modes = {tape.rng for tape in tapes.values()}
-            with recorded_load(model, reader, names, code, "eager" if modes == {"eager"} else "per_op") as load:
-                return _plan(model, load.reader, options, rng, load)
+        load = load_with_code(model, reader, options)
+        if load is not None:
+            try:
+                return _plan(model, load.reader, options, rng, load)._replace(undo=load.undo)
+            except BaseException:
+                load.undo()
+                raise
     return _plan(model, reader, options, rng, None)
+
+
+def load_with_code(model: nn.Module, reader: CheckpointReader, options: LoadOptions) -> RecordedLoad | None:
+    """Run the load code of ``model`` on a checkpoint; ``None`` if it has none that would make a difference.
+
+    Raises:
+        FabricInitError: Anything that the user has to fix. The modules are as they were then.
+    """
+    names = rename_keys((*reader.keys(), *reader.extra_state), options.rename)
+    code = load_code(model, reader, names, options.reinit)
+    if code is None:
+        return None
+    modes = {tape.rng for tape in survey(model)[2].values()}
+    return record_load(model, reader, names, code, "eager" if modes == {"eager"} else "per_op")
 
 
 def _plan(
@@ -62,7 +77,7 @@ def _plan(
 ) -> PreparedPlan:
     slots, tensors, tapes = survey(model)
     exact = _exact(set(tapes.values()), rng)
-    plan = make_plan(slots, tapes, reader, options, find_extra_states(model), load)
+    plan = make_plan(slots, tapes, reader, options, load)
     check_nothing_is_undone(plan.entries, tapes)
     versions = [
         (tensor, tensor._version)

@@ -9,7 +9,6 @@ from fabric_init import _log
 from fabric_init._text import counted, listed
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError, UninitializedTensorError
-from fabric_init.planning.extra_state import ExtraStateInfo
 from fabric_init.planning.loading.recorded_load import RecordedLoad
 from fabric_init.planning.matching import Matching, likely_fixes, likely_transpose, match
 from fabric_init.planning.plan import Action, LoadOptions, Plan, PlanEntry
@@ -25,7 +24,6 @@ def make_plan(
     tapes: Mapping[int, Tape],
     reader: CheckpointReader | None,
     options: LoadOptions,
-    extra_infos: Sequence[ExtraStateInfo] = (),
     load: RecordedLoad | None = None,
 ) -> Plan:
     """Decide for each tensor whether to load a key, run the model's own init, or keep its value.
@@ -35,7 +33,6 @@ def make_plan(
         tapes: The tape of each recorded storage among them.
         reader: The checkpoint, of which only the header is read; ``None`` to initialize everything.
         options: ``strict``, ``rename`` and ``reinit``.
-        extra_infos: The modules of the model that take extra state.
         load: What the load code of the model has made of the checkpoint, if it has any.
 
     Raises:
@@ -43,7 +40,7 @@ def make_plan(
         OptionError: ``rename`` is invalid, or ``reinit`` matches no tensor.
         UninitializedTensorError: Neither the checkpoint nor the model's own code gives some tensor a value.
     """
-    matching = match(slots, tapes, reader, options, extra_infos, load)
+    matching = match(slots, tapes, reader, options, load)
     if reader is not None:
         if matching.lacks_some or matching.unexpected:
             nothing_matches = matching.lacks_some and not matching.taken
@@ -59,7 +56,7 @@ def make_plan(
                 'e.g. reinit=["' + matching.misfits[0].slot.name + '"].'
             )
     check_all_have_values(matching.entries, tapes, reader)
-    plan = Plan(matching.entries, matching.unexpected, matching.extras)
+    plan = Plan(matching.entries, matching.unexpected)
     if _logger.isEnabledFor(logging.DEBUG):
         source = "no checkpoint" if reader is None else f"checkpoint {reader.path} ({reader.format})"
         _logger.debug("%s; %s", plan.summary(), source)

@@ -112,9 +112,7 @@ def live_ops(
     return live
 
 
-def computed_from(
-    tape: Tape, storage: int, others: Collection[int], *, copies: bool, exact: bool = False
-) -> set[int]:
+def computed_from(tape: Tape, storage: int, others: Collection[int], *, copies: bool, exact: bool = False) -> set[int]:
     """Return those of ``others`` from whose last values the value of ``storage`` is computed.
 
     Args:

@@ -408,9 +408,7 @@ class Recorder(TorchDispatchMode):
         """What the constructor would find in ``tensor`` at this point, as a real tensor. Replays that tensor alone."""
         recording = self.lookup(tensor)
         assert recording is not None
-        if recording.memory is not None or self.tape.later.waiting.missing(
-            [recording.storage], declared_count=False
-        ):
+        if recording.memory is not None or self.tape.later.waiting.missing([recording.storage], declared_count=False):
             value: torch.Tensor = self.tape.later.value(tensor, "be read")  # of an earlier block: it may wait
             return value
         memory, random = storage_now(self.tape, recording.storage, exact=self.exact)

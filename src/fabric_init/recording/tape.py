@@ -284,9 +284,7 @@ class Tape:
 
     def brought(self) -> dict[int, LoadedStorage]:
         """Return the storages whose present values are those that a declared load brings, with how to read them."""
-        return {
-            storage: each for storage, each in self.loaded.items() if not self.written_since(storage, each.since)
-        }
+        return {storage: each for storage, each in self.loaded.items() if not self.written_since(storage, each.since)}
 
     def add_stream(self, stream: Stream) -> int:
         number = next(_numbers)

@@ -108,9 +108,7 @@ class Waiting:
             if self.tape.waits.pop(storage, None) is not None:
                 self.note_status(storage, "initialized")
 
-    def missing(
-        self, storages: Iterable[int], before: int | None = None, *, declared_count: bool = True
-    ) -> list[int]:
+    def missing(self, storages: Iterable[int], before: int | None = None, *, declared_count: bool = True) -> list[int]:
         """Return which storages have to get values before all of ``storages`` have theirs, in order, each once.
 
         Args:

@@ -26,7 +26,7 @@ from fabric_init.filling.execute import execute_plan, prepare
 from fabric_init.filling.merge import declared_at, merged, planned_tensors
 from fabric_init.filling.missing import initialize_possible, recompute_from_loaded, run_replaced_init
 from fabric_init.filling.wait import let_wait
-from fabric_init.guard.loads import forget_extra_state, unwatch_loads, watch_loads
+from fabric_init.guard.loads import unwatch_loads, watch_loads
 from fabric_init.guard.models import (
     draw_for_own_init,
     has_own_init,
@@ -95,13 +95,8 @@ def bind(model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions,
     entries = tuple(entry._replace(since=since) for entry in prepared.plan.entries)
     planned = prepared._replace(plan=replace(prepared.plan, entries=entries))
     _keep(model, bound)
-    extras = {extra.module for extra in planned.plan.extras}
     for module in model.modules():
-        if (
-            module in extras
-            or any(recorded(tensor) is not None for _, tensor in own_tensors(module))
-            or module is model
-        ):
+        if any(recorded(tensor) is not None for _, tensor in own_tensors(module)) or module is model:
             vars(module)[_PLANS] = (*vars(module).get(_PLANS, ()), planned)
 
 
@@ -282,7 +277,6 @@ def shard_and_fill(
         slots = [entry.slot for entry in planned.plan.entries]
         tensors = [placement.current(slot, tensor) for slot, tensor in zip(slots, planned.tensors, strict=True)]
         unwatch_loads(model)
-        forget_extra_state(model)
         record = execute_plan(planned, sharded, tensors, placement, agreement)
         _let_shards_wait(planned, sharded, tensors, placement, agreement, name, record)
         parts = {name: local(tensor) for name, tensor in parameters_by_name(sharded).items()}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.planning.loading.hugging_face import HuggingFaceCode, outermost
@@ -43,7 +44,7 @@ class _Parts:
         self._reinit = reinit
         self._prefixes = prefixes
 
-    def __call__(self, model: nn.Module, state: dict[str, Tensor]) -> Outcome:
+    def __call__(self, model: nn.Module, state: dict[str, Any]) -> Outcome:
         missing: set[str] = set()
         unexpected: list[str] = []
         rest = dict(state)
@@ -66,7 +67,7 @@ def _under(prefix: str, names: frozenset[str]) -> frozenset[str]:
 
 
 def _is_as_built(model: nn.Module, given: frozenset[str]) -> bool:
-    """Return whether a state dict has the names of the model's tensors and no others; of a tied tensor, one is enough."""
+    """Return whether a state dict has the names of the model's tensors, of tied ones at least one, and no others."""
     names: dict[int, list[str]] = {}
     for name, kind, tensor in named_tensors(model):
         if kind in ("parameter", "buffer"):

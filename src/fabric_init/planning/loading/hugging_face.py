@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from fabric_init._text import listed
 from fabric_init.checkpoints import CheckpointReader
@@ -29,7 +29,7 @@ _environment = threading.Lock()
 
 
 def outermost(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return the transformers models that are in no other one, by name; none if transformers does not have the table."""
+    """Return the transformers models that are in no other one, by name; none if transformers has no such table."""
     if _MODELS not in sys.modules or _LOADING not in sys.modules or _TABLE not in sys.modules:
         return []
     base: type[nn.Module] = sys.modules[_MODELS].PreTrainedModel
@@ -54,7 +54,7 @@ class HuggingFaceCode:
         self._reader = reader
         self._reinit = reinit
 
-    def __call__(self, model: nn.Module, state: dict[str, Tensor]) -> Outcome:
+    def __call__(self, model: nn.Module, state: dict[str, Any]) -> Outcome:
         """Load ``state``.
 
         Raises:
@@ -76,7 +76,7 @@ class HuggingFaceCode:
             raise CheckpointMismatchError(
                 f"{self._reader.path}: tensors do not fit the model:\n"
                 + listed([*problems, *map(str, info.error_msgs)])
-                + "\nBuild the model from the checkpoint's own config, or have these tensors initialized instead: reinit=."
+                + "\nBuild the model from the checkpoint's own config, or have these tensors initialized: reinit=[…]."
             )
         model._adjust_missing_and_unexpected_keys(info)  # type: ignore[operator]
         renamings = [each for each in mapping if isinstance(each, loading.WeightRenaming)]

@@ -8,10 +8,10 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from fabric_init._torch_internals import NormBase
 from fabric_init.checkpoints import CheckpointReader
-from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.loading.recorded_load import Outcome
 from fabric_init.planning.tensors import named_modules
@@ -24,11 +24,18 @@ def has_load_code(model: nn.Module, names: Collection[str]) -> bool:
     if _is_own(model, "load_state_dict"):
         return True
     for prefix, module in named_modules(model):
+        if takes_extra_state(module):
+            return True
         if any(not _is_ours(hook) for table in _HOOK_TABLES for hook in vars(module).get(table, {}).values()):
             return True
         if _is_own(module, "_load_from_state_dict") and not _is_idle_norm(prefix, module, names):
             return True
     return False
+
+
+def takes_extra_state(module: nn.Module) -> bool:
+    """Return whether the class of ``module`` overrides ``set_extra_state``."""
+    return type(module).set_extra_state is not nn.Module.set_extra_state
 
 
 def _is_own(module: nn.Module, method: str) -> bool:
@@ -37,8 +44,7 @@ def _is_own(module: nn.Module, method: str) -> bool:
 
 def _is_idle_norm(prefix: str, module: nn.Module, names: Collection[str]) -> bool:
     """Return whether this is torch's batch norm, whose load code only adds a counter that old files lack."""
-    norm = nn.modules.batchnorm._NormBase
-    if getattr(type(module), "_load_from_state_dict") is not norm._load_from_state_dict:
+    if type(module)._load_from_state_dict is not NormBase._load_from_state_dict:
         return False
     counter = f"{prefix}.num_batches_tracked" if prefix else "num_batches_tracked"
     return module._buffers.get("num_batches_tracked") is None or counter in names
@@ -56,13 +62,13 @@ class ModuleCode:
     def __init__(self, reader: CheckpointReader) -> None:
         self._reader = reader
 
-    def __call__(self, model: nn.Module, state: dict[str, Tensor]) -> Outcome:
+    def __call__(self, model: nn.Module, state: dict[str, Any]) -> Outcome:
         """Load ``state``.
 
         Raises:
             CheckpointMismatchError: ``load_state_dict`` reports an error, such as a tensor of another shape.
         """
-        given: OrderedDict[str, Tensor] = OrderedDict(state)
+        given: OrderedDict[str, Any] = OrderedDict(state)
         if self._reader.metadata is not None:
             given._metadata = self._reader.metadata  # type: ignore[attr-defined]  # as state_dict() keeps it
         load: Any = model.load_state_dict
@@ -75,10 +81,7 @@ class ModuleCode:
                     raise
                 raise CheckpointMismatchError(f"{self._reader.path}: {error}") from error
         missing, unexpected = getattr(result, "missing_keys", None), getattr(result, "unexpected_keys", ())
-        return Outcome(
-            None if missing is None else frozenset(name for name in missing if not name.endswith(EXTRA_STATE)),
-            tuple(unexpected),
-        )
+        return Outcome(None if missing is None else frozenset(missing), tuple(unexpected))
 
 
 def _takes(function: Any, argument: str) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -14,13 +14,13 @@ from torch.nn.parameter import is_lazy
 from fabric_init._text import joined
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints import BaseReader, CheckpointReader, Region, TensorSpec
-from fabric_init.planning.loading.regions import Evaluation, copied_source, sources_of
+from fabric_init.planning.loading.regions import Evaluation, copied_source, is_copy_of, sources_of
 from fabric_init.planning.loading.sources import source_tensor
 from fabric_init.planning.tensors import named_modules
 from fabric_init.recording.mode import RecordMode
 from fabric_init.recording.recorder import Recorder
 from fabric_init.recording.storage_tags import ref_of
-from fabric_init.recording.tape import Rng, Tape, TensorRef, now
+from fabric_init.recording.tape import Rng, Tape, TensorRef
 from fabric_init.recording.tensor import RecordedTensor, meta_of, recorded
 
 
@@ -40,6 +40,8 @@ class RecordedLoad(NamedTuple):
     key_of: Mapping[str, str]
     """Tensor name → the key in ``reader`` that has its value. Names of any kind of tensor."""
     outcome: Outcome
+    undo: Callable[[], None]
+    """Make the modules what they were before."""
 
 
 class LoadCode(Protocol):
@@ -48,15 +50,15 @@ class LoadCode(Protocol):
     replaces: bool
     """Whether the parameters that it makes are to be in the model, as in plain PyTorch, or only their values."""
 
-    def __call__(self, model: nn.Module, state: dict[str, Tensor]) -> Outcome:
+    def __call__(self, model: nn.Module, state: dict[str, Any]) -> Outcome:
         """Load ``state``."""
         ...
 
-@contextmanager
-def recorded_load(
+
+def record_load(
     model: nn.Module, reader: CheckpointReader, names: Mapping[str, str], code: LoadCode, rng: Rng
-) -> Iterator[RecordedLoad]:
-    """Run load ``code`` on ``model``; if the context fails, the modules are as they were before.
+) -> RecordedLoad:
+    """Run load ``code`` on ``model``; if it fails, the modules are as they were before.
 
     Args:
         model: The recorded model.
@@ -67,23 +69,31 @@ def recorded_load(
     """
     modules = named_modules(model)
     kept = [(module, _contents(module)) for module in {id(m): m for _, m in modules}.values()]
+
+    def undo() -> None:
+        for module, contents in kept:
+            vars(module).clear()
+            vars(module).update(contents)
+
     try:
         generator = torch.get_rng_state()
+        extra = copy.deepcopy(dict(reader.extra_state))
         try:
             with RecordMode(rng) as mode, torch.no_grad():
                 places = _put_stand_ins(modules, mode.recorder)
-                since = now()
-                state = {name: source_tensor(mode.recorder, reader, key) for key, name in names.items()}
+                state = {
+                    name: extra[key] if key in extra else source_tensor(mode.recorder, reader, key)
+                    for key, name in names.items()
+                }
                 outcome = code(model, state)
         finally:
             torch.set_rng_state(generator)
-        refs = _left_behind(modules, places, since, mode.tape)
+        refs = _left_behind(modules, places, mode.tape)
         _put_back(modules, places, replaces=code.replaces)
         made = RecordedReader(reader, mode.tape, refs)
-        yield RecordedLoad(made, made.key_of, outcome)
+        return RecordedLoad(made, made.key_of, outcome, undo)
     except BaseException:
-        for module, contents in kept:
-            _restore(module, contents)
+        undo()
         raise
 
 
@@ -128,7 +138,7 @@ def _copy(tensor: Tensor, recorder: Recorder) -> Tensor:
 
 
 def _left_behind(
-    modules: Iterable[tuple[str, nn.Module]], places: Iterable[_Place], since: int, tape: Tape
+    modules: Iterable[tuple[str, nn.Module]], places: Iterable[_Place], tape: Tape
 ) -> dict[str, TensorRef]:
     """Return by name the values on the tape that load code has left in the model."""
     stand_ins = {id(place.stand_in) for place in places}
@@ -140,8 +150,12 @@ def _left_behind(
                 found = None if tensor is None else recorded(tensor)
                 if tensor is None or found is None or found.memory is not None or found.tape is not tape:
                     continue
-                if id(tensor) not in stand_ins or tape.written_since(found.storage, since):
-                    refs[dot + key] = ref_of(meta_of(tensor), found.storage)
+                ref = ref_of(meta_of(tensor), found.storage)
+                if id(tensor) in stand_ins:
+                    made, *later = tape.writers[found.storage]
+                    if not later or is_copy_of(tape, ref, made):
+                        continue
+                refs[dot + key] = ref
     return refs
 
 
@@ -174,11 +188,6 @@ def _contents(module: nn.Module) -> dict[str, Any]:
         name: value.copy() if type(value) in (dict, OrderedDict, set) and name.startswith("_") else value
         for name, value in vars(module).items()
     }
-
-
-def _restore(module: nn.Module, contents: dict[str, Any]) -> None:
-    vars(module).clear()
-    vars(module).update(contents)
 
 
 class RecordedReader(BaseReader):

@@ -11,13 +11,12 @@ whole, once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.reader import read
 from fabric_init.checkpoints.region import Box, Region, Span, boxes_of, full_box, take, window
 from fabric_init.planning.loading.sources import ReadTensor
@@ -76,10 +75,11 @@ class Evaluation:
         values = make(needed)
         if values.size() == box.sizes and strides == window(box.sizes, None).strides and not start:
             return values
-        return values.contiguous().as_strided(box.sizes, strides, start)
+        values = values.contiguous()
+        return values.as_strided(box.sizes, strides, values.storage_offset() + start)
 
     def _way(self, op: Op, written: TensorRef) -> Callable[[Box], Tensor] | None:
-        """Return how to compute a box of what ``op`` writes from boxes of its arguments; ``None`` if that is not known."""
+        """Return how to compute a box of what ``op`` writes from boxes of its arguments, if that is known."""
         func, before = op.func, op.number
         if isinstance(func, ReadTensor):
             return lambda box: read(func.reader, func.key, None if box == full_box(tuple(written.size)) else box)
@@ -168,22 +168,32 @@ def sources_of(tape: Tape, ref: TensorRef) -> list[str]:
 
 def copied_source(tape: Tape, ref: TensorRef) -> ReadTensor | None:
     """Return the source that ``ref`` is a plain copy of, but for its dtype; ``None`` if more was done."""
+    dtypes = set()
+    for copy, op in _copies(tape, ref):
+        dtypes.add(copy.dtype)
+        if op is not None and isinstance(op.func, ReadTensor) and _written_by(op, copy.storage) == copy:
+            return op.func if dtypes <= {ref.dtype, copy.dtype} else None  # else a cast on the way may have rounded
+    return None
+
+
+def is_copy_of(tape: Tape, ref: TensorRef, number: int) -> bool:
+    """Return whether ``ref`` is a plain copy of what op ``number`` has written."""
+    return any(op is not None and op.number == number for _, op in _copies(tape, ref))
+
+
+def _copies(tape: Tape, ref: TensorRef) -> Iterator[tuple[TensorRef, Op | None]]:
+    """Yield ``ref``, what that is a copy of, and so on, each with the op that wrote it last."""
     before: int | None = None
-    kept, dtypes = ref.dtype, set()
     while True:
         op = _last_writer(tape, ref.storage, before)
+        yield ref, op
         written = None if op is None else _written_by(op, ref.storage)
-        if op is None or written is None or written[1:] != ref[1:] or not covers(tape, ref):
-            return None
-        if isinstance(op.func, ReadTensor):  # a cast on the way that rounds is more than one to the last dtype
-            return op.func if dtypes <= {kept, ref.dtype} else None
-        if not only_copies(op.func):
-            return None
+        if op is None or written is None or written[1:] != ref[1:] or not covers(tape, ref) or not only_copies(op.func):
+            return
         source = op.args[1] if _name(op.func) == "aten::copy_" else op.args[0]
         if not isinstance(source, TensorRef) or source.size != ref.size:
-            return None
+            return
         ref, before = source, op.number
-        dtypes.add(ref.dtype)
 
 
 def _last_writer(tape: Tape, storage: int, before: int | None) -> Op | None:

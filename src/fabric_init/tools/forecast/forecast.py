@@ -15,9 +15,9 @@ from fabric_init.checkpoints import Conversion, Source
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.checkpoints.storage.file_system import file_system_of
 from fabric_init.distributed.io import Io, check_io, choose_io
-from fabric_init.planning.extra_state import find_extra_states
 from fabric_init.planning.matching import match
 from fabric_init.planning.plan import Action, LoadOptions, Plan
+from fabric_init.planning.prepare import load_with_code
 from fabric_init.planning.tensors import TensorInfo, survey
 from fabric_init.recording.mode import recorded_build
 from fabric_init.strategies.fsdp2 import Units
@@ -146,7 +146,11 @@ def forecast(
         module = model if isinstance(model, nn.Module) else _record_model(model, setting)
         slots, _, tapes = survey(module)
         slots = [setting.kept(slot) for slot in slots]
-        matching = match(slots, tapes, reader, wanted, find_extra_states(module))
+        load = None if reader is None else load_with_code(module, reader, wanted)
+        if load is not None:
+            load.undo()
+            reader = load.reader
+        matching = match(slots, tapes, reader, wanted, load)
         misfits = {misfit.slot.name for misfit in matching.misfits}
         loads = [e for e in matching.entries if e.action is not Action.LOAD or e.slot.name not in misfits]
         file_system = None if checkpoint is None else file_system_of(checkpoint)
