@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 FEWEST = 1500
-_SECONDS = 900
+_SECONDS = 1800
 
 
 def _chosen(config: pytest.Config) -> list[str]:
