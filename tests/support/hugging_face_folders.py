@@ -204,10 +204,13 @@ def compare(load: Callable[[], nn.Module], loaded: Loaded, eager: nn.Module, *, 
         if not wrong:
             return Row(NOT_RELOADED, loaded.why)
         return Row(DIFFERENT, *_said(wrong))
-    wrong = differences(loaded.model, model, besides) or unlike_grads(eager, model)
+    thawed, grads = unlike_grads(loaded.model, model), unlike_grads(eager, model)
+    if fresh:  # a whole model may freeze its body, and not do so to one that is built alone
+        grads = {name: why for name, why in grads.items() if name in thawed}
+    wrong = differences(loaded.model, model, besides) or grads
     if not wrong:
-        return Row(EQUAL, frozen=bool(unlike_grads(loaded.model, model)))
-    from_eager = differences(eager, model, besides) | unlike_grads(eager, model)
+        return Row(EQUAL, frozen=bool(thawed))
+    from_eager = differences(eager, model, besides) | grads
     if not wrong.keys() & from_eager.keys():
         return Row(EQUAL_TO_EAGER, loaded.why or _said(wrong)[0], _said(wrong)[1])
     return Row(DIFFERENT, *_said(wrong))
