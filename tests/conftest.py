@@ -39,6 +39,7 @@ SLOW = {
     "checkpoints/formats/test_deepspeed.py": "saves with DeepSpeed",
     "checkpoints/storage/test_hub.py": "starts a process without a network for each test",
     "checkpoints/test_every_format.py": "writes a checkpoint in every format",
+    "checkpoints_hf/*": "builds and saves models of transformers, and starts ranks",
     "cli/test_audit.py": "starts the command line anew for each test",
     "cli/test_demo.py": "finetunes the demo's encoder",
     "cli/test_inspect.py": "starts the command line anew for each test",
@@ -60,7 +61,7 @@ SLOW = {
     "tools/audit/test_transformers.py": "audits real architectures",
     "tools/inspect/test_formats.py": "writes a checkpoint in every format",
 }
-QUICK = {"distributed/test_batches.py", "distributed/test_broadcast_reader.py"}
+QUICK = {"checkpoints_hf/test_the_comparison.py", "distributed/test_batches.py", "distributed/test_broadcast_reader.py"}
 """Files that are quick although their folder is not."""
 
 
@@ -120,6 +121,8 @@ def nothing_leaks() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--whole", action="store_true", help="fidelity tests: every architecture, not only the sample")
+    parser.addoption(
+        "--whole", action="store_true", help="fidelity and checkpoints_hf: every architecture, not only the sample"
+    )
     parser.addoption("--examples", type=int, default=100, help="fuzz tests: damaged checkpoints of each format")
     parser.addoption("--example", type=int, help="fuzz tests: the number of the only one to run")

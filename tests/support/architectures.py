@@ -53,6 +53,8 @@ _NOT_WIDTH = re.compile(
     r"state_size|bins|conv_kernel|sampling|scale|type_vocab|num_feature|buckets|img|input_size|frame|n_fft|step"
 )
 _EXPERTS = re.compile(r"experts$|^num_experts|_num_experts$|n_routed|n_experts")
+_DENSE = re.compile(r"^first_k_dense_replace$|^num_dense_layers$|^moe_layer_start_index$")
+"""How many of the first layers have no experts: the last has them in the small model, too."""
 _PER_TOKEN = re.compile(r"per_tok|top_?k|per_token|n_shared|shared_experts")
 _POSITIONS = re.compile(r"max_position|n_positions|max_\w*positions|max_seq_len|max_sequence_length|n_ctx$")
 _VOCAB = re.compile(
@@ -159,7 +161,7 @@ def small(config: Any, shrink: Shrink, seen: set[int] | None = None) -> Any:
                 items = [_smaller(name, item, shrink) for item in value]
                 _set(config, name, items[:_MOST_LAYERS] if len(items) in depths else items)
         elif isinstance(value, (list, tuple)) and len(value) in depths:
-            _set(config, name, value[:_MOST_LAYERS])
+            _set(config, name, [value[0], value[-1]] if name == "mlp_layer_types" else value[:_MOST_LAYERS])
     held = vars(config)
     heads, width = held.get("num_attention_heads"), held.get("hidden_size")
     if type(heads) is int and type(width) is int:  # defaults that some models need and their configs leave open
@@ -187,6 +189,8 @@ def _smaller(name: str, value: int, shrink: Shrink) -> int:
         return min(value, _VOCABULARY)
     if _POSITIONS.search(name):
         return min(value, _MOST_POSITIONS)
+    if _DENSE.search(name):
+        return min(value, _MOST_LAYERS - 1)
     if _PER_TOKEN.search(name):
         return min(value, shrink.experts)
     if _EXPERTS.search(name):

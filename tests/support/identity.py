@@ -102,7 +102,7 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _same_bits(one: Tensor, other: Tensor) -> bool:
+def same_bits(one: Tensor, other: Tensor) -> bool:
     if one.is_quantized:
         return torch.equal(one, other)
     one, other = one.to_dense(), other.to_dense()
@@ -163,7 +163,7 @@ def differences(eager: nn.Module, filled: nn.Module, ignore_values_of: frozenset
         if not one.is_leaf:  # computed from parameters: it comes back with its values, but without its graph
             after |= {"requires_grad": one.requires_grad, "is_leaf": False}
         wrong = [f"{name}: {what} {before[what]} != {after[what]}" for what in before if before[what] != after[what]]
-        if not wrong and not other.is_meta and name not in ignore_values_of and not _same_bits(one, other):
+        if not wrong and not other.is_meta and name not in ignore_values_of and not same_bits(one, other):
             wrong = [f"{name}: values differ"]
         found += wrong
     for what, key in (("same object", id), ("same memory", lambda tensor: tensor.untyped_storage().data_ptr())):

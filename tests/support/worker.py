@@ -1,5 +1,7 @@
 """Compares architectures named on stdin, one a line, and answers each with one line of JSON on stdout.
 
+Other scripts do other work in the same way, through :func:`serve`.
+
 A process of its own, so that a crash, a hang or a hunger for memory costs one architecture and not the test run.
 """
 
@@ -14,6 +16,8 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -21,40 +25,52 @@ _MOST_MEMORY = 10 << 30
 _EAGER_SECONDS = 25
 
 
-class _TooSlowError(Exception):
+class TooSlowError(Exception):
     pass
 
 
 def _alarm(number: int, frame: FrameType | None) -> None:
-    raise _TooSlowError(f"more than {_EAGER_SECONDS} s")
+    raise TooSlowError("too slow")
 
 
-def _brief(error: BaseException) -> str:
+@contextmanager
+def at_most(seconds: int) -> Iterator[None]:
+    """Raise :class:`TooSlowError` after that time, if Python code runs then."""
+    before = signal.signal(signal.SIGALRM, _alarm)
+    signal.alarm(seconds)
+    try:
+        yield
+    except TooSlowError:
+        raise TooSlowError(f"more than {seconds} s") from None
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def brief(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:160]}"
 
 
-def _buildable(model_class: Any) -> tuple[Any, str]:
+def buildable(model_class: Any) -> tuple[Any, str]:
     """A config maker from which plain PyTorch builds the class, or ``None`` and why there is none."""
     import torch
 
     from tests.support.architectures import configs
 
     why = ""
-    brief: list[str] = []
+    errors: list[str] = []
     for make in configs(model_class):
-        signal.alarm(_EAGER_SECONDS)
         try:
-            torch.manual_seed(0)
-            model_class(make())
-            return make, ""
+            with at_most(_EAGER_SECONDS):
+                torch.manual_seed(0)
+                model_class(make())
+                return make, ""
         except Exception as error:  # whatever eager code raises, the architecture cannot be built: that is the answer
-            brief.append(_brief(error))
-            why = brief[0]
-            if brief[-4:] == [brief[-1]] * 4:  # size is not what it is about
+            errors.append(brief(error))
+            why = errors[0]
+            if errors[-4:] == [errors[-1]] * 4:  # size is not what it is about
                 break
-        finally:
-            signal.alarm(0)
     return None, why
 
 
@@ -66,13 +82,13 @@ def run(architecture: str) -> dict[str, Any]:
     try:
         classes = model_classes(architecture)
     except Exception as error:
-        return {**answer, "not_built": {architecture: _brief(error)}}
+        return {**answer, "not_built": {architecture: brief(error)}}
     if not classes:
         return {**answer, "not_built": {architecture: "no model class with a config"}}
     for model_class in classes:
         name = model_class.__name__
         start = time.perf_counter()
-        make, why = _buildable(model_class)
+        make, why = buildable(model_class)
         if make is None:
             answer["not_built"][name] = why
             continue
@@ -89,19 +105,19 @@ def run(architecture: str) -> dict[str, Any]:
     return answer
 
 
-def main() -> None:
+def serve(work: Callable[[str], dict[str, Any]]) -> None:
+    """Answer what comes on stdin by what ``work`` returns, until it ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what models print must not get between the answers
     resource.setrlimit(resource.RLIMIT_AS, (_MOST_MEMORY, _MOST_MEMORY))
-    signal.signal(signal.SIGALRM, _alarm)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     import torch
 
     torch.set_num_threads(1)
     for line in sys.stdin:
-        print(json.dumps(run(line.strip())), file=answers, flush=True)
+        print(json.dumps(work(line.strip())), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    serve(run)

@@ -1,4 +1,4 @@
-"""Two processes that compare architectures, restarted when one crashes, hangs or has grown."""
+"""Two processes that run ``worker.py`` or a script like it, restarted when one crashes, hangs or has grown."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ import fabric_init
 ANSWERS: pytest.StashKey[list[dict[str, Any]]] = pytest.StashKey()
 """Where the tests leave what they were told, for the summary."""
 
-_SECONDS = 240
+SECONDS = 240
 _ARCHITECTURES_PER_PROCESS = 40
 
 
 class _Worker:
     """One process. Each thread of the pool owns one."""
 
-    def __init__(self) -> None:
+    def __init__(self, script: str, seconds: float) -> None:
+        self._script, self._seconds = script, seconds
         self._process: subprocess.Popen[str] | None = None
         self._done = 0
 
@@ -38,7 +39,7 @@ class _Worker:
             source, tests = Path(fabric_init.__file__).parents[1], Path(__file__).parents[2]
             path = os.pathsep.join(filter(None, (str(source), str(tests), os.environ.get("PYTHONPATH"))))
             self._process = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("worker.py"))],
+                [sys.executable, str(Path(__file__).with_name(self._script))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -51,12 +52,12 @@ class _Worker:
         assert process.stdin is not None
         assert process.stdout is not None
         print(architecture, file=process.stdin, flush=True)
-        ready, _, _ = select.select([process.stdout], [], [], _SECONDS)
+        ready, _, _ = select.select([process.stdout], [], [], self._seconds)
         line = process.stdout.readline() if ready else ""
         if line:
             answer: dict[str, Any] = json.loads(line)
             return answer
-        why = f"the process died, exit status {process.wait()}" if ready else f"no answer within {_SECONDS} s"
+        why = f"the process died, exit status {process.wait()}" if ready else f"no answer within {self._seconds:.0f} s"
         self.stop()
         model = {"name": architecture, "differences": [why], "tensors": 0, "never_written": [], "seconds": 0}
         return {"architecture": architecture, "models": [model], "not_built": {}}
@@ -69,9 +70,16 @@ class _Worker:
 
 
 class Workers:
-    """Compares architectures ahead of the tests that ask for them."""
+    """Compares architectures ahead of the tests that ask for them.
 
-    def __init__(self, count: int = 2) -> None:
+    Args:
+        count: how many processes.
+        script: the file beside this one that they run.
+        seconds: after that, a process that has not answered is killed.
+    """
+
+    def __init__(self, count: int = 2, script: str = "worker.py", seconds: float = SECONDS) -> None:
+        self._script, self._seconds = script, seconds
         self._pool = ThreadPoolExecutor(count)
         self._local = local()
         self._workers: list[_Worker] = []
@@ -84,7 +92,7 @@ class Workers:
     def _ask(self, architecture: str) -> dict[str, Any]:
         worker = getattr(self._local, "worker", None)
         if worker is None:
-            worker = self._local.worker = _Worker()
+            worker = self._local.worker = _Worker(self._script, self._seconds)
             self._workers.append(worker)
         return worker.ask(architecture)
 
