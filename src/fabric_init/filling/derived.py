@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader
-from fabric_init.checkpoints.reader import read
+from fabric_init.planning.loads import read_as
 from fabric_init.planning.plan import DerivedFrom
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.replay import real_execution, replay_with
@@ -29,7 +29,11 @@ def compute(
     in_order = sorted(sources, key=lambda source: source.ref.storage)
     assert slot.ref is not None
     return compute_with(
-        slot, tapes[slot.ref.storage], ((ref, read(reader, key)) for ref, key, _ in in_order), device, exact=exact
+        slot,
+        tapes[slot.ref.storage],
+        ((ref, read_as(reader, key, ref.size, None)) for ref, key, _ in in_order),
+        device,
+        exact=exact,
     )
 
 
