@@ -67,7 +67,8 @@ def merged(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
         for extra in plan.plan.extras
         if extra.module in held and not extra_state_loaded_since(extra.module, declared_at(plan))
     )
-    plan = Plan(tuple(entries), unexpected, extras, _sources(planned.values(), plans))
+    notes = tuple(dict.fromkeys(note for plan in plans for note in plan.plan.notes))
+    plan = Plan(tuple(entries), unexpected, extras, _sources(planned.values(), plans), notes)
     exact = any(plan.exact for plan in plans) or {tape.rng for tape in tapes.values()} == {"eager"}
     return PreparedPlan(plan, tensors, tapes, reader, exact)
 
