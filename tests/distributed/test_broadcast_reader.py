@@ -62,6 +62,15 @@ def test_values_lie_in_memory_as_the_constructor_wants_them(budget: int, tmp_pat
         assert value.stride() == eager.state_dict()[key].stride(), key
 
 
+def test_a_scalar_takes_the_element_of_a_tensor_with_one_dimension(budget: int, tmp_path: Path) -> None:
+    state = {key: torch.ones(value.shape, dtype=value.dtype) for key, value in Layouts().state_dict().items()}
+    model = filled(
+        Layouts, opened(tmp_path, {**state, "scalar": torch.tensor([4.5]), "count": torch.tensor([3])}, budget)
+    )
+    assert model.scalar.shape == model.count.shape == ()
+    assert (model.scalar.item(), model.count.item()) == (4.5, 3)
+
+
 class Views(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fabric_init import deferred_init
+from fabric_init import deferred_init, materialize
 from fabric_init.checkpoints import BaseReader, Region, TensorSpec
 from fabric_init.errors import CheckpointMismatchError, OptionError, UninitializedTensorError
 from fabric_init.planning.plan import Action, LoadOptions, Plan, storage_groups
@@ -320,3 +320,49 @@ def test_a_plan_can_be_read() -> None:
     assert repr(plan(recorded(Model), None)).startswith("Plan: 5 tensors: ")
     many = nn.ModuleList([recorded(Model) for _ in range(5)])
     assert repr(plan(many, None)).endswith("\n  … 15 more tensors …")
+
+
+class Scalar(nn.Module):
+    def __init__(self, shape: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(shape))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+
+def test_a_scalar_takes_the_element_of_a_tensor_with_one_dimension() -> None:
+    made = plan(recorded(Scalar), header(scale=(1,), count=()), reinit=["count"])
+    assert [(entry.action, entry.spec.shape) for entry in made.entries if entry.spec] == [(Action.LOAD, ())]
+    for shape in ((1, 1), (2,)):
+        with pytest.raises(CheckpointMismatchError, match=r"scale is \(\) in the model"):
+            plan(recorded(Scalar), header(scale=shape, count=()), reinit=["count"])
+
+
+def test_a_tensor_with_one_dimension_takes_no_scalar_as_in_plain_pytorch() -> None:
+    state = {"scale": torch.ones(()), "count": torch.tensor(0)}
+    with pytest.raises(RuntimeError, match="size mismatch for scale"):
+        Scalar((1,)).load_state_dict(state)
+    with pytest.raises(CheckpointMismatchError, match=r"make it \(\) in the model or save it as \(1,\)"):
+        plan(recorded(lambda: Scalar((1,))), of_state(state))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_the_element_is_the_scalars_value_in_ties_and_in_what_is_computed_from_it(tmp_path: Path, mmap: bool) -> None:
+    class Derived(Scalar):
+        def __init__(self) -> None:
+            super().__init__()
+            self.also = self.scale
+            self.doubled = nn.Parameter(self.scale.detach() * 2)
+
+    state = {"scale": torch.tensor([4.5]), "also": torch.tensor(4.5), "count": torch.tensor([7])}
+    torch.save(state, tmp_path / "m.pt")
+    with deferred_init():
+        model = Derived()
+    materialize(model, checkpoint=tmp_path / "m.pt", mmap=mmap, reinit=["doubled"])
+    assert model.scale.shape == model.count.shape == ()
+    assert (model.scale.item(), model.count.item(), model.doubled.item()) == (4.5, 7, 9.0)
+
+
+def test_every_name_of_a_tie_is_in_the_reinit_that_is_offered() -> None:
+    with pytest.raises(CheckpointMismatchError) as caught:
+        plan(recorded(Tied), header(embedding__weight=(5, 2)))
+    assert 'reinit=["embedding.weight", "head.weight"]' in str(caught.value)

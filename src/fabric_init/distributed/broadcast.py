@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +77,7 @@ class BroadcastReader(BaseReader):
         """Return a tensor or a region of it, on the CPU, in memory of its own. Raises as :meth:`load` does."""
         spec = self.spec(key)
         target = _Target(region, _sizes(spec.shape, region), None, spec.dtype, torch.device("cpu"))
-        [(_, value)] = self._share([key], lambda: [target], lambda index, part, values: None)
+        [(_, value)] = self._share([key], [spec], lambda: [target], lambda index, part, values: None)
         return value
 
     def check_ties(self, plan: Plan, placement: Placement) -> None:
@@ -111,12 +112,16 @@ class BroadcastReader(BaseReader):
             for key in entry.keys[1:]:
                 check_tie(self.path, entry, key, values, read(self._reader, key, part))
 
-        for index, value in self._share([entry.keys[0] for _, entry in entries], targets, check_ties):
+        keys = [entry.keys[0] for _, entry in entries]
+        # A scalar is sent as one, however many dimensions it was saved with.
+        specs = [replace(self.spec(key), shape=entry.slot.shape) for key, (_, entry) in zip(keys, entries, strict=True)]
+        for index, value in self._share(keys, specs, targets, check_ties):
             yield entries[index][0], value
 
     def _share(
         self,
         keys: Sequence[str],
+        specs: Sequence[TensorSpec],
         targets: Callable[[], Sequence[_Target]],
         check: Callable[[int, Span, Tensor], None],
     ) -> Iterator[tuple[int, Tensor]]:
@@ -124,10 +129,10 @@ class BroadcastReader(BaseReader):
 
         Args:
             keys: The same keys on every rank.
+            specs: Their dtypes in the checkpoint, and their shapes.
             targets: Returns this rank's part of each tensor.
             check: Called on rank 0 with what has been read: index in ``keys``, elements of that tensor, their values.
         """
-        specs = [self.spec(key) for key in keys]
         chunk = max(ALIGNMENT, min(_READ_AT_ONCE, self._budget // 16))
         capacity = (self._budget - chunk) // ALIGNMENT * ALIGNMENT
         capacity = min(capacity, sum(aligned(spec.shape.numel() * spec.dtype.itemsize) for spec in specs))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader
-from fabric_init.checkpoints.reader import read
 from fabric_init.errors import RecordingError
 from fabric_init.planning.derived import loaded_storages
+from fabric_init.planning.loads import read_as
 from fabric_init.planning.plan import DerivedFrom, Plan
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.replay import real_execution, replay_with
@@ -38,7 +38,7 @@ def _read_storage(reader: CheckpointReader, key: str, ref: TensorRef) -> torch.U
             f"a value that is computed from {key} is asked for, and {reader.path} is read by all ranks together, which "
             "this one cannot do alone. Declare the load with io='local' in the strategy."
         )
-    return _laid_out(read(reader, key), ref, torch.device("cpu"))
+    return _laid_out(read_as(reader, key, ref.size, None), ref, torch.device("cpu"))
 
 
 def compute(
@@ -55,7 +55,11 @@ def compute(
     in_order = sorted(sources, key=lambda source: source.ref.storage)
     assert slot.ref is not None
     return compute_with(
-        slot, tapes[slot.ref.storage], ((ref, read(reader, key)) for ref, key in in_order), device, exact=exact
+        slot,
+        tapes[slot.ref.storage],
+        ((ref, read_as(reader, key, ref.size, None)) for ref, key in in_order),
+        device,
+        exact=exact,
     )
 
 

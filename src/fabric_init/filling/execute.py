@@ -249,8 +249,13 @@ def make_record(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader 
         records.append(RowRecord(row))
         if entry.action is Action.WAIT and slot.ref is not None:
             records[-1].waits_on(tapes[slot.ref.storage], slot.ref.storage)
-    path, note = (None, None) if reader is None else (str(reader.path), reader.note)
-    return FillRecord(records, path, note, plan.unexpected)
+    path = None if reader is None else str(reader.path)
+    return FillRecord(records, path, note_of(plan, reader), plan.unexpected)
+
+
+def note_of(plan: Plan, reader: CheckpointReader | None) -> str | None:
+    """Return what the user should know of how a checkpoint was read, and of what was loaded from it."""
+    return "; ".join(filter(None, [reader.note, *plan.notes])) or None if reader is not None else None
 
 
 _ALONE = SingleProcess()

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from fabric_init.filling.execute import check_ties, fill
+from fabric_init.filling.execute import check_ties, fill, note_of
 from fabric_init.planning.derived import loaded_storages
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Plan, storage_groups
@@ -51,8 +51,8 @@ class IncrementalFill:
         plan, _, _, reader, _, *_ = self._prepared
         self._fill(range(len(plan.entries)))
         rows = [row for _, row in sorted(self._rows.items())]
-        path, note = (None, None) if reader is None else (str(reader.path), reader.note)
-        return FillRecord(rows, path, note, plan.unexpected)
+        path = None if reader is None else str(reader.path)
+        return FillRecord(rows, path, note_of(plan, reader), plan.unexpected)
 
     def _fill(self, positions: Iterable[int]) -> None:
         plan, tensors, tapes, reader, exact, *_ = self._prepared

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader
-from fabric_init.checkpoints.reader import read
-from fabric_init.planning.loads import check_tie, loads
+from fabric_init.planning.loads import Load, check_tie, loads, read_as
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Plan
 from fabric_init.recording.tape import TensorRef
@@ -48,19 +47,22 @@ class LocalLoader:
     def check_ties(self, plan: Plan, placement: Placement) -> None:
         for load in loads(plan, placement):
             if len(load.entry.keys) > 1:
-                value = read(self._reader, load.entry.keys[0], load.region)
-                for key in load.entry.keys[1:]:
-                    check_tie(self._reader.path, load.entry, key, value, read(self._reader, key, load.region))
+                first, *others = load.entry.keys
+                value = self._read(load, first)
+                for key in others:
+                    check_tie(self._reader.path, load.entry, key, value, self._read(load, key))
 
     def load(self, plan: Plan, placement: Placement) -> Iterator[tuple[int, Tensor]]:
         for load in loads(plan, placement):
             slot = load.entry.slot
-            value = read(self._reader, load.entry.keys[0], load.region)
-            value = value.to(device=load.device, dtype=slot.dtype)
+            value = self._read(load, load.entry.keys[0]).to(device=load.device, dtype=slot.dtype)
             if load.region is None and slot.ref is not None and _has_other_layout(value, slot.ref):
                 strided = torch.empty_strided(slot.shape, slot.ref.stride, dtype=slot.dtype, device=value.device)
                 value = strided.copy_(value)
             yield load.position, value
+
+    def _read(self, load: Load, key: str) -> Tensor:
+        return read_as(self._reader, key, load.entry.slot.shape, load.region)
 
 
 def _has_other_layout(value: Tensor, ref: TensorRef) -> bool:

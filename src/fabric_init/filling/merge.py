@@ -59,7 +59,8 @@ def merged(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
     check_all_have_values(entries, tapes, reader)
     _refuse_lost_changes(entries, tapes)
     unexpected = tuple(key for plan in plans for key in plan.plan.unexpected)
-    plan = Plan(tuple(entries), unexpected, _sources(planned.values(), plans))
+    notes = tuple(dict.fromkeys(note for plan in plans for note in plan.plan.notes))
+    plan = Plan(tuple(entries), unexpected, _sources(planned.values(), plans), notes)
     exact = any(plan.exact for plan in plans) or {tape.rng for tape in tapes.values()} == {"eager"}
     return PreparedPlan(plan, tensors, tapes, reader, exact)
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fabric_init.checkpoints import Region
+from fabric_init.checkpoints import Box, CheckpointReader, Region, Span
+from fabric_init.checkpoints.reader import read
 from fabric_init.checkpoints.storage.remote import AnyPath
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.placement import Placement
@@ -30,6 +31,25 @@ def loads(plan: Plan, placement: Placement) -> Iterator[Load]:
         if entry.action is Action.LOAD:
             device = placement.device(entry.slot)
             yield Load(position, entry, placement.region(entry.slot), device)
+
+
+def takes_element(shape: torch.Size, saved: torch.Size) -> bool:
+    """Return whether a tensor of ``shape`` is a scalar that was saved with one dimension, of which it takes element 0.
+
+    As ``torch.nn.Module.load_state_dict`` does, and as it does not the other way round.
+    """
+    return not len(shape) and tuple(saved) == (1,)
+
+
+def read_as(reader: CheckpointReader, key: str, shape: torch.Size, region: Region | None) -> Tensor:
+    """Return the region of a tensor of ``shape`` that ``reader`` has under ``key``, as one element if it is a scalar.
+
+    Raises:
+        CheckpointError: The disk or the network fails.
+    """
+    if isinstance(region, Span) or not takes_element(shape, reader.spec(key).shape):
+        return read(reader, key, region)
+    return read(reader, key, None if region is None else Box((0,), (1,))).reshape(())
 
 
 def check_tie(path: AnyPath, entry: PlanEntry, key: str, value: Tensor, other: Tensor) -> None:

@@ -1,20 +1,20 @@
-"""Match a model's tensors with a checkpoint's keys, and suggest what would make more of them match."""
+"""Match a model's tensors with a checkpoint's keys."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
 
-from fabric_init.checkpoints import CheckpointReader, TensorSpec, rename_keys
+from fabric_init.checkpoints import CheckpointReader, Conversion, TensorSpec, rename_keys
+from fabric_init.checkpoints.mapping.converted import converted
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.errors import OptionError
-from fabric_init.planning.hints.adapters import likely_adapters
-from fabric_init.planning.hints.conversions import likely_conversions, likely_transposes
-from fabric_init.planning.hints.renames import likely_part, likely_renames, renamed_as_suggested
 from fabric_init.planning.loading.recorded_load import RecordedLoad
+from fabric_init.planning.loads import takes_element
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.liveness import never_written
@@ -45,6 +45,9 @@ class Matching(NamedTuple):
     misfits: tuple[Mismatch, ...]
     missing_extras: tuple[str, ...] = ()
     """Names of extra state that modules take but the checkpoint lacks."""
+    options: LoadOptions = LoadOptions()
+    again: Callable[[Sequence[Conversion], LoadOptions], Matching] | None = None
+    """Match the same model after conversions and with other options, to try what an error proposes."""
 
     @property
     def lacks_some(self) -> bool:
@@ -87,7 +90,7 @@ def match(
         if names and not fresh:
             assert reader is not None
             slot_keys = tuple(key_of[name] for name in names)
-            specs = [reader.spec(key) for key in slot_keys]
+            specs = [_spec_for(slot, reader.spec(key)) for key in slot_keys]
             misfits.extend(
                 Mismatch(slot, key, spec, problem)
                 for key, spec in zip(slot_keys, specs, strict=True)
@@ -107,8 +110,14 @@ def match(
         missing_extras = sorted(name for name in load.outcome.missing or () if name.endswith(EXTRA_STATE))
     unexpected = [key for key in keys if key not in taken]
     if load is not None:
-        renamed = [name for name in load.outcome.unexpected if name not in keys.values()]
-        unexpected = [*(key for key in unexpected if keys[key] in load.outcome.unexpected), *renamed]
+        unexpected = [key for key in unexpected if keys[key] in load.outcome.unexpected]
+
+    def again(conversions: Sequence[Conversion], changed: LoadOptions) -> Matching:
+        assert reader is not None
+        other = converted(reader if load is None else load.below, conversions)
+        new = None if load is None else load.again(other, changed)
+        return match(slots, tapes, other if new is None else new.reader, changed, new)
+
     return Matching(
         entries=tuple(entries),
         names=keys,
@@ -118,6 +127,8 @@ def match(
         unexpected=tuple(unexpected),
         misfits=tuple(misfits),
         missing_extras=tuple(missing_extras),
+        options=options,
+        again=again,
     )
 
 
@@ -130,10 +141,19 @@ def own_init(slot: TensorInfo, tapes: Mapping[int, Tape]) -> Action:
     return Action.INIT
 
 
+def _spec_for(slot: TensorInfo, spec: TensorSpec) -> TensorSpec:
+    """Return what a tensor is loaded from: a scalar takes the only element of a tensor with one dimension."""
+    if not takes_element(slot.shape, spec.shape):
+        return spec
+    return replace(spec, shape=slot.shape, made=f"element 0 of (1,){f', {spec.made}' if spec.made else ''}")
+
+
 def _mismatch(slot: TensorInfo, key: str, spec: TensorSpec) -> str | None:
     name = slot.name if key in slot.names else f"{slot.name} (checkpoint key {key})"
     made = f", {spec.made}" if spec.made else ""
     if spec.shape != slot.shape:
+        if not spec.shape and tuple(slot.shape) == (1,):
+            made += ": to keep its value, make it () in the model or save it as (1,)"
         return f"{name} is {tuple(slot.shape)} in the model and {tuple(spec.shape)} in the checkpoint{made}"
     if _number_kind(spec.dtype) != _number_kind(slot.dtype):
         return f"{name} is {slot.dtype} in the model and {spec.dtype} in the checkpoint, and no cast keeps its meaning"
@@ -164,36 +184,3 @@ def _check_reinit(slots: Sequence[TensorInfo], patterns: Sequence[str]) -> None:
                 f"reinit names {', '.join(fresh)}, which is tied to {', '.join(others)}: they are one tensor. "
                 f"Untie them in the model to give one of them new values, or name all: reinit={[*fresh, *others]}."
             )
-
-
-def likely_fixes(matching: Matching, reader: CheckpointReader) -> list[str]:
-    """Return suggestions, each with a rename or conversion under which missing tensors would match."""
-    missing = {slot.name: slot.shape for slot in matching.missing} | dict.fromkeys(
-        matching.missing_extras, torch.Size()
-    )
-    offered = {
-        matching.names[key]: _shape_of(key, matching.names[key], reader)
-        for key in matching.unexpected
-        if key in matching.names
-    }
-    adapters = likely_adapters(missing, offered, [name for entry in matching.entries for name in entry.slot.names])
-    if adapters is not None:
-        return [adapters]
-    renames = likely_renames(missing, offered)
-    wanting, offered = renamed_as_suggested(renames, missing, offered)
-    return [*map(str, renames), *likely_part(renames, wanting, offered), *likely_conversions(wanting, offered)]
-
-
-def _shape_of(key: str, name: str, reader: CheckpointReader) -> torch.Size:
-    """Return the shape to match by; extra state has none, since modules take it in any shape."""
-    extra = key in reader.extra_state or name.endswith(EXTRA_STATE)
-    return torch.Size() if extra else reader.spec(key).shape
-
-
-def likely_transpose(matching: Matching, reader: CheckpointReader) -> str | None:
-    """Return the conversion under which tensors of a wrong shape would fit, in words; ``None`` if there is none."""
-    if likely_transposes({misfit.key: (misfit.slot.shape, misfit.spec.shape) for misfit in matching.misfits}) is None:
-        return None
-    # Square tensors beside them are transposed as well, though their shapes match.
-    shapes = {key: (slot.shape, reader.spec(key).shape) for slot, _, keys, *_ in matching.entries for key in keys}
-    return f"convert=[{likely_transposes(shapes)}], in the names of the checkpoint."

@@ -69,6 +69,8 @@ class Plan:
     unexpected: tuple[str, ...] = ()
     sources: Mapping[int, DerivedFrom] = field(default_factory=dict)
     """By storage: loaded tensors that the model no longer holds, but that others may have been computed from."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What the user should know of what is loaded, in words."""
 
     @property
     def waits(self) -> bool:

@@ -69,7 +69,15 @@ def load_with_code(model: nn.Module, reader: CheckpointReader, options: LoadOpti
     if code is None:
         return None
     modes = {tape.rng for tape in survey(model)[2].values()}
-    return record_load(model, reader, names, code, "eager" if modes == {"eager"} else "per_op")
+
+    def again(other: CheckpointReader, changed: LoadOptions) -> RecordedLoad | None:
+        load = load_with_code(model, other, changed)
+        if load is not None:
+            load.undo()
+        return load
+
+    load = record_load(model, reader, names, code, "eager" if modes == {"eager"} else "per_op")
+    return load._replace(again=again)
 
 
 def _plan(

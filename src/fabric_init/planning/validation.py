@@ -9,14 +9,18 @@ from fabric_init import _log
 from fabric_init._text import counted, listed
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError, UninitializedTensorError
+from fabric_init.planning.hints.lenient import hidden_mistake, in_part
+from fabric_init.planning.hints.proposals import likely_transpose, proposals
+from fabric_init.planning.hints.quantized import quantized_message, unscaled
 from fabric_init.planning.loading.recorded_load import RecordedLoad
-from fabric_init.planning.matching import Matching, likely_fixes, likely_transpose, match
+from fabric_init.planning.matching import Matching, match
 from fabric_init.planning.plan import Action, LoadOptions, Plan, PlanEntry
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.liveness import never_written
 from fabric_init.recording.tape import Tape
 
 _logger = _log.channel("plan")
+_MOST_PARTS = 5
 
 
 def make_plan(
@@ -41,26 +45,42 @@ def make_plan(
         UninitializedTensorError: Neither the checkpoint nor the model's own code gives some tensor a value.
     """
     matching = match(slots, tapes, reader, options, load)
+    notes: tuple[str, ...] = ()
     if reader is not None:
-        if matching.lacks_some or matching.unexpected:
-            nothing_matches = matching.lacks_some and not matching.taken
-            if options.strict or nothing_matches:
-                raise CheckpointMismatchError(_keys_message(matching, reader))
-        if matching.misfits:
-            transpose = likely_transpose(matching, reader)
-            raise CheckpointMismatchError(
-                f"{reader.path}: {len(matching.misfits)} of {matching.loadable} tensors do not fit the model:\n"
-                + listed([misfit.problem for misfit in matching.misfits])
-                + ("" if transpose is None else f"\nLikely: {transpose}")
-                + "\nBuild the model from the checkpoint's own config, or have these tensors initialized instead, "
-                'e.g. reinit=["' + matching.misfits[0].slot.name + '"].'
-            )
+        refusal = refusal_of(matching, reader)
+        if refusal is not None:
+            raise CheckpointMismatchError(refusal)
+        parts = _parts(matching)
+        if parts:
+            more = f"; … and {len(parts) - _MOST_PARTS:,} more" if len(parts) > _MOST_PARTS else ""
+            notes = (f"loaded in part: {'; '.join(parts[:_MOST_PARTS])}{more}",)
     check_all_have_values(matching.entries, tapes, reader)
-    plan = Plan(matching.entries, matching.unexpected)
+    plan = Plan(matching.entries, matching.unexpected, notes=notes)
     if _logger.isEnabledFor(logging.DEBUG):
         source = "no checkpoint" if reader is None else f"checkpoint {reader.path} ({reader.format})"
         _logger.debug("%s; %s", plan.summary(), source)
+    for note in notes:
+        _logger.warning("%s: %s", None if reader is None else reader.path, note)
     return plan
+
+
+def refusal_of(matching: Matching, reader: CheckpointReader) -> str | None:
+    """Return why a checkpoint is refused, with what would mend it; ``None`` if it is not.
+
+    Whether every tensor gets a value is checked apart.
+    """
+    quantized = unscaled(matching, reader)
+    if quantized:
+        return quantized_message(quantized, reader)
+    nothing_matches = matching.lacks_some and not matching.taken
+    if matching.options.strict or nothing_matches:
+        if matching.lacks_some or matching.unexpected:
+            return _keys_message(matching, reader)
+    elif matching.lacks_some:
+        hidden = hidden_mistake(matching, reader)
+        if hidden is not None:
+            return hidden
+    return _misfits_message(matching, reader) if matching.misfits else None
 
 
 def without_values(entries: Sequence[PlanEntry], tapes: Mapping[int, Tape]) -> tuple[list[str], list[str]]:
@@ -104,6 +124,29 @@ def check_all_have_values(
     )
 
 
+def _misfits_message(matching: Matching, reader: CheckpointReader) -> str:
+    transpose = likely_transpose(matching, reader)
+    lines = [
+        f"{reader.path}: {len(matching.misfits)} of {matching.loadable} tensors do not fit the model:",
+        listed([misfit.problem for misfit in matching.misfits]),
+    ]
+    if transpose is not None:
+        lines.append(f"Likely: {transpose[0]}")
+    if transpose is None or not transpose[1]:
+        lines.append(f"Build the model from the checkpoint's own config{_reinit_instead(matching, reader)}.")
+    return "\n".join(lines)
+
+
+def _reinit_instead(matching: Matching, reader: CheckpointReader) -> str:
+    """Return how to initialize the tensors that do not fit, with every name of one that is tied."""
+    names = ", ".join(f'"{name}"' for name in matching.misfits[0].slot.names)
+    return f", or have these tensors initialized instead, e.g. reinit=[{names}]"
+
+
+def _parts(matching: Matching) -> list[str]:
+    return in_part(matching.entries, (slot.name for slot in matching.missing)) if matching.loadable else []
+
+
 def _keys_message(matching: Matching, reader: CheckpointReader) -> str:
     saved = sum(entry.slot.saved for entry in matching.entries)
     lines = [f"{reader.path}: {matching.loadable} of {saved} tensors match."]
@@ -114,13 +157,22 @@ def _keys_message(matching: Matching, reader: CheckpointReader) -> str:
         lines.append(f"Missing from the checkpoint ({len(names)}):\n" + listed(names, most=None))
     if matching.unexpected:
         lines.append(f"Not in the model ({len(matching.unexpected)}):\n" + listed(matching.unexpected, most=None))
-    fixes = likely_fixes(matching, reader)
-    lines += [f"Likely: {fix}" for fix in fixes]
-    if not fixes:
-        if not matching.loadable:
-            lines.append("This looks like a checkpoint of another model.")
-        else:
-            lines.append(
-                "strict=False gives missing tensors the model's own init and ignores extra keys; rename= maps keys."
-            )
+    found = proposals(matching, reader)
+    parts = [] if found.likely else _parts(matching)
+    if parts:
+        lines.append(f"Loaded in part ({len(parts)}):\n" + listed(parts))
+    lines += found.lines()
+    if found.likely:
+        return "\n".join(lines)
+    if not matching.loadable and not found.ambiguous:
+        lines.append("This looks like a checkpoint of another model.")
+    elif matching.loadable and hidden_mistake(matching, reader) is not None:
+        lines.append(
+            "In the same modules the checkpoint lacks tensors and has keys that no tensor takes: say with convert= or "
+            "rename= how the one becomes the other. reinit= gives tensors the model's own init."
+        )
+    elif matching.loadable:
+        lines.append(
+            "strict=False gives missing tensors the model's own init and ignores extra keys; rename= maps keys."
+        )
     return "\n".join(lines)

@@ -260,7 +260,10 @@ BAD_HEADERS = {
         "beyond what torch",
     ),
     "negative shape": ({"a": entry("F32", [-1], 0, 8)}, "invalid"),
-    "unknown dtype": ({"a": entry("F33", [1], 0, 8)}, "unknown variant `F33`"),
+    "unknown dtype": (
+        {"a": entry("F33", [1], 0, 8)},
+        "tensor 'a' has dtype F33, which the safetensors library does not know",
+    ),
     "not an object": (b"[1, 2]", "header"),
     "not UTF-8": (b'{"\xff": 1}', "UTF-8"),
     "deep nesting": (b'{"__metadata__":' + b"[" * 100_000, "header"),

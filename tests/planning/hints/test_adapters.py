@@ -23,7 +23,6 @@ ADAPTERS: dict[str, Any] = {
     "lora on all linears": LoraConfig(r=2, target_modules="all-linear"),
     "lora on one layer": LoraConfig(**LORA, layers_to_transform=[1]),
     "dora": LoraConfig(**LORA, use_dora=True),
-    "a head of its own": LoraConfig(**LORA, modules_to_save=["lm_head"]),
     "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
 }
 
@@ -77,6 +76,26 @@ def test_what_the_error_proposes_works_when_it_is_copied(tmp_path: Path, name: s
     materialize(fresh)
     own = {key: value for key, value in fresh.state_dict().items() if "lora_A" in key or "lora_B" in key}
     assert all(torch.equal(model.state_dict()[key], value) for key, value in own.items())
+
+
+def test_layers_that_peft_copies_are_not_proposed_to_be_initialized_afresh(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    state = llama(tied=False).state_dict()
+    torch.save(state, tmp_path / "model.pt")
+    adapter = LoraConfig(**LORA, modules_to_save=["lm_head"])
+    with pytest.raises(CheckpointMismatchError, match=r"Likely: two blocks\. .*get_peft_model in a second") as caught:
+        materialize(build(adapter, tied=False), checkpoint=tmp_path / "model.pt")
+    assert "reinit" not in str(caught.value)
+    inside_of_peft = {
+        r"(^|\.)(lm_head)\.(\w+)$": r"\1\2.original_module.\3",
+        r"(^|\.)(q_proj|v_proj)\.(\w+)$": r"\1\2.base_layer.\3",
+        "^": "base_model.model.",
+    }
+    with pytest.raises(CheckpointMismatchError, match=r"1 tensor new values that should begin as a copy") as caught:
+        materialize(build(adapter, tied=False), checkpoint=tmp_path / "model.pt", rename=inside_of_peft, strict=False)
+    assert "lm_head.modules_to_save.default.weight, of base_model.model.lm_head.original_mod" in str(caught.value)
+    chosen = {"reinit": ["*.modules_to_save.*", "*.lora_*"], "rename": inside_of_peft}
+    materialize(build(adapter, tied=False), checkpoint=tmp_path / "model.pt", **chosen)  # who says so has it
 
 
 def test_unexpected_keys_that_no_rename_helps_are_left_to_strict() -> None:

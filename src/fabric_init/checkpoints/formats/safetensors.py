@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -93,6 +94,7 @@ def _parse_header(file: FileBytes, *, direct: bool) -> tuple[dict[str, int], dic
     except (SafetensorError, OSError) as error:
         if isinstance(error, CheckpointError):
             raise
+        _refuse_unknown_dtype(file, error)
         raise CheckpointFormatError(
             f"{file.path} is not a complete safetensors file of {file.size:,} bytes: {error}. "
             f"If a download or copy was cut short, fetch it again."
@@ -140,6 +142,25 @@ def _entries_of_copy(file: FileBytes) -> list[tuple[str, str, list[int]]]:
             target.write(file.head(8 + min(length, HEADER_BYTES)))
             target.truncate(file.size)
         return _entries(copy)
+
+
+def _refuse_unknown_dtype(file: FileBytes, error: Exception) -> None:
+    """Name the tensor if it is for its dtype that the library has refused the header."""
+    unknown = re.search(r"unknown variant `([^`]*)`", str(error))
+    if unknown is None:
+        return
+    try:
+        length = int.from_bytes(file.head(8), "little")
+        header = json.loads(file.head(8 + min(length, HEADER_BYTES))[8:])
+        keys = [key for key, entry in header.items() if isinstance(entry, dict) and entry.get("dtype") == unknown[1]]
+    except (ValueError, RecursionError, AttributeError):
+        return
+    if keys:
+        more = f" (and {len(keys) - 1:,} more)" if len(keys) > 1 else ""
+        raise CheckpointFormatError(
+            f"{file.path}: tensor {keys[0]!r}{more} has dtype {unknown[1]}, which the safetensors library does not "
+            f"know. Convert it to a dtype of {', '.join(DTYPES)}."
+        ) from error
 
 
 def _refuse_duplicates(file: FileBytes, start: int, expected: int) -> None:

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import torch
 
@@ -19,8 +20,34 @@ _Shapes = Mapping[str, torch.Size]
 _WRAPPED = re.compile(r"(?P<layer>.+)\.(?P<inside>base_layer|original_module)\.(?P<tensor>[^.]+)")
 
 
-def likely_adapters(missing: _Shapes, unexpected: _Shapes, names: Collection[str]) -> str | None:
-    """Return a sentence with arguments that load the model inside and initialize the adapters; ``None`` for none.
+class Adapters(NamedTuple):
+    """Arguments that load the model inside and initialize the adapters; ``str()`` returns a sentence with them."""
+
+    rules: tuple[tuple[str, str], ...]
+    """Regexes and their replacements."""
+    globs: tuple[str, ...]
+    """Of the adapters' tensors."""
+    exact: bool
+    """Whether a tensor takes every key."""
+    loaded: int
+    initialized: int
+
+    @property
+    def reinit(self) -> tuple[str, ...]:
+        """The globs, if they are needed: with keys to ignore there is ``strict=False`` for both."""
+        return self.globs if self.exact else ()
+
+    def __str__(self) -> str:
+        mapping = ", ".join(f"{quoted(old)}: {quoted(new)}" for old, new in self.rules)
+        rest = f"reinit=[{', '.join(map(quoted, self.globs))}]" if self.exact else "strict=False"
+        return (
+            f"rename={{{mapping}}}, {rest} would load {self.loaded} tensors and initialize the adapters' "
+            f"{self.initialized}"
+        )
+
+
+def likely_adapters(missing: _Shapes, unexpected: _Shapes, names: Collection[str]) -> Adapters | None:
+    """Return arguments that load the model inside and initialize the adapters; ``None`` for none.
 
     Args:
         missing: tensors of the model that no key is for.
@@ -38,10 +65,7 @@ def likely_adapters(missing: _Shapes, unexpected: _Shapes, names: Collection[str
     loaded = len(missing) - len(adapters)
     if not loaded or globs is None or any(fnmatchcase(name, glob) for name in renamed for glob in globs):
         return None
-    mapping = ", ".join(f"{quoted(old)}: {quoted(new)}" for old, new in rules)
-    exact = renamed.keys() <= set(names)
-    rest = f"reinit=[{', '.join(map(quoted, globs))}]" if exact else "strict=False"
-    return f"rename={{{mapping}}}, {rest} would load {loaded} tensors and initialize the adapters' {len(adapters)}"
+    return Adapters(tuple(rules), tuple(globs), renamed.keys() <= set(names), loaded, len(adapters))
 
 
 def _prefix(wrapped: Iterable[re.Match[str]], missing: _Shapes, unexpected: _Shapes) -> str | None:

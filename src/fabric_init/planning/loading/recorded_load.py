@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -40,8 +41,12 @@ class RecordedLoad(NamedTuple):
     key_of: Mapping[str, str]
     """Tensor name → the key in ``reader`` that has its value. Names of any kind of tensor."""
     outcome: Outcome
+    below: CheckpointReader
+    """The checkpoint itself."""
     undo: Callable[[], None]
     """Make the modules what they were before."""
+    again: Callable[[CheckpointReader, Any], RecordedLoad | None] = lambda reader, options: None
+    """What load code makes of another reader with other options; the modules stay as they are."""
 
 
 class LoadCode(Protocol):
@@ -91,10 +96,19 @@ def record_load(
         refs = _left_behind(modules, places, mode.tape)
         _put_back(modules, places, replaces=code.replaces)
         made = RecordedReader(reader, mode.tape, refs)
-        return RecordedLoad(made, made.key_of, outcome, undo)
+        unused = [name for key, name in names.items() if key not in made.used]
+        outcome = outcome._replace(unexpected=_known(outcome.unexpected, names.values(), unused))
+        return RecordedLoad(made, made.key_of, outcome, reader, undo)
     except BaseException:
         undo()
         raise
+
+
+def _known(unexpected: Iterable[str], names: Collection[str], unused: Sequence[str]) -> tuple[str, ...]:
+    """Return names of the state dict for names that load code has made of them."""
+    known = set(names)
+    found = [name if name in known else next(iter(get_close_matches(name, unused, 1, 0)), None) for name in unexpected]
+    return tuple(dict.fromkeys(name for name in found if name is not None))
 
 
 class _Place(NamedTuple):
@@ -114,7 +128,8 @@ def _put_stand_ins(modules: Iterable[tuple[str, nn.Module]], recorder: Recorder)
     places = []
     for prefix, module in modules:
         dot = f"{prefix}." if prefix else ""
-        for table in (module._parameters, module._buffers):
+        tables: tuple[Any, ...] = (module._parameters, module._buffers)
+        for table in tables:
             for key, tensor in table.items():
                 if tensor is None or is_lazy(tensor):
                     continue
@@ -209,16 +224,20 @@ class RecordedReader(BaseReader):
         self._made: dict[str, TensorRef] = {}
         self.key_of: dict[str, str] = {}
         """Name → key."""
+        self.used: set[str] = set()
+        """The keys of the checkpoint that something is loaded from."""
         self.specs = {key: below.spec(key) for key in below.keys()}
         for name, ref in refs.items():
             source = copied_source(tape, ref)
             if source is not None and source.reader is below:
                 self.key_of[name] = source.key
+                self.used.add(source.key)
                 continue
             key = name
             while key in self.specs:
                 key += " (converted)"
             sources = sources_of(tape, ref)
+            self.used.update(sources)
             made = "computed from " + (joined(sources, most=3) if sources else "what the model has")
             self.specs[key] = TensorSpec(ref.size, ref.dtype, made)
             self._made[key], self.key_of[name] = ref, key

@@ -11,10 +11,13 @@ from fabric_init._text import dtype_name
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.derived import check_nothing_is_undone
-from fabric_init.planning.matching import Matching, likely_fixes, likely_transpose
+from fabric_init.planning.hints.lenient import hidden_mistake
+from fabric_init.planning.hints.proposals import likely_fixes, likely_transpose
+from fabric_init.planning.hints.quantized import quantized_message, unscaled
+from fabric_init.planning.matching import Matching
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.tensors import TensorInfo
-from fabric_init.planning.validation import without_values
+from fabric_init.planning.validation import refusal_of, without_values
 from fabric_init.recording.tape import Tape
 from fabric_init.reports.provenance import describe_rule
 
@@ -124,7 +127,11 @@ def coverage_of(
     without = [name for names in without_values(matching.entries, tapes) for name in names]
     problems = [*problems, *_undone(matching.entries, tapes)]
     nothing_matches = matching.lacks_some and not matching.taken
-    mismatch = wanted.strict and (matching.lacks_some or bool(matching.unexpected))
+    refused = reader is not None and refusal_of(matching, reader) is not None
+    if reader is not None and refused:
+        quantized = unscaled(matching, reader)
+        hidden = None if wanted.strict or nothing_matches else hidden_mistake(matching, reader)
+        problems = [*problems, *([quantized_message(quantized, reader)] if quantized else [hidden] if hidden else [])]
     return Coverage(
         wanted=_amount(saved),
         loaded=_amount(loaded),
@@ -142,7 +149,7 @@ def coverage_of(
         proposed=() if reader is None else _proposed(matching, reader),
         without_values=tuple(without),
         problems=tuple(problems),
-        complete=not (mismatch or nothing_matches or misfits or without or problems),
+        complete=not (refused or without or problems),
     )
 
 
@@ -182,7 +189,7 @@ def _casts(entries: Sequence[PlanEntry]) -> tuple[Cast, ...]:
 def _proposed(matching: Matching, reader: CheckpointReader) -> tuple[str, ...]:
     transpose = likely_transpose(matching, reader) if matching.misfits else None
     fixes = likely_fixes(matching, reader) if matching.lacks_some and matching.unexpected else []
-    return (*fixes, *([transpose] if transpose is not None else []))
+    return (*fixes, *([transpose[0]] if transpose is not None else []))
 
 
 def _undone(entries: Sequence[PlanEntry], tapes: Mapping[int, Tape]) -> list[str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import pickletools
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, BinaryIO, Protocol
 
 import torch
@@ -76,12 +79,36 @@ StorageOf = Callable[[torch.dtype, str, int], torch.storage.TypedStorage]
 
 def load_meta(file: BinaryIO, storage_of: StorageOf, *, legacy: bool = False) -> Any:
     """Load a pickle of ``torch.save`` as ``weights_only=True`` does, its tensors on stand-ins for their storages."""
+    start = file.tell()
     unpickler = _Unpickler(file, encoding="utf-8")
     unpickler.storage_of, unpickler.legacy = storage_of, legacy
     try:
         return unpickler.load()  # type: ignore[no-untyped-call]
     except NotImplementedError as error:
-        raise ValueError("it has quantized tensors in it, which cannot be read: dequantize them first") from error
+        file.seek(start)
+        raise QuantizedTensorError(
+            f"{_quantized_in(file)}: only dense, unquantized tensors can be read; dequantize() it before saving"
+        ) from error
+
+
+class QuantizedTensorError(ValueError):
+    """A pickle has a quantized tensor in it, which cannot be read; the message names it."""
+
+
+def _quantized_in(file: BinaryIO) -> str:
+    """Return key and dtype of the first quantized tensor in a pickle, in words."""
+    key, found = None, False
+    with suppress(Exception):  # what has been unpickled so far is no corrupt pickle
+        for _, argument, _ in pickletools.genops(file):
+            if not isinstance(argument, str):
+                continue
+            if argument.startswith("torch._utils _rebuild_q"):
+                found = True
+            elif found and (kind := re.search(r"(\w+)Storage$", argument)) is not None:
+                return f"tensor {key!r} is quantized, torch.{kind[1].lower()}"
+            elif not found:
+                key = argument
+    return f"tensor {key!r} is quantized" if found else "it has quantized tensors in it"
 
 
 class _Unpickler(WeightsOnlyUnpickler):

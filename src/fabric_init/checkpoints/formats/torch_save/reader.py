@@ -22,7 +22,7 @@ import torch
 from fabric_init._text import joined
 from fabric_init.checkpoints.formats.torch_save.archive import StandIns, TorchArchive
 from fabric_init.checkpoints.formats.torch_save.legacy import BoundedFile, check_sizes
-from fabric_init.checkpoints.formats.torch_save.meta_tensors import Storages, unsafe_globals
+from fabric_init.checkpoints.formats.torch_save.meta_tensors import QuantizedTensorError, Storages, unsafe_globals
 from fabric_init.checkpoints.reader import BaseReader, TensorSpec
 from fabric_init.checkpoints.region import Region, take
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE, OPTIMIZER_PARTS, Location, choose_state_dict, describe
@@ -155,6 +155,8 @@ def corruption_of(path: AnyPath) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):
             raise OutOfMemoryError(f"{path}: out of memory while reading it ({error}).") from error
+        if isinstance(error, QuantizedTensorError):
+            raise CheckpointFormatError(f"{path}: {error}.") from error
         raise CheckpointFormatError(_corrupt(path, error)) from error
 
 
