@@ -28,19 +28,3 @@ SAMPLE = {
     "WhisperForConditionalGeneration": "whisper/modeling_whisper",
 }
 """A class and its architecture."""
-
-REFUSED_FOR_NOW = frozenset(
-    {
-        "AltCLIPModel",
-        "BeitForImageClassification",
-        "DeepseekV3ForCausalLM",
-        "Gemma3ForConditionalGeneration",
-        "JambaForCausalLM",
-        "LlavaForConditionalGeneration",
-        "MixtralForCausalLM",
-        "Qwen2VLForConditionalGeneration",
-        "Qwen3MoeForCausalLM",
-        "ViTForImageClassification",
-    }
-)
-"""Classes of the sample whose folders hold other names or other tensors than the model. May only become fewer."""

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from fabric_init import FabricInitError
 from fabric_init.checkpoints import open_checkpoint
-from tests.checkpoints_hf.sample import REFUSED_FOR_NOW, SAMPLE
+from tests.checkpoints_hf.sample import SAMPLE
 from tests.support.architectures import model_classes
 from tests.support.hugging_face_folders import perturb
 from tests.support.ranks import run_ranks, run_ranks_each
@@ -123,12 +123,8 @@ def test_two_ranks_hold_what_from_pretrained_gives_and_read_their_parts_only(
 ) -> None:
     expected = torch.load(folders / f"{name}.pt")
     for rank in on_ranks[name]:
-        if isinstance(rank["weights"], str):
-            assert name in REFUSED_FOR_NOW, rank["weights"]
-            pytest.xfail(f"refused: {rank['weights']}")
         assert_same(rank["weights"], expected)
         assert rank["read"] <= TOLERANCE * rank["held"]
-    assert name not in REFUSED_FOR_NOW
 
 
 def test_the_ranks_together_hold_no_more_than_the_folder_and_what_each_has_whole(

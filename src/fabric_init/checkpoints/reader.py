@@ -44,17 +44,9 @@ class CheckpointReader(Protocol):
     note: str | None
     """Anything the user should know of how it was read (``"state dict found under 'model'"``), else ``None``."""
 
-    collective: bool
-    """Whether ``read`` is for all ranks to call together, with the same keys in the same order."""
-
     @property
     def extra_state(self) -> Mapping[str, Any]:
         """Extra state (``nn.Module.get_extra_state``) that is not a tensor, by key; empty for formats of tensors."""
-        ...
-
-    @property
-    def metadata(self) -> Mapping[str, Any] | None:
-        """The ``_metadata`` of a saved ``state_dict()``, such as the versions of modules; ``None`` if there is none."""
         ...
 
     def keys(self) -> Sequence[str]:
@@ -96,7 +88,9 @@ class BaseReader(ABC):
     extra_state: Mapping[str, Any] = MappingProxyType({})
     """Extra state that is not a tensor, by its key."""
     metadata: Mapping[str, Any] | None = None
+    """The ``_metadata`` of a saved ``state_dict()``, such as the versions of its modules."""
     collective: bool = False
+    """Whether ``read`` is for all ranks to call together, with the same keys in the same order."""
 
     def keys(self) -> Sequence[str]:
         """Return every tensor's checkpoint key, in the file's own order."""
@@ -116,6 +110,16 @@ class BaseReader(ABC):
     @abstractmethod
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
         """Return the tensor, or the named region of it, on the CPU, in the checkpoint's dtype."""
+
+
+def is_collective(reader: CheckpointReader) -> bool:
+    """Return whether ``reader.read`` is for all ranks to call together."""
+    return bool(getattr(reader, "collective", False))
+
+
+def metadata_of(reader: CheckpointReader) -> Mapping[str, Any] | None:
+    """Return the ``_metadata`` of the state dict in a checkpoint, if the reader knows it."""
+    return getattr(reader, "metadata", None)
 
 
 def read(reader: CheckpointReader, key: str, region: Region | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader, Region, Span, TensorSpec
-from fabric_init.checkpoints.reader import BaseReader, read
+from fabric_init.checkpoints.reader import BaseReader, metadata_of, read
 from fabric_init.checkpoints.region import copy_part
 from fabric_init.checkpoints.storage.remote import AnyPath
 from fabric_init.distributed.agreement import Agreement
@@ -66,7 +66,7 @@ class BroadcastReader(BaseReader):
             reader = make()
             specs = {key: reader.spec(key) for key in reader.keys()}
             return reader, _Header(
-                reader.path, reader.format, reader.note, specs, dict(reader.extra_state), reader.metadata
+                reader.path, reader.format, reader.note, specs, dict(reader.extra_state), metadata_of(reader)
             )
 
         opened = agreement.run_together("opening the checkpoint", on_rank_zero)

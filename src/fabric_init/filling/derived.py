@@ -2,43 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader
+from fabric_init.checkpoints.reader import is_collective
+from fabric_init.checkpoints.storage.remote import AnyPath
 from fabric_init.errors import RecordingError
 from fabric_init.planning.derived import loaded_storages
+from fabric_init.planning.loading.recorded_load import RecordedReader
 from fabric_init.planning.loads import read_as
-from fabric_init.planning.plan import DerivedFrom, Plan
+from fabric_init.planning.plan import DerivedFrom
+from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.replay import real_execution, replay_with
 from fabric_init.recording.tape import LoadedStorage, Tape, TensorRef, now
 
 
-def note_loaded(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader | None) -> None:
+@contextmanager
+def loads_noted(prepared: PreparedPlan) -> Iterator[None]:
     """Let what is computed later from the tensors that a plan loads be computed from their values in the checkpoint.
 
-    That is what code of later blocks computes or looks at, and what is kept outside of modules.
+    That is what code of later blocks computes or looks at, and what is kept outside of modules. If the context fails,
+    it is taken back.
     """
-    if reader is None:
-        return
-    since = now()
-    for storage, (ref, key) in loaded_storages(plan, tapes).items():
-        tapes_of = tapes.get(ref.storage) or tapes.get(storage)
-        if tapes_of is not None:
-            tapes_of.current().loaded[storage] = LoadedStorage(since, partial(_read_storage, reader, key, ref))
+    reader, since = prepared.reader, now()
+    noted: list[tuple[Tape, int]] = []
+    if reader is not None:
+        for storage, (ref, key) in loaded_storages(prepared.plan, prepared.tapes).items():
+            tape = prepared.tapes[ref.storage if ref.storage in prepared.tapes else storage].current()
+            tape.loaded[storage] = LoadedStorage(since, _reading(reader, key, ref))
+            noted.append((tape, storage))
+    try:
+        yield
+    except BaseException:
+        for tape, storage in noted:
+            tape.loaded.pop(storage, None)
+        raise
 
 
-def _read_storage(reader: CheckpointReader, key: str, ref: TensorRef) -> torch.UntypedStorage:
-    if reader.collective:
-        raise RecordingError(
-            f"a value that is computed from {key} is asked for, and {reader.path} is read by all ranks together, which "
-            "this one cannot do alone. Declare the load with io='local' in the strategy."
-        )
-    return _laid_out(read_as(reader, key, ref.size, None), ref, torch.device("cpu"))
+def _reading(reader: CheckpointReader, key: str, ref: TensorRef) -> Callable[[Tape], torch.UntypedStorage]:
+    """Return what reads the storage of ``ref``, given the tape: the tape keeps it, so it must not keep the tape."""
+    if is_collective(reader):
+        path = reader.path
+        return lambda _: _refuse_alone(path, key)
+    if isinstance(reader, RecordedReader):
+        of_load = reader.reading(key)
+        return lambda tape: _laid_out(of_load(tape).reshape(ref.size), ref, torch.device("cpu"))
+    return lambda _: _laid_out(read_as(reader, key, ref.size, None), ref, torch.device("cpu"))
+
+
+def _refuse_alone(path: AnyPath, key: str) -> NoReturn:
+    raise RecordingError(
+        f"a value that is computed from {key} is asked for, and {path} is read by all ranks together, which this one "
+        "cannot do alone. Declare the load with io='local' in the strategy."
+    )
 
 
 def compute(

@@ -16,7 +16,7 @@ from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import Agreement, SingleProcess
 from fabric_init.errors import FabricInitError, RecordingError
-from fabric_init.filling.derived import compute, note_loaded
+from fabric_init.filling.derived import compute, loads_noted
 from fabric_init.filling.fill_log import with_log
 from fabric_init.filling.loader import loader_for
 from fabric_init.filling.out_of_memory import out_of_memory_explained
@@ -294,9 +294,9 @@ def fill_model(
 
     with PausedCollector():
         prepared = agreement.run_together(_PLANNING, plan, prepared_digest)
-        note_loaded(prepared.plan, prepared.tapes, prepared.reader)
         try:
-            return execute_plan(prepared, model, prepared.tensors, placement, agreement)
+            with loads_noted(prepared):
+                return execute_plan(prepared, model, prepared.tensors, placement, agreement)
         except BaseException:
             if prepared.undo is not None:
                 prepared.undo()
@@ -332,8 +332,8 @@ def prepare(
 ) -> PreparedPlan:
     """Return the plan for ``model``, made on all ranks together; see :func:`plan_for`."""
     prepared = agreement.run_together(_PLANNING, lambda: plan_for(model, reader, wanted), prepared_digest)
-    note_loaded(prepared.plan, prepared.tapes, prepared.reader)
-    return prepared
+    with loads_noted(prepared):
+        return prepared
 
 
 def execute_plan(

@@ -15,7 +15,7 @@ from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunct
 from fabric_init.recording.liveness import covers, is_final, live_ops
 from fabric_init.recording.op_schemas import overwrites, with_generator
 from fabric_init.recording.replay_rng import ReplayStreams
-from fabric_init.recording.tape import Constant, LoadedStorage, Op, Tape, TensorRef
+from fabric_init.recording.tape import Constant, Op, Tape, TensorRef
 from fabric_init.recording.tracing import outside_tracing
 
 _default_generator_lock = threading.Lock()
@@ -190,15 +190,16 @@ def as_recorded(device: torch.device) -> torch.device:
 class _Brought(dict[int, torch.UntypedStorage]):
     """The memory of storages that declared loads bring, read when it is asked for."""
 
-    def __init__(self, loaded: Mapping[int, LoadedStorage]) -> None:
+    def __init__(self, tape: Tape) -> None:
         super().__init__()
-        self._loaded = loaded
+        self._tape = tape
+        self._loaded = tape.brought()
 
     def __contains__(self, storage: object) -> bool:
         return storage in self._loaded
 
     def __missing__(self, storage: int) -> torch.UntypedStorage:
-        memory = self[storage] = self._loaded[storage].read()
+        memory = self[storage] = self._loaded[storage].read(self._tape)
         return memory
 
 
@@ -207,7 +208,7 @@ def storage_now(tape: Tape, storage: int, *, exact: bool) -> tuple[torch.Untyped
 
     It is computed from what declared loads bring, where there are any.
     """
-    inputs = _Brought(tape.brought()) if tape.loaded else {}
+    inputs = _Brought(tape) if tape.loaded else {}
     with real_execution():
         if storage in inputs:
             return inputs[storage], False

@@ -199,7 +199,7 @@ class LoadedStorage(NamedTuple):
     """What a declared load brings for a storage, in place of what the ops before number ``since`` left there."""
 
     since: int
-    read: Callable[[], torch.UntypedStorage]
+    read: Callable[[Tape], torch.UntypedStorage]
 
 
 _SHOWN_OPS = 5  # at either end of a tape

@@ -9,7 +9,7 @@ import torch
 
 from fabric_init.checkpoints.mapping.convert import Conversion
 from fabric_init.checkpoints.mapping.lazy import LazyTensor
-from fabric_init.checkpoints.reader import BaseReader, CheckpointReader, TensorSpec
+from fabric_init.checkpoints.reader import BaseReader, CheckpointReader, TensorSpec, is_collective, metadata_of
 from fabric_init.checkpoints.region import Region, Span, boxes_of, full_box
 from fabric_init.errors import CheckpointMismatchError
 
@@ -43,8 +43,8 @@ class ConvertedReader(BaseReader):
         except CheckpointMismatchError as error:
             raise CheckpointMismatchError(f"{below.path}: {conversion}: {error}.") from None
         self.specs = {key: self._made[key].spec if key in self._made else specs[key] for key in keys}
-        self.extra_state, self.metadata = below.extra_state, below.metadata  # conversions are of tensors
-        self.collective = below.collective
+        self.extra_state, self.metadata = below.extra_state, metadata_of(below)  # conversions are of tensors
+        self.collective = is_collective(below)
         self.note = "; ".join(filter(None, [below.note, f"{conversion}: {len(self._made)} tensors made"]))
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:

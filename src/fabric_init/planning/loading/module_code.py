@@ -12,6 +12,7 @@ from torch import nn
 
 from fabric_init._torch_internals import NormBase
 from fabric_init.checkpoints import CheckpointReader
+from fabric_init.checkpoints.reader import metadata_of
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.loading.recorded_load import Outcome
 from fabric_init.planning.tensors import named_modules
@@ -69,8 +70,9 @@ class ModuleCode:
             CheckpointMismatchError: ``load_state_dict`` reports an error, such as a tensor of another shape.
         """
         given: OrderedDict[str, Any] = OrderedDict(state)
-        if self._reader.metadata is not None:
-            given._metadata = self._reader.metadata  # type: ignore[attr-defined]  # as state_dict() keeps it
+        metadata = metadata_of(self._reader)
+        if metadata is not None:
+            given._metadata = metadata  # type: ignore[attr-defined]  # as state_dict() keeps it
         load: Any = model.load_state_dict
         options: dict[str, Any] = {"strict": False} if _takes(load, "strict") else {}
         with _without_our_hooks(model):

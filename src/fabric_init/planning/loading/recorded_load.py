@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from fabric_init._text import joined
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints import BaseReader, CheckpointReader, Region, TensorSpec
+from fabric_init.checkpoints.reader import is_collective, read
 from fabric_init.planning.loading.regions import Evaluation, copied_source, is_copy_of, sources_of
 from fabric_init.planning.loading.sources import source_tensor
 from fabric_init.planning.tensors import named_modules
@@ -218,9 +219,9 @@ class RecordedReader(BaseReader):
 
     def __init__(self, below: CheckpointReader, tape: Tape, refs: Mapping[str, TensorRef]) -> None:
         self.path, self.format, self.note, self.extra_state = below.path, below.format, below.note, below.extra_state
-        self.collective = below.collective
+        self.collective = is_collective(below)
         self._below = below
-        self._values = Evaluation(tape, whole=below.collective)
+        self._values = Evaluation(tape, whole=self.collective)
         self._made: dict[str, TensorRef] = {}
         self.key_of: dict[str, str] = {}
         """Name → key."""
@@ -246,3 +247,10 @@ class RecordedReader(BaseReader):
         """Return the tensor, or a region of it; of its sources, only what the region needs is read."""
         ref = self._made.get(key)
         return self._below.read(key, region) if ref is None else self._values.region(ref, region)
+
+    def reading(self, key: str) -> Callable[[Tape], Tensor]:
+        """Return what reads the whole tensor, given the tape, which it does not keep alive."""
+        ref, below = self._made.get(key), self._below
+        if ref is None:
+            return lambda _: read(below, key)
+        return lambda tape: Evaluation(tape).region(ref, None)
