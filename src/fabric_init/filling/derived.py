@@ -33,8 +33,9 @@ def loads_noted(prepared: PreparedPlan) -> Iterator[None]:
     reader, since = prepared.reader, now()
     noted: list[tuple[Tape, int]] = []
     if reader is not None:
+        tapes = {tape.current() for tape in prepared.tapes.values()}
         for storage, (ref, key) in loaded_storages(prepared.plan, prepared.tapes).items():
-            tape = prepared.tapes[ref.storage if ref.storage in prepared.tapes else storage].current()
+            tape = next(tape for tape in tapes if storage in tape.storages)
             tape.loaded[storage] = LoadedStorage(since, _reading(reader, key, ref))
             noted.append((tape, storage))
     try:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fabric_init.checkpoints.reader import read
 from fabric_init.checkpoints.region import Box, Region, Span, boxes_of, full_box, take, window
-from fabric_init.planning.loading.sources import ReadTensor
+from fabric_init.planning.loading.sources import Source, source_read_by
 from fabric_init.recording.liveness import covers, live_ops
 from fabric_init.recording.op_schemas import only_copies, pointwise
 from fabric_init.recording.replay import real_execution, run_ops, view
@@ -81,8 +81,10 @@ class Evaluation:
     def _way(self, op: Op, written: TensorRef) -> Callable[[Box], Tensor] | None:
         """Return how to compute a box of what ``op`` writes from boxes of its arguments, if that is known."""
         func, before = op.func, op.number
-        if isinstance(func, ReadTensor):
-            return lambda box: read(func.reader, func.key, None if box == full_box(tuple(written.size)) else box)
+        origin = source_read_by(op)
+        if origin is not None:
+            whole = full_box(tuple(written.size))
+            return lambda box: read(origin.reader, origin.key, None if box == whole else box)
         name = _name(func)
         if name in ("aten::cat", "aten::stack"):
             parts = op.args[0]
@@ -163,16 +165,17 @@ class Evaluation:
 def sources_of(tape: Tape, ref: TensorRef) -> list[str]:
     """Return the checkpoint keys that the value of ``ref`` is computed from, in the order in which they were read."""
     live = sorted(live_ops(tape, [ref.storage], exact=False))
-    return [func.key for number in live if isinstance(func := tape.ops[number].func, ReadTensor)]
+    return [source.key for number in live if (source := source_read_by(tape.ops[number])) is not None]
 
 
-def copied_source(tape: Tape, ref: TensorRef) -> ReadTensor | None:
+def copied_source(tape: Tape, ref: TensorRef) -> Source | None:
     """Return the source that ``ref`` is a plain copy of, but for its dtype; ``None`` if more was done."""
     dtypes = set()
     for copy, op in _copies(tape, ref):
         dtypes.add(copy.dtype)
-        if op is not None and isinstance(op.func, ReadTensor) and _written_by(op, copy.storage) == copy:
-            return op.func if dtypes <= {ref.dtype, copy.dtype} else None  # else a cast on the way may have rounded
+        source = None if op is None else source_read_by(op)
+        if op is not None and source is not None and _written_by(op, copy.storage) == copy:
+            return source if dtypes <= {ref.dtype, copy.dtype} else None  # else a cast on the way may have rounded
     return None
 
 

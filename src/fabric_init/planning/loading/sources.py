@@ -9,29 +9,34 @@ from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunct
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.reader import read
 from fabric_init.recording.recorder import Recorder
+from fabric_init.recording.tape import Op
 from fabric_init.recording.tensor import META, recorded_tensor
 
 
-class ReadTensor:
-    """The recorded call that makes a source: it reads a tensor of a checkpoint.
+class Source:
+    """A tensor of a checkpoint, as the argument of the recorded call that reads it.
 
     Args:
         reader: The open checkpoint.
         key: The tensor's key in it.
     """
 
-    __name__ = "read"
-
     def __init__(self, reader: CheckpointReader, key: str) -> None:
         self.reader = reader
         self.key = key
 
-    def __call__(self, *, device: torch.device) -> Tensor:
-        """Return the whole tensor on ``device``."""
-        return read(self.reader, self.key).to(device)
-
     def __repr__(self) -> str:
-        return f"read({self.key})"
+        return self.key
+
+
+def read_source(source: Source, *, device: torch.device) -> Tensor:
+    """Return the whole tensor of ``source`` on ``device``: the recorded call that makes it."""
+    return read(source.reader, source.key).to(device)
+
+
+def source_read_by(op: Op) -> Source | None:
+    """Return the source that ``op`` reads, if it is such a call."""
+    return op.args[0] if op.func is read_source else None
 
 
 def source_tensor(recorder: Recorder, reader: CheckpointReader, key: str) -> Tensor:
@@ -40,5 +45,5 @@ def source_tensor(recorder: Recorder, reader: CheckpointReader, key: str) -> Ten
     with DisableTorchFunction(), DisableTorchDispatch():
         meta = torch.empty(spec.shape, dtype=spec.dtype, device=META)
         ref = recorder.new_storage(meta, cpu)
-        recorder.tape.add_op(ReadTensor(reader, key), (), {"device": cpu}, (), (ref,), None, None)
+        recorder.tape.add_op(read_source, (Source(reader, key),), {"device": cpu}, (), (ref,), None, None)
         return recorded_tensor(meta, cpu)
