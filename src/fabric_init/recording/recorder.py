@@ -57,6 +57,7 @@ class Recorder(TorchDispatchMode):
         self.streams: Streams | None = None
         self._intended_device: torch.device | None = None  # a device that has to be named to torch as meta
         self.recognizes_init_calls = True
+        self.own_init_counts = False  # whether what waits for a load has the values of its own init until then
         self._running_init: FrameType | None = None  # the init function that is recorded already, while its ops come in
 
     def __repr__(self) -> str:
@@ -408,7 +409,8 @@ class Recorder(TorchDispatchMode):
         """What the constructor would find in ``tensor`` at this point, as a real tensor. Replays that tensor alone."""
         recording = self.lookup(tensor)
         assert recording is not None
-        if recording.memory is not None or self.tape.later.waiting.missing([recording.storage], declared_count=False):
+        waits = not self.own_init_counts and self.tape.later.waiting.missing([recording.storage], declared_count=False)
+        if recording.memory is not None or waits:
             value: torch.Tensor = self.tape.later.value(tensor, "be read")  # of an earlier block: it may wait
             return value
         memory, random = storage_now(self.tape, recording.storage, exact=self.exact)

@@ -86,6 +86,7 @@ def record_load(
         extra = copy.deepcopy(dict(reader.extra_state))
         try:
             with RecordMode(rng) as mode, torch.no_grad():
+                mode.recorder.own_init_counts = True  # as plain PyTorch has initialized what a load comes to
                 places = _put_stand_ins(modules, mode.recorder)
                 state = {
                     name: extra[key] if key in extra else source_tensor(mode.recorder, reader, key)
