@@ -24,6 +24,7 @@ from fabric_init.filling.progress import with_progress
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import release_forward, settle, unfilled
 from fabric_init.planning.derived import loaded_storages, sources_of
+from fabric_init.planning.loads import read_as
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, DerivedFrom, LoadOptions, Plan, PlanEntry, storage_groups
 from fabric_init.planning.prepare import PreparedPlan, plan_for, prepared_digest
@@ -114,7 +115,14 @@ def _values(
         if not _is_loaded_whole(entries, positions, tapes[storage])
         if not any(entries[position].action is Action.WAIT or entries[position].on_use for position in positions)
     }
-    shared = {position for positions in to_replay.values() for position in positions}
+    shared = {
+        position
+        for positions in to_replay.values()
+        for position in positions
+        # a rank that keeps a region has memory of its own for each, so only what is not loaded needs the others
+        if placement.region(entries[position].slot) is None
+        or any(entries[other].action is not Action.LOAD for other in positions)
+    }
     parts: dict[int, Tensor] = {}  # loaded into memory that other tensors share
     if reader is not None:
         for position, value in loader_for(reader).load(plan, placement):
@@ -122,6 +130,12 @@ def _values(
                 parts[position] = value
             else:
                 yield position, value
+        for positions in to_replay.values():
+            for position in parts.keys() & positions:
+                slot = entries[position].slot
+                if placement.region(slot) is not None:
+                    parts[position] = read_as(reader, entries[position].keys[0], slot.shape, None)
+        to_replay = {storage: group for storage, group in to_replay.items() if not shared.isdisjoint(group)}
     for position, entry in enumerate(entries):
         slot = entry.slot
         if slot.ref is None and entry.action is not Action.LOAD and slot.real:
@@ -189,8 +203,7 @@ def _replayed(
                         entry = entries[position]
                         if position in parts:
                             assert entry.slot.ref is not None
-                            here_of_it = take(view(memory, entry.slot.ref), placement.region(entry.slot))
-                            here_of_it.copy_(parts.pop(position))
+                            view(memory, entry.slot.ref).copy_(parts.pop(position))
                         yield position, _kept(memory, entry, placement)
 
 
