@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from fabric_init._gc import PausedCollector
-from fabric_init.checkpoints import Conversion
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.filling.execute import fill_model
 from fabric_init.filling.missing import initialize_missing, initialize_possible
 from fabric_init.guard.loads import watch_loads
 from fabric_init.guard.models import hold, settle
+from fabric_init.planning.loading.functions import Convert
 from fabric_init.planning.options import load_options
 from fabric_init.planning.placement import WholeTensors
 from fabric_init.recording.built_modules import BuiltModules, refuse_scripted
@@ -44,7 +44,7 @@ def materialize(
     mmap: bool = True,
     entry: str | None = None,
     manifest: str | os.PathLike[str] | None = None,
-    convert: Sequence[Conversion] = (),
+    convert: Convert = (),
 ) -> InitReport:
     """Give every tensor of a recorded ``model`` its value: from ``checkpoint``, or by the model's own init code.
 
@@ -74,6 +74,8 @@ def materialize(
         convert: Conversions for tensors that the checkpoint stores in another layout than the model:
             :class:`~fabric_init.checkpoints.Split`, ``Fuse``, ``Stack``, ``Unstack``, ``Transpose``. They use the names
             of the checkpoint, and are applied before ``rename``.
+            Or functions by new key, ``{"merged": lambda s: s["a"] @ s["b"].T}``, which get the tensors of the
+            checkpoint by key and may use any operation of torch. Keys that they use are gone afterwards.
 
     Returns:
         A report with a row for each tensor, which holds its status and where its value came from. Later,

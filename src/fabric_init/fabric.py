@@ -19,11 +19,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from fabric_init._lightning_internals import FabricModule, FabricOptimizer, PluginInput, PrecisionInput
 from fabric_init._text import counted
 from fabric_init.api import init_missing, init_report
-from fabric_init.checkpoints import Conversion
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.distributed.io import Io, check_io
 from fabric_init.errors import OptionError, RecordingError
 from fabric_init.guard.models import fix_of, unfilled
+from fabric_init.planning.loading.functions import Convert
 from fabric_init.planning.options import load_options
 from fabric_init.recording.mode import active
 from fabric_init.reports.init_report import InitReport
@@ -103,7 +103,7 @@ class Fabric(lightning.Fabric):
         mmap: bool = True,
         entry: str | None = None,
         manifest: str | os.PathLike[str] | None = None,
-        convert: Sequence[Conversion] = (),
+        convert: Convert = (),
     ) -> AbstractContextManager[None]:
         """Return a context in which a model is built on the right device and in the right precision.
 
@@ -137,6 +137,8 @@ class Fabric(lightning.Fabric):
             convert: Conversions for tensors that the checkpoint stores in another layout than the model:
                 :class:`~fabric_init.checkpoints.Split`, ``Fuse``, ``Stack``, ``Unstack``, ``Transpose``. They use the
                 names of the checkpoint, and are applied before ``rename``.
+                Or functions by new key, ``{"merged": lambda s: s["a"] @ s["b"].T}``, which get the tensors of the
+                checkpoint by key and may use any operation of torch. Keys that they use are gone afterwards.
 
         Raises:
             CheckpointError: On entry, if the file cannot be used.

@@ -68,7 +68,9 @@ def match(
         CheckpointMismatchError: ``rename`` gives two keys the same name, or selects a part that is not there.
         OptionError: ``rename`` is invalid, or ``reinit`` matches no tensor, or one of several that are tied.
     """
-    keys = rename_keys((*reader.keys(), *reader.extra_state), options.rename) if reader is not None else {}
+    keys: Mapping[str, str] = {}
+    if reader is not None:
+        keys = rename_keys((*reader.keys(), *reader.extra_state), options.rename) if load is None else load.names
     key_of = {name: key for key, name in keys.items()}
     if load is not None:  # what load code has loaded under which name, and what it misses, is as it says
         keys = {key: name for key, name in keys.items() if key not in load.key_of.values()} | {

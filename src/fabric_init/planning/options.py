@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fabric_init.checkpoints import Conversion, Source
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.errors import OptionError
+from fabric_init.planning.loading.functions import Convert, Functions
 from fabric_init.planning.plan import LoadOptions
 
 
@@ -20,16 +21,18 @@ def load_options(
     mmap: bool,
     entry: str | None,
     manifest: str | os.PathLike[str] | None,
-    convert: Sequence[Conversion],
+    convert: Convert,
 ) -> tuple[Source | None, LoadOptions]:
     """Return the checkpoint to open, if there is one, and how to load it.
 
     Raises:
         OptionError: There is no checkpoint, but an option that applies only to a load.
     """
-    options = LoadOptions(strict, rename, reinit)
+    functions: Functions = convert if isinstance(convert, Mapping) else {}
+    conversions: Sequence[Conversion] = () if isinstance(convert, Mapping) else convert
+    options = LoadOptions(strict, rename, reinit, functions)
     if checkpoint is not None:
-        return Source(checkpoint, mmap, entry, manifest, convert), options
+        return Source(checkpoint, mmap, entry, manifest, conversions), options
     set_by_user = {
         "strict=False": not strict,
         "rename": rename is not None,

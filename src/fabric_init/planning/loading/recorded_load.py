@@ -6,6 +6,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,8 +17,8 @@ from fabric_init._text import joined
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints import BaseReader, CheckpointReader, Region, TensorSpec
 from fabric_init.checkpoints.reader import is_collective, read
+from fabric_init.planning.loading.functions import Functions, Sources, made_by
 from fabric_init.planning.loading.regions import Evaluation, copied_source, is_copy_of, sources_of
-from fabric_init.planning.loading.sources import source_tensor
 from fabric_init.planning.tensors import named_modules
 from fabric_init.recording.mode import RecordMode
 from fabric_init.recording.recorder import Recorder
@@ -39,6 +40,8 @@ class RecordedLoad(NamedTuple):
 
     reader: CheckpointReader
     """The checkpoint, in which what was computed from its tensors has keys, too."""
+    names: Mapping[str, str]
+    """The name in the state dict for each key."""
     key_of: Mapping[str, str]
     """Tensor name → the key in ``reader`` that has its value. Names of any kind of tensor."""
     outcome: Outcome
@@ -62,16 +65,22 @@ class LoadCode(Protocol):
 
 
 def record_load(
-    model: nn.Module, reader: CheckpointReader, names: Mapping[str, str], code: LoadCode, rng: Rng
+    model: nn.Module,
+    reader: CheckpointReader,
+    names: Mapping[str, str],
+    code: LoadCode,
+    rng: Rng,
+    functions: Functions = MappingProxyType({}),
 ) -> RecordedLoad:
     """Run load ``code`` on ``model``; if it fails, the modules are as they were before.
 
     Args:
         model: The recorded model.
         reader: The open checkpoint.
-        names: The name in the state dict for each key of the checkpoint.
+        names: The name in the state dict for each key of the checkpoint, and each that a function makes.
         code: What loads.
         rng: The mode of the recording that the model is on.
+        functions: What makes tensors of the checkpoint's, by key.
     """
     modules = named_modules(model)
     kept = [(module, _contents(module)) for module in {id(m): m for _, m in modules}.values()]
@@ -88,8 +97,11 @@ def record_load(
             with RecordMode(rng) as mode, torch.no_grad():
                 mode.recorder.own_init_counts = True  # as plain PyTorch has initialized what a load comes to
                 places = _put_stand_ins(modules, mode.recorder)
+                sources = Sources(mode.recorder, reader)
                 state = {
-                    name: extra[key] if key in extra else source_tensor(mode.recorder, reader, key)
+                    name: made_by(functions, key, sources)
+                    if key in functions
+                    else (extra if key in extra else sources)[key]
                     for key, name in names.items()
                 }
                 outcome = code(model, state)
@@ -98,9 +110,12 @@ def record_load(
         refs = _left_behind(modules, places, mode.tape)
         _put_back(modules, places, replaces=code.replaces)
         made = RecordedReader(reader, mode.tape, refs)
+        of_functions = {key: state[names[key]] for key in functions if key in names}
+        for key, tensor in of_functions.items():
+            made.specs.setdefault(key, TensorSpec(tensor.shape, tensor.dtype, "made by convert"))
         unused = [name for key, name in names.items() if key not in made.used]
         outcome = outcome._replace(unexpected=_known(outcome.unexpected, names.values(), unused))
-        return RecordedLoad(made, made.key_of, outcome, reader, undo)
+        return RecordedLoad(made, names, made.key_of, outcome, reader, undo)
     except BaseException:
         undo()
         raise
@@ -228,7 +243,7 @@ class RecordedReader(BaseReader):
         """Name → key."""
         self.used: set[str] = set()
         """The keys of the checkpoint that something is loaded from."""
-        self.specs = {key: below.spec(key) for key in below.keys()}
+        self.specs: dict[str, TensorSpec] = {key: below.spec(key) for key in below.keys()}
         for name, ref in refs.items():
             source = copied_source(tape, ref)
             if source is not None and source.reader is below:

@@ -1,0 +1,123 @@
+"""What model code computes from a tensor that the checkpoint brings follows the load, in any block."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fabric_init import Fabric, deferred_init, materialize
+from tests.support.ranks import run_ranks
+from tests.support.zoo import launch, weights
+
+HUNDRED = {"0.weight": torch.full((4, 4), 100.0), "0.bias": torch.zeros(4)}
+
+
+class Wrapped(nn.Module):
+    """A layer with what is computed from its weight: 200 in each row, and what Python decided by it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer, norms = layer, layer.weight.detach().norm(dim=1)
+        self.register_buffer("saved", norms)
+        self.register_buffer("unsaved", norms.clone(), persistent=False)
+        self.attribute = norms.clone()
+        self.target = copy.deepcopy(layer)
+        self.scale = nn.Parameter(norms * 2)
+        self.largest = float(layer.weight.detach().abs().max())
+        self.large = bool((layer.weight > 50).all())
+
+
+def second_block(path: Path, strategy: str) -> dict[str, Any]:
+    fabric: Fabric = launch(strategy)
+    with fabric.init_module(checkpoint=path):
+        model = nn.Sequential(nn.Linear(4, 4))
+    with fabric.init_module(empty_init=True):
+        model[0] = Wrapped(model[0])  # type: ignore[arg-type]
+    fabric.init_missing(model)
+    model = fabric.setup(model)
+    wrapped = model.module[0]
+    found: dict[str, Any] = {name: value.tolist() for name, value in weights(model).items()}
+    found |= {name: getattr(wrapped, name).tolist() for name in ("unsaved", "attribute")}
+    return found | {"largest": wrapped.largest, "large": wrapped.large}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_stage_3"])
+def test_a_later_block_computes_from_the_checkpoint_on_every_strategy(tmp_path: Path, strategy: str) -> None:
+    torch.save(HUNDRED, tmp_path / "m.pt")
+    for found in run_ranks(2, second_block, path=tmp_path / "m.pt", strategy=strategy):
+        assert found["largest"] == 100.0
+        assert found["large"]
+        assert found["attribute"] == found["unsaved"] == found["0.saved"] == [200.0] * 4
+        assert found["0.scale"] == [400.0] * 4
+        assert found["0.target.weight"] == found["0.layer.weight"] == [[100.0] * 4] * 4
+        assert found["0.target.bias"] == [0.0] * 4
+
+
+def test_in_one_block_all_but_decisions_follow(tmp_path: Path) -> None:
+    torch.save({"0.layer.weight": HUNDRED["0.weight"], "0.layer.bias": HUNDRED["0.bias"]}, tmp_path / "m.pt")
+    with deferred_init():
+        model = nn.Sequential(Wrapped(nn.Linear(4, 4)))
+    materialize(model, checkpoint=tmp_path / "m.pt", strict=False)
+    wrapped: Any = model[0]
+    for tensor in (wrapped.saved, wrapped.unsaved, wrapped.attribute):
+        assert tensor.tolist() == [200.0] * 4
+    assert torch.equal(wrapped.target.weight, HUNDRED["0.weight"])
+    assert wrapped.largest < 1, "the constructor has looked at its own init, as in plain PyTorch"
+
+
+class Closing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.norm: Callable[[], Tensor] = functools.partial(torch.clone, self.layer.weight.detach().norm(dim=1))
+
+
+def test_what_is_kept_outside_of_modules_follows_too(tmp_path: Path) -> None:
+    torch.save({"layer.weight": HUNDRED["0.weight"], "layer.bias": HUNDRED["0.bias"]}, tmp_path / "m.pt")
+    with deferred_init():
+        model = Closing()
+    materialize(model, checkpoint=tmp_path / "m.pt")
+    assert model.norm().tolist() == [200.0] * 4
+
+
+class Parts(nn.Module):
+    """Parameters that are parts of larger tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns = nn.Parameter(torch.randn(6, 8)[:, :3])
+        halves = torch.randn(6, 8).chunk(2, 1)
+        self.left, self.right = map(nn.Parameter, halves)
+        self.repeated = nn.Parameter(torch.randn(1, 4).expand(6, -1))
+        self.turned = nn.Parameter(torch.randn(4, 6).t())
+        self.encoder, self.decoder = nn.Linear(4, 6, bias=False), nn.Linear(6, 4, bias=False)
+        self.decoder.weight = nn.Parameter(self.encoder.weight.t())
+
+
+def state_of_parts() -> dict[str, Tensor]:
+    torch.manual_seed(4)
+    state = {name: torch.randn(tensor.shape) for name, tensor in Parts().state_dict().items()}
+    return {**state, "decoder.weight": state["encoder.weight"].t().contiguous()}
+
+
+def parts(path: Path, strategy: str, strict: bool) -> dict[str, Tensor]:
+    fabric: Fabric = launch(strategy)
+    with fabric.init_module(checkpoint=path, strict=strict):
+        model = Parts()
+    return weights(fabric.setup(model))
+
+
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("strategy", ["ddp", "deepspeed_stage_3"])  # FSDP2 refuses parameters that are not contiguous
+def test_parts_of_larger_tensors_have_the_files_values(tmp_path: Path, strategy: str, both: bool) -> None:
+    state = state_of_parts()
+    torch.save({name: tensor for name, tensor in state.items() if both or name != "decoder.weight"}, tmp_path / "m.pt")
+    for found in run_ranks(2, parts, path=tmp_path / "m.pt", strategy=strategy, strict=both):
+        assert {name for name in state if not torch.equal(found[name], state[name])} == set()
