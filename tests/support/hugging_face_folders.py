@@ -270,13 +270,14 @@ def _first_that_loads(
     """By itself if that will do, or with ``rename=``: a prefix, and not the keys that transformers ignores."""
     loaded = from_pretrained(model_class, saved.folder, original, config())
     options: dict[str, Any] = {"reinit": sorted(loaded.fresh)} if loaded.fresh else {}
-    ways: dict[str, Any] = {"": None, f"rename={part}": part}
+    ways: dict[str, dict[str, Any]] = {"": {}, f"rename={part}": {"rename": part}}
     if loaded.ignored:
-        ways["rename= that drops what from_pretrained ignores"] = _without(loaded.ignored)
-        ways[f"the same, and {part}"] = [_without(loaded.ignored), part]
-    for way, rename in ways.items():
+        ways["rename= that drops what from_pretrained ignores"] = {"rename": _without(loaded.ignored)}
+        ways[f"the same, and {part}"] = {"rename": [_without(loaded.ignored), part]}
+        ways["strict=False"] = {"strict": False}
+    for way, more in ways.items():
         row = compare(
-            lambda rename=rename: recorded(model_class, config(), saved.folder, rename=rename, **options),  # type: ignore[misc]
+            lambda more=more: recorded(model_class, config(), saved.folder, **more, **options),  # type: ignore[misc]
             loaded,
             original,
             fresh=True,
