@@ -21,6 +21,7 @@ from fabric_init.filling.fill_log import with_log
 from fabric_init.filling.loader import loader_for
 from fabric_init.filling.out_of_memory import out_of_memory_explained
 from fabric_init.filling.progress import with_progress
+from fabric_init.filling.verify import is_wanted, verify
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import release_forward, settle, unfilled
 from fabric_init.planning.derived import loaded_storages, sources_of
@@ -93,6 +94,8 @@ def fill(
         for position, value in values.items():
             filled[position] = placement.put(plan.entries[position].slot, tensors[position], value)
         _check(plan, filled)
+        if reader is not None and is_wanted():
+            verify(plan, filled, reader, placement)
     return make_record(plan, tapes, reader)
 
 
