@@ -14,17 +14,26 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fabric_init._text import joined
-from fabric_init._torch_internals import DisableTorchFunction
+from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction
 from fabric_init.checkpoints import BaseReader, CheckpointReader, Region, TensorSpec
 from fabric_init.checkpoints.reader import is_collective, read
 from fabric_init.planning.loading.functions import Functions, Sources, made_by
 from fabric_init.planning.loading.regions import Evaluation, copied_source, is_copy_of, sources_of
-from fabric_init.planning.tensors import named_modules
+from fabric_init.planning.tensors import named_modules, named_tensors
 from fabric_init.recording.mode import RecordMode
 from fabric_init.recording.recorder import Recorder
 from fabric_init.recording.storage_tags import ref_of
 from fabric_init.recording.tape import Rng, Tape, TensorRef
-from fabric_init.recording.tensor import RecordedTensor, meta_of, recorded
+from fabric_init.recording.tensor import (
+    META,
+    RecordedTensor,
+    become,
+    become_recorded,
+    follow_meta,
+    meta_of,
+    recorded,
+    recorded_tensor,
+)
 
 
 class Outcome(NamedTuple):
@@ -82,8 +91,10 @@ def record_load(
         rng: The mode of the recording that the model is on.
         functions: What makes tensors of the checkpoint's, by key.
     """
-    modules = named_modules(model)
-    kept = [(module, _contents(module)) for module in {id(m): m for _, m in modules}.values()]
+    modules = {id(module): module for _, module in named_modules(model)}.values()
+    kept = [(module, _contents(module)) for module in modules]
+    tables: list[Any] = [table for module in modules for table in (module._parameters, module._buffers)]
+    places = [(table, key, tensor) for table in tables for key, tensor in table.items() if tensor is not None]
 
     def undo() -> None:
         for module, contents in kept:
@@ -94,21 +105,26 @@ def record_load(
         generator = torch.get_rng_state()
         extra = copy.deepcopy(dict(reader.extra_state))
         try:
-            with RecordMode(rng) as mode, torch.no_grad():
+            with RecordMode(rng) as mode:
                 mode.recorder.own_init_counts = True  # as plain PyTorch has initialized what a load comes to
-                places = _put_stand_ins(modules, mode.recorder)
-                sources = Sources(mode.recorder, reader)
-                state = {
-                    name: made_by(functions, key, sources)
-                    if key in functions
-                    else (extra if key in extra else sources)[key]
-                    for key, name in names.items()
-                }
-                outcome = code(model, state)
+                moved = _moved(model, mode.recorder)
+                try:
+                    sources = Sources(mode.recorder, reader)
+                    with torch.no_grad():
+                        state = {
+                            name: made_by(functions, key, sources)
+                            if key in functions
+                            else (extra if key in extra else sources)[key]
+                            for key, name in names.items()
+                        }
+                    outcome = code(model, state)
+                    refs = _left_behind(model, moved, mode.tape)
+                finally:
+                    _move_back(moved)
         finally:
             torch.set_rng_state(generator)
-        refs = _left_behind(modules, places, mode.tape)
-        _put_back(modules, places, replaces=code.replaces)
+        if not code.replaces:
+            _put_back(places)
         made = RecordedReader(reader, mode.tape, refs)
         of_functions = {key: state[names[key]] for key in functions if key in names}
         for key, tensor in of_functions.items():
@@ -128,85 +144,111 @@ def _known(unexpected: Iterable[str], names: Collection[str], unused: Sequence[s
     return tuple(dict.fromkeys(name for name in found if name is not None))
 
 
-class _Place(NamedTuple):
-    """Where a module keeps a tensor, and what stands in for it there while load code runs."""
+class _Moved(NamedTuple):
+    """A tensor of the model that is on a storage of its own while load code runs: a copy of what it holds.
 
-    name: str
-    table: dict[str, Tensor | None]
-    key: str
-    original: Tensor
-    stand_in: Tensor
+    The Python object stays, so whatever holds it (lists, closures, optimizers, ties) takes part in the load. Its
+    history does not: what the constructor has computed from it is on the storage that it goes back to.
+    """
 
-
-def _put_stand_ins(modules: Iterable[tuple[str, nn.Module]], recorder: Recorder) -> list[_Place]:
-    """Put copies on the tape in the place of the model's tensors: the load does not change their history."""
-    copies: dict[int, Tensor] = {}
-    originals: dict[int, Tensor] = {}
-    places = []
-    for prefix, module in modules:
-        dot = f"{prefix}." if prefix else ""
-        tables: tuple[Any, ...] = (module._parameters, module._buffers)
-        for table in tables:
-            for key, tensor in table.items():
-                if tensor is None or is_lazy(tensor):
-                    continue
-                original = originals.get(id(tensor), tensor)  # of a module under its second name
-                if id(original) not in copies:
-                    copies[id(original)] = copied = _copy(original, recorder)
-                    originals[id(copied)] = original
-                table[key] = copies[id(original)]
-                places.append(_Place(dot + key, table, key, original, copies[id(original)]))
-    return places
+    tensor: Tensor
+    real: Tensor | None
+    """What it was, if it had values."""
+    meta: Tensor | None
+    """What was beside it, if it was recorded."""
+    storage: int
+    copied_by: int
+    """The number of the op that has made the copy."""
 
 
-def _copy(tensor: Tensor, recorder: Recorder) -> Tensor:
+def _moved(model: nn.Module, recorder: Recorder) -> list[_Moved]:
+    tensors: dict[int, Tensor] = {}
+    with DisableTorchFunction():
+        for _, kind, tensor in named_tensors(model):
+            if (
+                is_lazy(tensor)
+                or not tensor.is_leaf
+                or (kind == "attribute" and not isinstance(tensor, RecordedTensor))
+            ):
+                continue
+            if isinstance(tensor, RecordedTensor) or type(tensor) in (Tensor, nn.Parameter):
+                tensors.setdefault(id(tensor), tensor)
+    copies: dict[int, Tensor] = {}  # by storage: all of it, flat
+    return [_move(tensor, recorder, copies) for tensor in tensors.values()]
+
+
+def _move(tensor: Tensor, recorder: Recorder, copies: dict[int, Tensor]) -> _Moved:
     found = recorded(tensor)
-    if found is None or found.memory is not None:
-        with DisableTorchFunction():
-            copied = recorder.constant(tensor.detach() if found is None else found.tape.later.value(tensor, "be read"))
-    else:
-        copied = tensor.detach().clone()
-    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+    with torch.no_grad(), DisableTorchFunction(), DisableTorchDispatch():
+        before = tensor._meta if isinstance(tensor, RecordedTensor) else None
+        if found is None or found.memory is not None:
+            value = tensor.detach() if found is None else found.tape.later.value(tensor, "be read")
+            copied, real = recorder.constant(value), value
+        else:
+            recorder.lookup(tensor)
+            assert before is not None
+            if found.storage not in copies:
+                storage = before.untyped_storage()
+                flat = torch.empty(0, dtype=before.dtype, device=META)
+                flat.set_(storage, 0, (storage.nbytes() // before.element_size(),), (1,))
+                copies[found.storage] = _clone(flat, recorder, found.device)
+            flat = meta_of(copies[found.storage]).view(before.dtype)
+            view = flat.as_strided(before.size(), before.stride(), before.storage_offset())
+            copied, real = recorded_tensor(view, found.device), None
+        meta = meta_of(copied)
+        record = recorded(copied)
+        assert record is not None
+        if isinstance(tensor, RecordedTensor):
+            tensor._meta = meta
+            follow_meta(tensor)
+        else:
+            become_recorded(tensor, meta, tensor.device)
+        return _Moved(tensor, real, before, record.storage, recorder.tape.writers[record.storage][0])
 
 
-def _left_behind(
-    modules: Iterable[tuple[str, nn.Module]], places: Iterable[_Place], tape: Tape
-) -> dict[str, TensorRef]:
+def _clone(flat: Tensor, recorder: Recorder, device: torch.device) -> Tensor:
+    return recorder.record_op(torch.ops.aten.clone.default, (recorded_tensor(flat, device),), {})  # type: ignore[no-any-return]
+
+
+def _left_behind(model: nn.Module, moved: Iterable[_Moved], tape: Tape) -> dict[str, TensorRef]:
     """Return by name the values on the tape that load code has left in the model."""
-    stand_ins = {id(place.stand_in) for place in places}
+    own = {id(each.tensor): each for each in moved}
     refs = {}
     with DisableTorchFunction():
-        for prefix, module in modules:
-            dot = f"{prefix}." if prefix else ""
-            for key, tensor in (*module._parameters.items(), *module._buffers.items()):
-                found = None if tensor is None else recorded(tensor)
-                if tensor is None or found is None or found.memory is not None or found.tape is not tape:
-                    continue
-                ref = ref_of(meta_of(tensor), found.storage)
-                if id(tensor) in stand_ins:
-                    made, *later = tape.writers[found.storage]
-                    if not later or is_copy_of(tape, ref, made):
-                        continue
-                refs[dot + key] = ref
+        for name, kind, tensor in named_tensors(model):
+            found, before = recorded(tensor), own.get(id(tensor))
+            if found is None or found.memory is not None or found.tape is not tape:
+                continue
+            ref = ref_of(meta_of(tensor), found.storage)
+            if before is None:
+                if kind != "attribute":
+                    refs[name] = ref
+            elif found.storage != before.storage or (
+                len(tape.writers[found.storage]) > 1 and not is_copy_of(tape, ref, before.copied_by)
+            ):  # it was given other data
+                refs[name] = ref
     return refs
 
 
-def _put_back(modules: Iterable[tuple[str, nn.Module]], places: Iterable[_Place], *, replaces: bool) -> None:
-    """Put the model's own tensors back, but for what load code has removed, replaced or given another shape."""
-    originals = {id(place.stand_in): place.original for place in places}
-    for _, table, key, original, stand_in in places:
+def _move_back(moved: Iterable[_Moved]) -> None:
+    """Put tensors back on their storages, but for those that load code has given another shape or dtype."""
+    with torch.no_grad(), DisableTorchFunction(), DisableTorchDispatch():
+        for tensor, real, meta, _, _ in moved:
+            if not isinstance(tensor, RecordedTensor):
+                continue
+            if meta is not None and _alike(tensor, meta):
+                tensor._meta = meta
+                follow_meta(tensor)
+            elif meta is None and real is not None and _alike(tensor, real):
+                become(tensor, real, alone=True)
+
+
+def _put_back(places: Iterable[tuple[dict[str, Any], str, Tensor]]) -> None:
+    """Put the model's own parameters back, for load code that makes parameters only to hand over values."""
+    for table, key, original in places:
         tensor = table.get(key)
-        mine = tensor is stand_in or (isinstance(tensor, RecordedTensor) and not replaces)
-        if tensor is None or not mine or not _alike(tensor, original):
-            originals.pop(id(stand_in), None)
-            continue
-        if stand_in.requires_grad != original.requires_grad and original.is_leaf:
-            original.requires_grad_(stand_in.requires_grad)
-        table[key] = original
-    for _, module in modules:
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor) and id(value) in originals:
-                vars(module)[name] = originals[id(value)]
+        if isinstance(tensor, RecordedTensor) and tensor is not original and _alike(tensor, original):
+            table[key] = original
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
