@@ -138,7 +138,8 @@ def _values(
                 slot = entries[position].slot
                 if placement.region(slot) is not None:
                     parts[position] = read_as(reader, entries[position].keys[0], slot.shape, None)
-        to_replay = {storage: group for storage, group in to_replay.items() if not shared.isdisjoint(group)}
+        mine = {storage: [position for position in group if position in shared] for storage, group in to_replay.items()}
+        to_replay = {storage: group for storage, group in mine.items() if group}
     for position, entry in enumerate(entries):
         slot = entry.slot
         if slot.ref is None and entry.action is not Action.LOAD and slot.real:

@@ -19,10 +19,10 @@ def loaded_storages(plan: Plan, tapes: Mapping[int, Tape]) -> dict[int, DerivedF
     """Return the storages that are loaded in full, and those that they were cast from."""
     loaded = dict(plan.sources)
     for storage, positions in storage_groups(plan.entries).items():
-        entry, ref = plan.entries[positions[0]], plan.entries[positions[0]].slot.ref
-        assert ref is not None
-        if len(positions) == 1 and entry.action is Action.LOAD and covers(tapes[storage], ref):
-            loaded[storage] = DerivedFrom(ref, entry.keys[0])
+        loads = [plan.entries[position] for position in positions if plan.entries[position].action is Action.LOAD]
+        ref = loads[0].slot.ref if loads else None
+        if len(loads) == 1 and ref is not None and covers(tapes[storage], ref):  # others on it are views of that one
+            loaded[storage] = DerivedFrom(ref, loads[0].keys[0])
     for storage, source in list(loaded.items()):
         for earlier in _cast_from(storage, tapes[storage]) if storage in tapes else ():
             loaded.setdefault(earlier.storage, source._replace(ref=earlier))

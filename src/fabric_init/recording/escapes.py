@@ -125,6 +125,7 @@ HANDLERS: dict[Any, Handler] = {
     Tensor.tolist: _with_true_value,
     Tensor.numpy: _with_true_value,
     Tensor.__array__: _with_true_value,
+    Tensor.__format__: _with_true_value,
     Tensor.__dlpack__: _with_true_value,
     Tensor.__dlpack_device__: _with_true_value,
     Tensor.untyped_storage: _untyped_storage,

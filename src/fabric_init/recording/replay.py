@@ -110,28 +110,27 @@ class _Execution:
         # memory that this op overwrites completely need not be zeroed first
         overwritten = {ref.storage for ref in op.targets if covers(self._tape, ref)} if overwrites(op.func) else set()
 
-        def real(value: Any) -> Any:
-            if isinstance(value, TensorRef):
-                if value.storage in self._inputs and is_final(self._tape, value.storage, op.number):
-                    return view(self._inputs[value.storage], value)
-                return view(self._storage(value.storage, zeroed=value.storage not in overwritten), value)
-            if isinstance(value, Constant):
-                tensor = value.tensor
-                return tensor if tensor.dim() == 0 else tensor.to(self._to(tensor.device))
-            if type(value) in (list, tuple):
-                return type(value)(real(item) for item in value)
-            if isinstance(value, torch.device):
-                return self._to(value)
-            return value
-
-        args = tuple(real(value) for value in op.args)
-        kwargs = {name: real(value) for name, value in op.kwargs.items()}
+        args = tuple(self._real(value, op, overwritten) for value in op.args)
+        kwargs = {name: self._real(value, op, overwritten) for name, value in op.kwargs.items()}
         with _default_dtype(op.default_dtype):
             result = op.func(*args, **kwargs) if op.draw is None else self._draw(op, args, kwargs)
         if op.outputs:
             results = [item for item in _flat(result) if isinstance(item, torch.Tensor)]
             for tensor, ref in zip(results, op.outputs, strict=False):
                 self._adopt(tensor, ref)
+
+    def _real(self, value: Any, op: Op, overwritten: Collection[int]) -> Any:
+        # a method: a function in _run that calls itself would be a reference cycle, which keeps the tape alive
+        if isinstance(value, TensorRef):
+            if value.storage in self._inputs and is_final(self._tape, value.storage, op.number):
+                return view(self._inputs[value.storage], value)
+            return view(self._storage(value.storage, zeroed=value.storage not in overwritten), value)
+        if isinstance(value, Constant):
+            tensor = value.tensor
+            return tensor if tensor.dim() == 0 else tensor.to(self._to(tensor.device))
+        if type(value) in (list, tuple):
+            return type(value)(self._real(item, op, overwritten) for item in value)
+        return self._to(value) if isinstance(value, torch.device) else value
 
     def _draw(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device = self._device(op, args, kwargs)
