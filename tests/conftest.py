@@ -48,6 +48,7 @@ SLOW = {
     "filling/test_interrupted.py": "stops processes at many places",
     "fuzz/*": "thousands of damaged files",
     "gpu/*": "needs a GPU",
+    "idioms/test_peft_tuners.py": "builds a model with each tuner of peft, and starts ranks",
     "load_code/test_on_ranks.py": "starts ranks",
     "load_code/test_random_trees.py": "hundreds of models",
     "meta/test_docs.py": "runs the documentation and the examples",
@@ -121,8 +122,6 @@ def nothing_leaks() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--whole", action="store_true", help="fidelity and checkpoints_hf: every architecture, not only the sample"
-    )
+    parser.addoption("--whole", action="store_true", help="fidelity, checkpoints_hf, peft: all, not only the sample")
     parser.addoption("--examples", type=int, default=100, help="fuzz tests: damaged checkpoints of each format")
     parser.addoption("--example", type=int, help="fuzz tests: the number of the only one to run")
