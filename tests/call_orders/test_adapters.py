@@ -22,7 +22,7 @@ NEVER |= {"pissa, in the block, reinit"}
 """Where file and model do not fit; the error says so."""
 WITHOUT_MEMORY = {
     *(f"dora, {where}" for where in ("after the block", "eager block", "empty, loaded after setup")),
-    *("resized second block, mean=True", "resized after, mean=False", "resized after, mean=True"),
+    *("resized after, mean=False", "resized after, mean=True"),
     *("pickle", "share_memory", "written in second block"),
 }
 """What a strategy refuses that fills in ``setup``: until then the model has no values."""
