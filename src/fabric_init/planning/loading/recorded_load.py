@@ -213,10 +213,15 @@ def _clone(flat: Tensor, recorder: Recorder, device: torch.device) -> Tensor:
 def _left_behind(model: nn.Module, moved: Iterable[_Moved], tape: Tape) -> dict[str, TensorRef]:
     """Return by name the values on the tape that load code has left in the model."""
     own = {id(each.tensor): each for each in moved}
-    refs = {}
+    refs: dict[str, TensorRef] = {}
+    saved: set[int] = set()  # the storages of parameters and buffers, which come first
     with DisableTorchFunction():
         for name, kind, tensor in named_tensors(model):
             found, before = recorded(tensor), own.get(id(tensor))
+            if found is not None and kind != "attribute":
+                saved.add(found.storage)
+            elif found is not None and before is not None and found.storage in saved:
+                continue  # a view of one of those, whose values it sees
             if found is None or found.memory is not None or found.tape is not tape:
                 continue
             ref = ref_of(meta_of(tensor), found.storage)
