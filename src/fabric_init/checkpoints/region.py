@@ -10,7 +10,7 @@ Regions come from our own placements, never from a user or a file, so a region t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -112,6 +112,18 @@ def boxes_of(shape: tuple[int, ...], span: Span) -> Iterator[Box]:
         yield Box((first,) + (0,) * (len(shape) - 1), (last - first, *shape[1:]))
     if last * row < span.stop:
         yield from _within(shape, last, Span(0, span.stop - last * row))
+
+
+def span_of_boxes(
+    shape: tuple[int, ...], span: Span, dtype: torch.dtype, box_of: Callable[[Box], torch.Tensor]
+) -> torch.Tensor:
+    """Return a span of a tensor of ``shape``, on the CPU, put together from the boxes that ``box_of`` returns."""
+    out = torch.empty(span.numel, dtype=dtype, device="cpu")
+    at = 0
+    for box in boxes_of(shape, span):
+        out[at : at + box.numel].view(box.sizes).copy_(box_of(box))
+        at += box.numel
+    return out
 
 
 def _within(shape: tuple[int, ...], index: int, span: Span) -> Iterator[Box]:

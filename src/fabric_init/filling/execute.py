@@ -134,9 +134,9 @@ def _values(
             else:
                 yield position, value
         for positions in to_replay.values():
-            for position in parts.keys() & positions:
+            for position in positions:  # in the same order on every rank
                 slot = entries[position].slot
-                if placement.region(slot) is not None:
+                if position in parts and placement.region(slot) is not None:
                     parts[position] = read_as(reader, entries[position].keys[0], slot.shape, None)
         mine = {storage: [position for position in group if position in shared] for storage, group in to_replay.items()}
         to_replay = {storage: group for storage, group in mine.items() if group}

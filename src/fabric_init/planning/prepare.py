@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -72,7 +72,6 @@ def load_with_code(model: nn.Module, reader: CheckpointReader, options: LoadOpti
         if not options.functions:
             return None
         code = ModuleCode(reader)
-    modes = {tape.rng for tape in survey(model)[2].values()}
 
     def again(other: CheckpointReader, changed: LoadOptions) -> RecordedLoad | None:
         load = load_with_code(model, other, changed)
@@ -80,7 +79,7 @@ def load_with_code(model: nn.Module, reader: CheckpointReader, options: LoadOpti
             load.undo()
         return load
 
-    load = record_load(model, reader, names, code, "eager" if modes == {"eager"} else "per_op", options.functions)
+    load = record_load(model, reader, names, code, _mode(survey(model)[2].values()), options.functions)
     return load._replace(again=again)
 
 
@@ -118,8 +117,7 @@ def prepared_digest(prepared: PreparedPlan) -> str:
 
 
 def _exact(tapes: set[Tape], rng: Rng | None) -> bool:
-    modes = {tape.rng for tape in tapes}
-    mode = rng or ("eager" if modes == {"eager"} else "per_op")
+    mode = rng or _mode(tapes)
     for tape in tapes:
         if tape.sealed_rng not in (None, mode):
             raise RecordingError(
@@ -128,3 +126,8 @@ def _exact(tapes: set[Tape], rng: Rng | None) -> bool:
                 f"Record with deferred_init(rng={mode!r})."
             )
     return mode == "eager"
+
+
+def _mode(tapes: Iterable[Tape]) -> Rng:
+    """Return the mode of a model on these tapes: that of all, or else the one that needs no common order."""
+    return "eager" if {tape.rng for tape in tapes} == {"eager"} else "per_op"

@@ -43,7 +43,15 @@ from fabric_init.recording.replay import real_execution, storage_now, view
 from fabric_init.recording.rng import LateStreams
 from fabric_init.recording.storage_tags import Recorded, ref_of
 from fabric_init.recording.tape import Tape, TensorRef
-from fabric_init.recording.tensor import FormerTensor, RecordedTensor, become, meta_of, recorded, recorded_tensor
+from fabric_init.recording.tensor import (
+    FormerTensor,
+    RecordedTensor,
+    become,
+    meta_of,
+    recorded,
+    recorded_tensor,
+    whole_storage,
+)
 from fabric_init.recording.tracing import is_faked, is_jit_traced, is_traced
 from fabric_init.recording.waiting import Waiting, uninitialized
 
@@ -258,10 +266,7 @@ class Later:
         else:
             key = ("fabric_init", found.storage)
             if key not in memo:
-                storage = meta.untyped_storage()
-                flat = torch.empty(0, dtype=meta.dtype, device="meta")
-                flat.set_(storage, 0, (storage.nbytes() // meta.element_size(),), (1,))
-                memo[key] = recorded_tensor(flat, tensor._claimed).clone()
+                memo[key] = recorded_tensor(whole_storage(meta), tensor._claimed).clone()
             copied = memo[key].view(meta.dtype).as_strided(meta.size(), meta.stride(), meta.storage_offset())
         return copied
 

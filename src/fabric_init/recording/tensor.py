@@ -116,6 +116,13 @@ def recorded_tensor(meta: Tensor, device: torch.device, requires_grad: bool = Fa
     return tensor
 
 
+def whole_storage(meta: Tensor) -> Tensor:
+    """Return a flat plain meta tensor over all of the storage of ``meta``, in its dtype. torch's modes must be off."""
+    storage = meta.untyped_storage()
+    flat = torch.empty(0, dtype=meta.dtype, device=META)
+    return flat.set_(storage, 0, (storage.nbytes() // meta.element_size(),), (1,))
+
+
 def meta_of(tensor: Tensor) -> Tensor:
     """Return the plain meta tensor beside a recorded one; any other tensor as it is."""
     return tensor._meta if isinstance(tensor, RecordedTensor) else tensor

@@ -10,7 +10,7 @@ import torch
 from fabric_init.checkpoints.mapping.convert import Conversion
 from fabric_init.checkpoints.mapping.lazy import LazyTensor
 from fabric_init.checkpoints.reader import BaseReader, CheckpointReader, TensorSpec, is_collective, metadata_of
-from fabric_init.checkpoints.region import Region, Span, boxes_of, full_box
+from fabric_init.checkpoints.region import Region, Span, full_box, span_of_boxes
 from fabric_init.errors import CheckpointMismatchError
 
 
@@ -55,12 +55,8 @@ class ConvertedReader(BaseReader):
             return self._below.read(key, region)
         if not isinstance(region, Span):
             return made.read(self._below.read, region or full_box(made.spec.shape))
-        out = torch.empty(region.numel, dtype=made.spec.dtype, device="cpu")
-        at = 0
-        for box in boxes_of(made.spec.shape, region):
-            out[at : at + box.numel].view(box.sizes).copy_(made.read(self._below.read, box))
-            at += box.numel
-        return out
+        read = self._below.read
+        return span_of_boxes(made.spec.shape, region, made.spec.dtype, lambda box: made.read(read, box))
 
 
 def _keys_after(specs: Mapping[str, TensorSpec], made: Mapping[str, LazyTensor]) -> tuple[str, ...]:

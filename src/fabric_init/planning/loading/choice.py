@@ -70,7 +70,9 @@ def _is_as_built(model: nn.Module, given: frozenset[str]) -> bool:
     """Return whether a state dict has the names of the model's tensors, of tied ones at least one, and no others."""
     names: dict[int, list[str]] = {}
     for name, kind, tensor in named_tensors(model):
-        if kind in ("parameter", "buffer"):
+        if kind == "attribute":
+            break  # those come last, and are in no state dict
+        if kind != "non-persistent buffer":
             names.setdefault(id(tensor), []).append(name)
     known = {name for of_one in names.values() for name in of_one}
     return given <= known and all(any(name in given for name in of_one) for of_one in names.values())

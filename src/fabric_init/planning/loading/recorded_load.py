@@ -25,7 +25,6 @@ from fabric_init.recording.recorder import Recorder
 from fabric_init.recording.storage_tags import ref_of
 from fabric_init.recording.tape import Rng, Tape, TensorRef
 from fabric_init.recording.tensor import (
-    META,
     RecordedTensor,
     become,
     become_recorded,
@@ -33,6 +32,7 @@ from fabric_init.recording.tensor import (
     meta_of,
     recorded,
     recorded_tensor,
+    whole_storage,
 )
 
 
@@ -188,10 +188,7 @@ def _move(tensor: Tensor, recorder: Recorder, copies: dict[int, Tensor]) -> _Mov
             recorder.lookup(tensor)
             assert before is not None
             if found.storage not in copies:
-                storage = before.untyped_storage()
-                flat = torch.empty(0, dtype=before.dtype, device=META)
-                flat.set_(storage, 0, (storage.nbytes() // before.element_size(),), (1,))
-                copies[found.storage] = _clone(flat, recorder, found.device)
+                copies[found.storage] = _clone(whole_storage(before), recorder, found.device)
             flat = meta_of(copies[found.storage]).view(before.dtype)
             view = flat.as_strided(before.size(), before.stride(), before.storage_offset())
             copied, real = recorded_tensor(view, found.device), None
@@ -228,10 +225,8 @@ def _left_behind(model: nn.Module, moved: Iterable[_Moved], tape: Tape) -> dict[
             if before is None:
                 if kind != "attribute":
                     refs[name] = ref
-            elif found.storage != before.storage or (
-                len(tape.writers[found.storage]) > 1 and not is_copy_of(tape, ref, before.copied_by)
-            ):  # it was given other data
-                refs[name] = ref
+            elif found.storage != before.storage or not is_copy_of(tape, ref, before.copied_by):
+                refs[name] = ref  # it was given other data, or written
     return refs
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fabric_init.checkpoints.reader import read
-from fabric_init.checkpoints.region import Box, Region, Span, boxes_of, full_box, take, window
+from fabric_init.checkpoints.region import Box, Region, Span, full_box, span_of_boxes, take, window
 from fabric_init.planning.loading.sources import Source, source_read_by
 from fabric_init.recording.liveness import covers, live_ops
 from fabric_init.recording.op_schemas import only_copies, pointwise
@@ -44,19 +44,15 @@ class Evaluation:
         self._whole = whole
         self._computed: dict[tuple[int, int], torch.UntypedStorage] = {}  # what has been computed whole
 
-    def region(self, ref: TensorRef, region: Region | None, before: int | None = None) -> Tensor:
-        """Return a region of the tensor ``ref``, as it is before op number ``before``, on the CPU."""
+    def region(self, ref: TensorRef, region: Region | None) -> Tensor:
+        """Return a region of the tensor ``ref``, on the CPU."""
         with real_execution():
             if self._whole:
-                return take(view(self._storage(ref.storage, before), ref), region).clone()
-            if not isinstance(region, Span):
-                return self._box(ref, region or full_box(tuple(ref.size)), before)
-            out = torch.empty(region.numel, dtype=ref.dtype)
-            at = 0
-            for box in boxes_of(tuple(ref.size), region):
-                out[at : at + box.numel].view(box.sizes).copy_(self._box(ref, box, before))
-                at += box.numel
-            return out
+                return take(view(self._storage(ref.storage, None), ref), region).clone()
+            size = tuple(ref.size)
+            if isinstance(region, Span):
+                return span_of_boxes(size, region, ref.dtype, lambda box: self._box(ref, box, None))
+            return self._box(ref, region or full_box(size), None)
 
     def _box(self, ref: TensorRef, box: Box, before: int | None) -> Tensor:
         if not box.numel:
