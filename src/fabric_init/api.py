@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fabric_init._gc import PausedCollector
 from fabric_init.checkpoints.mapping.rename import Rename
+from fabric_init.distributed.agreement import agreement_of
+from fabric_init.distributed.io import open_on_all_ranks
 from fabric_init.filling.execute import fill_model
 from fabric_init.filling.missing import initialize_missing, initialize_possible
 from fabric_init.guard.loads import watch_loads
@@ -45,8 +49,12 @@ def materialize(
     entry: str | None = None,
     manifest: str | os.PathLike[str] | None = None,
     convert: Convert = (),
+    process_group: dist.ProcessGroup | Literal[False] | None = None,
 ) -> InitReport:
     """Give every tensor of a recorded ``model`` its value: from ``checkpoint``, or by the model's own init code.
+
+    The model may have been sharded since it was recorded, by ``fully_shard``, ``parallelize_module``,
+    ``distribute_tensor`` or several of these: each rank then reads and allocates only what it keeps.
 
     Works in place; parameters and buffers stay the same Python objects, so an optimizer made earlier stays valid.
     Shapes and dtypes are those of the model; what the checkpoint holds in another precision is cast. If this raises,
@@ -76,6 +84,10 @@ def materialize(
             of the checkpoint, and are applied before ``rename``.
             Or functions by new key, ``{"merged": lambda s: s["a"] @ s["b"].T}``, which get the tensors of the
             checkpoint by key and may use any operation of torch. Keys that they use are gone afterwards.
+        process_group: The ranks that hold the model together, or each a copy of it: all have to call this, with the
+            same arguments. If one fails, all raise, and all draw what the first of them draws. ``None`` means torch's
+            default group, if ``torch.distributed`` is initialized; pass the ranks of one stage where ranks hold
+            different parts of the model (pipeline parallelism), or ``False`` for this process alone.
 
     Returns:
         A report with a row for each tensor, which holds its status and where its value came from. Later,
@@ -84,6 +96,7 @@ def materialize(
     Raises:
         CheckpointError: The file cannot be used.
         CheckpointMismatchError: Keys, shapes or dtypes of checkpoint and model disagree.
+        FabricInitError: Another rank failed, the ranks do not agree, or a tensor was sharded in an unknown way.
         OptionError: An option of a load was given without ``checkpoint``, or ``reinit`` matches no tensor.
         RecordingError: ``rng`` differs from the mode of random values that the constructor has already read.
         TypeError: ``model`` is not a module, or ``device`` is not a device.
@@ -104,7 +117,11 @@ def materialize(
         manifest=manifest,
         convert=convert,
     )
-    fill_model(model, None if source is None else source.open(), options, placement, rng)
+    agreement = agreement_of(process_group)
+    reader = (
+        None if source is None else open_on_all_ranks(source, "local", whole=False, machines=1, agreement=agreement)
+    )
+    fill_model(model, reader, options, placement, rng, agreement)
     return report_of(model)
 
 
@@ -150,12 +167,14 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
         refuse_scripted(models)
 
 
-def init_missing(model: nn.Module) -> None:
+def init_missing(model: nn.Module, *, process_group: dist.ProcessGroup | Literal[False] | None = None) -> None:
     """Run the model's own recorded init for every tensor that has no value yet.
 
     Args:
         model: A model that was built in a recorded block, or what ``setup`` returned for it. If its strategy fills it
             in ``setup`` and has not done so yet, the init runs there.
+        process_group: The ranks that hold a sharded model together, as for :func:`materialize`; not needed for one
+            that was built through Fabric.
 
     Raises:
         UninitializedTensorError: The model's own code never gives some tensor a value.
@@ -164,7 +183,7 @@ def init_missing(model: nn.Module) -> None:
     if is_bound(model):
         choose_own_init(model)
     else:
-        initialize_missing(model)
+        initialize_missing(model, lambda: agreement_of(process_group))
 
 
 def init_report(model: nn.Module) -> InitReport:

@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fabric_init._gc import PausedCollector
 from fabric_init._interrupts import interrupts_held
@@ -15,6 +16,7 @@ from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import Agreement, SingleProcess
+from fabric_init.distributed.seeds import share_seeds
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.derived import compute, loads_noted
 from fabric_init.filling.fill_log import with_log
@@ -37,6 +39,8 @@ from fabric_init.reports.provenance import describe_rule
 from fabric_init.reports.registry import FillRecord, RowRecord, keep_record, statuses
 from fabric_init.reports.rows import InitRow
 from fabric_init.reports.trace import recording_of
+from fabric_init.sharding.dtensor import ShardedTensors, local
+from fabric_init.sharding.whole import seen_whole
 
 
 def check_ties(plan: Plan, reader: CheckpointReader | None, placement: Placement) -> None:
@@ -234,7 +238,7 @@ def _check(plan: Plan, tensors: Sequence[Tensor]) -> None:
         for entry, tensor in zip(plan.entries, tensors, strict=True)
         if entry.action is not Action.WAIT
         and not entry.on_use
-        and (tensor.is_meta or isinstance(tensor, RecordedTensor))
+        and (local(tensor).is_meta or isinstance(local(tensor), RecordedTensor))
     ]
     if left:
         raise FabricInitError(f"fabric_init left these tensors on the meta device, which is a bug of its own: {left}")
@@ -303,17 +307,30 @@ def fill_model(
         FabricInitError: Anything that the user has to fix.
     """
 
+    sharded: dict[str, DTensor] = {}
+
     def plan() -> PreparedPlan:
         settle(model)
-        prepared = plan_for(model, reader, wanted, rng)
-        _refuse_overwriting(prepared, model)
-        return prepared
+        with seen_whole(model) as shards:
+            prepared = plan_for(model, reader, wanted, rng)
+            _refuse_overwriting(prepared, model)
+        tensors = [shards.get(id(tensor), tensor) for tensor in prepared.tensors]
+        sharded.update(
+            (entry.slot.name, tensor)
+            for entry, tensor in zip(prepared.plan.entries, tensors, strict=True)
+            if isinstance(tensor, DTensor)
+        )
+        return prepared._replace(tensors=tensors)
 
     with PausedCollector():
         prepared = agreement.run_together(_PLANNING, plan, prepared_digest)
+        where = ShardedTensors(sharded, placement) if sharded else placement
+        tapes = {tape.current() for tape in prepared.tapes.values()}
+        if not all(tape.shares_seed for tape in tapes):
+            share_seeds(tapes, agreement)
         try:
             with loads_noted(prepared):
-                return execute_plan(prepared, model, prepared.tensors, placement, agreement)
+                return execute_plan(prepared, model, prepared.tensors, where, agreement)
         except BaseException:
             if prepared.undo is not None:
                 prepared.undo()

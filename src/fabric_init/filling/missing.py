@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints.region import take
-from fabric_init.distributed.agreement import SingleProcess
+from fabric_init.distributed.agreement import Agreement, SingleProcess
+from fabric_init.distributed.seeds import share_seeds
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.derived import compute_with
 from fabric_init.filling.execute import fill
@@ -17,7 +19,6 @@ from fabric_init.guard.expected_load import forget_expected_load
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import (
     draw_for_own_init,
-    local,
     own_init_is_wanted,
     own_tensors,
     ranks_of,
@@ -26,7 +27,6 @@ from fabric_init.guard.models import (
     unfilled,
     waits,
 )
-from fabric_init.guard.shards import forget_shards, is_partly_written, waiting_shards
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.plan import Action, Plan, PlanEntry
 from fabric_init.planning.tensors import TensorInfo, find_tensors, named_tensors
@@ -37,21 +37,37 @@ from fabric_init.recording.replay import view
 from fabric_init.recording.storage_tags import ref_of
 from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.recording.tensor import become, meta_of, recorded
+from fabric_init.sharding.dtensor import ShardedTensors, local
+from fabric_init.sharding.whole import seen_whole
 
 
-def initialize_missing(model: nn.Module) -> None:
+def initialize_missing(model: nn.Module, otherwise: Callable[[], Agreement] = SingleProcess) -> None:
     """Run the model's own recorded init for every tensor under ``model`` that still waits.
+
+    Args:
+        model: The model.
+        otherwise: How the ranks keep in step that hold shards of it, if its strategy has not said so.
 
     Raises:
         UninitializedTensorError: the model's own code never gives some tensor a value, or it would be the wrong one.
     """
     forget_expected_load(model)
     draw_for_own_init(model)
-    agreement = ranks_of(model) or SingleProcess()
+    agreement = ranks_of(model)
+    apart = _shards_without_one_seed(model)
+    if agreement is None:
+        agreement = otherwise() if apart else SingleProcess()
+    if apart:
+        share_seeds(apart, agreement)
     agreement.run_together("initializing what is missing", lambda: _initialize_all(model))
     release_forward(model)
-    forget_shards(model)
     unwatch_loads(model)
+
+
+def _shards_without_one_seed(model: nn.Module) -> set[Tape]:
+    """Return the tapes of waiting DTensors of which the ranks may draw different numbers."""
+    found = [recorded(local(tensor)) for _, tensor in unfilled(model) if isinstance(tensor, DTensor)]
+    return {record.tape for record in found if record is not None and not record.tape.shares_seed}
 
 
 def run_replaced_init(model: nn.Module, planned: Collection[int] = ()) -> None:
@@ -89,30 +105,29 @@ def _initialize_all(model: nn.Module) -> None:
 
 def _initialize(model: nn.Module, *, partial: bool) -> None:
     settle(model)
-    sharded = list(waiting_shards(model))
-    of_shards = {id(tensor) for shards in sharded for tensor in shards.tensors}  # buffers, too, which stay whole
-    infos = [(info, t) for info, t in find_tensors(model) if info.ref is not None and id(t) not in of_shards]
-    tapes = {info.ref.storage: found.tape for info, tensor in infos if info.ref and (found := recorded(tensor))}
-    entries = [PlanEntry(info, Action.INIT) for info, tensor in infos if waits(tensor) or not partial]
-    tensors = [tensor for info, tensor in infos if waits(tensor) or not partial]
-    held = _Held(model)
-    _run(entries, tensors, tapes, _AsItsStrategyDoes(), held, partial=partial)
-    for shards in sharded:
-        partly = [e.slot.name for e, t in zip(shards.entries, shards.tensors, strict=True) if is_partly_written(t)]
-        if partly and not partial:
-            raise UninitializedTensorError(
-                f"the model's own init would overwrite what was written into a part of {', '.join(partly)}. Call "
-                "fabric.init_missing(model) first and write afterwards, or write the whole tensor."
-            )
-        chosen = [e.slot.name not in partly for e in shards.entries]
-        _run(
-            [e for e, yes in zip(shards.entries, chosen, strict=True) if yes],
-            [t for t, yes in zip(shards.tensors, chosen, strict=True) if yes],
-            shards.tapes,
-            shards.placement,
-            held,
-            partial=partial,
+    partly = {id(tensor): name for name, tensor in unfilled(model) if _is_partly_written_shard(tensor)}
+    if partly and not partial:
+        raise UninitializedTensorError(
+            f"the model's own init would overwrite what was written into a part of {', '.join(partly.values())}. Call "
+            "fabric.init_missing(model) first and write afterwards, or write the whole tensor."
         )
+    held = _Held(model)
+    with seen_whole(model, partly) as parts:
+        infos = [(info, tensor) for info, tensor in find_tensors(model) if info.ref is not None]
+        tapes = {info.ref.storage: found.tape for info, tensor in infos if info.ref and (found := recorded(tensor))}
+    both = [(info, parts.get(id(tensor), tensor)) for info, tensor in infos]
+    if partial:  # by this rank alone: of a model that draws, the others may have drawn something else
+        both = [(info, t) for info, t in both if not isinstance(t, DTensor) or tapes[info.ref.storage].shares_seed]  # type: ignore[union-attr]
+    chosen = [(info, tensor) for info, tensor in both if waits(tensor) or not partial]
+    dtensors = {info.name: tensor for info, tensor in chosen if isinstance(tensor, DTensor)}
+    placement = ShardedTensors(dtensors, _AsItsStrategyDoes())
+    entries = [PlanEntry(info, Action.INIT) for info, _ in chosen]
+    _run(entries, [tensor for _, tensor in chosen], tapes, placement, held, partial=partial)
+
+
+def _is_partly_written_shard(tensor: Tensor) -> bool:
+    found = recorded(local(tensor)) if isinstance(tensor, DTensor) else None
+    return found is not None and found.tape.later.waiting.is_partly_written(found.storage)
 
 
 class _AsItsStrategyDoes(WholeTensors):

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import FabricInitError
-from fabric_init.guard.models import local
 from fabric_init.planning.loads import loads, read_as
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Plan
+from fabric_init.sharding.dtensor import local
 
 VARIABLE = "FABRIC_INIT_VERIFY"
 """The environment variable that turns it on, as ``1``. Every rank then reads its parts twice."""

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fabric_init.guard.expected_load import ExpectedLoad, expected_load
-from fabric_init.guard.models import local, own_tensors, release_forward, settle, unfilled
+from fabric_init.guard.models import own_tensors, release_forward, settle, unfilled
 from fabric_init.planning.loading.module_code import takes_extra_state
 from fabric_init.recording.later import Later
 from fabric_init.recording.tensor import recorded
+from fabric_init.sharding.dtensor import local
 
 Complete = Callable[[nn.Module], None]
 """Gives what still waits under a module the model's own init, as far as that can be."""

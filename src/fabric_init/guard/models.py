@@ -8,7 +8,6 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from fabric_init._torch_internals import DisableTorchFunction
@@ -25,6 +24,7 @@ from fabric_init.recording.tensor import RecordedTensor, become, claim, give_laz
 from fabric_init.recording.tracing import is_jit_traced
 from fabric_init.recording.waiting import THREE_WAYS, uninitialized
 from fabric_init.reports.registry import note_status
+from fabric_init.sharding.dtensor import local
 
 _RANKS = "_fabric_init_ranks"
 _BROKEN = "_fabric_init_broken"
@@ -138,11 +138,6 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in table.items():
             if tensor is not None:
                 yield name, tensor
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a sharded tensor; any other tensor as it is."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 def settle(model: nn.Module) -> None:

@@ -46,12 +46,16 @@ class WholeTensors:
 
     Args:
         target: The device for all tensors; ``None`` leaves each on the device that the constructor asked for.
+        moves: Whether tensors that have values already are moved there, too.
     """
 
-    def __init__(self, target: torch.device | None = None) -> None:
+    def __init__(self, target: torch.device | None = None, *, moves: bool = True) -> None:
         self._target = target
+        self._moves = moves
 
     def device(self, slot: TensorInfo) -> torch.device:
+        if slot.real and not self._moves:
+            return slot.device
         if self._target is not None:
             return self._target
         return slot.device if slot.device.type != "meta" else torch.device("cpu")  # the user built it on meta

@@ -44,6 +44,7 @@ from fabric_init.recording.rng import LateStreams
 from fabric_init.recording.storage_tags import Recorded, ref_of
 from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.recording.tensor import (
+    OWN_ATTRIBUTES,
     FormerTensor,
     RecordedTensor,
     become,
@@ -251,7 +252,7 @@ class Later:
             copied = nn.Parameter(copied, tensor.requires_grad)
         else:
             copied.requires_grad_(tensor.requires_grad)
-        attributes = {key: value for key, value in vars(tensor).items() if key not in _OWN_ATTRIBUTES}
+        attributes = {key: value for key, value in vars(tensor).items() if key not in OWN_ATTRIBUTES}
         vars(copied).update(copy.deepcopy(attributes, memo))
         return copied
 
@@ -542,7 +543,6 @@ MSG_JIT_TRACE = (
 )
 _OF_ALL_RANKS = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"})
 """Namespaces of collectives, which are never run again later, when the other ranks are elsewhere."""
-_OWN_ATTRIBUTES = frozenset({"_meta", "_claimed", "_is_param"})
 
 
 _FOREACH: dict[Any, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -51,10 +52,23 @@ def _is_view(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     return bool(func(args[0]))
 
 
+def _is_meta(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """``t.is_meta``: for torch's own code that scatters or broadcasts a tensor there is nothing to send yet.
+
+    So ``distribute_tensor`` records which part of the whole tensor this rank keeps, as it does for meta tensors.
+    """
+    asking = sys._getframe(4)
+    sends = asking.f_globals.get("__name__") == _SENDS and asking.f_code.co_name in ("mesh_scatter", "mesh_broadcast")
+    return bool(func(args[0])) or (sends and not later.has_value(args[0]))
+
+
+_SENDS = "torch.distributed.tensor._collective_utils"
+
 HANDLERS: dict[Any, Any] = {
     **device_queries.LATER_HANDLERS,
     **escapes.HANDLERS,
     asks_if_view: _is_view,
+    Tensor.is_meta.__get__: _is_meta,  # type: ignore[attr-defined]
     Tensor.share_memory_: _of_value,
     Tensor.untyped_storage: _storage,
     Tensor.storage: _storage,

@@ -70,3 +70,13 @@ def ref_of(tensor: torch.Tensor, storage: int) -> TensorRef:
         tensor.dtype,
         *((tensor.is_conj(), tensor.is_neg()) if lazy_bits else ()),
     )
+
+
+def tensor_on(tape: Tape, ref: TensorRef) -> torch.Tensor:
+    """Return a plain meta tensor of the geometry ``ref`` on a recorded storage, of which no tensor need be left."""
+    storage = torch.UntypedStorage(tape.storages[ref.storage].nbytes, device="meta")
+    tensor = torch.empty(0, dtype=ref.dtype, device="meta").set_(storage, ref.offset, ref.size, ref.stride)
+    record = Recorded(tape, ref.storage)
+    tensor.untyped_storage()._fabric_init = record  # type: ignore[attr-defined]
+    tensor.untyped_storage().__class__ = RecordedStorage
+    return tensor

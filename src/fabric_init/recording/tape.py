@@ -218,6 +218,7 @@ class Tape:
         self.sealed_rng: Rng | None = (
             None  # the mode in which the constructor has read a random value: replay has to use the same
         )
+        self.shares_seed = False  # whether all ranks that keep a part of the model draw the same numbers
         self.own_init_ran = False  # whether the model's own init was asked for
         self.has_plain = False  # plain meta tensors are on recorded storages: lazy ones get torch's own class later
         self.waits: dict[int, int] = {}  # storages that wait for a load, and the op number from which on
@@ -260,6 +261,7 @@ class Tape:
         later.streams.update(self.streams)
         later.constant_bytes += self.constant_bytes
         later.sealed_rng = later.sealed_rng or self.sealed_rng
+        later.shares_seed = later.shares_seed and self.shares_seed
         later.waits.update(self.waits)
         later.loaded.update(self.loaded)
         later.records.update(self.records)

@@ -41,6 +41,9 @@ ASKS_DEVICE = torch.ops.prim.device.default
 """How torch's own code asks a tensor that answers by itself for its device."""
 
 
+OWN_ATTRIBUTES = frozenset({"_meta", "_claimed", "_is_param"})
+"""What a recorded tensor has in its ``__dict__`` beside what the model's code has put there."""
+
 _MAKES_SUBCLASS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
@@ -166,7 +169,7 @@ def become(tensor: Tensor, value: Tensor, *, alone: bool = False) -> None:
         vars(other).update(_meta=tensor._meta, _claimed=tensor._claimed)
         own: Any = getattr(type(tensor), "own_class", None)
         tensor.__class__ = own or (nn.Parameter if is_parameter else Tensor)  # type: ignore[assignment]
-        for name in ("_meta", "_claimed", "_is_param"):  # last: another thread may be asking
+        for name in OWN_ATTRIBUTES:  # last: another thread may be asking
             vars(tensor).pop(name, None)
     if grad is not None and grad.size() == tensor.size():
         tensor.grad = grad

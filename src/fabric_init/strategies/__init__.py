@@ -5,8 +5,6 @@ from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.strategies.ddp import DDPStrategy
 from fabric_init.strategies.deepspeed import DeepSpeedStrategy
-from fabric_init.strategies.dtensor import ShardedTensors
-from fabric_init.strategies.fill_in_setup import ShardedPlacement
 from fabric_init.strategies.fsdp import FSDPStrategy
 from fabric_init.strategies.fsdp2 import FSDP2Strategy, ModelParallelStrategy
 from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
@@ -22,8 +20,6 @@ __all__ = [
     "ModelParallelStrategy",
     "Placement",
     "Region",
-    "ShardedPlacement",
-    "ShardedTensors",
     "SingleDeviceStrategy",
     "Span",
     "TensorInfo",

@@ -53,7 +53,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
         return self.zero_stage_3
 
     def placement(self, model: nn.Module) -> Placement:
-        return ZeroPartitions(self.root_device) if self.zero_stage_3 else WholeTensors(self.root_device)
+        return ZeroPartitions(model, self.root_device) if self.zero_stage_3 else WholeTensors(self.root_device)
 
     def setup_environment(self) -> None:
         from deepspeed.accelerator import get_accelerator
@@ -195,7 +195,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
                 for parameter in module.parameters():
                     if parameter.is_floating_point():
                         parameter.data = parameter.data.to(dtype)
-        shard_and_fill(module, self.shard, self.sharded_placement, self.agreement)
+        shard_and_fill(module, self.shard, self.placement, self.agreement)
         return expected
 
     def _parameter_dtype(self) -> torch.dtype | None:

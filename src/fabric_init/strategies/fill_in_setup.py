@@ -3,8 +3,8 @@
 [Note: why parameters keep their identity]
 Plans know tensors by identity, and users make optimizers, ties and lists of parameters before ``setup``. So a tensor
 stays the same Python object while it is recorded, planned for, and filled, and only a strategy that makes parameters of
-its own (``fully_shard``, ``distribute_tensor``) puts others in its place. Right before that, recorded tensors become
-plain meta tensors, which is what these functions know; what has no values after it becomes a recorded shard.
+its own (``fully_shard``, ``distribute_tensor``) puts others in its place, which are computed on the tape from it: see
+[Note: sharding recorded tensors].
 """
 
 from __future__ import annotations
@@ -12,13 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import FabricInitError, RecordingError
@@ -33,42 +31,26 @@ from fabric_init.guard.models import (
     hold,
     hold_broken,
     hold_forward,
-    local,
     own_init_is_wanted,
     own_tensors,
     unfilled,
 )
-from fabric_init.guard.shards import WaitingShards, empty_shard, hold_shards
 from fabric_init.planning.derived import loaded_storages, sources_of
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan, prepared_digest
-from fabric_init.planning.tensors import TensorInfo
+from fabric_init.planning.tensors import plain_name
 from fabric_init.recording.liveness import computed_from
 from fabric_init.recording.tape import now
-from fabric_init.recording.tensor import RecordedTensor, become, become_recorded, recorded
+from fabric_init.recording.tensor import OWN_ATTRIBUTES, RecordedTensor, recorded
 from fabric_init.recording.waiting import THREE_WAYS
-from fabric_init.reports.registry import FillRecord
+from fabric_init.sharding.dtensor import ShardedTensors, local
+from fabric_init.sharding.whole import shards_of
 from fabric_init.strategies.optimizers import parameters_by_name
 
 _ATTRIBUTE = "_fabric_init_bound"
 _PLANS = "_fabric_init_plans"  # on the modules of a bound model: a part that is put into another one keeps its load
 FIX = "fabric.setup(model), with all that its block built, shards and fills it: call that first."
-
-
-class ShardedPlacement(Placement, Protocol):
-    """A placement for a model that has been sharded since it was planned for."""
-
-    def current(self, slot: TensorInfo, tensor: Tensor) -> Tensor:
-        """Return what the sharded model holds where it held ``tensor``."""
-        ...
-
-    def put_waiting(self, slot: TensorInfo, tensor: Tensor, make: Callable[[Sequence[int]], RecordedTensor]) -> None:
-        """Put a recorded tensor where this rank keeps ``tensor``; ``make`` returns one of the sizes that it is given.
-
-        Only called of strategies in whose models tensors can wait after they were sharded.
-        """
-        ...
 
 
 class BoundPlans(NamedTuple):
@@ -206,18 +188,6 @@ def _refuse_partly_written(entries: Sequence[PlanEntry], prepared: PreparedPlan)
         )
 
 
-def _without_new_values(planned: PreparedPlan, placement: ShardedPlacement) -> PreparedPlan:
-    """Return the plan, but for tensors in whose places sharding has put others that have values: those stay."""
-
-    def as_given(entry: PlanEntry, tensor: Tensor) -> PlanEntry:
-        if tensor.is_meta and not local(placement.current(entry.slot, tensor)).is_meta:
-            return PlanEntry(entry.slot._replace(ref=None, real=True), Action.KEEP)
-        return entry
-
-    entries = tuple(map(as_given, planned.plan.entries, planned.tensors))
-    return planned._replace(plan=replace(planned.plan, entries=entries))
-
-
 def _refuse_sharded(model: nn.Module) -> None:
     sharded = [name for name, p in model.named_parameters() if isinstance(p, DTensor) or hasattr(p, "ds_id")]
     if sharded:
@@ -227,95 +197,63 @@ def _refuse_sharded(model: nn.Module) -> None:
         )
 
 
-@contextmanager
-def plain_meta(planned: PreparedPlan) -> Iterator[None]:
-    """Context in which the recorded tensors of a plan are plain meta tensors, which functions that shard know.
-
-    If it fails, those that are left in the model are recorded tensors again.
-    """
-    recordings = [
-        (tensor, tensor._meta, tensor._claimed)
-        for entry, tensor in zip(planned.plan.entries, planned.tensors, strict=True)
-        if isinstance(tensor, RecordedTensor) and not entry.on_use
-    ]
-    with DisableTorchFunction(), torch.no_grad():
-        for tensor, meta, _ in recordings:
-            become(tensor, meta.detach(), alone=True)
-    try:
-        yield
-    except BaseException:
-        with DisableTorchFunction(), torch.no_grad():
-            for tensor, meta, device in recordings:
-                if tensor.is_meta:
-                    become_recorded(tensor, meta, device)
-        raise
-
-
 def shard_and_fill(
     model: nn.Module,
     shard: Callable[[nn.Module], nn.Module],
-    placement_for: Callable[[nn.Module], ShardedPlacement],
+    placement_for: Callable[[nn.Module], Placement],
     agreement: Agreement,
 ) -> nn.Module:
-    """Shard a bound model, and fill or allocate the tensors that the strategy has put in its parameters' places.
+    """Shard a bound model, and fill what this rank keeps of it, or let that wait for a load.
 
     Args:
         model: bound by :func:`bind`.
         shard: returns the model with the strategy's own tensors, which have no memory yet.
-        placement_for: where this rank keeps the tensors of what ``shard`` returned.
+        placement_for: where this rank keeps the tensors of what ``shard`` returned, but for DTensors.
         agreement: how the ranks keep in step.
 
     Raises:
         CheckpointMismatchError: Keys, shapes or dtypes of checkpoint and model disagree.
         FabricInitError: A rank failed, or ``shard`` made parameters that were not in the plan.
     """
-    name = type(model).__name__
-    with planned_for(model, agreement) as planned, plain_meta(planned):
+    with planned_for(model, agreement) as planned:
         sharded = agreement.run_together("sharding the model", lambda: shard(model))
-        placement = placement_for(sharded)
-        planned = _without_new_values(planned, placement)
-        slots = [entry.slot for entry in planned.plan.entries]
-        tensors = [placement.current(slot, tensor) for slot, tensor in zip(slots, planned.tensors, strict=True)]
+        planned, dtensors = _as_sharded(planned, sharded)
+        placement = ShardedTensors(dtensors, placement_for(sharded))
         unwatch_loads(model)
-        record = execute_plan(planned, sharded, tensors, placement, agreement)
-        _let_shards_wait(planned, sharded, tensors, placement, agreement, name, record)
-        parts = {name: local(tensor) for name, tensor in parameters_by_name(sharded).items()}
-        left = [name for name, part in parts.items() if part.is_meta and not isinstance(part, RecordedTensor)]
-        if left:
-            raise FabricInitError(f"sharding split a tie or made parameters of its own, which have no values: {left}")
+        execute_plan(planned, sharded, planned.tensors, placement, agreement)
+        if planned.plan.waits:
+            for tape in {tape.current() for tape in planned.tapes.values()}:
+                tape.later.waiting.fix = THREE_WAYS
+            watch_loads(sharded, initialize_possible)
+            hold_forward(sharded, agreement)
+        _refuse_left(planned, sharded)
         return sharded
 
 
-def _let_shards_wait(
-    planned: PreparedPlan,
-    sharded: nn.Module,
-    tensors: Sequence[Tensor],
-    placement: ShardedPlacement,
-    agreement: Agreement,
-    name: str,
-    record: FillRecord,
-) -> None:
-    """Put recorded tensors in the places of those that still wait for values."""
-    waiting = [
-        (entry, tensor, row)
-        for entry, tensor, row in zip(planned.plan.entries, tensors, record.rows, strict=True)
-        if entry.action is Action.WAIT
-    ]
-    if not waiting:
-        return
-    for entry, tensor, row in waiting:
-        assert entry.slot.ref is not None
-        tape, device = planned.tapes[entry.slot.ref.storage].current(), placement.device(entry.slot)
-        tape.later.waiting.fix = THREE_WAYS
-        placement.put_waiting(
-            entry.slot,
-            tensor,
-            lambda sizes, e=entry, d=device, t=tape: empty_shard(sizes, e, d, t, name),  # type: ignore[misc]
-        )
-        found = recorded(local(tensor))
-        assert found is not None
-        row.waits_on(tape, found.storage)
-    entries = [entry._replace(action=Action.INIT) for entry, _, _ in waiting]
-    hold_shards(sharded, WaitingShards(entries, [tensor for _, tensor, _ in waiting], planned.tapes, placement))
-    watch_loads(sharded, initialize_possible)
-    hold_forward(sharded, agreement)
+def _as_sharded(planned: PreparedPlan, sharded: nn.Module) -> tuple[PreparedPlan, dict[str, DTensor]]:
+    """Return the plan for what ``sharded`` holds in the places of the tensors of ``planned``, and its DTensors by name.
+
+    What is in the model no longer, because ``shard`` has put something with values in its place, is left out.
+    """
+    found = shards_of(sharded)
+    ours = {id(tensor) for tensor in (*sharded.parameters(), *sharded.buffers())}
+    entries, tensors, dtensors = [], [], {}
+    for entry, tensor in zip(planned.plan.entries, planned.tensors, strict=True):
+        dtensor = None if entry.slot.ref is None else found.get(entry.slot.ref)
+        if dtensor is not None:
+            vars(dtensor).update({name: value for name, value in vars(tensor).items() if name not in OWN_ATTRIBUTES})
+            dtensors[entry.slot.name] = dtensor
+        elif entry.slot.kind != "attribute" and isinstance(tensor, RecordedTensor) and id(tensor) not in ours:
+            continue
+        entries.append(entry)
+        tensors.append(tensor if dtensor is None else dtensor)
+    return planned._replace(plan=replace(planned.plan, entries=tuple(entries)), tensors=tensors), dtensors
+
+
+def _refuse_left(planned: PreparedPlan, sharded: nn.Module) -> None:
+    """Raise if tensors of the sharded model have no values, and do not wait for a load."""
+    waiting = {name for e in planned.plan.entries if e.action is Action.WAIT for name in e.slot.names}
+    left = [name for name, tensor in unfilled(sharded) if plain_name(name) not in waiting]
+    left += [name for name, parameter in parameters_by_name(sharded).items() if local(parameter).is_meta]
+    if left:
+        raise FabricInitError(f"sharding split a tie or made parameters of its own, which have no values: {left}")

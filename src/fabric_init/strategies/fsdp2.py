@@ -18,10 +18,11 @@ from torch.distributed.tensor.placement_types import Shard
 
 from fabric_init.checkpoints import Box
 from fabric_init.errors import FabricInitError
-from fabric_init.planning.placement import Placement
+from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.tensors import named_modules
-from fabric_init.strategies.dtensor import ShardedTensors, accept_whole_tensors, shard_box
+from fabric_init.sharding.dtensor import shard_box
 from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
+from fabric_init.strategies.whole_state_dicts import accept_whole_tensors
 
 Units = Literal["blocks"] | int | type[nn.Module] | Sequence[type[nn.Module]] | Callable[[nn.Module], bool]
 
@@ -32,7 +33,7 @@ class ModelParallelStrategy(DeferredInitMixin, lightning_strategies.ModelParalle
     fills_in_setup = True
 
     def placement(self, model: nn.Module) -> Placement:
-        return ShardedTensors(model, self._shards_on())
+        return WholeTensors(self._shards_on(), moves=False)
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         sharded = super().setup_module(module)

@@ -91,6 +91,7 @@ def _recorded(strategy: RecordingStrategy, source: Source | None, wanted: LoadOp
         with ExitStack() as contexts:
             built = contexts.enter_context(BuiltModules())
             recording = contexts.enter_context(RecordMode(agree=agreement.from_rank_zero, skips_init=reader is None))
+            recording.tape.shares_seed = True
             device = strategy.root_device
             if device != torch.get_default_device():  # a default device makes every call in the block slower
                 contexts.enter_context(device)

@@ -17,7 +17,7 @@ from fabric_init.errors import FabricInitError
 from fabric_init.guard.loads import loading
 from fabric_init.guard.models import require, settle
 from fabric_init.planning.placement import Placement
-from fabric_init.strategies.fill_in_setup import ShardedPlacement, is_bound, shard_and_fill
+from fabric_init.strategies.fill_in_setup import is_bound, shard_and_fill
 from fabric_init.strategies.init_context import init_context
 from fabric_init.strategies.mapped_io import mapped_io
 from fabric_init.strategies.optimizers import parameters_by_name, refuse_left_behind, remap
@@ -50,16 +50,19 @@ class DeferredInitMixin(Strategy):
         self.io = check_io(io)
 
     def placement(self, model: nn.Module) -> Placement:
-        """Return how this rank keeps the tensors of ``model``: a ``ShardedPlacement`` with ``fills_in_setup``."""
+        """Return how this rank keeps the tensors of ``model``, which is sharded by then with ``fills_in_setup``.
+
+        Not asked about DTensors, which say that themselves.
+        """
         raise NotImplementedError(f"{type(self).__name__} has to say where it keeps tensors: override placement(model)")
 
     def shard(self, model: nn.Module) -> nn.Module:
-        """Replace the recorded tensors by the strategy's own, without memory, and return the sharded model."""
-        raise NotImplementedError(f"{type(self).__name__} fills in setup, and has to override shard(model)")
+        """Put the strategy's own tensors in the places of the recorded ones, and return the sharded model.
 
-    def sharded_placement(self, model: nn.Module) -> ShardedPlacement:
-        """Return :meth:`placement`, for a strategy that ``fills_in_setup``."""
-        return self.placement(model)  # type: ignore[return-value]
+        What torch makes of recorded tensors (``fully_shard``, ``parallelize_module``, ``distribute_tensor``) is
+        recorded, without memory.
+        """
+        raise NotImplementedError(f"{type(self).__name__} fills in setup, and has to override shard(model)")
 
     def while_recording(self) -> AbstractContextManager[Any]:
         """Return a further context for the constructor of a recorded model."""
@@ -84,7 +87,7 @@ class DeferredInitMixin(Strategy):
         if not is_bound(module):
             return super().setup_module(module)
         before = parameters_by_name(module)
-        sharded = shard_and_fill(module, self.shard, self.sharded_placement, self.agreement)
+        sharded = shard_and_fill(module, self.shard, self.placement, self.agreement)
         self.remember(before, sharded)
         return sharded
 

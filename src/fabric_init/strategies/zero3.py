@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints import Region, Span
 from fabric_init.checkpoints.region import take
 from fabric_init.errors import FabricInitError
 from fabric_init.planning.tensors import TensorInfo
-from fabric_init.recording.tensor import become
+from fabric_init.recording.tensor import RecordedTensor, become
 
 
 def partition_without_values(module: nn.Module, config: Any, remote_device: str | None) -> None:
@@ -35,8 +36,10 @@ def partition_without_values(module: nn.Module, config: Any, remote_device: str 
             for parameter in param_list:
                 if is_zero_param(parameter):
                     continue
-                recorded = parameter.is_meta
+                recorded = isinstance(parameter, RecordedTensor)
                 if recorded:
+                    with DisableTorchFunction(), torch.no_grad():
+                        become(parameter, parameter._meta.detach(), alone=True)
                     self.local_device = self.remote_device = torch.device("meta")
                     self.pin_memory = False
                 try:
@@ -58,18 +61,14 @@ class ZeroPartitions:
     """A placement for parameters that DeepSpeed has partitioned (ZeRO-3), beside full tensors.
 
     Args:
+        model: The partitioned model.
         device: The device for full tensors, such as buffers.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._device = device
-        self._parameters: dict[str, Any] = {}
-
-    def current(self, slot: TensorInfo, tensor: Tensor) -> Tensor:
-        """Return the tensor that the model holds in the place of ``tensor``: the same object."""
-        if hasattr(tensor, "ds_tensor"):
-            self._parameters[slot.name] = tensor
-        return tensor
+        named = model.named_parameters(remove_duplicate=False)
+        self._parameters: dict[str, Any] = {name: each for name, each in named if hasattr(each, "ds_tensor")}
 
     def device(self, slot: TensorInfo) -> torch.device:
         parameter = self._parameters.get(slot.name)

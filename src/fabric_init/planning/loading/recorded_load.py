@@ -106,6 +106,7 @@ def record_load(
         extra = copy.deepcopy(dict(reader.extra_state))
         try:
             with RecordMode(rng) as mode:
+                mode.tape.shares_seed = True  # of its own, it has none
                 mode.recorder.own_init_counts = True  # as plain PyTorch has initialized what a load comes to
                 moved = _moved(model, mode.recorder)
                 try:

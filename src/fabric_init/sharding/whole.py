@@ -1,0 +1,206 @@
+"""Find the whole tensor that a shard without values is a part of, and show a sharded model as if it were whole.
+
+[Note: sharding recorded tensors]
+``fully_shard``, ``parallelize_module`` and ``distribute_tensor`` cut each parameter with views, copy this rank's part,
+and put a DTensor over the copy into the model. Of a recorded parameter all of that is recorded: the DTensor's local
+tensor is a recorded tensor, computed on the tape from a box of the whole one. So nobody has to tell us how a model was
+sharded, by which library, or in which order: what plans a load, or looks for the model's own init, sees the whole
+tensors (:func:`seen_whole`), and what fills reads the box of each that the DTensor says this rank keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction
+from fabric_init.checkpoints.region import Box
+from fabric_init.errors import FabricInitError, RecordingError
+from fabric_init.planning.tensors import named_modules, plain_name
+from fabric_init.recording.liveness import is_final
+from fabric_init.recording.op_schemas import only_copies
+from fabric_init.recording.storage_tags import ref_of, tensor_on
+from fabric_init.recording.tape import Tape, TensorRef
+from fabric_init.recording.tensor import RecordedTensor, meta_of, recorded, recorded_tensor
+from fabric_init.sharding.dtensor import region_of
+
+
+@contextmanager
+def seen_whole(model: nn.Module, skipped: Collection[int] = ()) -> Iterator[dict[int, DTensor]]:
+    """Context in which ``model`` has whole recorded tensors in the places of the DTensors that wait for values.
+
+    Yields the DTensor for each whole tensor, by the id of that. A model without such DTensors is not touched.
+
+    Args:
+        model: The model, sharded or not.
+        skipped: Ids of DTensors to leave alone.
+
+    Raises:
+        RecordingError: A shard was changed since the model was sharded, or is no part of one tensor.
+        FabricInitError: Sharding has split a tie; or, in the context, a whole tensor was replaced.
+    """
+    places = [place for place in _waiting_places(model) if id(place.tensor) not in skipped]
+    wholes = {id(tensor): _whole(ref, tape, tensor) for ref, (tensor, tape) in _by_origin(places).items()}
+    for _, _, table, key, tensor in places:
+        table[key] = wholes[id(tensor)]
+    hooks = [_without_torchs_own(module) for module in {id(place.module): place.module for place in places}.values()]
+    try:
+        yield {id(wholes[id(tensor)]): tensor for *_, tensor in places}
+        replaced = [name for name, _, table, key, tensor in places if table.get(key) is not wholes[id(tensor)]]
+        if replaced:
+            raise FabricInitError(
+                f"{replaced[0]} was sharded already, and the load code of its module puts another tensor in its place. "
+                "Load before the model is sharded, or leave that code out."
+            )
+    finally:
+        for _, _, table, key, tensor in places:
+            table[key] = tensor
+        for table, its in hooks:
+            added = {key: hook for key, hook in table.items() if key not in its}
+            table.clear()
+            table.update(its | added)
+
+
+def _without_torchs_own(module: nn.Module) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """Take out the load hooks by which FSDP2 follows its shards, which the whole tensors are none of.
+
+    Returns:
+        The table of hooks, and all that was in it.
+    """
+    table: dict[Any, Any] = module._load_state_dict_post_hooks
+    before = dict(table)
+    for key, hook in before.items():
+        if str(getattr(hook, "__module__", "")).startswith("torch.distributed."):
+            del table[key]
+    return table, before
+
+
+def shards_of(model: nn.Module) -> dict[TensorRef, DTensor]:
+    """Return the DTensors of ``model`` that wait for values, by the recorded whole tensor that each is a part of.
+
+    Raises:
+        RecordingError: A shard was changed since the model was sharded, or is no part of one tensor.
+        FabricInitError: Sharding has split a tie.
+    """
+    return {ref: tensor for ref, (tensor, _) in _by_origin(list(_waiting_places(model))).items()}
+
+
+class _Place(NamedTuple):
+    name: str
+    module: nn.Module
+    table: dict[str, Any]
+    key: str
+    tensor: DTensor
+
+
+def _by_origin(places: Sequence[_Place]) -> dict[TensorRef, tuple[DTensor, Tape]]:
+    found: dict[TensorRef, tuple[str, DTensor, Tape]] = {}
+    seen: set[int] = set()
+    for name, _, _, _, tensor in places:
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        ref, tape = _origin(name, tensor)
+        other, its, _ = found.setdefault(ref, (name, tensor, tape))
+        if its is not tensor:
+            raise FabricInitError(
+                f"{other} and {name} are one tied tensor, which sharding has split in two. Shard the module that holds "
+                "both as one unit."
+            )
+    return {ref: (tensor, tape) for ref, (_, tensor, tape) in found.items()}
+
+
+def _waiting_places(model: nn.Module) -> Iterator[_Place]:
+    seen: set[int] = set()
+    for prefix, module in named_modules(model):
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            for key, tensor in table.items():
+                if isinstance(tensor, DTensor) and isinstance(tensor._local_tensor, RecordedTensor):
+                    yield _Place(plain_name(f"{prefix}.{key}" if prefix else key), module, table, key, tensor)
+
+
+def _whole(ref: TensorRef, tape: Tape, sharded: DTensor) -> Tensor:
+    """Return the recorded tensor ``ref``, in the dtype of ``sharded``, which is a part of it."""
+    with DisableTorchFunction(), DisableTorchDispatch(), torch.no_grad():
+        whole: Tensor = recorded_tensor(tensor_on(tape, ref), tape.storages[ref.storage].device)
+    with torch.no_grad():
+        if whole.dtype != sharded.dtype:
+            whole = whole.to(sharded.dtype)
+    return nn.Parameter(whole, sharded.requires_grad) if isinstance(sharded, nn.Parameter) else whole
+
+
+def _origin(name: str, sharded: DTensor) -> tuple[TensorRef, Tape]:
+    """Return where on which tape the whole tensor is that ``sharded``, which waits for values, is a part of.
+
+    Raises:
+        RecordingError: The shard was changed since the model was sharded, or is no part of one tensor.
+    """
+    part = sharded._local_tensor
+    with DisableTorchFunction():
+        found = recorded(part)
+        assert found is not None
+        ref, tape = ref_of(meta_of(part), found.storage), found.tape
+    origin = tape.later.waiting.origin(found.storage)
+    whole = tape.later.waiting.refs.get(origin)
+    if whole is None or whole.size != sharded.shape:
+        raise RecordingError(
+            f"{name} is a DTensor whose local tensor of shape {tuple(part.shape)} is no part of a recorded parameter of"
+            f" shape {tuple(sharded.shape)}. {_FIX}"
+        )
+    box = _box_in(tape, ref, whole)
+    if part.numel() and box != region_of(sharded):
+        raise RecordingError(f"the shard of {name} was changed after the model was sharded. {_FIX}")
+    return whole, tape
+
+
+_FIX = (
+    "Fill the model right after it was sharded, and change it once it has values; or change it in the recorded block."
+)
+
+
+def _box_in(tape: Tape, ref: TensorRef, whole: TensorRef) -> Box | None:
+    """Return which box of ``whole`` the recorded tensor ``ref`` is a copy of; ``None`` if it is something else."""
+    before: int | None = None
+    while ref.storage != whole.storage:
+        writers = tape.writers.get(ref.storage, ())
+        op = tape.ops[writers[-1]] if writers else None
+        if op is None or not only_copies(op.func) or (before is not None and not is_final(tape, ref.storage, before)):
+            return None
+        (written,) = (*op.targets, *op.outputs)
+        read = [each for each in op.reads() if each.storage != ref.storage]
+        if len(read) != 1 or read[0].size != written.size:
+            return None
+        start = _start_in(written, ref)
+        if start is None:
+            return None
+        offset = read[0].offset + sum(at * stride for at, stride in zip(start, read[0].stride, strict=True))
+        ref, before = read[0]._replace(offset=offset, size=ref.size), op.number
+    start = _start_in(whole, ref)
+    return None if start is None else Box(start, tuple(ref.size))
+
+
+def _start_in(outer: TensorRef, inner: TensorRef) -> tuple[int, ...] | None:
+    """Return the index in ``outer`` of the first element of ``inner``, if that is a box of it on the same storage."""
+    if len(outer.size) != len(inner.size):
+        return None
+    along = [  # a dimension of one element has any stride
+        dim for dim, size in enumerate(outer.size) if size > 1
+    ]
+    if any(inner.stride[dim] != outer.stride[dim] and inner.size[dim] > 1 for dim in along):
+        return None
+    left, start = inner.offset - outer.offset, [0] * len(outer.size)
+    for dim in sorted(along, key=lambda dim: -outer.stride[dim]):
+        if not outer.stride[dim]:
+            return None
+        start[dim], left = divmod(left, outer.stride[dim])
+    ends = (at + size <= most for at, size, most in zip(start, inner.size, outer.size, strict=True))
+    return tuple(start) if left == 0 and all(at >= 0 for at in start) and all(ends) else None
