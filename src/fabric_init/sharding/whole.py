@@ -23,9 +23,9 @@ from fabric_init.checkpoints.region import Box
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.planning.tensors import named_modules, plain_name
 from fabric_init.recording.liveness import is_final
-from fabric_init.recording.op_schemas import only_copies
+from fabric_init.recording.op_schemas import only_copies, traits
 from fabric_init.recording.storage_tags import ref_of, tensor_on
-from fabric_init.recording.tape import Tape, TensorRef
+from fabric_init.recording.tape import Op, Tape, TensorRef
 from fabric_init.recording.tensor import RecordedTensor, meta_of, recorded, recorded_tensor
 from fabric_init.sharding.dtensor import region_of
 
@@ -173,19 +173,35 @@ def _box_in(tape: Tape, ref: TensorRef, whole: TensorRef) -> Box | None:
     while ref.storage != whole.storage:
         writers = tape.writers.get(ref.storage, ())
         op = tape.ops[writers[-1]] if writers else None
-        if op is None or not only_copies(op.func) or (before is not None and not is_final(tape, ref.storage, before)):
+        if op is None or (before is not None and not is_final(tape, ref.storage, before)):
             return None
-        (written,) = (*op.targets, *op.outputs)
-        read = [each for each in op.reads() if each.storage != ref.storage]
-        if len(read) != 1 or read[0].size != written.size:
+        source = _copied_to(op, ref)
+        if source is None:
             return None
-        start = _start_in(written, ref)
-        if start is None:
-            return None
-        offset = read[0].offset + sum(at * stride for at, stride in zip(start, read[0].stride, strict=True))
-        ref, before = read[0]._replace(offset=offset, size=ref.size), op.number
+        ref, before = source, op.number
     start = _start_in(whole, ref)
     return None if start is None else Box(start, tuple(ref.size))
+
+
+def _copied_to(op: Op, ref: TensorRef) -> TensorRef | None:
+    """Return the part of another tensor that ``op`` has copied to ``ref``, a part of what it writes."""
+    (written,) = (*op.targets, *op.outputs)
+    read = [each for each in op.reads() if each.storage != ref.storage]
+    start = _start_in(written, ref)
+    if len(read) != 1 or start is None:
+        return None
+    source = read[0]
+    if traits(op.func).name == "aten::constant_pad_nd":  # uneven shards are padded to be scattered, and then cut again
+        before = list(op.args[1])[::2]
+        before += [0] * (len(source.size) - len(before))
+        start = tuple(at - pad for at, pad in zip(start, reversed(before), strict=True))
+    elif not only_copies(op.func) or source.size != written.size:
+        return None
+    ends = (0 <= at and at + size <= most for at, size, most in zip(start, ref.size, source.size, strict=True))
+    if not all(ends):
+        return None
+    offset = source.offset + sum(at * stride for at, stride in zip(start, source.stride, strict=True))
+    return source._replace(offset=offset, size=ref.size)
 
 
 def _start_in(outer: TensorRef, inner: TensorRef) -> tuple[int, ...] | None:
