@@ -114,6 +114,12 @@ class Places:
             if tensor is not None:
                 yield tensor
 
+    def at(self, module: nn.Module, name: str) -> Iterator[int]:
+        """Yield the storages that the tensor ``name`` of ``module`` was on."""
+        for storage, places in self._places.items():
+            if any(reference() is module and key == name for reference, key in places):
+                yield storage
+
     def recorded(self, storage: int) -> Iterator[Tensor]:
         """Yield those of them that are still on ``storage``."""
         for tensor in self.now(storage):

@@ -68,6 +68,10 @@ class Owners(Protocol):
         """Yield what is today where tensors on ``storage`` were."""
         ...
 
+    def at(self, module: nn.Module, name: str) -> Iterator[int]:
+        """Yield the storages that the tensor ``name`` of ``module`` was on."""
+        ...
+
     def recorded(self, storage: int) -> Iterator[Tensor]:
         """Yield those of them that are still on ``storage``."""
         ...

@@ -52,17 +52,25 @@ def _is_view(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     return bool(func(args[0]))
 
 
-def _is_meta(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """``t.is_meta``: for torch's own code that scatters or broadcasts a tensor there is nothing to send yet.
+_COLLECTIVES = "torch.distributed.tensor._collective_utils"
 
-    So ``distribute_tensor`` records which part of the whole tensor this rank keeps, as it does for meta tensors.
+
+def _is_meta(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """``t.is_meta``, which ``distribute_tensor`` asks before it sends parts of a tensor to other ranks.
+
+    There is nothing to send yet, and no need to: every rank has recorded the whole tensor, and takes its part of that.
     """
     asking = sys._getframe(4)
-    sends = asking.f_globals.get("__name__") == _SENDS and asking.f_code.co_name in ("mesh_scatter", "mesh_broadcast")
-    return bool(func(args[0])) or (sends and not later.has_value(args[0]))
+    name = asking.f_code.co_name if asking.f_globals.get("__name__") == _COLLECTIVES else ""
+    if name not in ("mesh_scatter", "mesh_broadcast") or later.has_value(args[0]):
+        return bool(func(args[0]))
+    if name == "mesh_scatter":
+        given = asking.f_locals
+        part = given["scatter_list"][given["mesh"].get_local_rank(given["mesh_dim"])]
+        if not later.has_value(part):  # which a part without elements has
+            given["output"].copy_(part)
+    return True
 
-
-_SENDS = "torch.distributed.tensor._collective_utils"
 
 HANDLERS: dict[Any, Any] = {
     **device_queries.LATER_HANDLERS,

@@ -92,8 +92,8 @@ def region_of(tensor: DTensor) -> Box:
                     later *= mesh.size(other)
             if placement.split_factor != later and 0 not in sizes:
                 raise FabricInitError(f"cannot fill a DTensor with {placements} on {mesh}: its shard is not contiguous")
-    if 0 in sizes:
-        return Box((0,) * len(sizes), sizes)
+    if 0 in sizes:  # of a rank outside the mesh, too
+        return Box((0,) * tensor.ndim, sizes if len(sizes) == tensor.ndim else (0,) * tensor.ndim)
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a rank outside the mesh holds nothing"
     box = shard_box(tensor.shape, mesh.shape, coordinate, placements)

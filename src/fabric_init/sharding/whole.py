@@ -26,8 +26,8 @@ from fabric_init.recording.liveness import is_final
 from fabric_init.recording.op_schemas import only_copies, traits
 from fabric_init.recording.storage_tags import ref_of, tensor_on
 from fabric_init.recording.tape import Op, Tape, TensorRef
-from fabric_init.recording.tensor import RecordedTensor, meta_of, recorded, recorded_tensor
-from fabric_init.sharding.dtensor import region_of
+from fabric_init.recording.tensor import meta_of, recorded, recorded_tensor
+from fabric_init.sharding.dtensor import local, region_of
 
 
 @contextmanager
@@ -46,19 +46,19 @@ def seen_whole(model: nn.Module, skipped: Collection[int] = ()) -> Iterator[dict
     """
     places = [place for place in _waiting_places(model) if id(place.tensor) not in skipped]
     wholes = {id(tensor): _whole(ref, tape, tensor) for ref, (tensor, tape) in _by_origin(places).items()}
-    for _, _, table, key, tensor in places:
+    for _, _, table, key, tensor, _ in places:
         table[key] = wholes[id(tensor)]
     hooks = [_without_torchs_own(module) for module in {id(place.module): place.module for place in places}.values()]
     try:
-        yield {id(wholes[id(tensor)]): tensor for *_, tensor in places}
-        replaced = [name for name, _, table, key, tensor in places if table.get(key) is not wholes[id(tensor)]]
+        yield {id(wholes[id(tensor)]): tensor for *_, tensor, _ in places}
+        replaced = [name for name, _, table, key, tensor, _ in places if table.get(key) is not wholes[id(tensor)]]
         if replaced:
             raise FabricInitError(
                 f"{replaced[0]} was sharded already, and the load code of its module puts another tensor in its place. "
                 "Load before the model is sharded, or leave that code out."
             )
     finally:
-        for _, _, table, key, tensor in places:
+        for _, _, table, key, tensor, _ in places:
             table[key] = tensor
         for table, its in hooks:
             added = {key: hook for key, hook in table.items() if key not in its}
@@ -96,16 +96,18 @@ class _Place(NamedTuple):
     table: dict[str, Any]
     key: str
     tensor: DTensor
+    tapes: Collection[Tape] = ()
 
 
 def _by_origin(places: Sequence[_Place]) -> dict[TensorRef, tuple[DTensor, Tape]]:
     found: dict[TensorRef, tuple[str, DTensor, Tape]] = {}
     seen: set[int] = set()
-    for name, _, _, _, tensor in places:
+    for place in places:
+        name, tensor = place.name, place.tensor
         if id(tensor) in seen:
             continue
         seen.add(id(tensor))
-        ref, tape = _origin(name, tensor)
+        ref, tape = _origin(place)
         other, its, _ = found.setdefault(ref, (name, tensor, tape))
         if its is not tensor:
             raise FabricInitError(
@@ -116,6 +118,27 @@ def _by_origin(places: Sequence[_Place]) -> dict[TensorRef, tuple[DTensor, Tape]
 
 
 def _waiting_places(model: nn.Module) -> Iterator[_Place]:
+    """Yield the places of DTensors whose shard has no values: a recorded one, or one without any element."""
+    places = [place for place in _places(model) if place.tensor.device_mesh.get_coordinate() is not None]
+    if not places:
+        return
+    recordings = [recorded(place.tensor._local_tensor) for place in places]
+    tapes = {found.tape for t in (*model.parameters(), *model.buffers()) if (found := recorded(local(t))) is not None}
+    for place, found in zip(places, recordings, strict=True):
+        if found is not None or (not place.tensor._local_tensor.numel() and any(_by_place(place, tapes))):
+            yield place._replace(tapes=tapes if found is None else {found.tape})
+
+
+def _by_place(place: _Place, tapes: Collection[Tape]) -> Iterator[tuple[TensorRef, Tape]]:
+    """Yield what was recorded at ``place`` before the model was sharded."""
+    for tape in tapes:
+        for owners in tape.later.owners:
+            for storage in owners.at(place.module, place.key):
+                if storage in tape.later.waiting.refs:
+                    yield tape.later.waiting.refs[storage], tape
+
+
+def _places(model: nn.Module) -> Iterator[_Place]:
     seen: set[int] = set()
     for prefix, module in named_modules(model):
         if id(module) in seen:
@@ -124,7 +147,7 @@ def _waiting_places(model: nn.Module) -> Iterator[_Place]:
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
             for key, tensor in table.items():
-                if isinstance(tensor, DTensor) and isinstance(tensor._local_tensor, RecordedTensor):
+                if isinstance(tensor, DTensor):
                     yield _Place(plain_name(f"{prefix}.{key}" if prefix else key), module, table, key, tensor)
 
 
@@ -138,28 +161,31 @@ def _whole(ref: TensorRef, tape: Tape, sharded: DTensor) -> Tensor:
     return nn.Parameter(whole, sharded.requires_grad) if isinstance(sharded, nn.Parameter) else whole
 
 
-def _origin(name: str, sharded: DTensor) -> tuple[TensorRef, Tape]:
-    """Return where on which tape the whole tensor is that ``sharded``, which waits for values, is a part of.
+def _origin(place: _Place) -> tuple[TensorRef, Tape]:
+    """Return where on which tape the whole tensor is that the DTensor at ``place`` is a part of.
 
     Raises:
         RecordingError: The shard was changed since the model was sharded, or is no part of one tensor.
     """
-    part = sharded._local_tensor
-    with DisableTorchFunction():
-        found = recorded(part)
-        assert found is not None
-        ref, tape = ref_of(meta_of(part), found.storage), found.tape
-    origin = tape.later.waiting.origin(found.storage)
-    whole = tape.later.waiting.refs.get(origin)
-    if whole is None or whole.size != sharded.shape:
-        raise RecordingError(
-            f"{name} is a DTensor whose local tensor of shape {tuple(part.shape)} is no part of a recorded parameter of"
-            f" shape {tuple(sharded.shape)}. {_FIX}"
-        )
-    box = _box_in(tape, ref, whole)
-    if part.numel() and box != region_of(sharded):
-        raise RecordingError(f"the shard of {name} was changed after the model was sharded. {_FIX}")
-    return whole, tape
+    sharded, part = place.tensor, place.tensor._local_tensor
+    if part.numel():
+        with DisableTorchFunction():
+            found = recorded(part)
+            assert found is not None
+            ref, tape = ref_of(meta_of(part), found.storage), found.tape
+        whole = tape.later.waiting.refs.get(tape.later.waiting.origin(found.storage))
+        if whole is not None and whole.size == sharded.shape:
+            if _box_in(tape, ref, whole) != region_of(sharded):
+                raise RecordingError(f"the shard of {place.name} was changed after the model was sharded. {_FIX}")
+            return whole, tape
+    else:  # nothing was copied there
+        for whole, tape in _by_place(place, place.tapes):
+            if whole.size == sharded.shape:
+                return whole, tape
+    raise RecordingError(
+        f"{place.name} is a DTensor whose local tensor of shape {tuple(part.shape)} is no part of a recorded parameter "
+        f"of shape {tuple(sharded.shape)}. {_FIX}"
+    )
 
 
 _FIX = (
@@ -197,7 +223,7 @@ def _copied_to(op: Op, ref: TensorRef) -> TensorRef | None:
         start = tuple(at - pad for at, pad in zip(start, reversed(before), strict=True))
     elif not only_copies(op.func) or source.size != written.size:
         return None
-    ends = (0 <= at and at + size <= most for at, size, most in zip(start, ref.size, source.size, strict=True))
+    ends = (at >= 0 and at + size <= most for at, size, most in zip(start, ref.size, source.size, strict=True))
     if not all(ends):
         return None
     offset = source.offset + sum(at * stride for at, stride in zip(start, source.stride, strict=True))
