@@ -83,7 +83,10 @@ class Waiting:
 
         Copies of what waits itself, such as FSDP2's padding of a shard, are none.
         """
+        since = self.tape.waits.get(storage, 0)  # before that, its own init has written
         for number in self.tape.writers.get(storage, ()):
+            if number < since:
+                continue
             op = self.tape.ops[number]
             sources = {ref.storage for ref in op.reads()} - {storage}
             is_target = any(target.storage == storage for target in op.targets)

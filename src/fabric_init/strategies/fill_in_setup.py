@@ -39,7 +39,6 @@ from fabric_init.planning.derived import loaded_storages, sources_of
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan, prepared_digest
-from fabric_init.planning.tensors import plain_name
 from fabric_init.recording.liveness import computed_from
 from fabric_init.recording.tape import now
 from fabric_init.recording.tensor import OWN_ATTRIBUTES, RecordedTensor, recorded
@@ -252,8 +251,9 @@ def _as_sharded(planned: PreparedPlan, sharded: nn.Module) -> tuple[PreparedPlan
 
 def _refuse_left(planned: PreparedPlan, sharded: nn.Module) -> None:
     """Raise if tensors of the sharded model have no values, and do not wait for a load."""
-    waiting = {name for e in planned.plan.entries if e.action is Action.WAIT for name in e.slot.names}
-    left = [name for name, tensor in unfilled(sharded) if plain_name(name) not in waiting]
+    both = zip(planned.plan.entries, planned.tensors, strict=True)
+    waiting = {id(tensor) for entry, tensor in both if entry.action is Action.WAIT}
+    left = [name for name, tensor in unfilled(sharded) if id(tensor) not in waiting]
     left += [name for name, parameter in parameters_by_name(sharded).items() if local(parameter).is_meta]
     if left:
         raise FabricInitError(f"sharding split a tie or made parameters of its own, which have no values: {left}")
