@@ -487,7 +487,7 @@ class Later:
         """Return whether a cast or ``to_empty`` has put ``storage`` in the place of one that waited; copies do not."""
         origin = self.waiting.origin(storage)
         waited = origin in self.waiting.names and origin not in self.waiting.statuses
-        return origin != storage and waited and not self.tape.is_alive(origin)
+        return origin != storage and waited and (storage in self.waiting.parts or not self.tape.is_alive(origin))
 
     def finish(self, tensors: Iterable[Tensor]) -> None:
         """Turn recorded tensors whose values can be made by now into plain ones: these, and those kept elsewhere."""

@@ -52,17 +52,18 @@ def _is_view(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     return bool(func(args[0]))
 
 
-_COLLECTIVES = "torch.distributed.tensor._collective_utils"
+_ASKS_FOR_VALUES = frozenset({"mesh_scatter", "mesh_broadcast", "reset_sharded_param"})
 
 
 def _is_meta(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """``t.is_meta``, which ``distribute_tensor`` asks before it sends parts of a tensor to other ranks.
+    """``t.is_meta``, by which ``distribute_tensor`` and ``fully_shard`` ask whether a tensor has values.
 
-    There is nothing to send yet, and no need to: every rank has recorded the whole tensor, and takes its part of that.
+    There is nothing to send to other ranks yet, and no need to: every rank has recorded the whole tensor, and takes its
+    part of that. And a shard without values need not be padded again when a state dict was loaded.
     """
     asking = sys._getframe(4)
-    name = asking.f_code.co_name if asking.f_globals.get("__name__") == _COLLECTIVES else ""
-    if name not in ("mesh_scatter", "mesh_broadcast") or later.has_value(args[0]):
+    name = asking.f_code.co_name if str(asking.f_globals.get("__name__")).startswith("torch.distributed.") else ""
+    if name not in _ASKS_FOR_VALUES or later.has_value(args[0]):
         return bool(func(args[0]))
     if name == "mesh_scatter":
         given = asking.f_locals

@@ -36,6 +36,7 @@ class Waiting:
         self.refs: dict[int, TensorRef] = {}  # by storage: the tensor that waits
         self.statuses: dict[int, str] = {}  # what those are reported as that have got their values
         self.fix = THREE_WAYS
+        self.parts: set[int] = set()  # shards that are in the place of a whole tensor, which may be kept elsewhere
         self._origins: dict[int, int] = {}  # the storage that one has taken the place of
         self._written: dict[int, Tensor] = {}  # by storage: which elements were, of those that wait
 
@@ -52,6 +53,7 @@ class Waiting:
         self.refs.update(earlier.refs)
         self.statuses.update(earlier.statuses)
         self._origins.update(earlier._origins)
+        self.parts |= earlier.parts
         self._written.update(earlier._written)
 
     def begin(self, storage: int, model: str, name: str, ref: TensorRef | None = None) -> None:
@@ -67,6 +69,15 @@ class Waiting:
         if old in self.names and new not in self.names:
             self.names[new] = self.names[old]
             self._origins.setdefault(new, old)
+
+    def take_place(self, old: int, new: int, *, copied: bool = True) -> None:
+        """Note that storage ``new`` has a part of ``old`` in its place; it waits, too, if nothing was ``copied``."""
+        if old == new or old not in self.tape.waits:
+            return
+        self.rename(old, new)
+        self.parts.add(new)
+        if not copied:
+            self.begin(new, *self.names[old])
 
     def note_status(self, storage: int, status: str) -> None:
         """Note what a tensor is reported as, under the storage that it had at first."""

@@ -177,10 +177,15 @@ def _origin(place: _Place) -> tuple[TensorRef, Tape]:
         if whole is not None and whole.size == sharded.shape:
             if _box_in(tape, ref, whole) != region_of(sharded):
                 raise RecordingError(f"the shard of {place.name} was changed after the model was sharded. {_FIX}")
+            tape.later.waiting.take_place(whole.storage, found.storage)
             return whole, tape
     else:  # nothing was copied there
         for whole, tape in _by_place(place, place.tapes):
             if whole.size == sharded.shape:
+                with DisableTorchFunction():
+                    found = recorded(part)
+                if found is not None and found.memory is None:
+                    tape.later.waiting.take_place(whole.storage, found.storage, copied=False)
                 return whole, tape
     raise RecordingError(
         f"{place.name} is a DTensor whose local tensor of shape {tuple(part.shape)} is no part of a recorded parameter "
