@@ -24,7 +24,7 @@ from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.planning.tensors import named_modules, plain_name
 from fabric_init.recording.liveness import is_final
 from fabric_init.recording.op_schemas import only_copies, traits
-from fabric_init.recording.storage_tags import ref_of, tensor_on
+from fabric_init.recording.storage_tags import begin, ref_of, tensor_on
 from fabric_init.recording.tape import Op, Tape, TensorRef
 from fabric_init.recording.tensor import meta_of, recorded, recorded_tensor
 from fabric_init.sharding.dtensor import local, region_of
@@ -182,15 +182,24 @@ def _origin(place: _Place) -> tuple[TensorRef, Tape]:
     else:  # nothing was copied there
         for whole, tape in _by_place(place, place.tapes):
             if whole.size == sharded.shape:
-                with DisableTorchFunction():
-                    found = recorded(part)
-                if found is not None and found.memory is None:
-                    tape.later.waiting.take_place(whole.storage, found.storage, copied=False)
+                _let_empty_shard_wait(sharded, whole, tape)
                 return whole, tape
     raise RecordingError(
         f"{place.name} is a DTensor whose local tensor of shape {tuple(part.shape)} is no part of a recorded parameter "
         f"of shape {tuple(sharded.shape)}. {_FIX}"
     )
+
+
+def _let_empty_shard_wait(sharded: DTensor, whole: TensorRef, tape: Tape) -> None:
+    """Put a recorded tensor in the place of a shard without elements, which waits for as long as ``whole`` does."""
+    with DisableTorchFunction(), DisableTorchDispatch():
+        found = recorded(sharded._local_tensor)
+        if found is None or found.memory is not None or found.storage in tape.later.waiting.parts:
+            return
+        meta = torch.empty_like(meta_of(sharded._local_tensor))
+        storage = begin(meta, tape, found.device)
+        sharded._local_tensor = recorded_tensor(meta, found.device)
+    tape.later.waiting.take_place(whole.storage, storage, copied=False)
 
 
 _FIX = (
