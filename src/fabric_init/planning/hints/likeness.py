@@ -24,13 +24,13 @@ _SYNONYMS = {
         "up": "w3",
         "weight": "gamma kernel",
         "bias": "beta",
-        "norm": "ln layernorm rmsnorm",
-        "embed": "embedding embeddings emb wte",
+        "norm": "ln layernorm layer_norm rmsnorm rms_norm",
+        "embed": "embedding embeddings emb",
         "position": "pos positions wpe",
-        "token": "tok tokens word words",
+        "token": "tok tokens word words wte",
         "linear": "fc dense lin",
         "attention": "attn",
-        "mlp": "ff ffn",
+        "mlp": "ff ffn feedforward feed_forward",
         "layers": "layer block blocks h",
     }.items()
     for word in words.split()
@@ -60,6 +60,11 @@ _OTHER_HEADS = frozenset(
         "pooler",
     )
 )
+_KINDS = frozenset(
+    "norm linear conv embed layers net model mlp head classifier score lm cls o weight bias".split()
+)
+"""Words for kinds of modules, which unrelated ones have in common."""
+_FILLERS = frozenset(("proj", "projection", "to", "module"))
 _PAIRS = 8  # of one rename that are looked at: its other pairs are of other layers
 
 
@@ -99,11 +104,36 @@ def means_another(key: str, name: str) -> bool:
     return not _LM_HEADS.isdisjoint(of_key) and not _OTHER_HEADS.isdisjoint(of_name)
 
 
+def related(key: str, name: str) -> bool:
+    """Return whether the words of a key and a tensor's name say that one stands for the other.
+
+    That is so where they differ by parts that were added, by numbers, by synonyms, or share a word for more than a kind
+    of module.
+    """
+    ours, theirs = key.split("."), name.split(".")
+    head, tail = _common(ours, theirs)
+    old, new = ours[len(head) : len(ours) - len(tail)], theirs[len(head) : len(theirs) - len(tail)]
+    if not old or not new:
+        return not any(word.isdigit() for word in words_of((*old, *new)))
+    words, others = set(words_of(old)), set(words_of(new))
+    telling, telling_too = words - _FILLERS, others - _FILLERS
+    if words == others or (telling and telling == telling_too) or _without_numbers(old) == _without_numbers(new):
+        return True
+    common = (words & others - _FILLERS) | set(words_of(tail[:-1]))
+    return any(not word.isdigit() for word in common - _KINDS)
+
+
+def _without_numbers(run: Iterable[str]) -> str:
+    return re.sub(r"\d+", "{}", ".".join(run))
+
+
 class Rivals(NamedTuple):
     """Keys and tensors of which it cannot be said which belong together."""
 
     keys: tuple[str, ...]
     names: tuple[str, ...]
+    matches: int = 1
+    """How many tensors are in doubt, those of other layers included."""
 
 
 def rivals(
@@ -121,7 +151,7 @@ def rivals(
     for key, name in pairs[::step][:_PAIRS]:
         found = _rivals_of(key, name, keys, names, assigned)
         if found is not None:
-            return found
+            return found._replace(matches=len(pairs))
     return None
 
 
