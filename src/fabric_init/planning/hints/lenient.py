@@ -142,7 +142,9 @@ def _as_many(
     as_many = sum(missing[name].numel() for name in ours) == sum(offered[key].numel() for key in theirs) > 0
     if as_many and len(ours) == len(theirs) <= _FEW:
         return any(related(key, name) for key in theirs for name in ours)
-    return as_many or len(ours) > _FEW and Counter(missing[name] for name in ours) <= Counter(offered[key] for key in theirs)
+    return as_many or (
+        len(ours) > _FEW and Counter(missing[name] for name in ours) <= Counter(offered[key] for key in theirs)
+    )
 
 
 def _by_module(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:

@@ -61,10 +61,25 @@ _OTHER_HEADS = frozenset(
     )
 )
 _KINDS = frozenset(
-    "norm linear conv embed layers net model mlp head classifier score lm cls o weight bias".split()
+    (
+        "norm",
+        "linear",
+        "conv",
+        "embed",
+        "layers",
+        "mlp",
+        "head",
+        "classifier",
+        "score",
+        "lm",
+        "cls",
+        "o",
+        "weight",
+        "bias",
+    )
 )
 """Words for kinds of modules, which unrelated ones have in common."""
-_FILLERS = frozenset(("proj", "projection", "to", "module"))
+_FILLERS = frozenset(("proj", "projection", "to", "module", "model", "net"))
 _PAIRS = 8  # of one rename that are looked at: its other pairs are of other layers
 
 
@@ -114,13 +129,13 @@ def related(key: str, name: str) -> bool:
     head, tail = _common(ours, theirs)
     old, new = ours[len(head) : len(ours) - len(tail)], theirs[len(head) : len(theirs) - len(tail)]
     if not old or not new:
-        return not any(word.isdigit() for word in words_of((*old, *new)))
+        return not any(part.isdecimal() for part in (*old, *new))
     words, others = set(words_of(old)), set(words_of(new))
     telling, telling_too = words - _FILLERS, others - _FILLERS
     if words == others or (telling and telling == telling_too) or _without_numbers(old) == _without_numbers(new):
         return True
-    common = (words & others - _FILLERS) | set(words_of(tail[:-1]))
-    return any(not word.isdigit() for word in common - _KINDS)
+    common = (words & others) | set(words_of(tail[:-1]))
+    return any(not word.isdigit() for word in common - _KINDS - _FILLERS)
 
 
 def _without_numbers(run: Iterable[str]) -> str:
@@ -180,9 +195,27 @@ def _rivals_of(key: str, name: str, keys: _Shapes, names: _Shapes, assigned: Map
             middle = _middle(other, head, tail)
             if middle is not None and likeness(middle, new) >= ours:
                 other_keys.append(other)
+    other_keys += [
+        other for other in keys if other not in taken and keys[other] == names[name] and _as_near(other, key, name)
+    ]
+    other_names += [
+        other for other in names if other not in assigned and names[other] == names[name] and _as_near(other, name, key)
+    ]
     if not other_keys and not other_names:
         return None
     return Rivals((key, *dict.fromkeys(other_keys)), (name, *other_names))
+
+
+def _as_near(other: str, one: str, wanted: str) -> bool:
+    """Return whether ``other`` is a second copy of ``one``: it has as much in common with what it is wanted for."""
+    if other == one or re.findall(r"\d+", other) != re.findall(r"\d+", wanted):
+        return False
+    parts, aim = other.split("."), wanted.split(".")
+    head, tail = _common(parts, aim)
+    pair_head, pair_tail = _common(one.split("."), aim)
+    if (head, tail) == (pair_head, pair_tail):
+        return False  # what is between them tells
+    return len(tail) == len(parts) > 1 or len(head) + len(tail) >= len(pair_head) + len(pair_tail)
 
 
 def _common(ours: list[str], theirs: list[str]) -> tuple[list[str], list[str]]:

@@ -1,4 +1,4 @@
-"""Numbered parts of names (layers, experts, ``fc1``): which numbers model and checkpoint share, and which one has alone.
+"""Numbered parts of names (layers, experts, ``fc1``): which numbers both sides have, and which one has alone.
 
 A layer that only one side has was added or dropped: nothing stands for it. Where each side has one that the other has
 not, numbers may have been shifted.
@@ -64,7 +64,7 @@ class Numbering:
         return any(number in self._dropped.get(place, ()) for place, number in _levels(key))
 
     def shifted(self, missing: _Shapes, offered: _Shapes) -> Iterator[Rivals]:
-        """Yield missing tensors, and keys of their shapes, that differ in the number of a layer the other side lacks."""
+        """Yield missing tensors, and keys of their shapes, that differ in the number of a layer only one side has."""
         found: defaultdict[str, tuple[dict[str, None], dict[str, None]]] = defaultdict(lambda: ({}, {}))
         for name, shape in missing.items():
             for (place, number), match in zip(_levels(name), _NUMBER.finditer(name), strict=False):
@@ -78,7 +78,7 @@ class Numbering:
             yield Rivals((*keys,), (*names,), len(names))
 
     def _in_order(self, of_key: _Level, of_name: _Level) -> bool:
-        """Return whether a number becomes another as it would if all of a list kept their order, and shared ones stay."""
+        """Return whether a number becomes another as in a list of which all keep their order, and shared ones stay."""
         pair = of_key[0], of_name[0]
         order = self._orders.get(pair)
         if order is None:

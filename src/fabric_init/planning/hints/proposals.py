@@ -91,7 +91,9 @@ def tried(matching: Matching, change: Change) -> Matching | None:
     if not fitting(found) > fitting(matching):
         return None
     sources = _sources(found)
-    kept = all(keys <= sources[name][0] and made == sources[name][1] for name, (keys, made) in _sources(matching).items())
+    kept = all(
+        keys <= sources[name][0] and made == sources[name][1] for name, (keys, made) in _sources(matching).items()
+    )
     return found if kept else None
 
 
@@ -109,7 +111,7 @@ def proposals(matching: Matching, reader: CheckpointReader) -> Proposals:
     before = fitting(matching)
     matched = [matching.names[key] for key in matching.taken if key in matching.names]
     found = judged(likely_renames(missing, offered, matched), missing, offered)
-    kept, renames, now = _that_hold(found.clear, matching, missing)
+    kept, renames, now, refused = _that_hold(found.clear, matching, missing)
     likely = [_after_own(str(suggestion), "rename", matching) for suggestion in kept]
     fit = fitting(now)
     wanting = {name: shape for name, shape in missing.items() if name not in fit}
@@ -127,7 +129,7 @@ def proposals(matching: Matching, reader: CheckpointReader) -> Proposals:
             conversions, now = (*conversions, *candidate.conversions), better
     shifted = numbering_of(now).shifted(wanting, left)
     return Proposals(
-        tuple(likely), tuple(merged((*found.ambiguous, *shifted))), found.by_shape, fitting(now) - before
+        tuple(likely), tuple(merged((*found.ambiguous, *shifted, *refused))), found.by_shape, fitting(now) - before
     )
 
 
@@ -138,14 +140,22 @@ def numbering_of(matching: Matching) -> Numbering:
 
 def _that_hold(
     suggestions: Sequence[Suggestion], matching: Matching, missing: _Shapes
-) -> tuple[list[Suggestion], tuple[object, ...], Matching]:
-    """Return the suggestions that load more, as they are or limited to what needs them; and what they make together."""
+) -> tuple[list[Suggestion], tuple[object, ...], Matching, list[Rivals]]:
+    """Return the suggestions that load more, as they are or limited to what needs them, and what they make together.
+
+    Also what those are about that would break another match, or are of a second copy of what is matched.
+    """
     kept: list[Suggestion] = []
+    refused: list[Rivals] = []
     rules: list[object] = []
     now = matching
     for suggestion in suggestions:
         keys = [now.names[key] for key in now.unexpected]
-        for rule in (suggestion, *_narrowed(suggestion, keys, missing)):
+        pattern = re.compile(suggestion.pattern)
+        renamed = {key: pattern.sub(suggestion.replacement, key) for key in keys}
+        there = {now.names[key] for key in now.taken if key in now.names}
+        second_copy = not there.isdisjoint(renamed.values())
+        for rule in () if second_copy else (suggestion, *_narrowed(suggestion, keys, missing)):
             found = tried(matching, Change((*rules, {rule.pattern: rule.replacement})))
             if found is not None and fitting(found) > fitting(now):
                 gain = len(fitting(found)) - len(fitting(now))
@@ -153,7 +163,11 @@ def _that_hold(
                 rules.append({rule.pattern: rule.replacement})
                 now = found
                 break
-    return kept, tuple(rules), now
+        else:
+            pairs = [(key, name) for key, name in renamed.items() if name in missing and name not in there]
+            if pairs:
+                refused.append(Rivals(tuple(key for key, _ in pairs), tuple(name for _, name in pairs), len(pairs)))
+    return kept, tuple(rules), now, refused
 
 
 def _sources(matching: Matching) -> dict[str, tuple[frozenset[str], str]]:
