@@ -168,8 +168,8 @@ def test_the_strict_message_does_not_advise_what_would_be_refused() -> None:
 
 
 def test_lists_are_cut_with_a_count() -> None:
-    model = BODY | {f"new.{i}.weight": (3, 3) for i in range(30)}
-    said = refusal(model, BODY | {f"old.{i}.weight": (3, 3) for i in range(30)})
+    model = BODY | {f"gate.{i}.weight": (3, 3) for i in range(30)}
+    said = refusal(model, BODY | {f"w1.{i}.weight": (3, 3) for i in range(30)})
     assert "Missing (30):" in said
     assert said.count("… and 10 more") == 2
 

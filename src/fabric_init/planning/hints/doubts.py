@@ -35,7 +35,6 @@ def judged(suggestions: Sequence[Suggestion], missing: _Shapes, offered: _Shapes
     assigned = {name: key for key, name in stages[-1].items() if missing.get(name) == offered[key]}
     clear: list[tuple[Suggestion, set[str]]] = []
     unclear: list[Rivals] = []
-    by_shape: list[Rivals] = []
     met: set[str] = set()
     for suggestion, names, renamed in zip(suggestions, stages, stages[1:], strict=False):
         new = [key for key, name in renamed.items() if missing.get(name) == offered[key] and name not in met]
@@ -46,14 +45,14 @@ def judged(suggestions: Sequence[Suggestion], missing: _Shapes, offered: _Shapes
         if not pairs or all(means_another(key, name) for key, name in pairs):
             continue
         found = rivals(pairs, here, wanted, {name: names[key] for name, key in assigned.items()})
-        if found is None and (len(pairs) > _FEW or any(related(key, name) for key, name in pairs)):
+        kinds = {re.sub(r"\d+", "{}", name) for _, name in pairs}
+        if found is None and (len(kinds) > _FEW or any(related(key, name) for key, name in pairs)):
             clear.append((suggestion, {name for _, name in pairs}))
-        elif found is None:
-            by_shape.append(Rivals(tuple(key for key, _ in pairs), tuple(name for _, name in pairs), len(pairs)))
         else:
-            unclear.append(found)
+            alike = Rivals(tuple(key for key, _ in pairs), tuple(name for _, name in pairs), len(pairs))
+            unclear.append(found or alike)
     ambiguous = [found for found in merged(unclear) if not _by_chance(found)]
-    by_shape += [found for found in merged(unclear) if _by_chance(found)]
+    by_shape = [found for found in merged(unclear) if _by_chance(found)]
     doubtful = {name for found in unclear for name in found.names}
     return Judged(
         tuple(suggestion for suggestion, its in clear if doubtful.isdisjoint(its)),

@@ -130,16 +130,17 @@ def related(key: str, name: str) -> bool:
     old, new = ours[len(head) : len(ours) - len(tail)], theirs[len(head) : len(theirs) - len(tail)]
     if not old or not new:
         return not any(part.isdecimal() for part in (*old, *new))
-    words, others = set(words_of(old)), set(words_of(new))
-    telling, telling_too = words - _FILLERS, others - _FILLERS
-    if words == others or (telling and telling == telling_too) or _without_numbers(old) == _without_numbers(new):
+    words, others = _without_numbers(old), _without_numbers(new)
+    if words == others or (words - _FILLERS and words - _FILLERS == others - _FILLERS):
         return True
+    if 1 in (len(old), len(new)) and _without_numbers(old[-1:]) == _without_numbers(new[-1:]):
+        return not any(part.isdecimal() for part in (*old, *new))
     common = (words & others) | set(words_of(tail[:-1]))
-    return any(not word.isdigit() for word in common - _KINDS - _FILLERS)
+    return not common - {word for word in common if word.isdigit()} <= _KINDS | _FILLERS
 
 
-def _without_numbers(run: Iterable[str]) -> str:
-    return re.sub(r"\d+", "{}", ".".join(run))
+def _without_numbers(run: Iterable[str]) -> set[str]:
+    return {word for word in words_of(run) if not word.isdigit()}
 
 
 class Rivals(NamedTuple):

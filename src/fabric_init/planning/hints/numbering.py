@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from fabric_init.planning.hints.likeness import Rivals
+from fabric_init.planning.hints.likeness import Rivals, words_of
 
 _Shapes = Mapping[str, torch.Size]
 _Level = tuple[str, int]
@@ -88,6 +88,8 @@ class Numbering:
             if any(order.get(number) != number for number in shared):
                 order = {}
             self._orders[pair] = order
+        if not order and pair[0] != pair[1]:  # one list in another spelling, of which the model has more
+            return words_of(pair[0].split(".")) == words_of(pair[1].split("."))
         return order.get(of_key[1]) == of_name[1]
 
 
