@@ -51,6 +51,7 @@ SLOW = {
     "idioms/test_peft_tuners.py": "builds a model with each tuner of peft, and starts ranks",
     "load_code/test_on_ranks.py": "starts ranks",
     "load_code/test_random_trees.py": "hundreds of models",
+    "mangled/test_mangled.py": "dozens of models, each loaded several times",
     "meta/test_docs.py": "runs the documentation and the examples",
     "meta/test_leaks.py": "a pytest of its own",
     "meta/test_lint.py": "mypy",
@@ -122,6 +123,6 @@ def nothing_leaks() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--whole", action="store_true", help="fidelity, checkpoints_hf, peft: all, not only the sample")
+    parser.addoption("--whole", action="store_true", help="all of a sweep, not only the sample")
     parser.addoption("--examples", type=int, default=100, help="fuzz tests: damaged checkpoints of each format")
     parser.addoption("--example", type=int, help="fuzz tests: the number of the only one to run")

@@ -131,8 +131,8 @@ def _misfits_message(matching: Matching, reader: CheckpointReader) -> str:
         listed([misfit.problem for misfit in matching.misfits]),
     ]
     if transpose is not None:
-        lines.append(f"Likely: {transpose[0]}")
-    if transpose is None or not transpose[1]:
+        lines.append(transpose.line())
+    if transpose is None or not transpose.whole:
         lines.append(f"Build the model from the checkpoint's own config{_reinit_instead(matching, reader)}.")
     return "\n".join(lines)
 
@@ -161,7 +161,7 @@ def _keys_message(matching: Matching, reader: CheckpointReader) -> str:
     parts = [] if found.likely else _parts(matching)
     if parts:
         lines.append(f"Loaded in part ({len(parts)}):\n" + listed(parts))
-    lines += found.lines()
+    lines += [*found.lines(), *found.notes()]
     if found.likely:
         return "\n".join(lines)
     if not matching.loadable and not found.ambiguous:

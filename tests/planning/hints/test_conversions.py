@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fabric_init.checkpoints import Transpose
-from fabric_init.planning.hints.conversions import likely_conversions, likely_transposes
+from fabric_init.planning.hints.conversions import likely_conversions, transposing
 
 Shapes = dict[str, torch.Size]
 
@@ -67,8 +67,7 @@ def test_nothing_is_proposed_on_a_guess(joined: Shapes) -> None:
     assert likely_conversions(APART, joined) == []
 
 
-def test_transposed_weights_are_seen_by_their_shapes() -> None:
-    shape = torch.Size((4, 12))
-    turned = {f"h.{i}.attn.c_attn.weight": (torch.Size((12, 4)), shape) for i in range(3)}
-    assert likely_transposes(turned) == Transpose(["c_attn.weight"])
-    assert likely_transposes({"a": (shape, shape), "b": (torch.Size((2, 3)), shape)}) is None
+def test_keys_to_transpose_go_by_their_ends_unless_others_end_so_too() -> None:
+    keys = [f"h.{i}.attn.c_attn.weight" for i in range(3)]
+    assert transposing(keys, keys) == Transpose(["c_attn.weight"])
+    assert transposing(keys[:2], keys) == Transpose(keys[:2])

@@ -42,8 +42,33 @@ def refusal(model: Shapes, checkpoint: Shapes) -> str:
             {"lm_head.dense.weight": (8, 8), "lm_head.dense.bias": (8,), "lm_head.bias": (100,)},
         ),
         ({}, {"old.weight": (8, 8)}),
+        ({"body.fc_norm.weight": (8,), "body.fc_norm.bias": (8,)}, {"body.norm.weight": (8,), "body.norm.bias": (8,)}),
+        ({"classifier.weight": (2, 8), "classifier.bias": (2,)}, {"score.weight": (2, 8), "score.bias": (2,)}),
+        ({"body.new.weight": (8, 8)}, {"body.old.weight": (8, 8)}),
+        ({"classifier.weight": (9, 8), "classifier.bias": (9,)}, {"decoder.weight": (9, 8), "decoder.bias": (9,)}),
+        ({"body.final.weight": (8, 8)}, {f"body.layers.{i}.{n}.weight": (8, 8) for i in (2, 3) for n in "ab"}),
+        ({f"body.layers.2.{n}.weight": (8, 8) for n in "ab"}, {"body.x.weight": (8, 8), "body.y.bias": (8,)}),
+        (
+            {f"body.layers.2.{n}.weight": (8, 8) for n in "ab"},
+            {f"decoder.layers.{i}.{n}.weight": (8, 8) for i in range(2) for n in "ab"},
+        ),
     ],
-    ids=["a new head", "adapters", "buffers", "statistics", "DistilBERT", "RoBERTa", "nothing missing"],
+    ids=[
+        "a new head",
+        "adapters",
+        "buffers",
+        "statistics",
+        "DistilBERT",
+        "RoBERTa",
+        "nothing missing",
+        "ViT-MAE",
+        "a head of the old one's shape",
+        "a layer of a shape that another had",
+        "a decoder and a classifier",
+        "dropped layers",
+        "new layers",
+        "new layers, and a decoder that is dropped",
+    ],
 )
 def test_the_ordinary_uses_go_through(missing: Shapes, unexpected: Shapes) -> None:
     actions = lenient(BODY | missing, BODY | unexpected)
@@ -51,19 +76,19 @@ def test_the_ordinary_uses_go_through(missing: Shapes, unexpected: Shapes) -> No
 
 
 def test_a_likely_rename_is_an_error_with_both_ways_on() -> None:
-    model = BODY | {"classifier.weight": (2, 8), "classifier.bias": (2,)}
-    checkpoint = BODY | {"score.weight": (2, 8), "score.bias": (2,)}
+    model = BODY | {"vision_tower.weight": (2, 8), "vision_tower.bias": (2,)}
+    checkpoint = BODY | {"vision_model.weight": (2, 8), "vision_model.bias": (2,)}
     said = refusal(model, checkpoint)
     assert said.startswith("folder/model.safetensors: strict=False would give 2 tensors new values, but the checkpoint")
-    assert r'Likely: rename={r"^score\.": "classifier."} would match all 2 missing keys' in said
-    assert 'reinit=["classifier.*"]' in said
-    assert "Missing (2):\n  classifier.weight" in said
-    assert "Not in the model (2):\n  score.weight" in said
-    assert set(lenient(model, checkpoint, rename={r"^score\.": "classifier."}).values()) == {Action.LOAD}
-    assert lenient(model, checkpoint, reinit=["classifier.*"])["classifier.bias"] is Action.INIT
+    assert r'Likely: rename={r"^vision_model\.": "vision_tower."} would match all 2 missing keys' in said
+    assert 'reinit=["vision_tower.*"]' in said
+    assert "Missing (2):\n  vision_tower.weight" in said
+    assert "Not in the model (2):\n  vision_model.weight" in said
+    assert set(lenient(model, checkpoint, rename={r"^vision_model\.": "vision_tower."}).values()) == {Action.LOAD}
+    assert lenient(model, checkpoint, reinit=["vision_tower.*"])["vision_tower.bias"] is Action.INIT
     drop = re.search(r"rename=(lambda key: .*)\.$", said, re.MULTILINE)
     assert drop is not None
-    assert lenient(model, checkpoint, rename=eval(drop[1]))["classifier.bias"] is Action.INIT
+    assert lenient(model, checkpoint, rename=eval(drop[1]))["vision_tower.bias"] is Action.INIT
 
 
 def test_a_prefix_on_a_part_is_an_error() -> None:
@@ -82,11 +107,43 @@ def test_q_k_and_v_apart_in_the_file_are_an_error_with_the_conversion() -> None:
 
 def test_an_unclear_assignment_is_an_error_without_a_proposal() -> None:
     said = refusal(
-        BODY | {f"x.{n}.weight": (4, 4) for n in ("red", "blue")}, BODY | {f"x.{n}.weight": (4, 4) for n in "yz"}
+        BODY | {f"x.{n}.weight": (4, 4) for n in ("red", "blue", "green")},
+        BODY | {f"x.{n}.weight": (4, 4) for n in "uvw"},
     )
     assert "Ambiguous" in said
     assert "Likely" not in said
     assert 'reinit=["x.*"]' in said
+
+
+@pytest.mark.parametrize(
+    ("missing", "unexpected"),
+    [
+        ("encoder.q_proj.weight", "encoder.to_q.weight"),
+        ("encoder.norm.weight", "encoder.layer_norm.weight"),
+        ("encoder.probe.weight", "probe.weight"),
+        ("probe.weight", "encoder.probe.weight"),
+        ("encoder.probe.weight", "encoder.probe.base_layer.weight"),
+        ("encoder.0.weight", "encoder.1.weight"),
+        ("vision_tower.weight", "vision_model.weight"),
+    ],
+)
+def test_one_tensor_is_enough_where_the_names_are_related(missing: str, unexpected: str) -> None:
+    assert "Likely: rename=" in refusal(BODY | {missing: (4, 4)}, BODY | {unexpected: (4, 4)})
+
+
+def test_three_tensors_are_enough_whatever_their_names() -> None:
+    missing: Shapes = {f"encoder.{n}.weight": (4, 4) for n in "abc"}
+    assert "Likely: rename=" in refusal(
+        BODY | missing, BODY | {name.replace("encoder", "tower"): shape for name, shape in missing.items()}
+    )
+
+
+def test_layers_whose_numbers_may_be_shifted_are_an_error_without_a_proposal() -> None:
+    model: Shapes = {f"layers.{i}.{n}.weight": (8, 8) for i in range(4) for n in "ab"}
+    checkpoint: Shapes = {f"layers.{i}.{n}.weight": (8, 8) for i in range(1, 5) for n in "ab"}
+    said = refusal(model, checkpoint)
+    assert "Ambiguous" in said
+    assert "Likely" not in said
 
 
 def test_as_many_elements_in_the_same_modules_are_an_error_though_nothing_can_be_proposed() -> None:
@@ -111,8 +168,8 @@ def test_the_strict_message_does_not_advise_what_would_be_refused() -> None:
 
 
 def test_lists_are_cut_with_a_count() -> None:
-    model = BODY | {f"new.{i}.weight": (3, 3) for i in range(30)}
-    said = refusal(model, BODY | {f"old.{i}.weight": (3, 3) for i in range(30)})
+    model = BODY | {f"gate.{i}.weight": (3, 3) for i in range(30)}
+    said = refusal(model, BODY | {f"w1.{i}.weight": (3, 3) for i in range(30)})
     assert "Missing (30):" in said
     assert said.count("… and 10 more") == 2
 

@@ -62,11 +62,11 @@ def test_a_rename_that_nothing_can_limit_is_not_proposed() -> None:
 
 
 def test_a_proposal_counts_what_it_brings_beside_the_users_own_rename() -> None:
-    model: Shapes = {"a.weight": (2, 2), "b.weight": (3, 3)}
-    checkpoint: Shapes = {"net.a.weight": (2, 2), "net.c.weight": (3, 3)}
+    model: Shapes = {"a.weight": (2, 2), "gate.weight": (3, 3)}
+    checkpoint: Shapes = {"net.a.weight": (2, 2), "net.w1.weight": (3, 3)}
     said = message(model, checkpoint, rename={r"^net\.": ""})
-    assert r'rename={r"^c\.": "b."} would match all 1 missing key (after your own: rename=[yours, …])' in said
-    assert plan_of(tree(model), Header(checkpoint), rename=[{r"^net\.": ""}, {r"^c\.": "b."}]).unexpected == ()
+    assert r'rename={r"^w1\.": "gate."} would match all 1 missing key (after your own: rename=[yours, …])' in said
+    assert plan_of(tree(model), Header(checkpoint), rename=[{r"^net\.": ""}, {r"^w1\.": "gate."}]).unexpected == ()
 
 
 @pytest.mark.parametrize(
@@ -174,10 +174,30 @@ def test_a_transpose_is_proposed_for_shapes_and_not_for_dtypes() -> None:
     with pytest.raises(CheckpointMismatchError) as caught:
         plan_of(tree(model), Header(model, int8))
     assert "Transpose" not in str(caught.value)
-    said = message(model, {"a.weight": (4, 4), "b.weight": (3, 2)})
-    assert "Likely: convert=[Transpose(['a.weight', 'b.weight'])]" in said
+    del model["a.weight"]
+    said = message(model, {"b.weight": (3, 2)})
+    assert "Likely: convert=[Transpose(['b.weight'])]" in said
     assert "reinit" not in said, "the conversion keeps the values"
-    assert not follow(model, {"a.weight": (4, 4), "b.weight": (3, 2)}, said)
+    assert not follow(model, {"b.weight": (3, 2)}, said)
+
+
+def test_square_tensors_leave_it_open_what_is_transposed() -> None:
+    said = message({"a.weight": (4, 4), "b.weight": (2, 3)}, {"a.weight": (4, 4), "b.weight": (3, 2)})
+    assert "Likely" not in said
+    assert "Ambiguous: convert=[Transpose(['b.weight'])] makes them fit" in said
+    assert "with all of them it is convert=[Transpose(['b.weight', 'a.weight'])]" in said
+
+
+def test_a_transpose_leaves_alone_what_fits() -> None:
+    model: Shapes = {"a.proj.weight": (4, 3, 5, 5), "b.proj.weight": (2, 3)}
+    said = message(model, model | {"b.proj.weight": (3, 2)})
+    assert "Likely: convert=[Transpose(['b.proj.weight'])]" in said
+
+
+def test_what_agrees_in_shape_alone_is_named_and_not_proposed() -> None:
+    said = message({"a.weight": (2, 2), "b.weight": (3, 3)}, {"a.weight": (2, 2), "c.weight": (3, 3)})
+    assert "Likely" not in said
+    assert "Alike in shape alone: c.weight in the checkpoint, b.weight in the model." in said
 
 
 def test_a_transpose_that_mends_some_leaves_the_way_out_for_the_rest() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import permutations
 from typing import NamedTuple
 
@@ -70,14 +70,13 @@ def candidates(missing: _Shapes, unexpected: _Shapes, key_of: Mapping[str, str] 
     return [Candidate(made[text], makes, parts == 3) for (text, parts), makes in counts.most_common(_MOST)]
 
 
-def likely_transposes(mismatched: Mapping[str, tuple[torch.Size, torch.Size]]) -> Conversion | None:
-    """Return the conversion for keys whose shape in the checkpoint is the model's transposed; ``None`` for none."""
-    turned = {
-        _tail(key): None
-        for key, (model, file) in mismatched.items()
-        if len(file) == 2 and tuple(model) == (*file[::-1],)
-    }
-    return Transpose(list(turned)) if turned else None
+def transposing(keys: Collection[str], there: Iterable[str]) -> Transpose:
+    """Return the conversion of ``keys``, by their ends where no other key that is ``there`` ends so."""
+    others: Counter[str] = Counter(map(_tail, there))
+    own: defaultdict[str, list[str]] = defaultdict(list)
+    for key in keys:
+        own[_tail(key)].append(key)
+    return Transpose([name for tail, its in own.items() for name in ([tail] if len(its) == others[tail] else its)])
 
 
 def _tail(name: str, parts: int = 2) -> str:

@@ -12,8 +12,8 @@ import torch
 
 from fabric_init._text import counted, joined, listed
 from fabric_init.checkpoints import CheckpointReader
-from fabric_init.planning.hints.likeness import means_another
-from fabric_init.planning.hints.proposals import Proposals, fitting, proposals
+from fabric_init.planning.hints.likeness import means_another, related
+from fabric_init.planning.hints.proposals import Proposals, fitting, numbering_of, proposals
 from fabric_init.planning.matching import Matching
 from fabric_init.planning.plan import Action, PlanEntry
 
@@ -29,6 +29,7 @@ _IGNORED = frozenset(
     )
 )
 """Last parts of keys that checkpoints hold and models do without; only a tensor of the same name can be meant."""
+_FEW = 2
 _MOST_GLOBS = 6
 
 
@@ -102,15 +103,19 @@ def _once_for_all_layers(texts: Iterable[str]) -> list[str]:
 
 
 def _left_over(matching: Matching, reader: CheckpointReader) -> tuple[list[str], list[str]] | None:
-    """Return missing tensors and keys in the same modules that are as many elements, or of the same shapes."""
-    missing = {slot.name: slot.shape for slot in matching.missing}
+    """Return missing tensors and keys in the same modules which seem to be the same values, cut in another way.
+
+    Layers that only the model or only the checkpoint has are left out.
+    """
+    numbering = numbering_of(matching)
+    missing = {slot.name: slot.shape for slot in matching.missing if not numbering.new(slot.name)}
     leaves = {name.rpartition(".")[2] for name in missing}
     offered: dict[str, torch.Size] = {}
     key_of: dict[str, str] = {}
     for key in matching.unexpected:
         name = matching.names[key]
         leaf = name.rpartition(".")[2]
-        if key not in reader.extra_state and (leaf in leaves or leaf not in _IGNORED):
+        if key not in reader.extra_state and (leaf in leaves or leaf not in _IGNORED) and not numbering.dropped(name):
             offered[name], key_of[name] = reader.spec(key).shape, key
     wanted, there = _by_module(missing), _by_module(offered)
     names: dict[str, None] = {}
@@ -130,16 +135,25 @@ def _left_over(matching: Matching, reader: CheckpointReader) -> tuple[list[str],
 def _as_many(
     ours: Sequence[str], missing: Mapping[str, torch.Size], theirs: Sequence[str], offered: Mapping[str, torch.Size]
 ) -> bool:
-    if sum(missing[name].numel() for name in ours) == sum(offered[key].numel() for key in theirs) > 0:
-        return True
-    return Counter(missing[name] for name in ours) <= Counter(offered[key] for key in theirs)
+    """Return whether keys are as many elements as tensors, or of the shapes of three or more.
+
+    One or two tensors for as many keys need names that are related, too.
+    """
+    as_many = sum(missing[name].numel() for name in ours) == sum(offered[key].numel() for key in theirs) > 0
+    if as_many and len(ours) == len(theirs) <= _FEW:
+        return any(related(key, name) for key in theirs for name in ours)
+    return as_many or (
+        len(ours) > _FEW and Counter(missing[name] for name in ours) <= Counter(offered[key] for key in theirs)
+    )
 
 
-def _by_module(names: Iterable[str]) -> dict[str, list[str]]:
-    modules: defaultdict[str, list[str]] = defaultdict(list)
+def _by_module(names: Iterable[str]) -> dict[tuple[str, str], list[str]]:
+    """Return names by the modules that they are in, all of each, and those of one last part."""
+    modules: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for name in names:
         for module in _above(name):
-            modules[module].append(name)
+            modules[module, ""].append(name)
+            modules[module, name.rpartition(".")[2]].append(name)
     return modules
 
 

@@ -24,13 +24,13 @@ _SYNONYMS = {
         "up": "w3",
         "weight": "gamma kernel",
         "bias": "beta",
-        "norm": "ln layernorm rmsnorm",
-        "embed": "embedding embeddings emb wte",
+        "norm": "ln layernorm layer_norm rmsnorm rms_norm",
+        "embed": "embedding embeddings emb",
         "position": "pos positions wpe",
-        "token": "tok tokens word words",
+        "token": "tok tokens word words wte",
         "linear": "fc dense lin",
         "attention": "attn",
-        "mlp": "ff ffn",
+        "mlp": "ff ffn feedforward feed_forward",
         "layers": "layer block blocks h",
     }.items()
     for word in words.split()
@@ -60,6 +60,26 @@ _OTHER_HEADS = frozenset(
         "pooler",
     )
 )
+_KINDS = frozenset(
+    (
+        "norm",
+        "linear",
+        "conv",
+        "embed",
+        "layers",
+        "mlp",
+        "head",
+        "classifier",
+        "score",
+        "lm",
+        "cls",
+        "o",
+        "weight",
+        "bias",
+    )
+)
+"""Words for kinds of modules, which unrelated ones have in common."""
+_FILLERS = frozenset(("proj", "projection", "to", "module", "model", "net"))
 _PAIRS = 8  # of one rename that are looked at: its other pairs are of other layers
 
 
@@ -99,11 +119,37 @@ def means_another(key: str, name: str) -> bool:
     return not _LM_HEADS.isdisjoint(of_key) and not _OTHER_HEADS.isdisjoint(of_name)
 
 
+def related(key: str, name: str) -> bool:
+    """Return whether the words of a key and a tensor's name say that one stands for the other.
+
+    That is so where they differ by parts that were added, by numbers, by synonyms, or share a word for more than a kind
+    of module.
+    """
+    ours, theirs = key.split("."), name.split(".")
+    head, tail = _common(ours, theirs)
+    old, new = ours[len(head) : len(ours) - len(tail)], theirs[len(head) : len(theirs) - len(tail)]
+    if not old or not new:
+        return not any(part.isdecimal() for part in (*old, *new))
+    words, others = _without_numbers(old), _without_numbers(new)
+    if words == others or (words - _FILLERS and words - _FILLERS == others - _FILLERS):
+        return True
+    if 1 in (len(old), len(new)) and _without_numbers(old[-1:]) == _without_numbers(new[-1:]):
+        return not any(part.isdecimal() for part in (*old, *new))
+    common = (words & others) | set(words_of(tail[:-1]))
+    return not common - {word for word in common if word.isdigit()} <= _KINDS | _FILLERS
+
+
+def _without_numbers(run: Iterable[str]) -> set[str]:
+    return {word for word in words_of(run) if not word.isdigit()}
+
+
 class Rivals(NamedTuple):
     """Keys and tensors of which it cannot be said which belong together."""
 
     keys: tuple[str, ...]
     names: tuple[str, ...]
+    matches: int = 1
+    """How many tensors are in doubt, those of other layers included."""
 
 
 def rivals(
@@ -121,7 +167,7 @@ def rivals(
     for key, name in pairs[::step][:_PAIRS]:
         found = _rivals_of(key, name, keys, names, assigned)
         if found is not None:
-            return found
+            return found._replace(matches=len(pairs))
     return None
 
 
@@ -150,9 +196,27 @@ def _rivals_of(key: str, name: str, keys: _Shapes, names: _Shapes, assigned: Map
             middle = _middle(other, head, tail)
             if middle is not None and likeness(middle, new) >= ours:
                 other_keys.append(other)
+    other_keys += [
+        other for other in keys if other not in taken and keys[other] == names[name] and _as_near(other, key, name)
+    ]
+    other_names += [
+        other for other in names if other not in assigned and names[other] == names[name] and _as_near(other, name, key)
+    ]
     if not other_keys and not other_names:
         return None
     return Rivals((key, *dict.fromkeys(other_keys)), (name, *other_names))
+
+
+def _as_near(other: str, one: str, wanted: str) -> bool:
+    """Return whether ``other`` is a second copy of ``one``: it has as much in common with what it is wanted for."""
+    if other == one or re.findall(r"\d+", other) != re.findall(r"\d+", wanted):
+        return False
+    parts, aim = other.split("."), wanted.split(".")
+    head, tail = _common(parts, aim)
+    pair_head, pair_tail = _common(one.split("."), aim)
+    if (head, tail) == (pair_head, pair_tail):
+        return False  # what is between them tells
+    return len(tail) == len(parts) > 1 or len(head) + len(tail) >= len(pair_head) + len(pair_tail)
 
 
 def _common(ours: list[str], theirs: list[str]) -> tuple[list[str], list[str]]:

@@ -14,8 +14,10 @@ from fabric_init.checkpoints import CheckpointReader, Conversion, Part
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.errors import FabricInitError
 from fabric_init.planning.hints.adapters import likely_adapters
-from fabric_init.planning.hints.conversions import candidates, likely_transposes
-from fabric_init.planning.hints.likeness import Rivals, means_another, rivals
+from fabric_init.planning.hints.conversions import candidates, transposing
+from fabric_init.planning.hints.doubts import judged, merged
+from fabric_init.planning.hints.likeness import Rivals
+from fabric_init.planning.hints.numbering import Numbering
 from fabric_init.planning.hints.renames import Suggestion, likely_part, likely_renames
 from fabric_init.planning.matching import Matching
 from fabric_init.planning.plan import Action
@@ -38,6 +40,8 @@ class Proposals(NamedTuple):
 
     likely: tuple[str, ...] = ()
     ambiguous: tuple[Rivals, ...] = ()
+    by_shape: tuple[Rivals, ...] = ()
+    """A few keys and tensors which have only their shapes in common."""
     gained: frozenset[str] = frozenset()
     """The tensors that all of ``likely`` together would load."""
 
@@ -46,7 +50,15 @@ class Proposals(NamedTuple):
         return [f"Likely: {text}" for text in self.likely] + [
             f"Ambiguous, by names and shapes alike: {joined(keys, _MOST_NAMES)} in the checkpoint, "
             f"{joined(names, _MOST_NAMES)} in the model. Say with rename= which is which."
-            for keys, names in self.ambiguous
+            for keys, names, _ in self.ambiguous
+        ]
+
+    def notes(self) -> list[str]:
+        """Return lines on what is no mistake, but may be one."""
+        return [
+            f"Alike in shape alone: {joined(keys, _MOST_NAMES)} in the checkpoint, {joined(names, _MOST_NAMES)} in the "
+            "model. If one stands for the other, say so with rename=."
+            for keys, names, _ in self.by_shape
         ]
 
 
@@ -59,7 +71,10 @@ def fitting(matching: Matching) -> frozenset[str]:
 
 
 def tried(matching: Matching, change: Change) -> Matching | None:
-    """Return what ``change`` makes of ``matching``; ``None`` if it is refused, loads no more, or breaks a match."""
+    """Return what ``change`` makes of ``matching``; ``None`` if it is refused or loads no more.
+
+    So it is where a tensor that a key already fits would no longer be loaded, or from something else.
+    """
     rename = matching.options.rename
     own = [] if rename is None else rename if isinstance(rename, Sequence) else [rename]
     options = replace(
@@ -73,7 +88,13 @@ def tried(matching: Matching, change: Change) -> Matching | None:
         found = matching.again(change.convert, options)
     except FabricInitError:
         return None
-    return found if fitting(found) > fitting(matching) else None
+    if not fitting(found) > fitting(matching):
+        return None
+    sources = _sources(found)
+    kept = all(
+        keys <= sources[name][0] and made == sources[name][1] for name, (keys, made) in _sources(matching).items()
+    )
+    return found if kept else None
 
 
 def proposals(matching: Matching, reader: CheckpointReader) -> Proposals:
@@ -87,24 +108,11 @@ def proposals(matching: Matching, reader: CheckpointReader) -> Proposals:
     adapters = _adapters(matching, reader, missing, offered)
     if adapters is not None:
         return adapters
-    likely: list[str] = []
-    rules: list[object] = []
     before = fitting(matching)
-    now = matching
-    suggestions, ambiguous = _clear(likely_renames(missing, offered), missing, offered)
-    kept: list[Suggestion] = []
-    for suggestion in suggestions:
-        keys = [now.names[key] for key in now.unexpected]
-        for rule in (suggestion, *_narrowed(suggestion, keys, missing)):
-            found = tried(matching, Change((*rules, {rule.pattern: rule.replacement})))
-            if found is not None and fitting(found) > fitting(now):
-                gain = len(fitting(found)) - len(fitting(now))
-                kept.append(replace(rule, matches=gain, missing=len(missing)))
-                likely.append(_after_own(str(kept[-1]), "rename", matching))
-                rules.append({rule.pattern: rule.replacement})
-                now = found
-                break
-    renamed = tuple(rules)
+    matched = [matching.names[key] for key in matching.taken if key in matching.names]
+    found = judged(likely_renames(missing, offered, matched), missing, offered)
+    kept, renames, now, refused = _that_hold(found.clear, matching, missing)
+    likely = [_after_own(str(suggestion), "rename", matching) for suggestion in kept]
     fit = fitting(now)
     wanting = {name: shape for name, shape in missing.items() if name not in fit}
     left = {now.names[key]: _shape_of(key, now.names[key], reader) for key in now.unexpected}
@@ -114,12 +122,62 @@ def proposals(matching: Matching, reader: CheckpointReader) -> Proposals:
     key_of = {now.names[key]: key for key in now.unexpected}
     conversions: tuple[Conversion, ...] = ()
     for candidate in candidates(wanting, left, key_of):
-        found = tried(matching, Change(renamed, (*conversions, *candidate.conversions)))
-        if found is not None and fitting(found) > fitting(now):
-            gain = len(fitting(found)) - len(fitting(now))
+        better = tried(matching, Change(renames, (*conversions, *candidate.conversions)))
+        if better is not None and fitting(better) > fitting(now):
+            gain = len(fitting(better)) - len(fitting(now))
             likely.append(candidate.sentence(gain, len(wanting)))
-            conversions, now = (*conversions, *candidate.conversions), found
-    return Proposals(tuple(likely), tuple(ambiguous), fitting(now) - before)
+            conversions, now = (*conversions, *candidate.conversions), better
+    shifted = numbering_of(now).shifted(wanting, left)
+    return Proposals(
+        tuple(likely), tuple(merged((*found.ambiguous, *shifted, *refused))), found.by_shape, fitting(now) - before
+    )
+
+
+def numbering_of(matching: Matching) -> Numbering:
+    """Return the numbers in the names of a model and in those of a checkpoint, as renamed."""
+    return Numbering((name for entry in matching.entries for name in entry.slot.names), matching.names.values())
+
+
+def _that_hold(
+    suggestions: Sequence[Suggestion], matching: Matching, missing: _Shapes
+) -> tuple[list[Suggestion], tuple[object, ...], Matching, list[Rivals]]:
+    """Return the suggestions that load more, as they are or limited to what needs them, and what they make together.
+
+    Also what those are about that would break another match, or are of a second copy of what is matched.
+    """
+    kept: list[Suggestion] = []
+    refused: list[Rivals] = []
+    rules: list[object] = []
+    now = matching
+    for suggestion in suggestions:
+        keys = [now.names[key] for key in now.unexpected]
+        pattern = re.compile(suggestion.pattern)
+        renamed = {key: pattern.sub(suggestion.replacement, key) for key in keys}
+        there = {now.names[key] for key in now.taken if key in now.names}
+        second_copy = not there.isdisjoint(renamed.values())
+        for rule in () if second_copy else (suggestion, *_narrowed(suggestion, keys, missing)):
+            found = tried(matching, Change((*rules, {rule.pattern: rule.replacement})))
+            if found is not None and fitting(found) > fitting(now):
+                gain = len(fitting(found)) - len(fitting(now))
+                kept.append(replace(rule, matches=gain, missing=len(missing)))
+                rules.append({rule.pattern: rule.replacement})
+                now = found
+                break
+        else:
+            pairs = [(key, name) for key, name in renamed.items() if name in missing and name not in there]
+            if pairs:
+                refused.append(Rivals(tuple(key for key, _ in pairs), tuple(name for _, name in pairs), len(pairs)))
+    return kept, tuple(rules), now, refused
+
+
+def _sources(matching: Matching) -> dict[str, tuple[frozenset[str], str]]:
+    """Return what each tensor that a key fits is loaded from."""
+    fit = fitting(matching)
+    return {
+        entry.slot.name: (frozenset(entry.keys), "" if entry.spec is None else entry.spec.made)
+        for entry in matching.entries
+        if entry.action is Action.LOAD and entry.slot.name in fit
+    }
 
 
 def likely_fixes(matching: Matching, reader: CheckpointReader) -> list[str]:
@@ -127,22 +185,44 @@ def likely_fixes(matching: Matching, reader: CheckpointReader) -> list[str]:
     return list(proposals(matching, reader).likely)
 
 
-def likely_transpose(matching: Matching, reader: CheckpointReader) -> tuple[str, bool] | None:
-    """Return the conversion under which tensors of a wrong shape would fit, in words, and whether all would.
+class Transposes(NamedTuple):
+    """What makes tensors of a wrong shape fit."""
 
-    ``None`` if there is none.
-    """
-    turned = {m.key: (m.slot.shape, m.spec.shape) for m in matching.misfits if m.spec.shape != m.slot.shape}
-    if likely_transposes(turned) is None:
+    text: str
+    certain: bool
+    """Whether no square tensor leaves it open which are transposed."""
+    whole: bool
+    """Whether all would fit."""
+
+    def line(self) -> str:
+        """Return the line of a message."""
+        return f"{'Likely' if self.certain else 'Ambiguous'}: {self.text}"
+
+
+def likely_transpose(matching: Matching, reader: CheckpointReader) -> Transposes | None:
+    """Return the conversion under which tensors of a wrong shape would fit; ``None`` if there is none."""
+    turned = [m.key for m in matching.misfits if _is_turned(m.slot.shape, m.spec.shape)]
+    if not turned:
         return None
-    # Square tensors beside them are transposed as well, though their shapes match.
-    shapes = {key: (slot.shape, reader.spec(key).shape) for slot, _, keys, *_ in matching.entries for key in keys}
-    for conversion in (likely_transposes(shapes), likely_transposes(turned)):
-        assert conversion is not None
-        found = tried(matching, Change(convert=(conversion,)))
-        if found is not None:
-            return f"convert=[{conversion}], in the names of the checkpoint.", not found.misfits
-    return None
+    loaded = [(key, entry.slot.shape) for entry in matching.entries for key in entry.keys]
+    squares = [key for key, shape in loaded if len(shape) == 2 and shape[0] == shape[1] > 1 and key not in turned]
+    conversion = transposing(turned, reader.keys())
+    found = tried(matching, Change(convert=(conversion,)))
+    if found is None:
+        return None
+    if not squares:
+        return Transposes(f"convert=[{conversion}], in the names of the checkpoint.", True, not found.misfits)
+    more = transposing([*turned, *squares], reader.keys())
+    return Transposes(
+        f"convert=[{conversion}] makes them fit, in the names of the checkpoint. Whether square tensors are transposed "
+        f"as well, shapes cannot tell: with all of them it is convert=[{more}].",
+        False,
+        not found.misfits,
+    )
+
+
+def _is_turned(model: torch.Size, file: torch.Size) -> bool:
+    return len(file) == 2 and model != file and tuple(model) == (*file[::-1],)
 
 
 def _shape_of(key: str, name: str, reader: CheckpointReader) -> torch.Size:
@@ -170,48 +250,6 @@ def _adapters(matching: Matching, reader: CheckpointReader, missing: _Shapes, of
         return None
     text = _after_own(str(found), "rename", matching)
     return Proposals((text,), gained=fitting(result) - fitting(matching))
-
-
-def _clear(
-    suggestions: Sequence[Suggestion], missing: _Shapes, offered: _Shapes
-) -> tuple[list[Suggestion], list[Rivals]]:
-    """Return the suggestions of which it is clear which key is meant for which tensor, and what is not clear."""
-    stages = [dict.fromkeys(offered, "")]
-    stages[0] = {key: key for key in offered}
-    for suggestion in suggestions:
-        pattern = re.compile(suggestion.pattern)
-        stages.append({key: pattern.sub(suggestion.replacement, name) for key, name in stages[-1].items()})
-    assigned = {name: key for key, name in stages[-1].items() if missing.get(name) == offered[key]}
-    clear: list[tuple[Suggestion, set[str]]] = []
-    unclear: list[Rivals] = []
-    met: set[str] = set()
-    for suggestion, names, renamed in zip(suggestions, stages, stages[1:], strict=False):
-        new = [key for key, name in renamed.items() if missing.get(name) == offered[key] and name not in met]
-        pairs = [(names[key], renamed[key]) for key in new]
-        here = {names[key]: shape for key, shape in offered.items() if names[key] not in met}
-        wanted = {name: shape for name, shape in missing.items() if name not in met}
-        met.update(name for _, name in pairs)
-        if not pairs or all(means_another(key, name) for key, name in pairs):
-            continue
-        found = rivals(pairs, here, wanted, {name: names[key] for name, key in assigned.items()})
-        if found is None:
-            clear.append((suggestion, {name for _, name in pairs}))
-        else:
-            unclear.append(found)
-    doubtful = {name for found in unclear for name in found.names}
-    return [suggestion for suggestion, its in clear if doubtful.isdisjoint(its)], _merged(unclear)
-
-
-def _merged(unclear: Sequence[Rivals]) -> list[Rivals]:
-    """Return rivals that have tensors in common as one."""
-    merged: list[Rivals] = []
-    for found in unclear:
-        together = [other for other in merged if not set(other.names).isdisjoint(found.names)]
-        merged = [other for other in merged if other not in together]
-        keys = dict.fromkeys(key for one in (*together, found) for key in one.keys)
-        names = dict.fromkeys(name for one in (*together, found) for name in one.names)
-        merged.append(Rivals(tuple(keys), tuple(names)))
-    return merged
 
 
 def _narrowed(suggestion: Suggestion, keys: Collection[str], missing: Collection[str]) -> Iterator[Suggestion]:

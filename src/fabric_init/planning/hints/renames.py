@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import islice
@@ -12,6 +12,7 @@ from itertools import islice
 import torch
 
 from fabric_init._text import quoted
+from fabric_init.planning.hints.numbering import Numbering
 
 _Shapes = dict[str, torch.Size]
 _Rule = tuple[str, str]
@@ -21,7 +22,7 @@ _SAMPLE = 1000  # names that candidates are looked for in: whole layers of a lar
 _PARTNERS = 4  # names that one key is paired with, for one cut
 _CANDIDATES = 40  # rules tried on the sample
 _FINALISTS = 3  # rules tried on every key
-_ROUNDS = 4  # rules that may be needed together
+_ROUNDS = 8  # rules that may be needed together
 _WINDOW = 3  # dotted parts that may be replaced at once
 _DEPTH = 16  # dotted parts of a name that are looked at
 
@@ -43,19 +44,27 @@ class Suggestion:
         return f"rename={{{quoted(self.pattern)}: {quoted(self.replacement)}}} would match {count} missing key{plural}"
 
 
-def likely_renames(missing: Mapping[str, torch.Size], unexpected: Mapping[str, torch.Size]) -> list[Suggestion]:
+def likely_renames(
+    missing: Mapping[str, torch.Size], unexpected: Mapping[str, torch.Size], both: Collection[str] = ()
+) -> list[Suggestion]:
     """Return renames that make unexpected checkpoint keys match missing tensor names of the same shape; best first.
 
     It finds prefixes and dotted parts that were added, removed or replaced (with numbers carried over), such as
     ``^model\\.`` -> nothing or ``\\.gamma$`` -> ``.weight``. Several suggestions are meant together, in their order.
     Only these names are looked at: whether a rename breaks a key that already matches is for the caller to try. Time is
     linear in the number of names.
+
+    Args:
+        missing: tensors of the model that no key is for.
+        unexpected: checkpoint keys, renamed as the user asked, that no tensor is for.
+        both: the names that model and checkpoint have.
     """
     suggestions: list[Suggestion] = []
     wanted, offered = dict(missing), dict(unexpected)
     met: set[str] = set()
     for _ in range(_ROUNDS):
-        best = _best_rule(wanted, offered, met, used={suggestion.pattern for suggestion in suggestions})
+        numbering = Numbering((*wanted, *both), (*offered, *both))
+        best = _best_rule(wanted, offered, met, {suggestion.pattern for suggestion in suggestions}, numbering)
         if best is None:
             break
         rule, matched = best
@@ -64,20 +73,6 @@ def likely_renames(missing: Mapping[str, torch.Size], unexpected: Mapping[str, t
         offered = {pattern.sub(rule[1], key): shape for key, shape in offered.items()}
         met = matched
     return suggestions
-
-
-def renamed_as_suggested(
-    suggestions: Iterable[Suggestion], missing: Mapping[str, torch.Size], unexpected: Mapping[str, torch.Size]
-) -> tuple[_Shapes, _Shapes]:
-    """Return what is still missing, and unexpected, after ``suggestions`` are applied."""
-    offered = dict(unexpected)
-    for suggestion in suggestions:
-        pattern = re.compile(suggestion.pattern)
-        offered = {pattern.sub(suggestion.replacement, key): shape for key, shape in offered.items()}
-    return (
-        {name: shape for name, shape in missing.items() if offered.get(name) != shape},
-        {key: shape for key, shape in offered.items() if missing.get(key) != shape},
-    )
 
 
 def likely_part(
@@ -94,40 +89,46 @@ def likely_part(
     ]
 
 
-def _best_rule(wanted: _Shapes, offered: _Shapes, met: set[str], used: set[str]) -> tuple[_Rule, set[str]] | None:
-    """Return the rule that matches most of ``wanted``, and the names; ``None`` if none adds a tenth of the rest."""
+def _best_rule(
+    wanted: _Shapes, offered: _Shapes, met: set[str], used: set[str], numbering: Numbering
+) -> tuple[_Rule, set[str]] | None:
+    """Return the rule that matches most of ``wanted``, and the names; ``None`` if none matches more."""
     rest = {name: shape for name, shape in wanted.items() if name not in met}
     some_wanted, some_offered = _sampled(rest, {key: shape for key, shape in offered.items() if key not in met})
     # A dict can have a pattern only once.
-    unused = (rule for rule in _candidates(some_wanted, some_offered) if rule[0] not in used)
+    unused = (rule for rule in _candidates(some_wanted, some_offered, numbering) if rule[0] not in used)
     votes = Counter(unused).most_common(_CANDIDATES)
     hopeful = sorted(
-        (rule for rule, _ in votes), key=lambda rule: _merit(rule, some_wanted, some_offered), reverse=True
+        (rule for rule, _ in votes), key=lambda rule: _merit(rule, some_wanted, some_offered, numbering), reverse=True
     )
     best: tuple[_Rule, set[str]] | None = None
     for rule in hopeful[:_FINALISTS]:
-        matched = _matched(rule, wanted, offered)
+        matched = _matched(rule, wanted, offered, numbering)
         gain = len(matched) - len(met)
-        if gain > 0 and gain * 10 >= len(rest) and (best is None or len(matched) > len(best[1])):
+        if gain > 0 and (best is None or len(matched) > len(best[1])):
             best = rule, matched
     return best
 
 
-def _merit(rule: _Rule, wanted: _Shapes, offered: _Shapes) -> tuple[int, float, int]:
+def _merit(rule: _Rule, wanted: _Shapes, offered: _Shapes, numbering: Numbering) -> tuple[int, float, int]:
     """Rank a rule by its matches; then by how alike old and new are (q to q, not to k); then the shorter pattern."""
-    return len(_matched(rule, wanted, offered)), SequenceMatcher(None, *rule).ratio(), -len(rule[0])
+    return len(_matched(rule, wanted, offered, numbering)), SequenceMatcher(None, *rule).ratio(), -len(rule[0])
 
 
-def _matched(rule: _Rule, wanted: _Shapes, offered: _Shapes) -> set[str]:
-    """Return the wanted names that the rule finds a key for; none if two keys would get the same name."""
+def _matched(rule: _Rule, wanted: _Shapes, offered: _Shapes, numbering: Numbering) -> set[str]:
+    """Return the wanted names that the rule finds a key for.
+
+    None if two keys would get the same name, or one a name whose numbers tell that it is not meant.
+    """
     pattern = re.compile(rule[0])
-    renamed = {pattern.sub(rule[1], key): shape for key, shape in offered.items()}
+    renamed = {pattern.sub(rule[1], key): key for key in offered}
     if len(renamed) < len(offered):
         return set()
-    return {name for name, shape in renamed.items() if wanted.get(name) == shape}
+    matched = {name: key for name, key in renamed.items() if wanted.get(name) == offered[key]}
+    return set() if any(numbering.apart(key, name) for name, key in matched.items() if key != name) else set(matched)
 
 
-def _candidates(wanted: _Shapes, offered: _Shapes) -> Iterator[_Rule]:
+def _candidates(wanted: _Shapes, offered: _Shapes, numbering: Numbering) -> Iterator[_Rule]:
     """Yield a rule for each pair of names of one shape that differ in one run of dotted parts; often the same rule.
 
     Names are filed under what is left when a run is cut out, so that nothing is compared pair by pair.
@@ -141,6 +142,8 @@ def _candidates(wanted: _Shapes, offered: _Shapes) -> Iterator[_Rule]:
             for other in filed.get((head, tail, shape), ())[:_PARTNERS]:
                 # Runs with a part in common at an end belong to a shorter cut.
                 if run[:1] == other[:1] or run[-1:] == other[-1:]:
+                    continue
+                if numbering.apart(key, ".".join((*head, *other, *tail))):
                     continue
                 if run or not head:
                     yield _rule(head, run, other, tail)

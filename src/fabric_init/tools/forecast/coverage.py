@@ -189,7 +189,7 @@ def _casts(entries: Sequence[PlanEntry]) -> tuple[Cast, ...]:
 def _proposed(matching: Matching, reader: CheckpointReader) -> tuple[str, ...]:
     transpose = likely_transpose(matching, reader) if matching.misfits else None
     fixes = likely_fixes(matching, reader) if matching.lacks_some and matching.unexpected else []
-    return (*fixes, *([transpose[0]] if transpose is not None else []))
+    return (*fixes, *([transpose.text] if transpose is not None else []))
 
 
 def _undone(entries: Sequence[PlanEntry], tapes: Mapping[int, Tape]) -> list[str]:
