@@ -30,8 +30,8 @@ from fabric_init.checkpoints import (
     open_checkpoint,
     take,
 )
-from fabric_init.checkpoints.mapping.converted import converted
 from fabric_init.errors import CheckpointMismatchError
+from fabric_init.planning.loading.converted import converted
 
 
 class Counting(BaseReader):
