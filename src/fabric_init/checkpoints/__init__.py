@@ -12,6 +12,7 @@ from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
 from fabric_init.checkpoints.formats.sharded import ShardedReader
 from fabric_init.checkpoints.formats.torch_save.reader import TorchFileReader
 from fabric_init.checkpoints.mapping.convert import Conversion, Fuse, Made, Split, Stack, Transpose, Unstack
+from fabric_init.checkpoints.mapping.dequantize import Dequantize
 from fabric_init.checkpoints.mapping.rename import rename_keys
 from fabric_init.checkpoints.mapping.select import Layers, Part
 from fabric_init.checkpoints.open import open_checkpoint
@@ -29,6 +30,7 @@ __all__ = [
     "Conversion",
     "DCPReader",
     "DeepSpeedFolderReader",
+    "Dequantize",
     "Fuse",
     "Layers",
     "Made",
