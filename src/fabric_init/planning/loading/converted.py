@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fabric_init._gc import PausedCollector
 from fabric_init._text import joined
-from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction
+from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, get_current_function_mode_stack
 from fabric_init.checkpoints import CheckpointReader, Conversion, Made
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.loading.computed import ComputedReader, Value
@@ -55,24 +56,30 @@ def converted(reader: CheckpointReader, convert: Convert) -> CheckpointReader:
 def _after(below: CheckpointReader, name: str, step: Conversion | Functions) -> CheckpointReader:
     """Return the reader after one step, which errors call ``name``."""
     try:
-        with PausedCollector(), torch.inference_mode(False), torch.no_grad(), recorded_on_sources() as mode:
-            if isinstance(step, Mapping):
-                values, used = _made_by_functions(mode.recorder, below, step)
-            else:
-                values, used = _made_as_declared(mode.recorder, below, step)
+        if get_current_function_mode_stack():  # an open block, say: modes are a thread's own
+            with ThreadPoolExecutor(1) as thread:
+                tape, values, used = thread.submit(_made, below, step).result()
+        else:
+            tape, values, used = _made(below, step)
         keys = _keys_after(below, values, used)
     except CheckpointMismatchError as error:
         raise CheckpointMismatchError(f"{below.path}: {name}: {error}.") from None
-    reader = ComputedReader(below, mode.tape, values, keys)
+    reader = ComputedReader(below, tape, values, keys)
     reader.note = "; ".join(filter(None, [below.note, f"{name}: {len(values)} tensors made"]))
     return reader
 
 
-_Results = tuple[dict[str, Value], Collection[str]]
-"""What is made, by key, and the keys that it replaces."""
+def _made(below: CheckpointReader, step: Conversion | Functions) -> tuple[Tape, dict[str, Value], Collection[str]]:
+    """Return a tape, what is made on it, by key, and the keys that this replaces."""
+    with PausedCollector(), torch.inference_mode(False), torch.no_grad(), recorded_on_sources() as mode:
+        if isinstance(step, Mapping):
+            return mode.tape, *_made_by_functions(mode.recorder, below, step)
+        return mode.tape, *_made_as_declared(mode.recorder, below, step)
 
 
-def _made_by_functions(recorder: Recorder, below: CheckpointReader, functions: Functions) -> _Results:
+def _made_by_functions(
+    recorder: Recorder, below: CheckpointReader, functions: Functions
+) -> tuple[dict[str, Value], Collection[str]]:
     sources = Sources(recorder, below)
     values = {}
     for key, function in functions.items():
@@ -84,7 +91,9 @@ def _made_by_functions(recorder: Recorder, below: CheckpointReader, functions: F
     return values, sources.made
 
 
-def _made_as_declared(recorder: Recorder, below: CheckpointReader, conversion: Conversion) -> _Results:
+def _made_as_declared(
+    recorder: Recorder, below: CheckpointReader, conversion: Conversion
+) -> tuple[dict[str, Value], Collection[str]]:
     specs = {key: below.spec(key) for key in below.keys()}
     values: dict[str, Value] = {}
     used: set[str] = set()
