@@ -19,7 +19,7 @@ from fabric_init.filling.execute import fill_model
 from fabric_init.filling.missing import initialize_missing, initialize_possible
 from fabric_init.guard.loads import watch_loads
 from fabric_init.guard.models import hold, settle
-from fabric_init.planning.loading.functions import Convert
+from fabric_init.planning.loading.converted import Convert
 from fabric_init.planning.options import load_options
 from fabric_init.planning.placement import WholeTensors
 from fabric_init.recording.built_modules import BuiltModules, refuse_scripted

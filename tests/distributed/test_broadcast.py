@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fabric_init.checkpoints import Box, Region, Source, Span, open_checkpoint
+from fabric_init.checkpoints import Box, Region, Span, open_checkpoint
 from fabric_init.distributed import io
 from fabric_init.distributed.agreement import RankGroup
 from fabric_init.distributed.broadcast import BroadcastReader
 from fabric_init.distributed.io import open_on_all_ranks
+from fabric_init.planning.source import Source
 from tests.support.ranks import run_ranks, run_ranks_each
 from tests.support.watched import watched
 from tests.support.zoo import NAMES, STRATEGIES, assert_same, build, launch, one_device, ties, weights, write_checkpoint

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from fabric_init import Fabric
-from fabric_init.checkpoints import SafetensorsReader, Source
+from fabric_init.checkpoints import SafetensorsReader
 from fabric_init.distributed.agreement import SingleProcess
 from fabric_init.distributed.io import Io, choose_io, open_on_all_ranks
+from fabric_init.planning.source import Source
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fabric_init.checkpoints import CheckpointReader, Region, open_checkpoint, source
+from fabric_init.checkpoints import CheckpointReader, Region, open_checkpoint
+from fabric_init.planning import source
 
 
 class Watched:

@@ -11,14 +11,14 @@ from fabric_init.checkpoints.formats.deepspeed.reader import DeepSpeedFolderRead
 from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
 from fabric_init.checkpoints.formats.sharded import ShardedReader
 from fabric_init.checkpoints.formats.torch_save.reader import TorchFileReader
-from fabric_init.checkpoints.mapping.convert import Conversion, Fuse, Split, Stack, Transpose, Unstack
+from fabric_init.checkpoints.mapping.convert import Conversion, Fuse, Made, Split, Stack, Transpose, Unstack
+from fabric_init.checkpoints.mapping.dequantize import Dequantize
 from fabric_init.checkpoints.mapping.rename import rename_keys
 from fabric_init.checkpoints.mapping.select import Layers, Part
 from fabric_init.checkpoints.open import open_checkpoint
 from fabric_init.checkpoints.reader import BaseReader, CheckpointReader, TensorSpec
 from fabric_init.checkpoints.region import Box, Region, Span, take
 from fabric_init.checkpoints.registry import Candidate, register_reader, unregister_reader
-from fabric_init.checkpoints.source import Source
 from fabric_init.checkpoints.storage.checksums import write_manifest
 from fabric_init.checkpoints.storage.remote import RemotePath
 
@@ -30,14 +30,15 @@ __all__ = [
     "Conversion",
     "DCPReader",
     "DeepSpeedFolderReader",
+    "Dequantize",
     "Fuse",
     "Layers",
+    "Made",
     "Part",
     "Region",
     "RemotePath",
     "SafetensorsReader",
     "ShardedReader",
-    "Source",
     "Span",
     "Split",
     "Stack",

@@ -91,6 +91,8 @@ class BaseReader(ABC):
     """The ``_metadata`` of a saved ``state_dict()``, such as the versions of its modules."""
     collective: bool = False
     """Whether ``read`` is for all ranks to call together, with the same keys in the same order."""
+    below: CheckpointReader | None = None
+    """The checkpoint of whose tensors those of this one are made, if they are."""
 
     def keys(self) -> Sequence[str]:
         """Return every tensor's checkpoint key, in the file's own order."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from fabric_init.checkpoints import CheckpointReader, Source
+from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.fingerprint import checkpoint_digest
 from fabric_init.checkpoints.storage.file_system import file_system_of, is_network
 from fabric_init.distributed.agreement import Agreement, SingleProcess
 from fabric_init.distributed.broadcast import BroadcastReader
+from fabric_init.planning.source import Source
 
 BUDGET = 64 << 20  # bytes; with more, reading took as long
 

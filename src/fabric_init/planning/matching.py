@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 
 from fabric_init.checkpoints import CheckpointReader, Conversion, TensorSpec, rename_keys
-from fabric_init.checkpoints.mapping.converted import converted
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.errors import OptionError
+from fabric_init.planning.loading.converted import converted
 from fabric_init.planning.loading.recorded_load import RecordedLoad
 from fabric_init.planning.loads import takes_element
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
@@ -157,7 +157,9 @@ def _mismatch(slot: TensorInfo, key: str, spec: TensorSpec) -> str | None:
     made = f", {spec.made}" if spec.made else ""
     if spec.shape != slot.shape:
         if not spec.shape and tuple(slot.shape) == (1,):
-            made += ": to keep its value, make it () in the model or save it as (1,)"
+            made += (
+                f": to keep its value, convert={{{key!r}: lambda s: s[{key!r}].view(1)}}, or make it () in the model"
+            )
         return f"{name} is {tuple(slot.shape)} in the model and {tuple(spec.shape)} in the checkpoint{made}"
     if _number_kind(spec.dtype) != _number_kind(slot.dtype):
         return f"{name} is {slot.dtype} in the model and {spec.dtype} in the checkpoint, and no cast keeps its meaning"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from fabric_init.checkpoints import Conversion, Source
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.errors import OptionError
-from fabric_init.planning.loading.functions import Convert, Functions
+from fabric_init.planning.loading.converted import Convert
 from fabric_init.planning.plan import LoadOptions
+from fabric_init.planning.source import Source
 
 
 def load_options(
@@ -28,11 +28,9 @@ def load_options(
     Raises:
         OptionError: There is no checkpoint, but an option that applies only to a load.
     """
-    functions: Functions = convert if isinstance(convert, Mapping) else {}
-    conversions: Sequence[Conversion] = () if isinstance(convert, Mapping) else convert
-    options = LoadOptions(strict, rename, reinit, functions)
+    options = LoadOptions(strict, rename, reinit)
     if checkpoint is not None:
-        return Source(checkpoint, mmap, entry, manifest, conversions), options
+        return Source(checkpoint, mmap, entry, manifest, convert), options
     set_by_user = {
         "strict=False": not strict,
         "rename": rename is not None,

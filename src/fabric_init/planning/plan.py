@@ -13,7 +13,6 @@ import torch
 from fabric_init._text import dtype_name
 from fabric_init.checkpoints import TensorSpec
 from fabric_init.checkpoints.mapping.rename import Rename
-from fabric_init.planning.loading.functions import Functions
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.tape import TensorRef
 
@@ -107,7 +106,6 @@ class LoadOptions:
     strict: bool = True
     rename: Rename = None
     reinit: Sequence[str] = ()
-    functions: Functions = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.reinit, str):

@@ -13,8 +13,6 @@ from fabric_init.checkpoints import CheckpointReader, rename_keys
 from fabric_init.errors import RecordingError
 from fabric_init.planning.derived import check_nothing_is_undone
 from fabric_init.planning.loading.choice import load_code
-from fabric_init.planning.loading.functions import keys_after
-from fabric_init.planning.loading.module_code import ModuleCode
 from fabric_init.planning.loading.recorded_load import RecordedLoad, record_load
 from fabric_init.planning.plan import LoadOptions, Plan
 from fabric_init.planning.tensors import survey
@@ -66,12 +64,10 @@ def load_with_code(model: nn.Module, reader: CheckpointReader, options: LoadOpti
     Raises:
         FabricInitError: Anything that the user has to fix. The modules are as they were then.
     """
-    names = rename_keys(keys_after(reader, options.functions), options.rename)
+    names = rename_keys((*reader.keys(), *reader.extra_state), options.rename)
     code = load_code(model, reader, names, options.reinit)
     if code is None:
-        if not options.functions:
-            return None
-        code = ModuleCode(reader)
+        return None
 
     def again(other: CheckpointReader, changed: LoadOptions) -> RecordedLoad | None:
         load = load_with_code(model, other, changed)
@@ -79,7 +75,7 @@ def load_with_code(model: nn.Module, reader: CheckpointReader, options: LoadOpti
             load.undo()
         return load
 
-    load = record_load(model, reader, names, code, _mode(survey(model)[2].values()), options.functions)
+    load = record_load(model, reader, names, code, _mode(survey(model)[2].values()))
     return load._replace(again=again)
 
 

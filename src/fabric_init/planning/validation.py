@@ -71,7 +71,7 @@ def refusal_of(matching: Matching, reader: CheckpointReader) -> str | None:
     """
     quantized = unscaled(matching, reader)
     if quantized:
-        return quantized_message(quantized, reader)
+        return quantized_message(quantized, matching, reader)
     nothing_matches = matching.lacks_some and not matching.taken
     if matching.options.strict or nothing_matches:
         if matching.lacks_some or matching.unexpected:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 
 from fabric_init.recording.liveness import live_ops
 from fabric_init.recording.op_schemas import only_copies
-from fabric_init.recording.tape import Tape, TensorRef
+from fabric_init.recording.tape import Tape, TensorRef, on_other_storages
 
 
 def reads_any(tape: Tape, storage: int, others: Collection[int]) -> bool:
@@ -38,23 +37,9 @@ def recompute(tape: Tape, ref: TensorRef, given: Collection[int], instead: Mappi
             moved[storage] = tape.add_storage(*tape.storages[storage])
         return moved[storage]
 
-    def renamed(value: Any) -> Any:
-        if isinstance(value, TensorRef):
-            return value._replace(storage=new(value.storage))
-        return type(value)(map(renamed, value)) if type(value) in (list, tuple) else value
-
     for number in sorted(live_ops(tape, [ref.storage], exact=False, cut=given)):
         op = tape.ops[number]
         if all(written.storage in given for written in (*op.targets, *op.outputs)):
             continue  # an earlier draw from the same stream
-        tape.add_op(
-            op.func,
-            renamed(op.args),
-            {name: renamed(value) for name, value in op.kwargs.items()},
-            renamed(op.targets),
-            renamed(op.outputs),
-            op.draw,
-            op.source,
-            op.default_dtype,
-        )
-    tape.add_op(torch.ops.aten.copy_.default, (ref, renamed(ref)), {}, (ref,), (), None, None)
+        tape.repeat(op, new)
+    tape.add_op(torch.ops.aten.copy_.default, (ref, on_other_storages(ref, new)), {}, (ref,), (), None, None)

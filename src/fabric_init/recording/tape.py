@@ -195,6 +195,13 @@ def _refs_in(values: Iterable[Any]) -> Iterator[TensorRef]:
             yield from _refs_in(value)
 
 
+def on_other_storages(value: Any, other: Callable[[int], int]) -> Any:
+    """Return arguments with the storage ``other(number)`` in place of every number in their references."""
+    if isinstance(value, TensorRef):
+        return TensorRef(other(value.storage), *value[1:])
+    return type(value)([on_other_storages(item, other) for item in value]) if type(value) in (list, tuple) else value
+
+
 class LoadedStorage(NamedTuple):
     """What a declared load brings for a storage, in place of what the ops before number ``since`` left there."""
 
@@ -322,3 +329,16 @@ class Tape:
         for ref in outputs:
             writers[ref.storage] = [index]
         return index
+
+    def repeat(self, op: Op, other: Callable[[int], int], args: tuple[Any, ...] | None = None) -> None:
+        """Append ``op`` once more, on the storage ``other(number)`` in place of each, with other ``args`` if given."""
+        self.add_op(
+            op.func,
+            on_other_storages(op.args, other) if args is None else args,
+            {name: on_other_storages(value, other) for name, value in op.kwargs.items()},
+            on_other_storages(op.targets, other),
+            on_other_storages(op.outputs, other),
+            op.draw,
+            op.source,
+            op.default_dtype,
+        )

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from fabric_init._gc import PausedCollector
-from fabric_init.checkpoints import CheckpointReader, Source
+from fabric_init.checkpoints import CheckpointReader
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.distributed.io import Io, open_on_all_ranks
 from fabric_init.errors import FabricInitError, RecordingError
@@ -21,6 +21,7 @@ from fabric_init.filling.wait import wait_for_load
 from fabric_init.guard.models import hold
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import LoadOptions
+from fabric_init.planning.source import Source
 from fabric_init.recording.built_modules import BuiltModules, refuse_scripted
 from fabric_init.recording.mode import RecordMode, active
 from fabric_init.strategies.fill_in_setup import bind

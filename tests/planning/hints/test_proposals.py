@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from fabric_init.checkpoints import Fuse, Split, Stack, Transpose, Unstack
-from fabric_init.checkpoints.mapping.converted import converted
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.hints.proposals import proposals
+from fabric_init.planning.loading.converted import converted
 from fabric_init.planning.plan import Action
 from tests.planning.headers import Header, matching_of, plan_of, tree
 

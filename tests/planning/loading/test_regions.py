@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fabric_init.checkpoints import BaseReader, Box, Region, Span, TensorSpec, take
 from fabric_init.planning.loading.regions import Evaluation, copied_source, sources_of
-from fabric_init.planning.loading.sources import source_tensor
+from fabric_init.planning.loading.sources import Source, source_tensor
 from fabric_init.recording.mode import RecordMode
 from fabric_init.recording.storage_tags import ref_of
 from fabric_init.recording.tape import Tape, TensorRef
@@ -60,7 +60,7 @@ def some_tensors() -> dict[str, Tensor]:
 
 def record(function: Function, reader: BaseReader) -> tuple[Tape, TensorRef]:
     with RecordMode() as mode, torch.no_grad():
-        result = function({key: source_tensor(mode.recorder, reader, key) for key in reader.keys()})
+        result = function({key: source_tensor(mode.recorder, Source(reader, key)) for key in reader.keys()})
     found = recorded(result)
     assert found is not None
     return mode.tape, ref_of(meta_of(result), found.storage)

@@ -66,11 +66,13 @@ def dimension(key: str, spec: TensorSpec, dim: int) -> int:
     return dim % len(spec.shape)
 
 
-def share(key: str, spec: TensorSpec, size: int, groups: int) -> int:
-    """Return how much of ``size`` is in each group."""
-    if size % groups:
-        raise CheckpointMismatchError(f"{key} is {shape_of(spec)}: a size of {size} cannot be in {groups} equal groups")
-    return size // groups
+def check_shares(key: str, spec: TensorSpec, sizes: Sequence[int], groups: int) -> None:
+    """Require that each of ``sizes`` is a multiple of ``groups``."""
+    for size in sizes:
+        if size % groups:
+            raise CheckpointMismatchError(
+                f"{key} is {shape_of(spec)}: a size of {size} cannot be in {groups} equal groups"
+            )
 
 
 def check_alike(key: str, spec: TensorSpec, other: str, other_spec: TensorSpec, but_for: int | None = None) -> None:

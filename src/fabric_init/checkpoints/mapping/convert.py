@@ -4,40 +4,52 @@ Keys are named by their ends, see :class:`~fabric_init.checkpoints.mapping.key_p
 ``"qkv_proj.weight"`` stands for that tensor of every layer, whatever comes before, and what comes before is kept.
 ``{}`` stands for one dotted part that differs, and stands for the same in ``into``.
 
-Wrong arguments are a ``ValueError``; what does not fit the checkpoint is a
-:class:`~fabric_init.errors.CheckpointMismatchError` when it is opened, before any weight is read.
+A declaration says which keys become which, and by which function of tensors. Wrong arguments are a ``ValueError``; what
+does not fit the checkpoint is a :class:`~fabric_init.errors.CheckpointMismatchError` when it is opened, before any
+weight is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 
 from fabric_init.checkpoints.mapping.conversion_checks import (
     Specs,
     check_alike,
     check_blanks,
     check_groups,
+    check_shares,
     dimension,
     listed,
     matching,
     shape_of,
-    share,
 )
 from fabric_init.checkpoints.mapping.key_pattern import KeyPattern, Match
-from fabric_init.checkpoints.mapping.lazy import Joined, LazyTensor, Run, Stacked, Transposed, Unstacked, swapped
-from fabric_init.checkpoints.reader import TensorSpec
 from fabric_init.errors import CheckpointMismatchError
+
+
+class Made(NamedTuple):
+    """Tensors that are made of others, which they replace.
+
+    ``function`` takes the tensors under ``sources``, in that order, and returns those under ``keys``. It runs without
+    values, once for all tensors of the same shapes and dtypes: what it does with them is repeated for the others.
+    """
+
+    keys: Sequence[str]
+    sources: Sequence[str]
+    function: Callable[..., Iterable[Tensor]]
 
 
 class Conversion(Protocol):
     """One declaration; error messages and reports show its ``str()``."""
 
-    def made(self, specs: Specs) -> Mapping[str, LazyTensor]:
-        """Return the tensors that replace their sources in a checkpoint with ``specs``, by their new keys.
+    def made(self, specs: Specs) -> Iterable[Made]:
+        """Yield the tensors that replace others in a checkpoint with ``specs``.
 
         Raises:
             CheckpointMismatchError: the checkpoint is not as declared.
@@ -74,25 +86,27 @@ class Split:
     def __str__(self) -> str:
         return _as_source(self, self.source)
 
-    def made(self, specs: Specs) -> Mapping[str, LazyTensor]:
-        return dict(part for key, match in matching(specs, self.source) for part in self._parts(key, match, specs[key]))
+    def made(self, specs: Specs) -> Iterator[Made]:
+        function = self._parts
+        for key, match in matching(specs, self.source):
+            spec = specs[key]
+            dim = dimension(key, spec, self.dim)
+            full, sizes = spec.shape[dim], self._sizes(spec.shape[dim])
+            if sum(sizes) != full:
+                how = f"sizes={sizes}, together {sum(sizes)}," if self.sizes else f"{len(sizes)} equal parts"
+                raise CheckpointMismatchError(
+                    f"{key} is {shape_of(spec)}: {how} do not make up the {full} of dimension {dim}"
+                )
+            check_shares(key, spec, sizes, self.groups)
+            yield Made([KeyPattern(name).key(match) for name in self.into], [key], function)
 
-    def _parts(self, key: str, match: Match, spec: TensorSpec) -> Iterator[tuple[str, LazyTensor]]:
-        dim = dimension(key, spec, self.dim)
-        full, count = spec.shape[dim], len(self.into)
-        sizes = [full // count] * count if self.sizes is None else list(self.sizes)
-        if sum(sizes) != full:
-            how = f"{count} equal parts" if self.sizes is None else f"sizes={sizes}, together {sum(sizes)},"
-            raise CheckpointMismatchError(
-                f"{key} is {shape_of(spec)}: {how} do not make up the {full} of dimension {dim}"
-            )
-        turns = [share(key, spec, size, self.groups) for size in sizes]
-        start = 0
-        for name, size, turn in zip(self.into, sizes, turns, strict=True):
-            shape = torch.Size((*spec.shape[:dim], size, *spec.shape[dim + 1 :]))
-            runs = [Run(key, start + group * sum(turns), turn) for group in range(self.groups)]
-            yield KeyPattern(name).key(match), Joined(_spec(shape, spec, f"part of {key} {shape_of(spec)}"), dim, runs)
-            start += turn
+    def _sizes(self, full: int) -> list[int]:
+        return list(self.sizes) if self.sizes else [full // len(self.into)] * len(self.into)
+
+    def _parts(self, whole: Tensor) -> Iterator[Tensor]:
+        turns = [size // self.groups for size in self._sizes(whole.shape[self.dim])]
+        groups = [group.split(turns, self.dim) for group in whole.tensor_split(self.groups, self.dim)]
+        return (part[0] if len(part) == 1 else torch.cat(part, self.dim) for part in zip(*groups, strict=True))
 
 
 @dataclass(frozen=True)
@@ -119,15 +133,16 @@ class Fuse:
     def __str__(self) -> str:
         return _as_source(self, list(self.sources))
 
-    def made(self, specs: Specs) -> Mapping[str, LazyTensor]:
+    def made(self, specs: Specs) -> Iterator[Made]:
         parts: dict[Match, dict[str, str]] = {}
         for source in self.sources:
             for key, match in matching(specs, source):
                 parts.setdefault(match, {})[source] = key
-        into = KeyPattern(self.into)
-        return {into.key(match): self._joined(match, keys, specs) for match, keys in parts.items()}
+        into, function = KeyPattern(self.into), self._joined
+        for match, keys in parts.items():
+            yield Made([into.key(match)], self._checked(match, keys, specs), function)
 
-    def _joined(self, match: Match, parts: Mapping[str, str], specs: Specs) -> LazyTensor:
+    def _checked(self, match: Match, parts: Mapping[str, str], specs: Specs) -> list[str]:
         lacking = [KeyPattern(source).key(match) for source in self.sources if source not in parts]
         if lacking:
             raise CheckpointMismatchError(f"there is {', '.join(parts.values())}, but no {', '.join(lacking)}")
@@ -136,14 +151,13 @@ class Fuse:
         dim = dimension(keys[0], first, self.dim)
         for key in keys[1:]:
             check_alike(keys[0], first, key, specs[key], but_for=dim)
-        sizes = [specs[key].shape[dim] for key in keys]
-        turns = [share(key, specs[key], size, self.groups) for key, size in zip(keys, sizes, strict=True)]
-        runs = [
-            Run(key, group * turn, turn) for group in range(self.groups) for key, turn in zip(keys, turns, strict=True)
-        ]
-        shape = torch.Size((*first.shape[:dim], sum(sizes), *first.shape[dim + 1 :]))
-        made = "made of " + ", ".join(f"{key} {shape_of(specs[key])}" for key in keys)
-        return Joined(_spec(shape, first, made), dim, runs)
+        for key in keys:
+            check_shares(key, specs[key], [specs[key].shape[dim]], self.groups)
+        return keys
+
+    def _joined(self, *parts: Tensor) -> Iterator[Tensor]:
+        groups = zip(*(part.tensor_split(self.groups, self.dim) for part in parts), strict=True)
+        yield torch.cat([part for group in groups for part in group], self.dim)
 
 
 @dataclass(frozen=True)
@@ -163,7 +177,7 @@ class Stack:
     def __str__(self) -> str:
         return _as_source(self, self.source)
 
-    def made(self, specs: Specs) -> Mapping[str, LazyTensor]:
+    def made(self, specs: Specs) -> Iterator[Made]:
         stacks: dict[Match, dict[int, str]] = {}
         for key, (head, blanks) in matching(specs, self.source):
             if blanks[-1].isdecimal() and len(blanks[-1]) < 10:
@@ -171,19 +185,18 @@ class Stack:
         if not stacks:
             raise CheckpointMismatchError(f"no key ends in {self.source!r} with a number for the last {{}}")
         into = KeyPattern(self.into)
-        return {into.key(match): self._stacked(match, keys, specs) for match, keys in stacks.items()}
+        for match, numbered in stacks.items():
+            yield Made([into.key(match)], self._checked(match, numbered, specs), _stacked)
 
-    def _stacked(self, match: Match, numbered: Mapping[int, str], specs: Specs) -> LazyTensor:
+    def _checked(self, match: Match, numbered: Mapping[int, str], specs: Specs) -> list[str]:
         for number in range(max(numbered)):
             if number not in numbered:
                 key = KeyPattern(self.source).key(Match(match.head, (*match.blanks, str(number))))
                 raise CheckpointMismatchError(f"there is {numbered[max(numbered)]}, but no {key}")
         keys = [numbered[number] for number in range(len(numbered))]
-        first = specs[keys[0]]
         for key in keys[1:]:
-            check_alike(keys[0], first, key, specs[key])
-        made = f"{len(keys)} tensors {shape_of(first)} stacked, {keys[0]} and on"
-        return Stacked(_spec(torch.Size((len(keys), *first.shape)), first, made), keys)
+            check_alike(keys[0], specs[keys[0]], key, specs[key])
+        return keys
 
 
 @dataclass(frozen=True)
@@ -203,18 +216,15 @@ class Unstack:
     def __str__(self) -> str:
         return _as_source(self, self.source)
 
-    def made(self, specs: Specs) -> Mapping[str, LazyTensor]:
-        made: dict[str, LazyTensor] = {}
+    def made(self, specs: Specs) -> Iterator[Made]:
         into = KeyPattern(self.into)
         for key, (head, blanks) in matching(specs, self.source):
             spec = specs[key]
             count = spec.shape[dimension(key, spec, 0)]
             if not spec.shape.numel():  # a header may then claim any count
                 raise CheckpointMismatchError(f"{key} is {shape_of(spec)}: there is nothing in it")
-            for index in range(count):
-                part = _spec(spec.shape[1:], spec, f"number {index} of {key} {shape_of(spec)}")
-                made[into.key(Match(head, (*blanks, str(index))))] = Unstacked(part, key, index)
-        return made
+            keys = [into.key(Match(head, (*blanks, str(index)))) for index in range(count)]
+            yield Made(keys, [key], torch.unbind)
 
 
 @dataclass(frozen=True)
@@ -230,16 +240,22 @@ class Transpose:
     def __str__(self) -> str:
         return _as_source(self, list(self.names))
 
-    def made(self, specs: Specs) -> Mapping[str, LazyTensor]:
-        made: dict[str, LazyTensor] = {}
+    def made(self, specs: Specs) -> Iterator[Made]:
         for name in self.names:
             for key, _ in matching(specs, name):
-                spec = specs[key]
-                if len(spec.shape) < 2:
-                    raise CheckpointMismatchError(f"{key} is {shape_of(spec)}: there are no two dimensions to swap")
-                shape = torch.Size(swapped(spec.shape))
-                made[key] = Transposed(_spec(shape, spec, f"transposed from {shape_of(spec)}"), key)
-        return made
+                if len(specs[key].shape) < 2:
+                    raise CheckpointMismatchError(
+                        f"{key} is {shape_of(specs[key])}: there are no two dimensions to swap"
+                    )
+                yield Made([key], [key], _transposed)
+
+
+def _stacked(*parts: Tensor) -> tuple[Tensor]:
+    return (torch.stack(parts),)
+
+
+def _transposed(tensor: Tensor) -> tuple[Tensor]:
+    return (tensor.transpose(-1, -2),)
 
 
 def _as_source(conversion: Split | Fuse | Stack | Unstack | Transpose, first: object) -> str:
@@ -247,7 +263,3 @@ def _as_source(conversion: Split | Fuse | Stack | Unstack | Transpose, first: ob
     others = [field for field in fields(conversion)[1:] if getattr(conversion, field.name) != field.default]
     named = [f"{field.name}={getattr(conversion, field.name)!r}" for field in others]
     return f"{type(conversion).__name__}({', '.join([repr(first), *named])})"
-
-
-def _spec(shape: torch.Size, source: TensorSpec, made: str) -> TensorSpec:
-    return TensorSpec(shape, source.dtype, made)

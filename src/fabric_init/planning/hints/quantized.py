@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from fabric_init._text import dtype_name, listed
-from fabric_init.checkpoints import CheckpointReader
+from fabric_init.checkpoints import CheckpointReader, Dequantize
+from fabric_init.checkpoints.storage.remote import AnyPath
+from fabric_init.errors import FabricInitError
 from fabric_init.planning.matching import Matching
 from fabric_init.planning.plan import Action
 
@@ -48,17 +52,44 @@ def unscaled(matching: Matching, reader: CheckpointReader) -> list[Quantized]:
     return found
 
 
-def quantized_message(found: list[Quantized], reader: CheckpointReader) -> str:
+def quantized_message(found: list[Quantized], matching: Matching, reader: CheckpointReader) -> str:
     """Return the message of the error."""
     kinds = ", ".join(dict.fromkeys(dtype_name(pair.dtype) for pair in found))
+    declared = _dequantized(matching, reader)
+    mend = f"Likely: convert=[{declared}] multiplies them when they are read. Otherwise:\n" if declared else ""
     return (
         f"{reader.path} is quantized: {len(found)} of its weights are {kinds}, and mean something only with the scales "
         "beside them, which the model does not take. Without them the values would be wrong, so neither strict=False "
         "nor a rename that drops the scales loads them.\n"
+        f"{mend}"
         "Dequantize the file once: load it with the library that wrote it (from_pretrained, with dequantize=True in "
         "its quantization_config where there is one, or model.dequantize()), save that, and load it here.\n"
         + listed([f"{pair.weight} ({dtype_name(pair.dtype)}), scaled by {pair.scale}" for pair in found])
     )
+
+
+def _dequantized(matching: Matching, reader: CheckpointReader) -> Dequantize | None:
+    """Return the conversion after which the weights match as they did; ``None`` if there is none."""
+    conversion = Dequantize(_block_size(reader.path) or Dequantize.block)
+    try:
+        found = None if matching.again is None else matching.again((conversion,), matching.options)
+    except FabricInitError:
+        return None
+    if found is None or found.misfits or len(found.missing) > len(matching.missing):
+        return None
+    return conversion
+
+
+def _block_size(path: AnyPath) -> Sequence[int] | None:
+    """Return the size of blocks that config.json beside a checkpoint states."""
+    if not isinstance(path, Path):
+        return None
+    try:
+        config = json.loads(((path if path.is_dir() else path.parent) / "config.json").read_text())
+        rows, columns = map(int, config["quantization_config"]["weight_block_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (rows, columns) if min(rows, columns) > 0 else None
 
 
 def _pairs(reader: CheckpointReader) -> Iterator[Quantized]:

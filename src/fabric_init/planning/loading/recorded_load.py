@@ -6,21 +6,19 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fabric_init._text import joined
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction
-from fabric_init.checkpoints import BaseReader, CheckpointReader, Region, TensorSpec
-from fabric_init.checkpoints.reader import is_collective, read
-from fabric_init.planning.loading.functions import Functions, Sources, made_by
+from fabric_init.checkpoints import CheckpointReader
+from fabric_init.checkpoints.reader import read
+from fabric_init.planning.loading.computed import ComputedReader, Value
 from fabric_init.planning.loading.regions import Evaluation, copied_source, is_copy_of, sources_of
+from fabric_init.planning.loading.sources import Sources, recorded_on_sources
 from fabric_init.planning.tensors import named_modules, named_tensors
-from fabric_init.recording.mode import RecordMode
 from fabric_init.recording.recorder import Recorder
 from fabric_init.recording.storage_tags import ref_of
 from fabric_init.recording.tape import Rng, Tape, TensorRef
@@ -79,17 +77,15 @@ def record_load(
     names: Mapping[str, str],
     code: LoadCode,
     rng: Rng,
-    functions: Functions = MappingProxyType({}),
 ) -> RecordedLoad:
     """Run load ``code`` on ``model``; if it fails, the modules are as they were before.
 
     Args:
         model: The recorded model.
         reader: The open checkpoint.
-        names: The name in the state dict for each key of the checkpoint, and each that a function makes.
+        names: The name in the state dict for each key of the checkpoint.
         code: What loads.
         rng: The mode of the recording that the model is on.
-        functions: What makes tensors of the checkpoint's, by key.
     """
     modules = {id(module): module for _, module in named_modules(model)}.values()
     kept = [(module, _contents(module)) for module in modules]
@@ -102,34 +98,21 @@ def record_load(
             vars(module).update(contents)
 
     try:
-        generator = torch.get_rng_state()
         extra = copy.deepcopy(dict(reader.extra_state))
-        try:
-            with RecordMode(rng) as mode:
-                mode.tape.shares_seed = True  # of its own, it has none
-                mode.recorder.own_init_counts = True  # as plain PyTorch has initialized what a load comes to
-                moved = _moved(model, mode.recorder)
-                try:
-                    sources = Sources(mode.recorder, reader)
-                    with torch.no_grad():
-                        state = {
-                            name: made_by(functions, key, sources)
-                            if key in functions
-                            else (extra if key in extra else sources)[key]
-                            for key, name in names.items()
-                        }
-                    outcome = code(model, state)
-                    refs = _left_behind(model, moved, mode.tape)
-                finally:
-                    _move_back(moved)
-        finally:
-            torch.set_rng_state(generator)
+        with recorded_on_sources(rng) as mode:
+            mode.tape.shares_seed = True  # of its own, it has none
+            mode.recorder.own_init_counts = True  # as plain PyTorch has initialized what a load comes to
+            moved = _moved(model, mode.recorder)
+            try:
+                sources = Sources(mode.recorder, reader)
+                state = {name: (extra if key in extra else sources)[key] for key, name in names.items()}
+                outcome = code(model, state)
+                refs = _left_behind(model, moved, mode.tape)
+            finally:
+                _move_back(moved)
         if not code.replaces:
             _put_back(places)
         made = RecordedReader(reader, mode.tape, refs)
-        of_functions = {key: state[names[key]] for key in functions if key in names}
-        for key, tensor in of_functions.items():
-            made.specs.setdefault(key, TensorSpec(tensor.shape, tensor.dtype, "made by convert"))
         unused = [name for key, name in names.items() if key not in made.used]
         outcome = outcome._replace(unexpected=_known(outcome.unexpected, names.values(), unused))
         return RecordedLoad(made, names, made.key_of, outcome, reader, undo)
@@ -265,8 +248,8 @@ def _contents(module: nn.Module) -> dict[str, Any]:
     }
 
 
-class RecordedReader(BaseReader):
-    """A checkpoint after load code; a :class:`~fabric_init.checkpoints.reader.CheckpointReader`.
+class RecordedReader(ComputedReader):
+    """A checkpoint after load code.
 
     A tensor that is a copy of one in the checkpoint keeps its key. What was computed has a key of its own: its name.
 
@@ -277,16 +260,12 @@ class RecordedReader(BaseReader):
     """
 
     def __init__(self, below: CheckpointReader, tape: Tape, refs: Mapping[str, TensorRef]) -> None:
-        self.path, self.format, self.note, self.extra_state = below.path, below.format, below.note, below.extra_state
-        self.collective = is_collective(below)
-        self._below = below
-        self._values = Evaluation(tape, whole=self.collective)
-        self._made: dict[str, TensorRef] = {}
         self.key_of: dict[str, str] = {}
         """Name → key."""
         self.used: set[str] = set()
         """The keys of the checkpoint that something is loaded from."""
-        self.specs: dict[str, TensorSpec] = {key: below.spec(key) for key in below.keys()}
+        keys = dict.fromkeys(below.keys())
+        values: dict[str, Value] = {}
         for name, ref in refs.items():
             source = copied_source(tape, ref)
             if source is not None and source.reader is below:
@@ -294,22 +273,17 @@ class RecordedReader(BaseReader):
                 self.used.add(source.key)
                 continue
             key = name
-            while key in self.specs:
+            while key in keys:
                 key += " (converted)"
-            sources = sources_of(tape, ref)
-            self.used.update(sources)
-            made = "computed from " + (joined(sources, most=3) if sources else "what the model has")
-            self.specs[key] = TensorSpec(ref.size, ref.dtype, made)
-            self._made[key], self.key_of[name] = ref, key
-
-    def read(self, key: str, region: Region | None = None) -> Tensor:
-        """Return the tensor, or a region of it; of its sources, only what the region needs is read."""
-        ref = self._made.get(key)
-        return self._below.read(key, region) if ref is None else self._values.region(ref, region)
+            values[key] = Value(ref, sources_of(tape, ref))
+            self.used.update(values[key].sources)
+            self.key_of[name], keys[key] = key, None
+        super().__init__(below, tape, values, keys)
 
     def reading(self, key: str) -> Callable[[Tape], Tensor]:
         """Return what reads the whole tensor, given the tape, which it does not keep alive."""
-        ref, below = self._made.get(key), self._below
-        if ref is None:
+        value, below = self._values.get(key), self.below
+        if value is None:
             return lambda _: read(below, key)
+        ref = value.ref
         return lambda tape: Evaluation(tape).region(ref, None)

@@ -27,6 +27,7 @@ from fabric_init.recording.tape import Constant, Op, Tape, TensorRef
 
 _CPU = torch.device("cpu")
 _COPIES = ("aten::clone", "aten::_to_copy")
+_READ_AT_ONCE = 1 << 20  # bytes; what is larger and freed between tensors that stay leaves holes in the heap
 _KEPT = 4  # results that were computed whole: parts of one are mostly read one after the other
 
 
@@ -64,23 +65,24 @@ class Evaluation:
             return self._computed_box(ref, box, before)
         if not covers(self._tape, written) or not _row_major(written):
             return self._computed_box(ref, box, before)
-        needed, start, strides = _box_of_window(tuple(written.size), offset, box.sizes, ref.stride)
         make = self._way(op, written)
         if make is None:
             return self._computed_box(ref, box, before)
+        needed, steps = _box_of_window(tuple(written.size), offset, box.sizes, ref.stride)
         values = make(needed)
-        if values.size() == box.sizes and strides == window(box.sizes, None).strides and not start:
-            return values
-        values = values.contiguous()
-        return values.as_strided(box.sizes, strides, values.storage_offset() + start)
+        if steps is None:  # whole rows, in which the elements lie as in the storage
+            values = values.contiguous()
+            start = offset - needed.offsets[0] * window(tuple(written.size), None).strides[0]
+            return values.as_strided(box.sizes, ref.stride, values.storage_offset() + start)
+        strides = [sum(map(math.prod, zip(mine, values.stride(), strict=True))) for mine in steps]
+        return values.as_strided(box.sizes, strides, values.storage_offset())
 
     def _way(self, op: Op, written: TensorRef) -> Callable[[Box], Tensor] | None:
         """Return how to compute a box of what ``op`` writes from boxes of its arguments, if that is known."""
         func, before = op.func, op.number
         origin = source_read_by(op)
         if origin is not None:
-            whole = full_box(tuple(written.size))
-            return lambda box: read(origin.reader, origin.key, None if box == whole else box)
+            return lambda box: read(origin.reader, origin.key, box)
         name = _name(func)
         if name in ("aten::cat", "aten::stack"):
             parts = op.args[0]
@@ -130,7 +132,7 @@ class Evaluation:
         out = torch.empty(box.sizes, dtype=dtype)
         at = 0
         for part, piece in pieces:
-            out.narrow(dim, at, piece.sizes[dim]).copy_(self._box(part, piece, before))
+            self._copy_in(out.narrow(dim, at, piece.sizes[dim]), part, piece, before)
             at += piece.sizes[dim]
         return out
 
@@ -139,8 +141,18 @@ class Evaluation:
         out = torch.empty(box.sizes, dtype=dtype)
         first = box.offsets[dim]
         for index, part in enumerate(parts[first : first + box.sizes[dim]]):
-            out.select(dim, index).copy_(self._box(part, inner, before))
+            self._copy_in(out.select(dim, index), part, inner, before)
         return out
+
+    def _copy_in(self, out: Tensor, ref: TensorRef, box: Box, before: int) -> None:
+        """Fill ``out`` with a box of a tensor, some rows at a time."""
+        if out.nbytes <= _READ_AT_ONCE:
+            out.copy_(self._box(ref, box, before))
+            return
+        rows = max(1, _READ_AT_ONCE // out[0].nbytes)
+        for first in range(0, len(out), rows):
+            some = out[first : first + rows]
+            some.copy_(self._box(ref, _along(box, 0, box.offsets[0] + first, len(some)), before))
 
     # -- what is computed whole ----------------------------------------------------------------------------------------
 
@@ -231,10 +243,11 @@ def _broadcast(box: Box, size: tuple[int, ...]) -> Box:
 
 def _box_of_window(
     shape: tuple[int, ...], offset: int, sizes: tuple[int, ...], strides: tuple[int, ...]
-) -> tuple[Box, int, tuple[int, ...]]:
-    """Return the box of a row-major tensor of ``shape`` that a window needs, and the window's place in that box.
+) -> tuple[Box, list[list[int]] | None]:
+    """Return the box of a row-major tensor of ``shape`` that a window needs, and how the window steps through it.
 
-    The place is an offset and strides, in elements, in the box as a row-major tensor.
+    For each dimension of the window, that is the number of indices in each dimension of the box; ``None`` if one
+    dimension of the window goes through several of the tensor's, for which whole rows are needed.
     """
     base = window(shape, None).strides
     at, low = offset, []
@@ -242,7 +255,7 @@ def _box_of_window(
         low.append(at // step)
         at %= step
     high = list(low)
-    digits = []
+    steps = []
     for size, stride in zip(sizes, strides, strict=True):
         mine = []
         for dim, step in enumerate(base):
@@ -250,13 +263,9 @@ def _box_of_window(
             stride -= count * step
             mine.append(count)
             high[dim] += count * (size - 1)
-        digits.append(mine)
+        steps.append(mine)
     if all(index < full for index, full in zip(high, shape, strict=True)):
-        box = Box(tuple(low), tuple(last - first + 1 for first, last in zip(low, high, strict=True)))
-        inner = window(box.sizes, None).strides
-        return box, 0, tuple(sum(map(math.prod, zip(mine, inner, strict=True))) for mine in digits)
-    # an index carries over from one dimension to the next: all of the rows that the window reaches
+        return Box(tuple(low), tuple(last - first + 1 for first, last in zip(low, high, strict=True))), steps
     reach = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
     first, last = offset // base[0], reach // base[0]
-    box = Box((first,) + (0,) * (len(shape) - 1), (last - first + 1, *shape[1:]))
-    return box, offset - first * base[0], strides
+    return Box((first,) + (0,) * (len(shape) - 1), (last - first + 1, *shape[1:])), None

@@ -131,7 +131,10 @@ def coverage_of(
     if reader is not None and refused:
         quantized = unscaled(matching, reader)
         hidden = None if wanted.strict or nothing_matches else hidden_mistake(matching, reader)
-        problems = [*problems, *([quantized_message(quantized, reader)] if quantized else [hidden] if hidden else [])]
+        problems = [
+            *problems,
+            *([quantized_message(quantized, matching, reader)] if quantized else [hidden] if hidden else []),
+        ]
     return Coverage(
         wanted=_amount(saved),
         loaded=_amount(loaded),

@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fabric_init import deferred_init
 from fabric_init.checkpoints import (
     BaseReader,
     Box,
     CheckpointReader,
     Conversion,
     Fuse,
+    Made,
     Region,
     Span,
     Split,
@@ -30,8 +32,8 @@ from fabric_init.checkpoints import (
     open_checkpoint,
     take,
 )
-from fabric_init.checkpoints.mapping.converted import converted
 from fabric_init.errors import CheckpointMismatchError
+from fabric_init.planning.loading.converted import converted
 
 
 class Counting(BaseReader):
@@ -304,15 +306,86 @@ def test_convert_takes_a_list_of_conversions(wrong: Any) -> None:
         converted(header(a=(2, 2)), wrong)
 
 
-def test_a_conversion_of_ones_own_works_as_any() -> None:
-    class Second:
-        """Of every tensor whose name ends in ``pair``, the second half."""
+class OfEach:
+    """A conversion of one's own: a function of every tensor."""
 
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._function = function
+
+    def made(self, specs: Any) -> Any:
+        def function(tensor: Tensor) -> list[Tensor]:
+            return [self._function(tensor)]
+
+        for key in specs:
+            yield Made([f"{key}.made"], [key], function)
+
+    def __str__(self) -> str:
+        return "OfEach()"
+
+
+STATES = {"a": torch.tensor([-1.0, 5.0]), "b": torch.tensor([3.0, 4.0]), "c": torch.tensor([[3.0]])}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda t: t + torch.ones(()),
+        lambda t: (t + 1).mul_(2),
+        lambda t: t.flip(0).contiguous(),
+        lambda t: torch.zeros(2).copy_(t.flatten()),
+        lambda t: torch.empty(t.shape).fill_(3),
+        lambda t: t if t.sum() > 4.5 else -t,
+        lambda t: t * t.max().item(),
+    ],
+    ids=["plain", "in place", "whole", "into a new one", "of none", "by its values", "scaled by its values"],
+)
+def test_a_conversion_of_ones_own_is_what_its_function_gives_for_each_tensor(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    reader = converted(Counting({key: value.clone() for key, value in STATES.items()}), [OfEach(function)])
+    for key, value in STATES.items():
+        assert torch.equal(reader.read(f"{key}.made"), function(value.clone()))
+
+
+def test_random_numbers_differ_from_tensor_to_tensor_and_leave_the_generator_alone() -> None:
+    before = torch.get_rng_state()
+    reader = converted(Counting(dict(STATES)), [OfEach(lambda t: t * 0 + torch.rand(t.shape))])
+    one, other = reader.read("a.made"), reader.read("b.made")
+    assert not torch.equal(one, other)
+    assert torch.equal(one, reader.read("a.made"))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_function_that_returns_too_little_is_named() -> None:
+    class Wrong(OfEach):
         def made(self, specs: Any) -> Any:
-            return Split("pair", into=["first", "second"]).made(specs)
+            yield Made(["x", "y"], ["a"], lambda tensor: [tensor])
 
-        def __str__(self) -> str:
-            return "Second()"
+    with pytest.raises(TypeError, match=r"OfEach\(\) returned 1 tensors for 2 keys"):
+        converted(Counting(dict(STATES)), [Wrong(torch.neg)])
 
-    reader = converted(Counting({"x.pair": numbered(4)}), [Second()])
-    assert reader.read("x.second").tolist() == [2, 3]
+
+def test_a_block_that_is_open_and_the_inference_mode_make_no_difference() -> None:
+    state = llama()
+    with deferred_init(), torch.inference_mode():
+        reader = converted(Counting(state), [Fuse(QKV, into="qkv")])
+        found = reader.read("layers.1.attn.qkv")
+    assert type(found) is Tensor
+    assert torch.equal(found, torch.cat([state[f"layers.1.attn.{name}"] for name in QKV]))
+
+
+def test_thousands_of_experts_are_recorded_once() -> None:
+    experts = {f"{i}.experts.{e}.{half}": (4, 2) for i in range(20) for e in range(64) for half in "ab"}
+    calls = []
+
+    class Watched(Stack):
+        def made(self, specs: Any) -> Any:
+            for made in super().made(specs):
+                yield made._replace(function=count)
+
+    def count(*parts: Tensor) -> list[Tensor]:
+        calls.append(len(parts))
+        return [torch.stack(parts)]
+
+    converted(header(**{key.replace(".", "__"): shape for key, shape in experts.items()}), [Watched("{}.a", into="a")])
+    assert calls == [64]

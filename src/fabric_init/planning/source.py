@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fabric_init.checkpoints.mapping.convert import Conversion
-from fabric_init.checkpoints.mapping.converted import converted
-from fabric_init.checkpoints.open import open_checkpoint
-from fabric_init.checkpoints.reader import CheckpointReader
+from fabric_init.checkpoints import CheckpointReader, open_checkpoint
+from fabric_init.planning.loading.converted import Convert, converted
 
 
 @dataclass(frozen=True)
@@ -20,7 +17,7 @@ class Source:
     mmap: bool = True
     entry: str | None = None
     manifest: str | os.PathLike[str] | None = None
-    convert: Sequence[Conversion] = ()
+    convert: Convert = ()
 
     def open(self, *, copy: bool = False) -> CheckpointReader:
         """Open it; with ``copy``, without a map in any case."""
