@@ -143,5 +143,6 @@ def _message(plan: Plan, look: Look, keys: set[str]) -> str:
     return (
         f"the model's own code has looked at values that were computed from {names[0]}{site}, which was drawn at "
         "random then, and the checkpoint brings others, for which that code would have done something else. Load the "
-        "checkpoint before that code runs: build the model in one init_module block, and change it in another."
+        "checkpoint before that code runs: build the model in one init_module block, and change it in another. If what "
+        "the code saw does not matter, build with empty_init=True and call load_state_dict after the block."
     )
