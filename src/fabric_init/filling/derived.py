@@ -53,8 +53,8 @@ def _reading(reader: CheckpointReader, key: str, ref: TensorRef) -> Callable[[Ta
         return lambda _: _refuse_alone(path, key)
     if isinstance(reader, RecordedReader):
         of_load = reader.reading(key)
-        return lambda tape: _laid_out(of_load(tape).reshape(ref.size), ref, torch.device("cpu"))
-    return lambda _: _laid_out(read_as(reader, key, ref.size, None), ref, torch.device("cpu"))
+        return lambda tape: laid_out(of_load(tape).reshape(ref.size), ref, torch.device("cpu"))
+    return lambda _: laid_out(read_as(reader, key, ref.size, None), ref, torch.device("cpu"))
 
 
 def _refuse_alone(path: AnyPath, key: str) -> NoReturn:
@@ -97,11 +97,11 @@ def compute_with(
     """Return the storage of ``slot``, computed from these values of its ``sources``."""
     assert slot.ref is not None
     with real_execution():
-        known = {ref.storage: _laid_out(value, ref, device) for ref, value in sources}
+        known = {ref.storage: laid_out(value, ref, device) for ref, value in sources}
         return replay_with(tape, slot.ref.storage, known, exact=exact, to=lambda _: device)
 
 
-def _laid_out(value: Tensor, ref: TensorRef, device: torch.device) -> torch.UntypedStorage:
+def laid_out(value: Tensor, ref: TensorRef, device: torch.device) -> torch.UntypedStorage:
     """Return ``value`` in memory of its own, laid out like ``ref``, which spans a storage."""
     memory = torch.empty_strided(ref.size, ref.stride, dtype=ref.dtype, device=device)
     return memory.copy_(value).untyped_storage()

@@ -21,6 +21,7 @@ from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.derived import compute, loads_noted
 from fabric_init.filling.fill_log import with_log
 from fabric_init.filling.loader import loader_for
+from fabric_init.filling.looked_at import check_decisions
 from fabric_init.filling.out_of_memory import out_of_memory_explained
 from fabric_init.filling.progress import with_progress
 from fabric_init.filling.verify import is_wanted, verify
@@ -382,6 +383,7 @@ def execute_plan(
 
     def check_and_fill() -> FillRecord:
         check_ties(plan, reader, placement)
+        check_decisions(prepared)
         record = fill(plan, tensors, tapes, reader, placement, exact=exact)
         return record
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from fabric_init.filling.execute import check_ties, fill, note_of
+from fabric_init.filling.looked_at import check_decisions
 from fabric_init.planning.derived import loaded_storages
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Plan, storage_groups
@@ -35,6 +36,7 @@ class IncrementalFill:
         """Check what takes values to check, and fill what has memory already."""
         plan, _, _, reader, _, *_ = self._prepared
         check_ties(plan, reader, self._placement)
+        check_decisions(self._prepared)
         self._fill(position for position, entry in enumerate(plan.entries) if entry.slot.ref is None)
 
     def fill_under(self, module: nn.Module) -> None:

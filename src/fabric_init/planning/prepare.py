@@ -11,11 +11,11 @@ from torch.nn.parameter import is_lazy
 
 from fabric_init.checkpoints import CheckpointReader, rename_keys
 from fabric_init.errors import RecordingError
-from fabric_init.planning.derived import check_nothing_is_undone
 from fabric_init.planning.loading.choice import load_code
 from fabric_init.planning.loading.recorded_load import RecordedLoad, record_load
 from fabric_init.planning.plan import LoadOptions, Plan
 from fabric_init.planning.tensors import survey
+from fabric_init.planning.undone import check_nothing_is_undone
 from fabric_init.planning.validation import make_plan
 from fabric_init.recording.tape import Rng, Tape
 

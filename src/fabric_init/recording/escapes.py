@@ -19,7 +19,8 @@ def _with_true_value(recorder: Recorder, func: Any, args: tuple[Any, ...], kwarg
     with DisableTorchFunction():
         if recorded(args[0]) is None:
             return func(*args, **kwargs)
-        real = recorder.true_value(args[0])
+        for_people = func is Tensor.__format__
+        real = recorder.true_value(args[0]) if for_people else recorder.look_at(args[0])
         result = func(real, *args[1:], **kwargs)
     if hasattr(result, "flags"):
         result.flags.writeable = False  # a write could not reach the recorded tensor: let NumPy raise
@@ -37,7 +38,7 @@ def _untyped_storage(recorder: Recorder, func: Any, args: tuple[Any, ...], kwarg
         outer = calling.f_back
         wants_bytes = calling.f_code is _TYPED_STORAGE and outer is not None and outer.f_code in _READ_BYTES
         if wants_bytes and recorded(args[0]) is not None:
-            return recorder.true_value(args[0]).untyped_storage()
+            return recorder.look_at(args[0]).untyped_storage()
         return func(*args, **kwargs)
 
 
@@ -86,7 +87,7 @@ def _tensor(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[s
 
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value if recorded(value) is None else recorder.true_value(value)
+            return value if recorded(value) is None else recorder.look_at(value)
         return type(value)([plain(item) for item in value]) if type(value) in (list, tuple) else value
 
     with DisableTorchFunction():
@@ -102,7 +103,7 @@ def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
         if recorded(target) is not None and recorded(value) is None and not value.is_meta:
             value = recorder.constant(value.detach())
         elif recorded(target) is None and not target.is_meta and recorded(value) is not None:
-            value = recorder.true_value(value)
+            value = recorder.look_at(value)
         if isinstance(value, RecordedTensor) and not isinstance(target, RecordedTensor):
             value = value._meta
         elif isinstance(target, RecordedTensor) and not isinstance(value, RecordedTensor) and (like := recorded(value)):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,6 +33,7 @@ from fabric_init._torch_internals import (
     DisableTorchFunctionSubclass,
 )
 from fabric_init.errors import RecordingError, UninitializedTensorError
+from fabric_init.recording.call_site import caller
 from fabric_init.recording.kept_values import KeptValues
 from fabric_init.recording.later_calls import HANDLERS
 from fabric_init.recording.liveness import covers, never_written
@@ -100,6 +102,9 @@ class LateRecorder(Recorder):
 
     def true_value(self, tensor: Tensor) -> Tensor:
         return self.later.value(tensor, "be read")
+
+    def _note_look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note nothing: what is seen after the block is there already, and no load will bring other values."""
 
     def constant_value(self, value: Tensor) -> Any:
         loaded = not self.later.gives_memory and self.later.status == "loaded"
@@ -202,7 +207,7 @@ class Later:
             return self._record(func, args, kwargs)
 
     def value(self, tensor: Tensor, use: str) -> Tensor:
-        """Return the values of ``tensor``, on real memory, which is made once.
+        """Return the values of ``tensor``, on real memory, which is made once, when no block is open any more.
 
         Raises:
             UninitializedTensorError: they wait for a load, or nothing ever wrote them.
@@ -217,6 +222,9 @@ class Later:
                     f"a tensor of shape {tuple(tensor.shape)} cannot {use}: it was made by torch.empty or "
                     "the like, and nothing has written values there. Write it, or load it."
                 )
+            if found.memory is None and self.block_is_open and not self.waiting.missing([found.storage]):
+                with real_execution():  # what the block computes from it goes on being recorded
+                    return view(self._replayed(found), ref)
             self.memory(found, use)
             return real_tensor(found, ref)
 
@@ -230,12 +238,15 @@ class Later:
             if found.memory is None:
                 if missing := self.waiting.missing([found.storage]):
                     self.refuse(use, [found.storage, *missing])
-                memory, random = storage_now(self.tape, found.storage, exact=self.tape.rng == "eager")
-                if random:
-                    self.tape.sealed_rng = self.tape.rng
-                self._has_values(found, memory)
+                self._has_values(found, self._replayed(found))
             assert found.memory is not None
             return found.memory[0]
+
+    def _replayed(self, found: Recorded) -> torch.UntypedStorage:
+        memory, random = storage_now(self.tape, found.storage, exact=self.tape.rng == "eager")
+        if random:
+            self.tape.sealed_rng = self.tape.rng
+        return memory
 
     def text(self, tensor: RecordedTensor) -> str:
         """Return what ``print`` shows of ``tensor``: its values, if they are there."""
@@ -304,6 +315,13 @@ class Later:
     def true_value(self, tensor: Tensor) -> Tensor:
         """Return the values of ``tensor``."""
         return self.value(tensor, "be read")
+
+    def look_at(self, tensor: Tensor, use: str = "be read") -> Tensor:
+        """Return the values of ``tensor`` for Python to see; in a block, a load may bring others."""
+        value, found = self.value(tensor, use), recorded(tensor)
+        if self.block_is_open and found is not None and found.memory is None:
+            self.tape.add_look(None, (ref_of(meta_of(tensor), found.storage),), {}, caller(sys._getframe(1)))
+        return value
 
     def constant(self, tensor: Tensor) -> Tensor:
         """Return a recorded tensor whose value is the real ``tensor``'s."""

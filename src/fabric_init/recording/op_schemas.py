@@ -76,6 +76,9 @@ PLAIN_FACTORIES = frozenset({"aten::ones", "aten::zeros", "aten::rand", "aten::r
 
 _COPIES = frozenset({"aten::clone", "aten::copy_", "aten::_to_copy"})
 
+_PRODUCTS = frozenset({"mm", "bmm", "addmm", "addbmm", "baddbmm", "mv", "addmv", "linear"})
+_LINEAR_ALGEBRA = ("linalg_", "_linalg_", "geqrf", "ormqr", "cholesky", "triangular_solve", "lu_", "_fft_")
+
 # Factories that read a tensor's shape, dtype and device, but not its values.
 _SHAPE_ONLY = frozenset(
     {f"aten::{name}_like" for name in ("zeros", "ones", "full", "rand", "randn", "randint")}
@@ -171,6 +174,15 @@ def is_cast(func: Func) -> bool:
 def only_copies(func: Func) -> bool:
     """Return whether ``func`` copies the values that it reads, possibly with a cast."""
     return isinstance(func, OpOverload) and func._schema.name in _COPIES
+
+
+@cache
+def mixes(func: Func) -> bool:
+    """Return whether each element of ``func``'s result depends on many of its inputs' by linear algebra."""
+    if not isinstance(func, OpOverload):
+        return False
+    name = func._schema.name.removeprefix("aten::")
+    return name in _PRODUCTS or (name.startswith(_LINEAR_ALGEBRA) and name != "linalg_vector_norm")
 
 
 @cache

@@ -57,7 +57,7 @@ class Recorder(TorchDispatchMode):
         self.streams: Streams | None = None
         self._intended_device: torch.device | None = None  # a device that has to be named to torch as meta
         self.recognizes_init_calls = True
-        self.own_init_counts = False  # whether what waits for a load has the values of its own init until then
+        self.own_init_counts = False  # load code runs: what waits for a load has the values of its own init until then
         self._running_init: FrameType | None = None  # the init function that is recorded already, while its ops come in
 
     def __repr__(self) -> str:
@@ -128,6 +128,7 @@ class Recorder(TorchDispatchMode):
         if op_traits.data_dependent:
             return self._with_true_values(func, args, kwargs, recordings)
         if any(self.lookup(tensor) is None for tensor in written):
+            self._note_look(None, tuple(tensors), {})
             return func(*self._real(args), **self._real(kwargs))  # writes a real tensor: run it now
 
         frame = sys._getframe(2)
@@ -139,6 +140,7 @@ class Recorder(TorchDispatchMode):
         except (NotImplementedError, RuntimeError):  # if the op itself is wrong, torch raises again on true values
             return self._with_true_values(func, args, kwargs, recordings)
         if not all(is_dense(tensor) for tensor in tensors_in((result,))):
+            self._note_look(None, tuple(tensors), {})
             with real_execution():  # the tape only describes strided memory, so a sparse tensor is real at once
                 return func(*self._real(args), **self._real(kwargs))
         if init_frame is None or init_frame is not self._running_init:  # else its ops are part of the recorded call
@@ -345,6 +347,8 @@ class Recorder(TorchDispatchMode):
         """Run ``func`` on the values that its arguments would have by now; tensors that come out are recorded."""
         with real_execution(), _generator_kept(func, kwargs):  # a recorded draw is made by replay, not here
             real = func(*self._real(args), **self._real(kwargs))
+            if not written_tensors(func, args, kwargs):
+                self._note_look(func, args, kwargs)
             if not any(True for _ in tensors_in((real,))) or not all(is_dense(t) for t in tensors_in((real,))):
                 return real
             result = map_tensors(real, like_on_meta)
@@ -404,6 +408,19 @@ class Recorder(TorchDispatchMode):
 
     def _real(self, value: Any) -> Any:
         return map_tensors(value, lambda tensor: tensor if recorded(tensor) is None else self.true_value(tensor))
+
+    def look_at(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the true value of ``tensor`` for Python to see, and note that on the tape."""
+        value = self.true_value(tensor)
+        self._note_look(None, (tensor,), {})
+        return value
+
+    def _note_look(self, func: Func | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.own_init_counts:
+            return
+        if func is None or is_random(func):
+            func, args, kwargs = None, tuple(t for t in tensors_in((args, kwargs.values())) if self.lookup(t)), {}
+        self.tape.add_look(func, self._refs(args), self._refs(kwargs), caller(sys._getframe(2)))
 
     def true_value(self, tensor: torch.Tensor) -> torch.Tensor:
         """What the constructor would find in ``tensor`` at this point, as a real tensor. Replays that tensor alone."""

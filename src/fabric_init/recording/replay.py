@@ -15,7 +15,7 @@ from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunct
 from fabric_init.recording.liveness import covers, is_final, live_ops
 from fabric_init.recording.op_schemas import overwrites, with_generator
 from fabric_init.recording.replay_rng import ReplayStreams
-from fabric_init.recording.tape import Constant, Op, Tape, TensorRef
+from fabric_init.recording.tape import Constant, Look, Op, Tape, TensorRef
 from fabric_init.recording.tracing import outside_tracing
 
 _default_generator_lock = threading.Lock()
@@ -242,6 +242,37 @@ def replay_with(
     live = live_ops(tape, [storage], exact=exact, inputs=inputs)
     with real_execution():
         return _Execution(tape, live, {storage}, to, exact=exact, inputs=inputs).run()[storage]
+
+
+def seen_in(tape: Tape, look: Look, inputs: Mapping[int, torch.UntypedStorage], *, exact: bool) -> list[Any]:
+    """Return what Python sees in ``look`` if ``inputs`` are the last values of some storages: tensors, shapes, numbers.
+
+    Args:
+        tape: The recording.
+        look: One of its looks.
+        inputs: Storage number → the memory to read instead of that storage's last recorded value.
+        exact: As in :func:`replay`.
+    """
+    storages = {ref.storage for ref in look.refs()}
+    given = {storage for storage in storages if storage in inputs and is_final(tape, storage, look.number)}
+    computed = storages - given
+    live = live_ops(tape, computed, exact=exact, before=look.number, inputs=inputs)
+    with real_execution():
+        memory = _Execution(tape, live, computed, as_recorded, exact=exact, inputs=inputs).run()
+        memory.update({storage: inputs[storage] for storage in given})
+        args, kwargs = _on_memory(look.args, memory), {k: _on_memory(v, memory) for k, v in look.kwargs.items()}
+        if look.func is None:
+            return list(args)
+        seen = _flat([look.func(*args, **kwargs)])
+        return [value.shape if isinstance(value, torch.Tensor) else value for value in seen]
+
+
+def _on_memory(value: Any, memory: Mapping[int, torch.UntypedStorage]) -> Any:
+    if isinstance(value, TensorRef):
+        return view(memory[value.storage], value)
+    if isinstance(value, Constant):
+        return value.tensor
+    return type(value)([_on_memory(item, memory) for item in value]) if type(value) in (list, tuple) else value
 
 
 def _groups(tape: Tape, storages: Iterable[int], *, exact: bool) -> list[tuple[set[int], set[int]]]:

@@ -202,6 +202,24 @@ def on_other_storages(value: Any, other: Callable[[int], int]) -> Any:
     return type(value)([on_other_storages(item, other) for item in value]) if type(value) in (list, tuple) else value
 
 
+class Look(NamedTuple):
+    """What Python has seen of recorded values: the result of ``func`` on them, or all of them if there is none.
+
+    Of tensors that ``func`` returned only the shapes were seen: their values are recorded. ``number`` is above those of
+    the ops before the look and below those of the ops after it.
+    """
+
+    number: int
+    func: Func | None
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    source: CallSite | None
+
+    def refs(self) -> tuple[TensorRef, ...]:
+        """Return the recorded tensors whose values were looked at."""
+        return tuple(_refs_in(itertools.chain(self.args, self.kwargs.values())))
+
+
 class LoadedStorage(NamedTuple):
     """What a declared load brings for a storage, in place of what the ops before number ``since`` left there."""
 
@@ -221,6 +239,7 @@ class Tape:
         self.writers: dict[int, list[int]] = {}
         self.storages: dict[int, StorageInfo] = {}
         self.streams: dict[int, Stream] = {}
+        self.looks: list[Look] = []
         self.constant_bytes = 0  # size of the real tensors that recorded ops read
         self.sealed_rng: Rng | None = (
             None  # the mode in which the constructor has read a random value: replay has to use the same
@@ -266,6 +285,7 @@ class Tape:
         later.writers.update(self.writers)
         later.storages.update(self.storages)
         later.streams.update(self.streams)
+        later.looks[:0] = self.looks
         later.constant_bytes += self.constant_bytes
         later.sealed_rng = later.sealed_rng or self.sealed_rng
         later.shares_seed = later.shares_seed and self.shares_seed
@@ -304,6 +324,12 @@ class Tape:
         """Return ``tensor`` as the tape holds it. The tape keeps its memory alive."""
         self.constant_bytes += tensor.nbytes
         return Constant(tensor)
+
+    def add_look(
+        self, func: Func | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], source: CallSite | None
+    ) -> None:
+        """Note that Python sees what ``func`` returns at this point."""
+        self.looks.append(Look(next(_numbers), func, args, kwargs, source))
 
     def add_op(
         self,

@@ -93,7 +93,7 @@ class RecordedTensor(Tensor):
         return f"Parameter containing:\n{text}" if isinstance(self, nn.Parameter) else text
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        real: Tensor = _later(self).value(self, "be pickled")
+        real: Tensor = _later(self).look_at(self, "be pickled")
         if isinstance(self, nn.Parameter):
             real = nn.Parameter(real, self.requires_grad)
         return real.__reduce_ex__(protocol)
