@@ -21,7 +21,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 PACKAGE = Path(__file__).parents[1] / "src" / "fabric_init"
-INTERNALS = ("_torch_internals", "_lightning_internals")
+INTERNALS = ("_torch_internals", "_dtensor_internals", "_lightning_internals")
 
 
 class Needed(NamedTuple):
@@ -104,8 +104,8 @@ def test_a_name_that_is_gone_is_named_with_the_files_that_need_it() -> None:
 
 def test_the_names_are_all_found() -> None:
     found = {name.ours: users(name) for name in NAMES}
-    assert found["swap_tensor_impl"] == ["recording/tensor.py", "strategies/dtensor.py"]
-    assert found["StridedShard"] == ["strategies/dtensor.py"]  # an import over several lines
+    assert found["swap_tensor_impl"] == ["recording/tensor.py", "sharding/dtensor.py"]
+    assert found["StridedShard"] == ["sharding/dtensor.py"]  # an import over several lines
 
 
 # -- private attributes, used where the objects are --------------------------------------------------------------------

@@ -15,9 +15,10 @@ PACKAGE = Path(__file__).parents[2] / "src" / "fabric_init"
 
 # The rooms from the bottom to the top: each may import those in the lines above its own, and itself.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_gc", "_interrupts", "_lightning_internals", "_log", "_text", "_torch_internals"),
+    ("errors", "_dtensor_internals", "_gc", "_interrupts", "_lightning_internals", "_log", "_text", "_torch_internals"),
     ("recording", "checkpoints"),
     ("planning",),
+    ("sharding",),
     ("reports", "distributed"),
     ("guard",),
     ("filling",),
@@ -35,12 +36,12 @@ ALLOWED["__main__"] = {"cli"}
 ALLOWED["cli"].add("__init__")
 ALLOWED["_log"] = ALLOWED["_text"] = {"errors"}
 WITHOUT_LIGHTNING = (
-    *("errors", "_gc", "_interrupts", "_log", "_text", "_torch_internals"),
-    *("recording", "checkpoints", "planning", "reports"),
+    *("errors", "_dtensor_internals", "_gc", "_interrupts", "_log", "_text", "_torch_internals"),
+    *("recording", "checkpoints", "planning", "sharding", "reports"),
 )
 LIGHTNING = ("lightning", "lightning_fabric", "lightning_utilities", "pytorch_lightning")
 # The only files that may use private names of torch and Lightning, for all others.
-INTERNALS = ("_torch_internals.py", "_lightning_internals.py")
+INTERNALS = ("_torch_internals.py", "_dtensor_internals.py", "_lightning_internals.py")
 # What draws pages, and who may import it at import time: nobody else pays for it.
 PAGES, DRAWS = "fabric_init.reports.html", ("reports/html/", "tools/audit/page.py", "cli/")
 # Library → the only files that may import it, and only inside a function (or for types).
