@@ -46,9 +46,10 @@ def seen_whole(model: nn.Module, skipped: Collection[int] = ()) -> Iterator[dict
     """
     places = [place for place in _waiting_places(model) if id(place.tensor) not in skipped]
     wholes = {id(tensor): _whole(ref, tape, tensor) for ref, (tensor, tape) in _by_origin(places).items()}
+    sharded = {id(place.module): place.module for place in _places(model)}
+    hooks = [_without_torchs_own(module) for module in sharded.values()]
     for _, _, table, key, tensor, _ in places:
         table[key] = wholes[id(tensor)]
-    hooks = [_without_torchs_own(module) for module in {id(place.module): place.module for place in places}.values()]
     try:
         yield {id(wholes[id(tensor)]): tensor for *_, tensor, _ in places}
         replaced = [name for name, _, table, key, tensor, _ in places if table.get(key) is not wholes[id(tensor)]]
@@ -67,7 +68,7 @@ def seen_whole(model: nn.Module, skipped: Collection[int] = ()) -> Iterator[dict
 
 
 def _without_torchs_own(module: nn.Module) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    """Take out the load hooks by which FSDP2 follows its shards, which the whole tensors are none of.
+    """Take out the load hooks by which FSDP2 follows its shards: nothing is loaded into those while a load is planned.
 
     Returns:
         The table of hooks, and all that was in it.
