@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fabric_init import Fabric, UninitializedTensorError
+from fabric_init import Fabric, UninitializedTensorError, deferred_init, materialize
 from tests.idioms.setups import launched, make_optimizer
 from tests.support.launched import train
 from tests.support.ranks import run_ranks
@@ -145,3 +145,29 @@ def test_adapters_around_a_base_that_waits_on_two_ranks(tmp_path: Path) -> None:
     files = write_files(tmp_path)
     for found in run_ranks(2, on_this_rank, setups=["ddp", "fsdp2"], files=files):
         check(found, files)
+
+
+def test_adapters_built_on_meta_in_a_second_block_get_their_values_and_those_of_the_base(tmp_path: Path) -> None:
+    """``low_cpu_mem_usage=True`` makes parameters like the recorded ones: ``type(p)(data, **p.__dict__)``."""
+    files = write_files(tmp_path)
+    plain = Untied()
+    plain.load_state_dict(torch.load(files.base))
+    expected = peft.PeftModel.from_pretrained(plain, files.adapters)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    with fabric.init_module(checkpoint=files.base):
+        base = Untied()
+    with fabric.init_module(empty_init=True):
+        model = peft.PeftModel.from_pretrained(base, files.adapters, low_cpu_mem_usage=True)
+    assert_same(weights(fabric.setup(model)), weights(expected))
+
+
+def test_a_recorded_parameter_shows_only_what_model_code_has_put_on_it() -> None:
+    with deferred_init():
+        layer = nn.Linear(2, 2)
+        layer.weight.is_special = True  # type: ignore[attr-defined]
+        like = type(layer.weight)(layer.weight.detach(), requires_grad=False, **vars(layer.weight))
+    assert vars(layer.weight) == vars(like) == {"is_special": True}
+    assert isinstance(like, nn.Parameter)
+    assert not like.requires_grad
+    materialize(layer)
+    assert vars(layer.weight) == {"is_special": True}

@@ -46,7 +46,6 @@ from fabric_init.recording.rng import LateStreams
 from fabric_init.recording.storage_tags import Recorded, ref_of
 from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.recording.tensor import (
-    OWN_ATTRIBUTES,
     FormerTensor,
     RecordedTensor,
     become,
@@ -267,8 +266,8 @@ class Later:
             copied = nn.Parameter(copied, tensor.requires_grad)
         else:
             copied.requires_grad_(tensor.requires_grad)
-        attributes = {key: value for key, value in vars(tensor).items() if key not in OWN_ATTRIBUTES}
-        vars(copied).update(copy.deepcopy(attributes, memo))
+        for name, value in vars(tensor).items():
+            setattr(copied, name, copy.deepcopy(value, memo))
         return copied
 
     def _copied(self, tensor: RecordedTensor, memo: dict[Any, Any]) -> Tensor:

@@ -41,8 +41,9 @@ ASKS_DEVICE = torch.ops.prim.device.default
 """How torch's own code asks a tensor that answers by itself for its device."""
 
 
-OWN_ATTRIBUTES = frozenset({"_meta", "_claimed", "_is_param"})
-"""What a recorded tensor has in its ``__dict__`` beside what the model's code has put there."""
+_OWN_ATTRIBUTES = frozenset({"_meta", "_claimed", "_is_param"})
+_attributes = vars(Tensor)["__dict__"].__get__
+"""Returns all attributes of a tensor, those of ours as well."""
 
 _MAKES_SUBCLASS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
@@ -52,6 +53,18 @@ class RecordedTensor(Tensor):
 
     _meta: Tensor
     _claimed: torch.device
+
+    def __new__(cls, data: Tensor, requires_grad: bool = True, **attributes: Any) -> Any:
+        """Return a parameter: code that wants one like another calls ``type(p)(data, requires_grad, **p.__dict__)``."""
+        parameter = getattr(cls, "own_class", nn.Parameter)(data, requires_grad)
+        for name, value in attributes.items():
+            setattr(parameter, name, value)
+        return parameter
+
+    @property
+    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+        """What the model's code has put on the tensor: other code makes parameters with ``cls(t, **p.__dict__)``."""
+        return {name: value for name, value in _attributes(self).items() if name not in _OWN_ATTRIBUTES}
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -166,11 +179,11 @@ def become(tensor: Tensor, value: Tensor, *, alone: bool = False) -> None:
         if not alone and not value.is_meta:
             _note_memory(tensor, value)
         other.__class__ = FormerTensor
-        vars(other).update(_meta=tensor._meta, _claimed=tensor._claimed)
+        _attributes(other).update(_meta=tensor._meta, _claimed=tensor._claimed)
         own: Any = getattr(type(tensor), "own_class", None)
         tensor.__class__ = own or (nn.Parameter if is_parameter else Tensor)  # type: ignore[assignment]
-        for name in OWN_ATTRIBUTES:  # last: another thread may be asking
-            vars(tensor).pop(name, None)
+        for name in _OWN_ATTRIBUTES:  # last: another thread may be asking
+            _attributes(tensor).pop(name, None)
     if grad is not None and grad.size() == tensor.size():
         tensor.grad = grad
     if hooks:
@@ -264,9 +277,9 @@ def become_recorded(tensor: Tensor, meta: Tensor, device: torch.device) -> None:
     other = recorded_tensor(meta, device, tensor.requires_grad)
     swap_tensor_impl(tensor, other)
     tensor.__class__ = recorded_class(type(tensor))
-    vars(tensor).update(_meta=meta, _claimed=device)
+    _attributes(tensor).update(_meta=meta, _claimed=device)
     if is_parameter:
-        vars(tensor)["_is_param"] = True
+        _attributes(tensor)["_is_param"] = True
 
 
 def _note_memory(tensor: RecordedTensor, value: Tensor) -> None:

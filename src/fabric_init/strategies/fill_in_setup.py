@@ -41,7 +41,7 @@ from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan, prepared_digest
 from fabric_init.recording.liveness import computed_from
 from fabric_init.recording.tape import now
-from fabric_init.recording.tensor import OWN_ATTRIBUTES, RecordedTensor, recorded
+from fabric_init.recording.tensor import RecordedTensor, recorded
 from fabric_init.recording.waiting import THREE_WAYS
 from fabric_init.sharding.dtensor import ShardedTensors, local
 from fabric_init.sharding.whole import shards_of
@@ -240,7 +240,7 @@ def _as_sharded(planned: PreparedPlan, sharded: nn.Module) -> tuple[PreparedPlan
     for entry, tensor in zip(planned.plan.entries, planned.tensors, strict=True):
         dtensor = None if entry.slot.ref is None else found.get(entry.slot.ref)
         if dtensor is not None:
-            vars(dtensor).update({name: value for name, value in vars(tensor).items() if name not in OWN_ATTRIBUTES})
+            vars(dtensor).update(vars(tensor))
             dtensors[entry.slot.name] = dtensor
         elif entry.slot.kind != "attribute" and isinstance(tensor, RecordedTensor) and id(tensor) not in ours:
             continue

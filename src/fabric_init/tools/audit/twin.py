@@ -52,6 +52,6 @@ def _twin(tensor: Tensor) -> Tensor:
     assert isinstance(tensor, RecordedTensor)
     with DisableTorchFunction():
         twin = recorded_tensor(tensor._meta.detach(), tensor._claimed, tensor.requires_grad)
-    attributes = {name: value for name, value in vars(tensor).items() if name not in ("_meta", "_claimed")}
-    vars(twin).update(attributes)
+    for name, value in vars(tensor).items():
+        setattr(twin, name, value)
     return twin
