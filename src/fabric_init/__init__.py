@@ -9,6 +9,7 @@ if typing.TYPE_CHECKING:  # `as` marks a name as re-exported
     from fabric_init.api import init_missing as init_missing
     from fabric_init.api import init_report as init_report
     from fabric_init.api import materialize as materialize
+    from fabric_init.api import param_init_fn as param_init_fn
     from fabric_init.errors import CheckpointError as CheckpointError
     from fabric_init.errors import CheckpointFormatError as CheckpointFormatError
     from fabric_init.errors import CheckpointMismatchError as CheckpointMismatchError
@@ -53,6 +54,7 @@ _HOMES = {
     "init_missing": "api",
     "init_report": "api",
     "materialize": "api",
+    "param_init_fn": "api",
 }
 _PACKAGES = ("checkpoints", "errors", "reports", "strategies", "tools")
 

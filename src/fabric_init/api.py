@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -16,6 +16,7 @@ from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.distributed.agreement import agreement_of
 from fabric_init.distributed.io import open_on_all_ranks
 from fabric_init.filling.execute import fill_model
+from fabric_init.filling.incremental import filled_by_module
 from fabric_init.filling.missing import initialize_missing, initialize_possible
 from fabric_init.guard.loads import watch_loads
 from fabric_init.guard.models import hold, settle
@@ -123,6 +124,58 @@ def materialize(
     )
     fill_model(model, reader, options, placement, rng, agreement)
     return report_of(model)
+
+
+@contextmanager
+def param_init_fn(
+    model: nn.Module,
+    *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    strict: bool = True,
+    rename: Rename = None,
+    reinit: Sequence[str] = (),
+    entry: str | None = None,
+    manifest: str | os.PathLike[str] | None = None,
+    convert: Convert = (),
+    process_group: dist.ProcessGroup | Literal[False] | None = None,
+) -> Iterator[Callable[[nn.Module], None]]:
+    """Fill a recorded ``model`` while ``FullyShardedDataParallel`` (FSDP1) wraps it, one unit after the other::
+
+        with param_init_fn(model, checkpoint=path) as init:
+            model = FullyShardedDataParallel(model, param_init_fn=init, auto_wrap_policy=policy)
+
+    Each rank has one unit in full at a time. FSDP2 needs none of this: call :func:`materialize` after ``fully_shard``.
+
+    Args:
+        model: A module that was built under :func:`deferred_init`, and not wrapped or sharded since.
+        checkpoint: As for :func:`materialize`, like all other arguments.
+        strict: Whether a missing or unexpected key is an error.
+        rename: How keys become names.
+        reinit: Globs of tensor names to initialize afresh.
+        entry: The key of the state dict to load.
+        manifest: A file of SHA-256 digests.
+        convert: Conversions for tensors that the checkpoint stores in another layout.
+        process_group: The ranks that hold the model together.
+
+    Raises:
+        FabricInitError: As :func:`materialize`; planning is done when the context is entered.
+    """
+    source, options = load_options(
+        checkpoint,
+        strict=strict,
+        rename=rename,
+        reinit=reinit,
+        mmap=True,
+        entry=entry,
+        manifest=manifest,
+        convert=convert,
+    )
+    agreement = agreement_of(process_group)
+    reader = None
+    if source is not None:
+        reader = open_on_all_ranks(source, "local", whole=False, machines=1, agreement=agreement)
+    with filled_by_module(model, reader, options, agreement) as fill_under:
+        yield fill_under
 
 
 def _device(device: torch.device | str | None) -> torch.device | None:

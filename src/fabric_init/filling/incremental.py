@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
+from fabric_init._torch_internals import DisableTorchFunction
+from fabric_init.checkpoints import CheckpointReader
+from fabric_init.distributed.agreement import Agreement
+from fabric_init.distributed.seeds import share_seeds
 from fabric_init.filling.execute import check_ties, fill, note_of
 from fabric_init.filling.looked_at import check_decisions
+from fabric_init.guard.loads import unwatch_loads
+from fabric_init.guard.models import release_forward, settle
 from fabric_init.planning.derived import loaded_storages
-from fabric_init.planning.placement import Placement
-from fabric_init.planning.plan import Plan, storage_groups
-from fabric_init.planning.prepare import PreparedPlan
-from fabric_init.reports.registry import FillRecord, RowRecord
+from fabric_init.planning.placement import Placement, WholeTensors
+from fabric_init.planning.plan import LoadOptions, Plan, storage_groups
+from fabric_init.planning.prepare import PreparedPlan, plan_for, prepared_digest
+from fabric_init.recording.tensor import RecordedTensor, become, become_recorded
+from fabric_init.reports.registry import FillRecord, RowRecord, keep_record
 
 
 class IncrementalFill:
@@ -65,3 +74,55 @@ class IncrementalFill:
             these: list[Tensor] = [tensors[position] for position in now]
             record = fill(part, these, tapes, reader, self._placement, exact=exact, loaded=self._loaded)
             self._rows.update(zip(now, record.rows, strict=True))
+
+
+@contextmanager
+def plain_meta(planned: PreparedPlan) -> Iterator[None]:
+    """Context in which the recorded tensors of a plan are plain meta tensors, which FSDP asks to be filled.
+
+    If it fails, those that are left in the model are recorded tensors again.
+    """
+    recordings = [
+        (tensor, tensor._meta, tensor._claimed)
+        for entry, tensor in zip(planned.plan.entries, planned.tensors, strict=True)
+        if isinstance(tensor, RecordedTensor) and not entry.on_use
+    ]
+    with DisableTorchFunction(), torch.no_grad():
+        for tensor, meta, _ in recordings:
+            become(tensor, meta.detach(), alone=True)
+    try:
+        yield
+    except BaseException:
+        with DisableTorchFunction(), torch.no_grad():
+            for tensor, meta, device in recordings:
+                if tensor.is_meta:
+                    become_recorded(tensor, meta, device)
+        raise
+
+
+@contextmanager
+def filled_by_module(
+    model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions, agreement: Agreement
+) -> Iterator[Callable[[nn.Module], None]]:
+    """Context in which what it yields fills all tensors under a module of the recorded ``model``; the rest at its end.
+
+    Raises:
+        FabricInitError: Anything that the user has to fix, on all ranks.
+    """
+
+    def planned() -> PreparedPlan:
+        settle(model)
+        return plan_for(model, reader, wanted)
+
+    prepared = agreement.run_together("planning the initialization", planned, prepared_digest)
+    tapes = {tape.current() for tape in prepared.tapes.values()}
+    if not all(tape.shares_seed for tape in tapes):
+        share_seeds(tapes, agreement)
+    filling = IncrementalFill(prepared, WholeTensors())
+    with plain_meta(prepared):
+        filling.begin()
+        yield filling.fill_under
+        record = agreement.run_together("filling the model", filling.finish)
+    unwatch_loads(model)
+    release_forward(model)
+    keep_record(model, record)

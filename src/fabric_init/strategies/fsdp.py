@@ -13,22 +13,18 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import lightning.fabric.strategies.fsdp as lightning_fsdp
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import CustomPolicy, enable_wrap
 
 from fabric_init._lightning_internals import WrapPolicy
-from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.errors import FabricInitError
-from fabric_init.filling.incremental import IncrementalFill
+from fabric_init.filling.incremental import IncrementalFill, plain_meta
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import release_forward
 from fabric_init.planning.placement import Placement, WholeTensors
-from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.planning.tensors import named_modules
-from fabric_init.recording.tensor import RecordedTensor, become, become_recorded
 from fabric_init.reports.registry import FillRecord, keep_record
 from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound, planned_for
 from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
@@ -96,7 +92,7 @@ class FSDPStrategy(DeferredInitMixin, lightning_fsdp.FSDPStrategy):
             options["auto_wrap_policy"] = _without_split_storages(module, policy)
         options["sync_module_states"] = False  # each rank fills its own after the plan that all agree on
         choose_own_init(module)
-        with planned_for(module, self.agreement) as prepared, _plain_meta(prepared):
+        with planned_for(module, self.agreement) as prepared, plain_meta(prepared):
             filling = IncrementalFill(prepared, self.placement(module))
 
             def wrap() -> tuple[nn.Module, FillRecord]:
@@ -130,30 +126,6 @@ class FSDPStrategy(DeferredInitMixin, lightning_fsdp.FSDPStrategy):
         if not any(module in marked for module in model.modules()):
             return None
         return CustomPolicy(lambda module: marked[module] or True if module in marked else False)
-
-
-@contextmanager
-def _plain_meta(planned: PreparedPlan) -> Iterator[None]:
-    """Context in which the recorded tensors of a plan are plain meta tensors, which FSDP asks to be filled.
-
-    If it fails, those that are left in the model are recorded tensors again.
-    """
-    recordings = [
-        (tensor, tensor._meta, tensor._claimed)
-        for entry, tensor in zip(planned.plan.entries, planned.tensors, strict=True)
-        if isinstance(tensor, RecordedTensor) and not entry.on_use
-    ]
-    with DisableTorchFunction(), torch.no_grad():
-        for tensor, meta, _ in recordings:
-            become(tensor, meta.detach(), alone=True)
-    try:
-        yield
-    except BaseException:
-        with DisableTorchFunction(), torch.no_grad():
-            for tensor, meta, device in recordings:
-                if tensor.is_meta:
-                    become_recorded(tensor, meta, device)
-        raise
 
 
 Policy = WrapPolicy | Callable[..., bool]
