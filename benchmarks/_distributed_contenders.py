@@ -103,14 +103,9 @@ def fsdp2_dcp(task: Task) -> Build:
     """By someone who knows which buffers of this very model are left without values."""
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint import HuggingFaceStorageReader
-    from torch.distributed.device_mesh import init_device_mesh
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    config, folder, device = task.config, task.workload.folder, task.device
-    if task.accelerator == "cuda":
-        torch.cuda.set_device(device)
-    mesh = init_device_mesh(task.accelerator, (RANKS,))
-    task.prepare(task.workload.safetensors)
+    config, folder, device, mesh = task.config, task.workload.folder, task.device, _mesh(task)
 
     def build() -> tuple[nn.Module, Any]:
         with default_dtype(torch.bfloat16), torch.device("meta"):
@@ -124,8 +119,55 @@ def fsdp2_dcp(task: Task) -> Build:
     return build
 
 
+def fsdp2_broadcast(task: Task) -> Build:
+    """Rank 0 reads the whole file, as torchtune does; the buffers repaired by someone who knows which."""
+    from safetensors.torch import load_file
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config, file, device, mesh = task.config, task.workload.safetensors, task.device, _mesh(task)
+
+    def build() -> tuple[nn.Module, Any]:
+        with default_dtype(torch.bfloat16), torch.device("meta"):
+            model = LlamaForCausalLM(config)
+        _shard(model, mesh)
+        model.to_empty(device=device)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, load_file(file) if RANK == 0 else {}, options=options)
+        model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
+        return model, None
+
+    return build
+
+
 def fsdp2_ours(task: Task) -> Build:
     return _ours(task, "fsdp2")
+
+
+def fsdp2_ours_plain(task: Task) -> Build:
+    """Without Fabric: the model is sharded by the user's own code, and then filled."""
+    from fabric_init import deferred_init, materialize
+
+    config, folder, device, mesh = task.config, task.workload.folder, task.device, _mesh(task)
+
+    def build() -> tuple[nn.Module, Any]:
+        with default_dtype(torch.bfloat16), device, deferred_init():
+            model = LlamaForCausalLM(config)
+        _shard(model, mesh)
+        materialize(model, checkpoint=folder)
+        return model, None
+
+    return build
+
+
+def _mesh(task: Task) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if task.accelerator == "cuda":
+        torch.cuda.set_device(task.device)
+    mesh = init_device_mesh(task.accelerator, (RANKS,))
+    task.prepare(task.workload.safetensors)
+    return mesh
 
 
 def _shard(model: nn.Module, mesh: Any) -> nn.Module:
@@ -283,7 +325,9 @@ CONTENDERS: dict[str, Callable[[Task], Build]] = {
     for contender in (
         fsdp2_lightning,
         fsdp2_dcp,
+        fsdp2_broadcast,
         fsdp2_ours,
+        fsdp2_ours_plain,
         fsdp2_ours_load_state_dict,
         fsdp2_ours_load_raw,
         fsdp2_ours_init_missing,
@@ -298,5 +342,5 @@ CONTENDERS: dict[str, Callable[[Task], Build]] = {
     )
 }
 
-BUFFERS_AS_BUILT = ("fsdp2_dcp", "zero3_transformers")
+BUFFERS_AS_BUILT = ("fsdp2_dcp", "fsdp2_broadcast", "fsdp2_ours_plain", "zero3_transformers")
 """The others' ``setup`` casts them, as Fabric's ``bf16-true`` does."""
