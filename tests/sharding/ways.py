@@ -1,6 +1,6 @@
 """Ways in which plain PyTorch shards a model, and models that none of them divides evenly.
 
-Each way works on a model with values and on a recorded one, so what PyTorch makes of the one is what we want of the other.
+Each way works on a model with values and on a recorded one: what PyTorch makes of the one is what we want of the other.
 """
 
 from __future__ import annotations
