@@ -48,7 +48,6 @@ def seen_whole(model: nn.Module, skipped: Collection[int] = ()) -> Iterator[dict
     wholes = {id(tensor): _whole(ref, tape, tensor) for ref, (tensor, tape) in _by_origin(places).items()}
     for _, _, table, key, tensor, _ in places:
         table[key] = wholes[id(tensor)]
-    hooks = [_without_torchs_own(module) for module in {id(place.module): place.module for place in places}.values()]
     try:
         yield {id(wholes[id(tensor)]): tensor for *_, tensor, _ in places}
         replaced = [name for name, _, table, key, tensor, _ in places if table.get(key) is not wholes[id(tensor)]]
@@ -60,6 +59,19 @@ def seen_whole(model: nn.Module, skipped: Collection[int] = ()) -> Iterator[dict
     finally:
         for _, _, table, key, tensor, _ in places:
             table[key] = tensor
+
+
+@contextmanager
+def without_torchs_load_hooks(model: nn.Module) -> Iterator[None]:
+    """Context in which the load hooks are out by which FSDP2 follows its shards, for loads of a model seen whole.
+
+    Not for use in a load hook: these are walked through then.
+    """
+    modules = {id(place.module): place.module for place in _waiting_places(model)}
+    hooks = [_without_torchs_own(module) for module in modules.values()]
+    try:
+        yield
+    finally:
         for table, its in hooks:
             added = {key: hook for key, hook in table.items() if key not in its}
             table.clear()
@@ -67,7 +79,7 @@ def seen_whole(model: nn.Module, skipped: Collection[int] = ()) -> Iterator[dict
 
 
 def _without_torchs_own(module: nn.Module) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    """Take out the load hooks by which FSDP2 follows its shards, which the whole tensors are none of.
+    """Take out the load hooks of torch's own.
 
     Returns:
         The table of hooks, and all that was in it.
