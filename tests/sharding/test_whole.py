@@ -1,12 +1,8 @@
-"""A rank of a model that was sharded while it was recorded holds what PyTorch would have cut from one with values."""
+"""What is done to a sharded model before it has values: what counts, what changes nothing, what is refused by name."""
 
 from __future__ import annotations
 
-import functools
 import math
-import os
-import tempfile
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,91 +20,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from fabric_init import FabricInitError, InitReport, UninitializedTensorError, deferred_init, materialize
 from fabric_init.errors import RecordingError
 from fabric_init.planning import source
-from tests.sharding.ways import WAYS, Model, Tied, Way, block_by_block, local_part, one_dimension
-from tests.support.ranks import run_ranks
+from tests.sharding.ways import Model, Tied, Way, block_by_block, local_part, one_dimension, options, recorded_model
 from tests.support.watched import watched
-
-ALL_LOADS = ("checkpoint", "missing head", "from scratch")
-LOADS = {1: ("missing head",), 2: ALL_LOADS, 3: ALL_LOADS, 8: ("missing head",)}
-"""By the number of ranks. With some keys missing, some tensors are loaded and some initialized."""
-
-# -- every way, on every rank of worlds that one process each simulates ------------------------------------------------
-
-
-def options(load: str, folder: Path, way: Way) -> dict[str, Any]:
-    """Return the arguments of ``materialize`` for ``load``, whose file this writes."""
-    if load == "from scratch":
-        return {}
-    torch.manual_seed(1)
-    state = {name: value + 1 for name, value in way.model().state_dict().items()}
-    if "head.weight" in state and state["head.weight"].data_ptr() == state["embedding.weight"].data_ptr():
-        del state["head.weight"]
-    if load == "missing head":
-        state = {name: value for name, value in state.items() if not name.startswith(("head", "blocks.1.down"))}
-    save_file({name: value.contiguous().clone() for name, value in state.items()}, folder / "model.safetensors")
-    return {"checkpoint": folder / "model.safetensors", "strict": load == "checkpoint"}
-
-
-def recorded_model(way: Way) -> nn.Module:
-    torch.manual_seed(3)
-    with deferred_init():
-        return way.model()
-
-
-def on_simulated_rank() -> dict[tuple[str, str], list[str]]:
-    """Return what is wrong on this rank after each load of a model that was sharded in each of ``WAYS``."""
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    wrong = {}
-    for name, way in WAYS.items():
-        for load in LOADS[world]:
-            with tempfile.TemporaryDirectory() as folder:
-                try:
-                    wrong[name, load] = differences(way, world, options(load, Path(folder), way))
-                except Exception:
-                    wrong[name, load] = [traceback.format_exc()]
-    return wrong
-
-
-def differences(way: Way, world: int, arguments: dict[str, Any]) -> list[str]:
-    with_values, model = recorded_model(way), recorded_model(way)
-    materialize(with_values, process_group=False, **arguments)
-    way.shard(with_values, world, None)
-    way.shard(model, world, way.source)
-    materialize(model, process_group=False, **arguments)
-    wanted = dict([*with_values.named_parameters(remove_duplicate=False), *with_values.named_buffers()])
-    found = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()])
-    return [name for name in wanted.keys() | found.keys() if not alike(found.get(name), wanted.get(name))]
-
-
-def alike(found: torch.Tensor | None, wanted: torch.Tensor | None) -> bool:
-    if found is None or wanted is None or type(found) is not type(wanted):
-        return False
-    if isinstance(found, DTensor) and isinstance(wanted, DTensor) and found._spec != wanted._spec:
-        return False
-    here, there = local_part(found.detach()), local_part(wanted.detach())
-    return (
-        found.requires_grad == wanted.requires_grad
-        and type(here) is torch.Tensor
-        and here.dtype == there.dtype
-        and (here.stride() == there.stride() or not here.numel())
-        and torch.equal(here, there)
-    )
-
-
-@functools.cache
-def simulated(world: int) -> list[dict[tuple[str, str], list[str]]]:
-    return run_ranks(world, on_simulated_rank, seconds=300)
-
-
-@pytest.mark.parametrize("world", LOADS)
-@pytest.mark.parametrize("way", WAYS)
-def test_every_rank_holds_what_pytorch_cuts_from_a_model_with_values(way: str, world: int) -> None:
-    wrong = {(rank, load): found[way, load] for rank, found in enumerate(simulated(world)) for load in LOADS[world]}
-    assert {where: names for where, names in wrong.items() if names} == {}
-
-
-# -- one rank of three -------------------------------------------------------------------------------------------------
 
 WORLD = 3
 

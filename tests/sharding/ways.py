@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from fabric_init import deferred_init
 
 VOCABULARY = 11
 
@@ -212,3 +217,23 @@ WAYS = {
     "distribute_tensor, in copies": Way(by_hand_in_copies),
     "distribute_tensor, tied": Way(by_hand, Tied),
 }
+
+
+def options(load: str, folder: Path, way: Way) -> dict[str, Any]:
+    """Return the arguments of ``materialize`` for ``load``, whose file this writes."""
+    if load == "from scratch":
+        return {}
+    torch.manual_seed(1)
+    state = {name: value + 1 for name, value in way.model().state_dict().items()}
+    if "head.weight" in state and state["head.weight"].data_ptr() == state["embedding.weight"].data_ptr():
+        del state["head.weight"]
+    if load == "missing head":
+        state = {name: value for name, value in state.items() if not name.startswith(("head", "blocks.1.down"))}
+    save_file({name: value.contiguous().clone() for name, value in state.items()}, folder / "model.safetensors")
+    return {"checkpoint": folder / "model.safetensors", "strict": load == "checkpoint"}
+
+
+def recorded_model(way: Way) -> nn.Module:
+    torch.manual_seed(3)
+    with deferred_init():
+        return way.model()
