@@ -41,7 +41,7 @@ from fabric_init.reports.registry import FillRecord, RowRecord, keep_record, sta
 from fabric_init.reports.rows import InitRow
 from fabric_init.reports.trace import recording_of
 from fabric_init.sharding.dtensor import ShardedTensors, local
-from fabric_init.sharding.whole import seen_whole
+from fabric_init.sharding.whole import refuse_flat_parameters, seen_whole, without_torchs_load_hooks
 
 
 def check_ties(plan: Plan, reader: CheckpointReader | None, placement: Placement) -> None:
@@ -311,8 +311,9 @@ def fill_model(
     sharded: dict[str, DTensor] = {}
 
     def plan() -> PreparedPlan:
+        refuse_flat_parameters(model)
         settle(model)
-        with seen_whole(model) as shards:
+        with without_torchs_load_hooks(model), seen_whole(model) as shards:
             prepared = plan_for(model, reader, wanted, rng)
             _refuse_overwriting(prepared, model)
         tensors = [shards.get(id(tensor), tensor) for tensor in prepared.tensors]

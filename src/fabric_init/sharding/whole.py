@@ -30,6 +30,23 @@ from fabric_init.recording.tensor import meta_of, recorded, recorded_tensor
 from fabric_init.sharding.dtensor import local, region_of
 
 
+def refuse_flat_parameters(model: nn.Module) -> None:
+    """Raise if FSDP1 has wrapped recorded modules: it has put their tensors into flat ones.
+
+    Raises:
+        FabricInitError: It has.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "FullyShardedDataParallel" and any(
+            recorded(tensor) is not None for tensor in module.parameters()
+        ):
+            raise FabricInitError(
+                "FullyShardedDataParallel has wrapped this recorded model before it had values. Build it again, and let "
+                "FSDP fill it: with fabric_init.param_init_fn(model, checkpoint=…) as init: "
+                "FullyShardedDataParallel(model, param_init_fn=init). Or shard with fully_shard."
+            )
+
+
 @contextmanager
 def seen_whole(model: nn.Module, skipped: Collection[int] = ()) -> Iterator[dict[int, DTensor]]:
     """Context in which ``model`` has whole recorded tensors in the places of the DTensors that wait for values.
@@ -46,8 +63,6 @@ def seen_whole(model: nn.Module, skipped: Collection[int] = ()) -> Iterator[dict
     """
     places = [place for place in _waiting_places(model) if id(place.tensor) not in skipped]
     wholes = {id(tensor): _whole(ref, tape, tensor) for ref, (tensor, tape) in _by_origin(places).items()}
-    sharded = {id(place.module): place.module for place in _places(model)}
-    hooks = [_without_torchs_own(module) for module in sharded.values()]
     for _, _, table, key, tensor, _ in places:
         table[key] = wholes[id(tensor)]
     try:
@@ -61,6 +76,19 @@ def seen_whole(model: nn.Module, skipped: Collection[int] = ()) -> Iterator[dict
     finally:
         for _, _, table, key, tensor, _ in places:
             table[key] = tensor
+
+
+@contextmanager
+def without_torchs_load_hooks(model: nn.Module) -> Iterator[None]:
+    """Context in which the load hooks are out by which FSDP2 follows its shards, for loads of a model seen whole.
+
+    Not for use in a load hook: these are walked through then.
+    """
+    modules = {id(place.module): place.module for place in _places(model)}
+    hooks = [_without_torchs_own(module) for module in modules.values()]
+    try:
+        yield
+    finally:
         for table, its in hooks:
             added = {key: hook for key, hook in table.items() if key not in its}
             table.clear()
