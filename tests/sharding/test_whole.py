@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -193,8 +193,8 @@ def test_a_local_tensor_that_is_another_part_than_the_placement_says_is_refused_
         fill(model)
 
 
-def test_sharding_in_the_recorded_block_is_refused(on_rank_one: None) -> None:
-    with pytest.raises(RecordingError), deferred_init():
+def test_sharding_in_the_recorded_block_is_refused_by_name(on_rank_one: None) -> None:
+    with pytest.raises(RecordingError, match="sharded inside its block"), deferred_init():
         block_by_block(Model(), WORLD, 0)
 
 
@@ -237,3 +237,16 @@ def test_a_rank_reads_its_own_part_and_no_more(tmp_path: Path, on_rank_one: None
     kept = sum(local_part(model.state_dict()[name]).numel() for name in state)
     assert kept < sum(value.numel() for value in state.values()) / 2.8
     assert read <= 1.05 * kept
+
+
+def test_a_sharded_model_that_has_its_values_may_be_loaded_again(path: Path, on_rank_one: None) -> None:
+    model = sharded()
+    fill(model)
+    fill(model, checkpoint=path)
+    assert same(parts(model), filled(path))
+
+
+def test_fsdp1_around_a_recorded_model_is_refused_with_the_way_that_works(on_rank_one: None) -> None:
+    model = FullyShardedDataParallel(recorded_model(Way(block_by_block)), device_id=torch.device("cpu"))
+    with pytest.raises(FabricInitError, match=r"with fabric_init\.param_init_fn"):
+        fill(model)

@@ -41,9 +41,9 @@ def refuse_flat_parameters(model: nn.Module) -> None:
             recorded(tensor) is not None for tensor in module.parameters()
         ):
             raise FabricInitError(
-                "FullyShardedDataParallel has wrapped this recorded model before it had values. Build it again, and let "
-                "FSDP fill it: with fabric_init.param_init_fn(model, checkpoint=…) as init: "
-                "FullyShardedDataParallel(model, param_init_fn=init). Or shard with fully_shard."
+                "FullyShardedDataParallel has wrapped this recorded model before it had values. Build it again, and "
+                "let FSDP fill it: with fabric_init.param_init_fn(model, checkpoint=…) as init: "
+                "FullyShardedDataParallel(model, param_init_fn=init). Or shard it with fully_shard."
             )
 
 
