@@ -13,7 +13,7 @@ import torch
 
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, conj_view, neg_view
 from fabric_init.recording.liveness import covers, is_final, live_ops
-from fabric_init.recording.op_schemas import overwrites, with_generator
+from fabric_init.recording.op_schemas import asks_shape_only, overwrites, with_generator
 from fabric_init.recording.replay_rng import ReplayStreams
 from fabric_init.recording.tape import Constant, Look, Op, Tape, TensorRef
 from fabric_init.recording.tracing import outside_tracing
@@ -122,6 +122,8 @@ class _Execution:
     def _real(self, value: Any, op: Op, overwritten: Collection[int]) -> Any:
         # a method: a function in _run that calls itself would be a reference cycle, which keeps the tape alive
         if isinstance(value, TensorRef):
+            if asks_shape_only(op.func) and value.storage not in self._memory:
+                return self._like(value)
             if value.storage in self._inputs and is_final(self._tape, value.storage, op.number):
                 return view(self._inputs[value.storage], value)
             return view(self._storage(value.storage, zeroed=value.storage not in overwritten), value)
@@ -131,6 +133,12 @@ class _Execution:
         if type(value) in (list, tuple):
             return type(value)(self._real(item, op, overwritten) for item in value)
         return self._to(value) if isinstance(value, torch.device) else value
+
+    def _like(self, ref: TensorRef) -> torch.Tensor:
+        """Return a tensor for its shape, dtype and device alone: what a checkpoint has for it need not be read."""
+        info = self._tape.storages[ref.storage]
+        memory = torch.empty(info.nbytes, dtype=torch.uint8, device=self._to(info.device)).untyped_storage()
+        return view(memory, ref)
 
     def _draw(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         device = self._device(op, args, kwargs)
