@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,11 +40,12 @@ class RecordingMixin(_Base):
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
         """Record what ``configure_model`` builds, or ``Trainer.init_module(empty_init=True)``."""
-        if not (self.configures if empty_init is None else empty_init):
+        shards = "ModelParallelStrategy" in _names(self)  # in configure_model, and that is for after a recorded block
+        if not (self.configures and not shards if empty_init is None else empty_init):
             with super().tensor_init_context(empty_init):
                 yield
             return
-        with deferred_init(), super().tensor_init_context(False):
+        with deferred_init(), self._fills_on() or nullcontext(), self.precision_plugin.tensor_init_context():
             yield
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
