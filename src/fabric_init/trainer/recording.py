@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fabric_init.api import deferred_init
-from fabric_init.errors import FabricInitError
+from fabric_init.errors import FabricInitError, OptionError
 from fabric_init.trainer.declared import Declared, fill_rest
 
 if TYPE_CHECKING:
@@ -35,13 +35,18 @@ class RecordingMixin(_Base):
     """What models are filled from."""
 
     configures: bool = False
-    """Whether the Trainer is about to call ``configure_model``, or does so."""
+    """Whether ``configure_model`` is what the Trainer builds next."""
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Record what ``configure_model`` builds, or ``Trainer.init_module(empty_init=True)``."""
-        shards = "ModelParallelStrategy" in _names(self)  # in configure_model, and that is for after a recorded block
-        if not (self.configures and not shards if empty_init is None else empty_init):
+        """Record what ``configure_model`` builds, or ``Trainer.init_module(empty_init=True)``.
+
+        Not the ``configure_model`` of ``ModelParallelStrategy``: it shards what it has built, which is for after a
+        recorded block.
+        """
+        configures = self.configures and "ModelParallelStrategy" not in _names(self)
+        self.configures = False
+        if not (configures if empty_init is None else empty_init):
             with super().tensor_init_context(empty_init):
                 yield
             return
@@ -77,8 +82,11 @@ def let_record(strategy: Any, declared: Declared) -> None:
 
     Raises:
         FabricInitError: It, or its precision, builds models in a way that cannot be recorded.
+        OptionError: Something else was declared for it.
     """
     _refuse(strategy)
+    if getattr(strategy, "declared", declared) is not declared:
+        raise OptionError("this Trainer has another FillModel already: declare in one what its model is filled from")
     if not isinstance(strategy, RecordingMixin):
         theirs = type(strategy)
         strategy.__class__ = type(theirs.__name__, (RecordingMixin, theirs), {"__module__": theirs.__module__})
