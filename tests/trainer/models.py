@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
@@ -117,16 +117,32 @@ def trainer(*callbacks: Callback, **arguments: Any) -> Trainer:
 
 
 def weights(module: nn.Module) -> dict[str, Tensor]:
-    """All parameters and buffers, gathered where they are sharded."""
+    """All parameters and buffers, gathered where they are DTensors."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {
-        name.replace("_fsdp_wrapped_module.", "").replace("_forward_module.", ""): (
-            tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        )
-        .detach()
-        .clone()
-        for name, tensor in tensors.items()
+        name.replace("_fsdp_wrapped_module.", ""): (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+        for name, t in tensors.items()
     }
+
+
+class Start(Callback):
+    """Remembers the weights with which training starts."""
+
+    weights: dict[str, Tensor]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        wrapped = trainer.strategy.model
+        gathered: Any = nullcontext()
+        if isinstance(wrapped, FullyShardedDataParallel):
+            gathered = FullyShardedDataParallel.summon_full_params(wrapped)
+        with gathered:
+            self.weights = weights(pl_module)
+
+
+def different(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """The names of tensors that are not bit-equal, or are in one of them alone."""
+    both = one.keys() & other.keys()
+    return sorted((one.keys() ^ other.keys()) | {name for name in both if not torch.equal(one[name], other[name])})
 
 
 def write(folder: Path) -> tuple[Path, Path]:
