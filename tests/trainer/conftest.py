@@ -8,6 +8,7 @@ _WARNINGS = (
     "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning",
     "ignore:The '.*_dataloader' does not have many workers:UserWarning",
     "ignore:You defined a `validation_step` but have no `val_dataloader`:UserWarning",
+    "ignore:You're resuming from a checkpoint that ended before the epoch ended:UserWarning",
 )
 
 

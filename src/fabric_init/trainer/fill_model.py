@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fabric_init.checkpoints.mapping.rename import Rename
+from fabric_init.errors import OptionError
 from fabric_init.planning.loading.converted import Convert
 from fabric_init.planning.options import load_options
 from fabric_init.trainer.declared import Declared
@@ -70,6 +71,8 @@ class FillModel(Callback):
             "convert": convert,
         }
         load_options(checkpoint, **options)  # which refuses those that have no effect
+        if part and checkpoint is None:
+            raise OptionError(f"no checkpoint=… to load from, so part={part!r} has no effect")
         self._declared = Declared(options | {"checkpoint": checkpoint}, part)
 
     def attach(self, trainer: _T) -> _T:
