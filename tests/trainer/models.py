@@ -63,7 +63,7 @@ class Module(LightningModule):
     def validation_step(self, batch: Tensor, _: int) -> Tensor:
         return self.loss(batch)
 
-    def test_step(self, batch: Tensor, _: int) -> Tensor:
+    def test_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         return self.loss(batch)
 
     def predict_step(self, batch: Tensor, _: int) -> Tensor:

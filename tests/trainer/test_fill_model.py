@@ -316,7 +316,7 @@ def test_lightning_cli_takes_it_from_a_file(tmp_path: Path) -> None:
             def predict_dataloader(self):
                 return torch.utils.data.DataLoader(torch.eye(2))
         torch.save({"weight": torch.eye(2), "bias": torch.ones(2)}, "net.pt")
-        open("config.yaml", "w").write('''
+        open("given.yaml", "w").write('''
         trainer:
           accelerator: cpu
           logger: false
@@ -324,7 +324,7 @@ def test_lightning_cli_takes_it_from_a_file(tmp_path: Path) -> None:
           - class_path: fabric_init.FillModel
             init_args: {checkpoint: net.pt, part: net}
         ''')
-        cli = LightningCLI(Module, Data, args=["predict", "--config", "config.yaml"])
+        cli = LightningCLI(Module, Data, args=["predict", "--config", "given.yaml"])
         assert torch.equal(cli.model.net.weight, torch.eye(2))
     """
     run(program, folder=tmp_path)

@@ -2,10 +2,10 @@
 
 [Note: one mechanism for every strategy of the Trainer]
 The strategies of the Trainer differ in what they do with a model: they move it, wrap it, or find it sharded by
-``configure_model``. None of this matters here, because a recorded model can be sharded as any other (see [Note: sharding
-recorded tensors]). So there is one mixin and no class for each: ``tensor_init_context``, in which the Trainer builds
-models, records them; and ``setup``, which moves and wraps the model and makes optimizers, first fills what this rank
-keeps. A strategy gets it by changing its class, as the Trainer's connectors know the object already.
+``configure_model``. None of this matters here, because a recorded model can be sharded as any other can (see [Note:
+sharding recorded tensors]). So there is one mixin and no class for each: ``tensor_init_context``, in which the Trainer
+builds models, records them; and ``setup``, which moves and wraps the model and makes optimizers, first fills what this
+rank keeps. A strategy gets it by changing its class, as the Trainer's connectors know the object already.
 """
 
 from __future__ import annotations
