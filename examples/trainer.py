@@ -1,8 +1,8 @@
 """Finetune under Lightning's Trainer: the body from a checkpoint, the new head by the model's own init.
 
-    python examples/trainer.py                                                   # one device
-    python examples/trainer.py --accelerator cpu --devices 2 --strategy ddp
-    python examples/trainer.py --accelerator cpu --devices 2 --strategy fsdp2    # each rank reads its own part
+python examples/trainer.py                                                   # one device
+python examples/trainer.py --accelerator cpu --devices 2 --strategy ddp
+python examples/trainer.py --accelerator cpu --devices 2 --strategy fsdp2    # each rank reads its own part
 """
 
 from __future__ import annotations

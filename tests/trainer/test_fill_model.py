@@ -169,6 +169,45 @@ def test_a_lenient_resume_keeps_what_was_declared_for_the_rest(whole: Path) -> N
     assert torch.equal(weights(ours)["net.head.weight"], trained["net.head.weight"])
 
 
+class LoadsWhatIsThere(Module):
+    """Overrides a load, as for checkpoints of adapters alone."""
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        return super().load_state_dict(state_dict, False, assign)
+
+
+class PutsInWhatIsNotThere(Module):
+    """Changes the checkpoint in Lightning's hook for that."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] = {name: value.clone() for name, value in self.state_dict().items()} | checkpoint[
+            "state_dict"
+        ]
+
+
+@pytest.mark.parametrize("module_class", [LoadsWhatIsThere, PutsInWhatIsNotThere])
+def test_load_code_of_the_module_meets_what_was_declared(whole: Path, module_class: type[Module]) -> None:
+    path, _ = saved(whole, lambda state: state.pop("net.body.0.weight"))
+    ours, theirs = module_class(), module_class(LoadEagerly(whole))
+    for module, callbacks in (ours, [FillModel(whole, part="net")]), (theirs, []):
+        trainer(*callbacks).validate(module, data(), ckpt_path=path, weights_only=False, verbose=False)
+    assert different(weights(ours), weights(theirs)) == []
+
+
+class Forgiving(Module):
+    """Lets a hook forget what a strict load misses."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.register_load_state_dict_post_hook(lambda _, keys: keys.missing_keys.clear())
+
+
+def test_a_hook_cannot_let_a_resume_leave_out_what_was_declared(whole: Path) -> None:
+    path, _ = saved(whole, lambda state: state.pop("net.body.0.weight"))
+    with pytest.raises(FabricInitError, match=r"has not brought net\.body\.0\.weight"):
+        trainer(FillModel(whole, part="net")).validate(Forgiving(), data(), ckpt_path=path, weights_only=False)
+
+
 def test_a_strict_resume_from_too_little_fails_as_lightnings_does(whole: Path) -> None:
     path, _ = saved(whole, lambda state: state.pop("net.head.weight"))
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"net\.head\.weight\""):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp.wrap import wrap
 
 from fabric_init import FillModel, deferred_init
-from fabric_init.errors import UninitializedTensorError
+from fabric_init.errors import FabricInitError, UninitializedTensorError
 from tests.support.ranks import run_ranks, run_ranks_each
 from tests.trainer.models import Early, LoadEagerly, Module, Start, data, different, shard, trainer, weights, write
 from tests.trainer.strategies import STRATEGIES
@@ -119,6 +121,37 @@ GUARDED = ("ddp", "model parallel", "fsdp")
 def test_no_strategy_runs_a_model_that_nobody_has_filled() -> None:
     cases = {(s, stage): {"strategy": s, "stage": stage} for s in GUARDED for stage in ("fit", "predict")}
     run_ranks_each(2, unfilled, cases)
+
+
+def wrap_body(module: Module) -> None:
+    module.net.body = wrap(module.net.body, device_id=torch.device("cpu"))
+
+
+def wrapped(folder: Path) -> None:
+    fill = FillModel(folder / "whole.pt", part="net")
+    with pytest.raises(FabricInitError, match=r"net\.body was wrapped by FSDP before it had values"):
+        trainer(fill, strategy=STRATEGIES["fsdp"](), devices=2).validate(Module(wrap_body), data())
+
+
+def test_what_fsdp_has_wrapped_in_configure_model_is_refused_by_name(tmp_path: Path) -> None:
+    write(tmp_path)
+    run_ranks(2, wrapped, folder=tmp_path)
+
+
+def from_scratch(strategy: str) -> dict[str, Tensor]:
+    torch.manual_seed(int(os.environ["RANK"]))
+    start = Start()
+    trainer(FillModel(), start, strategy=STRATEGIES[strategy](), devices=2).fit(recorded(strategy), data())
+    return start.weights
+
+
+def test_ranks_of_different_seeds_draw_what_the_first_of_them_draws() -> None:
+    torch.manual_seed(0)
+    expected = Module()
+    trainer(FillModel()).validate(expected, data(), verbose=False)
+    for ranks in run_ranks_each(2, from_scratch, {s: {"strategy": s} for s in GUARDED}).values():
+        for found in ranks:
+            assert different(found, weights(expected)) == []
 
 
 class DrawsByRank(Early):

@@ -16,13 +16,17 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from fabric_init.api import deferred_init
 from fabric_init.errors import FabricInitError, OptionError
+from fabric_init.guard.loads import unwatch_loads
+from fabric_init.guard.models import unfilled
 from fabric_init.trainer.declared import Declared, fill_rest
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.strategies import Strategy as _Base
 else:
     _Base = ABC  # as theirs: an object takes no class whose instances are laid out otherwise
@@ -53,28 +57,50 @@ class RecordingMixin(_Base):
         with deferred_init(), self._fills_on() or nullcontext(), self.precision_plugin.tensor_init_context():
             yield
 
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load what ``ckpt_path`` holds, before ``setup`` or after it.
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read what ``ckpt_path`` names, after what was declared, unless it will bring all of that anyway."""
+        model = self.lightning_module
+        if model is not None and not _is_loaded_whole(model):
+            self.declared.fill(model, self._fills_on())
+        return super().load_checkpoint(*args, **kwargs)
 
-        A strict load brings all that can be saved, so that a declared checkpoint is not even read. Any other keeps what
-        it does not bring, which is what was declared for it.
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load what ``ckpt_path`` names, before ``setup`` or after it.
+
+        Raises:
+            FabricInitError: Hooks of the model have let it leave out what was declared.
         """
         model = self.lightning_module
         assert model is not None
-        if not strict:
-            self.declared.fill(model, self._fills_on())
+        unwatch_loads(model)  # what is left here would be given its own init
         super().load_model_state_dict(checkpoint, strict)
+        kept = model.state_dict()
+        left = [name for name, _ in unfilled(model) if name in kept]
+        if left and self.declared.options["checkpoint"] is not None:
+            raise FabricInitError(
+                f"the checkpoint to resume from has not brought {', '.join(left[:5])}. With strict_loading = False in "
+                f"{type(model).__name__} they keep what FillModel declares."
+            )
         fill_rest(model, self._fills_on())
 
     def setup(self, trainer: Trainer) -> None:
         """Fill the model, and then set it up."""
         self.configures = False
         assert self.lightning_module is not None
+        _refuse_wrapped(self.lightning_module)
         self.declared.fill(self.lightning_module, self._fills_on())
         super().setup(trainer)
 
     def _fills_on(self) -> torch.device | None:
         return None if "FSDPStrategy" in _names(self) else self.root_device  # FSDP moves what it has cut
+
+
+def _is_loaded_whole(model: LightningModule) -> bool:
+    """Return whether a checkpoint to resume from brings all that is saved of ``model``, or raises."""
+    its = type(model)
+    hook = getattr(its.on_load_checkpoint, "__module__", "").partition(".")[0]
+    plain = its.load_state_dict is nn.Module.load_state_dict and hook in ("lightning", "pytorch_lightning")
+    return plain and model.strict_loading
 
 
 def let_record(strategy: Any, declared: Declared) -> None:
@@ -105,6 +131,16 @@ def _refuse(strategy: Any) -> None:
         wrong = _names(plugin) & {"XLAStrategy", "SingleDeviceXLAStrategy", *_OWN_LAYERS}
         if wrong:
             raise FabricInitError(f"fabric_init cannot record models for {wrong.pop()} yet. {instead}")
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Raise if FSDP has flattened parameters of ``model`` that wait for values: what it makes cannot be filled."""
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, FullyShardedDataParallel)]
+    if wrapped and unfilled(model):
+        raise FabricInitError(
+            f"{wrapped[0] or type(model).__name__} was wrapped by FSDP before it had values. Leave wrap() out of "
+            "configure_model and give FSDPStrategy an auto_wrap_policy; or use ModelParallelStrategy and fully_shard."
+        )
 
 
 _OWN_LAYERS = ("BitsandbytesPrecision", "TransformerEnginePrecision")  # which they put in the place of the model's
