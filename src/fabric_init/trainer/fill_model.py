@@ -26,8 +26,8 @@ class FillModel(Callback):
     :meth:`attach` was called, under ``Trainer.init_module(empty_init=True)``. When the strategy is set up, each rank
     reads or computes what it keeps. Then the strategy moves and wraps the model, and optimizers are made.
 
-    With ``ckpt_path=…`` that checkpoint is what fills the model. What is declared here is then needed only where
-    ``LightningModule.strict_loading`` is false.
+    With ``ckpt_path=…`` that checkpoint is what fills the model. What is declared here is what a lenient load
+    (``LightningModule.strict_loading``) leaves.
 
     The options are those of :func:`~fabric_init.materialize`. All but ``checkpoint`` need one.
 
