@@ -27,6 +27,7 @@ if typing.TYPE_CHECKING:  # `as` marks a name as re-exported
     from fabric_init.tools.audit.report import AuditReport as AuditReport
     from fabric_init.tools.forecast.forecast import Forecast as Forecast
     from fabric_init.tools.forecast.forecast import forecast as forecast
+    from fabric_init.trainer.fill_model import FillModel as FillModel
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,7 @@ _HOMES = {
     "CheckpointNotFoundError": "errors",
     "Fabric": "fabric",
     "FabricInitError": "errors",
+    "FillModel": "trainer.fill_model",
     "Forecast": "tools.forecast.forecast",
     "InitReport": "reports.init_report",
     "OptionError": "errors",
@@ -56,7 +58,7 @@ _HOMES = {
     "materialize": "api",
     "param_init_fn": "api",
 }
-_PACKAGES = ("checkpoints", "errors", "reports", "strategies", "tools")
+_PACKAGES = ("checkpoints", "errors", "reports", "strategies", "tools", "trainer")
 
 __all__ = list(_HOMES)
 

@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("filling",),
     ("strategies",),
     ("api",),
-    ("fabric",),
+    ("fabric", "trainer"),
     ("tools",),
     ("cli",),
     ("__main__", "__init__"),

@@ -1,0 +1,151 @@
+"""A strategy of Lightning's ``Trainer``, made to record models and to fill them before it takes them.
+
+[Note: one mechanism for every strategy of the Trainer]
+The strategies of the Trainer differ in what they do with a model: they move it, wrap it, or find it sharded by
+``configure_model``. None of this matters here, because a recorded model can be sharded as any other can (see [Note:
+sharding recorded tensors]). So there is one mixin and no class for each: ``tensor_init_context``, in which the Trainer
+builds models, records them; and ``setup``, which moves and wraps the model and makes optimizers, first fills what this
+rank keeps. A strategy gets it by changing its class, as the Trainer's connectors know the object already.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from fabric_init.api import deferred_init
+from fabric_init.errors import FabricInitError, OptionError
+from fabric_init.guard.loads import unwatch_loads
+from fabric_init.guard.models import unfilled
+from fabric_init.trainer.declared import Declared, fill_rest
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.strategies import Strategy as _Base
+else:
+    _Base = ABC  # as theirs: an object takes no class whose instances are laid out otherwise
+
+
+class RecordingMixin(_Base):
+    """What a strategy gets from :func:`let_record`."""
+
+    declared: Declared
+    """What models are filled from."""
+
+    configures: bool = False
+    """Whether ``configure_model`` is what the Trainer builds next."""
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Record what ``configure_model`` builds, or ``Trainer.init_module(empty_init=True)``.
+
+        Not the ``configure_model`` of ``ModelParallelStrategy``: it shards what it has built, which is for after a
+        recorded block.
+        """
+        configures = self.configures and "ModelParallelStrategy" not in _names(self)
+        self.configures = False
+        if not (configures if empty_init is None else empty_init):
+            with super().tensor_init_context(empty_init):
+                yield
+            return
+        with deferred_init(), self._fills_on() or nullcontext(), self.precision_plugin.tensor_init_context():
+            yield
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read what ``ckpt_path`` names, after what was declared, unless it will bring all of that anyway."""
+        model = self.lightning_module
+        if model is not None and not _is_loaded_whole(model):
+            self.declared.fill(model, self._fills_on())
+        return super().load_checkpoint(*args, **kwargs)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load what ``ckpt_path`` names, before ``setup`` or after it.
+
+        Raises:
+            FabricInitError: Hooks of the model have let it leave out what was declared.
+        """
+        model = self.lightning_module
+        assert model is not None
+        unwatch_loads(model)  # what is left here would be given its own init
+        super().load_model_state_dict(checkpoint, strict)
+        kept = model.state_dict()
+        left = [name for name, _ in unfilled(model) if name in kept]
+        if left and self.declared.options["checkpoint"] is not None:
+            raise FabricInitError(
+                f"the checkpoint to resume from has not brought {', '.join(left[:5])}. With strict_loading = False in "
+                f"{type(model).__name__} they keep what FillModel declares."
+            )
+        fill_rest(model, self._fills_on())
+
+    def setup(self, trainer: Trainer) -> None:
+        """Fill the model, and then set it up."""
+        self.configures = False
+        assert self.lightning_module is not None
+        _refuse_wrapped(self.lightning_module)
+        self.declared.fill(self.lightning_module, self._fills_on())
+        super().setup(trainer)
+
+    def _fills_on(self) -> torch.device | None:
+        return None if "FSDPStrategy" in _names(self) else self.root_device  # FSDP moves what it has cut
+
+
+def _is_loaded_whole(model: LightningModule) -> bool:
+    """Return whether a checkpoint to resume from brings all that is saved of ``model``, or raises."""
+    its = type(model)
+    hook = getattr(its.on_load_checkpoint, "__module__", "").partition(".")[0]
+    plain = its.load_state_dict is nn.Module.load_state_dict and hook in ("lightning", "pytorch_lightning")
+    return plain and model.strict_loading
+
+
+def let_record(strategy: Any, declared: Declared) -> None:
+    """Let ``strategy``, of a Trainer, record models and fill them from now on.
+
+    Raises:
+        FabricInitError: It, or its precision, builds models in a way that cannot be recorded.
+        OptionError: Something else was declared for it.
+    """
+    _refuse(strategy)
+    if getattr(strategy, "declared", declared) is not declared:
+        raise OptionError("this Trainer has another FillModel already: declare in one what its model is filled from")
+    if not isinstance(strategy, RecordingMixin):
+        theirs = type(strategy)
+        strategy.__class__ = type(theirs.__name__, (RecordingMixin, theirs), {"__module__": theirs.__module__})
+    strategy.declared = declared
+
+
+def _refuse(strategy: Any) -> None:
+    instead = "Build the model outside of fabric_init's blocks, without FillModel."
+    if getattr(strategy, "zero_stage_3", False):
+        raise FabricInitError(
+            f"{type(strategy).__name__} with stage 3 partitions each parameter while the model is built, which cannot "
+            "be recorded under the Trainer yet. Use stage 2 or ModelParallelStrategy, or fabric_init.Fabric with stage "
+            f"3. {instead}"
+        )
+    for plugin in (strategy, strategy.precision_plugin):
+        wrong = _names(plugin) & {"XLAStrategy", "SingleDeviceXLAStrategy", *_OWN_LAYERS}
+        if wrong:
+            raise FabricInitError(f"fabric_init cannot record models for {wrong.pop()} yet. {instead}")
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Raise if FSDP has flattened parameters of ``model`` that wait for values: what it makes cannot be filled."""
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, FullyShardedDataParallel)]
+    if wrapped and unfilled(model):
+        raise FabricInitError(
+            f"{wrapped[0] or type(model).__name__} was wrapped by FSDP before it had values. Leave wrap() out of "
+            "configure_model and give FSDPStrategy an auto_wrap_policy; or use ModelParallelStrategy and fully_shard."
+        )
+
+
+_OWN_LAYERS = ("BitsandbytesPrecision", "TransformerEnginePrecision")  # which they put in the place of the model's
+
+
+def _names(plugin: object) -> set[str]:
+    """Return the names of its classes: two packages have classes of these names."""
+    return {cls.__name__ for cls in type(plugin).__mro__}
