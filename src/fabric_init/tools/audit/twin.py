@@ -52,6 +52,8 @@ def _twin(tensor: Tensor) -> Tensor:
     assert isinstance(tensor, RecordedTensor)
     with DisableTorchFunction():
         twin = recorded_tensor(tensor._meta.detach(), tensor._claimed, tensor.requires_grad)
+    if isinstance(tensor, nn.Parameter):
+        twin._is_param = True
     for name, value in vars(tensor).items():
         setattr(twin, name, value)
     return twin
