@@ -62,7 +62,7 @@ def seen_whole(model: nn.Module, skipped: Collection[int] = ()) -> Iterator[dict
         FabricInitError: Sharding has split a tie; or, in the context, a whole tensor was replaced.
     """
     places = [place for place in _waiting_places(model) if id(place.tensor) not in skipped]
-    wholes = {id(tensor): _whole(ref, tape, tensor) for ref, (tensor, tape) in _by_origin(places).items()}
+    wholes = {id(tensor): _whole(refs[-1], tape, tensor) for tensor, refs, tape in _by_origin(places)}
     for _, _, table, key, tensor, _ in places:
         table[key] = wholes[id(tensor)]
     try:
@@ -110,13 +110,15 @@ def _without_torchs_own(module: nn.Module) -> tuple[dict[Any, Any], dict[Any, An
 
 
 def shards_of(model: nn.Module) -> dict[TensorRef, DTensor]:
-    """Return the DTensors of ``model`` that wait for values, by the recorded whole tensor that each is a part of.
+    """Return the DTensors of ``model`` that wait for values, by the recorded whole tensors that each is a part of.
+
+    These are several where it was cast.
 
     Raises:
         RecordingError: A shard was changed since the model was sharded, or is no part of one tensor.
         FabricInitError: Sharding has split a tie.
     """
-    return {ref: tensor for ref, (tensor, _) in _by_origin(list(_waiting_places(model))).items()}
+    return {ref: tensor for tensor, refs, _ in _by_origin(list(_waiting_places(model))) for ref in refs}
 
 
 class _Place(NamedTuple):
@@ -128,22 +130,22 @@ class _Place(NamedTuple):
     tapes: Collection[Tape] = ()
 
 
-def _by_origin(places: Sequence[_Place]) -> dict[TensorRef, tuple[DTensor, Tape]]:
-    found: dict[TensorRef, tuple[str, DTensor, Tape]] = {}
-    seen: set[int] = set()
+def _by_origin(places: Sequence[_Place]) -> list[tuple[DTensor, list[TensorRef], Tape]]:
+    """Return the DTensors at ``places``, each once, with the whole tensors that :func:`_origins` finds."""
+    names: dict[TensorRef, str] = {}
+    found: dict[int, tuple[DTensor, list[TensorRef], Tape]] = {}
     for place in places:
-        name, tensor = place.name, place.tensor
-        if id(tensor) in seen:
+        if id(place.tensor) in found:
             continue
-        seen.add(id(tensor))
-        ref, tape = _origin(place)
-        other, its, _ = found.setdefault(ref, (name, tensor, tape))
-        if its is not tensor:
+        refs, tape = _origins(place)
+        found[id(place.tensor)] = place.tensor, refs, tape
+        other = names.setdefault(refs[-1], place.name)
+        if other != place.name:
             raise FabricInitError(
-                f"{other} and {name} are one tied tensor, which sharding has split in two. Shard the module that holds "
-                "both as one unit."
+                f"{other} and {place.name} are one tied tensor, which sharding has split in two. Shard the module that "
+                "holds both as one unit."
             )
-    return {ref: (tensor, tape) for ref, (_, tensor, tape) in found.items()}
+    return list(found.values())
 
 
 def _waiting_places(model: nn.Module) -> Iterator[_Place]:
@@ -190,8 +192,10 @@ def _whole(ref: TensorRef, tape: Tape, sharded: DTensor) -> Tensor:
     return nn.Parameter(whole, sharded.requires_grad) if isinstance(sharded, nn.Parameter) else whole
 
 
-def _origin(place: _Place) -> tuple[TensorRef, Tape]:
+def _origins(place: _Place) -> tuple[list[TensorRef], Tape]:
     """Return where on which tape the whole tensor is that the DTensor at ``place`` is a part of.
+
+    That is one place for each cast since it was recorded, the first one last.
 
     Raises:
         RecordingError: The shard was changed since the model was sharded, or is no part of one tensor.
@@ -202,17 +206,19 @@ def _origin(place: _Place) -> tuple[TensorRef, Tape]:
             found = recorded(part)
             assert found is not None
             ref, tape = ref_of(meta_of(part), found.storage), found.tape
-        whole = tape.later.waiting.refs.get(tape.later.waiting.origin(found.storage))
-        if whole is not None and whole.size == sharded.shape:
-            if _box_in(tape, ref, whole) != region_of(sharded):
-                raise RecordingError(f"the shard of {place.name} was changed after the model was sharded. {_FIX}")
-            tape.later.waiting.take_place(whole.storage, found.storage)
-            return whole, tape
+        boxes = list(_wholes(tape, ref, sharded.shape))
+        if any(box != region_of(sharded) for _, box in boxes):
+            raise RecordingError(f"the shard of {place.name} was changed after the model was sharded. {_FIX}")
+        if boxes:
+            tape.later.waiting.take_place(boxes[-1][0].storage, found.storage)
+            return [whole for whole, _ in boxes], tape
+        if tape.later.waiting.origin(found.storage) != found.storage:
+            raise RecordingError(f"the shard of {place.name} was changed after the model was sharded. {_FIX}")
     else:  # nothing was copied there
         for whole, tape in _by_place(place, place.tapes):
             if whole.size == sharded.shape:
                 _let_empty_shard_wait(sharded, whole, tape)
-                return whole, tape
+                return [whole], tape
     raise RecordingError(
         f"{place.name} is a DTensor whose local tensor of shape {tuple(part.shape)} is no part of a recorded parameter "
         f"of shape {tuple(sharded.shape)}. {_FIX}"
@@ -236,20 +242,40 @@ _FIX = (
 )
 
 
-def _box_in(tape: Tape, ref: TensorRef, whole: TensorRef) -> Box | None:
-    """Return which box of ``whole`` the recorded tensor ``ref`` is a copy of; ``None`` if it is something else."""
+def _wholes(tape: Tape, ref: TensorRef, shape: torch.Size) -> Iterator[tuple[TensorRef, Box | None]]:
+    """Yield the recorded tensors of ``shape`` that ``ref`` is a copy of a part of, and which part.
+
+    The last one is a tensor that waits for values under a name, or a deep copy of one, which is a tensor of its own.
+    Nothing is yielded if there is no such tensor.
+    """
+    found: list[tuple[TensorRef, Box | None]] = []
     before: int | None = None
-    while ref.storage != whole.storage:
+    while True:
+        named = tape.later.waiting.refs.get(ref.storage)
         writers = tape.writers.get(ref.storage, ())
         op = tape.ops[writers[-1]] if writers else None
+        written = (
+            None if op is None else next((r for r in (*op.targets, *op.outputs) if r.storage == ref.storage), None)
+        )
+        whole = named if named is not None and named.size == shape else written
+        if whole is not None and whole.size == shape:
+            start = _start_in(whole, ref)
+            found.append((whole, None if start is None else Box(start, tuple(ref.size))))
+        if named is not None or (found and _is_deep_copy(op, shape)):
+            yield from found
+            return
         if op is None or (before is not None and not is_final(tape, ref.storage, before)):
-            return None
+            return
         source = _copied_to(op, ref)
         if source is None:
-            return None
+            return
         ref, before = source, op.number
-    start = _start_in(whole, ref)
-    return None if start is None else Box(start, tuple(ref.size))
+
+
+def _is_deep_copy(op: Op | None, shape: torch.Size) -> bool:
+    if op is None or traits(op.func).name != "aten::clone":
+        return False
+    return all(ref.size == shape or ref.size.numel() == shape.numel() for ref in op.reads())
 
 
 def _copied_to(op: Op, ref: TensorRef) -> TensorRef | None:
