@@ -504,7 +504,13 @@ class Later:
         """Return whether a cast or ``to_empty`` has put ``storage`` in the place of one that waited; copies do not."""
         origin = self.waiting.origin(storage)
         waited = origin in self.waiting.names and origin not in self.waiting.statuses
-        return origin != storage and waited and (storage in self.waiting.parts or not self.tape.is_alive(origin))
+        if origin == storage or not waited:
+            return False
+        while storage not in self.waiting.parts and storage != origin:  # a whole tensor may be kept beside its shard
+            storage = self.waiting.before(storage)
+            if storage not in self.waiting.parts and self.tape.is_alive(storage):
+                return False  # FSDP2 keeps a view of a shard that was emptied
+        return True
 
     def finish(self, tensors: Iterable[Tensor]) -> None:
         """Turn recorded tensors whose values can be made by now into plain ones: these, and those kept elsewhere."""

@@ -83,6 +83,10 @@ class Waiting:
         """Note what a tensor is reported as, under the storage that it had at first."""
         self.statuses[self.origin(storage)] = status
 
+    def before(self, storage: int) -> int:
+        """Return the storage whose place ``storage`` has taken."""
+        return self._origins[storage]
+
     def origin(self, storage: int) -> int:
         """Return the storage that the tensor now on ``storage`` was on at first, before casts."""
         while storage in self._origins:
