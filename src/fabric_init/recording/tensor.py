@@ -43,6 +43,7 @@ ASKS_DEVICE = torch.ops.prim.device.default
 
 _OWN_ATTRIBUTES = frozenset({"_meta", "_claimed", "_is_param"})
 _attributes = vars(Tensor)["__dict__"].__get__
+_set_attributes = vars(Tensor)["__dict__"].__set__
 """Returns all attributes of a tensor, those of ours as well."""
 
 _MAKES_SUBCLASS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
@@ -62,9 +63,18 @@ class RecordedTensor(Tensor):
         return parameter
 
     @property
-    def __dict__(self) -> dict[str, Any]:  # type: ignore[override]
+    def __dict__(self) -> dict[str, Any]:
         """What the model's code has put on the tensor: other code makes parameters with ``cls(t, **p.__dict__)``."""
-        return {name: value for name, value in _attributes(self).items() if name not in _OWN_ATTRIBUTES}
+        every: dict[str, Any] = _attributes(self)
+        if (
+            sys._getframe(1).f_code.co_name == "swap_attr"
+        ):  # of torch.utils.swap_tensors
+            return every
+        return {name: value for name, value in every.items() if name not in _OWN_ATTRIBUTES}
+
+    @__dict__.setter
+    def __dict__(self, attributes: dict[str, Any]) -> None:
+        _set_attributes(self, attributes)
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
