@@ -66,9 +66,7 @@ class RecordedTensor(Tensor):
     def __dict__(self) -> dict[str, Any]:
         """What the model's code has put on the tensor: other code makes parameters with ``cls(t, **p.__dict__)``."""
         every: dict[str, Any] = _attributes(self)
-        if (
-            sys._getframe(1).f_code.co_name == "swap_attr"
-        ):  # of torch.utils.swap_tensors
+        if sys._getframe(1).f_code.co_name == "swap_attr":  # of torch.utils.swap_tensors
             return every
         return {name: value for name, value in every.items() if name not in _OWN_ATTRIBUTES}
 
