@@ -100,40 +100,36 @@ def fsdp2_lightning(task: Task) -> Build:
 
 
 def fsdp2_dcp(task: Task) -> Build:
-    """By someone who knows which buffers of this very model are left without values."""
     from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint import HuggingFaceStorageReader
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    config, folder, device, mesh = task.config, task.workload.folder, task.device, _mesh(task)
-
-    def build() -> tuple[nn.Module, Any]:
-        with default_dtype(torch.bfloat16), torch.device("meta"):
-            model = LlamaForCausalLM(config)
-        _shard(model, mesh)
-        model.to_empty(device=device)
-        dcp.load(model.state_dict(), storage_reader=HuggingFaceStorageReader(str(folder)))
-        model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
-        return model, None
-
-    return build
+    folder = str(task.workload.folder)
+    return _emptied(task, lambda model: dcp.load(model.state_dict(), storage_reader=HuggingFaceStorageReader(folder)))
 
 
 def fsdp2_broadcast(task: Task) -> Build:
-    """Rank 0 reads the whole file, as torchtune does; the buffers repaired by someone who knows which."""
+    """Rank 0 reads the whole file, as torchtune does."""
     from safetensors.torch import load_file
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    file, options = task.workload.safetensors, StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    return _emptied(
+        task, lambda model: set_model_state_dict(model, load_file(file) if RANK == 0 else {}, options=options)
+    )
+
+
+def _emptied(task: Task, load: Callable[[nn.Module], object]) -> Build:
+    """By someone who knows which buffers of this very model are left without values."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    config, file, device, mesh = task.config, task.workload.safetensors, task.device, _mesh(task)
+    config, device, mesh = task.config, task.device, _mesh(task)
 
     def build() -> tuple[nn.Module, Any]:
         with default_dtype(torch.bfloat16), torch.device("meta"):
             model = LlamaForCausalLM(config)
         _shard(model, mesh)
         model.to_empty(device=device)
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(model, load_file(file) if RANK == 0 else {}, options=options)
+        load(model)
         model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
         return model, None
 

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 from fabric_init._gc import PausedCollector
+from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.mapping.rename import Rename
-from fabric_init.distributed.agreement import agreement_of
+from fabric_init.distributed.agreement import Agreement, agreement_of
 from fabric_init.distributed.io import open_on_all_ranks
 from fabric_init.filling.execute import fill_model
 from fabric_init.filling.incremental import filled_by_module
@@ -23,6 +24,7 @@ from fabric_init.guard.models import hold, settle
 from fabric_init.planning.loading.converted import Convert
 from fabric_init.planning.options import load_options
 from fabric_init.planning.placement import WholeTensors
+from fabric_init.planning.source import Source
 from fabric_init.recording.built_modules import BuiltModules, refuse_scripted
 from fabric_init.recording.mode import active, recorded_build
 from fabric_init.recording.tape import Rng, check_rng
@@ -119,10 +121,7 @@ def materialize(
         convert=convert,
     )
     agreement = agreement_of(process_group)
-    reader = (
-        None if source is None else open_on_all_ranks(source, "local", whole=False, machines=1, agreement=agreement)
-    )
-    fill_model(model, reader, options, placement, rng, agreement)
+    fill_model(model, _opened(source, agreement), options, placement, rng, agreement)
     return report_of(model)
 
 
@@ -171,11 +170,15 @@ def param_init_fn(
         convert=convert,
     )
     agreement = agreement_of(process_group)
-    reader = None
-    if source is not None:
-        reader = open_on_all_ranks(source, "local", whole=False, machines=1, agreement=agreement)
-    with filled_by_module(model, reader, options, agreement) as fill_under:
+    with filled_by_module(model, _opened(source, agreement), options, agreement) as fill_under:
         yield fill_under
+
+
+def _opened(source: Source | None, agreement: Agreement) -> CheckpointReader | None:
+    """Return the reader of a declared checkpoint, of which each rank reads what it keeps; ``None`` if there is none."""
+    if source is None:
+        return None
+    return open_on_all_ranks(source, "local", whole=False, machines=1, agreement=agreement)
 
 
 def _device(device: torch.device | str | None) -> torch.device | None:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable
 
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import RanksDisagreeError
 from fabric_init.recording.tape import Tape
 
 
-def share_seeds(tapes: Collection[Tape], agreement: Agreement) -> None:
+def share_seeds(tapes: Iterable[Tape], agreement: Agreement) -> None:
     """Let the recorded random ops of ``tapes`` draw, on every rank, what they draw on the first rank of the group.
+
+    Ranks are only asked if they may draw different numbers yet.
 
     Raises:
         RanksDisagreeError: The ranks have recorded different models, or the constructor has read random values that
             are not the same on every rank.
     """
-    in_order = sorted(tapes, key=lambda tape: min(tape.streams, default=0))
+    each_once = {tape.current() for tape in tapes}
+    if all(tape.shares_seed for tape in each_once):
+        return
+    in_order = sorted(each_once, key=lambda tape: min(tape.streams, default=0))
     mine = [[tape.streams[number] for number in sorted(tape.streams)] for tape in in_order]
     theirs = agreement.from_rank_zero(mine)
 

@@ -327,10 +327,8 @@ def fill_model(
     with PausedCollector():
         prepared = agreement.run_together(_PLANNING, plan, prepared_digest)
         where = ShardedTensors(sharded, placement) if sharded else placement
-        tapes = {tape.current() for tape in prepared.tapes.values()}
-        if not all(tape.shares_seed for tape in tapes):
-            share_seeds(tapes, agreement)
         try:
+            share_seeds(prepared.tapes.values(), agreement)
             with loads_noted(prepared):
                 return execute_plan(prepared, model, prepared.tensors, where, agreement)
         except BaseException:

@@ -115,9 +115,7 @@ def filled_by_module(
         return plan_for(model, reader, wanted)
 
     prepared = agreement.run_together("planning the initialization", planned, prepared_digest)
-    tapes = {tape.current() for tape in prepared.tapes.values()}
-    if not all(tape.shares_seed for tape in tapes):
-        share_seeds(tapes, agreement)
+    share_seeds(prepared.tapes.values(), agreement)
     filling = IncrementalFill(prepared, WholeTensors())
     with plain_meta(prepared):
         filling.begin()

@@ -57,8 +57,7 @@ def initialize_missing(model: nn.Module, otherwise: Callable[[], Agreement] = Si
     apart = _shards_without_one_seed(model)
     if agreement is None:
         agreement = otherwise() if apart else SingleProcess()
-    if apart:
-        share_seeds(apart, agreement)
+    share_seeds(apart, agreement)
     agreement.run_together("initializing what is missing", lambda: _initialize_all(model))
     release_forward(model)
     unwatch_loads(model)

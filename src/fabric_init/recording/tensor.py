@@ -43,8 +43,8 @@ ASKS_DEVICE = torch.ops.prim.device.default
 
 _OWN_ATTRIBUTES = frozenset({"_meta", "_claimed", "_is_param"})
 _attributes = vars(Tensor)["__dict__"].__get__
-_set_attributes = vars(Tensor)["__dict__"].__set__
 """Returns all attributes of a tensor, those of ours as well."""
+_set_attributes = vars(Tensor)["__dict__"].__set__
 
 _MAKES_SUBCLASS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 

@@ -1,0 +1,87 @@
+"""Follow recorded copies back to the whole tensor that a recorded tensor holds a part of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from fabric_init.checkpoints.region import Box
+from fabric_init.recording.liveness import is_final
+from fabric_init.recording.op_schemas import only_copies, traits
+from fabric_init.recording.tape import Op, Tape, TensorRef
+
+
+def wholes_of(tape: Tape, ref: TensorRef, shape: torch.Size) -> Iterator[tuple[TensorRef, Box | None]]:
+    """Yield the recorded tensors of ``shape`` that ``ref`` is a copy of a part of, and which part.
+
+    The last one is a tensor that waits for values under a name, or a deep copy of one, which is a tensor of its own.
+    Nothing is yielded if there is no such tensor.
+    """
+    found: list[tuple[TensorRef, Box | None]] = []
+    before: int | None = None
+    while True:
+        named = tape.later.waiting.refs.get(ref.storage)
+        writers = tape.writers.get(ref.storage, ())
+        op = tape.ops[writers[-1]] if writers else None
+        written = (
+            None if op is None else next((r for r in (*op.targets, *op.outputs) if r.storage == ref.storage), None)
+        )
+        whole = named if named is not None and named.size == shape else written
+        if whole is not None and whole.size == shape:
+            start = _start_in(whole, ref)
+            found.append((whole, None if start is None else Box(start, tuple(ref.size))))
+        if named is not None or (found and _is_deep_copy(op, shape)):
+            yield from found
+            return
+        if op is None or (before is not None and not is_final(tape, ref.storage, before)):
+            return
+        source = _copied_to(op, ref)
+        if source is None:
+            return
+        ref, before = source, op.number
+
+
+def _is_deep_copy(op: Op | None, shape: torch.Size) -> bool:
+    if op is None or traits(op.func).name != "aten::clone":
+        return False
+    return all(ref.size == shape or ref.size.numel() == shape.numel() for ref in op.reads())
+
+
+def _copied_to(op: Op, ref: TensorRef) -> TensorRef | None:
+    """Return the part of another tensor that ``op`` has copied to ``ref``, a part of what it writes."""
+    (written,) = (*op.targets, *op.outputs)
+    read = [each for each in op.reads() if each.storage != ref.storage]
+    start = _start_in(written, ref)
+    if len(read) != 1 or start is None:
+        return None
+    source = read[0]
+    if traits(op.func).name == "aten::constant_pad_nd":  # uneven shards are padded to be scattered, and then cut again
+        before = list(op.args[1])[::2]
+        before += [0] * (len(source.size) - len(before))
+        start = tuple(at - pad for at, pad in zip(start, reversed(before), strict=True))
+    elif not only_copies(op.func) or source.size != written.size:
+        return None
+    ends = (at >= 0 and at + size <= most for at, size, most in zip(start, ref.size, source.size, strict=True))
+    if not all(ends):
+        return None
+    offset = source.offset + sum(at * stride for at, stride in zip(start, source.stride, strict=True))
+    return source._replace(offset=offset, size=ref.size)
+
+
+def _start_in(outer: TensorRef, inner: TensorRef) -> tuple[int, ...] | None:
+    """Return the index in ``outer`` of the first element of ``inner``, if that is a box of it on the same storage."""
+    if len(outer.size) != len(inner.size):
+        return None
+    along = [  # a dimension of one element has any stride
+        dim for dim, size in enumerate(outer.size) if size > 1
+    ]
+    if any(inner.stride[dim] != outer.stride[dim] and inner.size[dim] > 1 for dim in along):
+        return None
+    left, start = inner.offset - outer.offset, [0] * len(outer.size)
+    for dim in sorted(along, key=lambda dim: -outer.stride[dim]):
+        if not outer.stride[dim]:
+            return None
+        start[dim], left = divmod(left, outer.stride[dim])
+    ends = (at + size <= most for at, size, most in zip(start, inner.size, outer.size, strict=True))
+    return tuple(start) if left == 0 and all(at >= 0 for at in start) and all(ends) else None
