@@ -39,6 +39,7 @@ nitpick_ignore = [
         "DeepSpeedEngine",  # imported for types alone, as are the other short names
         "Kind",
         "Optimizer",
+        "Tensor",
         "TensorRef",
         "tuple[str",  # of `tuple[str, ...]`, which napoleon takes apart at the comma
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from lightning.fabric.strategies.strategy import Strategy
 from torch import nn
@@ -122,11 +122,11 @@ class DeferredInitMixin(Strategy):
     # -- optimizers that were made before setup ------------------------------------------------------------------------
 
     def remember(self, before: Mapping[str, nn.Parameter], sharded: nn.Module) -> None:
-        """Remember, while ``sharded`` lives, which parameters it has replaced."""
+        """Remember which parameters ``sharded`` has replaced, as long as it and an optimizer that holds them live."""
         replaced = getattr(self, "_replaced", None)
         if replaced is None:
-            replaced = self._replaced = WeakKeyDictionary[nn.Module, dict[str, nn.Parameter]]()
-        replaced[sharded] = dict(before)
+            replaced = self._replaced = WeakKeyDictionary[nn.Module, dict[str, ref[nn.Parameter]]]()
+        replaced[sharded] = {name: ref(parameter) for name, parameter in before.items()}
 
     def adopt(self, optimizer: Optimizer) -> None:
         """Make an optimizer that was made before ``setup`` hold the sharded parameters.
@@ -137,7 +137,8 @@ class DeferredInitMixin(Strategy):
         if not self.fills_in_setup:
             return  # parameters stay the same objects, also those that wait for a load
         replaced = dict(getattr(self, "_replaced", {}))
-        for sharded, before in replaced.items():
+        for sharded, references in replaced.items():
+            before = {name: held for name, reference in references.items() if (held := reference()) is not None}
             remap(optimizer, before, parameters_by_name(sharded))
         refuse_left_behind(optimizer, replaced)
 
