@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ from fabric_init.reports.init_report import InitReport
 from fabric_init.reports.registry import report_of
 from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound
 from fabric_init.strategies.unwrap import original
+from fabric_init.strategies.zero3 import cast_as_configured, partitioned, stage_3_config
 
 _MSG_NOT_A_DEVICE = (
     'device={device!r} is no device such as "cuda:0" or "cpu". If it is the path of a checkpoint, pass it as '
@@ -53,6 +55,7 @@ def materialize(
     manifest: str | os.PathLike[str] | None = None,
     convert: Convert = (),
     process_group: dist.ProcessGroup | Literal[False] | None = None,
+    deepspeed: Mapping[str, Any] | str | os.PathLike[str] | None = None,
 ) -> InitReport:
     """Give every tensor of a recorded ``model`` its value: from ``checkpoint``, or by the model's own init code.
 
@@ -91,6 +94,10 @@ def materialize(
             same arguments. If one fails, all raise, and all draw what the first of them draws. ``None`` means torch's
             default group, if ``torch.distributed`` is initialized; pass the ranks of one stage where ranks hold
             different parts of the model (pipeline parallelism), or ``False`` for this process alone.
+        deepspeed: The configuration that ``deepspeed.initialize`` will get, or the path of its JSON file. If it says
+            ZeRO stage 3, the parameters are cast and partitioned as ``deepspeed.zero.Init(module=model)`` does, and
+            each rank reads and allocates its slices alone. Call ``deepspeed.init_distributed()`` before, and
+            ``deepspeed.initialize`` afterwards. If this fails after partitioning, the model cannot be used any more.
 
     Returns:
         A report with a row for each tensor, which holds its status and where its value came from. Later,
@@ -109,7 +116,7 @@ def materialize(
         raise TypeError(f"materialize takes a torch.nn.Module, not {type(model).__name__}")
     if rng is not None:
         check_rng(rng)
-    placement = WholeTensors(_device(device))
+    target = _device(device)
     source, options = load_options(
         checkpoint,
         strict=strict,
@@ -121,7 +128,13 @@ def materialize(
         convert=convert,
     )
     agreement = agreement_of(process_group)
-    fill_model(model, _opened(source, agreement), options, placement, rng, agreement)
+    stage_3 = None if deepspeed is None else stage_3_config(deepspeed)
+    if stage_3 is None:
+        fill_model(model, _opened(source, agreement), options, WholeTensors(target), rng, agreement)
+    else:
+        with cast_as_configured(model, stage_3):
+            partition = functools.partial(partitioned, model, stage_3, target)
+            fill_model(model, _opened(source, agreement), options, WholeTensors(target), rng, agreement, partition)
     return report_of(model)
 
 

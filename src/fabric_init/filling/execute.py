@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from fabric_init.filling.out_of_memory import out_of_memory_explained
 from fabric_init.filling.progress import with_progress
 from fabric_init.filling.verify import is_wanted, verify
 from fabric_init.guard.loads import unwatch_loads
-from fabric_init.guard.models import release_forward, settle, unfilled
+from fabric_init.guard.models import hold_broken, release_forward, settle, unfilled
 from fabric_init.planning.derived import loaded_storages, sources_of
 from fabric_init.planning.loads import read_as
 from fabric_init.planning.placement import Placement
@@ -293,6 +293,7 @@ def fill_model(
     placement: Placement,
     rng: Rng | None = None,
     agreement: Agreement = _ALONE,
+    partition: Callable[[], Placement] | None = None,
 ) -> FillRecord:
     """Plan for ``model`` and fill it, on all ranks together.
 
@@ -303,6 +304,8 @@ def fill_model(
         placement: How this rank keeps the tensors.
         rng: The order of random numbers; ``None`` for that of the recording.
         agreement: How the ranks keep in step.
+        partition: Partitions the parameters, once all is planned, and returns how the rank then keeps them; if it, or
+            what comes after it, fails, the model cannot be used any more.
 
     Raises:
         FabricInitError: Anything that the user has to fix.
@@ -330,11 +333,24 @@ def fill_model(
         try:
             share_seeds(prepared.tapes.values(), agreement)
             with loads_noted(prepared):
-                return execute_plan(prepared, model, prepared.tensors, where, agreement)
+                if partition is None:
+                    return execute_plan(prepared, model, prepared.tensors, where, agreement)
+                with _broken_if_it_fails(model):
+                    where = agreement.run_together("partitioning the model", partition)
+                    return execute_plan(prepared, model, prepared.tensors, where, agreement)
         except BaseException:
             if prepared.undo is not None:
                 prepared.undo()
             raise
+
+
+@contextmanager
+def _broken_if_it_fails(model: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        hold_broken(model)
+        raise
 
 
 def _refuse_overwriting(prepared: PreparedPlan, model: nn.Module) -> None:

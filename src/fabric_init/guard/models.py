@@ -261,7 +261,7 @@ def _before_state_dict(module: nn.Module, prefix: str, keep_vars: bool) -> None:
 
 def _refuse_broken(model: nn.Module, use: str) -> NoReturn:
     raise UninitializedTensorError(
-        f"{_class_of(model)} cannot {use}: fabric.setup has failed, and has left it in parts. Build it anew."
+        f"{_class_of(model)} cannot {use}: setup, or materialize, has failed and has left it in parts. Build it anew."
     )
 
 

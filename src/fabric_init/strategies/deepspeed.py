@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.fabric.strategies.deepspeed as lightning_deepspeed
-import torch
 from lightning.fabric.accelerators import CUDAAccelerator
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.strategies.strategy import Strategy
@@ -30,13 +29,17 @@ from fabric_init.guard.expected_load import ExpectedLoad
 from fabric_init.guard.loads import loading, watch_loads
 from fabric_init.guard.models import hold_forward, settle, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
-from fabric_init.recording.mode import RecordMode
 from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound, left_to_loads, shard_and_fill
 from fabric_init.strategies.init_context import init_context
 from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
 from fabric_init.strategies.optimizers import refuse_left_behind
 from fabric_init.strategies.unwrap import original, register_wrapper
-from fabric_init.strategies.zero3 import ZeroPartitions, accept_whole_tensors, partition_without_values
+from fabric_init.strategies.zero3 import (
+    ZeroPartitions,
+    accept_whole_tensors,
+    cast_as_configured,
+    partition_without_values,
+)
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -189,36 +192,13 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
         if not is_bound(module):
             self.agreement.run_together("the model to set up", lambda: module, _shapes_digest)
             return expected
-        dtype = self._parameter_dtype()
-        if dtype is not None:
-            with RecordMode():  # the cast belongs to the recording, too
-                for parameter in module.parameters():
-                    if parameter.is_floating_point():
-                        parameter.data = parameter.data.to(dtype)
-        shard_and_fill(module, self.shard, self.placement, self.agreement)
-        return expected
-
-    def _parameter_dtype(self) -> torch.dtype | None:
-        """Return the dtype that DeepSpeed casts parameters to, and that ZeRO-3 expects them to have."""
         assert isinstance(self.config, dict)
-        for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
-            if self.config.get(name, {}).get("enabled"):
-                return dtype
-        return None
+        with cast_as_configured(module, self.config):
+            shard_and_fill(module, self.shard, self.placement, self.agreement)
+        return expected
 
     def shard(self, model: nn.Module) -> nn.Module:
         assert isinstance(self.config, dict)
-        zero = self.config["zero_optimization"]
-        if zero.get("zero_quantized_nontrainable_weights"):
-            raise FabricInitError(
-                "fabric_init cannot fill weights that DeepSpeed quantizes when it partitions them. Turn "
-                "zero_quantized_nontrainable_weights off, or build with init_module() alone."
-            )
-        if "nvme" in ((zero.get("offload_param") or {}).get("device"), self.remote_device):
-            raise FabricInitError(
-                "fabric_init cannot fill parameters that DeepSpeed offloads to NVMe: their partitions are in files of "
-                "its own. Offload them to the CPU, or build with init_module() without empty_init and checkpoint."
-            )
         partition_without_values(model, self.config, self.remote_device)
         return model
 

@@ -2,28 +2,102 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints import Region, Span
 from fabric_init.checkpoints.region import take
-from fabric_init.errors import FabricInitError
+from fabric_init.errors import FabricInitError, OptionError
 from fabric_init.planning.tensors import TensorInfo
+from fabric_init.recording.mode import RecordMode
 from fabric_init.recording.tensor import RecordedTensor, become
 
+Config = Mapping[str, Any] | str | os.PathLike[str]
+"""DeepSpeed's configuration, or the path of a JSON file with it."""
 
-def partition_without_values(module: nn.Module, config: Any, remote_device: str | None) -> None:
+
+def stage_3_config(config: Config) -> dict[str, Any] | None:
+    """Return DeepSpeed's configuration as a dictionary; ``None`` if it does not partition parameters.
+
+    Raises:
+        OptionError: The file is none, or not one of JSON.
+    """
+    if isinstance(config, Mapping):
+        read = dict(config)
+    else:
+        try:
+            read = dict(json.loads(Path(config).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise OptionError(f"deepspeed={os.fspath(config)!r} is no JSON file with an object: {error}") from error
+    return read if (read.get("zero_optimization") or {}).get("stage") == 3 else None
+
+
+@contextmanager
+def cast_as_configured(module: nn.Module, config: Mapping[str, Any]) -> Iterator[None]:
+    """Cast recorded parameters to the dtype that DeepSpeed will cast them to, and that ZeRO-3 expects them to have.
+
+    If the context fails and they are still recorded, they are as they were.
+    """
+    names = {"fp16": torch.float16, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
+    chosen = [dtype for name, dtype in names.items() if config.get(name, {}).get("enabled") is True]
+    parameters = [p for p in module.parameters() if p.is_floating_point()] if chosen else []
+    before = [(parameter, parameter.data) for parameter in parameters]
+    with RecordMode():  # the cast belongs to the recording, too
+        for parameter in parameters:
+            parameter.data = parameter.data.to(chosen[0])
+    try:
+        yield
+    except BaseException:
+        for parameter, data in before:
+            if isinstance(parameter, RecordedTensor):
+                parameter.data = data
+        raise
+
+
+def partitioned(model: nn.Module, config: Mapping[str, Any], device: torch.device | None) -> ZeroPartitions:
+    """Partition a recorded model outside any strategy, and return how this rank then keeps it.
+
+    Args:
+        model: The model.
+        config: DeepSpeed's configuration.
+        device: The device for full tensors; ``None`` for that of DeepSpeed's accelerator.
+
+    Raises:
+        FabricInitError: ``deepspeed.init_distributed`` was not called, or the model is sharded in another way already.
+    """
+    from deepspeed import comm
+    from deepspeed.accelerator import get_accelerator
+
+    if not comm.is_initialized():
+        raise FabricInitError("ZeRO-3 partitions over the ranks of DeepSpeed: call deepspeed.init_distributed() first.")
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise FabricInitError("the model holds DTensors, which DeepSpeed cannot partition once more.")
+    partition_without_values(model, config)
+    return ZeroPartitions(model, device or torch.device(get_accelerator().current_device_name()))
+
+
+def partition_without_values(module: nn.Module, config: Mapping[str, Any], remote_device: str | None = None) -> None:
     """Turn each parameter of ``module``, which stays the same object, into one that DeepSpeed has partitioned.
 
     Where it has no memory yet, none is allocated, and ``ds_tensor`` is on the meta device; values are kept. Ranks do
     not communicate. As ``fabric_init_place`` each ``ds_tensor`` has its later device, and whether it is to be pinned.
+
+    Raises:
+        FabricInitError: The configuration says to keep partitions where they cannot be filled.
     """
     import deepspeed
     from deepspeed.runtime.zero.partition_parameters import is_zero_param
+
+    _refuse_unknown_places(config["zero_optimization"], remote_device)
 
     class Partitions(deepspeed.zero.Init):  # type: ignore[misc]
         local_device: Any
@@ -55,6 +129,19 @@ def partition_without_values(module: nn.Module, config: Any, remote_device: str 
                     become(parameter, torch.empty(0, dtype=parameter.dtype, device=local))
 
     Partitions(module=module, config_dict_or_path=config, remote_device=remote_device)
+
+
+def _refuse_unknown_places(zero: Mapping[str, Any], remote_device: str | None) -> None:
+    if zero.get("zero_quantized_nontrainable_weights"):
+        raise FabricInitError(
+            "fabric_init cannot fill weights that DeepSpeed quantizes when it partitions them. Turn "
+            "zero_quantized_nontrainable_weights off, or build without a recorded block."
+        )
+    if "nvme" in ((zero.get("offload_param") or {}).get("device"), remote_device):
+        raise FabricInitError(
+            "fabric_init cannot fill parameters that DeepSpeed offloads to NVMe: their partitions are in files of "
+            "its own. Offload them to the CPU, or build without a recorded block."
+        )
 
 
 class ZeroPartitions:
