@@ -46,13 +46,15 @@ class HuggingFaceCode:
     Args:
         reader: The checkpoint; errors name it.
         reinit: Globs of tensors that are not loaded, so their shapes may differ.
+        table: How the checkpoint differs from the model, in transformers' terms; ``None`` for what its table says.
     """
 
     replaces = False
 
-    def __init__(self, reader: CheckpointReader, reinit: Sequence[str]) -> None:
+    def __init__(self, reader: CheckpointReader, reinit: Sequence[str], table: list[Any] | None = None) -> None:
         self._reader = reader
         self._reinit = reinit
+        self._table = table
 
     def __call__(self, model: nn.Module, state: dict[str, Any]) -> Outcome:
         """Load ``state``.
@@ -61,7 +63,9 @@ class HuggingFaceCode:
             CheckpointMismatchError: A tensor has another shape, or cannot be converted.
         """
         loading: Any = sys.modules[_LOADING]
-        mapping = sys.modules[_TABLE].get_model_conversion_mapping(model)
+        mapping = self._table
+        if mapping is None:
+            mapping = sys.modules[_TABLE].get_model_conversion_mapping(model)
         config = sys.modules[_MODELS].LoadStateDictConfig(weight_mapping=mapping)
         meant = model.state_dict()
         with _in_this_thread():
