@@ -1,4 +1,4 @@
-"""GGUF files of small models, in llama.cpp's names and layouts: what its convert_hf_to_gguf.py does, for what is tested.
+"""GGUF files of small models, in llama.cpp's names and layouts: what its convert_hf_to_gguf.py does.
 
 The metadata is what transformers reads a config from.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import gguf
@@ -44,7 +45,9 @@ class Architecture(NamedTuple):
 
 
 def _pairs(weight: Tensor, heads: int) -> Tensor:
-    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    )
 
 
 def _llama(config: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -144,31 +147,75 @@ def _qwen35(config: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(laid_out(name, weight) for name, weight in state.items())
 
 
+_T5 = {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+_T5 |= {"is_gated_act": True, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+_LINEAR |= {"linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}
 _MOE = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
 ARCHITECTURES = {
     "llama": Architecture("llama", "LlamaForCausalLM", "LlamaConfig", _small(head_dim=16), _llama),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", "Qwen2Config", _small()),
     "qwen2_moe": Architecture("qwen2moe", "Qwen2MoeForCausalLM", "Qwen2MoeConfig", _small(**_MOE), _experts),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", "Qwen3Config", _small(head_dim=128)),
-    "qwen3_moe": Architecture("qwen3moe", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", _small(head_dim=16, **_MOE), _experts),
+    "qwen3_moe": Architecture(
+        "qwen3moe", "Qwen3MoeForCausalLM", "Qwen3MoeConfig", _small(head_dim=16, **_MOE), _experts
+    ),
     "falcon": Architecture("falcon", "FalconForCausalLM", "FalconConfig", _small()),
     "phi3": Architecture("phi3", "Phi3ForCausalLM", "Phi3Config", _small()),
-    "bloom": Architecture("bloom", "BloomForCausalLM", "BloomConfig", {"vocab_size": 96, "hidden_size": 64, "n_layer": 2, "n_head": 4}, _bloom),
-    "t5": Architecture("t5", "T5ForConditionalGeneration", "T5Config", {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "is_gated_act": True, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "bloom": Architecture(
+        "bloom",
+        "BloomForCausalLM",
+        "BloomConfig",
+        {"vocab_size": 96, "hidden_size": 64, "n_layer": 2, "n_head": 4},
+        _bloom,
+    ),
+    "t5": Architecture("t5", "T5ForConditionalGeneration", "T5Config", _T5),
     "stablelm": Architecture("stablelm", "StableLmForCausalLM", "StableLmConfig", _small(use_qkv_bias=True)),
-    "gpt2": Architecture("gpt2", "GPT2LMHeadModel", "GPT2Config", {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}, _gpt2),
+    "gpt2": Architecture(
+        "gpt2",
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        _gpt2,
+    ),
     "starcoder2": Architecture("starcoder2", "Starcoder2ForCausalLM", "Starcoder2Config", _small()),
-    "mamba": Architecture("mamba", "MambaForCausalLM", "MambaConfig", {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8}, _mamba),
+    "mamba": Architecture(
+        "mamba",
+        "MambaForCausalLM",
+        "MambaConfig",
+        {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
+        _mamba,
+    ),
     "nemotron": Architecture("nemotron", "NemotronForCausalLM", "NemotronConfig", _small(), _norms_plus_one),
     "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", "Gemma2Config", _small(head_dim=16), _norms_plus_one),
     "gemma3": Architecture("gemma3", "Gemma3ForCausalLM", "Gemma3TextConfig", _small(head_dim=16), _norms_plus_one),
-    "lfm2": Architecture("lfm2", "Lfm2ForCausalLM", "Lfm2Config", _small(layer_types=["conv", "full_attention"]), _lfm2, lambda config: {"attention.head_count_kv": [0, config.num_key_value_heads]}),
+    "lfm2": Architecture(
+        "lfm2",
+        "Lfm2ForCausalLM",
+        "Lfm2Config",
+        _small(layer_types=["conv", "full_attention"]),
+        _lfm2,
+        lambda config: {"attention.head_count_kv": [0, config.num_key_value_heads]},
+    ),
     "mistral": Architecture("llama", "MistralForCausalLM", "MistralConfig", _small(head_dim=16), _llama),
-    "umt5": Architecture("t5", "UMT5ForConditionalGeneration", "UMT5Config", {"vocab_size": 96, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4, "is_gated_act": True, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
-    "gemma4": Architecture("gemma4", "Gemma4ForCausalLM", "Gemma4TextConfig", _small(head_dim=16)),
-    "minimax_m2": Architecture("minimax-m2", "MiniMaxM2ForCausalLM", "MiniMaxM2Config", _small(head_dim=16, num_local_experts=4, num_experts_per_tok=2), _minimax),
-    "qwen3_5": Architecture("qwen35", "Qwen3_5ForCausalLM", "Qwen3_5TextConfig", _small(head_dim=16, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=16), _qwen35),
-}  # fmt: skip
+    "umt5": Architecture("t5", "UMT5ForConditionalGeneration", "UMT5Config", _T5),
+    "gemma4": Architecture(
+        "gemma4",
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        _small(head_dim=16, vocab_size_per_layer_input=96, hidden_size_per_layer_input=16),
+    ),
+    "minimax_m2": Architecture(
+        "minimax-m2",
+        "MiniMaxM2ForCausalLM",
+        "MiniMaxM2Config",
+        _small(head_dim=16, num_local_experts=4, num_experts_per_tok=2),
+        _minimax,
+    ),
+    "qwen3_5": Architecture(
+        "qwen35", "Qwen3_5ForCausalLM", "Qwen3_5TextConfig", _small(head_dim=16, **_LINEAR), _qwen35
+    ),
+}
 """By transformers' name."""
 
 
@@ -216,14 +263,25 @@ def write_tensors(
     path: Path, architecture: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any], choose: Choose
 ) -> Path:
     """A file with these tensors, each in the type that ``choose`` returns."""
+    stored = {}
+    for key, tensor in tensors.items():
+        kind = choose(key, tuple(tensor.shape))
+        stored[key] = gguf.quants.quantize(tensor.detach().float().contiguous().numpy(), kind), kind
+    return write_blocks(path, architecture, stored, fields)
+
+
+def write_blocks(
+    path: Path,
+    architecture: str,
+    tensors: Mapping[str, tuple[np.ndarray[Any, Any], Type]],
+    fields: Mapping[str, Any] = MappingProxyType({}),
+) -> Path:
+    """A file with what is stored in these types: bytes of blocks, or numbers."""
     writer = gguf.GGUFWriter(path, architecture)
     for field, value in fields.items():
         _add(writer, field, value)
-    for key, tensor in tensors.items():
-        kind = choose(key, tuple(tensor.shape))
-        values = tensor.detach().float().contiguous().numpy()
-        data = np.ascontiguousarray(gguf.quants.quantize(values, kind))
-        writer.add_tensor(key, data, raw_dtype=kind)
+    for key, (data, kind) in tensors.items():
+        writer.add_tensor(key, np.ascontiguousarray(data), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -258,4 +316,6 @@ def write_gguf(name: str, model: nn.Module, path: Path, kind: Type = Type.F32, *
     """A file of one of :data:`ARCHITECTURES`."""
     fields = dict(fields_of(name, model.config))
     fields["tokenizer.ggml.tokens"] = [f"<{number}>" for number in range(model.config.vocab_size)]
-    return write_tensors(path, ARCHITECTURES[name].name, tensors_of(name, model), fields | more, as_llama_cpp_would(kind))
+    return write_tensors(
+        path, ARCHITECTURES[name].name, tensors_of(name, model), fields | more, as_llama_cpp_would(kind)
+    )

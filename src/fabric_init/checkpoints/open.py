@@ -190,8 +190,8 @@ def _refuse_unknown(candidate: Candidate) -> CheckpointReader:
     if what is not None:
         raise CheckpointFormatError(f"{candidate.path} is {what}.")
     raise CheckpointFormatError(
-        f"{candidate.path} is in no format that is known here (safetensors, torch.save, GGUF, a *.index.json): it begins "
-        f"with {candidate.head[:8]!r}."
+        f"{candidate.path} is in no format that is known here (safetensors, torch.save, GGUF, a *.index.json): it "
+        f"begins with {candidate.head[:8]!r}."
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.loading.hugging_face import HuggingFaceCode
 from fabric_init.planning.loading.recorded_load import Outcome
 
+_TABLES, _LEGACY = "transformers.integrations.gguf", "transformers.modeling_gguf_pytorch_utils"
 _MODEL_TYPES = {
     "command-r": ("cohere",),
     "gemma3": ("gemma3_text",),
@@ -40,7 +42,10 @@ _MODEL_TYPES = {
 _NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 """What a model computes from its config."""
 _ADAPTED = ".base_layer."  # of peft: the layer that is adapted
-_HEADS = {"attention.head_count": ("num_attention_heads", "n_head"), "attention.head_count_kv": ("num_key_value_heads",)}
+_HEADS = {
+    "attention.head_count": ("num_attention_heads", "n_head"),
+    "attention.head_count_kv": ("num_key_value_heads",),
+}
 
 
 def is_llama_cpp(reader: CheckpointReader, names: Sequence[str] | frozenset[str]) -> bool:
@@ -75,9 +80,7 @@ class LlamaCppCode:
         self._check(config)
         state = {name: tensor for name, tensor in state.items() if name not in _NOT_WEIGHTS}
         if self._architecture in _with_table():
-            from transformers.integrations.gguf import get_gguf_conversion_mapping
-
-            table = get_gguf_conversion_mapping(self._architecture, config)
+            table = import_module(_TABLES).get_gguf_conversion_mapping(self._architecture, config)
             return HuggingFaceCode(self._reader, self._reinit, table)(model, state)
         renamed, origin = self._renamed(model, state)
         outcome = HuggingFaceCode(self._reader, self._reinit)(model, renamed)
@@ -104,15 +107,15 @@ class LlamaCppCode:
 
     def _renamed(self, model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, list[str]]]:
         """Return the state dict by the model's names, and which of llama.cpp's each name is made of."""
-        from transformers import modeling_gguf_pytorch_utils as legacy
-
+        legacy: Any = import_module(_LEGACY)
         config: Any = model.config
         kind = legacy.TENSOR_PROCESSORS.get(self._architecture, legacy.TensorProcessor)
         process = _PROCESSED.get(kind.__name__)
         if process is None:
             raise CheckpointMismatchError(
-                f"{self._reader.path}: this release of transformers lays out {self._architecture!r} by {kind.__name__}, "
-                "which is not known here. Load it with from_pretrained(gguf_file=…), save that, and load it here."
+                f"{self._reader.path}: this release of transformers lays out {self._architecture!r} by "
+                f"{kind.__name__}, which is not known here. Load it with from_pretrained(gguf_file=…), save that, and "
+                "load it here."
             )
         actual = {name.replace(_ADAPTED, "."): name for name in model.state_dict()}
         names = legacy.get_gguf_hf_weights_map(
@@ -155,16 +158,14 @@ class _Names:
 def _with_table() -> frozenset[str]:
     """Return the architectures for which this release of transformers has a table; older ones have none."""
     try:
-        from transformers.integrations.gguf import GGUF_ARCHS
+        return frozenset(import_module(_TABLES).GGUF_ARCHS)
     except ImportError:
         return frozenset()
-    return frozenset(GGUF_ARCHS)
 
 
 def _is_mapped(architecture: str, model_type: str) -> bool:
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-
-    return not {*GGUF_SUPPORTED_ARCHITECTURES, *_with_table()}.isdisjoint((architecture, model_type))
+    known = {*import_module(_LEGACY).GGUF_SUPPORTED_ARCHITECTURES, *_with_table()}
+    return not known.isdisjoint((architecture, model_type))
 
 
 def _field(fields: Mapping[str, Any], architecture: str, name: str) -> Any:
@@ -230,7 +231,7 @@ def _mamba(field: _Field, parts: _Parts) -> Tensor:
     [(name, weight)] = parts.items()
     if "ssm_conv1d.weight" in name:
         return weight.unsqueeze(1)
-    return _log()(-weight.float()) if "ssm_a" in name else weight  # type: ignore[no-any-return]
+    return _log()(-weight.float()) if "ssm_a" in name else weight
 
 
 def _norms_from_zero(field: _Field, parts: _Parts) -> Tensor:

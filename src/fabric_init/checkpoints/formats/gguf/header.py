@@ -130,7 +130,9 @@ def _entry(cursor: _Cursor) -> _Entry:
     except (ValueError, ModuleNotFoundError) as error:
         raise CheckpointFormatError(f"{cursor.path}: tensor {key!r} {error}") from None
     if shape and shape[-1] % kind.block:
-        raise _DamageError(f"tensor {key!r} has rows of {shape[-1]} elements, and {kind.name} has blocks of {kind.block}")
+        raise _DamageError(
+            f"tensor {key!r} has rows of {shape[-1]} elements, and {kind.name} has blocks of {kind.block}"
+        )
     if not shape and kind.block != 1:
         raise _DamageError(f"tensor {key!r} is a scalar, and {kind.name} has blocks of {kind.block}")
     return _Entry(key, shape, kind, offset)

@@ -145,5 +145,6 @@ def _check_part(path: AnyPath, header: Header, number: int, count: int) -> None:
     there = header.fields.get("split.no", 0), _count_of(header)
     if there != (number, count):
         raise CheckpointFormatError(
-            f"{path} says that it is part {there[0]!r} (from 0) of {there[1]}, where part {number} of {count} should be."
+            f"{path} says that it is part {there[0]!r} of {there[1]}, from 0 on, where part {number} of {count} "
+            "should be."
         )

@@ -5,7 +5,6 @@ The package ``gguf``, llama.cpp's own, knows the blocks; plain numbers are read 
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -68,15 +67,17 @@ def ggml_type(code: int) -> GgmlType:
 
 def dequantized(blocks: Tensor, kind: GgmlType) -> Tensor:
     """Return the values, in float32, of rows of blocks, whose last dimension is bytes."""
+    import numpy
+
     gguf = _package(kind.code)
     rows = blocks.reshape(-1, blocks.shape[-1])
     out = torch.empty(len(rows), blocks.shape[-1] // kind.bytes * kind.block, dtype=kind.dtype, device="cpu")
     count = max(1, _AT_ONCE // max(1, out.shape[-1]))
     for first in range(0, len(rows) if out.numel() else 0, count):
         some = rows[first : first + count].contiguous().numpy()
-        values = gguf.quants.dequantize(some, gguf.GGMLQuantizationType(kind.code))
+        with numpy.errstate(all="ignore"):  # scales of a damaged file may be anything: so are the values then
+            values = gguf.quants.dequantize(some, gguf.GGMLQuantizationType(kind.code))
         out[first : first + count] = torch.from_numpy(values)
-    assert out.numel() == math.prod(blocks.shape[:-1]) * out.shape[-1]
     return out.view(*blocks.shape[:-1], out.shape[-1])
 
 
