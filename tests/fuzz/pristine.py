@@ -10,7 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf as llama_cpp
+import numpy as np
 import torch
+from gguf import GGMLQuantizationType as Type
 from safetensors.torch import save_file
 from torch.utils._pytree import tree_map_only
 
@@ -58,6 +61,31 @@ def safetensors(folder: Path) -> str:
 def safetensors_index(folder: Path) -> str:
     _sharded(folder, ".safetensors", save_file)
     return "."
+
+
+def gguf(folder: Path) -> str:
+    """In two parts, with an array as long as a tokenizer's."""
+    for number, keys in enumerate((["layers.0.weight", "layers.0.bias", "n"], ["layers.1.weight", "blocks"])):
+        writer = llama_cpp.GGUFWriter(folder / f"model-{number + 1:05}-of-00002.gguf", "llama")
+        writer.add_array("tokenizer.ggml.tokens", [f"<{token}>" for token in range(20)])
+        writer.add_array("llama.heads", [1, 2])
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", 2)
+        writer.add_int32("split.tensors.count", 5)
+        for key in keys:
+            if key == "blocks":
+                values = np.linspace(-1, 1, 96, dtype=np.float32).reshape(3, 32)
+                writer.add_tensor(key, llama_cpp.quants.quantize(values, Type.Q4_0), raw_dtype=Type.Q4_0)
+            else:
+                tensor = STATE[key]
+                writer.add_tensor(
+                    key, (tensor.float() if key == "layers.0.bias" else tensor).reshape(tensor.shape or (1,)).numpy()
+                )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return "model-00001-of-00002.gguf"
 
 
 def torch_zip(folder: Path) -> str:
@@ -169,7 +197,7 @@ def _without_chance(folder: Path) -> str:
     return "."
 
 
-ALONE = [safetensors, safetensors_index, torch_zip, torch_index, torch_legacy, dcp, manifest, hub_cache]
+ALONE = [safetensors, safetensors_index, gguf, torch_zip, torch_index, torch_legacy, dcp, manifest, hub_cache]
 BY_RANKS = [dcp_of_ranks, lightning_sharded, deepspeed_2, deepspeed_3]
-OVER_URL = [safetensors, safetensors_index, torch_zip, torch_index, torch_legacy]
+OVER_URL = [safetensors, safetensors_index, gguf, torch_zip, torch_index, torch_legacy]
 """What is read from ``memory://``, too: other code reads it there."""

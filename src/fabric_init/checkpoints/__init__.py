@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from fabric_init.checkpoints.formats.dcp.reader import DCPReader
 from fabric_init.checkpoints.formats.deepspeed.reader import DeepSpeedFolderReader
+from fabric_init.checkpoints.formats.gguf.reader import GGUFReader
 from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
 from fabric_init.checkpoints.formats.sharded import ShardedReader
 from fabric_init.checkpoints.formats.torch_save.reader import TorchFileReader
@@ -32,6 +33,7 @@ __all__ = [
     "DeepSpeedFolderReader",
     "Dequantize",
     "Fuse",
+    "GGUFReader",
     "Layers",
     "Made",
     "Part",

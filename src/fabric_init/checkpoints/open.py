@@ -11,6 +11,8 @@ from pathlib import Path
 from fabric_init._text import joined
 from fabric_init.checkpoints.formats.dcp.reader import DCPReader
 from fabric_init.checkpoints.formats.deepspeed.reader import DeepSpeedFolderReader, is_deepspeed_folder
+from fabric_init.checkpoints.formats.gguf.header import MAGIC
+from fabric_init.checkpoints.formats.gguf.reader import GGUFReader, chosen_of
 from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
 from fabric_init.checkpoints.formats.sharded import ShardedReader
 from fabric_init.checkpoints.formats.torch_save.reader import TorchFileReader
@@ -32,10 +34,9 @@ _NOT_WEIGHTS = frozenset(
 
 _LOOKED_FOR = """\
 *.safetensors.index.json, model.safetensors or a single *.safetensors, .metadata of torch.distributed.checkpoint, \
-latest of DeepSpeed, *.bin.index.json, pytorch_model.bin or a single *.bin, *.pt, *.pth or *.ckpt"""
+latest of DeepSpeed, *.bin.index.json, pytorch_model.bin or a single *.bin, *.pt, *.pth or *.ckpt, a single *.gguf"""
 
 _KNOWN_ELSEWHERE = {
-    b"GGUF": "a GGUF file (llama.cpp)",
     b"\x89HDF": "an HDF5 file (Keras)",
     b"\x93NUM": "a NumPy array",
     b"\x1f\x8b": "compressed with gzip: unpack it first",
@@ -56,8 +57,8 @@ def open_checkpoint(
 
     Files are recognized by their first bytes. In a folder a safetensors index is preferred, then a single safetensors
     file, then the metadata of ``torch.distributed.checkpoint`` (which is what sharded strategies save), then a
-    DeepSpeed checkpoint, then a torch index, then a single torch file. Formats of
-    :func:`~fabric_init.checkpoints.register_reader` are asked first.
+    DeepSpeed checkpoint, then a torch index, then a single torch file, then a single GGUF file, which may be split.
+    Formats of :func:`~fabric_init.checkpoints.register_reader` are asked first.
 
     Args:
         path: a file, the folder it lies in, its ``*.index.json``, a DeepSpeed folder, a URL for fsspec (``s3://…``), or
@@ -179,13 +180,18 @@ def _open_torch(candidate: Candidate) -> CheckpointReader:
     return TorchFileReader(candidate.path, mmap=candidate.mmap, entry=candidate.entry, opener=candidate.opener)
 
 
+def _open_gguf(candidate: Candidate) -> CheckpointReader:
+    candidate.refuse_entry()
+    return GGUFReader(candidate.path, mmap=candidate.mmap, opener=candidate.opener)
+
+
 def _refuse_unknown(candidate: Candidate) -> CheckpointReader:
     what = _elsewhere(candidate.head)
     if what is not None:
         raise CheckpointFormatError(f"{candidate.path} is {what}.")
     raise CheckpointFormatError(
-        f"{candidate.path} is in no format that is known here (safetensors, torch.save, a *.index.json): it begins "
-        f"with {candidate.head[:8]!r}."
+        f"{candidate.path} is in no format that is known here (safetensors, torch.save, GGUF, a *.index.json): it "
+        f"begins with {candidate.head[:8]!r}."
     )
 
 
@@ -194,6 +200,7 @@ DCP = Format("torch.distributed.checkpoint", lambda it: ".metadata" in (it.path.
 DEEPSPEED = Format("DeepSpeed", lambda it: is_deepspeed_folder(it.names), _open_deepspeed)
 INDEX = Format("index", lambda it: it.path.name.endswith(".index.json"), _open_index)
 SAFETENSORS = Format("safetensors", _is_safetensors, _open_safetensors)
+GGUF = Format("GGUF", lambda it: it.head.startswith(MAGIC), _open_gguf)
 TORCH = Format("torch", lambda it: it.head.startswith((b"PK\x03\x04", b"\x80")), _open_torch)
 
 # In the order of preference. The last entry recognizes everything, and refuses it.
@@ -207,8 +214,10 @@ _KNOWN: Sequence[Format | Way] = (
     Format("part of that", lambda it: it.path.suffix == ".distcp", _refuse_part),
     DEEPSPEED,
     Way("folder of torch files", lambda it: _torch_in(it.asked, it.names) is not None, _inside),
+    Way("folder of GGUF", lambda it: _gguf_in(it.asked, it.names) is not None, _inside),
     Format("other folder", lambda it: it.is_dir, _refuse_folder),
     INDEX,
+    GGUF,
     SAFETENSORS,
     TORCH,
     Format("unknown", lambda it: True, _refuse_unknown),
@@ -217,7 +226,7 @@ _KNOWN: Sequence[Format | Way] = (
 
 def _chosen(folder: str, names: Sequence[str]) -> str | None:
     """Return the file of ``folder`` to open."""
-    return _safetensors_in(folder, names) or _torch_in(folder, names)
+    return _safetensors_in(folder, names) or _torch_in(folder, names) or _gguf_in(folder, names)
 
 
 def _safetensors_in(folder: str, names: Sequence[str]) -> str | None:
@@ -232,6 +241,10 @@ def _torch_in(folder: str, names: Sequence[str]) -> str | None:
     indices = [name for name in names if name.endswith(".index.json") and ".safetensors." not in name]
     chosen = _prefer(folder, indices, "pytorch_model.bin.index.json")
     return chosen or _prefer(folder, weights, "pytorch_model.bin")
+
+
+def _gguf_in(folder: str, names: Sequence[str]) -> str | None:
+    return _prefer(folder, chosen_of(names), "model.gguf")
 
 
 def _prefer(folder: str, names: Sequence[str], usual: str) -> str | None:

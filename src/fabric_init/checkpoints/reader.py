@@ -89,6 +89,8 @@ class BaseReader(ABC):
     """Extra state that is not a tensor, by its key."""
     metadata: Mapping[str, Any] | None = None
     """The ``_metadata`` of a saved ``state_dict()``, such as the versions of its modules."""
+    fields: Mapping[str, Any] = MappingProxyType({})
+    """What the file states of the model beside its tensors, such as its architecture; known of GGUF alone."""
     collective: bool = False
     """Whether ``read`` is for all ranks to call together, with the same keys in the same order."""
     below: CheckpointReader | None = None
@@ -122,6 +124,12 @@ def is_collective(reader: CheckpointReader) -> bool:
 def metadata_of(reader: CheckpointReader) -> Mapping[str, Any] | None:
     """Return the ``_metadata`` of the state dict in a checkpoint, if the reader knows it."""
     return getattr(reader, "metadata", None)
+
+
+def fields_of(reader: CheckpointReader) -> Mapping[str, Any]:
+    """Return what a checkpoint states of the model beside its tensors, if the reader knows it."""
+    fields: Mapping[str, Any] = getattr(reader, "fields", {})
+    return fields
 
 
 def read(reader: CheckpointReader, key: str, region: Region | None = None) -> Tensor:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader, Region, Span, TensorSpec
-from fabric_init.checkpoints.reader import BaseReader, metadata_of, read
+from fabric_init.checkpoints.reader import BaseReader, fields_of, metadata_of, read
 from fabric_init.checkpoints.region import copy_part
 from fabric_init.checkpoints.storage.remote import AnyPath
 from fabric_init.distributed.agreement import Agreement
@@ -33,6 +33,7 @@ class _Header(NamedTuple):
     specs: dict[str, TensorSpec]
     extra_state: dict[str, Any]
     metadata: Any
+    fields: dict[str, Any]
 
 
 class BroadcastReader(BaseReader):
@@ -52,7 +53,7 @@ class BroadcastReader(BaseReader):
 
     def __init__(self, header: _Header, reader: CheckpointReader | None, budget: int) -> None:
         assert budget >= 2 * ALIGNMENT
-        self.path, self.format, self.note, self.specs, self.extra_state, self.metadata = header
+        self.path, self.format, self.note, self.specs, self.extra_state, self.metadata, self.fields = header
         self._reader = reader
         self._budget = budget
 
@@ -66,7 +67,13 @@ class BroadcastReader(BaseReader):
             reader = make()
             specs = {key: reader.spec(key) for key in reader.keys()}
             return reader, _Header(
-                reader.path, reader.format, reader.note, specs, dict(reader.extra_state), metadata_of(reader)
+                reader.path,
+                reader.format,
+                reader.note,
+                specs,
+                dict(reader.extra_state),
+                metadata_of(reader),
+                dict(fields_of(reader)),
             )
 
         opened = agreement.run_together("opening the checkpoint", on_rank_zero)

@@ -13,12 +13,13 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from fabric_init.checkpoints.formats.gguf.reader import parts_of
 from fabric_init.checkpoints.formats.sharded import read_weight_map
 from fabric_init.errors import CheckpointError, CheckpointNotFoundError
 
 _ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@(?P<revision>[\w./-]+))?")
 _INDEX = ".index.json"
-_FILES = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt")
+_FILES = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
 Choose = Callable[[str, Sequence[str]], "str | None"]
 """From the names of the files there, the one to open."""
@@ -97,11 +98,14 @@ def _is_complete(folder: Path, choose: Choose) -> bool:
         chosen = choose(str(folder), sorted(entry.name for entry in folder.iterdir() if entry.is_file()))
         if chosen is None:
             return False
-        if not chosen.endswith(_INDEX):
-            return True
-        return all((folder / shard).is_file() for shard in set(read_weight_map(folder / chosen).values()))
+        return all((folder / part).is_file() for part in _parts_of(folder / chosen))
     except (CheckpointError, OSError, ValueError):
         return False
+
+
+def _parts_of(chosen: Path) -> list[str]:
+    """Return the names of the files that the one to open stands for, itself not if it is an index."""
+    return sorted(set(read_weight_map(chosen).values())) if chosen.name.endswith(_INDEX) else parts_of(chosen.name)
 
 
 def _download(asked: str, name: str, revision: str, choose: Choose) -> Path:
@@ -115,9 +119,9 @@ def _download(asked: str, name: str, revision: str, choose: Choose) -> Path:
             raise CheckpointNotFoundError(f"{asked} has no checkpoint in it; found {', '.join(names[:8])}.")
         # By the revision that was asked for: that writes down in the cache which commit it is now.
         first = Path(huggingface_hub.hf_hub_download(name, chosen, revision=revision))
-        if chosen.endswith(_INDEX):
-            for shard in sorted(set(read_weight_map(first).values())):
-                huggingface_hub.hf_hub_download(name, shard, revision=first.parent.name)
+        for part in _parts_of(first):
+            if part != chosen:
+                huggingface_hub.hf_hub_download(name, part, revision=first.parent.name)
         return first.parent
     except CheckpointError:
         raise

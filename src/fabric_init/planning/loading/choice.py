@@ -9,6 +9,7 @@ from torch import nn
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.planning.loading.hugging_face import HuggingFaceCode, outermost
+from fabric_init.planning.loading.llama_cpp import LlamaCppCode, is_llama_cpp
 from fabric_init.planning.loading.module_code import ModuleCode, has_load_code
 from fabric_init.planning.loading.recorded_load import LoadCode, Outcome
 from fabric_init.planning.tensors import named_tensors
@@ -28,10 +29,17 @@ def load_code(
     given = frozenset(names.values())
     parts = [prefix for prefix, part in outermost(model) if not _is_as_built(part, _under(prefix, given))]
     if parts == [""]:
-        return HuggingFaceCode(reader, reinit)
+        return _hugging_face(reader, given, reinit)
     if parts:
         return _Parts(reader, reinit, parts)
     return ModuleCode(reader) if has_load_code(model, given) else None
+
+
+def _hugging_face(
+    reader: CheckpointReader, given: frozenset[str], reinit: Sequence[str]
+) -> HuggingFaceCode | LlamaCppCode:
+    """Return the code that loads what has these names into a transformers model."""
+    return (LlamaCppCode if is_llama_cpp(reader, given) else HuggingFaceCode)(reader, reinit)
 
 
 class _Parts:
@@ -52,7 +60,8 @@ class _Parts:
             dot = f"{prefix}."
             its = {name.removeprefix(dot): rest.pop(name) for name in state if name.startswith(dot)}
             reinit = [glob.removeprefix(dot) for glob in self._reinit]
-            outcome = HuggingFaceCode(self._reader, reinit)(model.get_submodule(prefix), its)
+            code = _hugging_face(self._reader, frozenset(its), reinit)
+            outcome = code(model.get_submodule(prefix), its)
             missing |= {dot + name for name in outcome.missing or ()}
             unexpected += [dot + name for name in outcome.unexpected]
         outcome = ModuleCode(self._reader)(model, rest)

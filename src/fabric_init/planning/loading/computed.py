@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fabric_init._text import joined
 from fabric_init.checkpoints import BaseReader, CheckpointReader, Region, TensorSpec
-from fabric_init.checkpoints.reader import is_collective, metadata_of
+from fabric_init.checkpoints.reader import fields_of, is_collective, metadata_of
 from fabric_init.planning.loading.regions import Evaluation
 from fabric_init.recording.tape import Tape, TensorRef
 
@@ -38,7 +38,7 @@ class ComputedReader(BaseReader):
 
     def __init__(self, below: CheckpointReader, tape: Tape, values: Mapping[str, Value], keys: Iterable[str]) -> None:
         self.path, self.format, self.note, self.extra_state = below.path, below.format, below.note, below.extra_state
-        self.metadata, self.collective = metadata_of(below), is_collective(below)
+        self.metadata, self.fields, self.collective = metadata_of(below), fields_of(below), is_collective(below)
         self.below = below
         self._evaluation = Evaluation(tape, whole=self.collective)
         self._values = values

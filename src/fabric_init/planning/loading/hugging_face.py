@@ -46,13 +46,16 @@ class HuggingFaceCode:
     Args:
         reader: The checkpoint; errors name it.
         reinit: Globs of tensors that are not loaded, so their shapes may differ.
+        table: How the checkpoint differs from the model, in transformers' terms; ``None`` for what its table says.
+            Tensors that are computed with keep the checkpoint's dtype until then.
     """
 
     replaces = False
 
-    def __init__(self, reader: CheckpointReader, reinit: Sequence[str]) -> None:
+    def __init__(self, reader: CheckpointReader, reinit: Sequence[str], table: list[Any] | None = None) -> None:
         self._reader = reader
         self._reinit = reinit
+        self._table = table
 
     def __call__(self, model: nn.Module, state: dict[str, Any]) -> Outcome:
         """Load ``state``.
@@ -61,8 +64,12 @@ class HuggingFaceCode:
             CheckpointMismatchError: A tensor has another shape, or cannot be converted.
         """
         loading: Any = sys.modules[_LOADING]
-        mapping = sys.modules[_TABLE].get_model_conversion_mapping(model)
-        config = sys.modules[_MODELS].LoadStateDictConfig(weight_mapping=mapping)
+        mapping, quantizer = self._table, None
+        if mapping is None:
+            mapping = sys.modules[_TABLE].get_model_conversion_mapping(model)
+        else:
+            quantizer = _CastsLast(mapping, loading.WeightConverter)
+        config = sys.modules[_MODELS].LoadStateDictConfig(weight_mapping=mapping, hf_quantizer=quantizer)
         meant = model.state_dict()
         with _in_this_thread():
             info, _ = loading.convert_and_load_state_dict_in_model(model, state, config)
@@ -89,6 +96,29 @@ class HuggingFaceCode:
             or loading.rename_source_key(name, renamings, converters, model.base_model_prefix, meant)[0] in extra
         )
         return Outcome(frozenset(info.missing_keys), unexpected)
+
+
+class _CastsLast:
+    """Takes the place of a quantizer of transformers, which alone may say when tensors are cast.
+
+    Those of a ``table`` that are computed with are cast when that is done, all others when they are read.
+    """
+
+    pre_quantized = True
+
+    def __init__(self, table: list[Any], converter: type) -> None:
+        for each in table:
+            if isinstance(each, converter):
+                each.operations.append(self)  # type: ignore[attr-defined]
+
+    def get_new_dtype(self, converter: Any, tensor: object, dtype: object) -> object:
+        """Return the dtype in which a tensor is read; ``None`` for its own."""
+        return None if getattr(converter, "operations", None) else dtype
+
+    def convert(self, tensors: dict[str, Any], *, model: Any, full_layer_name: str, **_: Any) -> dict[str, Any]:
+        """Cast tensors to what the model has: the last operation on them."""
+        dtype = model.get_parameter_or_buffer(full_layer_name).dtype
+        return {key: tensor.to(dtype) for key, tensor in tensors.items()}
 
 
 @contextmanager
