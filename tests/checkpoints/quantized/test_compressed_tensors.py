@@ -83,6 +83,19 @@ def test_bytes_are_what_the_library_decompresses(name: str, dtype: torch.dtype, 
     assert_reads(reader, "a.weight", plain)
 
 
+@pytest.mark.parametrize("used", [True, False])
+def test_inputs_may_be_of_any_group(used: bool, dequantized: Open) -> None:
+    """Releases before 0.12 write each input's group, or -1 where groups follow one another."""
+    stored, plain, config = compressed(PACKED["4 bits"], "pack-quantized", torch.float32)
+    ordered = torch.arange(COLUMNS) // 16
+    groups = ordered[torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(1))]
+    scale = stored["weight_scale"]
+    numbers = (plain / scale[:, ordered]).round()
+    expected = numbers * scale[:, groups] if used else plain
+    indices = groups if used else torch.full((COLUMNS,), -1)
+    assert_reads(dequantized(stored | {"weight_g_idx": indices.int()}, config), "weight", expected)
+
+
 def test_without_the_config_it_is_refused(dequantized: Open) -> None:
     stored, _, _ = compressed(PACKED["4 bits"], "pack-quantized", torch.float32)
     with pytest.raises(CheckpointMismatchError, match=r"weight_packed is packed .* in config\.json to read it"):

@@ -33,14 +33,16 @@ class Scaled:
     """The weight, the scale, perhaps the zero point, and what is dropped with them."""
     blocks: Sequence[int]
     """How many elements of the weight a scale is for, in each dimension."""
+    inner: torch.dtype
+    """The dtype of the weight when it is multiplied."""
     zero: str | None = None
 
     def values(self, read: Read, box: Box) -> Tensor:
         weight, scale = self.sources[:2]
-        result = read(weight, box).to(self.spec.dtype)
+        result = read(weight, box).to(self.inner)
         if self.zero is not None:
-            result = result - self._spread(read, self.zero, box).to(self.spec.dtype)
-        return result * self._spread(read, scale, box).to(self.spec.dtype)
+            result = result - self._spread(read, self.zero, box).to(self.inner)
+        return (result * self._spread(read, scale, box)).to(self.spec.dtype)
 
     def _spread(self, read: Read, key: str, box: Box) -> Tensor:
         """Return what is stored for each block, for each element of a box."""
@@ -93,7 +95,7 @@ def _scaled(stored: Stored) -> Iterator[Quantized]:
         more = [other for other in (zero, unused) if other in stored.specs]
         blocks = _blocks(stored, key, scale)
         dtype = stored.specs[scale].dtype if compressed else torch.float32
-        yield Scaled(key, TensorSpec(spec.shape, dtype, _made(key, spec)), [key, scale, *more], blocks, there)
+        yield Scaled(key, TensorSpec(spec.shape, dtype, _made(key, spec)), [key, scale, *more], blocks, dtype, there)
 
 
 def _made(key: str, spec: TensorSpec) -> str:

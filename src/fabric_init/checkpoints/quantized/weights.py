@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -22,6 +23,8 @@ class Stored(NamedTuple):
     config: Mapping[str, Any]
     """The ``quantization_config`` of config.json; empty if there is none."""
     read: Read
+    fields: Mapping[str, Any] = MappingProxyType({})
+    """What the file states beside its tensors."""
     block: Sequence[int] | None = None
     """The size of blocks that the user has given."""
 

@@ -117,6 +117,9 @@ def _weights_of(scale: str) -> Iterator[str]:
             for weight in ("weight", *_PACKED):
                 yield f"{module}{weight}"
             return
+    module, _, name = scale.rpartition(".")
+    if name.startswith("_") and name.endswith("_scale"):  # torchao
+        yield f"{scale.removesuffix('scale')}qdata"
     match = _SCALE_OF.fullmatch(scale)
     if match is not None:
         yield match["weight"]
