@@ -70,8 +70,8 @@ def materialize(
         model: A module that was built under :func:`~fabric_init.deferred_init`.
         device: The device for all tensors. ``None`` leaves each on the device that its constructor asked for.
         checkpoint: A safetensors file, a folder in Hugging Face layout, a torch file, a folder of
-            ``torch.distributed.checkpoint`` (which sharded strategies save) or of DeepSpeed, a URL, or the id of a
-            model on the Hugging Face Hub: all that :func:`~fabric_init.checkpoints.open_checkpoint` takes. ``None``
+            ``torch.distributed.checkpoint`` (which sharded strategies save) or of DeepSpeed, a GGUF file, a URL, or the
+            id of a model on the Hugging Face Hub: all that :func:`~fabric_init.checkpoints.open_checkpoint` takes. ``None``
             initializes everything.
         strict: Whether a missing or unexpected key is an error. With ``False``, missing tensors get the model's own
             init and extra keys are ignored; the report lists both.

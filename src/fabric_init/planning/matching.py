@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from fabric_init.checkpoints import CheckpointReader, Conversion, TensorSpec, rename_keys
+from fabric_init.checkpoints import CheckpointReader, Conversion, Dequantize, TensorSpec, rename_keys
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.errors import OptionError
 from fabric_init.planning.loading.converted import converted
@@ -46,7 +46,7 @@ class Matching(NamedTuple):
     missing_extras: tuple[str, ...] = ()
     """Names of extra state that modules take but the checkpoint lacks."""
     options: LoadOptions = LoadOptions()
-    again: Callable[[Sequence[Conversion], LoadOptions], Matching] | None = None
+    again: Callable[[Sequence[Conversion | Dequantize], LoadOptions], Matching] | None = None
     """Match the same model after conversions and with other options, to try what an error proposes."""
 
     @property
@@ -116,7 +116,7 @@ def match(
     if load is not None:
         unexpected = [key for key in unexpected if keys[key] in load.outcome.unexpected]
 
-    def again(conversions: Sequence[Conversion], changed: LoadOptions) -> Matching:
+    def again(conversions: Sequence[Conversion | Dequantize], changed: LoadOptions) -> Matching:
         assert reader is not None
         other = converted(reader if load is None else load.below, conversions)
         new = None if load is None else load.again(other, changed)

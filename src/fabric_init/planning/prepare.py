@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fabric_init.checkpoints import CheckpointReader, rename_keys
-from fabric_init.errors import RecordingError
+from fabric_init.errors import CheckpointMismatchError, RecordingError
+from fabric_init.planning.hints.quantized import quantized_refusal
 from fabric_init.planning.loading.choice import load_code
 from fabric_init.planning.loading.recorded_load import RecordedLoad, record_load
 from fabric_init.planning.plan import LoadOptions, Plan
@@ -48,7 +49,7 @@ def plan_for(
     """
     if reader is not None:
         _refuse_lazy(model)
-        load = load_with_code(model, reader, options)
+        load = _load(model, reader, options)
         if load is not None:
             try:
                 return _plan(model, load.reader, options, rng, load)._replace(undo=load.undo)
@@ -77,6 +78,23 @@ def load_with_code(model: nn.Module, reader: CheckpointReader, options: LoadOpti
 
     load = record_load(model, reader, names, code, _mode(survey(model)[2].values()))
     return load._replace(again=again)
+
+
+def _load(model: nn.Module, reader: CheckpointReader, options: LoadOptions) -> RecordedLoad | None:
+    """Run the load code of ``model``; if it fails because weights are quantized, the error says so."""
+
+    def again(other: CheckpointReader) -> None:
+        load = load_with_code(model, other, options)
+        if load is not None:
+            load.undo()
+
+    try:
+        return load_with_code(model, reader, options)
+    except CheckpointMismatchError:
+        refusal = quantized_refusal(reader, again)
+        if refusal is None:
+            raise
+    raise CheckpointMismatchError(refusal)
 
 
 def _plan(

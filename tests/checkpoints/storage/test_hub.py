@@ -117,7 +117,7 @@ def test_only_the_files_of_one_checkpoint_are_fetched_and_only_once(hub: Server,
         VALUES,
     ]
     fetched = {one.rpartition("/")[2] for one in hub.requests if one.startswith("GET") and "/resolve/" in one}
-    assert fetched == {"model.safetensors.index.json", "model-1.safetensors", "model-2.safetensors"}
+    assert fetched == {"model.safetensors.index.json", "model-1.safetensors", "model-2.safetensors", "config.json"}
     hub.reset()
     assert in_new_process("org/model", cache, hub.url)[2] == VALUES
     assert hub.requests == []

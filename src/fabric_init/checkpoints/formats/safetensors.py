@@ -14,6 +14,7 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -74,7 +75,8 @@ class SafetensorsReader(BaseReader):
     ) -> None:
         self.path = as_path(path)
         self._bytes = open_bytes(self.path, mmap=mmap) if opener is None else opener(self.path)
-        self._offsets, self.specs = _parse_header(self._bytes, direct=opener is None and isinstance(self.path, Path))
+        direct = opener is None and isinstance(self.path, Path)
+        self._offsets, self.specs, self.fields = _parse_header(self._bytes, direct=direct)
 
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
         """Return the tensor, or a region of it, on the CPU; touches no byte outside the region (mapped: no page).
@@ -87,10 +89,10 @@ class SafetensorsReader(BaseReader):
         return self._bytes.tensor(spec.dtype, self._offsets[key], window(spec.shape, region))
 
 
-def _parse_header(file: FileBytes, *, direct: bool) -> tuple[dict[str, int], dict[str, TensorSpec]]:
-    """Return the byte offset in the file and the spec of each key, in the order of the data."""
+def _parse_header(file: FileBytes, *, direct: bool) -> tuple[dict[str, int], dict[str, TensorSpec], Mapping[str, str]]:
+    """Return the byte offset in the file and the spec of each key, in the order of the data; and the metadata."""
     try:
-        entries = _entries(file.path) if direct else _entries_of_copy(file)
+        entries, metadata = _entries(file.path) if direct else _entries_of_copy(file)
     except (SafetensorError, OSError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -121,18 +123,21 @@ def _parse_header(file: FileBytes, *, direct: bool) -> tuple[dict[str, int], dic
     if offset != file.size:
         # The library opened the path by itself; between the two the file was replaced.
         raise CheckpointFormatError(f"{file.path} changed while it was opened; open it again.")
-    return offsets, specs
+    return offsets, specs, metadata
 
 
-def _entries(path: AnyPath | str) -> list[tuple[str, str, list[int]]]:
-    """Return key, dtype and shape of each tensor, as the library reads and checks them."""
+_Entries = list[tuple[str, str, list[int]]]
+
+
+def _entries(path: AnyPath | str) -> tuple[_Entries, Mapping[str, str]]:
+    """Return key, dtype and shape of each tensor, as the library reads and checks them; and the metadata."""
     # "numpy" only chooses what get_tensor would return; "pt" would map the file a second time.
     header: Any = safe_open(path, "numpy")
     parts = [(key, header.get_slice(key)) for key in header.offset_keys()]
-    return [(key, part.get_dtype(), part.get_shape()) for key, part in parts]
+    return [(key, part.get_dtype(), part.get_shape()) for key, part in parts], header.metadata() or {}
 
 
-def _entries_of_copy(file: FileBytes) -> list[tuple[str, str, list[int]]]:
+def _entries_of_copy(file: FileBytes) -> tuple[_Entries, Mapping[str, str]]:
     # The library takes a path only. It gets a file of the same size with the same header and a hole for the data: so it
     # checks the header that was read, wherever that came from.
     length = int.from_bytes(file.head(8), "little")

@@ -69,6 +69,7 @@ class ShardedReader(BaseReader):
             self._where[key] = self._shards[name]
         self.specs = {key: shard.spec(key) for key, shard in self._where.items()}
         self.extra_state = {key: state for shard in self._shards.values() for key, state in shard.extra_state.items()}
+        self.fields = {name: said for shard in self._shards.values() for name, said in shard.fields.items()}
         kinds = sorted({shard.format for shard in self._shards.values()})
         self.format = f"sharded {' and '.join(kinds)}"
         self.note = self._notes(sum(map(len, known.values())) - len(weight_map))

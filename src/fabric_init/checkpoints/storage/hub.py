@@ -2,7 +2,7 @@
 
 A checkpoint that is complete in the cache is used without a request: a branch (``main`` by default) then means the
 commit that it meant when it was fetched. Otherwise only the files of one checkpoint are fetched: the index
-and its shards, or the single file; never the other formats of the same weights.
+and its shards, or the single file, and the config; never the other formats of the same weights.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fabric_init.errors import CheckpointError, CheckpointNotFoundError
 
 _ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@(?P<revision>[\w./-]+))?")
 _INDEX = ".index.json"
+_CONFIG = "config.json"  # says how weights are quantized
 _FILES = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
 Choose = Callable[[str, Sequence[str]], "str | None"]
@@ -119,7 +120,8 @@ def _download(asked: str, name: str, revision: str, choose: Choose) -> Path:
             raise CheckpointNotFoundError(f"{asked} has no checkpoint in it; found {', '.join(names[:8])}.")
         # By the revision that was asked for: that writes down in the cache which commit it is now.
         first = Path(huggingface_hub.hf_hub_download(name, chosen, revision=revision))
-        for part in _parts_of(first):
+        beside = [file for file in names if file == _CONFIG]
+        for part in (*_parts_of(first), *beside):
             if part != chosen:
                 huggingface_hub.hf_hub_download(name, part, revision=first.parent.name)
         return first.parent

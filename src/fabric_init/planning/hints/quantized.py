@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 
 from fabric_init._text import dtype_name, listed
 from fabric_init.checkpoints import CheckpointReader, Dequantize
-from fabric_init.checkpoints.storage.remote import AnyPath
 from fabric_init.errors import FabricInitError
+from fabric_init.planning.loading.converted import converted
 from fabric_init.planning.matching import Matching
 from fabric_init.planning.plan import Action
 
@@ -54,9 +52,29 @@ def unscaled(matching: Matching, reader: CheckpointReader) -> list[Quantized]:
 
 def quantized_message(found: list[Quantized], matching: Matching, reader: CheckpointReader) -> str:
     """Return the message of the error."""
+    return _message(found, _dequantized(matching), reader)
+
+
+def quantized_refusal(reader: CheckpointReader, load: Callable[[CheckpointReader], object]) -> str | None:
+    """Return the message of the error for a load that fails, if it would not after weights are dequantized.
+
+    Args:
+        reader: The checkpoint.
+        load: What loads; it raises if a checkpoint does not fit.
+    """
+    found = list(_pairs(reader))
+    if not found:
+        return None
+    try:
+        load(converted(reader, [Dequantize()]))
+    except FabricInitError:
+        return None
+    return _message(found, Dequantize(), reader)
+
+
+def _message(found: list[Quantized], declared: Dequantize | None, reader: CheckpointReader) -> str:
     kinds = ", ".join(dict.fromkeys(dtype_name(pair.dtype) for pair in found))
-    declared = _dequantized(matching, reader)
-    mend = f"Likely: convert=[{declared}] multiplies them when they are read. Otherwise:\n" if declared else ""
+    mend = f"Likely: convert=[{declared}] makes them plain weights when they are read. Otherwise:\n" if declared else ""
     return (
         f"{reader.path} is quantized: {len(found)} of its weights are {kinds}, and mean something only with the scales "
         "beside them, which the model does not take. Without them the values would be wrong, so neither strict=False "
@@ -68,28 +86,15 @@ def quantized_message(found: list[Quantized], matching: Matching, reader: Checkp
     )
 
 
-def _dequantized(matching: Matching, reader: CheckpointReader) -> Dequantize | None:
+def _dequantized(matching: Matching) -> Dequantize | None:
     """Return the conversion after which the weights match as they did; ``None`` if there is none."""
-    conversion = Dequantize(_block_size(reader.path) or Dequantize.block)
     try:
-        found = None if matching.again is None else matching.again((conversion,), matching.options)
+        found = None if matching.again is None else matching.again((Dequantize(),), matching.options)
     except FabricInitError:
         return None
     if found is None or found.misfits or len(found.missing) > len(matching.missing):
         return None
-    return conversion
-
-
-def _block_size(path: AnyPath) -> Sequence[int] | None:
-    """Return the size of blocks that config.json beside a checkpoint states."""
-    if not isinstance(path, Path):
-        return None
-    try:
-        config = json.loads(((path if path.is_dir() else path.parent) / "config.json").read_text())
-        rows, columns = map(int, config["quantization_config"]["weight_block_size"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return (rows, columns) if min(rows, columns) > 0 else None
+    return Dequantize()
 
 
 def _pairs(reader: CheckpointReader) -> Iterator[Quantized]:
@@ -112,6 +117,9 @@ def _weights_of(scale: str) -> Iterator[str]:
             for weight in ("weight", *_PACKED):
                 yield f"{module}{weight}"
             return
+    module, _, name = scale.rpartition(".")
+    if name.startswith("_") and name.endswith("_scale"):  # torchao
+        yield f"{scale.removesuffix('scale')}qdata"
     match = _SCALE_OF.fullmatch(scale)
     if match is not None:
         yield match["weight"]

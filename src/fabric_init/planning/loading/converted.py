@@ -18,7 +18,7 @@ from torch import Tensor
 from fabric_init._gc import PausedCollector
 from fabric_init._text import joined
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, get_current_function_mode_stack
-from fabric_init.checkpoints import CheckpointReader, Conversion, Made
+from fabric_init.checkpoints import CheckpointReader, Conversion, Dequantize, Made
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.loading.computed import ComputedReader, Value
 from fabric_init.planning.loading.regions import sources_of
@@ -29,7 +29,7 @@ from fabric_init.recording.tensor import recorded
 
 Functions = Mapping[str, Callable[[Mapping[str, Tensor]], Tensor]]
 """By new key: a function that is given the tensors of the checkpoint by key, and returns the new one."""
-Convert = Sequence[Conversion | Functions] | Functions
+Convert = Sequence[Conversion | Dequantize | Functions] | Functions
 """What ``convert=`` takes."""
 
 
@@ -46,27 +46,34 @@ def converted(reader: CheckpointReader, convert: Convert) -> CheckpointReader:
     for step in steps:
         if isinstance(step, Mapping) and all(map(callable, step.values())):
             reader = _after(reader, f"convert={{{joined([f'{key!r}: …' for key in step], 3)}}}", step)
-        elif isinstance(step, type) or not callable(getattr(step, "made", None)):
+        elif not isinstance(step, Dequantize) and (isinstance(step, type) or not callable(getattr(step, "made", None))):
             raise TypeError(f"convert must be a list of conversions (Split, Fuse, …), got {step!r}")
         else:
             reader = _after(reader, str(step), step)
     return reader
 
 
-def _after(below: CheckpointReader, name: str, step: Conversion | Functions) -> CheckpointReader:
+def _after(below: CheckpointReader, name: str, step: Conversion | Dequantize | Functions) -> CheckpointReader:
     """Return the reader after one step, which errors call ``name``."""
     try:
         if get_current_function_mode_stack():  # an open block, say: modes are a thread's own
             with ThreadPoolExecutor(1) as thread:
-                tape, values, used = thread.submit(_made, below, step).result()
+                reader, count = thread.submit(_reader_after, below, step).result()
         else:
-            tape, values, used = _made(below, step)
-        keys = _keys_after(below, values, used)
+            reader, count = _reader_after(below, step)
     except CheckpointMismatchError as error:
         raise CheckpointMismatchError(f"{below.path}: {name}: {error}.") from None
-    reader = ComputedReader(below, tape, values, keys)
-    reader.note = "; ".join(filter(None, [below.note, f"{name}: {len(values)} tensors made"]))
+    reader.note = "; ".join(filter(None, [below.note, f"{name}: {count} tensors made"]))
     return reader
+
+
+def _reader_after(below: CheckpointReader, step: Conversion | Dequantize | Functions) -> tuple[CheckpointReader, int]:
+    """Return the reader after one step, and how many tensors that has made."""
+    if isinstance(step, Dequantize):
+        reader = step.opened(below)
+        return reader, len(reader.weights)
+    tape, values, used = _made(below, step)
+    return ComputedReader(below, tape, values, _keys_after(below, values, used)), len(values)
 
 
 def _made(below: CheckpointReader, step: Conversion | Functions) -> tuple[Tape, dict[str, Value], Collection[str]]:

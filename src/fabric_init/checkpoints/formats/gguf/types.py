@@ -21,7 +21,7 @@ _PLAIN = {
     28: ("F64", torch.float64),
     30: ("BF16", torch.bfloat16),
 }
-_AT_ONCE = 1 << 20  # elements that are dequantized together: what that takes beside the result stays small
+_AT_ONCE = 1 << 18  # elements that are dequantized together: what that takes beside the result stays small
 
 
 class GgmlType(NamedTuple):

@@ -1,0 +1,1 @@
+"""Checkpoints whose weights are quantized, as plain weights: each scheme in a file of its own."""
