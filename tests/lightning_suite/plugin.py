@@ -10,11 +10,11 @@ import sys
 from types import ModuleType
 from typing import Any
 
-import pytest
-
 import lightning.fabric.connector
+import lightning.fabric.fabric
 import lightning.fabric.strategies
 import lightning.pytorch.strategies
+import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Outcomes:
-    """Writes a line when a test, or a file that cannot be collected, is known to have passed, failed or been skipped."""
+    """Writes a line for each test that has passed, failed or been skipped, and for files that cannot be collected."""
 
     def __init__(self, path: str) -> None:
         self._file = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115  (open until the process ends)
@@ -78,8 +78,8 @@ def use_fabric() -> None:
             super().__init__(*args, **kwargs)
             with_deferred_init(self.strategy)
 
-    Connector.__name__ = lightning.fabric.connector._Connector.__name__
-    instead(lightning.fabric.connector._Connector, Connector)
+    stand_in(Connector, lightning.fabric.connector._Connector)
+    lightning.fabric.fabric._Connector = Connector  # type: ignore[misc]  # ranks are sent it, by its name
 
 
 def use_trainer() -> None:
@@ -93,9 +93,14 @@ def use_trainer() -> None:
             super().__init__(*args, **kwargs)
             FillModel().attach(self)
 
-    Trainer.__init__.__signature__ = inspect.signature(theirs.__init__)  # type: ignore[attr-defined]
-    Trainer.__module__, Trainer.__qualname__ = theirs.__module__, theirs.__qualname__
-    instead(theirs, Trainer)
+    stand_in(Trainer, theirs)
+
+
+def stand_in(ours: Any, theirs: Any) -> None:
+    """Put a class that is made here in the place of ``theirs``, which it looks like."""
+    ours.__init__.__signature__ = inspect.signature(theirs.__init__)
+    ours.__module__, ours.__name__, ours.__qualname__ = theirs.__module__, theirs.__name__, theirs.__qualname__
+    instead(theirs, ours)
 
 
 def instead(theirs: type, ours: type) -> None:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 HERE = Path(__file__).parent
 PROJECT = HERE.parents[1]
-# What is run of each suite: all of Fabric's, and of the Trainer's what is about building, setting up and loading models.
+# What is run: all of Fabric's tests, and of the Trainer's those about building, setting up and loading models.
 SUITES = {
     "tests_fabric": ("",),
     "tests_pytorch": (
@@ -58,6 +58,7 @@ def run(paths: list[str], classes: str, checkout: Path, processes: int, only: st
         command += [str(copied / path) for path in paths] + (["-k", only] if only else [])
         found = [str(copied), str(PROJECT), str(PROJECT / "src"), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, found)), "OMP_NUM_THREADS": "1"}
+        environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # has `fabric`
         print(f"# {suite} with {classes}", flush=True)
         subprocess.run(command, cwd=copied, env=environment, check=False)
         if not outcomes.exists():
