@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -84,6 +85,7 @@ def use_fabric() -> None:
 
 def use_trainer() -> None:
     """Let every ``Trainer`` have a callback ``FillModel``, and every strategy the mixin that it gives one."""
+    from fabric_init.errors import FabricInitError
     from fabric_init.trainer import FillModel
 
     theirs = lightning.pytorch.Trainer
@@ -91,7 +93,8 @@ def use_trainer() -> None:
     class Trainer(theirs):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            FillModel().attach(self)
+            with suppress(FabricInitError):  # refused by name: such a Trainer goes without
+                FillModel().attach(self)
 
     stand_in(Trainer, theirs)
 
