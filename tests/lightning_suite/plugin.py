@@ -5,6 +5,7 @@ It is loaded by `run.py`, in a process that has nothing of this project's own te
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 from contextlib import suppress
@@ -14,13 +15,13 @@ from typing import Any
 import lightning.fabric.connector
 import lightning.fabric.fabric
 import lightning.fabric.strategies
-import lightning.pytorch.strategies
 import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("lightning_suite")
     group.addoption("--classes", choices=("theirs", "ours"), default="theirs", help="which classes the tests get")
+    group.addoption("--package", default="lightning.pytorch", help="the package that the tests import the Trainer from")
     group.addoption("--outcomes", help="the file that gets a line for each test: outcome, name, reason")
 
 
@@ -28,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "flaky: of pytest-rerunfailures, which is not needed here")
     if config.getoption("classes") == "ours":
         use_fabric()
-        use_trainer()
+        use_trainer(config.getoption("package"))
     if (path := config.getoption("outcomes")) and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Outcomes(path))
 
@@ -83,14 +84,14 @@ def use_fabric() -> None:
     lightning.fabric.fabric._Connector = Connector  # type: ignore[misc]  # ranks are sent it, by its name
 
 
-def use_trainer() -> None:
+def use_trainer(package: str) -> None:
     """Let every ``Trainer`` have a callback ``FillModel``, and every strategy the mixin that it gives one."""
     from fabric_init.errors import FabricInitError
     from fabric_init.trainer import FillModel
 
-    theirs = lightning.pytorch.Trainer
+    theirs: Any = importlib.import_module(package).Trainer
 
-    class Trainer(theirs):
+    class Trainer(theirs):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             with suppress(FabricInitError):  # refused by name: such a Trainer goes without

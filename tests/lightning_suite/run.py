@@ -41,20 +41,30 @@ class Outcome(NamedTuple):
     reason: str
 
 
-def run(paths: list[str], classes: str, checkout: Path, processes: int, only: str | None = None) -> dict[str, Outcome]:
+def run(
+    paths: list[str],
+    classes: str,
+    checkout: Path,
+    processes: int = 2,
+    only: str | None = None,
+    package: str = "lightning.pytorch",
+) -> dict[str, Outcome]:
     """Return what each test of the ``paths`` in one suite came to, by its name."""
-    suite = paths[0].partition("/")[0]
+    suite = suite_of(paths[0])
     with tempfile.TemporaryDirectory() as folder:
         copied = Path(folder) / "tests"
         copied.mkdir()
         shutil.copytree(checkout / "tests" / suite, copied / suite)
         shutil.copy(checkout / "pyproject.toml", folder)
+        if package == "pytorch_lightning":
+            use_pytorch_lightning(copied)
         outcomes = Path(folder) / "outcomes"
         command = [sys.executable, "-m", "pytest", "-p", "tests.lightning_suite.plugin", "-p", "no:cacheprovider"]
         command += ["-c", str(Path(folder) / "pyproject.toml"), "--rootdir", str(copied), "-o", "addopts=", "-q"]
         command += ["-o", f"faulthandler_timeout={LIMIT}", "-o", "faulthandler_exit_on_timeout=true", "--tb=short"]
         command += ["-n", str(processes), "--dist", "loadfile", "--basetemp", str(Path(folder) / "temporary")]
-        command += ["--classes", classes, "--outcomes", str(outcomes), "--disable-warnings", "--durations=15"]
+        command += ["--classes", classes, "--package", package, "--outcomes", str(outcomes)]
+        command += ["--disable-warnings", "--durations=15"]
         command += [str(copied / path) for path in paths] + (["-k", only] if only else [])
         found = [str(copied), str(PROJECT), str(PROJECT / "src"), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, found)), "OMP_NUM_THREADS": "1"}
@@ -65,6 +75,15 @@ def run(paths: list[str], classes: str, checkout: Path, processes: int, only: st
             raise SystemExit(f"{suite} could not be started with {classes}")
         lines = [line.split("\t") for line in outcomes.read_text(encoding="utf-8").splitlines()]
         return {name: Outcome(outcome, reason) for outcome, name, reason in lines}
+
+
+def use_pytorch_lightning(folder: Path) -> None:
+    """Let all files in ``folder`` import the package of that name, as Lightning does for its release."""
+    for file in folder.rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        for ours, theirs in (("lightning.pytorch", "pytorch_lightning"), ("lightning.fabric", "lightning_fabric")):
+            text = text.replace(ours, theirs)
+        file.write_text(text, encoding="utf-8")
 
 
 def expected() -> dict[str, str]:
@@ -84,24 +103,30 @@ def main() -> None:
     parser.add_argument("paths", nargs="*", help=f"what to run of {' and '.join(SUITES)}; all that matters by default")
     parser.add_argument("-n", type=int, default=2, dest="processes", help="how many processes run tests")
     parser.add_argument("-k", dest="only", help="pytest's -k: tests with these names alone")
+    parser.add_argument("--package", choices=("lightning.pytorch", "pytorch_lightning"), default="lightning.pytorch")
     options = parser.parse_args()
     wrong = False
     for suite in SUITES:
-        asked = [path for path in options.paths if path.partition("/")[0] == suite]
+        asked = [path for path in options.paths if suite_of(path) == suite]
         paths = asked or [f"{suite}/{part}" for part in SUITES[suite] if not options.paths]
-        if not paths:
-            continue
+        if not paths or (suite == "tests_fabric" and options.package == "pytorch_lightning"):
+            continue  # our Fabric is of `lightning` alone
         theirs, ours = (
-            run(paths, classes, options.checkout.resolve(), options.processes, options.only)
+            run(paths, classes, options.checkout.resolve(), options.processes, options.only, options.package)
             for classes in ("theirs", "ours")
         )
         wrong |= compare(suite, theirs, ours)
     sys.exit(wrong)
 
 
+def suite_of(path: str) -> str:
+    """Return the suite of a path in it, or of the name of a test."""
+    return path.partition("/")[0]
+
+
 def compare(suite: str, theirs: dict[str, Outcome], ours: dict[str, Outcome]) -> bool:
     """Print how outcomes differ, and return whether a difference is not an expected one."""
-    reasons = expected()
+    reasons = {name: reason for name, reason in expected().items() if name in theirs}
     passed = [name for name, outcome in theirs.items() if outcome.outcome == "passed"]
     failed = [name for name in passed if ours.get(name, Outcome("missing", "")).outcome != "passed"]
     failed += [name for name, outcome in ours.items() if outcome.outcome == "failed" and name not in theirs]

@@ -14,7 +14,7 @@ from abc import ABC
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -120,7 +120,7 @@ def let_record(strategy: Any, declared: Declared) -> None:
     if getattr(strategy, "declared", declared) is not declared:
         raise OptionError("this Trainer has another FillModel already: declare in one what its model is filled from")
     if not isinstance(strategy, RecordingMixin):
-        strategy.__class__ = _recording(type(strategy))
+        strategy.__class__ = _recording(cast(Any, type(strategy)))
     strategy.declared = declared
 
 
