@@ -169,7 +169,7 @@ class Fabric(lightning.Fabric):
         if empty_init:
             return init_context(require_deferred_init(self.strategy))
         refuse_nesting()
-        return super().init_module(empty_init=False)
+        return super().init_module(empty_init=empty_init)
 
     def init_missing(self, model: nn.Module) -> None:
         """Run the model's own recorded init for every tensor that has no value yet.
@@ -232,17 +232,6 @@ class Fabric(lightning.Fabric):
     ) -> FabricModule:
         """As ``setup``, without optimizers."""
         return self._on_all_ranks(module, partial(super().setup_module, module, move_to_device, _reapply_compile))
-
-    def setup_optimizers(self, *optimizers: Optimizer) -> FabricOptimizer | tuple[FabricOptimizer, ...]:
-        """As Lightning's; optimizers made before the model was sharded get the parameters that sharding has made.
-
-        Raises:
-            FabricInitError: An optimizer holds parameters of no model that was set up.
-        """
-        if isinstance(self.strategy, DeferredInitMixin):
-            for optimizer in optimizers:
-                self.strategy.adopt(optimizer)
-        return super().setup_optimizers(*optimizers)
 
     def _validate_setup(self, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         if is_bound(original(module)):  # an optimizer's parameters are filled in place, or replaced in the optimizer

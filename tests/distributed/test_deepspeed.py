@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.accelerators import CUDAAccelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fabric_init import Fabric, FabricInitError
 from fabric_init.checkpoints import Region, Span
 from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
+from fabric_init.strategies import DeepSpeedStrategy
 from tests.support.ranks import run_ranks, run_ranks_each
 from tests.support.zoo import (
     VOCABULARY,
@@ -420,3 +422,27 @@ def test_the_report_is_found_in_an_engine(strategy: str, tmp_path: Path) -> None
     for of_model, of_engine, kind in run_ranks(2, ask_the_engine, strategy=strategy, path=path):
         assert of_model == of_engine
         assert kind == ["DeepSpeedEngine"]
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_optimizer_can_be_loaded_from_a_file(tmp_path: Path, stage: int) -> None:
+    strategy, model = DeepSpeedStrategy(stage=stage), nn.Linear(2, 2)
+    torch.save(torch.optim.SGD(model.parameters(), lr=1.0).state_dict(), tmp_path / "optimizer.pt")
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
+    strategy.load_checkpoint(tmp_path / "optimizer.pt", optimizer)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_a_file_in_a_checkpoint_of_deepspeed_is_told_to_be_a_part_of_it(tmp_path: Path) -> None:
+    file = tmp_path / "checkpoint" / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+    file.parent.mkdir()
+    file.touch()
+    with pytest.raises(FileNotFoundError, match=f"using this parent directory instead: {tmp_path}"):
+        DeepSpeedStrategy().load_checkpoint(file, {"model": nn.Linear(2, 2)})
+
+
+def test_devices_that_deepspeed_cannot_number_are_refused_before_it_is_asked_for_its_own() -> None:
+    strategy = DeepSpeedStrategy(accelerator=CUDAAccelerator())
+    strategy.parallel_devices = [torch.device("cuda", 1)]
+    with pytest.raises(RuntimeError, match=r"device indices .* don't match the local rank values"):
+        strategy.setup_environment()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -367,3 +368,10 @@ def test_lightning_cli_takes_it_from_a_file(tmp_path: Path) -> None:
         assert torch.equal(cli.model.net.weight, torch.eye(2))
     """
     run(program, folder=tmp_path)
+
+
+def test_the_strategy_of_a_trainer_that_records_can_be_sent_to_spawned_processes(whole: Path) -> None:
+    started = FillModel(whole, part="net").attach(trainer())
+    sent = pickle.loads(pickle.dumps(started.strategy))
+    assert (type(sent), sent.root_device) == (type(started.strategy), started.strategy.root_device)
+    assert sent.declared == started.strategy.declared

@@ -37,6 +37,10 @@ class Agreement(Protocol):
         """
         ...
 
+    def alike(self, digest: str | None) -> bool:
+        """Return whether every rank has this digest, and none has ``None``."""
+        ...
+
     def from_rank_zero(self, value: Any) -> Any:
         """Return rank 0's ``value``."""
         ...
@@ -51,6 +55,9 @@ class SingleProcess:
 
     def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], str] | None = None) -> _T:
         return make()
+
+    def alike(self, digest: str | None) -> bool:
+        return digest is not None
 
     def from_rank_zero(self, value: Any) -> Any:
         return value
@@ -120,7 +127,6 @@ class RankGroup:
         return value
 
     def alike(self, digest: str | None) -> bool:
-        """Return whether every rank has this digest, and none has ``None``."""
         outcomes = self._exchange("comparing the filled models", digest or "")
         return len(set(outcomes)) == 1 and digest is not None
 

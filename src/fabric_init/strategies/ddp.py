@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fabric_init.distributed.agreement import Agreement, RankGroup
+from fabric_init.distributed.agreement import Agreement
 from fabric_init.guard.models import require, settle, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.reports.registry import filled_by_us
@@ -38,7 +38,7 @@ class DDPStrategy(DeferredInitMixin, lightning_strategies.DDPStrategy):
 
     def _wrapped(self, module: nn.Module) -> Any:
         options = self._ddp_kwargs
-        if RankGroup().alike(_sample(module) if filled_by_us(module) else None):
+        if self.agreement.alike(_sample(module) if filled_by_us(module) else None):
             self._ddp_kwargs = {"init_sync": False} | options
         try:
             return super().setup_module(module)

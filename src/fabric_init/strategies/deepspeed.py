@@ -31,7 +31,7 @@ from fabric_init.guard.models import hold_forward, settle, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound, left_to_loads, shard_and_fill
 from fabric_init.strategies.init_context import init_context
-from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
+from fabric_init.strategies.mixin import DeferredInitMixin, modules_in, register_strategy
 from fabric_init.strategies.optimizers import refuse_left_behind
 from fabric_init.strategies.unwrap import original, register_wrapper
 from fabric_init.strategies.zero3 import (
@@ -59,14 +59,6 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
         return ZeroPartitions(model, self.root_device) if self.zero_stage_3 else WholeTensors(self.root_device)
 
     def setup_environment(self) -> None:
-        from deepspeed.accelerator import get_accelerator
-
-        ours, theirs = self.root_device.type, get_accelerator().device_name()
-        if ours != theirs:
-            raise FabricInitError(
-                f"this Fabric runs on {ours}, but DeepSpeed has chosen {theirs}. Set the environment variable "
-                f"DS_ACCELERATOR={ours} before DeepSpeed is imported."
-            )
         if isinstance(self.accelerator, CUDAAccelerator):
             super().setup_environment()
         else:  # Lightning's own refuses
@@ -83,9 +75,20 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
             self._format_config()
             self._config_initialized = True
 
+    def _init_deepspeed_distributed(self) -> None:
+        from deepspeed.accelerator import get_accelerator
+
+        ours, theirs = self.root_device.type, get_accelerator().device_name()
+        if ours != theirs:
+            raise FabricInitError(
+                f"this Fabric runs on {ours}, but DeepSpeed has chosen {theirs}. Set the environment variable "
+                f"DS_ACCELERATOR={ours} before DeepSpeed is imported."
+            )
+        super()._init_deepspeed_distributed()
+
     def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
         # Lightning's builds under zero.Init for ZeRO-3: the model's own init finds no weights there and does nothing
-        return init_context(self) if empty_init else Strategy.module_init_context(self, empty_init=False)
+        return init_context(self) if empty_init else Strategy.module_init_context(self, empty_init=empty_init)
 
     def module_to_device(self, module: nn.Module) -> None:
         if not is_bound(module):
@@ -163,12 +166,10 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
         super().save_checkpoint(path, state, *args, **kwargs)
 
     def load_checkpoint(self, path: Any, state: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if Path(path).is_file():  # DeepSpeed's own checkpoints are folders: it is one that any other strategy saved
-            modules = [state] if isinstance(state, nn.Module) else (state or {}).values()
+        if Path(path).is_file() and not _is_part_of_theirs(Path(path)):  # it is one that any other strategy saved
             with ExitStack() as stack:
-                for module in modules:
-                    if isinstance(module, nn.Module):
-                        stack.enter_context(loading(module))
+                for module in modules_in(state):
+                    stack.enter_context(loading(module))
                 return Strategy.load_checkpoint(self, path, state, *args, **kwargs)
         _require_checkpointing(state)
         return super().load_checkpoint(path, state, *args, **kwargs)
@@ -248,9 +249,14 @@ def _refresh_when_filled(engine: Any, model: nn.Module) -> None:
 _WAITS = "_fabric_init_refresh"
 
 
+def _is_part_of_theirs(file: Path) -> bool:
+    """Return whether ``file`` is one of those in DeepSpeed's own checkpoints, which are folders."""
+    return file.name.endswith(("_model_states.pt", "_optim_states.pt"))
+
+
 def _require_checkpointing(state: Any) -> list[Any]:
     engines = get_deepspeed_engines_from_state(state) if isinstance(state, dict) else []
-    if any(engine.checkpoint_engine is None for engine in engines):
+    if any(getattr(engine, "checkpoint_engine", engine) is None for engine in engines):
         raise FabricInitError(
             "DeepSpeed keeps the weights of a ZeRO-3 checkpoint with the optimizer's, and neither saves nor loads one "
             "without an optimizer. Set both up together: fabric.setup(model, optimizer). A single file with a state "

@@ -13,10 +13,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import lightning.fabric.strategies.fsdp as lightning_fsdp
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import CustomPolicy, enable_wrap
+from torch.optim import Optimizer
 
 from fabric_init._lightning_internals import WrapPolicy
 from fabric_init.errors import FabricInitError
@@ -67,8 +69,16 @@ class FSDPStrategy(DeferredInitMixin, lightning_fsdp.FSDPStrategy):
         finally:
             self._fsdp_kwargs = options
 
+    def setup_module_and_optimizers(
+        self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
+    ) -> tuple[nn.Module, list[Optimizer], Any]:
+        module, optimizers, scheduler = super().setup_module_and_optimizers(module, optimizers, scheduler)
+        for optimizer in optimizers:  # which Lightning does not set up with this strategy
+            self.adopt(optimizer)
+        return module, optimizers, scheduler
+
     def _wrap(self, module: nn.Module, **options: Any) -> FullyShardedDataParallel:
-        return FullyShardedDataParallel(
+        return torch.distributed.fsdp.FullyShardedDataParallel(
             module,
             cpu_offload=self.cpu_offload,
             mixed_precision=self.mixed_precision_config,

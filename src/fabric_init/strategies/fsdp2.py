@@ -46,7 +46,9 @@ class ModelParallelStrategy(DeferredInitMixin, lightning_strategies.ModelParalle
     def shard(self, model: nn.Module) -> nn.Module:
         sharded = self._parallelize_fn(model, self.device_mesh)  # type: ignore[arg-type]
         if not isinstance(sharded, nn.Module):
-            raise FabricInitError(f"parallelize_fn must return a module, but returned {type(sharded).__name__}")
+            raise TypeError(
+                f"The `parallelize_fn` must return a `nn.Module` instance, but got: {type(sharded).__name__}"
+            )
         return sharded
 
 

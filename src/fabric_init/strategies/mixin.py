@@ -11,7 +11,7 @@ from lightning.fabric.strategies.strategy import Strategy
 from torch import nn
 from torch.optim import Optimizer
 
-from fabric_init.distributed.agreement import Agreement, RankGroup, SingleProcess
+from fabric_init.distributed.agreement import Agreement, agreement_of
 from fabric_init.distributed.io import Io, check_io
 from fabric_init.errors import FabricInitError
 from fabric_init.guard.loads import loading
@@ -71,7 +71,7 @@ class DeferredInitMixin(Strategy):
     @property
     def agreement(self) -> Agreement:
         """How the ranks run the steps of building and filling a model together."""
-        return RankGroup() if getattr(self, "world_size", 1) > 1 else SingleProcess()
+        return agreement_of(None if getattr(self, "world_size", 1) > 1 else False)
 
     # -- what Lightning calls ------------------------------------------------------------------------------------------
 
@@ -79,7 +79,7 @@ class DeferredInitMixin(Strategy):
         """Return the context in which a model is built: recorded with ``empty_init=True``, else eagerly."""
         if empty_init:
             return init_context(self)
-        return super().module_init_context(empty_init=False)
+        return super().module_init_context(empty_init=empty_init)
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Take what the user has written into account; shard and fill the model if it waits for that."""
@@ -91,19 +91,19 @@ class DeferredInitMixin(Strategy):
         self.remember(before, sharded)
         return sharded
 
-    def setup_module_and_optimizers(
-        self, module: nn.Module, optimizers: list[Optimizer], scheduler: Any = None
-    ) -> tuple[nn.Module, list[Optimizer], Any]:
-        """Set up a model and its optimizers, which then hold the parameters that sharding has made."""
-        module = self.setup_module(module)
-        for optimizer in optimizers:
-            self.adopt(optimizer)
-        return module, [self.setup_optimizer(optimizer) for optimizer in optimizers], scheduler
+    def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """Set up an optimizer, which then holds the parameters that sharding has made.
+
+        Raises:
+            FabricInitError: Its parameters are not those of a model that was set up.
+        """
+        self.adopt(optimizer)
+        return super().setup_optimizer(optimizer)
 
     def load_checkpoint(self, path: Any, state: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint; uninitialized tensors that it writes count as loaded when it ends."""
         with ExitStack() as stack:
-            for module in _modules(state):
+            for module in modules_in(state):
                 stack.enter_context(loading(module))
             if isinstance(state, nn.Module):  # a dictionary may hold optimizers, which keep the tensors they are given
                 stack.enter_context(mapped_io(self))
@@ -115,7 +115,7 @@ class DeferredInitMixin(Strategy):
         Raises:
             UninitializedTensorError: A tensor is uninitialized; raised on every rank.
         """
-        for module in _modules(state):
+        for module in modules_in(state):
             require(module, "be saved")
         super().save_checkpoint(path, state, *args, **kwargs)
 
@@ -143,7 +143,8 @@ class DeferredInitMixin(Strategy):
         refuse_left_behind(optimizer, replaced)
 
 
-def _modules(state: Any) -> list[nn.Module]:
+def modules_in(state: Any) -> list[nn.Module]:
+    """Return the models in what ``load_checkpoint`` or ``save_checkpoint`` is given."""
     if isinstance(state, nn.Module):
         return [state]
     return [value for value in state.values() if isinstance(value, nn.Module)] if isinstance(state, dict) else []

@@ -16,6 +16,8 @@ from fabric_init.sharding.dtensor import region_of
 
 def accept_whole_tensors(model: nn.Module) -> None:
     """Make ``load_state_dict`` accept full tensors for sharded parameters, too: each rank takes its shard of them."""
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return
     for module in model.modules():
         if isinstance(module, FSDPModule):
             cast(nn.Module, module).register_load_state_dict_pre_hook(_reshard)  # units come before what is in them

@@ -13,7 +13,8 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -40,6 +41,11 @@ class RecordingMixin(_Base):
 
     configures: bool = False
     """Whether ``configure_model`` is what the Trainer builds next."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Return how a copy is made: processes that are spawned get one, and find no class of ours by its name."""
+        made = super().__reduce_ex__(protocol)
+        return (_new, (type(self).__bases__[1],), *made[2:])
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
@@ -114,9 +120,17 @@ def let_record(strategy: Any, declared: Declared) -> None:
     if getattr(strategy, "declared", declared) is not declared:
         raise OptionError("this Trainer has another FillModel already: declare in one what its model is filled from")
     if not isinstance(strategy, RecordingMixin):
-        theirs = type(strategy)
-        strategy.__class__ = type(theirs.__name__, (RecordingMixin, theirs), {"__module__": theirs.__module__})
+        strategy.__class__ = _recording(cast(Any, type(strategy)))
     strategy.declared = declared
+
+
+@cache
+def _recording(theirs: Any) -> Any:
+    return type(theirs.__name__, (RecordingMixin, theirs), {"__module__": theirs.__module__})
+
+
+def _new(theirs: type) -> Any:
+    return object.__new__(_recording(theirs))
 
 
 def _refuse(strategy: Any) -> None:
