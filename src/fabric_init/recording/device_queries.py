@@ -94,11 +94,6 @@ def _data_ptr(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
         return int(tensor._meta.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size())
 
 
-def _address(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Where the values are: whoever asks when no block is open means to read them."""
-    return recorder.true_value(args[0]).data_ptr()
-
-
 def _to(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``tensor.to(…)`` by the recorded device: without a change of device or dtype it returns the tensor itself."""
     with DisableTorchFunction():
@@ -161,7 +156,6 @@ _AUTOCAST += (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose
 
 LATER_HANDLERS: dict[Any, Handler] = {
     Tensor.get_device: _get_device,
-    Tensor.data_ptr: _address,
     Tensor.to: _to,
     Tensor.cpu: _cpu,
     Tensor.cuda: _cuda,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fabric_init._torch_internals import DisableTorchFunction, asks_if_view
 from fabric_init.recording import device_queries, escapes
+from fabric_init.recording.address import Address, address_of
 from fabric_init.recording.tensor import RecordedTensor, become_recorded, recorded
 
 
@@ -52,6 +53,10 @@ def _is_view(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     return bool(func(args[0]))
 
 
+def _data_ptr(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | Address:
+    return address_of(later, args[0])
+
+
 _ASKS_FOR_VALUES = frozenset({"mesh_scatter", "mesh_broadcast", "reset_sharded_param"})
 
 
@@ -77,6 +82,7 @@ HANDLERS: dict[Any, Any] = {
     **device_queries.LATER_HANDLERS,
     **escapes.HANDLERS,
     asks_if_view: _is_view,
+    Tensor.data_ptr: _data_ptr,
     Tensor.is_meta.__get__: _is_meta,  # type: ignore[attr-defined]
     Tensor.share_memory_: _of_value,
     Tensor.untyped_storage: _storage,

@@ -12,6 +12,7 @@ from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.errors import OptionError
 from fabric_init.planning.loading.converted import Convert
 from fabric_init.planning.options import load_options
+from fabric_init.trainer.accelerator import accelerator_of, let_fill, let_trainer_fill
 from fabric_init.trainer.declared import Declared
 from fabric_init.trainer.recording import let_record
 
@@ -76,17 +77,29 @@ class FillModel(Callback):
         self._declared = Declared(options | {"checkpoint": checkpoint}, part)
 
     def attach(self, trainer: _T) -> _T:
-        """Let ``trainer`` record from now on, also under ``trainer.init_module(empty_init=True)``.
+        """Let ``trainer`` fill the models that it is given or builds from now on.
+
+        A ``Trainer`` of Lightning records, too, what is built under ``trainer.init_module(empty_init=True)``. Those of
+        Hugging Face, and an ``Accelerator``, fill models that were recorded under
+        :func:`~fabric_init.deferred_init`. If such a model is one of peft, the checkpoint is for its base.
 
         Args:
-            trainer: A ``Trainer``, which need not have this callback.
+            trainer: A ``Trainer`` of Lightning, which need not have this callback; one of transformers or TRL; or an
+                ``Accelerator`` of accelerate.
 
         Returns:
             The same trainer.
 
         Raises:
-            FabricInitError: Its strategy or precision builds models in a way that cannot be recorded.
+            FabricInitError: The model cannot be filled, or is built in a way that cannot be recorded.
         """
+        accelerator = accelerator_of(trainer)
+        if accelerator is trainer:
+            let_fill(accelerator, self._declared)
+            return trainer
+        if accelerator is not None:
+            let_trainer_fill(trainer, self._declared)
+            return trainer
         let_record(trainer.strategy, self._declared)  # type: ignore[attr-defined]
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         if self not in callbacks:

@@ -1,0 +1,150 @@
+"""``transformers.Trainer``: one process, DDP and FSDP2 train a recorded model as one from ``from_pretrained``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fabric_init import FillModel, UninitializedTensorError, init_report
+from tests.support.ranks import run_ranks_each
+
+pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
+pytest.importorskip("transformers")
+
+from tests.stacks.hugging_face import (  # noqa: E402  (needs all three)
+    STACKS,
+    different,
+    gathered,
+    options_of,
+    recorded,
+    whole,
+    write,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("hugging_face"))
+
+
+def data() -> Any:
+    import datasets
+
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(1, 40, (8,), generator=generator).tolist() for _ in range(24)]
+    return datasets.Dataset.from_list([{"input_ids": row, "labels": row} for row in rows])
+
+
+def trainer(stack: str, folder: Path, **options: Any) -> Any:
+    """Return a Trainer; what accelerate is told in ``STACKS`` is what it uses."""
+    from transformers import Trainer, TrainingArguments
+
+    STACKS[stack]()
+    saving = options.pop("saving", None)
+    arguments = TrainingArguments(
+        output_dir=str(folder / f"{stack} {saving}"),
+        use_cpu=True,
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        save_strategy="no" if saving is None else "steps",
+        save_steps=2,
+        report_to=[],
+        disable_tqdm=True,
+        logging_strategy="no",
+        accelerator_config={"use_configured_state": True},
+    )
+    return Trainer(args=arguments, train_dataset=data(), eval_dataset=data(), **options)
+
+
+def trained(one: Any, resume: str | None = None) -> dict[str, Tensor]:
+    one.train(resume_from_checkpoint=resume)
+    return gathered(one.model)
+
+
+def start_and_train(stack: str, case: str, folder: Path) -> list[object]:
+    """Return what differs after three steps from the Trainer's own way to start, and how many tensors were loaded."""
+    ours = FillModel(**options_of(case, folder)).attach(trainer(stack, folder, model=recorded(case, _seed())))
+    found = trained(ours)
+    wanted = trained(trainer(stack, folder, model=whole(case, folder)))
+    loaded = [row for row in init_report(ours.model).rows if row.status == "loaded"]
+    return [different(found, wanted), len(loaded)]
+
+
+def _seed() -> int:
+    return 3 + 5 * int(os.environ.get("RANK", 0))  # the first rank's is for all
+
+
+def built_by_model_init(stack: str, case: str, folder: Path) -> list[str]:
+    ours = FillModel(**options_of(case, folder)).attach(trainer(stack, folder, model_init=recorded_anew))
+    return different(trained(ours), trained(trainer(stack, folder, model=whole(case, folder))))
+
+
+def recorded_anew() -> Any:
+    with torch.random.fork_rng(devices=[]):  # the order of the data is drawn next
+        return recorded()
+
+
+def resumed(stack: str, case: str, folder: Path) -> list[list[str]]:
+    """Return what differs when training goes on after two steps of three, with and without a declared load."""
+    options = options_of(case, folder)
+    first = FillModel(**options).attach(trainer(stack, folder, model=recorded(), saving="first"))
+    wanted = trained(first)
+    saved = os.path.join(first.args.output_dir, "checkpoint-2")
+    declared = FillModel(**options).attach(trainer(stack, folder, model=recorded(seed=8)))
+    alone = trainer(stack, folder, model=recorded(seed=8))
+    return [different(trained(each, saved), wanted) for each in (declared, alone)]
+
+
+def evaluated(stack: str, case: str, folder: Path) -> bool:
+    ours = FillModel(**options_of(case, folder)).attach(trainer(stack, folder, model=recorded()))
+    theirs = trainer(stack, folder, model=whole(case, folder))
+    return bool(ours.evaluate()["eval_loss"] == theirs.evaluate()["eval_loss"])
+
+
+def unfilled(stack: str, case: str, folder: Path) -> str:
+    ours = trainer(stack, folder, model=recorded())
+    for use in (ours.train, lambda: ours.save_model(str(folder / "unfilled"))):
+        with pytest.raises(UninitializedTensorError, match=r"model\.embed_tokens\.weight"):
+            use()
+        if stack != "one process":  # there the others would wait in save_model
+            break
+    return "refused"
+
+
+KINDS = {
+    "start": start_and_train,
+    "model_init": built_by_model_init,
+    "resume": resumed,
+    "evaluate": evaluated,
+    "unfilled": unfilled,
+}
+LOADED = {"checkpoint": 21, "missing head": 20, "from scratch": 0}
+CASES = [
+    *(("start", case) for case in LOADED),
+    *((kind, "checkpoint") for kind in ("model_init", "resume", "evaluate", "unfilled")),
+]
+
+
+def run(kind: str, **arguments: Any) -> Any:
+    return KINDS[kind](**arguments)
+
+
+def outcomes(ranks: int, stack: str, folder: Path) -> dict[tuple[str, str], list[Any]]:
+    each = {(kind, case): {"kind": kind, "case": case} for kind, case in CASES if (stack, kind) != ("fsdp2", "evaluate")}
+    return run_ranks_each(ranks, run, each, stack=stack, folder=folder)
+
+
+@pytest.mark.parametrize(("stack", "ranks"), [("one process", 1), ("ddp", 2), ("fsdp2", 2)])
+def test_a_recorded_model_trains_resumes_and_evaluates_as_one_from_from_pretrained(
+    stack: str, ranks: int, folder: Path
+) -> None:
+    right = {"model_init": [], "resume": [[], []], "evaluate": True, "unfilled": "refused"}
+    for (kind, case), found in outcomes(ranks, stack, folder).items():
+        assert found == [[[], LOADED[case]] if kind == "start" else right[kind]] * ranks, (kind, case)
