@@ -1,0 +1,146 @@
+"""Quantize weights while they are filled: parameters whose library packs them when they are moved to a device.
+
+[Note: quantized while filling]
+bitsandbytes builds float parameters, which ``load_state_dict`` fills, and quantizes them in ``parameter.to(device)``.
+So a load is planned for the float weights, and then each such parameter is moved, while it is recorded: the packed
+weight, its scales and whatever else the library makes are computed on the tape from the float one, which the model no
+longer holds. Filling computes them together, from one read of the weight in the checkpoint or from its own init, and
+keeps the results alone. What was moved in the block, or was sharded since, goes the same way: the load is planned for
+the weight that was there before (:func:`seen_as_floats`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction
+from fabric_init.filling.derived import loads_noted
+from fabric_init.filling.merge import merged
+from fabric_init.planning.loading.sources import recorded_on_sources
+from fabric_init.planning.placement import Placement
+from fabric_init.planning.prepare import PreparedPlan
+from fabric_init.planning.tensors import TensorInfo, find_tensors, named_modules
+from fabric_init.recording.storage_tags import tensor_on
+from fabric_init.recording.tape import Rng
+from fabric_init.recording.tensor import RecordedTensor, follow_meta, recorded, recorded_tensor
+
+
+def quantized(prepared: PreparedPlan, model: nn.Module, placement: Placement) -> PreparedPlan:
+    """Return a plan for ``model`` in which weights that their library quantizes on their device are quantized.
+
+    Args:
+        prepared: The plan for the weights as they were before that.
+        model: The recorded model, whose parameters are quantized, on the tape, by this call.
+        placement: How this rank keeps the tensors.
+    """
+    waiting = [(info, tensor) for info, tensor in find_tensors(model) if _quantizes_when_moved(info, tensor)]
+    before = {info.name: info for info, _ in waiting}
+    if not waiting and not any(True for _ in _replaced(model)):
+        return prepared
+    undo = _remember(model, [tensor for _, tensor in waiting])
+
+    def undo_all() -> None:
+        undo()
+        if prepared.undo is not None:
+            prepared.undo()
+
+    try:
+        with loads_noted(prepared), recorded_on_sources(_rng(prepared)) as mode:
+            mode.tape.shares_seed = True
+            for info, tensor in waiting:
+                mode.recorder.lookup(tensor)
+                tensor.to(placement.device(before[info.name]))
+        return merged([prepared], model)._replace(exact=prepared.exact, undo=undo_all)
+    except BaseException:
+        undo()
+        raise
+
+
+def _quantizes_when_moved(info: TensorInfo, tensor: Tensor) -> bool:
+    """Return whether a recorded parameter is one of bitsandbytes that ``.to(device)`` would quantize."""
+    library: Any = sys.modules.get("bitsandbytes")
+    layers = getattr(library, "nn", None)
+    if layers is None or info.real or not info.dtype.is_floating_point or not isinstance(tensor, RecordedTensor):
+        return False
+    if isinstance(tensor, layers.Params4bit):
+        return not tensor.bnb_quantized
+    return isinstance(tensor, layers.Int8Params) and not tensor.has_fp16_weights
+
+
+def _rng(prepared: PreparedPlan) -> Rng:
+    return "eager" if {tape.rng for tape in prepared.tapes.values()} == {"eager"} else "per_op"
+
+
+def _remember(model: nn.Module, tensors: list[Tensor]) -> Callable[[], None]:
+    """Return what makes the parameters, and the modules that they are in, what they are now."""
+    ids = {id(tensor) for tensor in tensors}
+    holders = {
+        id(module): module
+        for _, module in named_modules(model)
+        if any(id(tensor) in ids for tensor in module._parameters.values())
+    }
+    kept = [(vars(module), dict(vars(module))) for module in holders.values()]
+    states = [(tensor, tensor._meta, tensor._claimed, dict(vars(tensor))) for tensor in tensors]  # type: ignore[attr-defined]
+
+    def undo() -> None:
+        with DisableTorchFunction(), DisableTorchDispatch(), torch.no_grad():
+            for tensor, meta, device, attributes in states:
+                tensor._meta, tensor._claimed = meta, device  # type: ignore[attr-defined]
+                follow_meta(tensor)  # type: ignore[arg-type]
+                for name in vars(tensor).keys() - attributes.keys():
+                    delattr(tensor, name)
+                for name, value in attributes.items():
+                    setattr(tensor, name, value)
+        for now, contents in kept:
+            now.clear()
+            now.update(contents)
+
+    return undo
+
+
+class _Place(NamedTuple):
+    table: dict[str, Any]
+    key: str
+    tensor: Tensor
+    was: Tensor
+    """What the parameter held before it was quantized."""
+
+
+@contextmanager
+def seen_as_floats(model: nn.Module) -> Iterator[dict[int, Tensor]]:
+    """Context in which ``model`` has the weights, as they were before, in the places of those that were quantized.
+
+    Yields the quantized parameter for each of them, by the id of that.
+    """
+    places = list(_replaced(model))
+    for table, key, _, was in places:
+        table[key] = was
+    try:
+        yield {id(was): tensor for _, _, tensor, was in places}
+    finally:
+        for table, key, tensor, _ in places:
+            table[key] = tensor
+
+
+def _replaced(model: nn.Module) -> Iterator[_Place]:
+    made: dict[int, Tensor] = {}
+    for _, module in named_modules(model):
+        for key, tensor in module._parameters.items():
+            if tensor is None:
+                continue
+            with DisableTorchFunction():
+                found = recorded(tensor)
+            if found is None or found.memory is not None or (ref := found.tape.replaced.get(found.storage)) is None:
+                continue
+            if id(tensor) not in made:
+                with DisableTorchFunction(), DisableTorchDispatch(), torch.no_grad():
+                    meta = tensor_on(found.tape, ref)
+                    was = recorded_tensor(meta, found.tape.storages[ref.storage].device)
+                made[id(tensor)] = nn.Parameter(was, requires_grad=False)
+            yield _Place(module._parameters, key, tensor, made[id(tensor)])
