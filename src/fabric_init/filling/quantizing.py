@@ -124,8 +124,9 @@ def seen_as_floats(model: nn.Module) -> Iterator[dict[int, Tensor]]:
     try:
         yield {id(was): tensor for _, _, tensor, was in places}
     finally:
-        for table, key, tensor, _ in places:
-            table[key] = tensor
+        for table, key, tensor, was in places:
+            if table.get(key) is was:  # else load code has put what was saved quantized there
+                table[key] = tensor
 
 
 def _replaced(model: nn.Module) -> Iterator[_Place]:
@@ -141,6 +142,9 @@ def _replaced(model: nn.Module) -> Iterator[_Place]:
             if id(tensor) not in made:
                 with DisableTorchFunction(), DisableTorchDispatch(), torch.no_grad():
                     meta = tensor_on(found.tape, ref)
-                    was = recorded_tensor(meta, found.tape.storages[ref.storage].device)
-                made[id(tensor)] = nn.Parameter(was, requires_grad=False)
+                    was: Tensor = recorded_tensor(meta, found.tape.storages[ref.storage].device)
+                was = nn.Parameter(was, requires_grad=False)
+                if type(tensor) is not RecordedTensor and isinstance(tensor, RecordedTensor):
+                    was.__class__ = type(tensor)  # of which load code may want it
+                made[id(tensor)] = was
             yield _Place(module._parameters, key, tensor, made[id(tensor)])
