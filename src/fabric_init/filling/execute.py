@@ -24,7 +24,7 @@ from fabric_init.filling.loader import loader_for
 from fabric_init.filling.looked_at import check_decisions
 from fabric_init.filling.out_of_memory import out_of_memory_explained
 from fabric_init.filling.progress import with_progress
-from fabric_init.filling.quantizing import quantized, seen_as_floats
+from fabric_init.filling.quantizing import planned_as_floats, quantized
 from fabric_init.filling.verify import is_wanted, verify
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import release_forward, settle, unfilled
@@ -32,7 +32,7 @@ from fabric_init.planning.derived import loaded_storages, sources_of
 from fabric_init.planning.loads import read_as
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, DerivedFrom, LoadOptions, Plan, PlanEntry, storage_groups
-from fabric_init.planning.prepare import PreparedPlan, plan_for, prepared_digest
+from fabric_init.planning.prepare import PreparedPlan, prepared_digest
 from fabric_init.recording.liveness import covers
 from fabric_init.recording.replay import real_execution, replay, view
 from fabric_init.recording.tape import Rng, Tape
@@ -335,11 +335,9 @@ def fill_model(
         refuse_flat_parameters(model)
         settle(model)
         with without_torchs_load_hooks(model), seen_whole(model) as shards:
-            with seen_as_floats(model) as quantized_ones:
-                prepared = plan_for(model, reader, wanted, rng)
-                _refuse_overwriting(prepared, model)
-            packed = [quantized_ones.get(id(tensor), tensor) for tensor in prepared.tensors]
-            prepared = quantized(prepared._replace(tensors=packed), model, placement)
+            prepared = planned_as_floats(model, reader, wanted, rng)
+            _refuse_overwriting(prepared, model)
+            prepared = quantized(prepared, model, placement)
         tensors = [shards.get(id(tensor), tensor) for tensor in prepared.tensors]
         sharded.update(
             (entry.slot.name, tensor)
@@ -388,8 +386,8 @@ def prepare(
     wanted: LoadOptions,
     agreement: Agreement = _ALONE,
 ) -> PreparedPlan:
-    """Return the plan for ``model``, made on all ranks together; see :func:`plan_for`."""
-    prepared = agreement.run_together(_PLANNING, lambda: plan_for(model, reader, wanted), prepared_digest)
+    """Return the plan for ``model``, made on all ranks together; see :func:`planned_as_floats`."""
+    prepared = agreement.run_together(_PLANNING, lambda: planned_as_floats(model, reader, wanted), prepared_digest)
     with loads_noted(prepared):
         return prepared
 

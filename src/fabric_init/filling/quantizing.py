@@ -20,15 +20,31 @@ import torch
 from torch import Tensor, nn
 
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction
+from fabric_init.checkpoints import CheckpointReader
+from fabric_init.errors import FabricInitError
 from fabric_init.filling.derived import loads_noted
 from fabric_init.filling.merge import merged
 from fabric_init.planning.loading.sources import recorded_on_sources
 from fabric_init.planning.placement import Placement
-from fabric_init.planning.prepare import PreparedPlan
+from fabric_init.planning.plan import LoadOptions
+from fabric_init.planning.prepare import PreparedPlan, plan_for
 from fabric_init.planning.tensors import TensorInfo, find_tensors, named_modules
 from fabric_init.recording.storage_tags import tensor_on
 from fabric_init.recording.tape import Rng
 from fabric_init.recording.tensor import RecordedTensor, follow_meta, recorded, recorded_tensor
+
+
+def planned_as_floats(
+    model: nn.Module, reader: CheckpointReader | None, options: LoadOptions, rng: Rng | None = None
+) -> PreparedPlan:
+    """Return the plan for ``model`` with the weights that it had before they were quantized.
+
+    Raises:
+        FabricInitError: Anything that the user has to fix; no memory is allocated before.
+    """
+    with seen_as_floats(model) as packed:
+        prepared = plan_for(model, reader, options, rng)
+    return prepared._replace(tensors=[packed.get(id(tensor), tensor) for tensor in prepared.tensors])
 
 
 def quantized(prepared: PreparedPlan, model: nn.Module, placement: Placement) -> PreparedPlan:
@@ -38,7 +54,11 @@ def quantized(prepared: PreparedPlan, model: nn.Module, placement: Placement) ->
         prepared: The plan for the weights as they were before that.
         model: The recorded model, whose parameters are quantized, on the tape, by this call.
         placement: How this rank keeps the tensors.
+
+    Raises:
+        FabricInitError: A weight was sharded before it was quantized.
     """
+    _refuse_sharded_floats(model)
     waiting = [(info, tensor) for info, tensor in find_tensors(model) if _quantizes_when_moved(info, tensor)]
     before = {info.name: info for info, _ in waiting}
     if not waiting and not any(True for _ in _replaced(model)):
@@ -71,6 +91,30 @@ def _quantizes_when_moved(info: TensorInfo, tensor: Tensor) -> bool:
     if isinstance(tensor, layers.Params4bit):
         return not tensor.bnb_quantized
     return isinstance(tensor, layers.Int8Params) and not tensor.has_fp16_weights
+
+
+def _refuse_sharded_floats(model: nn.Module) -> None:
+    """Raise if a layer that holds a quantized weight has a recorded float one that is no parameter of its library."""
+    library: Any = sys.modules.get("bitsandbytes")
+    layers = getattr(library, "nn", None)
+    for name, module in named_modules(model) if layers is not None else ():
+        if isinstance(module, (layers.Linear4bit, layers.Embedding4bit)):
+            kind = layers.Params4bit
+        elif isinstance(module, layers.Linear8bitLt) and not module.state.has_fp16_weights:
+            kind = layers.Int8Params
+        else:
+            continue
+        weight = module.weight
+        with DisableTorchFunction():
+            found = recorded(weight)
+        if found is None or isinstance(weight, kind) or found.storage in found.tape.replaced:
+            continue
+        if weight.is_floating_point():
+            raise FabricInitError(
+                f"{name or 'the model'} is a {type(module).__name__} whose weight was sharded before it was quantized, "
+                "which bitsandbytes cannot do afterwards. Quantize first, in the recorded block: "
+                'model.to("cpu"), or the device that you use; then shard, then fill.'
+            )
 
 
 def _rng(prepared: PreparedPlan) -> Rng:
