@@ -26,7 +26,7 @@ from fabric_init.filling.derived import loads_noted
 from fabric_init.filling.merge import merged
 from fabric_init.planning.loading.sources import recorded_on_sources
 from fabric_init.planning.placement import Placement
-from fabric_init.planning.plan import LoadOptions
+from fabric_init.planning.plan import Action, LoadOptions
 from fabric_init.planning.prepare import PreparedPlan, plan_for
 from fabric_init.planning.tensors import TensorInfo, find_tensors, named_modules
 from fabric_init.recording.storage_tags import tensor_on
@@ -42,6 +42,8 @@ def planned_as_floats(
     Raises:
         FabricInitError: Anything that the user has to fix; no memory is allocated before.
     """
+    if reader is not None:
+        _refuse_own_hooks(model)
     with seen_as_floats(model) as packed:
         prepared = plan_for(model, reader, options, rng)
     return prepared._replace(tensors=[packed.get(id(tensor), tensor) for tensor in prepared.tensors])
@@ -56,9 +58,9 @@ def quantized(prepared: PreparedPlan, model: nn.Module, placement: Placement) ->
         placement: How this rank keeps the tensors.
 
     Raises:
-        FabricInitError: A weight was sharded before it was quantized.
+        FabricInitError: A weight was sharded before it was quantized, or was not recorded.
     """
-    _refuse_sharded_floats(model)
+    _refuse_lost(model)
     waiting = [(info, tensor) for info, tensor in find_tensors(model) if _quantizes_when_moved(info, tensor)]
     before = {info.name: info for info, _ in waiting}
     if not waiting and not any(True for _ in _replaced(model)):
@@ -76,16 +78,25 @@ def quantized(prepared: PreparedPlan, model: nn.Module, placement: Placement) ->
             for info, tensor in waiting:
                 mode.recorder.lookup(tensor)
                 tensor.to(placement.device(before[info.name]))
-        return merged([prepared], model)._replace(exact=prepared.exact, undo=undo_all)
+        made = merged([prepared], model)._replace(exact=prepared.exact, undo=undo_all)
+        _check_nothing_is_lost(prepared, made)
+        return made
     except BaseException:
         undo()
         raise
 
 
+def _check_nothing_is_lost(planned: PreparedPlan, made: PreparedPlan) -> None:
+    entries = {id(tensor): entry for entry, tensor in zip(made.plan.entries, made.tensors, strict=True)}
+    for entry, tensor in zip(planned.plan.entries, planned.tensors, strict=True):
+        now = entries.get(id(tensor))
+        if entry.action is Action.LOAD and now is not None and now.action is Action.INIT and not now.keys:
+            raise FabricInitError(f"{entry.slot.name} is no longer computed from what the checkpoint has for it")
+
+
 def _quantizes_when_moved(info: TensorInfo, tensor: Tensor) -> bool:
     """Return whether a recorded parameter is one of bitsandbytes that ``.to(device)`` would quantize."""
-    library: Any = sys.modules.get("bitsandbytes")
-    layers = getattr(library, "nn", None)
+    layers = _layers()
     if layers is None or info.real or not info.dtype.is_floating_point or not isinstance(tensor, RecordedTensor):
         return False
     if isinstance(tensor, layers.Params4bit):
@@ -93,28 +104,61 @@ def _quantizes_when_moved(info: TensorInfo, tensor: Tensor) -> bool:
     return isinstance(tensor, layers.Int8Params) and not tensor.has_fp16_weights
 
 
-def _refuse_sharded_floats(model: nn.Module) -> None:
-    """Raise if a layer that holds a quantized weight has a recorded float one that is no parameter of its library."""
-    library: Any = sys.modules.get("bitsandbytes")
-    layers = getattr(library, "nn", None)
-    for name, module in named_modules(model) if layers is not None else ():
-        if isinstance(module, (layers.Linear4bit, layers.Embedding4bit)):
-            kind = layers.Params4bit
-        elif isinstance(module, layers.Linear8bitLt) and not module.state.has_fp16_weights:
-            kind = layers.Int8Params
-        else:
+def _refuse_lost(model: nn.Module) -> None:
+    """Raise if a layer of bitsandbytes has a float weight that it could not quantize any more."""
+    for name, module in named_modules(model):
+        kind = _kind_of_weight(module)
+        if kind is None:
             continue
-        weight = module.weight
+        weight: Any = module.weight
         with DisableTorchFunction():
             found = recorded(weight)
-        if found is None or isinstance(weight, kind) or found.storage in found.tape.replaced:
-            continue
-        if weight.is_floating_point():
+        layer = f"{name or 'the model'} ({type(module).__name__})"
+        if found is None and weight.is_meta and weight.is_floating_point():
             raise FabricInitError(
-                f"{name or 'the model'} is a {type(module).__name__} whose weight was sharded before it was quantized, "
-                "which bitsandbytes cannot do afterwards. Quantize first, in the recorded block: "
-                'model.to("cpu"), or the device that you use; then shard, then fill.'
+                f"{layer} was built on the meta device by name, so nothing of it was recorded, and bitsandbytes would "
+                "not quantize it. Build it in the recorded block without a device, or on the one that you use. "
+                "transformers' from_pretrained(…, quantization_config=…) fills such layers by itself."
             )
+        replaced = found is not None and found.storage in found.tape.replaced
+        if found is not None and not replaced and not isinstance(weight, kind) and weight.is_floating_point():
+            raise FabricInitError(
+                f"the weight of {layer} was sharded, or replaced, before it was quantized, which bitsandbytes cannot do "
+                'afterwards. Quantize first, in the recorded block: model.to("cpu"), or the device that you use; then '
+                "shard, then fill."
+            )
+
+
+def _kind_of_weight(module: nn.Module) -> type[Tensor] | None:
+    """Return the class of parameters that a layer of bitsandbytes quantizes; ``None`` for any other module."""
+    layers = _layers()
+    if layers is not None and isinstance(module, (layers.Linear4bit, layers.Embedding4bit)):
+        return layers.Params4bit  # type: ignore[no-any-return]
+    if layers is not None and isinstance(module, layers.Linear8bitLt) and not module.state.has_fp16_weights:
+        return layers.Int8Params  # type: ignore[no-any-return]
+    return None
+
+
+def _layers() -> Any:
+    """Return ``bitsandbytes.nn``, if the user has imported it."""
+    return getattr(sys.modules.get("bitsandbytes"), "nn", None)
+
+
+def _refuse_own_hooks(model: nn.Module) -> None:
+    """Raise for Lightning's layers: a hook of theirs quantizes on CUDA whatever a state dict brings, on every device.
+
+    Raises:
+        FabricInitError: There are some.
+    """
+    for name, module in named_modules(model) if _layers() is not None else ():
+        for hook in module._load_state_dict_pre_hooks.values():
+            function = getattr(getattr(hook, "hook", hook), "func", None)  # torch keeps a pre-hook in a wrapper
+            if str(getattr(function, "__module__", "")).endswith("fabric.plugins.precision.bitsandbytes"):
+                raise FabricInitError(
+                    f"{name or 'the model'} is a layer of Lightning's BitsandbytesPrecision, which quantizes on CUDA "
+                    "whatever it loads, while it loads: that cannot be recorded. Fill the model with its own layers, "
+                    "and convert it afterwards: precision.convert_module(model). Or build bitsandbytes.nn.Linear4bit."
+                )
 
 
 def _rng(prepared: PreparedPlan) -> Rng:
@@ -135,8 +179,10 @@ def _remember(model: nn.Module, tensors: list[Tensor]) -> Callable[[], None]:
     def undo() -> None:
         with DisableTorchFunction(), DisableTorchDispatch(), torch.no_grad():
             for tensor, meta, device, attributes in states:
-                tensor._meta, tensor._claimed = meta, device  # type: ignore[attr-defined]
-                follow_meta(tensor)  # type: ignore[arg-type]
+                if not isinstance(tensor, RecordedTensor):
+                    continue  # it has its values
+                tensor._meta, tensor._claimed = meta, device
+                follow_meta(tensor)
                 for name in vars(tensor).keys() - attributes.keys():
                     delattr(tensor, name)
                 for name, value in attributes.items():

@@ -93,7 +93,13 @@ def _parameter(name: str, module: nn.Module, value: torch.Tensor, beside: dict[s
         shape = made.shape
     else:
         stats = {key.removeprefix(f"{_WEIGHT}."): tensor for key, tensor in beside.items()}
-        made = own.from_prequantized(value, stats, device=before.device, module=module)
+        try:
+            made = own.from_prequantized(value, stats, device=before.device, module=module)
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointMismatchError(
+                f"bitsandbytes cannot make {name} of what the checkpoint has beside it ({', '.join(sorted(beside))}): "
+                f"{type(error).__name__} {error}"
+            ) from error
         shape = made.quant_state.shape
     wanted = _shape_of(module)
     if wanted is not None and tuple(shape) != wanted:
