@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -207,6 +208,42 @@ def test_a_cast_before_the_load_counts(kind: str, file: Path) -> None:
     assert_same(everything(model), everything(wanted.to("cpu")))
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: bitsandbytes.nn.EmbeddingNF4(TOKENS, WIDTH),
+        lambda: bitsandbytes.nn.Embedding8bit(TOKENS, WIDTH),
+        lambda: bitsandbytes.nn.Linear8bitLt(WIDTH, TOKENS, bias=False),  # keeps floats
+    ],
+    ids=["EmbeddingNF4", "Embedding8bit", "Linear8bitLt with has_fp16_weights"],
+)
+def test_other_layers_are_what_moving_makes_of_them(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    save_file({"weight": torch.randn(TOKENS, WIDTH)}, tmp_path / "one.safetensors")
+    with deferred_init():
+        found = make()
+    materialize(found, checkpoint=tmp_path / "one.safetensors")
+    wanted = make()
+    wanted.load_state_dict(load_file(tmp_path / "one.safetensors"))
+    assert_same(everything(found), everything(wanted.to("cpu")))
+
+
+def test_transformers_quantizes_what_it_loads_in_a_block(tmp_path: Path) -> None:
+    from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    wanted = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=how)
+    with deferred_init():
+        found = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=how)
+    with pytest.raises(CheckpointMismatchError, match="7 of 12 tensors do not fit"):
+        materialize(found, checkpoint=tmp_path)
+    materialize(found)
+    assert_same(everything(found), everything(wanted))
+    tokens = torch.arange(6)[None]
+    assert torch.equal(found(tokens).logits, wanted(tokens).logits)
+
+
 @pytest.mark.parametrize("kind", ["nf4, double", "int8"])
 def test_fabric_quantizes_what_it_declares(kind: str, file: Path) -> None:
     fabric = Fabric(accelerator="cpu", devices=1)
@@ -360,9 +397,93 @@ def on_ranks(file: str, part: str, packed: str) -> None:
         materialize(again, checkpoint=packed)
 
 
+def under_fabric(file: str) -> None:
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="fsdp2")
+    fabric.launch()
+    with fabric.init_module(checkpoint=file):
+        model = Model("nf4, double", torch.float32)
+    ready = fabric.setup(model)
+    found = everything(ready.module)
+    assert isinstance(ready.module.up.weight, DTensor)
+    wanted = plain("nf4, double", load_file(file), torch.float32)
+    assert_same({name: found[name] for name in everything(wanted) if name in found}, everything(wanted))
+    tokens = torch.arange(4)
+    assert torch.equal(ready(tokens), wanted(tokens))
+
+
+def test_fabric_quantizes_before_it_shards(file: Path) -> None:
+    run_ranks(2, under_fabric, file=str(file))
+
+
 def test_two_ranks_hold_their_parts_of_what_one_process_quantizes(file: Path, tmp_path: Path) -> None:
     lacking = {name: tensor for name, tensor in load_file(file).items() if name not in ("up.weight", "head.weight")}
     save_file(lacking, tmp_path / "part.safetensors")
     save_file(plain("nf4, double", load_file(file), torch.float32).state_dict(), tmp_path / "packed.safetensors")
     part, packed = tmp_path / "part.safetensors", tmp_path / "packed.safetensors"
     run_ranks(2, on_ranks, file=str(file), part=str(part), packed=str(packed))
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+MEASURED = """
+import re, sys, threading, time
+import bitsandbytes, torch
+from safetensors.torch import save_file
+from torch import nn
+from fabric_init import deferred_init, materialize
+
+torch.set_num_threads(1)
+LAYERS, OUT, IN = 10, 1536, 2048
+
+def private():
+    with open("/proc/self/status") as status:
+        return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", status.read())[1])
+
+def peak_of(function):
+    base, tops, running = private(), [0], True
+    def watch():
+        while running:
+            tops.append(private())
+            time.sleep(0.0005)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    result = function()
+    running = False
+    thread.join()
+    return max(tops) - base, private() - base, result
+
+def filled(layers, out, file):
+    with deferred_init():
+        model = nn.Sequential(*(bitsandbytes.nn.LinearNF4(IN, out, bias=False) for _ in range(layers)))
+    materialize(model, checkpoint=file)
+    return model
+
+filled(1, 8, None)  # what is imported and cached at first
+save_file({f"{i}.weight": torch.randn(OUT, IN) for i in range(LAYERS)}, sys.argv[1])
+one = torch.randn(OUT, IN)
+alone, _, _ = peak_of(lambda: bitsandbytes.functional.quantize_4bit(one, quant_type="nf4", compress_statistics=True)[0])
+for file in (sys.argv[1], None):
+    peak, kept, model = peak_of(lambda: filled(LAYERS, OUT, file))
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    print(size, one.nbytes, alone, peak, kept)
+    del model
+"""
+
+
+def test_no_more_than_one_float_weight_is_held_at_a_time(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, str(tmp_path / "model.safetensors")],
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 18)},  # else freed memory stays in the heap
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    rows = [list(map(int, line.split())) for line in done.stdout.splitlines() if line[:1].isdigit()]
+    assert len(rows) == 2, "from a checkpoint, and from scratch"
+    for size, largest, alone, peak, kept in rows:
+        assert LAYERS_AS_FLOATS * largest > 5 * size, "the model as floats would show"
+        assert kept < 1.2 * size + largest
+        assert peak < 1.2 * size + alone + 2 * largest, "`alone` is what bitsandbytes' own kernel takes for one weight"
+
+
+LAYERS_AS_FLOATS = 10

@@ -29,9 +29,9 @@ from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, LoadOptions
 from fabric_init.planning.prepare import PreparedPlan, plan_for
 from fabric_init.planning.tensors import TensorInfo, find_tensors, named_modules
-from fabric_init.recording.storage_tags import tensor_on
+from fabric_init.recording.storage_tags import Recorded, ref_of, tensor_on
 from fabric_init.recording.tape import Rng
-from fabric_init.recording.tensor import RecordedTensor, follow_meta, recorded, recorded_tensor
+from fabric_init.recording.tensor import RecordedTensor, follow_meta, meta_of, recorded, recorded_tensor
 
 
 def planned_as_floats(
@@ -76,14 +76,27 @@ def quantized(prepared: PreparedPlan, model: nn.Module, placement: Placement) ->
         with loads_noted(prepared), recorded_on_sources(_rng(prepared)) as mode:
             mode.tape.shares_seed = True
             for info, tensor in waiting:
-                mode.recorder.lookup(tensor)
+                was = mode.recorder.lookup(tensor)
                 tensor.to(placement.device(before[info.name]))
+                _let_wait(tensor, was, info.name, model)
         made = merged([prepared], model)._replace(exact=prepared.exact, undo=undo_all)
         _check_nothing_is_lost(prepared, made)
         return made
     except BaseException:
         undo()
         raise
+
+
+def _let_wait(tensor: Tensor, was: Recorded | None, name: str, model: nn.Module) -> None:
+    """Let a packed weight wait in the place of the one that it is computed from, as if it had been there at first."""
+    with DisableTorchFunction():
+        found = recorded(tensor)
+    if found is None or was is None or found.storage == was.storage:
+        return
+    waiting = found.tape.later.waiting
+    if was.storage in found.tape.waits:
+        waiting.begin(found.storage, type(model).__name__, name, ref_of(meta_of(tensor), found.storage))
+        waiting.rename(was.storage, found.storage)
 
 
 def _check_nothing_is_lost(planned: PreparedPlan, made: PreparedPlan) -> None:
