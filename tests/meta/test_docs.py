@@ -143,6 +143,7 @@ ON_TWO_RANKS = ["--accelerator=cpu", "--devices=2"]
 COMMANDS = {
     "from_scratch_fsdp2.py": [*ON_TWO_RANKS, "--width=32", "--depth=2", "--steps=2"],
     "lora_fsdp2.py": [*ON_TWO_RANKS, "--demo", "--dora", "--steps=2"],
+    "qlora.py": ["--demo", "--steps=1"],
     "new_head_ddp.py": [*ON_TWO_RANKS, "--steps=2"],
     "trainer.py": [*ON_TWO_RANKS, "--strategy=fsdp2"],
     "zero3.py": [*ON_TWO_RANKS, "--demo", "--steps=2"],
@@ -190,6 +191,11 @@ def test_zero_init_loses_what_a_constructor_writes_and_a_recording_keeps_it(tmp_
     std = {name: float(value) for name, value in re.findall(r"^(\S+) +std of head.weight (\S+)$", output, re.MULTILINE)}
     assert std["fabric_init"] == pytest.approx(0.001, rel=0.3)
     assert std["zero.Init"] > 0.03, "DeepSpeed has fixed this: say so in docs/coming_from/deepspeed.md"
+
+
+def test_adapters_learn_on_a_quantized_base(tmp_path: Path) -> None:
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)$", run_example("qlora.py", ["--demo"], tmp_path), re.M)]
+    assert losses[-1] < losses[0] - 0.3
 
 
 def test_the_finetuning_recipe_goes_on_where_it_stopped(tmp_path: Path) -> None:

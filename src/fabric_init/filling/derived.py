@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -18,7 +18,6 @@ from fabric_init.planning.loading.recorded_load import RecordedReader
 from fabric_init.planning.loads import read_as
 from fabric_init.planning.plan import DerivedFrom
 from fabric_init.planning.prepare import PreparedPlan
-from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.replay import real_execution, replay_with
 from fabric_init.recording.tape import LoadedStorage, Tape, TensorRef, now
 
@@ -65,40 +64,33 @@ def _refuse_alone(path: AnyPath, key: str) -> NoReturn:
 
 
 def compute(
-    slot: TensorInfo,
-    tapes: Mapping[int, Tape],
+    storages: Collection[int],
+    tape: Tape,
     sources: Iterable[DerivedFrom],
     reader: CheckpointReader,
     device: torch.device,
     *,
     exact: bool,
-) -> torch.UntypedStorage:
-    """Return the storage of ``slot``, computed from the values of its ``sources``, which are read in full."""
+) -> dict[int, torch.UntypedStorage]:
+    """Return ``storages``, computed together from the values of their ``sources``, each of which is read once."""
     # the same order on every rank: reading may be for all of them together
     in_order = sorted(sources, key=lambda source: source.ref.storage)
-    assert slot.ref is not None
-    return compute_with(
-        slot,
-        tapes[slot.ref.storage],
-        ((ref, read_as(reader, key, ref.size, None)) for ref, key in in_order),
-        device,
-        exact=exact,
-    )
+    values = ((ref, read_as(reader, key, ref.size, None)) for ref, key in in_order)
+    return compute_with(storages, tape, values, device, exact=exact)
 
 
 def compute_with(
-    slot: TensorInfo,
+    storages: Collection[int],
     tape: Tape,
     sources: Iterable[tuple[TensorRef, Tensor]],
     device: torch.device,
     *,
     exact: bool = False,
-) -> torch.UntypedStorage:
-    """Return the storage of ``slot``, computed from these values of its ``sources``."""
-    assert slot.ref is not None
+) -> dict[int, torch.UntypedStorage]:
+    """Return ``storages``, computed together from these values of their ``sources``."""
     with real_execution():
         known = {ref.storage: laid_out(value, ref, device) for ref, value in sources}
-        return replay_with(tape, slot.ref.storage, known, exact=exact, to=lambda _: device)
+        return replay_with(tape, storages, known, exact=exact, to=lambda _: device)
 
 
 def laid_out(value: Tensor, ref: TensorRef, device: torch.device) -> torch.UntypedStorage:

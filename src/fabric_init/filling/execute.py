@@ -24,6 +24,7 @@ from fabric_init.filling.loader import loader_for
 from fabric_init.filling.looked_at import check_decisions
 from fabric_init.filling.out_of_memory import out_of_memory_explained
 from fabric_init.filling.progress import with_progress
+from fabric_init.filling.quantizing import planned_as_floats, quantized
 from fabric_init.filling.verify import is_wanted, verify
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import hold_broken, release_forward, settle, unfilled
@@ -31,7 +32,7 @@ from fabric_init.planning.derived import loaded_storages, sources_of
 from fabric_init.planning.loads import read_as
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, DerivedFrom, LoadOptions, Plan, PlanEntry, storage_groups
-from fabric_init.planning.prepare import PreparedPlan, plan_for, prepared_digest
+from fabric_init.planning.prepare import PreparedPlan, prepared_digest
 from fabric_init.recording.liveness import covers
 from fabric_init.recording.replay import real_execution, replay, view
 from fabric_init.recording.tape import Rng, Tape
@@ -151,17 +152,35 @@ def _values(
             device = placement.device(slot)
             if device != slot.device:
                 yield position, tensors[position].detach().to(device)
-    for storage, positions in list(to_replay.items()):
-        entry = entries[positions[0]]
-        sources = sources_of(entry, tapes, loaded, exact=exact)
-        if sources and all(entries[position].action is Action.INIT for position in positions):
-            assert reader is not None
-            del to_replay[storage]
-            needed = [loaded[source] for source in sources]
-            memory = compute(entry.slot, tapes, needed, reader, placement.device(entry.slot), exact=exact)
-            for position in positions:
+    for (tape, device, sources), storages in _derived(entries, to_replay, tapes, placement, loaded, exact=exact).items():
+        assert reader is not None
+        memories = compute(storages, tape, [loaded[source] for source in sources], reader, device, exact=exact)
+        for storage in storages:
+            memory = memories.pop(storage)
+            for position in to_replay.pop(storage):
                 yield position, _kept(memory, entries[position], placement)
+            del memory  # not kept while the next one is read
     yield from _replayed(entries, to_replay, tapes, parts, placement, exact=exact)
+
+
+def _derived(
+    entries: Sequence[PlanEntry],
+    groups: Mapping[int, Sequence[int]],
+    tapes: Mapping[int, Tape],
+    placement: Placement,
+    loaded: Mapping[int, DerivedFrom],
+    *,
+    exact: bool,
+) -> dict[tuple[Tape, torch.device, frozenset[int]], list[int]]:
+    """Return the storages that are computed from loaded ones, those together that are computed from the same."""
+    found: dict[tuple[Tape, torch.device, frozenset[int]], list[int]] = {}
+    for storage, positions in groups.items():
+        entry = entries[positions[0]]
+        sources = frozenset(sources_of(entry, tapes, loaded, exact=exact))
+        if sources and all(entries[position].action is Action.INIT for position in positions):
+            key = tapes[storage], placement.device(entry.slot), sources
+            found.setdefault(key, []).append(storage)
+    return found
 
 
 def _kept(memory: torch.UntypedStorage, entry: PlanEntry, placement: Placement) -> Tensor:
@@ -257,9 +276,11 @@ def make_record(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader 
                 origin += f" ({entry.spec.made})"
         elif entry.action is Action.INIT and slot.ref is not None:
             origin = describe_rule(tapes[slot.ref.storage], slot.ref)
+            if entry.keys:
+                origin = f"{', '.join(entry.keys)}, {origin}"
         row = InitRow(
             name=slot.name,
-            status=entry.action.value,
+            status=Action.LOAD.value if entry.keys else entry.action.value,
             shape=tuple(slot.shape),
             dtype=dtype_name(slot.dtype),
             kind=slot.kind,
@@ -317,8 +338,9 @@ def fill_model(
         refuse_flat_parameters(model)
         settle(model)
         with without_torchs_load_hooks(model), seen_whole(model) as shards:
-            prepared = plan_for(model, reader, wanted, rng)
+            prepared = planned_as_floats(model, reader, wanted, rng)
             _refuse_overwriting(prepared, model)
+            prepared = quantized(prepared, model, placement)
         tensors = [shards.get(id(tensor), tensor) for tensor in prepared.tensors]
         sharded.update(
             (entry.slot.name, tensor)
@@ -380,8 +402,8 @@ def prepare(
     wanted: LoadOptions,
     agreement: Agreement = _ALONE,
 ) -> PreparedPlan:
-    """Return the plan for ``model``, made on all ranks together; see :func:`plan_for`."""
-    prepared = agreement.run_together(_PLANNING, lambda: plan_for(model, reader, wanted), prepared_digest)
+    """Return the plan for ``model``, made on all ranks together; see :func:`planned_as_floats`."""
+    prepared = agreement.run_together(_PLANNING, lambda: planned_as_floats(model, reader, wanted), prepared_digest)
     with loads_noted(prepared):
         return prepared
 

@@ -14,12 +14,13 @@ from fabric_init.distributed.agreement import Agreement
 from fabric_init.distributed.seeds import share_seeds
 from fabric_init.filling.execute import check_ties, fill, note_of
 from fabric_init.filling.looked_at import check_decisions
+from fabric_init.filling.quantizing import planned_as_floats, quantized
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import release_forward, settle
 from fabric_init.planning.derived import loaded_storages
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.plan import LoadOptions, Plan, storage_groups
-from fabric_init.planning.prepare import PreparedPlan, plan_for, prepared_digest
+from fabric_init.planning.prepare import PreparedPlan, prepared_digest
 from fabric_init.recording.tensor import RecordedTensor, become, become_recorded
 from fabric_init.reports.registry import FillRecord, RowRecord, keep_record
 
@@ -112,7 +113,7 @@ def filled_by_module(
 
     def planned() -> PreparedPlan:
         settle(model)
-        return plan_for(model, reader, wanted)
+        return quantized(planned_as_floats(model, reader, wanted), model, WholeTensors())
 
     prepared = agreement.run_together("planning the initialization", planned, prepared_digest)
     share_seeds(prepared.tapes.values(), agreement)

@@ -14,9 +14,9 @@ from fabric_init.planning.derived import replaced_since, written_since
 from fabric_init.planning.matching import own_init
 from fabric_init.planning.plan import Action, DerivedFrom, Plan, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan
-from fabric_init.planning.tensors import survey
+from fabric_init.planning.tensors import TensorInfo, survey
 from fabric_init.planning.validation import check_all_have_values
-from fabric_init.recording.liveness import covers
+from fabric_init.recording.liveness import computed_from, covers
 from fabric_init.recording.tape import Tape
 
 
@@ -49,7 +49,7 @@ def merged(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
     for info, tensor in zip(infos, tensors, strict=True):
         entry = planned.get(id(tensor))
         if entry is None or replaced_since(entry, info, tapes):
-            entries.append(PlanEntry(info, own_init(info, tapes)))
+            entries.append(PlanEntry(info, own_init(info, tapes), _computed_from_keys(entry, info, tapes)))
         elif info.real and not (entry.slot.real and _is_as_planned(plans, tensor)):
             entries.append(PlanEntry(info, Action.KEEP))
         elif _is_overwritten(entry, info.ref.storage if info.ref else None, tapes):
@@ -73,6 +73,14 @@ def planned_tensors(plans: Sequence[PreparedPlan]) -> set[int]:
 def declared_at(prepared: PreparedPlan) -> int:
     """Return when the load of a plan was declared, among the numbers of ops: a later load wins."""
     return max((entry.since or 0 for entry in prepared.plan.entries), default=0)
+
+
+def _computed_from_keys(entry: PlanEntry | None, info: TensorInfo, tapes: Mapping[int, Tape]) -> tuple[str, ...]:
+    """Return the keys of a tensor that by now holds what was computed from its planned value, as when quantized."""
+    if entry is None or entry.action is not Action.LOAD or entry.slot.ref is None or info.ref is None:
+        return ()
+    storage, was = info.ref.storage, entry.slot.ref.storage
+    return entry.keys if computed_from(tapes[storage], storage, [was], copies=True) else ()
 
 
 def _is_as_planned(plans: Sequence[PreparedPlan], tensor: Tensor) -> bool:

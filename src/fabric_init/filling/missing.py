@@ -170,7 +170,8 @@ def _run(
     for entry, tensor in both:
         given = sources[id(tensor)]
         if given:
-            memory = compute_with(entry.slot, tapes[_ref(entry).storage], given, placement.device(entry.slot))
+            storage = _ref(entry).storage
+            memory = compute_with([storage], tapes[storage], given, placement.device(entry.slot))[storage]
             with DisableTorchFunction(), torch.no_grad():
                 placement.put(entry.slot, tensor, take(view(memory, _ref(entry)), placement.region(entry.slot)))
 

@@ -28,7 +28,10 @@ class Action(Enum):
 
 
 class PlanEntry(NamedTuple):
-    """The plan for one tensor. ``keys`` are the checkpoint keys that hold it: several if ties were saved separately."""
+    """The plan for one tensor. ``keys`` are the checkpoint keys that hold it: several if ties were saved separately.
+
+    A tensor with keys whose action is INIT is computed from what they hold: a packed weight from the one in the file.
+    """
 
     slot: TensorInfo
     action: Action

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.recording.storage_tags import ref_of
 from fabric_init.recording.tape import Tape, TensorRef
-from fabric_init.recording.tensor import meta_of, recorded
+from fabric_init.recording.tensor import RecordedTensor, meta_of, recorded
 
 Kind = Literal["parameter", "buffer", "non-persistent buffer", "attribute"]
 
@@ -113,10 +113,27 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:
                 yield dot + name, "non-persistent buffer" if non_persistent else "buffer", buffer
     seen: set[int] = set()
     for prefix, module in modules:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and _is_of_own_class(parameter):
+                for key, value in vars(parameter).items():
+                    path = f"{prefix}.{name}.{key}" if prefix else f"{name}.{key}"
+                    for path, tensor in _tensors_in(value, path, seen):
+                        yield path, "attribute", tensor
         for name, value in vars(module).items():
             if type(value) not in _PLAIN_TYPES and name not in _MODULE_INTERNALS and not name.startswith(_OUR_OWN):
                 for path, tensor in _tensors_in(value, f"{prefix}.{name}" if prefix else name, seen):
                     yield path, "attribute", tensor
+
+
+def _is_of_own_class(parameter: Tensor) -> bool:
+    """Return whether a parameter is of a class that may keep more beside its values, such as the scales of them.
+
+    A wrapper that answers operators by itself, such as a DTensor, has no values of its own.
+    """
+    kind = type(parameter)
+    if kind in (nn.Parameter, RecordedTensor):
+        return False
+    return isinstance(parameter, RecordedTensor) or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def plain_name(name: str) -> str:

@@ -183,6 +183,7 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
+_MUCH = 4  # times the memory of the result: several of these at once would need more than the model
 _MIN_THREADED_BYTES = 1 << 20  # below it, starting threads takes longer than filling
 
 Place = Callable[[torch.device], torch.device]
@@ -232,24 +233,24 @@ def run_ops(tape: Tape, numbers: Iterable[int], storage: int, device: torch.devi
 
 def replay_with(
     tape: Tape,
-    storage: int,
+    storages: Collection[int],
     inputs: Mapping[int, torch.UntypedStorage],
     *,
     exact: bool,
     to: Place = as_recorded,
-) -> torch.UntypedStorage:
-    """Return the value that the constructor's code computes for ``storage`` from other values of some storages.
+) -> dict[int, torch.UntypedStorage]:
+    """Return the values that the constructor's code computes for ``storages`` from other values of some storages.
 
     Args:
         tape: The recording.
-        storage: The number of the storage to compute.
+        storages: The numbers of the storages to compute, in one go.
         inputs: Storage number → the memory to read instead of that storage's last recorded value.
         exact: As in :func:`replay`.
         to: As in :func:`replay`.
     """
-    live = live_ops(tape, [storage], exact=exact, inputs=inputs)
+    live = live_ops(tape, storages, exact=exact, inputs=inputs)
     with real_execution():
-        return _Execution(tape, live, {storage}, to, exact=exact, inputs=inputs).run()[storage]
+        return _Execution(tape, live, set(storages), to, exact=exact, inputs=inputs).run()
 
 
 def seen_in(tape: Tape, look: Look, inputs: Mapping[int, torch.UntypedStorage], *, exact: bool) -> list[Any]:
@@ -310,6 +311,13 @@ def _groups(tape: Tape, storages: Iterable[int], *, exact: bool) -> list[tuple[s
     return sorted(members.values(), key=lambda group: min(group[1], default=-1))
 
 
+def _needs_much(tape: Tape, group: tuple[set[int], set[int]]) -> bool:
+    """Return whether far more memory is written on the way to a group of storages than they take: they are packed."""
+    written = {ref.storage for number in group[1] for ref in (*tape.ops[number].targets, *tape.ops[number].outputs)}
+    on_the_way = sum(tape.storages[storage].nbytes for storage in written - group[0])
+    return on_the_way > _MUCH * sum(tape.storages[storage].nbytes for storage in group[0])
+
+
 def replay(
     tape: Tape, storages: Iterable[int], *, exact: bool, to: Place = as_recorded, threads: int | None = None
 ) -> Iterator[dict[int, torch.UntypedStorage]]:
@@ -334,6 +342,9 @@ def replay(
             return _Execution(tape, group[1], group[0], to, exact=exact).run()
 
     small = sum(tape.storages[storage].nbytes for group in groups for storage in group[0]) < _MIN_THREADED_BYTES
+    alone = [group for group in groups if _needs_much(tape, group)]
+    yield from map(run, alone)
+    groups = [group for group in groups if group not in alone] if alone else groups
     workers = 1 if small else min(threads or torch.get_num_threads(), len(groups))
     if workers <= 1:
         yield from map(run, groups)

@@ -250,6 +250,7 @@ class Tape:
         self.waits: dict[int, int] = {}  # storages that wait for a load, and the op number from which on
         self.loaded: dict[int, LoadedStorage] = {}  # storages whose last values a declared load brings
         self.overruled: dict[int, int] = {}  # those of them that got values, so their own init is not what they hold
+        self.replaced: dict[int, TensorRef] = {}  # by storage: what a parameter of an own class held before `p.data = t`
         self.records: dict[int, weakref.ref[Any]] = {}  # tags by storage: alive as long as a tensor is on it
         self.later: Any = None  # answers for recorded tensors when no block is open
         self._joined: Tape | None = None
@@ -291,6 +292,7 @@ class Tape:
         later.shares_seed = later.shares_seed and self.shares_seed
         later.waits.update(self.waits)
         later.loaded.update(self.loaded)
+        later.replaced.update(self.replaced)
         later.records.update(self.records)
         later.overruled.update(self.overruled)
         if self.later is not None and later.later is not None:

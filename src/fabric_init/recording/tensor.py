@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from fabric_init._torch_internals import (
     DisableTorchDispatch,
@@ -105,7 +106,6 @@ class RecordedTensor(Tensor):
         assert tensor is not None
         later = _later(tensor)
         if later.block_is_open and func in _MAKES_SUBCLASS:
-            later.tape.has_plain = True
             return _in_class_of(sys._getframe(2), tensor)
         return later.dispatch(func, args, kwargs or {})
 
@@ -210,7 +210,9 @@ def _pass_grad_on(reference: weakref.ref[Tensor], before: Tensor) -> None:
 
 
 def _in_class_of(asking: FrameType, tensor: RecordedTensor) -> Tensor:
-    """Return a plain meta tensor on the storage of ``tensor``, of the class that the ``asking`` code puts it into.
+    """Return a recorded tensor like ``tensor``, of the class that the ``asking`` code puts it into.
+
+    A lazy one, which has no shape yet, is a plain meta tensor, as it refuses every question.
 
     In a block no detach comes here but from ``torch.Tensor._make_subclass(cls, tensor)`` and ``as_subclass``, which do
     not say which class they want, and raise if what they get is not of it. So the code that calls them is looked at.
@@ -228,7 +230,12 @@ def _in_class_of(asking: FrameType, tensor: RecordedTensor) -> Tensor:
             f"{asking.f_code.co_filename}:{asking.f_lineno} puts a recorded tensor into a subclass of torch.Tensor in "
             "a way that cannot be recorded. Build that tensor with plain values, outside the block, or after it."
         )
-    return make_subclass(own[0], tensor._meta)
+    if issubclass(own[0], UninitializedTensorMixin):
+        _later(tensor).tape.has_plain = True
+        return make_subclass(own[0], tensor._meta)
+    made = recorded_tensor(tensor._meta.detach(), tensor._claimed)
+    made.__class__ = recorded_class(own[0])  # type: ignore[assignment]
+    return made
 
 
 def _is_of_sharding(frame: FrameType | None) -> bool:

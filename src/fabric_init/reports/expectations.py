@@ -95,7 +95,7 @@ class Expectations:
             return None
         key = _shape_of_work(live, ref)
         if key not in self._measured:
-            memory = replay_with(self._tape, ref.storage, {}, exact=False, to=lambda device: _CPU)
+            memory = replay_with(self._tape, [ref.storage], {}, exact=False, to=lambda device: _CPU)[ref.storage]
             self._measured[key] = moments(view(memory, ref))
         return self._measured[key]
 

@@ -50,7 +50,9 @@ def _is_deep_copy(op: Op | None, shape: torch.Size) -> bool:
 
 def _copied_to(op: Op, ref: TensorRef) -> TensorRef | None:
     """Return the part of another tensor that ``op`` has copied to ``ref``, a part of what it writes."""
-    (written,) = (*op.targets, *op.outputs)
+    written, *others = (*op.targets, *op.outputs)
+    if others:
+        return None
     read = [each for each in op.reads() if each.storage != ref.storage]
     start = _start_in(written, ref)
     if len(read) != 1 or start is None:

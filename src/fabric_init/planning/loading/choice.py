@@ -11,6 +11,7 @@ from fabric_init.checkpoints import CheckpointReader
 from fabric_init.planning.loading.hugging_face import HuggingFaceCode, outermost
 from fabric_init.planning.loading.llama_cpp import LlamaCppCode, is_llama_cpp
 from fabric_init.planning.loading.module_code import ModuleCode, has_load_code
+from fabric_init.planning.loading.quantized_layers import QuantizedCode, saved_quantized
 from fabric_init.planning.loading.recorded_load import LoadCode, Outcome
 from fabric_init.planning.tensors import named_tensors
 
@@ -26,7 +27,15 @@ def load_code(
         names: The name in the state dict for each key of the checkpoint.
         reinit: Globs of tensors that are not loaded.
     """
-    given = frozenset(names.values())
+    quantized = saved_quantized(model, frozenset(names.values()))
+    given = frozenset(names.values()).difference(*quantized.values())
+    code = _load_code(model, reader, given, reinit)
+    return QuantizedCode(code or ModuleCode(reader), quantized) if quantized else code
+
+
+def _load_code(
+    model: nn.Module, reader: CheckpointReader, given: frozenset[str], reinit: Sequence[str]
+) -> LoadCode | None:
     parts = [prefix for prefix, part in outermost(model) if not _is_as_built(part, _under(prefix, given))]
     if parts == [""]:
         return _hugging_face(reader, given, reinit)

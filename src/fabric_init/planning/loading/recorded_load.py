@@ -207,7 +207,7 @@ def _left_behind(model: nn.Module, moved: Iterable[_Moved], tape: Tape) -> dict[
                 continue
             ref = ref_of(meta_of(tensor), found.storage)
             if before is None:
-                if kind != "attribute":
+                if kind != "attribute" or copied_source(tape, ref) is not None:
                     refs[name] = ref
             elif found.storage != before.storage or not is_copy_of(tape, ref, before.copied_by):
                 refs[name] = ref  # it was given other data, or written
