@@ -137,8 +137,8 @@ def _refuse_lost(model: nn.Module) -> None:
         if found is not None and not replaced and not isinstance(weight, kind) and weight.is_floating_point():
             raise FabricInitError(
                 f"the weight of {layer} was sharded, or replaced, before it was quantized, which bitsandbytes cannot "
-                'do afterwards. Quantize first, in the recorded block: model.to("cpu"), or the device that you use; then '
-                "shard, then fill."
+                'do afterwards. Quantize first, in the recorded block: model.to("cpu"), or the device that you use; '
+                "then shard, then fill."
             )
 
 

@@ -117,7 +117,7 @@ def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
 
 
 def _packs(target: Tensor, value: Tensor) -> bool:
-    """Return whether a parameter of a class of its own takes values of another shape or dtype: its own values, packed."""
+    """Return whether a parameter of a class of its own takes values of another shape or dtype: its own, packed."""
     kind = type(target)
     is_own = getattr(kind, "own_class", kind) not in (Tensor, torch.nn.Parameter, RecordedTensor)
     return is_own and (target.size(), target.dtype) != (value.size(), value.dtype)
