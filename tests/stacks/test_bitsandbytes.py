@@ -230,7 +230,9 @@ def test_other_layers_are_what_moving_makes_of_them(make: Callable[[], nn.Module
 def test_transformers_quantizes_what_it_loads_in_a_block(tmp_path: Path) -> None:
     from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     wanted = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=how)

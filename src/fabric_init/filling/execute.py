@@ -152,7 +152,8 @@ def _values(
             device = placement.device(slot)
             if device != slot.device:
                 yield position, tensors[position].detach().to(device)
-    for (tape, device, sources), storages in _derived(entries, to_replay, tapes, placement, loaded, exact=exact).items():
+    derived = _derived(entries, to_replay, tapes, placement, loaded, exact=exact)
+    for (tape, device, sources), storages in derived.items():
         assert reader is not None
         memories = compute(storages, tape, [loaded[source] for source in sources], reader, device, exact=exact)
         for storage in storages:

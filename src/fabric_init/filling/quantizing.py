@@ -136,9 +136,9 @@ def _refuse_lost(model: nn.Module) -> None:
         replaced = found is not None and found.storage in found.tape.replaced
         if found is not None and not replaced and not isinstance(weight, kind) and weight.is_floating_point():
             raise FabricInitError(
-                f"the weight of {layer} was sharded, or replaced, before it was quantized, which bitsandbytes cannot do "
-                'afterwards. Quantize first, in the recorded block: model.to("cpu"), or the device that you use; then '
-                "shard, then fill."
+                f"the weight of {layer} was sharded, or replaced, before it was quantized, which bitsandbytes cannot "
+                'do afterwards. Quantize first, in the recorded block: model.to("cpu"), or the device that you use; '
+                "then shard, then fill."
             )
 
 

@@ -116,8 +116,8 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:
         for name, parameter in module._parameters.items():
             if parameter is not None and _is_of_own_class(parameter):
                 for key, value in vars(parameter).items():
-                    path = f"{prefix}.{name}.{key}" if prefix else f"{name}.{key}"
-                    for path, tensor in _tensors_in(value, path, seen):
+                    beside = f"{prefix}.{name}.{key}" if prefix else f"{name}.{key}"
+                    for path, tensor in _tensors_in(value, beside, seen):
                         yield path, "attribute", tensor
         for name, value in vars(module).items():
             if type(value) not in _PLAIN_TYPES and name not in _MODULE_INTERNALS and not name.startswith(_OUR_OWN):

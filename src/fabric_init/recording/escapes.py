@@ -108,18 +108,19 @@ def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
             value = value._meta
         elif isinstance(target, RecordedTensor) and not isinstance(value, RecordedTensor) and (like := recorded(value)):
             value = recorded_tensor(value, like.device)
-        if recorded(target) is not None and recorded(value) is not None and _is_of_own_class(target):
-            if (target.size(), target.dtype) != (value.size(), value.dtype):  # it has packed its values
-                recorder.tape.replaced[recorder.ref(value).storage] = recorder.ref(target)
+        if recorded(target) is not None and recorded(value) is not None and _packs(target, value):
+            recorder.tape.replaced[recorder.ref(value).storage] = recorder.ref(target)
         func(target, value)
         if isinstance(target, RecordedTensor) and isinstance(value, RecordedTensor):
             with DisableTorchDispatch():
                 target._meta, target._claimed = value._meta.detach(), value._claimed
 
 
-def _is_of_own_class(tensor: Tensor) -> bool:
-    kind = type(tensor)
-    return getattr(kind, "own_class", kind) not in (Tensor, torch.nn.Parameter, RecordedTensor)
+def _packs(target: Tensor, value: Tensor) -> bool:
+    """Return whether a parameter of a class of its own takes values of another shape or dtype: its own, packed."""
+    kind = type(target)
+    is_own = getattr(kind, "own_class", kind) not in (Tensor, torch.nn.Parameter, RecordedTensor)
+    return is_own and (target.size(), target.dtype) != (value.size(), value.dtype)
 
 
 def _get_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

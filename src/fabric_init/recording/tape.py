@@ -250,7 +250,9 @@ class Tape:
         self.waits: dict[int, int] = {}  # storages that wait for a load, and the op number from which on
         self.loaded: dict[int, LoadedStorage] = {}  # storages whose last values a declared load brings
         self.overruled: dict[int, int] = {}  # those of them that got values, so their own init is not what they hold
-        self.replaced: dict[int, TensorRef] = {}  # by storage: what a parameter of an own class held before `p.data = t`
+        self.replaced: dict[
+            int, TensorRef
+        ] = {}  # by storage: what a parameter of another class held before it packed it
         self.records: dict[int, weakref.ref[Any]] = {}  # tags by storage: alive as long as a tensor is on it
         self.later: Any = None  # answers for recorded tensors when no block is open
         self._joined: Tape | None = None

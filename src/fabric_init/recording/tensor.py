@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from fabric_init._torch_internals import (
     DisableTorchDispatch,
@@ -230,9 +230,10 @@ def _in_class_of(asking: FrameType, tensor: RecordedTensor) -> Tensor:
             f"{asking.f_code.co_filename}:{asking.f_lineno} puts a recorded tensor into a subclass of torch.Tensor in "
             "a way that cannot be recorded. Build that tensor with plain values, outside the block, or after it."
         )
-    if issubclass(own[0], UninitializedTensorMixin):
+    plain: Tensor = make_subclass(own[0], tensor._meta)
+    if is_lazy(plain):
         _later(tensor).tape.has_plain = True
-        return make_subclass(own[0], tensor._meta)
+        return plain
     made = recorded_tensor(tensor._meta.detach(), tensor._claimed)
     made.__class__ = recorded_class(own[0])  # type: ignore[assignment]
     return made

@@ -140,9 +140,8 @@ def _refuse_precision(precision: Precision) -> None:
     if isinstance(precision, (BitsandbytesPrecision, TransformerEnginePrecision)):
         raise FabricInitError(
             f"{type(precision).__name__} puts layers of its own in the place of the model's, which cannot be recorded "
-            "yet. Use init_module() without empty_init or checkpoint, and load the weights into that model. For weights "
-            "in 4 or 8 bits, build the layers of bitsandbytes themselves in the block: these are quantized while they "
-            "are filled."
+            "yet. Use init_module() without empty_init or checkpoint, and load the weights into that model. Or build "
+            "the layers of bitsandbytes themselves in the block: these are quantized while they are filled."
         )
 
 

@@ -103,7 +103,9 @@ def _parameter(name: str, module: nn.Module, value: torch.Tensor, beside: dict[s
         shape = made.quant_state.shape
     wanted = _shape_of(module)
     if wanted is not None and tuple(shape) != wanted:
-        raise CheckpointMismatchError(f"{name} is {wanted} in the model and, quantized, {tuple(shape)} in the checkpoint")
+        raise CheckpointMismatchError(
+            f"{name} is {wanted} in the model and, quantized, {tuple(shape)} in the checkpoint"
+        )
     return made  # type: ignore[no-any-return]
 
 
