@@ -120,6 +120,8 @@ def _weights_of(scale: str) -> Iterator[str]:
     module, _, name = scale.rpartition(".")
     if name.startswith("_") and name.endswith("_scale"):  # torchao
         yield f"{scale.removesuffix('scale')}qdata"
+    if name.endswith("_scales"):  # mxfp4
+        yield f"{scale.removesuffix('scales')}blocks"
     match = _SCALE_OF.fullmatch(scale)
     if match is not None:
         yield match["weight"]
