@@ -10,6 +10,7 @@ import torch
 
 from fabric_init._text import dtype_name, listed
 from fabric_init.checkpoints import CheckpointReader, Dequantize
+from fabric_init.checkpoints.quantized.config import quantization_config
 from fabric_init.errors import FabricInitError
 from fabric_init.planning.loading.converted import converted
 from fabric_init.planning.matching import Matching
@@ -70,6 +71,21 @@ def quantized_refusal(reader: CheckpointReader, load: Callable[[CheckpointReader
     except FabricInitError:
         return None
     return _message(found, Dequantize(), reader)
+
+
+def unknown_scheme(matching: Matching, reader: CheckpointReader) -> str | None:
+    """Return the message of the error for missing tensors whose modules have other keys in a quantized checkpoint."""
+    method = quantization_config(reader.path).get("quant_method")
+    others = {key.rpartition(".")[0] for key in matching.unexpected}
+    packed = [slot.name for slot in matching.missing if slot.name.rpartition(".")[0] in others]
+    if method is None or not packed:
+        return None
+    return (
+        f"{reader.path} is quantized ({method}, says its config.json), and lacks tensors whose modules have keys that "
+        "the model does not take: they may be the same weights, and strict=False would initialize them anew. Load it "
+        "with the library that wrote it, dequantize it there, save that, and load it here; or name them in reinit=[…].\n"
+        + listed(packed)
+    )
 
 
 def _message(found: list[Quantized], declared: Dequantize | None, reader: CheckpointReader) -> str:
