@@ -71,8 +71,8 @@ def materialize(
         device: The device for all tensors. ``None`` leaves each on the device that its constructor asked for.
         checkpoint: A safetensors file, a folder in Hugging Face layout, a torch file, a folder of
             ``torch.distributed.checkpoint`` (which sharded strategies save) or of DeepSpeed, a GGUF file, a URL, or the
-            id of a model on the Hugging Face Hub: all that :func:`~fabric_init.checkpoints.open_checkpoint` takes. ``None``
-            initializes everything.
+            id of a model on the Hugging Face Hub: all that :func:`~fabric_init.checkpoints.open_checkpoint` takes.
+            ``None`` initializes everything.
         strict: Whether a missing or unexpected key is an error. With ``False``, missing tensors get the model's own
             init and extra keys are ignored; the report lists both.
         rename: A mapping from regular expression to replacement, or a callable that takes a checkpoint key and returns
@@ -86,8 +86,9 @@ def materialize(
         manifest: A file of SHA-256 digests, as ``sha256sum`` or :func:`~fabric_init.checkpoints.write_manifest` writes
             it. The checkpoint is verified against them while it is read.
         convert: Conversions for tensors that the checkpoint stores in another layout than the model:
-            :class:`~fabric_init.checkpoints.Split`, ``Fuse``, ``Stack``, ``Unstack``, ``Transpose``. They use the names
-            of the checkpoint, and are applied before ``rename``.
+            :class:`~fabric_init.checkpoints.Split`, ``Fuse``, ``Stack``, ``Unstack``, ``Transpose``, and
+            ``Dequantize()`` for quantized weights. They use the names of the checkpoint, and are applied before
+            ``rename``.
             Or functions by new key, ``{"merged": lambda s: s["a"] @ s["b"].T}``, which get the tensors of the
             checkpoint by key and may use any operation of torch. Keys that they use are gone afterwards.
         process_group: The ranks that hold the model together, or each a copy of it: all have to call this, with the

@@ -90,7 +90,7 @@ class BaseReader(ABC):
     metadata: Mapping[str, Any] | None = None
     """The ``_metadata`` of a saved ``state_dict()``, such as the versions of its modules."""
     fields: Mapping[str, Any] = MappingProxyType({})
-    """What the file states beside its tensors: GGUF's fields, such as the architecture; the metadata of safetensors."""
+    """What the file states beside its tensors, such as GGUF's fields or the metadata of safetensors."""
     collective: bool = False
     """Whether ``read`` is for all ranks to call together, with the same keys in the same order."""
     below: CheckpointReader | None = None

@@ -11,7 +11,7 @@ from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError, UninitializedTensorError
 from fabric_init.planning.hints.lenient import hidden_mistake, in_part
 from fabric_init.planning.hints.proposals import likely_transpose, proposals
-from fabric_init.planning.hints.quantized import quantized_message, unscaled
+from fabric_init.planning.hints.quantized import quantized_message, unknown_scheme, unscaled
 from fabric_init.planning.loading.recorded_load import RecordedLoad
 from fabric_init.planning.matching import Matching, match
 from fabric_init.planning.plan import Action, LoadOptions, Plan, PlanEntry
@@ -77,7 +77,7 @@ def refusal_of(matching: Matching, reader: CheckpointReader) -> str | None:
         if matching.lacks_some or matching.unexpected:
             return _keys_message(matching, reader)
     elif matching.lacks_some:
-        hidden = hidden_mistake(matching, reader)
+        hidden = unknown_scheme(matching, reader) or hidden_mistake(matching, reader)
         if hidden is not None:
             return hidden
     return _misfits_message(matching, reader) if matching.misfits else None

@@ -80,3 +80,17 @@ def test_integers_without_a_scale_are_no_weights(strict: bool, tmp_path: Path) -
         model = nn.Linear(3, 2)
     with pytest.raises(CheckpointMismatchError, match="no cast keeps its meaning"):
         materialize(model, checkpoint=tmp_path, strict=strict)
+
+
+def test_a_scheme_that_nobody_knows_is_no_reason_to_initialize_anew(tmp_path: Path) -> None:
+    state = {"a.codes": torch.ones(2, 3, dtype=torch.int8), "a.codebooks": torch.ones(4), "b.weight": torch.ones(1, 1)}
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "aqlm"}}))
+    with deferred_init():
+        model = nn.ModuleDict({"a": nn.Linear(3, 2, bias=False), "b": nn.Linear(1, 1)})
+    with pytest.raises(CheckpointMismatchError, match=r"is quantized \(aqlm, says its config.json\)"):
+        materialize(model, checkpoint=tmp_path, strict=False)
+    with pytest.raises(CheckpointMismatchError, match=r"no weight is quantized in a way that is known here; .* aqlm"):
+        materialize(model, checkpoint=tmp_path, convert=[Dequantize()])
+    materialize(model, checkpoint=tmp_path, strict=False, reinit=["a.weight"])
+    assert model["b"].weight.item() == 1

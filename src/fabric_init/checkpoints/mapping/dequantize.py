@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from fabric_init.checkpoints.quantized.config import quantization_config
 from fabric_init.checkpoints.quantized.four_bits import four_bits
+from fabric_init.checkpoints.quantized.mxfp4 import mxfp4
 from fabric_init.checkpoints.quantized.packed import gptq_or_awq, pack_quantized
 from fabric_init.checkpoints.quantized.reader import DequantizedReader
 from fabric_init.checkpoints.quantized.scaled import of_rows, scaled
@@ -15,7 +16,7 @@ from fabric_init.checkpoints.quantized.weights import Quantized, Scheme, Stored
 from fabric_init.checkpoints.reader import CheckpointReader, fields_of, read
 from fabric_init.errors import CheckpointMismatchError
 
-_SCHEMES: Sequence[Scheme] = (scaled, of_rows, four_bits, pack_quantized, gptq_or_awq, torchao)
+_SCHEMES: Sequence[Scheme] = (scaled, of_rows, four_bits, pack_quantized, gptq_or_awq, torchao, mxfp4)
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class Dequantize:
 
     How weights are quantized is told by their keys, and by ``quantization_config`` in the config.json beside them:
     float8 with ``weight_scale_inv`` or ``weight_scale`` (for a block, a row or the whole), bitsandbytes (nf4, fp4,
-    int8), compressed-tensors (packed integers, int8, float8), GPTQ, AWQ and torchao (int8, float8). Values are those
-    that the library gives which has written them, cast to the model's dtype. Scales of activations (``input_scale``)
-    are dropped.
+    int8), compressed-tensors (packed integers, int8, float8), GPTQ, AWQ, torchao (int8, float8) and mxfp4 (gpt-oss).
+    Values are those that the library gives which has written them, cast to the model's dtype. Scales of activations
+    (``input_scale``) are dropped.
 
     Args:
         block: The rows and columns of a block of float8 weights; by default ``weight_block_size`` of the config, or

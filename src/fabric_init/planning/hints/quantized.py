@@ -10,6 +10,7 @@ import torch
 
 from fabric_init._text import dtype_name, listed
 from fabric_init.checkpoints import CheckpointReader, Dequantize
+from fabric_init.checkpoints.quantized.config import quantization_config
 from fabric_init.errors import FabricInitError
 from fabric_init.planning.loading.converted import converted
 from fabric_init.planning.matching import Matching
@@ -72,6 +73,21 @@ def quantized_refusal(reader: CheckpointReader, load: Callable[[CheckpointReader
     return _message(found, Dequantize(), reader)
 
 
+def unknown_scheme(matching: Matching, reader: CheckpointReader) -> str | None:
+    """Return the message of the error for missing tensors whose modules have other keys in a quantized checkpoint."""
+    method = quantization_config(reader.path).get("quant_method")
+    others = {key.rpartition(".")[0] for key in matching.unexpected}
+    packed = [slot.name for slot in matching.missing if slot.name.rpartition(".")[0] in others]
+    if method is None or not packed:
+        return None
+    return (
+        f"{reader.path} is quantized ({method}, says its config.json), and lacks tensors whose modules have keys that "
+        "the model does not take: they may be the same weights, and strict=False would initialize them anew. Load it "
+        "with the library that wrote it, dequantize it there, save that, and load it here; or name them in reinit=[…].\n"
+        + listed(packed)
+    )
+
+
 def _message(found: list[Quantized], declared: Dequantize | None, reader: CheckpointReader) -> str:
     kinds = ", ".join(dict.fromkeys(dtype_name(pair.dtype) for pair in found))
     mend = f"Likely: convert=[{declared}] makes them plain weights when they are read. Otherwise:\n" if declared else ""
@@ -120,6 +136,8 @@ def _weights_of(scale: str) -> Iterator[str]:
     module, _, name = scale.rpartition(".")
     if name.startswith("_") and name.endswith("_scale"):  # torchao
         yield f"{scale.removesuffix('scale')}qdata"
+    if name.endswith("_scales"):  # mxfp4
+        yield f"{scale.removesuffix('scales')}blocks"
     match = _SCALE_OF.fullmatch(scale)
     if match is not None:
         yield match["weight"]
