@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -442,7 +443,7 @@ def test_a_file_in_a_checkpoint_of_deepspeed_is_told_to_be_a_part_of_it(tmp_path
 
 
 def test_devices_that_deepspeed_cannot_number_are_refused_before_it_is_asked_for_its_own() -> None:
-    strategy = DeepSpeedStrategy(accelerator=CUDAAccelerator())
+    strategy = DeepSpeedStrategy(accelerator=Mock(spec=CUDAAccelerator))
     strategy.parallel_devices = [torch.device("cuda", 1)]
     with pytest.raises(RuntimeError, match=r"device indices .* don't match the local rank values"):
         strategy.setup_environment()
