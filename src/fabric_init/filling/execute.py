@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from fabric_init._gc import PausedCollector
 from fabric_init._interrupts import interrupts_held
 from fabric_init._text import dtype_name
 from fabric_init._torch_internals import DisableTorchFunction
-from fabric_init.checkpoints import CheckpointReader
+from fabric_init.checkpoints import CheckpointReader, rename_keys
 from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import Agreement, SingleProcess
 from fabric_init.distributed.seeds import share_seeds
@@ -25,6 +26,7 @@ from fabric_init.filling.looked_at import check_decisions
 from fabric_init.filling.out_of_memory import out_of_memory_explained
 from fabric_init.filling.progress import with_progress
 from fabric_init.filling.verify import is_wanted, verify
+from fabric_init.filling.wrapped import InnerValues
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import release_forward, settle, unfilled
 from fabric_init.planning.derived import loaded_storages, sources_of
@@ -36,12 +38,17 @@ from fabric_init.recording.liveness import covers
 from fabric_init.recording.replay import real_execution, replay, view
 from fabric_init.recording.tape import Rng, Tape
 from fabric_init.recording.tensor import RecordedTensor
+from fabric_init.recording.wrappers import with_memory
 from fabric_init.reports.provenance import describe_rule
 from fabric_init.reports.registry import FillRecord, RowRecord, keep_record, statuses
 from fabric_init.reports.rows import InitRow
 from fabric_init.reports.trace import recording_of
-from fabric_init.sharding.dtensor import ShardedTensors, local
+from fabric_init.sharding.dtensor import ShardedTensors
 from fabric_init.sharding.whole import refuse_flat_parameters, seen_whole, without_torchs_load_hooks
+from fabric_init.sharding.wrapped import Wrapped, seen_plain
+
+
+_NOTHING_WRAPPED: Mapping[int, Wrapped] = MappingProxyType({})
 
 
 def check_ties(plan: Plan, reader: CheckpointReader | None, placement: Placement) -> None:
@@ -64,6 +71,7 @@ def fill(
     *,
     exact: bool,
     loaded: Mapping[int, DerivedFrom] | None = None,
+    wrapped: Mapping[int, Wrapped] = _NOTHING_WRAPPED,
 ) -> FillRecord:
     """Fill every tensor. The model does not change before all values have been computed.
 
@@ -75,6 +83,7 @@ def fill(
         placement: How this rank keeps the tensors.
         exact: Replay the random streams in order (``rng="eager"``).
         loaded: The loaded tensors that others may be computed from, if the plan is only a part of one.
+        wrapped: By position in the plan: what is made of that tensor, which the model may not hold itself.
 
     Returns:
         The rows of the report.
@@ -85,12 +94,17 @@ def fill(
     loaded = loaded if loaded is not None else loaded_storages(plan, tapes)
     with torch.inference_mode(False), real_execution():
         values: dict[int, Tensor] = {}
+        inner = InnerValues()
         with out_of_memory_explained(plan, values), ExitStack() as stack:
             items = stack.enter_context(closing(_values(plan, tensors, tapes, reader, placement, loaded, exact=exact)))
             logged = stack.enter_context(closing(with_log(items, plan, tapes)))
             shown = stack.enter_context(closing(with_progress(logged, len(plan.entries))))
             for position, value in shown:  # closed at once, and their threads with them, when it does not end
-                values[position] = value
+                if position in wrapped:
+                    device = placement.device(plan.entries[position].slot)
+                    inner.compute(wrapped[position], value, device, exact=exact)
+                if position not in wrapped or wrapped[position].kept:
+                    values[position] = value
             _keep_apart(plan, values)
     as_built = any(tensor.is_inference() for tensor in tensors)
     # tensor subclasses (DTensor) need their own dispatch here
@@ -98,6 +112,10 @@ def fill(
         filled = list(tensors)
         for position, value in values.items():
             filled[position] = placement.put(plan.entries[position].slot, tensors[position], value)
+        inner.put()
+        for position, made in wrapped.items():
+            if not made.kept:
+                filled[position] = next(iter(made.wrappers.values()))
         _check(plan, filled)
         if reader is not None and is_wanted():
             verify(plan, filled, reader, placement)
@@ -239,7 +257,7 @@ def _check(plan: Plan, tensors: Sequence[Tensor]) -> None:
         for entry, tensor in zip(plan.entries, tensors, strict=True)
         if entry.action is not Action.WAIT
         and not entry.on_use
-        and (local(tensor).is_meta or isinstance(local(tensor), RecordedTensor))
+        and any(part.is_meta or isinstance(part, RecordedTensor) for part in with_memory(tensor))
     ]
     if left:
         raise FabricInitError(f"fabric_init left these tensors on the meta device, which is a bug of its own: {left}")
@@ -309,13 +327,16 @@ def fill_model(
     """
 
     sharded: dict[str, DTensor] = {}
+    wrapped: dict[int, Wrapped] = {}
 
     def plan() -> PreparedPlan:
         refuse_flat_parameters(model)
         settle(model)
-        with without_torchs_load_hooks(model), seen_whole(model) as shards:
+        names = () if reader is None else rename_keys(reader.keys(), wanted.rename).values()
+        with without_torchs_load_hooks(model), seen_whole(model) as shards, seen_plain(model, set(names)) as plain:
             prepared = plan_for(model, reader, wanted, rng)
             _refuse_overwriting(prepared, model)
+        wrapped.update((at, plain[id(t)]) for at, t in enumerate(prepared.tensors) if id(t) in plain)
         tensors = [shards.get(id(tensor), tensor) for tensor in prepared.tensors]
         sharded.update(
             (entry.slot.name, tensor)
@@ -330,7 +351,7 @@ def fill_model(
         try:
             share_seeds(prepared.tapes.values(), agreement)
             with loads_noted(prepared):
-                return execute_plan(prepared, model, prepared.tensors, where, agreement)
+                return execute_plan(prepared, model, prepared.tensors, where, agreement, wrapped)
         except BaseException:
             if prepared.undo is not None:
                 prepared.undo()
@@ -376,6 +397,7 @@ def execute_plan(
     tensors: Sequence[Tensor],
     placement: Placement,
     agreement: Agreement = _ALONE,
+    wrapped: Mapping[int, Wrapped] = _NOTHING_WRAPPED,
 ) -> FillRecord:
     """Execute a plan on ``tensors``: its own, or those that a strategy has made of them."""
     plan, _, tapes, reader, exact, *_ = prepared
@@ -383,8 +405,7 @@ def execute_plan(
     def check_and_fill() -> FillRecord:
         check_ties(plan, reader, placement)
         check_decisions(prepared)
-        record = fill(plan, tensors, tapes, reader, placement, exact=exact)
-        return record
+        return fill(plan, tensors, tapes, reader, placement, exact=exact, wrapped=wrapped)
 
     record = agreement.run_together("filling the model", check_and_fill)
     if not plan.waits and not unfilled(model):

@@ -247,9 +247,26 @@ def replay_with(
         exact: As in :func:`replay`.
         to: As in :func:`replay`.
     """
-    live = live_ops(tape, [storage], exact=exact, inputs=inputs)
+    return replay_all_with(tape, [storage], inputs, exact=exact, to=to)[storage]
+
+
+def replay_all_with(
+    tape: Tape,
+    storages: Collection[int],
+    inputs: Mapping[int, torch.UntypedStorage],
+    *,
+    exact: bool,
+    to: Place = as_recorded,
+) -> dict[int, torch.UntypedStorage]:
+    """Return the values that the constructor's code computes for ``storages``, by storage; see :func:`replay_with`.
+
+    What they have in common is computed once. The value of one that is among ``inputs`` is that.
+    """
+    computed = {storage for storage in storages if storage not in inputs}
+    live = live_ops(tape, computed, exact=exact, inputs=inputs)
     with real_execution():
-        return _Execution(tape, live, {storage}, to, exact=exact, inputs=inputs).run()[storage]
+        values = _Execution(tape, live, computed, to, exact=exact, inputs=inputs).run()
+    return values | {storage: inputs[storage] for storage in storages if storage in inputs}
 
 
 def seen_in(tape: Tape, look: Look, inputs: Mapping[int, torch.UntypedStorage], *, exact: bool) -> list[Any]:
