@@ -21,7 +21,7 @@ from typing_extensions import Self
 
 from fabric_init.errors import RecordingError
 from fabric_init.recording.tensor import RecordedTensor
-from fabric_init.recording.wrappers import is_wrapper, note_replaced
+from fabric_init.recording.wrappers import note_registered
 
 
 class BuiltModules:
@@ -51,8 +51,8 @@ class BuiltModules:
         if (known is None or known() is not module) and threading.get_ident() == self._thread:
             self._seen.pop(id(module), None)  # of a module that is gone
             self._seen[id(module)] = weakref.ref(module)
-        if isinstance(value, Tensor) and is_wrapper(value):
-            note_replaced(module._parameters.get(name), value)
+        if isinstance(value, Tensor):
+            note_registered(value, module._parameters.get(name))
 
     def roots(self) -> list[nn.Module]:
         """Return the models: modules that no other module of the block holds, registered or in a list, dict or object.

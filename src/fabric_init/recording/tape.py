@@ -249,6 +249,7 @@ class Tape:
         self.has_plain = False  # plain meta tensors are on recorded storages: lazy ones get torch's own class later
         self.waits: dict[int, int] = {}  # storages that wait for a load, and the op number from which on
         self.loaded: dict[int, LoadedStorage] = {}  # storages whose last values a declared load brings
+        self.registered: set[int] = set()  # storages of parameters and buffers, also of those that are gone
         self.replaced: dict[int, TensorRef] = {}  # by storage in a wrapper: the parameter whose place that has taken
         self.overruled: dict[int, int] = {}  # those of them that got values, so their own init is not what they hold
         self.records: dict[int, weakref.ref[Any]] = {}  # tags by storage: alive as long as a tensor is on it
@@ -294,6 +295,7 @@ class Tape:
         later.loaded.update(self.loaded)
         later.records.update(self.records)
         later.overruled.update(self.overruled)
+        later.registered |= self.registered
         later.replaced.update(self.replaced)
         if self.later is not None and later.later is not None:
             self.later.join(later.later)

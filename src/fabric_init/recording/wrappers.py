@@ -29,10 +29,16 @@ def is_wrapper(tensor: Tensor) -> bool:
     return kind is not nn.Parameter and kind is not Tensor and is_wrapper_class(kind)
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether ``tensor`` is a DTensor: its inner tensor is this rank's part of it."""
+    return is_wrapper(tensor) and hasattr(tensor, "_local_tensor")
+
+
 def inner_tensors(tensor: Tensor) -> dict[str, Tensor]:
     """Return the tensors that a wrapper holds, by the names of its attributes."""
     names: Iterable[str] = tensor.__tensor_flatten__()[0]  # type: ignore[attr-defined]
-    return {name: getattr(tensor, name) for name in names}
+    held = {name: getattr(tensor, name) for name in names}
+    return {name: value for name, value in held.items() if isinstance(value, Tensor)}  # a DTensor names its mesh, too
 
 
 def with_memory(tensor: Tensor) -> Iterator[Tensor]:
@@ -51,14 +57,19 @@ def recorded_parts(tensor: Tensor) -> list[RecordedTensor]:
     return [part for part in with_memory(tensor) if isinstance(part, RecordedTensor)]
 
 
-def note_replaced(before: Tensor | None, wrapper: Tensor) -> None:
-    """Note that a wrapper takes the place of a recorded parameter: its inner tensors are what that was made into."""
-    found = None if before is None else recorded(before)
-    if before is None or found is None:
-        return
+def note_registered(tensor: Tensor, before: Tensor | None) -> None:
+    """Note that a module registers ``tensor`` in the place of ``before``.
+
+    If that is a wrapper, its inner tensors may have been made of what was there.
+    """
     with DisableTorchFunction():
-        ref = ref_of(meta_of(before), found.storage)
-    for part in recorded_parts(wrapper):
-        inner = recorded(part)
-        if inner is not None:
-            inner.tape.replaced.setdefault(inner.storage, ref)
+        if not is_wrapper(tensor):
+            found = recorded(tensor)
+            if found is not None:
+                found.tape.registered.add(found.storage)
+            return
+        plain = None if before is None else recorded(before)
+        for part in recorded_parts(tensor):
+            inner = recorded(part)
+            if inner is not None and before is not None and plain is not None:
+                inner.tape.replaced.setdefault(inner.storage, ref_of(meta_of(before), plain.storage))

@@ -21,7 +21,7 @@ from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunct
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.planning.tensors import named_modules, named_tensors, plain_name
 from fabric_init.recording.liveness import covers, is_final, live_ops
-from fabric_init.recording.storage_tags import ref_of, tensor_on
+from fabric_init.recording.storage_tags import Recorded, ref_of, tensor_on
 from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.recording.tensor import RecordedTensor, meta_of, recorded, recorded_tensor
 from fabric_init.recording.wrappers import inner_tensors, is_wrapper, recorded_parts
@@ -55,14 +55,17 @@ def seen_plain(model: nn.Module, names: Collection[str] = ()) -> Iterator[dict[i
         RecordingError: A parameter was changed since it was put into a wrapper.
         FabricInitError: In the context, a plain tensor was replaced.
     """
-    places = [place for place in _places(model)]
+    places = list(_places(model))
     shown: dict[int, Wrapped] = {}
     before = [(table, dict(table)) for table in {id(place.table): place.table for place in places}.values()]
     stand_ins: dict[TensorRef, Tensor] = {}
     try:
         for place in places:
             apart = {f"_{place.key}_{name}": tensor for name, tensor in inner_tensors(local(place.tensor)).items()}
-            origin = None if any(place.prefix + key in names for key in apart) else _origin(place)
+            are_saved = any(place.prefix + key in names for key in apart)
+            if not are_saved and not _waiting(place.tensor):
+                continue
+            origin = None if are_saved else _origin(place)
             if origin is not None:
                 ref, tape = origin
                 if ref not in stand_ins:
@@ -71,7 +74,7 @@ def seen_plain(model: nn.Module, names: Collection[str] = ()) -> Iterator[dict[i
                     shown[id(stand_ins[ref])] = Wrapped(ref, tape, {}, held is not None)
                 shown[id(stand_ins[ref])].wrappers[place.name] = place.tensor
                 place.table[place.key] = stand_ins[ref]
-            elif recorded_parts(place.tensor) or any(place.prefix + key in names for key in apart):
+            else:
                 _refuse_nested(place, apart)
                 del place.table[place.key]
                 place.table.update(apart)
@@ -111,6 +114,12 @@ def _places(model: nn.Module) -> Iterator[_Place]:
                     yield _Place(f"{prefix}." if prefix else "", table, key, tensor)
 
 
+def _waiting(tensor: Tensor) -> list[Recorded]:
+    """Return the recordings of the tensors in a wrapper that have no values."""
+    found = [recorded(part) for part in recorded_parts(tensor)]
+    return [each for each in found if each is not None and each.memory is None]
+
+
 def _refuse_nested(place: _Place, apart: dict[str, Tensor]) -> None:
     if isinstance(place.tensor, DTensor) or any(map(is_wrapper, apart.values())):
         raise RecordingError(
@@ -125,20 +134,17 @@ def _origin(place: _Place) -> tuple[TensorRef, Tape] | None:
     Raises:
         RecordingError: It was changed since.
     """
-    parts = [(part, found) for part in recorded_parts(place.tensor) if (found := recorded(part)) is not None]
-    waiting = {found.storage: found.tape for _, found in parts if found.memory is None}
-    if not waiting:
-        return None
+    waiting = {found.storage: found.tape for found in _waiting(place.tensor)}
     tape = next(iter(waiting.values()))
-    refs = tape.later.waiting.refs
+    refs = {ref.storage: ref for storage in waiting if (ref := tape.replaced.get(storage)) is not None}
+    refs |= tape.later.waiting.refs
+    registered = tape.registered.union(refs)
     sources = {storage for storage in waiting if storage in refs}
-    live = [tape.ops[number] for number in live_ops(tape, set(waiting) - sources, exact=False, cut=refs)]
-    read = {(ref.storage, op.number) for op in live for ref in op.reads() if ref.storage in refs}
+    live = [tape.ops[number] for number in live_ops(tape, set(waiting) - sources, exact=False, cut=registered)]
+    read = {(ref.storage, op.number) for op in live for ref in op.reads() if ref.storage in registered}
     sources |= {storage for storage, _ in read}
-    if len(sources) != 1:
-        return None
-    (source,) = sources
-    if not covers(tape, refs[source]):
+    source = sources.pop() if len(sources) == 1 else -1
+    if source not in refs or not covers(tape, refs[source]):
         return None
     if any(not is_final(tape, source, number) for _, number in read):
         raise RecordingError(
