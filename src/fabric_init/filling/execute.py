@@ -18,7 +18,7 @@ from fabric_init.checkpoints import CheckpointReader, rename_keys
 from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import Agreement, SingleProcess
 from fabric_init.distributed.seeds import share_seeds
-from fabric_init.errors import FabricInitError, RecordingError
+from fabric_init.errors import CheckpointMismatchError, FabricInitError, RecordingError
 from fabric_init.filling.derived import compute, loads_noted
 from fabric_init.filling.fill_log import with_log
 from fabric_init.filling.loader import loader_for
@@ -26,7 +26,7 @@ from fabric_init.filling.looked_at import check_decisions
 from fabric_init.filling.out_of_memory import out_of_memory_explained
 from fabric_init.filling.progress import with_progress
 from fabric_init.filling.verify import is_wanted, verify
-from fabric_init.filling.wrapped import InnerValues
+from fabric_init.filling.wrapped import InnerValues, follow_inner
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import release_forward, settle, unfilled
 from fabric_init.planning.derived import loaded_storages, sources_of
@@ -119,7 +119,12 @@ def fill(
         _check(plan, filled)
         if reader is not None and is_wanted():
             verify(plan, filled, reader, placement)
-    return make_record(plan, tapes, reader)
+    record = make_record(plan, tapes, reader)
+    for position, made in wrapped.items():
+        kinds = dict.fromkeys(type(wrapper).__name__ for wrapper in made.wrappers.values())
+        row = record.rows[position]
+        row.update(origin=f"{row.row.origin}, made into {' and '.join(kinds)}")
+    return record
 
 
 def _values(
@@ -328,15 +333,18 @@ def fill_model(
 
     sharded: dict[str, DTensor] = {}
     wrapped: dict[int, Wrapped] = {}
+    apart: list[Tensor] = []
 
     def plan() -> PreparedPlan:
         refuse_flat_parameters(model)
         settle(model)
         names = () if reader is None else rename_keys(reader.keys(), wanted.rename).values()
-        with without_torchs_load_hooks(model), seen_whole(model) as shards, seen_plain(model, set(names)) as plain:
+        with without_torchs_load_hooks(model), seen_whole(model) as shards, seen_plain(model, set(names)) as shown:
             prepared = plan_for(model, reader, wanted, rng)
             _refuse_overwriting(prepared, model)
-        wrapped.update((at, plain[id(t)]) for at, t in enumerate(prepared.tensors) if id(t) in plain)
+            _refuse_casts(prepared, shown.apart)
+        wrapped.update((at, shown.plain[id(t)]) for at, t in enumerate(prepared.tensors) if id(t) in shown.plain)
+        apart.extend(shown.apart.values())
         tensors = [shards.get(id(tensor), tensor) for tensor in prepared.tensors]
         sharded.update(
             (entry.slot.name, tensor)
@@ -351,11 +359,25 @@ def fill_model(
         try:
             share_seeds(prepared.tapes.values(), agreement)
             with loads_noted(prepared):
-                return execute_plan(prepared, model, prepared.tensors, where, agreement, wrapped)
+                record = execute_plan(prepared, model, prepared.tensors, where, agreement, wrapped)
+            for wrapper in apart:
+                follow_inner(wrapper)
+            return record
         except BaseException:
             if prepared.undo is not None:
                 prepared.undo()
             raise
+
+
+def _refuse_casts(prepared: PreparedPlan, apart: Mapping[int, Tensor]) -> None:
+    """Raise if what is inside a wrapper is of another dtype in the checkpoint: its bits would mean something else."""
+    for entry, tensor in zip(prepared.plan.entries, prepared.tensors, strict=True):
+        if id(tensor) in apart and entry.cast_from is not None and prepared.reader is not None:
+            raise CheckpointMismatchError(
+                f"{prepared.reader.path}: {entry.keys[0]} is {dtype_name(entry.cast_from)}, and "
+                f"{dtype_name(entry.slot.dtype)} in the {type(apart[id(tensor)]).__name__} of the model. Quantize the "
+                "model as the checkpoint was."
+            )
 
 
 def _refuse_overwriting(prepared: PreparedPlan, model: nn.Module) -> None:

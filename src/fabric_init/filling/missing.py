@@ -113,7 +113,7 @@ def _initialize(model: nn.Module, *, partial: bool) -> None:
             "fabric.init_missing(model) first and write afterwards, or write the whole tensor."
         )
     held = _Held(model)
-    with seen_whole(model, partly) as parts, seen_plain(model) as plain:
+    with seen_whole(model, partly) as parts, seen_plain(model) as shown:
         infos = [(info, tensor) for info, tensor in find_tensors(model) if info.ref is not None]
         tapes = {info.ref.storage: found.tape for info, tensor in infos if info.ref and (found := recorded(tensor))}
     both = [(info, parts.get(id(tensor), tensor)) for info, tensor in infos]
@@ -123,7 +123,7 @@ def _initialize(model: nn.Module, *, partial: bool) -> None:
     dtensors = {info.name: tensor for info, tensor in chosen if isinstance(tensor, DTensor)}
     placement = ShardedTensors(dtensors, _AsItsStrategyDoes())
     entries = [PlanEntry(info, Action.INIT) for info, _ in chosen]
-    _run(entries, [tensor for _, tensor in chosen], tapes, placement, held, plain, partial=partial)
+    _run(entries, [tensor for _, tensor in chosen], tapes, placement, held, shown.plain, partial=partial)
 
 
 def _is_partly_written_shard(tensor: Tensor) -> bool:

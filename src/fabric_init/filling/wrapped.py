@@ -11,7 +11,7 @@ from fabric_init.recording.replay import real_execution, replay_all_with, view
 from fabric_init.recording.storage_tags import ref_of
 from fabric_init.recording.tape import TensorRef
 from fabric_init.recording.tensor import RecordedTensor, become, meta_of, recorded
-from fabric_init.recording.wrappers import inner_tensors, recorded_parts
+from fabric_init.recording.wrappers import inner_tensors, is_sharded, recorded_parts
 from fabric_init.sharding.wrapped import Wrapped
 
 
@@ -40,7 +40,7 @@ class InnerValues:
         for part, value in self._values:
             become(part, value)
         for wrapper in self._wrappers:
-            _follow_inner(wrapper)
+            follow_inner(wrapper)
 
 
 def _memory(value: Tensor, ref: TensorRef, device: torch.device) -> torch.UntypedStorage:
@@ -52,8 +52,10 @@ def _memory(value: Tensor, ref: TensorRef, device: torch.device) -> torch.Untype
     return laid_out(value, ref, device)
 
 
-def _follow_inner(wrapper: Tensor) -> None:
+def follow_inner(wrapper: Tensor) -> None:
     """Let a wrapper, which stays the same object, be on the device that the tensors in it are on by now."""
+    if is_sharded(wrapper):
+        return  # its mesh says where it is
     inner, (_, context) = inner_tensors(wrapper), wrapper.__tensor_flatten__()  # type: ignore[attr-defined]
     device = next(iter(inner.values())).device
     if wrapper.device == device:

@@ -47,8 +47,10 @@ class BuiltModules:
         self._hooks.close()
 
     def _notice(self, module: nn.Module, name: str, value: Any) -> None:
+        if threading.get_ident() != self._thread:
+            return
         known = self._seen.get(id(module))
-        if (known is None or known() is not module) and threading.get_ident() == self._thread:
+        if known is None or known() is not module:
             self._seen.pop(id(module), None)  # of a module that is gone
             self._seen[id(module)] = weakref.ref(module)
         if isinstance(value, Tensor):

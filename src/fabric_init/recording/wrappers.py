@@ -29,9 +29,14 @@ def is_wrapper(tensor: Tensor) -> bool:
     return kind is not nn.Parameter and kind is not Tensor and is_wrapper_class(kind)
 
 
+def is_sharded_class(kind: type) -> bool:
+    """Return whether tensors of this class are DTensors: the tensor that one holds is this rank's part of it."""
+    return is_wrapper_class(kind) and hasattr(kind, "_local_tensor")
+
+
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether ``tensor`` is a DTensor: its inner tensor is this rank's part of it."""
-    return is_wrapper(tensor) and hasattr(tensor, "_local_tensor")
+    """Return whether ``tensor`` is a DTensor."""
+    return is_sharded_class(type(tensor))
 
 
 def inner_tensors(tensor: Tensor) -> dict[str, Tensor]:

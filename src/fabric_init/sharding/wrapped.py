@@ -44,19 +44,31 @@ class Wrapped(NamedTuple):
     kept: bool
 
 
+class Shown(NamedTuple):
+    """What is in the places of wrappers.
+
+    Attributes:
+        plain: By the id of a plain tensor: what is made of it.
+        apart: By the id of a tensor inside a wrapper, which is shown itself: that wrapper.
+    """
+
+    plain: dict[int, Wrapped]
+    apart: dict[int, Tensor]
+
+
 @contextmanager
-def seen_plain(model: nn.Module, names: Collection[str] = ()) -> Iterator[dict[int, Wrapped]]:
+def seen_plain(model: nn.Module, names: Collection[str] = ()) -> Iterator[Shown]:
     """Context in which ``model`` has plain recorded tensors in the places of wrappers that wait for values.
 
-    Yields what is made of each plain tensor, by the id of that. Where ``names`` has names for the tensors inside a
-    wrapper, or these are not made of one parameter, they are in its place themselves.
+    Where ``names`` has names for the tensors inside a wrapper, or these are not made of one parameter, they are in its
+    place themselves: ``_weight_scale`` for the scale of ``weight``, as torchao names them in safetensors files.
 
     Raises:
         RecordingError: A parameter was changed since it was put into a wrapper.
         FabricInitError: In the context, a plain tensor was replaced.
     """
     places = list(_places(model))
-    shown: dict[int, Wrapped] = {}
+    shown = Shown({}, {})
     before = [(table, dict(table)) for table in {id(place.table): place.table for place in places}.values()]
     stand_ins: dict[TensorRef, Tensor] = {}
     try:
@@ -71,13 +83,14 @@ def seen_plain(model: nn.Module, names: Collection[str] = ()) -> Iterator[dict[i
                 if ref not in stand_ins:
                     held = _held(model, ref)
                     stand_ins[ref] = _plain(ref, tape, place.tensor) if held is None else held
-                    shown[id(stand_ins[ref])] = Wrapped(ref, tape, {}, held is not None)
-                shown[id(stand_ins[ref])].wrappers[place.name] = place.tensor
+                    shown.plain[id(stand_ins[ref])] = Wrapped(ref, tape, {}, held is not None)
+                shown.plain[id(stand_ins[ref])].wrappers[place.name] = place.tensor
                 place.table[place.key] = stand_ins[ref]
             else:
                 _refuse_nested(place, apart)
                 del place.table[place.key]
                 place.table.update(apart)
+                shown.apart.update((id(tensor), place.tensor) for tensor in apart.values())
         seen = [(table, dict(table)) for table, _ in before]
         yield shown
         for table, its in seen:

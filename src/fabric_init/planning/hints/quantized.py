@@ -115,3 +115,4 @@ def _weights_of(scale: str) -> Iterator[str]:
     match = _SCALE_OF.fullmatch(scale)
     if match is not None:
         yield match["weight"]
+        yield f"{match['weight']}_qdata"  # torchao
