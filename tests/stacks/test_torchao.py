@@ -29,6 +29,10 @@ quantization = pytest.importorskip("torchao.quantization")
 qat = pytest.importorskip("torchao.quantization.qat")
 nf4 = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The argument 'device' of Tensor.is_pinned:DeprecationWarning"  # of torch, in torchao's float8 weights
+)
+
 Change = Callable[[nn.Module], Any]
 TOKENS = torch.arange(32)
 
@@ -215,8 +219,8 @@ def test_what_the_checkpoint_lacks_is_initialized_and_quantized(
     report = materialize(model, checkpoint=tmp_path / "part.safetensors", strict=False)
     assert_same(model, wanted)
     rows = {row.name: row for row in report.rows}
-    assert rows["up.weight"].status == "initialized" and rows["down.weight"].status == "loaded"
-    assert "Int8Tensor" in rows["down.weight"].origin and "Int8Tensor" in rows["up.weight"].origin
+    assert [rows[name].status for name in ("up.weight", "down.weight")] == ["initialized", "loaded"]
+    assert all("Int8Tensor" in rows[name].origin for name in ("up.weight", "down.weight"))
 
 
 def test_parameters_stay_the_same_objects(path: Path) -> None:
@@ -259,9 +263,7 @@ def save_quantized(model: nn.Module, form: str, folder: Path) -> Path:
     return folder / "quantized.safetensors"
 
 
-def test_a_quantized_checkpoint_for_another_quantization_is_refused(
-    state: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_a_quantized_checkpoint_for_another_quantization_is_refused(state: dict[str, Tensor], tmp_path: Path) -> None:
     saved = save_quantized(eager(CHANGES["int4 in groups"], state), "torch.save", tmp_path)
     with pytest.raises(CheckpointMismatchError, match="_weight_scale is"):
         materialize(recorded(int8), checkpoint=saved)

@@ -47,7 +47,6 @@ from fabric_init.sharding.dtensor import ShardedTensors
 from fabric_init.sharding.whole import refuse_flat_parameters, seen_whole, without_torchs_load_hooks
 from fabric_init.sharding.wrapped import Wrapped, seen_plain
 
-
 _NOTHING_WRAPPED: Mapping[int, Wrapped] = MappingProxyType({})
 
 
@@ -94,16 +93,13 @@ def fill(
     loaded = loaded if loaded is not None else loaded_storages(plan, tapes)
     with torch.inference_mode(False), real_execution():
         values: dict[int, Tensor] = {}
-        inner = InnerValues()
+        inner = InnerValues(wrapped)
         with out_of_memory_explained(plan, values), ExitStack() as stack:
             items = stack.enter_context(closing(_values(plan, tensors, tapes, reader, placement, loaded, exact=exact)))
             logged = stack.enter_context(closing(with_log(items, plan, tapes)))
             shown = stack.enter_context(closing(with_progress(logged, len(plan.entries))))
             for position, value in shown:  # closed at once, and their threads with them, when it does not end
-                if position in wrapped:
-                    device = placement.device(plan.entries[position].slot)
-                    inner.compute(wrapped[position], value, device, exact=exact)
-                if position not in wrapped or wrapped[position].kept:
+                if inner.take(position, value, placement.device(plan.entries[position].slot), exact=exact):
                     values[position] = value
             _keep_apart(plan, values)
     as_built = any(tensor.is_inference() for tensor in tensors)
@@ -112,18 +108,12 @@ def fill(
         filled = list(tensors)
         for position, value in values.items():
             filled[position] = placement.put(plan.entries[position].slot, tensors[position], value)
-        inner.put()
-        for position, made in wrapped.items():
-            if not made.kept:
-                filled[position] = next(iter(made.wrappers.values()))
+        inner.put(filled)
         _check(plan, filled)
         if reader is not None and is_wanted():
             verify(plan, filled, reader, placement)
     record = make_record(plan, tapes, reader)
-    for position, made in wrapped.items():
-        kinds = dict.fromkeys(type(wrapper).__name__ for wrapper in made.wrappers.values())
-        row = record.rows[position]
-        row.update(origin=f"{row.row.origin}, made into {' and '.join(kinds)}")
+    inner.note(record.rows)
     return record
 
 

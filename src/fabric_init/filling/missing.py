@@ -177,13 +177,13 @@ def _run(
         if given:
             device = placement.device(entry.slot)
             memory = compute_with(entry.slot, tapes[_ref(entry).storage], given, device)
-            value, inner = view(memory, _ref(entry)), InnerValues()
-            if id(tensor) in wrapped:
-                inner.compute(wrapped[id(tensor)], value, device, exact=exact)
+            value, its = view(memory, _ref(entry)), wrapped.get(id(tensor))
+            inner = InnerValues({} if its is None else {0: its})
+            kept = inner.take(0, value, device, exact=exact)
             with DisableTorchFunction(), torch.no_grad():
-                if id(tensor) not in wrapped or wrapped[id(tensor)].kept:
+                if kept:
                     placement.put(entry.slot, tensor, take(value, placement.region(entry.slot)))
-                inner.put()
+                inner.put([tensor])
 
 
 def _exact(tapes: Mapping[int, Tape]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,35 +14,54 @@ from fabric_init.recording.storage_tags import ref_of
 from fabric_init.recording.tape import TensorRef
 from fabric_init.recording.tensor import RecordedTensor, become, meta_of, recorded
 from fabric_init.recording.wrappers import inner_tensors, is_sharded, recorded_parts
+from fabric_init.reports.registry import RowRecord
 from fabric_init.sharding.wrapped import Wrapped
 
 
 class InnerValues:
-    """The values of the tensors in some wrappers, between the time they are computed and the model gets them."""
+    """What the wrappers of a model hold, between the time it is computed and the model gets it.
 
-    def __init__(self) -> None:
+    Args:
+        wrapped: By position in a plan: what is made of that tensor.
+    """
+
+    def __init__(self, wrapped: Mapping[int, Wrapped]) -> None:
+        self._wrapped = wrapped
         self._values: list[tuple[RecordedTensor, Tensor]] = []
-        self._wrappers: list[Tensor] = []
 
-    def compute(self, wrapped: Wrapped, value: Tensor, device: torch.device, *, exact: bool) -> None:
-        """Compute what the wrappers hold from the ``value`` of the plain tensor, which nothing here keeps."""
-        parts: list[tuple[RecordedTensor, int]] = []
-        for wrapper in wrapped.wrappers.values():
-            parts += [(p, found.storage) for p in recorded_parts(wrapper) if (found := recorded(p)) and not found.memory]
-            self._wrappers.append(wrapper)
+    def take(self, position: int, value: Tensor, device: torch.device, *, exact: bool) -> bool:
+        """Compute what is made of a tensor with this ``value``, which nothing here keeps.
+
+        Returns:
+            Whether the model holds the tensor itself as well.
+        """
+        made = self._wrapped.get(position)
+        if made is None:
+            return True
+        recordings = [(part, recorded(part)) for each in made.wrappers.values() for part in recorded_parts(each)]
+        parts = [(part, found.storage) for part, found in recordings if found is not None and found.memory is None]
         with real_execution():
-            known = {wrapped.plain.storage: _memory(value, wrapped.plain, device)}
+            known = {made.plain.storage: _memory(value, made.plain, device)}
             storages = {storage for _, storage in parts}
-            memories = replay_all_with(wrapped.tape, storages, known, exact=exact, to=lambda _: device)
+            memories = replay_all_with(made.tape, storages, known, exact=exact, to=lambda _: device)
             for part, storage in parts:
                 self._values.append((part, view(memories[storage], ref_of(meta_of(part), storage))))
+        return made.kept
 
-    def put(self) -> None:
-        """Give the tensors in the wrappers their values."""
+    def put(self, filled: list[Tensor]) -> None:
+        """Give the wrappers their values, and put them into a list of what the model holds by now."""
         for part, value in self._values:
             become(part, value)
-        for wrapper in self._wrappers:
-            follow_inner(wrapper)
+        for position, made in self._wrapped.items():
+            for wrapper in made.wrappers.values():
+                follow_inner(wrapper)
+                filled[position] = filled[position] if made.kept else wrapper
+
+    def note(self, rows: Sequence[RowRecord]) -> None:
+        """Say in the rows of a report what was made of tensors."""
+        for position, made in self._wrapped.items():
+            kinds = dict.fromkeys(type(wrapper).__name__ for wrapper in made.wrappers.values())
+            rows[position].update(origin=f"{rows[position].row.origin}, made into {' and '.join(kinds)}")
 
 
 def _memory(value: Tensor, ref: TensorRef, device: torch.device) -> torch.UntypedStorage:

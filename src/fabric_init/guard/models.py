@@ -197,8 +197,8 @@ def waits(tensor: Tensor) -> bool:
 
 def has_own_init(tensor: Tensor) -> bool:
     """Return whether the model's own code gives all of a recorded ``tensor`` a value."""
-    parts = [(part, found) for part in recorded_parts(tensor) if (found := recorded(part)) is not None]
-    return bool(parts) and not any(never_written(found.tape, ref_of(meta_of(part), found.storage)) for part, found in parts)
+    both = [(part, found) for part in recorded_parts(tensor) if (found := recorded(part)) is not None]
+    return bool(both) and not any(never_written(its.tape, ref_of(meta_of(part), its.storage)) for part, its in both)
 
 
 def own_init_is_wanted(tensors: Iterable[Tensor]) -> None:

@@ -106,8 +106,8 @@ def _refuse_loading_wrappers(plan: Plan, tensors: Sequence[Tensor], reader: Chec
         if entry.action is Action.LOAD and is_wrapper(tensor) and not is_sharded(tensor):
             assert reader is not None
             raise CheckpointMismatchError(
-                f"{reader.path} has {entry.keys[0]}, which in the model is a {type(tensor).__name__} with values of its "
-                "own. Record that, too: make it in the block, or after it of a tensor that waits for its values."
+                f"{reader.path} has {entry.keys[0]}, which in the model is a {type(tensor).__name__} with values. "
+                "Record that, too: make it in the block, or after it of a tensor that waits for its values."
             )
 
 

@@ -85,11 +85,6 @@ def _get_device(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: di
     return -1 if device.type == "cpu" else device.index or 0
 
 
-def _is_pinned(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Pinned memory is recorded as any other."""
-    return not isinstance(args[0], RecordedTensor) and bool(func(*args, **kwargs))
-
-
 def _data_ptr(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     # code compares addresses to find shared memory, so they have to be equal exactly where the memory is shared
     with DisableTorchFunction():
@@ -166,7 +161,6 @@ _AUTOCAST += (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose
 
 LATER_HANDLERS: dict[Any, Handler] = {
     Tensor.get_device: _get_device,
-    Tensor.is_pinned: _is_pinned,
     Tensor.data_ptr: _address,
     Tensor.to: _to,
     Tensor.cpu: _cpu,
@@ -180,7 +174,6 @@ HANDLERS: dict[Any, Handler] = {
     torch.ones: _filled(torch.ops.aten.ones.default),
     torch.zeros: _filled(torch.ops.aten.zeros.default),
     Tensor.get_device: _get_device,
-    Tensor.is_pinned: _is_pinned,
     Tensor.data_ptr: _data_ptr,
     Tensor.to: _to,
     Tensor.cpu: _cpu,

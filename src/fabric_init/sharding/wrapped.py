@@ -1,10 +1,10 @@
 """Show a model whose weights were put into wrappers, such as quantized ones, as it was before.
 
 A wrapper (see [Note: wrapped recorded tensors]) has the place of a parameter that a checkpoint knows, and that the
-model's own code initializes. The tape says how the tensors that it holds were made from that parameter. So what plans a
-load, or looks for the model's own init, sees the plain parameter (:func:`seen_plain`), and what fills computes the inner
-tensors from it (:class:`Wrapped`). From a checkpoint of a model that was quantized already, the inner tensors are loaded
-under names of their own.
+model's own code initializes. The tape says how the tensors that it holds were made from that parameter. So what plans
+a load, or looks for the model's own init, sees the plain parameter (:func:`seen_plain`), and what fills computes the
+inner tensors from it (:class:`Wrapped`). From a checkpoint of a model that was quantized already, the inner tensors are
+loaded under names of their own.
 """
 
 from __future__ import annotations
