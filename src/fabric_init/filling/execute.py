@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,11 @@ from fabric_init._gc import PausedCollector
 from fabric_init._interrupts import interrupts_held
 from fabric_init._text import dtype_name
 from fabric_init._torch_internals import DisableTorchFunction
-from fabric_init.checkpoints import CheckpointReader
+from fabric_init.checkpoints import CheckpointReader, rename_keys
 from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import Agreement, SingleProcess
 from fabric_init.distributed.seeds import share_seeds
-from fabric_init.errors import FabricInitError, RecordingError
+from fabric_init.errors import CheckpointMismatchError, FabricInitError, RecordingError
 from fabric_init.filling.derived import compute, loads_noted
 from fabric_init.filling.fill_log import with_log
 from fabric_init.filling.loader import loader_for
@@ -26,6 +27,7 @@ from fabric_init.filling.out_of_memory import out_of_memory_explained
 from fabric_init.filling.progress import with_progress
 from fabric_init.filling.quantizing import planned_as_floats, quantized
 from fabric_init.filling.verify import is_wanted, verify
+from fabric_init.filling.wrapped import InnerValues, follow_inner
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import hold_broken, release_forward, settle, unfilled
 from fabric_init.planning.derived import loaded_storages, sources_of
@@ -37,12 +39,16 @@ from fabric_init.recording.liveness import covers
 from fabric_init.recording.replay import real_execution, replay, view
 from fabric_init.recording.tape import Rng, Tape
 from fabric_init.recording.tensor import RecordedTensor
+from fabric_init.recording.wrappers import with_memory
 from fabric_init.reports.provenance import describe_rule
 from fabric_init.reports.registry import FillRecord, RowRecord, keep_record, statuses
 from fabric_init.reports.rows import InitRow
 from fabric_init.reports.trace import recording_of
-from fabric_init.sharding.dtensor import ShardedTensors, local
+from fabric_init.sharding.dtensor import ShardedTensors
 from fabric_init.sharding.whole import refuse_flat_parameters, seen_whole, without_torchs_load_hooks
+from fabric_init.sharding.wrapped import Wrapped, seen_plain
+
+_NOTHING_WRAPPED: Mapping[int, Wrapped] = MappingProxyType({})
 
 
 def check_ties(plan: Plan, reader: CheckpointReader | None, placement: Placement) -> None:
@@ -65,6 +71,7 @@ def fill(
     *,
     exact: bool,
     loaded: Mapping[int, DerivedFrom] | None = None,
+    wrapped: Mapping[int, Wrapped] = _NOTHING_WRAPPED,
 ) -> FillRecord:
     """Fill every tensor. The model does not change before all values have been computed.
 
@@ -76,6 +83,7 @@ def fill(
         placement: How this rank keeps the tensors.
         exact: Replay the random streams in order (``rng="eager"``).
         loaded: The loaded tensors that others may be computed from, if the plan is only a part of one.
+        wrapped: By position in the plan: what is made of that tensor, which the model may not hold itself.
 
     Returns:
         The rows of the report.
@@ -86,12 +94,14 @@ def fill(
     loaded = loaded if loaded is not None else loaded_storages(plan, tapes)
     with torch.inference_mode(False), real_execution():
         values: dict[int, Tensor] = {}
+        inner = InnerValues(wrapped)
         with out_of_memory_explained(plan, values), ExitStack() as stack:
             items = stack.enter_context(closing(_values(plan, tensors, tapes, reader, placement, loaded, exact=exact)))
             logged = stack.enter_context(closing(with_log(items, plan, tapes)))
             shown = stack.enter_context(closing(with_progress(logged, len(plan.entries))))
             for position, value in shown:  # closed at once, and their threads with them, when it does not end
-                values[position] = value
+                if inner.take(position, value, placement.device(plan.entries[position].slot), exact=exact):
+                    values[position] = value
             _keep_apart(plan, values)
     as_built = any(tensor.is_inference() for tensor in tensors)
     # tensor subclasses (DTensor) need their own dispatch here
@@ -99,10 +109,13 @@ def fill(
         filled = list(tensors)
         for position, value in values.items():
             filled[position] = placement.put(plan.entries[position].slot, tensors[position], value)
+        inner.put(filled)
         _check(plan, filled)
         if reader is not None and is_wanted():
             verify(plan, filled, reader, placement)
-    return make_record(plan, tapes, reader)
+    record = make_record(plan, tapes, reader)
+    inner.note(record.rows)
+    return record
 
 
 def _values(
@@ -259,7 +272,7 @@ def _check(plan: Plan, tensors: Sequence[Tensor]) -> None:
         for entry, tensor in zip(plan.entries, tensors, strict=True)
         if entry.action is not Action.WAIT
         and not entry.on_use
-        and (local(tensor).is_meta or isinstance(local(tensor), RecordedTensor))
+        and any(part.is_meta or isinstance(part, RecordedTensor) for part in with_memory(tensor))
     ]
     if left:
         raise FabricInitError(f"fabric_init left these tensors on the meta device, which is a bug of its own: {left}")
@@ -334,14 +347,20 @@ def fill_model(
     """
 
     sharded: dict[str, DTensor] = {}
+    wrapped: dict[int, Wrapped] = {}
+    apart: list[Tensor] = []
 
     def plan() -> PreparedPlan:
         refuse_flat_parameters(model)
         settle(model)
-        with without_torchs_load_hooks(model), seen_whole(model) as shards:
+        names = () if reader is None else rename_keys(reader.keys(), wanted.rename).values()
+        with without_torchs_load_hooks(model), seen_whole(model) as shards, seen_plain(model, set(names)) as shown:
             prepared = planned_as_floats(model, reader, wanted, rng)
             _refuse_overwriting(prepared, model)
+            _refuse_casts(prepared, shown.apart)
             prepared = quantized(prepared, model, placement)
+        wrapped.update((at, shown.plain[id(t)]) for at, t in enumerate(prepared.tensors) if id(t) in shown.plain)
+        apart.extend(shown.apart.values())
         tensors = [shards.get(id(tensor), tensor) for tensor in prepared.tensors]
         sharded.update(
             (entry.slot.name, tensor)
@@ -355,12 +374,11 @@ def fill_model(
         where = ShardedTensors(sharded, placement) if sharded else placement
         try:
             share_seeds(prepared.tapes.values(), agreement)
-            with loads_noted(prepared):
-                if partition is None:
-                    return execute_plan(prepared, model, prepared.tensors, where, agreement)
-                with _broken_if_it_fails(model):
-                    where = agreement.run_together("partitioning the model", partition)
-                    return execute_plan(prepared, model, prepared.tensors, where, agreement)
+            with loads_noted(prepared), _partitioned(model, partition, where, agreement) as where:
+                record = execute_plan(prepared, model, prepared.tensors, where, agreement, wrapped)
+            for wrapper in apart:
+                follow_inner(wrapper)
+            return record
         except BaseException:
             if prepared.undo is not None:
                 prepared.undo()
@@ -368,12 +386,29 @@ def fill_model(
 
 
 @contextmanager
-def _broken_if_it_fails(model: nn.Module) -> Iterator[None]:
+def _partitioned(
+    model: nn.Module, partition: Callable[[], Placement] | None, placement: Placement, agreement: Agreement
+) -> Iterator[Placement]:
+    """Context in which ``model`` is partitioned, if it is to be; yields how this rank then keeps it."""
+    if partition is None:
+        yield placement
+        return
     try:
-        yield
+        yield agreement.run_together("partitioning the model", partition)
     except BaseException:
         hold_broken(model)
         raise
+
+
+def _refuse_casts(prepared: PreparedPlan, apart: Mapping[int, Tensor]) -> None:
+    """Raise if what is inside a wrapper is of another dtype in the checkpoint: its bits would mean something else."""
+    for entry, tensor in zip(prepared.plan.entries, prepared.tensors, strict=True):
+        if id(tensor) in apart and entry.cast_from is not None and prepared.reader is not None:
+            raise CheckpointMismatchError(
+                f"{prepared.reader.path}: {entry.keys[0]} is {dtype_name(entry.cast_from)}, and "
+                f"{dtype_name(entry.slot.dtype)} in the {type(apart[id(tensor)]).__name__} of the model. Quantize the "
+                "model as the checkpoint was."
+            )
 
 
 def _refuse_overwriting(prepared: PreparedPlan, model: nn.Module) -> None:
@@ -415,6 +450,7 @@ def execute_plan(
     tensors: Sequence[Tensor],
     placement: Placement,
     agreement: Agreement = _ALONE,
+    wrapped: Mapping[int, Wrapped] = _NOTHING_WRAPPED,
 ) -> FillRecord:
     """Execute a plan on ``tensors``: its own, or those that a strategy has made of them."""
     plan, _, tapes, reader, exact, *_ = prepared
@@ -422,8 +458,7 @@ def execute_plan(
     def check_and_fill() -> FillRecord:
         check_ties(plan, reader, placement)
         check_decisions(prepared)
-        record = fill(plan, tensors, tapes, reader, placement, exact=exact)
-        return record
+        return fill(plan, tensors, tapes, reader, placement, exact=exact, wrapped=wrapped)
 
     record = agreement.run_together("filling the model", check_and_fill)
     if not plan.waits and not unfilled(model):

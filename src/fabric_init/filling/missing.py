@@ -15,6 +15,7 @@ from fabric_init.distributed.seeds import share_seeds
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.derived import compute_with
 from fabric_init.filling.execute import fill
+from fabric_init.filling.wrapped import InnerValues
 from fabric_init.guard.expected_load import forget_expected_load
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import (
@@ -39,6 +40,7 @@ from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.recording.tensor import become, meta_of, recorded
 from fabric_init.sharding.dtensor import ShardedTensors, local
 from fabric_init.sharding.whole import seen_whole
+from fabric_init.sharding.wrapped import Wrapped, seen_plain
 
 
 def initialize_missing(model: nn.Module, otherwise: Callable[[], Agreement] = SingleProcess) -> None:
@@ -111,7 +113,7 @@ def _initialize(model: nn.Module, *, partial: bool) -> None:
             "fabric.init_missing(model) first and write afterwards, or write the whole tensor."
         )
     held = _Held(model)
-    with seen_whole(model, partly) as parts:
+    with seen_whole(model, partly) as parts, seen_plain(model) as shown:
         infos = [(info, tensor) for info, tensor in find_tensors(model) if info.ref is not None]
         tapes = {info.ref.storage: found.tape for info, tensor in infos if info.ref and (found := recorded(tensor))}
     both = [(info, parts.get(id(tensor), tensor)) for info, tensor in infos]
@@ -121,7 +123,7 @@ def _initialize(model: nn.Module, *, partial: bool) -> None:
     dtensors = {info.name: tensor for info, tensor in chosen if isinstance(tensor, DTensor)}
     placement = ShardedTensors(dtensors, _AsItsStrategyDoes())
     entries = [PlanEntry(info, Action.INIT) for info, _ in chosen]
-    _run(entries, [tensor for _, tensor in chosen], tapes, placement, held, partial=partial)
+    _run(entries, [tensor for _, tensor in chosen], tapes, placement, held, shown.plain, partial=partial)
 
 
 def _is_partly_written_shard(tensor: Tensor) -> bool:
@@ -144,6 +146,7 @@ def _run(
     tapes: Mapping[int, Tape],
     placement: Placement,
     held: _Held,
+    wrapped: Mapping[int, Wrapped],
     *,
     partial: bool,
 ) -> None:
@@ -166,14 +169,21 @@ def _run(
     own_init_is_wanted(tensor for _, tensor in both)
     both = [(e, t) for e, t in both if not waits(t)]
     plain = [(e, t) for e, t in both if not sources[id(t)]]
-    fill(Plan(tuple(e for e, _ in plain)), [t for _, t in plain], tapes, None, placement, exact=_exact(tapes))
+    made = {position: wrapped[id(t)] for position, (_, t) in enumerate(plain) if id(t) in wrapped}
+    plan, exact = Plan(tuple(e for e, _ in plain)), _exact(tapes)
+    fill(plan, [t for _, t in plain], tapes, None, placement, exact=exact, wrapped=made)
     for entry, tensor in both:
         given = sources[id(tensor)]
         if given:
-            storage = _ref(entry).storage
-            memory = compute_with([storage], tapes[storage], given, placement.device(entry.slot))[storage]
+            storage, device = _ref(entry).storage, placement.device(entry.slot)
+            memory = compute_with([storage], tapes[storage], given, device)[storage]
+            value, its = view(memory, _ref(entry)), wrapped.get(id(tensor))
+            inner = InnerValues({} if its is None else {0: its})
+            kept = inner.take(0, value, device, exact=exact)
             with DisableTorchFunction(), torch.no_grad():
-                placement.put(entry.slot, tensor, take(view(memory, _ref(entry)), placement.region(entry.slot)))
+                if kept:
+                    placement.put(entry.slot, tensor, take(value, placement.region(entry.slot)))
+                inner.put([tensor])
 
 
 def _exact(tapes: Mapping[int, Tape]) -> bool:

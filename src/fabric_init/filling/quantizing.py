@@ -133,7 +133,7 @@ def _refuse_lost(model: nn.Module) -> None:
                 "not quantize it. Build it in the recorded block without a device, or on the one that you use. "
                 "transformers' from_pretrained(…, quantization_config=…) fills such layers by itself."
             )
-        replaced = found is not None and found.storage in found.tape.replaced
+        replaced = found is not None and found.storage in found.tape.packed
         if found is not None and not replaced and not isinstance(weight, kind) and weight.is_floating_point():
             raise FabricInitError(
                 f"the weight of {layer} was sharded, or replaced, before it was quantized, which bitsandbytes cannot "
@@ -240,7 +240,7 @@ def _replaced(model: nn.Module) -> Iterator[_Place]:
                 continue
             with DisableTorchFunction():
                 found = recorded(tensor)
-            if found is None or found.memory is not None or (ref := found.tape.replaced.get(found.storage)) is None:
+            if found is None or found.memory is not None or (ref := found.tape.packed.get(found.storage)) is None:
                 continue
             if id(tensor) not in made:
                 with DisableTorchFunction(), DisableTorchDispatch(), torch.no_grad():

@@ -20,6 +20,7 @@ from fabric_init.guard.models import own_tensors, release_forward, settle, unfil
 from fabric_init.planning.loading.module_code import takes_extra_state
 from fabric_init.recording.later import Later
 from fabric_init.recording.tensor import recorded
+from fabric_init.recording.wrappers import recorded_parts
 from fabric_init.sharding.dtensor import local
 
 Complete = Callable[[nn.Module], None]
@@ -137,11 +138,12 @@ def _end(module: nn.Module, complete: Complete | None) -> None:
     if brought and isinstance(complete, ExpectedLoad):
         complete.came(brought)
     for _, tensor in before:  # assign=True has put others in their places
-        found = recorded(local(tensor))
-        if found is not None and found.memory is None and not _holds(module, tensor):
-            found.tape.later.waiting.note_status(found.storage, "loaded")
-            for owners in found.tape.later.owners:
-                owners.filled(found.storage, "loaded")
+        for part in () if _holds(module, tensor) else recorded_parts(tensor):
+            found = recorded(part)
+            if found is not None and found.memory is None:
+                found.tape.later.waiting.note_status(found.storage, "loaded")
+                for owners in found.tape.later.owners:
+                    owners.filled(found.storage, "loaded")
     left = unfilled(module)
     empty = [local(tensor) for _, tensor in left if not local(tensor).numel()]
     if empty and len(left) < len(before):  # shards without elements, which a load has nothing to write to
@@ -169,6 +171,7 @@ def _laters(model: nn.Module) -> list[Later]:
     found: dict[int, Later] = {}
     for module in model.modules():
         for _, tensor in own_tensors(module):
-            if (record := recorded(local(tensor))) is not None:
-                found[id(record.tape.later)] = record.tape.later
+            for part in recorded_parts(tensor):
+                if (record := recorded(part)) is not None:
+                    found[id(record.tape.later)] = record.tape.later
     return list(found.values())

@@ -19,10 +19,11 @@ from fabric_init.planning.tensors import TensorInfo, find_tensors, named_tensors
 from fabric_init.recording.later import MSG_JIT_TRACE, Later
 from fabric_init.recording.liveness import never_written
 from fabric_init.recording.rng import own_init_runs
-from fabric_init.recording.storage_tags import ref_of
+from fabric_init.recording.storage_tags import Recorded, ref_of
 from fabric_init.recording.tensor import RecordedTensor, become, claim, give_lazy_memory, meta_of, recorded
 from fabric_init.recording.tracing import is_jit_traced
-from fabric_init.recording.waiting import THREE_WAYS, uninitialized
+from fabric_init.recording.waiting import THREE_WAYS, Waiting, uninitialized
+from fabric_init.recording.wrappers import recorded_parts
 from fabric_init.reports.registry import note_status
 from fabric_init.sharding.dtensor import local
 
@@ -49,19 +50,28 @@ def hold(
                     give_lazy_memory(tensor)
                 else:
                     claim(tensor)
-        found = recorded(tensor)
-        if found is None:
-            continue
-        later: Later = found.tape.later
-        if kind in ("parameter", "buffer") and found.memory is None:
-            ref = ref_of(meta_of(tensor), found.storage)
-            later.waiting.begin(found.storage, type(model).__name__, name, ref)
-        if id(later) not in laters:
-            laters[id(later)] = later
-            later.gives_memory, later.waiting.fix = gives_memory, fix
-            later.owners.append(Places(model, placement))
+        for part in recorded_parts(tensor):
+            found = recorded(part)
+            if found is None:
+                continue
+            later: Later = found.tape.later
+            if kind in ("parameter", "buffer") and found.memory is None:
+                _let_wait(part, found, type(model).__name__, name, of_wrapper=part is not tensor)
+            if id(later) not in laters:
+                laters[id(later)] = later
+                later.gives_memory, later.waiting.fix = gives_memory, fix
+                later.owners.append(Places(model, placement))
     if laters:
         hold_forward(model)
+
+
+def _let_wait(part: RecordedTensor, found: Recorded, model: str, name: str, *, of_wrapper: bool) -> None:
+    """Let a recorded tensor wait, and with one that a wrapper holds the plain one that it was made of."""
+    waiting: Waiting = found.tape.later.waiting
+    waiting.begin(found.storage, model, name, None if of_wrapper else ref_of(meta_of(part), found.storage))
+    plain = found.tape.replaced.get(found.storage)
+    if plain is not None:
+        waiting.begin(plain.storage, model, name, plain)
 
 
 class Places:
@@ -79,9 +89,8 @@ class Places:
         for module in model.modules():
             reference = weakref.ref(module)
             for name, tensor in own_tensors(module):
-                found = recorded(tensor)
-                if found is not None:
-                    self._places.setdefault(found.storage, []).append((reference, name))
+                for storage in {found.storage for part in recorded_parts(tensor) if (found := recorded(part))}:
+                    self._places.setdefault(storage, []).append((reference, name))
         self._left.update(self._places)
 
     def filled(self, storage: int, status: str) -> None:
@@ -123,18 +132,20 @@ class Places:
     def recorded(self, storage: int) -> Iterator[Tensor]:
         """Yield those of them that are still on ``storage``."""
         for tensor in self.now(storage):
-            found = recorded(tensor)
-            if found is not None and found.storage == storage:
-                yield tensor
+            for part in recorded_parts(tensor):
+                found = recorded(part)
+                if found is not None and found.storage == storage:
+                    yield part
 
     def unfilled(self) -> tuple[str, dict[int, str]]:
         """Return the class of the model, and the names of its tensors that wait, by recorded storage."""
         model = self._model()
         names: dict[int, str] = {}
         for name, tensor in [] if model is None else unfilled(model):
-            record = recorded(local(tensor))
-            if record is not None:
-                names.setdefault(record.storage, name)  # several objects may be on one storage
+            for part in recorded_parts(tensor):
+                record = recorded(part)
+                if record is not None:
+                    names.setdefault(record.storage, name)  # several objects may be on one storage
         return self._name, names
 
 
@@ -149,8 +160,7 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def settle(model: nn.Module) -> None:
     """Turn tensors of ``model`` whose values are there by now into plain ones."""
     for _, _, tensor in named_tensors(model):
-        part = local(tensor)
-        if isinstance(part, RecordedTensor):
+        for part in recorded_parts(tensor):
             found = recorded(part)
             if found is None:
                 continue
@@ -163,9 +173,10 @@ def settle(model: nn.Module) -> None:
 def fix_of(model: nn.Module) -> str | None:
     """Return what the user has to do before ``model`` can be set up; ``None`` where a later load may bring values."""
     for _, tensor in unfilled(model):
-        found = recorded(local(tensor))
-        if found is not None and (fix := found.tape.later.waiting.fix) != THREE_WAYS:
-            return str(fix)
+        for part in recorded_parts(tensor):
+            found = recorded(part)
+            if found is not None and (fix := found.tape.later.waiting.fix) != THREE_WAYS:
+                return str(fix)
     return None
 
 
@@ -180,33 +191,28 @@ def unfilled(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 def waits(tensor: Tensor) -> bool:
     """Return whether ``tensor`` has to get values before it can be used."""
-    part = local(tensor)
-    if not isinstance(part, RecordedTensor):
-        return False
-    found = recorded(part)
-    if found is None or found.memory is not None:
-        return False
-    return bool(found.tape.later.waiting.missing([found.storage]))
+    found = [record for part in recorded_parts(tensor) if (record := recorded(part)) is not None]
+    return any(each.memory is None and each.tape.later.waiting.missing([each.storage]) for each in found)
 
 
 def has_own_init(tensor: Tensor) -> bool:
     """Return whether the model's own code gives all of a recorded ``tensor`` a value."""
-    found = recorded(local(tensor))
-    return found is not None and not never_written(found.tape, ref_of(meta_of(local(tensor)), found.storage))
+    both = [(part, found) for part in recorded_parts(tensor) if (found := recorded(part)) is not None]
+    return bool(both) and not any(never_written(its.tape, ref_of(meta_of(part), its.storage)) for part, its in both)
 
 
 def own_init_is_wanted(tensors: Iterable[Tensor]) -> None:
     """Let tensors that wait hold what the model's own init gives them."""
     for tensor in tensors:
-        part = local(tensor)
-        found = recorded(part)
-        if found is not None and found.memory is None:
-            found.tape.later.waiting.accept_own_init([found.storage])
+        for part in recorded_parts(tensor):
+            found = recorded(part)
+            if found is not None and found.memory is None:
+                found.tape.later.waiting.accept_own_init([found.storage])
 
 
 def draw_for_own_init(model: nn.Module) -> None:
     """Draw from torch's generator for the own init of ``model``, unless its block has done so."""
-    found = [recorded(local(tensor)) for _, _, tensor in named_tensors(model)]
+    found = [recorded(part) for _, _, tensor in named_tensors(model) for part in recorded_parts(tensor)]
     for tape in {record.tape for record in found if record is not None}:
         own_init_runs(tape)
 
@@ -281,7 +287,7 @@ def hold_forward(model: nn.Module, agreement: Agreement | None = None) -> None:
 
 def release_forward(model: nn.Module) -> None:
     """Take that back: nothing waits any more. What is still recorded, also outside the model, becomes plain."""
-    parts = [local(tensor) for _, _, tensor in named_tensors(model)]
+    parts = [part for _, _, tensor in named_tensors(model) for part in recorded_parts(tensor)]
     for tape in {found.tape for part in parts if (found := recorded(part)) is not None}:
         if tape.later.gives_memory:  # otherwise a strategy shards first
             tape.later.finish(parts)
@@ -298,7 +304,7 @@ def _remove_forward_hook(module: nn.Module) -> None:
 def _before_forward(module: nn.Module, args: object) -> None:
     if torch.compiler.is_compiling():  # there the tensors themselves refuse
         return
-    held = is_jit_traced() and any(isinstance(local(tensor), RecordedTensor) for _, _, tensor in named_tensors(module))
+    held = is_jit_traced() and any(recorded_parts(tensor) for _, _, tensor in named_tensors(module))
     require(module, "run")
     if held:  # the traced module has what these were, which has no memory that could be saved
         hold_forward(module)

@@ -14,11 +14,12 @@ from fabric_init.errors import CheckpointMismatchError, RecordingError
 from fabric_init.planning.hints.quantized import quantized_refusal
 from fabric_init.planning.loading.choice import load_code
 from fabric_init.planning.loading.recorded_load import RecordedLoad, record_load
-from fabric_init.planning.plan import LoadOptions, Plan
+from fabric_init.planning.plan import Action, LoadOptions, Plan
 from fabric_init.planning.tensors import survey
 from fabric_init.planning.undone import check_nothing_is_undone
 from fabric_init.planning.validation import make_plan
 from fabric_init.recording.tape import Rng, Tape
+from fabric_init.recording.wrappers import is_sharded, is_wrapper
 
 
 class PreparedPlan(NamedTuple):
@@ -104,12 +105,28 @@ def _plan(
     exact = _exact(set(tapes.values()), rng)
     plan = make_plan(slots, tapes, reader, options, load)
     check_nothing_is_undone(plan.entries, tapes)
+    _refuse_loading_wrappers(plan, tensors, reader)
     versions = [
         (tensor, tensor._version)
         for info, tensor in zip(slots, tensors, strict=True)
         if info.real and not tensor.is_inference()
     ]
     return PreparedPlan(plan, tensors, tapes, reader, exact, versions)
+
+
+def _refuse_loading_wrappers(plan: Plan, tensors: Sequence[Tensor], reader: CheckpointReader | None) -> None:
+    """Raise if a tensor of a checkpoint is for a wrapper that has values, whose class would have to take them in.
+
+    Raises:
+        CheckpointMismatchError: It is.
+    """
+    for entry, tensor in zip(plan.entries, tensors, strict=True):
+        if entry.action is Action.LOAD and is_wrapper(tensor) and not is_sharded(tensor):
+            assert reader is not None
+            raise CheckpointMismatchError(
+                f"{reader.path} has {entry.keys[0]}, which in the model is a {type(tensor).__name__} with values. "
+                "Record that, too: make it in the block, or after it of a tensor that waits for its values."
+            )
 
 
 def _refuse_lazy(model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fabric_init._torch_internals import DisableTorchFunction
+from fabric_init.errors import RecordingError
 from fabric_init.recording.storage_tags import ref_of
 from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.recording.tensor import RecordedTensor, meta_of, recorded
+from fabric_init.recording.wrappers import inner_tensors, is_sharded, is_wrapper, recorded_parts
 
 Kind = Literal["parameter", "buffer", "non-persistent buffer", "attribute"]
 
@@ -184,12 +186,23 @@ def _slot(names: tuple[str, ...], kind: Kind, tensor: Tensor) -> TensorInfo | No
     )
 
 
+def _inner(tensor: Tensor) -> Iterable[Tensor]:
+    """Return the tensors in a wrapper; of a sharded one, whose shard is looked at elsewhere, those in that."""
+    inner = list(inner_tensors(tensor).values())
+    return [part for each in inner if is_wrapper(each) for part in _inner(each)] if is_sharded(tensor) else inner
+
+
 def survey(model: nn.Module) -> tuple[list[TensorInfo], list[Tensor], Mapping[int, Tape]]:
     """Return the model's tensors, described and themselves, and the tape of each recorded storage among them."""
     slots: list[TensorInfo] = []
     tensors: list[Tensor] = []
     tapes: dict[int, Tape] = {}
     for slot, tensor in find_tensors(model):
+        if is_wrapper(tensor) and any(map(recorded_parts, _inner(tensor))):
+            raise RecordingError(
+                f"{slot.name} is a {type(tensor).__name__} that was made of a recorded tensor, which this cannot give "
+                "values to. Call fabric_init.materialize(model) before, or make it of a tensor that has values."
+            )
         slots.append(slot)
         tensors.append(tensor)
         if slot.ref is not None:

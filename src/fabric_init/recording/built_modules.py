@@ -21,6 +21,7 @@ from typing_extensions import Self
 
 from fabric_init.errors import RecordingError
 from fabric_init.recording.tensor import RecordedTensor
+from fabric_init.recording.wrappers import note_registered
 
 
 class BuiltModules:
@@ -46,10 +47,14 @@ class BuiltModules:
         self._hooks.close()
 
     def _notice(self, module: nn.Module, name: str, value: Any) -> None:
+        if threading.get_ident() != self._thread:
+            return
         known = self._seen.get(id(module))
-        if (known is None or known() is not module) and threading.get_ident() == self._thread:
+        if known is None or known() is not module:
             self._seen.pop(id(module), None)  # of a module that is gone
             self._seen[id(module)] = weakref.ref(module)
+        if isinstance(value, Tensor):
+            note_registered(value, module._parameters.get(name))
 
     def roots(self) -> list[nn.Module]:
         """Return the models: modules that no other module of the block holds, registered or in a list, dict or object.

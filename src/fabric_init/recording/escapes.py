@@ -109,7 +109,7 @@ def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
         elif isinstance(target, RecordedTensor) and not isinstance(value, RecordedTensor) and (like := recorded(value)):
             value = recorded_tensor(value, like.device)
         if recorded(target) is not None and recorded(value) is not None and _packs(target, value):
-            recorder.tape.replaced[recorder.ref(value).storage] = recorder.ref(target)
+            recorder.tape.packed[recorder.ref(value).storage] = recorder.ref(target)
         func(target, value)
         if isinstance(target, RecordedTensor) and isinstance(value, RecordedTensor):
             with DisableTorchDispatch():

@@ -35,6 +35,7 @@ from fabric_init.recording.storage import RecordedStorage
 from fabric_init.recording.storage_tags import Recorded, begin, ref_of
 from fabric_init.recording.tape import Draw, Tape, TensorRef
 from fabric_init.recording.tensor import ASKS_DEVICE, RecordedTensor, follow_meta, meta_of, recorded, recorded_tensor
+from fabric_init.recording.wrappers import is_sharded_class, is_wrapper_class
 
 _CPU = torch.device("cpu")
 
@@ -85,6 +86,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        if any(is_wrapper_class(kind) and not is_sharded_class(kind) for kind in types):
+            return NotImplemented  # its class answers, and what it does to the tensors that it holds comes here
         if func is ASKS_DEVICE:
             return args[0].device
         with DisableTorchFunction():

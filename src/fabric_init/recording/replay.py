@@ -243,14 +243,17 @@ def replay_with(
 
     Args:
         tape: The recording.
-        storages: The numbers of the storages to compute, in one go.
+        storages: The numbers of the storages to compute; what they have in common is computed once. The value of one
+            that is among ``inputs`` is that.
         inputs: Storage number → the memory to read instead of that storage's last recorded value.
         exact: As in :func:`replay`.
         to: As in :func:`replay`.
     """
-    live = live_ops(tape, storages, exact=exact, inputs=inputs)
+    computed = {storage for storage in storages if storage not in inputs}
+    live = live_ops(tape, computed, exact=exact, inputs=inputs)
     with real_execution():
-        return _Execution(tape, live, set(storages), to, exact=exact, inputs=inputs).run()
+        values = _Execution(tape, live, computed, to, exact=exact, inputs=inputs).run()
+    return values | {storage: inputs[storage] for storage in storages if storage in inputs}
 
 
 def seen_in(tape: Tape, look: Look, inputs: Mapping[int, torch.UntypedStorage], *, exact: bool) -> list[Any]:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fabric_init._text import dtype_name
 from fabric_init.errors import FabricInitError
 from fabric_init.planning.tensors import named_modules, named_tensors, plain_name
 from fabric_init.recording.tape import Tape
 from fabric_init.recording.tensor import recorded
+from fabric_init.recording.wrappers import recorded_parts
 from fabric_init.reports.init_report import InitReport
 from fabric_init.reports.provenance import describe_rule
 from fabric_init.reports.rows import InitRow
@@ -36,9 +36,9 @@ class RowRecord:
         """Update an unfilled row from ``tensor``, which the model holds under its name now."""
         assert self.tape is not None
         waiting = self.tape.current().later.waiting
-        record = recorded(tensor._local_tensor if isinstance(tensor, DTensor) else tensor)
+        records = [found for part in recorded_parts(tensor) if (found := recorded(part)) is not None]
         self.update(dtype=dtype_name(tensor.dtype))
-        if record is None or record.memory is not None or not record.tape.later.waiting.missing([record.storage]):
+        if not any(each.memory is None and each.tape.later.waiting.missing([each.storage]) for each in records):
             status = waiting.statuses.get(self.storage, "written by the user")
             origin, recording = self.row.origin, self.row.recording
             if status == "initialized" and recording is not None and recording.slot.ref is not None:

@@ -17,11 +17,24 @@ from fabric_init.errors import FabricInitError
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.tensor import RecordedTensor, become
+from fabric_init.recording.wrappers import inner_tensors, is_wrapper
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a sharded tensor; any other tensor as it is."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    """Return this rank's part of a sharded tensor; any other tensor as it is.
+
+    Of a part in a wrapper that only adds to it what is to be done with it, as torchao's float8 training does, this is
+    the tensor in there.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    part: Tensor = tensor._local_tensor
+    while is_wrapper(part):
+        inner = list(inner_tensors(part).values())
+        if len(inner) != 1 or (inner[0].size(), inner[0].dtype) != (part.size(), part.dtype):
+            break
+        part = inner[0]
+    return part
 
 
 class ShardedTensors:
@@ -40,7 +53,7 @@ class ShardedTensors:
         tensor = self._sharded.get(slot.name)
         if tensor is None:
             return self._others.device(slot)
-        device = tensor._local_tensor.device
+        device = local(tensor).device
         return torch.device(tensor.device_mesh.device_type) if device.type == "meta" else device
 
     def region(self, slot: TensorInfo) -> Region | None:
@@ -50,9 +63,11 @@ class ShardedTensors:
     def put(self, slot: TensorInfo, tensor: Tensor, value: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
             return self._others.put(slot, tensor, value)
-        part, value = tensor._local_tensor, value.to(tensor.dtype).contiguous()
+        part, value = local(tensor), value.to(tensor.dtype).contiguous()
         if isinstance(part, RecordedTensor):
             become(part, _padded(value, part._meta))
+        elif part is not tensor._local_tensor:
+            become(part, value)
         else:
             _become_shard(tensor, value)
         return tensor

@@ -151,7 +151,7 @@ def _waiting_places(model: nn.Module) -> Iterator[_Place]:
     places = [place for place in _places(model) if place.tensor.device_mesh.get_coordinate() is not None]
     if not places:
         return
-    recordings = [recorded(place.tensor._local_tensor) for place in places]
+    recordings = [recorded(local(place.tensor)) for place in places]
     tapes = {found.tape for t in (*model.parameters(), *model.buffers()) if (found := recorded(local(t))) is not None}
     for place, found in zip(places, recordings, strict=True):
         if found is not None or (not place.tensor._local_tensor.numel() and any(_by_place(place, tapes))):
@@ -198,7 +198,7 @@ def _origins(place: _Place) -> tuple[list[TensorRef], Tape]:
     Raises:
         RecordingError: The shard was changed since the model was sharded, or is no part of one tensor.
     """
-    sharded, part = place.tensor, place.tensor._local_tensor
+    sharded, part = place.tensor, local(place.tensor)
     if part.numel():
         with DisableTorchFunction():
             found = recorded(part)

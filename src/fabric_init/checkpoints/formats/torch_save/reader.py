@@ -89,7 +89,8 @@ class TorchFileReader(BaseReader):
         extra_state: dict[str, Any] = {}
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
-                self._tensors[checked_key(self.path, key, value, self._archive)] = value.detach()
+                for name, part in _parts(key, value):
+                    self._tensors[checked_key(self.path, name, part, self._archive)] = part.detach()
             elif isinstance(key, str) and key.endswith(EXTRA_STATE):
                 with corruption_of(self.path):
                     extra_state[key] = value if self._archive is None else self._archive.with_values(value)
@@ -200,6 +201,16 @@ def state_dicts_in(loaded: dict[object, object]) -> Iterator[tuple[Location, dic
             yield location, state
         inner = [(str(key), value) for key, value in state.items() if isinstance(value, dict)]
         waiting += [((*location, key), value) for key, value in inner if not key.endswith(EXTRA_STATE)]
+
+
+def _parts(key: object, value: torch.Tensor) -> Iterator[tuple[object, torch.Tensor]]:
+    """Yield a tensor by its key, or those that a quantized one holds, as torchao names them in safetensors files."""
+    if isinstance(key, str) and hasattr(value, "__tensor_flatten__") and not hasattr(value, "_local_tensor"):
+        module, dot, name = key.rpartition(".")
+        for inner in value.__tensor_flatten__()[0]:
+            yield f"{module}{dot}_{name}_{inner}", getattr(value, inner)
+    else:
+        yield key, value
 
 
 def count_tensors(state: dict[object, object]) -> int:
