@@ -144,6 +144,7 @@ COMMANDS = {
     "from_scratch_fsdp2.py": [*ON_TWO_RANKS, "--width=32", "--depth=2", "--steps=2"],
     "lora_fsdp2.py": [*ON_TWO_RANKS, "--demo", "--dora", "--steps=2"],
     "new_head_ddp.py": [*ON_TWO_RANKS, "--steps=2"],
+    "trl_sft.py": ["--demo"],
     "trainer.py": [*ON_TWO_RANKS, "--strategy=fsdp2"],
     "zero3.py": [*ON_TWO_RANKS, "--demo", "--steps=2"],
 }
