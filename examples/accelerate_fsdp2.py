@@ -1,4 +1,4 @@
-"""Finetune under accelerate, on one device, DDP or FSDP2: the body from a checkpoint, the new head by the model's own init.
+"""Finetune under accelerate: the body from a checkpoint, the new head by the model's own init.
 
 python examples/accelerate_fsdp2.py                                                        # one device, here the CPU
 accelerate launch --multi_gpu examples/accelerate_fsdp2.py                                 # DDP

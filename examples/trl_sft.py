@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from fabric_init import FillModel, deferred_init, init_report
 
-WORDS = "the cat sat on the mat and the dog lay by the door".split()
+WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "lay", "by", "the", "door"]
 
 
 def write_demo(folder: Path) -> None:

@@ -60,6 +60,7 @@ SLOW = {
     "reports/html/test_in_a_browser.py": "starts a browser",
     "sharding/test_every_way.py": "starts ranks",
     "sharding/test_plain_pytorch.py": "starts ranks",
+    "stacks/*": "imports large libraries in ranks, and trains",
     "test_never_empty.py": "every way to leave a tensor without values",
     "tools/audit/test_probe.py": "audits real architectures",
     "tools/audit/test_transformers.py": "audits real architectures",

@@ -145,6 +145,7 @@ COMMANDS = {
     "lora_fsdp2.py": [*ON_TWO_RANKS, "--demo", "--dora", "--steps=2"],
     "qlora.py": ["--demo", "--steps=1"],
     "new_head_ddp.py": [*ON_TWO_RANKS, "--steps=2"],
+    "trl_sft.py": ["--demo"],
     "trainer.py": [*ON_TWO_RANKS, "--strategy=fsdp2"],
     "zero3.py": [*ON_TWO_RANKS, "--demo", "--steps=2"],
 }

@@ -18,6 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from fabric_init import deferred_init, materialize
 
+SECONDS = 180.0
+"""How long a group of ranks may take: each imports half a dozen large libraries, which a busy machine is slow at."""
+
 TOKENS = torch.arange(24).reshape(2, 12) % 39 + 1
 
 

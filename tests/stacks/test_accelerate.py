@@ -10,12 +10,8 @@ import pytest
 import torch
 
 from fabric_init import FillModel, UninitializedTensorError, materialize
-from tests.support.ranks import run_ranks, run_ranks_each
-
-pytest.importorskip("accelerate")
-pytest.importorskip("transformers")
-
-from tests.stacks.hugging_face import (  # noqa: E402  (needs both)
+from tests.stacks.hugging_face import (
+    SECONDS,
     STACKS,
     TOKENS,
     different,
@@ -25,6 +21,10 @@ from tests.stacks.hugging_face import (  # noqa: E402  (needs both)
     whole,
     write,
 )
+from tests.support.ranks import run_ranks_each
+
+pytest.importorskip("accelerate")
+pytest.importorskip("transformers")
 
 FILLED_BY = ("materialize", "attach")
 
@@ -123,13 +123,15 @@ def on_two_ranks(folder: Path) -> dict[tuple[str, ...], list[Any]]:
         each["resume", stack, by] = {"kind": "resume", "stack": stack, "by": by}
     for stack in ("ddp", "fsdp2"):
         each["unfilled", stack] = {"kind": "unfilled", "stack": stack, "by": ""}
-    return run_ranks_each(2, run, each, folder=folder)
+    return run_ranks_each(2, run, each, seconds=SECONDS, folder=folder)
 
 
 def test_one_process_starts_and_trains_as_on_a_model_with_values(folder: Path) -> None:
     starts = [(case, by) for case in ("checkpoint", "missing head", "from scratch") for by in FILLED_BY]
     each = {start: dict(zip(("case", "by"), start, strict=True)) for start in starts}
-    for start, ranks in run_ranks_each(1, start_and_train, each, stack="one process", folder=folder).items():
+    for start, ranks in run_ranks_each(
+        1, start_and_train, each, seconds=SECONDS, stack="one process", folder=folder
+    ).items():
         assert ranks == [SAME], start
 
 
@@ -137,14 +139,14 @@ def test_one_process_starts_and_trains_as_on_a_model_with_values(folder: Path) -
 def test_two_ranks_start_and_train_as_on_a_model_with_values(
     start: tuple[str, ...], on_two_ranks: dict[tuple[str, ...], list[Any]]
 ) -> None:
-    assert on_two_ranks["start", *start] == [SAME, SAME]
+    assert on_two_ranks[("start", *start)] == [SAME, SAME]
 
 
 @pytest.mark.parametrize("case", [("ddp", "attach"), ("fsdp2", "attach"), ("fsdp2", "load_state")], ids=", ".join)
 def test_load_state_resumes_a_recorded_model(
     case: tuple[str, ...], on_two_ranks: dict[tuple[str, ...], list[Any]]
 ) -> None:
-    assert on_two_ranks["resume", *case] == [[], []]
+    assert on_two_ranks[("resume", *case)] == [[], []]
 
 
 @pytest.mark.parametrize("stack", ["ddp", "fsdp2"])

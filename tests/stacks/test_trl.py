@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from fabric_init import FillModel, UninitializedTensorError, deferred_init, init_report
+from tests.stacks.hugging_face import SECONDS, STACKS, different, gathered, options_of, recorded, whole, write
 from tests.support.ranks import run_ranks_each
 
 pytest.importorskip("datasets")
 pytest.importorskip("peft")
 pytest.importorskip("trl")
-
-from tests.stacks.hugging_face import STACKS, different, gathered, options_of, recorded, whole, write  # noqa: E402
 
 
 SEED = 4
@@ -152,7 +151,7 @@ def test_adapters_over_a_recorded_base_train_and_resume_as_over_a_loaded_one(
         for (kind, case), adapters in CASES.items()
         if ranks == 1 or (kind, case) in ON_RANKS
     }
-    for (kind, case), found in run_ranks_each(ranks, run, each, stack=stack, folder=folder).items():
+    for (kind, case), found in run_ranks_each(ranks, run, each, seconds=SECONDS, stack=stack, folder=folder).items():
         loaded = LOADED[case.partition(",")[0]]
         right = {
             "start": {"weights": [], "resumed": [], "trained": True, "loaded": loaded},

@@ -98,7 +98,12 @@ def run_ranks(
 
 
 def run_ranks_each(
-    world_size: int, function: Callable[..., Result], cases: Mapping[Any, Mapping[str, Any]], **kwargs: Any
+    world_size: int,
+    function: Callable[..., Result],
+    cases: Mapping[Any, Mapping[str, Any]],
+    *,
+    seconds: float = SECONDS,
+    **kwargs: Any,
 ) -> dict[Any, list[Result]]:
     """:func:`run_ranks` for each of ``cases``, one after the other in one group: to start one takes longer.
 
@@ -106,6 +111,7 @@ def run_ranks_each(
         world_size: how many processes.
         function: called with the keyword arguments of a case, and with ``kwargs``.
         cases: what they are called, and their arguments.
+        seconds: how long the group may take, beside a few for each case.
 
     Returns:
         For each case, what each rank returned.
@@ -113,7 +119,7 @@ def run_ranks_each(
     __tracebackhide__ = True
     file, name = function.__code__.co_filename, function.__qualname__
     calls = {case: {**kwargs, **arguments} for case, arguments in cases.items()}
-    ranks = run_ranks(world_size, _call_each, seconds=SECONDS + 5 * len(calls), file=file, name=name, calls=calls)
+    ranks = run_ranks(world_size, _call_each, seconds=seconds + 5 * len(calls), file=file, name=name, calls=calls)
     return {case: [rank[case] for rank in ranks] for case in calls}
 
 

@@ -44,7 +44,7 @@ class Address:
 
 def _on_number(name: str) -> Any:
     def method(self: Address, other: Any) -> Any:
-        return getattr(self.__index__(), name)(other)
+        return getattr(self.__index__(), name)(int(other) if isinstance(other, Address) else other)
 
     return method
 

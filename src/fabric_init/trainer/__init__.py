@@ -1,4 +1,4 @@
-"""Lightning's ``Trainer``: models are recorded where they are built, and filled before its strategy takes them."""
+"""Trainers of Lightning and of Hugging Face: recorded models are filled where these take them."""
 
 from fabric_init.trainer.fill_model import FillModel
 

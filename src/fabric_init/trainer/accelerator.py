@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from glob import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,36 +23,38 @@ from fabric_init.recording.tensor import recorded
 from fabric_init.sharding.dtensor import local
 from fabric_init.trainer.declared import Declared
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator as _Base
-else:
-    _Base = object
 
-
-class FillingMixin(_Base):
+class FillingMixin:
     """What an accelerator gets from :func:`let_fill`."""
 
     declared: Declared
     """What models are filled from."""
+    is_fsdp2: bool
+    device: torch.device
+    device_placement: bool
+    distributed_type: Any
+    state: Any
 
     def prepare(self, *args: Any, **kwargs: Any) -> Any:
         """Prepare as before; models among the arguments have their values afterwards."""
+        theirs: Any = super()
         models = [each for each in args if isinstance(each, nn.Module)]
         if not models or not self.is_fsdp2:
             self._fill(models)
-            return super().prepare(*args, **kwargs)
+            return theirs.prepare(*args, **kwargs)
         declared = [for_base(self.declared, model) for model in models]  # by names that sharding does not change
         with self._each_rank_reads(models):
-            result = super().prepare(*args, **kwargs)
+            result = theirs.prepare(*args, **kwargs)
         for each, model in zip(declared, models, strict=True):
             each.fill(model, None)
         return result
 
     def prepare_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Prepare one model as before; it has its values afterwards."""
+        theirs: Any = super()
         if not self.is_fsdp2:
             self._fill([model])
-        return super().prepare_model(model, *args, **kwargs)
+        return theirs.prepare_model(model, *args, **kwargs)
 
     def _fill(self, models: list[nn.Module]) -> None:
         for model in models:
@@ -65,7 +67,7 @@ class FillingMixin(_Base):
     @contextmanager
     def _each_rank_reads(self, models: list[nn.Module]) -> Iterator[None]:
         """Context in which rank 0 does not send all values to the others: it has none either."""
-        plugin: Any = self.state.fsdp_plugin
+        plugin = self.state.fsdp_plugin
         before = plugin.cpu_ram_efficient_loading
         if any(unfilled(model) for model in models):
             plugin.cpu_ram_efficient_loading = False
