@@ -86,8 +86,11 @@ def _load(model: nn.Module, reader: CheckpointReader, options: LoadOptions) -> R
 
     def again(other: CheckpointReader) -> None:
         load = load_with_code(model, other, options)
-        if load is not None:
-            load.undo()
+        try:
+            _plan(model, other if load is None else load.reader, options, None, load)
+        finally:
+            if load is not None:
+                load.undo()
 
     try:
         return load_with_code(model, reader, options)
