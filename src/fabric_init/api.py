@@ -121,8 +121,9 @@ def materialize(
         convert=convert,
     )
     agreement = agreement_of(process_group)
-    fill_model(model, _opened(source, agreement), options, placement, rng, agreement)
-    return report_of(model)
+    with PausedCollector():
+        fill_model(model, _opened(source, agreement), options, placement, rng, agreement)
+        return report_of(model)
 
 
 @contextmanager

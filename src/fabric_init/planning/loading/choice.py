@@ -11,27 +11,25 @@ from fabric_init.checkpoints import CheckpointReader
 from fabric_init.planning.loading.hugging_face import HuggingFaceCode, outermost
 from fabric_init.planning.loading.module_code import ModuleCode, has_load_code
 from fabric_init.planning.loading.recorded_load import LoadCode, Outcome
-from fabric_init.planning.tensors import named_tensors
+from fabric_init.planning.tensors import Walk, registered_tensors
 
 
-def load_code(
-    model: nn.Module, reader: CheckpointReader, names: Mapping[str, str], reinit: Sequence[str]
-) -> LoadCode | None:
-    """Return the code that loads ``reader`` into ``model``; ``None`` if matching names does all that it would do.
+def load_code(walk: Walk, reader: CheckpointReader, names: Mapping[str, str], reinit: Sequence[str]) -> LoadCode | None:
+    """Return the code that loads ``reader`` into a model; ``None`` if matching names does all that it would do.
 
     Args:
-        model: The recorded model.
+        walk: Over the recorded model.
         reader: The open checkpoint.
         names: The name in the state dict for each key of the checkpoint.
         reinit: Globs of tensors that are not loaded.
     """
     given = frozenset(names.values())
-    parts = [prefix for prefix, part in outermost(model) if not _is_as_built(part, _under(prefix, given))]
+    parts = [prefix for prefix, part in outermost(walk) if not _is_as_built(part, _under(prefix, given))]
     if parts == [""]:
         return HuggingFaceCode(reader, reinit)
     if parts:
         return _Parts(reader, reinit, parts)
-    return ModuleCode(reader) if has_load_code(model, given) else None
+    return ModuleCode(reader) if has_load_code(walk, given) else None
 
 
 class _Parts:
@@ -69,9 +67,7 @@ def _under(prefix: str, names: frozenset[str]) -> frozenset[str]:
 def _is_as_built(model: nn.Module, given: frozenset[str]) -> bool:
     """Return whether a state dict has the names of the model's tensors, of tied ones at least one, and no others."""
     names: dict[int, list[str]] = {}
-    for name, kind, tensor in named_tensors(model):
-        if kind == "attribute":
-            break  # those come last, and are in no state dict
+    for name, kind, tensor in registered_tensors(model):
         if kind != "non-persistent buffer":
             names.setdefault(id(tensor), []).append(name)
     known = {name for of_one in names.values() for name in of_one}
