@@ -63,7 +63,8 @@ def phases(name: str, root: str, accelerator: str, pages: str) -> Generator[tupl
     yield "touch", lambda: touch(model)
     cast = torch.bfloat16 if name not in BUFFERS_AS_BUILT else None
     device = torch.cuda.max_memory_allocated() if accelerator == "cuda" else None
-    yield "verify", lambda: verify(model, task.workload, cast, initialized="init_missing" in name) | {"device": device}
+    initialized = "init_missing" in name or "scratch" in name
+    yield "verify", lambda: verify(model, task.workload, cast, initialized=initialized) | {"device": device}
 
 
 def _finished(built: tuple[nn.Module, Any], task: Task) -> tuple[nn.Module, Any]:
@@ -136,15 +137,34 @@ def _emptied(task: Task, load: Callable[[nn.Module], object]) -> Build:
     return build
 
 
+def fsdp2_scratch(task: Task) -> Build:
+    """Without a checkpoint, as torchtitan does: every module's own init runs on what this rank holds."""
+
+    def initialize(model: nn.Module) -> None:
+        with torch.no_grad():
+            for module in model.modules():
+                model._init_weights(module)
+
+    return _emptied(task, initialize)
+
+
 def fsdp2_ours(task: Task) -> Build:
     return _ours(task, "fsdp2")
 
 
 def fsdp2_ours_plain(task: Task) -> Build:
     """Without Fabric: the model is sharded by the user's own code, and then filled."""
+    return _ours_plain(task, task.workload.folder)
+
+
+def fsdp2_ours_scratch(task: Task) -> Build:
+    return _ours_plain(task, None)
+
+
+def _ours_plain(task: Task, folder: Path | None) -> Build:
     from fabric_init import deferred_init, materialize
 
-    config, folder, device, mesh = task.config, task.workload.folder, task.device, _mesh(task)
+    config, device, mesh = task.config, task.device, _mesh(task)
 
     def build() -> tuple[nn.Module, Any]:
         with default_dtype(torch.bfloat16), device, deferred_init():
@@ -157,11 +177,14 @@ def fsdp2_ours_plain(task: Task) -> Build:
 
 
 def _mesh(task: Task) -> Any:
+    """The ranks; ``fully_shard`` has run once, as strategies make it do in ``launch``: its first call imports a lot."""
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
     if task.accelerator == "cuda":
         torch.cuda.set_device(task.device)
     mesh = init_device_mesh(task.accelerator, (RANKS,))
+    fully_shard(nn.Linear(RANKS, RANKS, device="meta"), mesh=mesh)
     task.prepare(task.workload.safetensors)
     return mesh
 
@@ -322,8 +345,10 @@ CONTENDERS: dict[str, Callable[[Task], Build]] = {
         fsdp2_lightning,
         fsdp2_dcp,
         fsdp2_broadcast,
+        fsdp2_scratch,
         fsdp2_ours,
         fsdp2_ours_plain,
+        fsdp2_ours_scratch,
         fsdp2_ours_load_state_dict,
         fsdp2_ours_load_raw,
         fsdp2_ours_init_missing,
@@ -338,5 +363,12 @@ CONTENDERS: dict[str, Callable[[Task], Build]] = {
     )
 }
 
-BUFFERS_AS_BUILT = ("fsdp2_dcp", "fsdp2_broadcast", "fsdp2_ours_plain", "zero3_transformers")
+BUFFERS_AS_BUILT = (
+    "fsdp2_dcp",
+    "fsdp2_broadcast",
+    "fsdp2_scratch",
+    "fsdp2_ours_plain",
+    "fsdp2_ours_scratch",
+    "zero3_transformers",
+)
 """The others' ``setup`` casts them, as Fabric's ``bf16-true`` does."""

@@ -26,6 +26,7 @@ def write_hollow(folder: Path, shapes: Mapping[str, tuple[int, ...]], *, a_file:
             header[key] = {"dtype": "BF16", "shape": shapes[key], "data_offsets": [start, end]}
             weight_map[key] = name
         text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # as the library does, so that what is mapped is aligned
         with open(folder / name, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + end)

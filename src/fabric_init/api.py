@@ -130,13 +130,14 @@ def materialize(
     )
     agreement = agreement_of(process_group)
     stage_3 = None if deepspeed is None else stage_3_config(deepspeed)
-    if stage_3 is None:
-        fill_model(model, _opened(source, agreement), options, WholeTensors(target), rng, agreement)
-    else:
-        with cast_as_configured(model, stage_3):
-            partition = functools.partial(partitioned, model, stage_3, target)
-            fill_model(model, _opened(source, agreement), options, WholeTensors(target), rng, agreement, partition)
-    return report_of(model)
+    with PausedCollector():
+        if stage_3 is None:
+            fill_model(model, _opened(source, agreement), options, WholeTensors(target), rng, agreement)
+        else:
+            with cast_as_configured(model, stage_3):
+                partition = functools.partial(partitioned, model, stage_3, target)
+                fill_model(model, _opened(source, agreement), options, WholeTensors(target), rng, agreement, partition)
+        return report_of(model)
 
 
 @contextmanager

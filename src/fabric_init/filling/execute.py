@@ -35,6 +35,7 @@ from fabric_init.planning.loads import read_as
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, DerivedFrom, LoadOptions, Plan, PlanEntry, storage_groups
 from fabric_init.planning.prepare import PreparedPlan, prepared_digest
+from fabric_init.planning.tensors import Walk
 from fabric_init.recording.liveness import covers
 from fabric_init.recording.replay import real_execution, replay, view
 from fabric_init.recording.tape import Rng, Tape
@@ -103,7 +104,8 @@ def fill(
                 if inner.take(position, value, placement.device(plan.entries[position].slot), exact=exact):
                     values[position] = value
             _keep_apart(plan, values)
-    as_built = any(tensor.is_inference() for tensor in tensors)
+    with DisableTorchFunction():
+        as_built = any(tensor.is_inference() for tensor in tensors)
     # tensor subclasses (DTensor) need their own dispatch here
     with interrupts_held(), torch.inference_mode(as_built), torch.no_grad(), DisableTorchFunction():
         filled = list(tensors)
@@ -351,11 +353,12 @@ def fill_model(
     apart: list[Tensor] = []
 
     def plan() -> PreparedPlan:
-        refuse_flat_parameters(model)
-        settle(model)
+        walk = Walk(model)
+        refuse_flat_parameters(walk)
+        settle(walk)
         names = () if reader is None else rename_keys(reader.keys(), wanted.rename).values()
-        with without_torchs_load_hooks(model), seen_whole(model) as shards, seen_plain(model, set(names)) as shown:
-            prepared = planned_as_floats(model, reader, wanted, rng)
+        with without_torchs_load_hooks(walk), seen_whole(walk) as shards, seen_plain(walk, set(names)) as shown:
+            prepared = planned_as_floats(walk, reader, wanted, rng)
             _refuse_overwriting(prepared, model)
             _refuse_casts(prepared, shown.apart)
             prepared = quantized(prepared, model, placement)
@@ -461,15 +464,16 @@ def execute_plan(
         return fill(plan, tensors, tapes, reader, placement, exact=exact, wrapped=wrapped)
 
     record = agreement.run_together("filling the model", check_and_fill)
-    if not plan.waits and not unfilled(model):
-        unwatch_loads(model)
-        release_forward(model)
+    walk = Walk(model)
+    if not plan.waits and not unfilled(walk):
+        unwatch_loads(walk)
+        release_forward(walk)
         for tape in {tape.current() for tape in tapes.values()}:
             tape.later.finish(())  # what closures and caches hold
-    for module in model.modules():
+    for _, module in walk.once:
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()  # cuDNN's layout: the constructor's own call came before there was memory
-    early = statuses(model)
+    early = statuses(walk)
     for row, entry in zip(record.rows, plan.entries, strict=True):
         if entry.action is Action.KEEP and entry.slot.name in early:
             row.update(status=early[entry.slot.name])

@@ -28,14 +28,14 @@ from fabric_init.planning.loading.sources import recorded_on_sources
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, LoadOptions
 from fabric_init.planning.prepare import PreparedPlan, plan_for
-from fabric_init.planning.tensors import TensorInfo, find_tensors, named_modules
+from fabric_init.planning.tensors import TensorInfo, Walked, find_tensors, named_modules
 from fabric_init.recording.storage_tags import Recorded, ref_of, tensor_on
 from fabric_init.recording.tape import Rng
 from fabric_init.recording.tensor import RecordedTensor, follow_meta, meta_of, recorded, recorded_tensor
 
 
 def planned_as_floats(
-    model: nn.Module, reader: CheckpointReader | None, options: LoadOptions, rng: Rng | None = None
+    model: Walked, reader: CheckpointReader | None, options: LoadOptions, rng: Rng | None = None
 ) -> PreparedPlan:
     """Return the plan for ``model`` with the weights that it had before they were quantized.
 
@@ -157,7 +157,7 @@ def _layers() -> Any:
     return getattr(sys.modules.get("bitsandbytes"), "nn", None)
 
 
-def _refuse_own_hooks(model: nn.Module) -> None:
+def _refuse_own_hooks(model: Walked) -> None:
     """Raise for Lightning's layers: a hook of theirs quantizes on CUDA whatever a state dict brings, on every device.
 
     Raises:
@@ -216,7 +216,7 @@ class _Place(NamedTuple):
 
 
 @contextmanager
-def seen_as_floats(model: nn.Module) -> Iterator[dict[int, Tensor]]:
+def seen_as_floats(model: Walked) -> Iterator[dict[int, Tensor]]:
     """Context in which ``model`` has the weights, as they were before, in the places of those that were quantized.
 
     Yields the quantized parameter for each of them, by the id of that.
@@ -232,7 +232,7 @@ def seen_as_floats(model: nn.Module) -> Iterator[dict[int, Tensor]]:
                 table[key] = tensor
 
 
-def _replaced(model: nn.Module) -> Iterator[_Place]:
+def _replaced(model: Walked) -> Iterator[_Place]:
     made: dict[int, Tensor] = {}
     for _, module in named_modules(model):
         for key, tensor in module._parameters.items():

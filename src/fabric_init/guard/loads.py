@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fabric_init.guard.expected_load import ExpectedLoad, expected_load
 from fabric_init.guard.models import own_tensors, release_forward, settle, unfilled
 from fabric_init.planning.loading.module_code import takes_extra_state
+from fabric_init.planning.tensors import Walked, walked
 from fabric_init.recording.later import Later
 from fabric_init.recording.tensor import recorded
 from fabric_init.recording.wrappers import recorded_parts
@@ -55,12 +56,12 @@ def watch_loads(model: nn.Module, complete: Complete) -> None:
             module.register_load_state_dict_post_hook(_after_load)
 
 
-def unwatch_loads(model: nn.Module, running: Any = None) -> None:
+def unwatch_loads(model: Walked, running: Any = None) -> None:
     """Take that back for ``model`` and all in it.
 
     Of hooks that are ``running``, torch allows taking off the last alone.
     """
-    for module in model.modules():
+    for _, module in walked(model).once:
         if _COMPLETE not in vars(module):
             continue
         tables: tuple[Any, ...] = (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks)

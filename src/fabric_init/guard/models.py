@@ -15,7 +15,7 @@ from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import RecordingError, UninitializedTensorError
 from fabric_init.guard.expected_load import expected_load
 from fabric_init.planning.placement import Placement, WholeTensors
-from fabric_init.planning.tensors import TensorInfo, find_tensors, named_tensors
+from fabric_init.planning.tensors import TensorInfo, Walked, find_tensors, named_tensors, registered_tensors, walked
 from fabric_init.recording.later import MSG_JIT_TRACE, Later
 from fabric_init.recording.liveness import never_written
 from fabric_init.recording.rng import own_init_runs
@@ -86,11 +86,13 @@ class Places:
         self._name = type(model).__name__
         self._left: set[int] = set()
         self._places: dict[int, list[tuple[weakref.ref[nn.Module], str]]] = {}
+        self._storages: dict[tuple[int, str], list[int]] = {}  # by id of the module, and name
         for module in model.modules():
             reference = weakref.ref(module)
             for name, tensor in own_tensors(module):
                 for storage in {found.storage for part in recorded_parts(tensor) if (found := recorded(part))}:
                     self._places.setdefault(storage, []).append((reference, name))
+                    self._storages.setdefault((id(module), name), []).append(storage)
         self._left.update(self._places)
 
     def filled(self, storage: int, status: str) -> None:
@@ -125,8 +127,8 @@ class Places:
 
     def at(self, module: nn.Module, name: str) -> Iterator[int]:
         """Yield the storages that the tensor ``name`` of ``module`` was on."""
-        for storage, places in self._places.items():
-            if any(reference() is module and key == name for reference, key in places):
+        for storage in self._storages.get((id(module), name), ()):
+            if any(reference() is module for reference, key in self._places[storage] if key == name):
                 yield storage
 
     def recorded(self, storage: int) -> Iterator[Tensor]:
@@ -157,7 +159,7 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield name, tensor
 
 
-def settle(model: nn.Module) -> None:
+def settle(model: Walked) -> None:
     """Turn tensors of ``model`` whose values are there by now into plain ones."""
     for _, _, tensor in named_tensors(model):
         for part in recorded_parts(tensor):
@@ -180,11 +182,11 @@ def fix_of(model: nn.Module) -> str | None:
     return None
 
 
-def unfilled(model: nn.Module) -> list[tuple[str, Tensor]]:
+def unfilled(model: Walked) -> list[tuple[str, Tensor]]:
     """Return the parameters and buffers under ``model`` that wait for values, by their first name."""
     names: dict[int, tuple[str, Tensor]] = {}
-    for name, kind, tensor in named_tensors(model):
-        if kind != "attribute" and id(tensor) not in names and waits(tensor):
+    for name, _, tensor in registered_tensors(model):
+        if id(tensor) not in names and waits(tensor):
             names[id(tensor)] = name, tensor
     return list(names.values())
 
@@ -285,13 +287,14 @@ def hold_forward(model: nn.Module, agreement: Agreement | None = None) -> None:
         model.register_forward_pre_hook(_before_forward, prepend=True)  # before what gathers from other ranks
 
 
-def release_forward(model: nn.Module) -> None:
+def release_forward(model: Walked) -> None:
     """Take that back: nothing waits any more. What is still recorded, also outside the model, becomes plain."""
-    parts = [part for _, _, tensor in named_tensors(model) for part in recorded_parts(tensor)]
+    walk = walked(model)
+    parts = [part for _, _, tensor in named_tensors(walk) for part in recorded_parts(tensor)]
     for tape in {found.tape for part in parts if (found := recorded(part)) is not None}:
         if tape.later.gives_memory:  # otherwise a strategy shards first
             tape.later.finish(parts)
-    for module in model.modules():
+    for _, module in walk.once:
         vars(module).pop(_RANKS, None)
         _remove_forward_hook(module)
 

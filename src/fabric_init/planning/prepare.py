@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from fabric_init.checkpoints import CheckpointReader, rename_keys
@@ -15,7 +15,7 @@ from fabric_init.planning.hints.quantized import quantized_refusal
 from fabric_init.planning.loading.choice import load_code
 from fabric_init.planning.loading.recorded_load import RecordedLoad, record_load
 from fabric_init.planning.plan import Action, LoadOptions, Plan
-from fabric_init.planning.tensors import survey
+from fabric_init.planning.tensors import Walk, Walked, survey, walked
 from fabric_init.planning.undone import check_nothing_is_undone
 from fabric_init.planning.validation import make_plan
 from fabric_init.recording.tape import Rng, Tape
@@ -41,59 +41,61 @@ class PreparedPlan(NamedTuple):
 
 
 def plan_for(
-    model: nn.Module, reader: CheckpointReader | None, options: LoadOptions, rng: Rng | None = None
+    model: Walked, reader: CheckpointReader | None, options: LoadOptions, rng: Rng | None = None
 ) -> PreparedPlan:
     """Return the plan for ``model``, whose tensors are still recorded and not sharded.
 
     Raises:
         FabricInitError: Anything that the user has to fix; no memory is allocated before.
     """
+    walk = walked(model)
     if reader is not None:
-        _refuse_lazy(model)
-        load = _load(model, reader, options)
+        _refuse_lazy(walk)
+        load = _load(walk, reader, options)
         if load is not None:
             try:
-                return _plan(model, load.reader, options, rng, load)._replace(undo=load.undo)
+                return _plan(Walk(walk.model), load.reader, options, rng, load)._replace(undo=load.undo)
             except BaseException:
                 load.undo()
                 raise
-    return _plan(model, reader, options, rng, None)
+    return _plan(walk, reader, options, rng, None)
 
 
-def load_with_code(model: nn.Module, reader: CheckpointReader, options: LoadOptions) -> RecordedLoad | None:
+def load_with_code(model: Walked, reader: CheckpointReader, options: LoadOptions) -> RecordedLoad | None:
     """Run the load code of ``model`` on a checkpoint; ``None`` if it has none that would make a difference.
 
     Raises:
         FabricInitError: Anything that the user has to fix. The modules are as they were then.
     """
     names = rename_keys((*reader.keys(), *reader.extra_state), options.rename)
-    code = load_code(model, reader, names, options.reinit)
+    walk = walked(model)
+    code = load_code(walk, reader, names, options.reinit)
     if code is None:
         return None
 
     def again(other: CheckpointReader, changed: LoadOptions) -> RecordedLoad | None:
-        load = load_with_code(model, other, changed)
+        load = load_with_code(walk.model, other, changed)
         if load is not None:
             load.undo()
         return load
 
-    load = record_load(model, reader, names, code, _mode(survey(model)[2].values()))
+    load = record_load(walk.model, reader, names, code, _mode(survey(walk)[2].values()))
     return load._replace(again=again)
 
 
-def _load(model: nn.Module, reader: CheckpointReader, options: LoadOptions) -> RecordedLoad | None:
-    """Run the load code of ``model``; if it fails because weights are quantized, the error says so."""
+def _load(walk: Walk, reader: CheckpointReader, options: LoadOptions) -> RecordedLoad | None:
+    """Run the load code of a model; if it fails because weights are quantized, the error says so."""
 
     def again(other: CheckpointReader) -> None:
-        load = load_with_code(model, other, options)
+        load = load_with_code(walk.model, other, options)
         try:
-            _plan(model, other if load is None else load.reader, options, None, load)
+            _plan(Walk(walk.model), other if load is None else load.reader, options, None, load)
         finally:
             if load is not None:
                 load.undo()
 
     try:
-        return load_with_code(model, reader, options)
+        return load_with_code(walk, reader, options)
     except CheckpointMismatchError:
         refusal = quantized_refusal(reader, again)
         if refusal is None:
@@ -102,7 +104,7 @@ def _load(model: nn.Module, reader: CheckpointReader, options: LoadOptions) -> R
 
 
 def _plan(
-    model: nn.Module, reader: CheckpointReader | None, options: LoadOptions, rng: Rng | None, load: RecordedLoad | None
+    model: Walk, reader: CheckpointReader | None, options: LoadOptions, rng: Rng | None, load: RecordedLoad | None
 ) -> PreparedPlan:
     slots, tensors, tapes = survey(model)
     exact = _exact(set(tapes.values()), rng)
@@ -132,8 +134,8 @@ def _refuse_loading_wrappers(plan: Plan, tensors: Sequence[Tensor], reader: Chec
             )
 
 
-def _refuse_lazy(model: nn.Module) -> None:
-    for name, module in model.named_modules():
+def _refuse_lazy(walk: Walk) -> None:
+    for name, module in walk.once:
         tensors = (*module._parameters.values(), *module._buffers.values())
         if any(tensor is not None and is_lazy(tensor) for tensor in tensors):
             raise RecordingError(

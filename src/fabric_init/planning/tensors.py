@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -81,11 +82,42 @@ def _tensors_in(value: Any, path: str, seen: set[int], depth: int = 0) -> Iterat
             yield from _tensors_in(item, f"{path}.{name}", seen, depth + 1)
 
 
-def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+class Walk:
+    """The modules of a model, found in one walk for all that goes through them; tensors are looked up there each time.
+
+    It holds until other modules are put into the model: when code of the model's own has run, walk again.
+
+    Attributes:
+        model: The model itself.
+        named: Every module under every name it has, in module order.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.named: list[tuple[str, nn.Module]] = []
+        _visit("", model, self.named, set())
+
+    @cached_property
+    def once(self) -> list[tuple[str, nn.Module]]:
+        """Every module once, under the first of its names."""
+        first: dict[int, tuple[str, nn.Module]] = {}
+        for each in self.named:
+            first.setdefault(id(each[1]), each)
+        return list(first.values())
+
+
+Walked = nn.Module | Walk
+"""A model, or what a walk over it has found."""
+
+
+def walked(model: Walked) -> Walk:
+    """Return the walk over ``model``."""
+    return model if isinstance(model, Walk) else Walk(model)
+
+
+def named_modules(model: Walked) -> list[tuple[str, nn.Module]]:
     """Return every module under every name it has, in module order. ``Module.named_modules`` is slower."""
-    modules: list[tuple[str, nn.Module]] = []
-    _visit("", model, modules, set())
-    return modules
+    return walked(model).named
 
 
 def _visit(prefix: str, module: nn.Module, modules: list[tuple[str, nn.Module]], above: set[int]) -> None:
@@ -101,10 +133,30 @@ def _visit(prefix: str, module: nn.Module, modules: list[tuple[str, nn.Module]],
     above.remove(id(module))
 
 
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:
+def named_tensors(model: Walked) -> Iterator[tuple[str, Kind, Tensor]]:
     """Yield every parameter, buffer and plain tensor attribute of ``model``, under every name it has."""
-    modules = named_modules(model)
-    for prefix, module in modules:
+    walk = walked(model)
+    yield from registered_tensors(walk)
+    seen: set[int] = set()
+    for prefix, module in walk.named:
+        for name, parameter in module._parameters.items():
+            if parameter is not None and _is_of_own_class(parameter):
+                for key, value in vars(parameter).items():
+                    beside = f"{prefix}.{name}.{key}" if prefix else f"{name}.{key}"
+                    for path, tensor in _tensors_in(value, beside, seen):
+                        yield path, "attribute", tensor
+        attributes = vars(module)
+        if all(type(attributes[name]) in _PLAIN_TYPES for name in attributes.keys() - _MODULE_INTERNALS):
+            continue  # most modules; a set knows no order, but takes the others away at once
+        for name, value in attributes.items():
+            if type(value) not in _PLAIN_TYPES and name not in _MODULE_INTERNALS and not name.startswith(_OUR_OWN):
+                for path, tensor in _tensors_in(value, f"{prefix}.{name}" if prefix else name, seen):
+                    yield path, "attribute", tensor
+
+
+def registered_tensors(model: Walked) -> Iterator[tuple[str, Kind, Tensor]]:
+    """Yield every parameter and buffer of ``model``, under every name it has."""
+    for prefix, module in named_modules(model):
         dot = f"{prefix}." if prefix else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -113,18 +165,6 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:
             if buffer is not None:
                 non_persistent = name in module._non_persistent_buffers_set
                 yield dot + name, "non-persistent buffer" if non_persistent else "buffer", buffer
-    seen: set[int] = set()
-    for prefix, module in modules:
-        for name, parameter in module._parameters.items():
-            if parameter is not None and _is_of_own_class(parameter):
-                for key, value in vars(parameter).items():
-                    beside = f"{prefix}.{name}.{key}" if prefix else f"{name}.{key}"
-                    for path, tensor in _tensors_in(value, beside, seen):
-                        yield path, "attribute", tensor
-        for name, value in vars(module).items():
-            if type(value) not in _PLAIN_TYPES and name not in _MODULE_INTERNALS and not name.startswith(_OUR_OWN):
-                for path, tensor in _tensors_in(value, f"{prefix}.{name}" if prefix else name, seen):
-                    yield path, "attribute", tensor
 
 
 def _is_of_own_class(parameter: Tensor) -> bool:
@@ -144,7 +184,7 @@ def plain_name(name: str) -> str:
     return ".".join(parts)
 
 
-def find_tensors(model: nn.Module) -> list[tuple[TensorInfo, Tensor]]:
+def find_tensors(model: Walked) -> list[tuple[TensorInfo, Tensor]]:
     """Return every parameter, buffer and plain tensor attribute of ``model`` once, with the tensor itself.
 
     Plain tensors are searched in the attributes of modules, and in containers and plain objects there.
@@ -192,7 +232,7 @@ def _inner(tensor: Tensor) -> Iterable[Tensor]:
     return [part for each in inner if is_wrapper(each) for part in _inner(each)] if is_sharded(tensor) else inner
 
 
-def survey(model: nn.Module) -> tuple[list[TensorInfo], list[Tensor], Mapping[int, Tape]]:
+def survey(model: Walked) -> tuple[list[TensorInfo], list[Tensor], Mapping[int, Tape]]:
     """Return the model's tensors, described and themselves, and the tape of each recorded storage among them."""
     slots: list[TensorInfo] = []
     tensors: list[Tensor] = []

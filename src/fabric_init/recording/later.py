@@ -180,6 +180,8 @@ class Later:
         if func is torch.ops.aten.empty_like.default:  # to_empty(): no values either, so it waits for the same ones
             func = torch.ops.aten._to_copy.default
         with self._lock, DisableTorchFunction():
+            if traits(func).view and self._is_open(args[0]):
+                return self._record(func, args, kwargs)
             tensors = list(tensors_in((args, kwargs.values())))
             if not any(self._is_open(tensor) for tensor in tensors):
                 return self._run(func, args, kwargs)

@@ -114,6 +114,7 @@ class Traits(NamedTuple):
     data_dependent: bool
     changes_geometry: bool
     pointwise: bool
+    view: bool  # returns nothing but views of its first argument, and takes no other tensor
 
 
 @cache
@@ -140,7 +141,13 @@ def traits(func: OpOverload) -> Traits:
         data_dependent=bool({Tag.data_dependent_output, Tag.dynamic_output_shape} & set(func.tags)),
         changes_geometry=Tag.inplace_view in func.tags,
         pointwise=Tag.pointwise in func.tags and not written and len(schema.returns) == 1,
+        view=tensors == 1 and not written and _aliases_first(schema),
     )
+
+
+def _aliases_first(schema: Any) -> bool:
+    first = schema.arguments[0].alias_info
+    return first is not None and bool(schema.returns) and all(each.alias_info is not None for each in schema.returns)
 
 
 @cache

@@ -108,6 +108,8 @@ class Recorder(TorchDispatchMode):
         op_traits = traits(func)
         if op_traits.plain_fill and (target := self.lookup(args[0])) is not None and target.memory is None:
             return self._fill(func, args, kwargs)
+        if op_traits.view and not self.recognizes_init_calls and (views := self._views(func, args, kwargs)) is not None:
+            return views
         tensors = list(tensors_in((args, kwargs.values())))
         recordings = [recording for tensor in tensors if (recording := self.lookup(tensor)) is not None]
         if any(recording.memory is not None for recording in recordings):
@@ -149,6 +151,15 @@ class Recorder(TorchDispatchMode):
         if init_frame is None or init_frame is not self._running_init:  # else its ops are part of the recorded call
             self._record(func, args, kwargs, recordings, written, result, frame)
         return self._wrapped(result, tensors, recordings, kwargs)
+
+    def _views(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return views of a recorded tensor, which need no op of their own; ``None`` if ``args`` hold no such one."""
+        base = self.lookup(args[0])
+        if base is None or base.memory is not None:
+            return None
+        result = func(meta_of(args[0]), *args[1:], **kwargs)
+        device = base.device
+        return map_tensors(result, lambda meta: recorded_tensor(meta, device))
 
     def _fill(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """Record an in-place fill without running its meta kernel: it changes no shape, and most init ends in one."""

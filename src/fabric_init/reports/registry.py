@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fabric_init._text import dtype_name
 from fabric_init.errors import FabricInitError
-from fabric_init.planning.tensors import named_modules, named_tensors, plain_name
+from fabric_init.planning.tensors import Walked, named_modules, named_tensors, plain_name
 from fabric_init.recording.tape import Tape
 from fabric_init.recording.tensor import recorded
 from fabric_init.recording.wrappers import recorded_parts
@@ -106,8 +106,10 @@ def note_loaded(model: nn.Module, tensors: Iterable[tuple[nn.Module, str]]) -> s
     return names
 
 
-def statuses(model: nn.Module) -> dict[str, str]:
+def statuses(model: Walked) -> dict[str, str]:
     """Return what :func:`note_status` knows of ``model``, by the names of its tensors."""
+    if not _statuses:
+        return {}
     return {
         f"{prefix}.{attribute}" if prefix else attribute: status
         for prefix, module in named_modules(model)

@@ -48,6 +48,7 @@ class ShardedTensors:
     def __init__(self, sharded: Mapping[str, DTensor], others: Placement) -> None:
         self._sharded = sharded
         self._others = others
+        self._regions: dict[str, Region] = {}  # torch takes its time, and is asked for each several times
 
     def device(self, slot: TensorInfo) -> torch.device:
         tensor = self._sharded.get(slot.name)
@@ -58,7 +59,11 @@ class ShardedTensors:
 
     def region(self, slot: TensorInfo) -> Region | None:
         tensor = self._sharded.get(slot.name)
-        return self._others.region(slot) if tensor is None else region_of(tensor)
+        if tensor is None:
+            return self._others.region(slot)
+        if slot.name not in self._regions:
+            self._regions[slot.name] = region_of(tensor)
+        return self._regions[slot.name]
 
     def put(self, slot: TensorInfo, tensor: Tensor, value: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction
 from fabric_init.errors import FabricInitError, RecordingError
-from fabric_init.planning.tensors import named_modules, plain_name
+from fabric_init.planning.tensors import Walked, plain_name, registered_tensors, walked
 from fabric_init.recording.storage_tags import begin, ref_of, tensor_on
 from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.recording.tensor import meta_of, recorded, recorded_tensor
@@ -28,13 +28,13 @@ from fabric_init.sharding.copies import wholes_of
 from fabric_init.sharding.dtensor import local, region_of
 
 
-def refuse_flat_parameters(model: nn.Module) -> None:
+def refuse_flat_parameters(model: Walked) -> None:
     """Raise if FSDP1 has wrapped recorded modules: it has put their tensors into flat ones.
 
     Raises:
         FabricInitError: It has.
     """
-    for module in model.modules():
+    for _, module in walked(model).once:
         if type(module).__name__ == "FullyShardedDataParallel" and any(
             recorded(tensor) is not None for tensor in module.parameters()
         ):
@@ -46,7 +46,7 @@ def refuse_flat_parameters(model: nn.Module) -> None:
 
 
 @contextmanager
-def seen_whole(model: nn.Module, skipped: Collection[int] = ()) -> Iterator[dict[int, DTensor]]:
+def seen_whole(model: Walked, skipped: Collection[int] = ()) -> Iterator[dict[int, DTensor]]:
     """Context in which ``model`` has whole recorded tensors in the places of the DTensors that wait for values.
 
     Yields the DTensor for each whole tensor, by the id of that. A model without such DTensors is not touched.
@@ -77,7 +77,7 @@ def seen_whole(model: nn.Module, skipped: Collection[int] = ()) -> Iterator[dict
 
 
 @contextmanager
-def without_torchs_load_hooks(model: nn.Module) -> Iterator[None]:
+def without_torchs_load_hooks(model: Walked) -> Iterator[None]:
     """Context in which the load hooks are out by which FSDP2 follows its shards, for loads of a model seen whole.
 
     Not for use in a load hook: these are walked through then.
@@ -146,13 +146,13 @@ def _by_origin(places: Sequence[_Place]) -> list[tuple[DTensor, list[TensorRef],
     return list(found.values())
 
 
-def _waiting_places(model: nn.Module) -> Iterator[_Place]:
+def _waiting_places(model: Walked) -> Iterator[_Place]:
     """Yield the places of DTensors whose shard has no values: a recorded one, or one without any element."""
     places = [place for place in _places(model) if place.tensor.device_mesh.get_coordinate() is not None]
     if not places:
         return
     recordings = [recorded(local(place.tensor)) for place in places]
-    tapes = {found.tape for t in (*model.parameters(), *model.buffers()) if (found := recorded(local(t))) is not None}
+    tapes = {found.tape for _, _, t in registered_tensors(model) if (found := recorded(local(t))) is not None}
     for place, found in zip(places, recordings, strict=True):
         if found is not None or (not place.tensor._local_tensor.numel() and any(_by_place(place, tapes))):
             yield place._replace(tapes=tapes if found is None else {found.tape})
@@ -167,12 +167,8 @@ def _by_place(place: _Place, tapes: Collection[Tape]) -> Iterator[tuple[TensorRe
                     yield tape.later.waiting.refs[storage], tape
 
 
-def _places(model: nn.Module) -> Iterator[_Place]:
-    seen: set[int] = set()
-    for prefix, module in named_modules(model):
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
+def _places(model: Walked) -> Iterator[_Place]:
+    for prefix, module in walked(model).once:
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
             for key, tensor in table.items():

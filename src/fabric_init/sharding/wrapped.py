@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction
 from fabric_init.errors import FabricInitError, RecordingError
-from fabric_init.planning.tensors import named_modules, named_tensors, plain_name
+from fabric_init.planning.tensors import Walked, named_modules, named_tensors, plain_name
 from fabric_init.recording.liveness import covers, is_final, live_ops
 from fabric_init.recording.storage_tags import Recorded, ref_of, tensor_on
 from fabric_init.recording.tape import Tape, TensorRef
@@ -57,7 +57,7 @@ class Shown(NamedTuple):
 
 
 @contextmanager
-def seen_plain(model: nn.Module, names: Collection[str] = ()) -> Iterator[Shown]:
+def seen_plain(model: Walked, names: Collection[str] = ()) -> Iterator[Shown]:
     """Context in which ``model`` has plain recorded tensors in the places of wrappers that wait for values.
 
     Where ``names`` has names for the tensors inside a wrapper, or these are not made of one parameter, they are in its
@@ -70,6 +70,7 @@ def seen_plain(model: nn.Module, names: Collection[str] = ()) -> Iterator[Shown]
     places = list(_places(model))
     shown = Shown({}, {})
     before = [(table, dict(table)) for table in {id(place.table): place.table for place in places}.values()]
+    tensors = _by_ref(model) if places else {}
     stand_ins: dict[TensorRef, Tensor] = {}
     try:
         for place in places:
@@ -81,7 +82,7 @@ def seen_plain(model: nn.Module, names: Collection[str] = ()) -> Iterator[Shown]
             if origin is not None:
                 ref, tape = origin
                 if ref not in stand_ins:
-                    held = _held(model, ref)
+                    held = tensors.get(ref)
                     stand_ins[ref] = _plain(ref, tape, place.tensor) if held is None else held
                     shown.plain[id(stand_ins[ref])] = Wrapped(ref, tape, {}, held is not None)
                 shown.plain[id(stand_ins[ref])].wrappers[place.name] = place.tensor
@@ -117,7 +118,7 @@ class _Place(NamedTuple):
         return plain_name(self.prefix + self.key)
 
 
-def _places(model: nn.Module) -> Iterator[_Place]:
+def _places(model: Walked) -> Iterator[_Place]:
     """Yield the places of wrappers, also of those that are sharded, in module order."""
     for prefix, module in named_modules(model):
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -166,14 +167,14 @@ def _origin(place: _Place) -> tuple[TensorRef, Tape] | None:
     return refs[source], tape
 
 
-def _held(model: nn.Module, ref: TensorRef) -> Tensor | None:
-    """Return the tensor of ``model`` at ``ref``, if it has one."""
+def _by_ref(model: Walked) -> dict[TensorRef, Tensor]:
+    """Return the recorded tensors of ``model`` by where they are."""
+    found: dict[TensorRef, Tensor] = {}
     for _, _, tensor in named_tensors(model):
-        if isinstance(tensor, RecordedTensor) and (found := recorded(tensor)) is not None:
+        if isinstance(tensor, RecordedTensor) and (its := recorded(tensor)) is not None:
             with DisableTorchFunction():
-                if found.storage == ref.storage and ref_of(meta_of(tensor), found.storage) == ref:
-                    return tensor
-    return None
+                found.setdefault(ref_of(meta_of(tensor), its.storage), tensor)
+    return found
 
 
 def _plain(ref: TensorRef, tape: Tape, wrapper: Tensor) -> Tensor:

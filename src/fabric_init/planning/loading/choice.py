@@ -13,35 +13,31 @@ from fabric_init.planning.loading.llama_cpp import LlamaCppCode, is_llama_cpp
 from fabric_init.planning.loading.module_code import ModuleCode, has_load_code
 from fabric_init.planning.loading.quantized_layers import QuantizedCode, saved_quantized
 from fabric_init.planning.loading.recorded_load import LoadCode, Outcome
-from fabric_init.planning.tensors import named_tensors
+from fabric_init.planning.tensors import Walk, registered_tensors
 
 
-def load_code(
-    model: nn.Module, reader: CheckpointReader, names: Mapping[str, str], reinit: Sequence[str]
-) -> LoadCode | None:
-    """Return the code that loads ``reader`` into ``model``; ``None`` if matching names does all that it would do.
+def load_code(walk: Walk, reader: CheckpointReader, names: Mapping[str, str], reinit: Sequence[str]) -> LoadCode | None:
+    """Return the code that loads ``reader`` into a model; ``None`` if matching names does all that it would do.
 
     Args:
-        model: The recorded model.
+        walk: Over the recorded model.
         reader: The open checkpoint.
         names: The name in the state dict for each key of the checkpoint.
         reinit: Globs of tensors that are not loaded.
     """
-    quantized = saved_quantized(model, frozenset(names.values()))
+    quantized = saved_quantized(walk, frozenset(names.values()))
     given = frozenset(names.values()).difference(*quantized.values())
-    code = _load_code(model, reader, given, reinit)
+    code = _load_code(walk, reader, given, reinit)
     return QuantizedCode(code or ModuleCode(reader), quantized) if quantized else code
 
 
-def _load_code(
-    model: nn.Module, reader: CheckpointReader, given: frozenset[str], reinit: Sequence[str]
-) -> LoadCode | None:
-    parts = [prefix for prefix, part in outermost(model) if not _is_as_built(part, _under(prefix, given))]
+def _load_code(walk: Walk, reader: CheckpointReader, given: frozenset[str], reinit: Sequence[str]) -> LoadCode | None:
+    parts = [prefix for prefix, part in outermost(walk) if not _is_as_built(part, _under(prefix, given))]
     if parts == [""]:
         return _hugging_face(reader, given, reinit)
     if parts:
         return _Parts(reader, reinit, parts)
-    return ModuleCode(reader) if has_load_code(model, given) else None
+    return ModuleCode(reader) if has_load_code(walk, given) else None
 
 
 def _hugging_face(
@@ -87,9 +83,7 @@ def _under(prefix: str, names: frozenset[str]) -> frozenset[str]:
 def _is_as_built(model: nn.Module, given: frozenset[str]) -> bool:
     """Return whether a state dict has the names of the model's tensors, of tied ones at least one, and no others."""
     names: dict[int, list[str]] = {}
-    for name, kind, tensor in named_tensors(model):
-        if kind == "attribute":
-            break  # those come last, and are in no state dict
+    for name, kind, tensor in registered_tensors(model):
         if kind != "non-persistent buffer":
             names.setdefault(id(tensor), []).append(name)
     known = {name for of_one in names.values() for name in of_one}

@@ -20,6 +20,7 @@ from fabric_init._text import listed
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.loading.recorded_load import Outcome
+from fabric_init.planning.tensors import Walk
 
 _MODELS, _LOADING, _TABLE, _LOGGING = (
     f"transformers.{name}" for name in ("modeling_utils", "core_model_loading", "conversion_mapping", "utils.logging")
@@ -28,13 +29,13 @@ _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 _environment = threading.Lock()
 
 
-def outermost(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def outermost(walk: Walk) -> list[tuple[str, nn.Module]]:
     """Return the transformers models that are in no other one, by name; none if transformers has no such table."""
     if _MODELS not in sys.modules or _LOADING not in sys.modules or _TABLE not in sys.modules:
         return []
     base: type[nn.Module] = sys.modules[_MODELS].PreTrainedModel
     found: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
+    for name, module in walk.once:
         if isinstance(module, base) and not any(not of or name.startswith(f"{of}.") for of, _ in found):
             found.append((name, module))
     return found

@@ -15,20 +15,22 @@ from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.reader import metadata_of
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.loading.recorded_load import Outcome
-from fabric_init.planning.tensors import named_modules
+from fabric_init.planning.tensors import Walk
 
 _HOOK_TABLES = ("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 
 
-def has_load_code(model: nn.Module, names: Collection[str]) -> bool:
+def has_load_code(walk: Walk, names: Collection[str]) -> bool:
     """Return whether loading a state dict with these ``names`` runs code of the model's own."""
-    if _is_own(model, "load_state_dict"):
+    if _is_own(walk.model, "load_state_dict"):
         return True
-    for prefix, module in named_modules(model):
+    for prefix, module in walk.named:
         if takes_extra_state(module):
             return True
-        if any(not _is_ours(hook) for table in _HOOK_TABLES for hook in vars(module).get(table, {}).values()):
-            return True
+        for table in _HOOK_TABLES:
+            hooks = vars(module).get(table)
+            if hooks and not all(map(_is_ours, hooks.values())):
+                return True
         if _is_own(module, "_load_from_state_dict") and not _is_idle_norm(prefix, module, names):
             return True
     return False

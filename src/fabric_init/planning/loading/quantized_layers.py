@@ -15,14 +15,14 @@ from torch import nn
 
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.loading.recorded_load import LoadCode, Outcome
-from fabric_init.planning.tensors import named_modules
+from fabric_init.planning.tensors import Walked, named_modules
 
 _WEIGHT = "weight"
 _SCALE, _FORMAT = "SCB", "weight_format"  # of 8 bits
 _STATE = "weight.quant_state.bitsandbytes__"  # of 4 bits: with a name of the type, the key of what is no tensor
 
 
-def saved_quantized(model: nn.Module, names: Collection[str]) -> dict[str, set[str]]:
+def saved_quantized(model: Walked, names: Collection[str]) -> dict[str, set[str]]:
     """Return the names of weights that a state dict has packed for layers of bitsandbytes, each with those beside it.
 
     Args:
@@ -45,7 +45,7 @@ def saved_quantized(model: nn.Module, names: Collection[str]) -> dict[str, set[s
     return found
 
 
-def _with_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _with_weights(model: Walked) -> Iterator[tuple[str, nn.Module]]:
     for prefix, module in named_modules(model):
         if module._parameters.get(_WEIGHT) is not None:
             yield f"{prefix}." if prefix else "", module
