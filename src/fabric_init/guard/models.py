@@ -59,6 +59,7 @@ def hold(
         if id(later) not in laters:
             laters[id(later)] = later
             later.gives_memory, later.waiting.fix = gives_memory, fix
+            later.owners = [each for each in later.owners if each.model() is not model]
             later.owners.append(Places(model, placement))
     if laters:
         hold_forward(model)
@@ -94,6 +95,10 @@ class Places:
         model = self._model()
         if not self._left and model is not None and not unfilled(model):
             release_forward(model)
+
+    def model(self) -> nn.Module | None:
+        """Return the model, if it still lives."""
+        return self._model()
 
     def has(self, storage: int) -> bool:
         """Return whether a tensor of the model was on ``storage``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -62,15 +63,23 @@ def _is_meta(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     part of that. And a shard without values need not be padded again when a state dict was loaded.
     """
     asking = sys._getframe(4)
-    name = asking.f_code.co_name if str(asking.f_globals.get("__name__")).startswith("torch.distributed.") else ""
-    if name not in _ASKS_FOR_VALUES or later.has_value(args[0]):
+    if not asks_for_values(asking) or later.has_value(args[0]):
         return bool(func(args[0]))
-    if name == "mesh_scatter":
-        given = asking.f_locals
-        part = given["scatter_list"][given["mesh"].get_local_rank(given["mesh_dim"])]
-        if not later.has_value(part):  # which a part without elements has
-            given["output"].copy_(part)
+    take_own_part(asking, args[0])
     return True
+
+
+def asks_for_values(asking: FrameType) -> bool:
+    """Return whether the code in this frame asks ``t.is_meta`` to know whether there are values to be sent around."""
+    name = str(asking.f_globals.get("__name__"))
+    return asking.f_code.co_name in _ASKS_FOR_VALUES and name.startswith("torch.distributed.")
+
+
+def take_own_part(asking: FrameType, output: Tensor) -> None:
+    """Copy this rank's part to ``output``, if the code in this frame is about to get it from another rank."""
+    given = asking.f_locals
+    if asking.f_code.co_name == "mesh_scatter":
+        output.copy_(given["scatter_list"][given["mesh"].get_local_rank(given["mesh_dim"])])
 
 
 HANDLERS: dict[Any, Any] = {
