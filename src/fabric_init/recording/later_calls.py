@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -63,9 +64,12 @@ def _is_meta(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     part of that. And a shard without values need not be padded again when a state dict was loaded.
     """
     asking = sys._getframe(4)
-    if not asks_for_values(asking) or later.has_value(args[0]):
+    if not asks_for_values(asking):
         return bool(func(args[0]))
-    take_own_part(asking, args[0])
+    parts = asking.f_locals["scatter_list"] if asking.f_code.co_name == "mesh_scatter" else args[:1]
+    if all(later.has_value(part) for part in parts):  # which those without elements have: all ranks have to say the same
+        return bool(func(args[0]))
+    take_own_part(asking, args[0], later.has_value)
     return True
 
 
@@ -75,11 +79,13 @@ def asks_for_values(asking: FrameType) -> bool:
     return asking.f_code.co_name in _ASKS_FOR_VALUES and name.startswith("torch.distributed.")
 
 
-def take_own_part(asking: FrameType, output: Tensor) -> None:
+def take_own_part(asking: FrameType, output: Tensor, is_there: Callable[[Tensor], bool]) -> None:
     """Copy this rank's part to ``output``, if the code in this frame is about to get it from another rank."""
     given = asking.f_locals
     if asking.f_code.co_name == "mesh_scatter":
-        output.copy_(given["scatter_list"][given["mesh"].get_local_rank(given["mesh_dim"])])
+        part = given["scatter_list"][given["mesh"].get_local_rank(given["mesh_dim"])]
+        if not is_there(part):
+            output.copy_(part)
 
 
 HANDLERS: dict[Any, Any] = {

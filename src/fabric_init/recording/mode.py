@@ -160,7 +160,7 @@ def _is_meta(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[
             return bool(args[0].is_meta)
         caller = sys._getframe(2)
         if asks_for_values(caller):
-            take_own_part(caller, args[0])
+            take_own_part(caller, args[0], lambda part: False)
             return True
         if caller.f_code is _TRUNC_NORMAL and (init_frame := init_call(caller)) is not None:
             # torch skips sampling on meta, where its rejection loop could not run: record the whole call

@@ -8,7 +8,7 @@ import torch
 
 from fabric_init.checkpoints.region import Box
 from fabric_init.recording.liveness import is_final
-from fabric_init.recording.op_schemas import only_copies, traits
+from fabric_init.recording.op_schemas import asks_shape_only, only_copies, traits
 from fabric_init.recording.tape import Op, Tape, TensorRef
 
 
@@ -48,29 +48,27 @@ def nearest_whole(tape: Tape, ref: TensorRef, shape: torch.Size) -> tuple[Tensor
     A tensor without elements is a part of the one that torch has taken its dtype and device from.
     """
     before: int | None = None
-    has_elements = ref.size.numel() > 0
+    has_elements = is_part = ref.size.numel() > 0
     while before is None or is_final(tape, ref.storage, before):
         op = tape.ops[tape.writers[ref.storage][-1]] if ref.storage in tape.writers else None
-        for whole in _whole_on(tape, op, ref, shape):
+        for whole in _whole_on(tape, op, ref, shape) if is_part else ():
             if (start := _start_in(whole, ref)) is not None:
                 return whole, Box(start, tuple(ref.size)) if has_elements else None
         if op is None:
             return None
-        source = _copied_to(op, ref) if has_elements else _made_like(op, ref)
+        if is_part:
+            source = _copied_to(op, ref)
+        else:  # padding, up to where torch has asked a part for its dtype
+            source = next((each for each in op.refs() if each.storage != ref.storage), None)
+            is_part = asks_shape_only(op.func) and source is not None and source.size.numel() > 0
         if source is None:
             return None
         ref, before = source, op.number
     return None
 
 
-def _made_like(op: Op, ref: TensorRef) -> TensorRef | None:
-    return next((each for each in op.refs() if each.storage != ref.storage), None)
-
-
 def _whole_on(tape: Tape, op: Op | None, ref: TensorRef, shape: torch.Size) -> Iterator[TensorRef]:
     """Yield what may be a tensor of ``shape`` on the storage of ``ref``: what was written last, or all of it."""
-    if not ref.size.numel() or (op is not None and op.func is torch.ops.aten.constant_pad_nd.default):
-        return  # what torch sends to a rank without a part of its own has the size of the others' parts
     if op is not None:
         targets = (each for each in (*op.targets, *op.outputs) if each.storage == ref.storage)
         yield from (each for each in targets if each.size == shape and each.dtype == ref.dtype)

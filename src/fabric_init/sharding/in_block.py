@@ -31,6 +31,7 @@ from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.recording.tensor import meta_of, recorded, recorded_tensor
 from fabric_init.sharding.copies import nearest_whole
 from fabric_init.sharding.dtensor import region_of
+from fabric_init.sharding.whole import recorded_at
 
 _MSG_CHANGED = (
     "the local tensor of a DTensor of shape {shape} was written in a recorded block, by itself. Write to the DTensor: "
@@ -158,14 +159,14 @@ class ShardsInBlock:
                 wholes[id(tensor)] = *self._final(tensor), tensor
             except RecordingError as its:
                 error = error or its
-        for table, key, tensor in places:
+        for _, table, key, tensor in places:
             table[key] = wholes[id(tensor)][0] if id(tensor) in wholes else tensor
         try:
             yield held
             if error is not None:
                 raise error
         finally:
-            for table, key, tensor in places:
+            for _, table, key, tensor in places:
                 table[key] = tensor
             for _, part, tensor in wholes.values():
                 found = recorded(tensor._local_tensor)
@@ -209,6 +210,8 @@ def _origin(tensor: DTensor, recorder: Recorder | None) -> tuple[TensorRef, Box]
     found = recorded(local) if recorder is None else recorder.lookup(local)  # which joins the tape of an earlier block
     assert found is not None
     origin = nearest_whole(found.tape, ref_of(meta_of(local), found.storage), tensor.shape)
+    if origin is None and not local.numel():
+        origin = _by_place(found.tape, found.storage, tensor.shape)
     with real_execution():
         part = region_of(tensor)
     if origin is None or origin[0].dtype != tensor.dtype or (origin[1] is not None and origin[1] != part):
@@ -216,14 +219,27 @@ def _origin(tensor: DTensor, recorder: Recorder | None) -> tuple[TensorRef, Box]
     return origin[0], part
 
 
-def _places(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, DTensor]]:
+def _by_place(tape: Tape, storage: int, shape: torch.Size) -> tuple[TensorRef, None] | None:
+    """Return what an earlier block has recorded where there is a shard without elements, on ``storage``, today."""
+    for owners in tape.later.owners:
+        model = owners.model()
+        for module, _, key, tensor in [] if model is None else _places(model):
+            found = recorded(tensor._local_tensor)
+            if found is not None and found.storage == storage:
+                for ref, _ in recorded_at(module, key, [tape]):
+                    if ref.size == shape:
+                        return ref, None
+    return None
+
+
+def _places(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Any], str, DTensor]]:
     seen: set[int] = set()
     for _, module in named_modules(model):
         if id(module) not in seen:
             seen.add(id(module))
             tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
             for table in tables:
-                yield from [(table, key, tensor) for key, tensor in table.items() if is_recorded_shard(tensor)]
+                yield from [(module, table, key, tensor) for key, tensor in table.items() if is_recorded_shard(tensor)]
 
 
 def _copied(tape: Tape, ref: TensorRef, device: torch.device) -> Tensor:

@@ -154,15 +154,15 @@ def _waiting_places(model: nn.Module) -> Iterator[_Place]:
     recordings = [recorded(place.tensor._local_tensor) for place in places]
     tapes = {found.tape for t in (*model.parameters(), *model.buffers()) if (found := recorded(local(t))) is not None}
     for place, found in zip(places, recordings, strict=True):
-        if found is not None or (not place.tensor._local_tensor.numel() and any(_by_place(place, tapes))):
+        if found is not None or (not place.tensor._local_tensor.numel() and any(recorded_at(place.module, place.key, tapes))):
             yield place._replace(tapes=tapes if found is None else {found.tape})
 
 
-def _by_place(place: _Place, tapes: Collection[Tape]) -> Iterator[tuple[TensorRef, Tape]]:
-    """Yield what was recorded at ``place`` before the model was sharded."""
+def recorded_at(module: nn.Module, key: str, tapes: Collection[Tape]) -> Iterator[tuple[TensorRef, Tape]]:
+    """Yield what was recorded as tensor ``key`` of ``module`` before the model was sharded."""
     for tape in tapes:
         for owners in tape.later.owners:
-            for storage in owners.at(place.module, place.key):
+            for storage in owners.at(module, key):
                 if storage in tape.later.waiting.refs:
                     yield tape.later.waiting.refs[storage], tape
 
@@ -213,7 +213,7 @@ def _origins(place: _Place) -> tuple[list[TensorRef], Tape]:
         if tape.later.waiting.origin(found.storage) != found.storage:
             raise RecordingError(f"the shard of {place.name} was changed after the model was sharded. {_FIX}")
     else:  # nothing was copied there
-        for whole, tape in _by_place(place, place.tapes):
+        for whole, tape in recorded_at(place.module, place.key, place.tapes):
             if whole.size == sharded.shape:
                 _let_empty_shard_wait(sharded, whole, tape)
                 return [whole], tape
