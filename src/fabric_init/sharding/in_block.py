@@ -84,7 +84,7 @@ class ShardsInBlock:
         known = self._wholes.get(found.storage)
         if known is None:
             ref, part = _origin(tensor, recorder)
-            known = self._note(recorder.tape, _copied(recorder.tape, ref, found.device), part, tensor)
+            known = self._note(recorder.tape, _copied(recorder.tape, ref, found.device, tensor.dtype), part, tensor)
         elif _last_writer(recorder.tape, found.storage) != known.last_copy:
             raise RecordingError(_MSG_CHANGED.format(shape=tuple(tensor.shape)))
         return known.tensor
@@ -188,6 +188,10 @@ class ShardsInBlock:
         known = self._wholes.get(found.storage)
         if known is None:
             ref, box = _origin(tensor, None)
+            if ref.dtype != tensor.dtype:
+                its = recorded(_copied(found.tape, ref, found.device, tensor.dtype))
+                assert its is not None
+                ref = ref._replace(storage=its.storage, offset=0, dtype=tensor.dtype)
             part = None if 0 in box.sizes else _part_of(ref, box)
         elif _last_writer(found.tape, found.storage) != known.last_copy:
             raise RecordingError(_MSG_CHANGED.format(shape=tuple(tensor.shape)))
@@ -214,7 +218,7 @@ def _origin(tensor: DTensor, recorder: Recorder | None) -> tuple[TensorRef, Box]
         origin = _by_place(found.tape, found.storage, tensor.shape)
     with real_execution():
         part = region_of(tensor)
-    if origin is None or origin[0].dtype != tensor.dtype or (origin[1] is not None and origin[1] != part):
+    if origin is None or (origin[1] is not None and origin[1] != part):
         raise RecordingError(_MSG_UNKNOWN.format(shape=tuple(tensor.shape)))
     return origin[0], part
 
@@ -242,12 +246,15 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Any], str, 
                 yield from [(module, table, key, tensor) for key, tensor in table.items() if is_recorded_shard(tensor)]
 
 
-def _copied(tape: Tape, ref: TensorRef, device: torch.device) -> Tensor:
-    """Return a recorded copy of the recorded tensor ``ref``."""
+def _copied(tape: Tape, ref: TensorRef, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a recorded copy in ``dtype`` of the recorded tensor ``ref``."""
     with real_execution():
-        meta = torch.empty_strided(ref.size, ref.stride, dtype=ref.dtype, device="meta")
+        meta = torch.empty_strided(ref.size, ref.stride, dtype=dtype, device="meta")
         copied = ref_of(meta, begin(meta, tape, device))
-        tape.add_op(torch.ops.aten.clone.default, (ref,), {}, (), (copied,), None, None)
+        if dtype == ref.dtype:
+            tape.add_op(torch.ops.aten.clone.default, (ref,), {}, (), (copied,), None, None)
+        else:
+            tape.add_op(torch.ops.aten._to_copy.default, (ref,), {"dtype": dtype}, (), (copied,), None, None)
         return recorded_tensor(meta, device)
 
 
