@@ -25,6 +25,7 @@ from fabric_init.recording.tracing import is_jit_traced
 from fabric_init.recording.waiting import THREE_WAYS, uninitialized
 from fabric_init.reports.registry import note_status
 from fabric_init.sharding.dtensor import local
+from fabric_init.sharding.whole import let_empty_shards_wait
 
 _RANKS = "_fabric_init_ranks"
 _BROKEN = "_fabric_init_broken"
@@ -226,6 +227,7 @@ def require(model: nn.Module, use: str) -> None:
         _refuse_broken(model, use)
     if (load := expected_load(model)) is not None:
         load.require(model, use)
+    let_empty_shards_wait(model)
     waiting = unfilled(model)
     ranks = ranks_of(model)
     if ranks is None:

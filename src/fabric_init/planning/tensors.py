@@ -17,7 +17,8 @@ from fabric_init.recording.tensor import meta_of, recorded
 Kind = Literal["parameter", "buffer", "non-persistent buffer", "attribute"]
 
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
-_OUR_OWN = "_fabric_init_"
+_NOT_THE_MODELS = ("_fabric_init_", "__composable_api_state_key")
+"""How attributes begin in which we, or fully_shard, keep what is known of a module."""
 
 
 class TensorInfo(NamedTuple):
@@ -114,7 +115,7 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:
     seen: set[int] = set()
     for prefix, module in modules:
         for name, value in vars(module).items():
-            if type(value) not in _PLAIN_TYPES and name not in _MODULE_INTERNALS and not name.startswith(_OUR_OWN):
+            if type(value) not in _PLAIN_TYPES and name not in _MODULE_INTERNALS and not name.startswith(_NOT_THE_MODELS):
                 for path, tensor in _tensors_in(value, f"{prefix}.{name}" if prefix else name, seen):
                     yield path, "attribute", tensor
 

@@ -119,6 +119,18 @@ def shards_of(model: nn.Module) -> dict[TensorRef, DTensor]:
     return {ref: tensor for tensor, refs, _ in _by_origin(list(_waiting_places(model))) for ref in refs}
 
 
+def let_empty_shards_wait(model: nn.Module) -> None:
+    """Let shards without elements wait as long as the tensors do that they are parts of.
+
+    So this rank knows of those, although it keeps nothing of them, and raises where the other ranks do.
+    """
+    for place in _waiting_places(model):
+        if not place.tensor._local_tensor.numel():
+            for whole, tape in recorded_at(place.module, place.key, place.tapes):
+                if whole.size == place.tensor.shape and whole.storage in tape.waits:
+                    _let_empty_shard_wait(place.tensor, whole, tape)
+
+
 class _Place(NamedTuple):
     name: str
     module: nn.Module
