@@ -93,7 +93,9 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    def __init__(self, vocabulary: int = 64, width: int = 16, heads: int = 4, layers: int = 2, length: int = 32) -> None:
+    def __init__(
+        self, vocabulary: int = 64, width: int = 16, heads: int = 4, layers: int = 2, length: int = 32
+    ) -> None:
         super().__init__()
         self.head_width, self.length = width // heads, length
         self.tok_embeddings = nn.Embedding(vocabulary, width)

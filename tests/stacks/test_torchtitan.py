@@ -6,9 +6,11 @@ one device, whatever the mesh and wherever ``init_weights`` is called.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,11 +46,12 @@ TO_HUGGING_FACE = {
 }
 
 
+@functools.cache
 def example() -> ModuleType:
     spec = importlib.util.spec_from_file_location("torchtitan_style", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where torch.compile looks for it
     spec.loader.exec_module(module)
     return module
 

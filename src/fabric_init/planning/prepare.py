@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from fabric_init.errors import RecordingError
 from fabric_init.planning.loading.choice import load_code
 from fabric_init.planning.loading.recorded_load import RecordedLoad, record_load
 from fabric_init.planning.plan import LoadOptions, Plan
-from fabric_init.planning.tensors import survey
+from fabric_init.planning.tensors import named_tensors, plain_name, survey
 from fabric_init.planning.undone import check_nothing_is_undone
 from fabric_init.planning.validation import make_plan
 from fabric_init.recording.tape import Rng, Tape
@@ -48,6 +49,7 @@ def plan_for(
     """
     if reader is not None:
         _refuse_lazy(model)
+        options = _through_wrappers(model, options)
         load = load_with_code(model, reader, options)
         if load is not None:
             try:
@@ -56,6 +58,19 @@ def plan_for(
                 load.undo()
                 raise
     return _plan(model, reader, options, rng, None)
+
+
+def _through_wrappers(model: nn.Module, options: LoadOptions) -> LoadOptions:
+    """Return ``options`` by which names are found that ``torch.compile`` and ``checkpoint_wrapper`` have lengthened.
+
+    A checkpoint has the name from before or the one that ``state_dict`` gives, which shows compiled modules alone.
+    """
+    names = [name for name, kind, _ in named_tensors(model) if kind in ("parameter", "buffer")]
+    longer = {plain_name(name): name.replace("_checkpoint_wrapped_module.", "") for name in names}
+    if all(name == plain for plain, name in longer.items()):
+        return options
+    rules = options.rename if isinstance(options.rename, Sequence) else [options.rename] if options.rename else []
+    return replace(options, rename=[*rules, lambda name: longer.get(plain_name(name), name)])
 
 
 def load_with_code(model: nn.Module, reader: CheckpointReader, options: LoadOptions) -> RecordedLoad | None:

@@ -115,7 +115,11 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Kind, Tensor]]:
     seen: set[int] = set()
     for prefix, module in modules:
         for name, value in vars(module).items():
-            if type(value) not in _PLAIN_TYPES and name not in _MODULE_INTERNALS and not name.startswith(_NOT_THE_MODELS):
+            if (
+                type(value) not in _PLAIN_TYPES
+                and name not in _MODULE_INTERNALS
+                and not name.startswith(_NOT_THE_MODELS)
+            ):
                 for path, tensor in _tensors_in(value, f"{prefix}.{name}" if prefix else name, seen):
                     yield path, "attribute", tensor
 

@@ -166,7 +166,9 @@ def _waiting_places(model: nn.Module) -> Iterator[_Place]:
     recordings = [recorded(place.tensor._local_tensor) for place in places]
     tapes = {found.tape for t in (*model.parameters(), *model.buffers()) if (found := recorded(local(t))) is not None}
     for place, found in zip(places, recordings, strict=True):
-        if found is not None or (not place.tensor._local_tensor.numel() and any(recorded_at(place.module, place.key, tapes))):
+        if found is not None or (
+            not place.tensor._local_tensor.numel() and any(recorded_at(place.module, place.key, tapes))
+        ):
             yield place._replace(tapes=tapes if found is None else {found.tape})
 
 
