@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from fabric_init import FillModel, deferred_init, init_report
+from fabric_init import FillModel, init_report
 
 
 class Classifier(nn.Module):
@@ -41,8 +41,7 @@ class Finetuning(LightningModule):
     def configure_model(self) -> None:
         if self.net is not None:  # the Trainer calls it for each of fit, validate, test and predict
             return
-        with deferred_init():
-            self.net = Classifier(classes=4)
+        self.net = Classifier(classes=4)
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             assert self.device_mesh is not None
             fully_shard(self.net.body, mesh=self.device_mesh["data_parallel"])

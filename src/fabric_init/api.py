@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.distributed.agreement import Agreement, agreement_of
 from fabric_init.distributed.io import open_on_all_ranks
+from fabric_init.errors import RecordingError
 from fabric_init.filling.execute import fill_model
 from fabric_init.filling.incremental import filled_by_module
 from fabric_init.filling.missing import initialize_missing, initialize_possible
@@ -28,9 +29,10 @@ from fabric_init.planning.placement import WholeTensors
 from fabric_init.planning.source import Source
 from fabric_init.recording.built_modules import BuiltModules, refuse_scripted
 from fabric_init.recording.mode import active, recorded_build
-from fabric_init.recording.tape import Rng, check_rng
+from fabric_init.recording.tape import Rng, Tape, check_rng, now
 from fabric_init.reports.init_report import InitReport
 from fabric_init.reports.registry import report_of
+from fabric_init.sharding.in_block import ShardsInBlock
 from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound
 from fabric_init.strategies.unwrap import original
 from fabric_init.strategies.zero3 import cast_as_configured, partitioned, stage_3_config
@@ -226,16 +228,28 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
         with recorded_build(rng):
             yield
         return
+    shards, start = ShardsInBlock(), now()
     with PausedCollector(), BuiltModules() as built:
         try:
-            with recorded_build(rng):
+            with recorded_build(rng, shards) as tape:
                 yield
-        finally:
-            models = built.roots()
-            for model in models:
-                hold(model, "fabric_init.materialize(model) gives it memory and values: call that first.")
-                watch_loads(model, initialize_possible)
+        except BaseException:
+            with suppress(RecordingError):
+                _hold_recorded(built.roots(), shards, tape, start)
+            raise
+        models = built.roots()
+        _hold_recorded(models, shards, tape, start)
         refuse_scripted(models)
+
+
+def _hold_recorded(models: list[nn.Module], shards: ShardsInBlock, tape: Tape, start: int) -> None:
+    """Let ``models`` wait for values, and again what a block since ``start`` has written of models of earlier ones."""
+    earlier = [model for owners in tape.later.owners if (model := owners.model()) is not None and model not in models]
+    tape.later.waiting.begin_again(start)
+    with shards.handed_over(models, earlier) as held:
+        for model in held:
+            hold(model, "fabric_init.materialize(model) gives it memory and values: call that first.")
+            watch_loads(model, initialize_possible)
 
 
 def init_missing(model: nn.Module, *, process_group: dist.ProcessGroup | Literal[False] | None = None) -> None:

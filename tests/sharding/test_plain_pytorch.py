@@ -214,6 +214,22 @@ def test_init_missing_gives_a_head_that_was_not_loaded_the_values_of_rank_zero(p
     run_ranks(2, load_without_head, path=path)
 
 
+def load_without(name: str, path: Path) -> str:
+    model = start()
+    block_by_block(model, world_size(), 0)
+    state = distributed_like(model, path)
+    del state[name]
+    model.load_state_dict(state, strict=False)
+    with pytest.raises(UninitializedTensorError) as raised:
+        model(torch.arange(VOCABULARY))
+    return str(raised.value)
+
+
+def test_a_rank_that_holds_nothing_of_what_was_not_loaded_raises_as_the_other_does(path: Path) -> None:
+    for message in run_ranks(2, load_without, name="one", path=path):
+        assert "\n  one\n" in message
+
+
 # -- errors, on every rank ---------------------------------------------------------------------------------------------
 
 

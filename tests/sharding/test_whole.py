@@ -193,11 +193,6 @@ def test_a_local_tensor_that_is_another_part_than_the_placement_says_is_refused_
         fill(model)
 
 
-def test_sharding_in_the_recorded_block_is_refused_by_name(on_rank_one: None) -> None:
-    with pytest.raises(RecordingError, match="sharded inside its block"), deferred_init():
-        block_by_block(Model(), WORLD, 0)
-
-
 @pytest.mark.parametrize("with_checkpoint", [True, False])
 def test_to_empty_after_sharding_changes_nothing(with_checkpoint: bool, path: Path, on_rank_one: None) -> None:
     checkpoint = path if with_checkpoint else None

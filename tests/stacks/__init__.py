@@ -1,0 +1,1 @@
+"""Whole training stacks, as their users write them."""

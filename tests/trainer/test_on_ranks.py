@@ -34,7 +34,7 @@ CASES = {"a checkpoint": Case("whole.pt"), "one without head": Case("body.pt", s
 
 
 def recorded(strategy: str) -> Module:
-    return Module(shard, block=deferred_init) if "parallel" in strategy else Module()
+    return Module(shard) if "parallel" in strategy else Module()
 
 
 def on_rank(strategy: str, folder: Path, case: Case) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from fabric_init.guard.expected_load import ExpectedLoad, expected_load
-from fabric_init.guard.models import own_tensors, release_forward, settle, unfilled
+from fabric_init.guard.models import hold_forward, own_tensors, release_forward, settle, unfilled
 from fabric_init.planning.loading.module_code import takes_extra_state
 from fabric_init.planning.tensors import Walked, walked
 from fabric_init.recording.later import Later
 from fabric_init.recording.tensor import recorded
 from fabric_init.recording.wrappers import recorded_parts
 from fabric_init.sharding.dtensor import local
+from fabric_init.sharding.whole import let_empty_shards_wait
 
 Complete = Callable[[nn.Module], None]
 """Gives what still waits under a module the model's own init, as far as that can be."""
@@ -38,7 +39,7 @@ class _Current(threading.local):
     before: list[tuple[str, Tensor]]  # what waited under that
     laters: list[Later]  # of those
     whole = False  # inside `loading`, whose many calls are one load
-    brought: list[tuple[nn.Module, str]]  # what it has written so far, for models that expect a load
+    brought: list[tuple[nn.Module, str]]  # what it has written so far
 
 
 _current = _Current()
@@ -90,8 +91,7 @@ def _before_load(
     if not _current.whole and _current.errors is not errors:
         _current.errors, _current.top = errors, weakref.ref(module)
         _begin(module)
-    if isinstance(vars(module).get(_COMPLETE), ExpectedLoad):
-        _current.brought += [(module, name) for name, _ in own_tensors(module) if prefix + name in state_dict]
+    _current.brought += [(module, name) for name, _ in own_tensors(module) if prefix + name in state_dict]
 
 
 def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
@@ -127,6 +127,7 @@ def loading(model: nn.Module) -> Iterator[None]:
 
 
 def _begin(module: nn.Module) -> None:
+    let_empty_shards_wait(module)
     _current.before, _current.brought = unfilled(module), []
     _current.laters = _laters(module)
     for later in _current.laters:
@@ -136,8 +137,10 @@ def _begin(module: nn.Module) -> None:
 def _end(module: nn.Module, complete: Complete | None) -> None:
     before, brought = _current.before, _current.brought
     _current.before, _current.brought = [], []
-    if brought and isinstance(complete, ExpectedLoad):
-        complete.came(brought)
+    if isinstance(complete, ExpectedLoad):
+        expected = [(its, name) for its, name in brought if isinstance(vars(its).get(_COMPLETE), ExpectedLoad)]
+        if expected:
+            complete.came(expected)
     for _, tensor in before:  # assign=True has put others in their places
         for part in () if _holds(module, tensor) else recorded_parts(tensor):
             found = recorded(part)
@@ -146,8 +149,9 @@ def _end(module: nn.Module, complete: Complete | None) -> None:
                 for owners in found.tape.later.owners:
                     owners.filled(found.storage, "loaded")
     left = unfilled(module)
-    empty = [local(tensor) for _, tensor in left if not local(tensor).numel()]
-    if empty and len(left) < len(before):  # shards without elements, which a load has nothing to write to
+    written = {id(tensor) for its, name in brought for held, tensor in own_tensors(its) if held == name}
+    empty = [local(tensor) for _, tensor in left if not local(tensor).numel() and id(tensor) in written]
+    if empty:  # shards without elements, which a load has nothing to write to
         with torch.no_grad():
             for tensor in empty:
                 tensor.zero_()
@@ -162,6 +166,8 @@ def _end(module: nn.Module, complete: Complete | None) -> None:
             later.status = "written by the user"
         _current.laters = []
     settle(module)
+    if any(local(tensor) is not tensor for _, tensor in left):  # before what fully_shard gathers since the block
+        hold_forward(module)
 
 
 def _holds(model: nn.Module, tensor: Tensor) -> bool:

@@ -26,6 +26,7 @@ from fabric_init.recording.waiting import THREE_WAYS, Waiting, uninitialized
 from fabric_init.recording.wrappers import recorded_parts
 from fabric_init.reports.registry import note_status
 from fabric_init.sharding.dtensor import local
+from fabric_init.sharding.whole import let_empty_shards_wait
 
 _RANKS = "_fabric_init_ranks"
 _BROKEN = "_fabric_init_broken"
@@ -60,6 +61,7 @@ def hold(
             if id(later) not in laters:
                 laters[id(later)] = later
                 later.gives_memory, later.waiting.fix = gives_memory, fix
+                later.owners = [each for each in later.owners if each.model() is not model]
                 later.owners.append(Places(model, placement))
     if laters:
         hold_forward(model)
@@ -105,6 +107,10 @@ class Places:
         model = self._model()
         if not self._left and model is not None and not unfilled(model):
             release_forward(model)
+
+    def model(self) -> nn.Module | None:
+        """Return the model, if it still lives."""
+        return self._model()
 
     def has(self, storage: int) -> bool:
         """Return whether a tensor of the model was on ``storage``."""
@@ -229,6 +235,7 @@ def require(model: nn.Module, use: str) -> None:
         _refuse_broken(model, use)
     if (load := expected_load(model)) is not None:
         load.require(model, use)
+    let_empty_shards_wait(model)
     waiting = unfilled(model)
     ranks = ranks_of(model)
     if ranks is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -15,7 +16,7 @@ from fabric_init.planning.hints.quantized import quantized_refusal
 from fabric_init.planning.loading.choice import load_code
 from fabric_init.planning.loading.recorded_load import RecordedLoad, record_load
 from fabric_init.planning.plan import Action, LoadOptions, Plan
-from fabric_init.planning.tensors import Walk, Walked, survey, walked
+from fabric_init.planning.tensors import Walk, Walked, plain_name, registered_tensors, survey, walked
 from fabric_init.planning.undone import check_nothing_is_undone
 from fabric_init.planning.validation import make_plan
 from fabric_init.recording.tape import Rng, Tape
@@ -51,6 +52,7 @@ def plan_for(
     walk = walked(model)
     if reader is not None:
         _refuse_lazy(walk)
+        options = _through_wrappers(walk, options)
         load = _load(walk, reader, options)
         if load is not None:
             try:
@@ -59,6 +61,19 @@ def plan_for(
                 load.undo()
                 raise
     return _plan(walk, reader, options, rng, None)
+
+
+def _through_wrappers(walk: Walk, options: LoadOptions) -> LoadOptions:
+    """Return ``options`` by which names are found that ``torch.compile`` and ``checkpoint_wrapper`` have lengthened.
+
+    A checkpoint has the name from before or the one that ``state_dict`` gives, which shows compiled modules alone.
+    """
+    names = [name for name, _, _ in registered_tensors(walk)]
+    longer = {plain_name(name): name.replace("_checkpoint_wrapped_module.", "") for name in names}
+    if all(name == plain for plain, name in longer.items()):
+        return options
+    rules = options.rename if isinstance(options.rename, Sequence) else [options.rename] if options.rename else []
+    return replace(options, rename=[*rules, lambda name: longer.get(plain_name(name), name)])
 
 
 def load_with_code(model: Walked, reader: CheckpointReader, options: LoadOptions) -> RecordedLoad | None:

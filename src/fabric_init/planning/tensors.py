@@ -20,7 +20,8 @@ from fabric_init.recording.wrappers import inner_tensors, is_sharded, is_wrapper
 Kind = Literal["parameter", "buffer", "non-persistent buffer", "attribute"]
 
 _MODULE_INTERNALS = frozenset(vars(nn.Module()))
-_OUR_OWN = "_fabric_init_"
+_NOT_THE_MODELS = ("_fabric_init_", "__composable_api_state_key")
+"""How attributes begin in which we, or fully_shard, keep what is known of a module."""
 
 
 class TensorInfo(NamedTuple):
@@ -149,7 +150,11 @@ def named_tensors(model: Walked) -> Iterator[tuple[str, Kind, Tensor]]:
         if all(type(attributes[name]) in _PLAIN_TYPES for name in attributes.keys() - _MODULE_INTERNALS):
             continue  # most modules; a set knows no order, but takes the others away at once
         for name, value in attributes.items():
-            if type(value) not in _PLAIN_TYPES and name not in _MODULE_INTERNALS and not name.startswith(_OUR_OWN):
+            if (
+                type(value) not in _PLAIN_TYPES
+                and name not in _MODULE_INTERNALS
+                and not name.startswith(_NOT_THE_MODELS)
+            ):
                 for path, tensor in _tensors_in(value, f"{prefix}.{name}" if prefix else name, seen):
                     yield path, "attribute", tensor
 

@@ -61,6 +61,10 @@ from fabric_init.recording.waiting import Waiting, uninitialized
 class Owners(Protocol):
     """Where the tensors of a living model are, by recorded storage."""
 
+    def model(self) -> nn.Module | None:
+        """Return the model, if it still lives."""
+        ...
+
     def has(self, storage: int) -> bool:
         """Return whether a tensor of the model was on ``storage``."""
         ...

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -67,14 +69,14 @@ def _is_meta(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     part of that. And a shard without values need not be padded again when a state dict was loaded.
     """
     asking = sys._getframe(4)
-    name = asking.f_code.co_name if str(asking.f_globals.get("__name__")).startswith("torch.distributed.") else ""
-    if name not in _ASKS_FOR_VALUES or later.has_value(args[0]):
+    if not asks_for_values(asking):
         return bool(func(args[0]))
-    if name == "mesh_scatter":
-        given = asking.f_locals
-        part = given["scatter_list"][given["mesh"].get_local_rank(given["mesh_dim"])]
-        if not later.has_value(part):  # which a part without elements has
-            given["output"].copy_(part)
+    parts = asking.f_locals["scatter_list"] if asking.f_code.co_name == "mesh_scatter" else args[:1]
+    if all(
+        later.has_value(part) for part in parts
+    ):  # which those without elements have: all ranks have to say the same
+        return bool(func(args[0]))
+    take_own_part(asking, args[0], later.has_value)
     return True
 
 
@@ -94,6 +96,21 @@ def _chunk(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 _FSDP2 = "torch.distributed.fsdp._fully_shard."
+
+
+def asks_for_values(asking: FrameType) -> bool:
+    """Return whether the code in this frame asks ``t.is_meta`` to know whether there are values to be sent around."""
+    name = str(asking.f_globals.get("__name__"))
+    return asking.f_code.co_name in _ASKS_FOR_VALUES and name.startswith("torch.distributed.")
+
+
+def take_own_part(asking: FrameType, output: Tensor, is_there: Callable[[Tensor], bool]) -> None:
+    """Copy this rank's part to ``output``, if the code in this frame is about to get it from another rank."""
+    given = asking.f_locals
+    if asking.f_code.co_name == "mesh_scatter":
+        part = given["scatter_list"][given["mesh"].get_local_rank(given["mesh_dim"])]
+        if not is_there(part):
+            output.copy_(part)
 
 
 HANDLERS: dict[Any, Any] = {

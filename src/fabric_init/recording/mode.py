@@ -32,8 +32,9 @@ from fabric_init.recording import device_queries, escapes
 from fabric_init.recording.call_site import init_call
 from fabric_init.recording.device_queries import Handler
 from fabric_init.recording.later import Later
+from fabric_init.recording.later_calls import asks_for_values, take_own_part
 from fabric_init.recording.op_schemas import INIT_FUNCTIONS
-from fabric_init.recording.recorder import Recorder
+from fabric_init.recording.recorder import Recorder, Shards
 from fabric_init.recording.replay import real_execution
 from fabric_init.recording.tape import Rng, Tape, check_rng
 from fabric_init.recording.tensor import RecordedTensor, claim_all, recorded, recorded_class, recorded_tensor
@@ -59,12 +60,20 @@ class RecordMode(TorchFunctionMode):
         rng: How random numbers are drawn at replay; see :func:`fabric_init.deferred_init`.
         agree: Maps the seed of this process to the one that all ranks use.
         skips_init: Whether the default generator is left where Lightning's ``empty_init=True`` leaves it.
+        shards: What knows the DTensors that are made in the block; ``None`` refuses them.
     """
 
-    def __init__(self, rng: Rng = "per_op", agree: Callable[[int], int] = int, *, skips_init: bool = False) -> None:
+    def __init__(
+        self,
+        rng: Rng = "per_op",
+        agree: Callable[[int], int] = int,
+        *,
+        skips_init: bool = False,
+        shards: Shards | None = None,
+    ) -> None:
         super().__init__()
         self.tape = Tape(rng)
-        self.recorder = Recorder(self.tape, agree, skips_init=skips_init)
+        self.recorder = Recorder(self.tape, agree, skips_init=skips_init, shards=shards)
         self.tape.later = Later(self.tape)
         self._opened = 0.0
 
@@ -130,9 +139,10 @@ def _init_function(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs:
     options = dict(kwargs)
     tensor: Tensor = options.pop("tensor", None) if "tensor" in options else args[0]
     with DisableTorchFunction():
-        if recorded(tensor) is None or not _recordable(func, tensor):
+        whole = recorder.whole(tensor)
+        if recorded(whole) is None or not _recordable(func, whole):
             return func(tensor, **options)  # plain PyTorch's warnings and errors
-        recorder.add_init(func, tensor, options, sys._getframe(2))
+        recorder.add_init(func, whole, options, sys._getframe(2))
     return tensor
 
 
@@ -146,9 +156,12 @@ def _recordable(func: Any, tensor: Tensor) -> bool:
 
 def _is_meta(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     with DisableTorchFunction():
-        if not isinstance(args[0], RecordedTensor):
+        if not isinstance(recorder.whole(args[0]), RecordedTensor):
             return bool(args[0].is_meta)
         caller = sys._getframe(2)
+        if asks_for_values(caller):
+            take_own_part(caller, args[0], lambda part: False)
+            return True
         if caller.f_code is _TRUNC_NORMAL and (init_frame := init_call(caller)) is not None:
             # torch skips sampling on meta, where its rejection loop could not run: record the whole call
             recorder.record_init_frame(init_frame)
@@ -185,18 +198,22 @@ def active() -> RecordMode | None:
 
 
 @contextmanager
-def recorded_build(rng: Rng = "per_op") -> Iterator[None]:
+def recorded_build(rng: Rng = "per_op", shards: Shards | None = None) -> Iterator[Tape]:
     """Record what is built in this block; a block inside another one continues the outer recording.
 
     Args:
         rng: How random numbers are drawn at replay; see :func:`fabric_init.deferred_init`.
+        shards: What knows the DTensors that are made in the block; ``None`` refuses them.
+
+    Yields:
+        The tape.
 
     Raises:
         RecordingError: A constructor in the block does something that cannot be recorded.
     """
     check_rng(rng)
-    if active() is not None:
-        yield
+    if (outer := active()) is not None:
+        yield outer.tape
         return
-    with RecordMode(rng):
-        yield
+    with RecordMode(rng, shards=shards) as mode:
+        yield mode.tape

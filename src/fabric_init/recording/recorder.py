@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from typing_extensions import Self
@@ -28,7 +28,15 @@ from fabric_init.recording.meta_kernels import (
     tensors_in,
     written_tensors,
 )
-from fabric_init.recording.op_schemas import DRAWS_FROM_DEFAULT, INIT_FUNCTIONS, Func, is_random, traits
+from fabric_init.recording.op_schemas import (
+    DRAWS_FROM_DEFAULT,
+    INIT_FUNCTIONS,
+    Func,
+    asks_shape_only,
+    is_random,
+    only_copies,
+    traits,
+)
 from fabric_init.recording.replay import real_execution, storage_now, view
 from fabric_init.recording.rng import Streams
 from fabric_init.recording.storage import RecordedStorage
@@ -38,6 +46,32 @@ from fabric_init.recording.tensor import ASKS_DEVICE, RecordedTensor, follow_met
 from fabric_init.recording.wrappers import is_sharded_class, is_wrapper_class
 
 _CPU = torch.device("cpu")
+_COLLECTIVES = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"})
+
+MSG_SHARDED = (
+    "a recorded model was sharded inside its block. Shard it after the block, and fill it then: fully_shard(model), "
+    "fabric_init.materialize(model). Blocks of fabric_init.deferred_init() also take models that are sharded in them."
+)
+
+
+class Shards(Protocol):
+    """Knows the whole tensor behind each DTensor that is made in a block. See [Note: sharding in the block]."""
+
+    def whole(self, recorder: Recorder, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the whole recorded tensor that the DTensor ``tensor`` is a part of, to be read and written."""
+        ...
+
+    def alias(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return another DTensor on the same memory."""
+        ...
+
+    def like(self, recorder: Recorder, tensor: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        """Return a new DTensor that is sharded as ``tensor`` is, a part of the recorded ``whole``."""
+        ...
+
+    def refresh(self, tape: Tape, storage: int) -> None:
+        """Let a shard on ``storage``, which is about to be used by itself, have what its whole tensor holds by now."""
+        ...
 
 
 class Recorder(TorchDispatchMode):
@@ -47,11 +81,20 @@ class Recorder(TorchDispatchMode):
         tape: The tape to write.
         agree: Maps the seed of this process to the one that all ranks use.
         skips_init: Whether the default generator is left where Lightning's ``empty_init=True`` leaves it.
+        shards: What knows the DTensors that are made in the block; ``None`` refuses them.
     """
 
-    def __init__(self, tape: Tape, agree: Callable[[int], int] = int, *, skips_init: bool = False) -> None:
+    def __init__(
+        self,
+        tape: Tape,
+        agree: Callable[[int], int] = int,
+        *,
+        skips_init: bool = False,
+        shards: Shards | None = None,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape = tape
+        self.shards = shards
         self.exact = tape.rng == "eager"
         self._agree = agree
         self._skips_init = skips_init
@@ -91,6 +134,8 @@ class Recorder(TorchDispatchMode):
         if func is ASKS_DEVICE:
             return args[0].device
         with DisableTorchFunction():
+            if any(each is not RecordedTensor and hasattr(each, "_local_tensor") for each in types):
+                return self._record_on_wholes(func, args, dict(kwargs) if kwargs else {})
             return self.record_op(func, args, dict(kwargs) if kwargs else {})
 
     @contextmanager
@@ -130,6 +175,11 @@ class Recorder(TorchDispatchMode):
         written = written_tensors(func, args, kwargs)
         if op_traits.name == "aten::_cudnn_rnn_flatten_weight":
             return args[0][0]  # concerns real memory only: done once the weights have some
+        if func.namespace in _COLLECTIVES:
+            raise RecordingError(
+                f"{op_traits.name} in a recorded block: the tensor has no values to send to other ranks yet. Of a "
+                "DTensor, full_tensor() and redistribute() do that. Call them once the model is filled."
+            )
         if op_traits.data_dependent:
             return self._with_true_values(func, args, kwargs, recordings)
         if any(self.lookup(tensor) is None for tensor in written):
@@ -172,6 +222,36 @@ class Recorder(TorchDispatchMode):
             ref = self.ref(target)
             self.add(func, (ref, *args[1:]), kwargs, (ref,), (), frame)
         return target
+
+    def _record_on_wholes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record an op on DTensors as one on the whole tensors that they are parts of."""
+        sharded = [tensor for tensor in tensors_in((args, kwargs.values())) if hasattr(tensor, "_local_tensor")]
+        if not any(is_recorded_shard(tensor) for tensor in sharded):
+            with real_execution():
+                return func(*args, **kwargs)
+        if self.shards is None:
+            raise RecordingError(MSG_SHARDED)
+        if traits(func).name in ("aten::detach", "aten::alias"):
+            return self.shards.alias(args[0])
+        wholes = {id(tensor): self.whole(tensor) for tensor in sharded}
+        passed = {id(wholes[id(tensor)]): tensor for tensor in sharded}
+        on_wholes = map_tensors((args, kwargs), lambda tensor: wholes.get(id(tensor), tensor))
+        result = self.record_op(func, *on_wholes)
+        new = only_copies(func) or asks_shape_only(func) or traits(func).pointwise or traits(func).unfilled
+
+        def shared_out(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) in passed:
+                return passed[id(tensor)]
+            like = next((each for each in sharded if each.size() == tensor.size()), None)
+            if like is None or not new or self.lookup(tensor) is None:
+                return tensor
+            return self.shards.like(self, like, tensor)
+
+        return map_tensors(result, shared_out)
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the whole tensor behind a DTensor that was recorded; any other tensor as it is."""
+        return self.shards.whole(self, tensor) if self.shards and is_recorded_shard(tensor) else tensor
 
     def _record(
         self,
@@ -247,7 +327,7 @@ class Recorder(TorchDispatchMode):
         values = dict(frame.f_locals)
         code = frame.f_code
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        tensor = values[names[0]]
+        tensor = self.whole(values[names[0]])
         if code.co_name in DRAWS_FROM_DEFAULT and values.get("generator") is not None:
             return  # draws from two generators: its ops are recorded one by one
         if isinstance(tensor, torch.Tensor) and self.lookup(tensor) is not None:
@@ -263,6 +343,8 @@ class Recorder(TorchDispatchMode):
             tape = recording.tape
             if tape is not self.tape:
                 tape.join(self.tape)
+        if recording is not None and self.shards is not None:
+            self.shards.refresh(self.tape, recording.storage)
         return recording
 
     def ref(self, tensor: torch.Tensor) -> TensorRef:
@@ -449,6 +531,11 @@ class Recorder(TorchDispatchMode):
             self.tape.sealed_rng = self.tape.rng
         with real_execution():
             return view(memory, self.ref(tensor))
+
+
+def is_recorded_shard(tensor: Any) -> bool:
+    """Return whether ``tensor`` is a DTensor whose shard is recorded. Asking for the class would import DTensors."""
+    return isinstance(getattr(tensor, "_local_tensor", None), RecordedTensor)
 
 
 @contextmanager

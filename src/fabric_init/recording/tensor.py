@@ -221,11 +221,6 @@ def _in_class_of(asking: FrameType, tensor: RecordedTensor) -> Tensor:
     classes = dict.fromkeys(value for value in values if isinstance(value, type) and issubclass(value, Tensor))
     own = [value for value in classes if value not in (Tensor, nn.Parameter, RecordedTensor)]
     if len(own) != 1:
-        if _is_of_sharding(asking):
-            raise RecordingError(
-                "a recorded model was sharded inside its block. Shard it after the block, and fill it then: "
-                "fully_shard(model), fabric_init.materialize(model)."
-            )
         raise RecordingError(
             f"{asking.f_code.co_filename}:{asking.f_lineno} puts a recorded tensor into a subclass of torch.Tensor in "
             "a way that cannot be recorded. Build that tensor with plain values, outside the block, or after it."
@@ -237,18 +232,6 @@ def _in_class_of(asking: FrameType, tensor: RecordedTensor) -> Tensor:
     made = recorded_tensor(tensor._meta.detach(), tensor._claimed)
     made.__class__ = recorded_class(own[0])  # type: ignore[assignment]
     return made
-
-
-def _is_of_sharding(frame: FrameType | None) -> bool:
-    """Return whether the code that runs in ``frame`` was called to make, or use, a DTensor."""
-    while frame is not None:
-        if str(frame.f_globals.get("__name__")).startswith("torch.distributed."):
-            return True
-        arguments = frame.f_locals.get("args", ())
-        if any(type(value).__name__ == "DTensor" for value in (*arguments, *frame.f_locals.values())):
-            return True
-        frame = frame.f_back
-    return False
 
 
 def claim(tensor: Tensor) -> None:

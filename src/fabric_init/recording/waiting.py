@@ -49,6 +49,7 @@ class Waiting:
 
     def join(self, earlier: Waiting) -> None:
         """Take over what an earlier tape, which this one continues, knows."""
+        self.fix = earlier.fix
         self.names.update(earlier.names)
         self.refs.update(earlier.refs)
         self.statuses.update(earlier.statuses)
@@ -63,6 +64,19 @@ class Waiting:
         self.tape.waits.setdefault(storage, now())
         if storage not in self.names or self.names[storage][0] != model:
             self.names[storage] = model, name  # of ties the first name
+
+    def forget(self, storage: int) -> None:
+        """Let ``storage`` wait for nothing by itself: it is a copy of another one from now on."""
+        for table in (self.tape.waits, self.names, self.refs, self._origins, self._written):
+            table.pop(storage, None)  # type: ignore[attr-defined]
+        self.parts.discard(storage)
+
+    def begin_again(self, since: int) -> None:
+        """Let storages wait from now on that wait and were written since op number ``since``: by a later block."""
+        for storage in self.tape.waits:
+            if self.tape.written_since(storage, since):
+                self.tape.waits[storage] = now()
+                self._written.pop(storage, None)
 
     def rename(self, old: int, new: int) -> None:
         """Let storage ``new``, which takes the place of ``old``, be known under its name."""

@@ -8,7 +8,7 @@ import torch
 
 from fabric_init.checkpoints.region import Box
 from fabric_init.recording.liveness import is_final
-from fabric_init.recording.op_schemas import only_copies, traits
+from fabric_init.recording.op_schemas import asks_shape_only, only_copies, traits
 from fabric_init.recording.tape import Op, Tape, TensorRef
 
 
@@ -40,6 +40,44 @@ def wholes_of(tape: Tape, ref: TensorRef, shape: torch.Size) -> Iterator[tuple[T
         if source is None:
             return
         ref, before = source, op.number
+
+
+def nearest_whole(tape: Tape, ref: TensorRef, shape: torch.Size) -> tuple[TensorRef, Box | None] | None:
+    """Return the recorded tensor of ``shape`` that ``ref`` was copied from a part of last, and which part.
+
+    A tensor without elements is a part of the one that torch has taken its dtype and device from.
+    """
+    before: int | None = None
+    has_elements = is_part = ref.size.numel() > 0
+    while before is None or is_final(tape, ref.storage, before):
+        op = tape.ops[tape.writers[ref.storage][-1]] if ref.storage in tape.writers else None
+        for whole in _whole_on(tape, op, ref, shape) if is_part else ():
+            if (start := _start_in(whole, ref)) is not None:
+                return whole, Box(start, tuple(ref.size)) if has_elements else None
+        if op is None:
+            return None
+        if is_part:
+            source = _copied_to(op, ref)
+        else:  # padding, up to where torch has asked a part for its dtype
+            source = next((each for each in op.refs() if each.storage != ref.storage), None)
+            is_part = asks_shape_only(op.func) and source is not None and source.size.numel() > 0
+        if source is None:
+            return None
+        ref, before = source, op.number
+    return None
+
+
+def _whole_on(tape: Tape, op: Op | None, ref: TensorRef, shape: torch.Size) -> Iterator[TensorRef]:
+    """Yield what may be a tensor of ``shape`` on the storage of ``ref``: what was written last, or all of it."""
+    if op is not None:
+        targets = (each for each in (*op.targets, *op.outputs) if each.storage == ref.storage)
+        yield from (each for each in targets if each.size == shape and each.dtype == ref.dtype)
+    if tape.storages[ref.storage].nbytes == shape.numel() * ref.dtype.itemsize:
+        yield TensorRef(ref.storage, 0, shape, _contiguous_strides(shape), ref.dtype)
+
+
+def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
+    return tuple(shape[dim + 1 :].numel() for dim in range(len(shape)))
 
 
 def _is_deep_copy(op: Op | None, shape: torch.Size) -> bool:

@@ -119,6 +119,18 @@ def shards_of(model: nn.Module) -> dict[TensorRef, DTensor]:
     return {ref: tensor for tensor, refs, _ in _by_origin(list(_waiting_places(model))) for ref in refs}
 
 
+def let_empty_shards_wait(model: nn.Module) -> None:
+    """Let shards without elements wait as long as the tensors do that they are parts of.
+
+    So this rank knows of those, although it keeps nothing of them, and raises where the other ranks do.
+    """
+    for place in _waiting_places(model):
+        if not place.tensor._local_tensor.numel():
+            for whole, tape in recorded_at(place.module, place.key, place.tapes):
+                if whole.size == place.tensor.shape and whole.storage in tape.waits:
+                    _let_empty_shard_wait(place.tensor, whole, tape)
+
+
 class _Place(NamedTuple):
     name: str
     module: nn.Module
@@ -154,15 +166,17 @@ def _waiting_places(model: Walked) -> Iterator[_Place]:
     recordings = [recorded(local(place.tensor)) for place in places]
     tapes = {found.tape for _, _, t in registered_tensors(model) if (found := recorded(local(t))) is not None}
     for place, found in zip(places, recordings, strict=True):
-        if found is not None or (not place.tensor._local_tensor.numel() and any(_by_place(place, tapes))):
+        if found is not None or (
+            not place.tensor._local_tensor.numel() and any(recorded_at(place.module, place.key, tapes))
+        ):
             yield place._replace(tapes=tapes if found is None else {found.tape})
 
 
-def _by_place(place: _Place, tapes: Collection[Tape]) -> Iterator[tuple[TensorRef, Tape]]:
-    """Yield what was recorded at ``place`` before the model was sharded."""
+def recorded_at(module: nn.Module, key: str, tapes: Collection[Tape]) -> Iterator[tuple[TensorRef, Tape]]:
+    """Yield what was recorded as tensor ``key`` of ``module`` before the model was sharded."""
     for tape in tapes:
         for owners in tape.later.owners:
-            for storage in owners.at(place.module, place.key):
+            for storage in owners.at(module, key):
                 if storage in tape.later.waiting.refs:
                     yield tape.later.waiting.refs[storage], tape
 
@@ -209,7 +223,7 @@ def _origins(place: _Place) -> tuple[list[TensorRef], Tape]:
         if tape.later.waiting.origin(found.storage) != found.storage:
             raise RecordingError(f"the shard of {place.name} was changed after the model was sharded. {_FIX}")
     else:  # nothing was copied there
-        for whole, tape in _by_place(place, place.tapes):
+        for whole, tape in recorded_at(place.module, place.key, place.tapes):
             if whole.size == sharded.shape:
                 _let_empty_shard_wait(sharded, whole, tape)
                 return [whole], tape

@@ -36,9 +36,8 @@ class Declared(NamedTuple):
         elif not _was_recorded(model):
             raise RecordingError(
                 f"checkpoint={str(self.options['checkpoint'])!r} was declared for {type(model).__name__}, which was "
-                "built with values. Build it in a block of fabric_init.deferred_init(). With Lightning's strategies "
-                "but for ModelParallelStrategy, configure_model is one; trainer.init_module(empty_init=True) is one "
-                "after FillModel.attach(trainer)."
+                "built with values. Build it in configure_model, or in a block of fabric_init.deferred_init(); "
+                "trainer.init_module(empty_init=True) is one after FillModel.attach(trainer)."
             )
 
     def _part_of(self, model: nn.Module) -> nn.Module:

@@ -49,13 +49,8 @@ class RecordingMixin(_Base):
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
-        """Record what ``configure_model`` builds, or ``Trainer.init_module(empty_init=True)``.
-
-        Not the ``configure_model`` of ``ModelParallelStrategy``: it shards what it has built, which is for after a
-        recorded block.
-        """
-        configures = self.configures and "ModelParallelStrategy" not in _names(self)
-        self.configures = False
+        """Record what ``configure_model`` builds, and shards, or ``Trainer.init_module(empty_init=True)``."""
+        configures, self.configures = self.configures, False
         if not (configures if empty_init is None else empty_init):
             with super().tensor_init_context(empty_init):
                 yield
