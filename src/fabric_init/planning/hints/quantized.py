@@ -83,7 +83,7 @@ def unknown_scheme(matching: Matching, reader: CheckpointReader) -> str | None:
     return (
         f"{reader.path} is quantized ({method}, says its config.json), and lacks tensors whose modules have keys that "
         "the model does not take: they may be the same weights, and strict=False would initialize them anew. Load it "
-        "with the library that wrote it, dequantize it there, save that, and load it here; or name them in reinit=[…].\n"
+        "with the library that wrote it, dequantize it there, save that and load it here, or name them in reinit=[…].\n"
         + listed(packed)
     )
 
