@@ -83,7 +83,7 @@ def unknown_scheme(matching: Matching, reader: CheckpointReader) -> str | None:
     return (
         f"{reader.path} is quantized ({method}, says its config.json), and lacks tensors whose modules have keys that "
         "the model does not take: they may be the same weights, and strict=False would initialize them anew. Load it "
-        "with the library that wrote it, dequantize it there, save that, and load that here; or name them in reinit.\n"
+        "with the library that wrote it, dequantize it there, save that and load it here, or name them in reinit=[…].\n"
         + listed(packed)
     )
 
@@ -141,4 +141,3 @@ def _weights_of(scale: str) -> Iterator[str]:
     match = _SCALE_OF.fullmatch(scale)
     if match is not None:
         yield match["weight"]
-        yield f"{match['weight']}_qdata"  # torchao
