@@ -75,6 +75,8 @@ default_device = torch.utils._device
 
 # Tell operators from other functions, and read their schemas. Checked on torch 2.13.0.
 OpOverload = torch._ops.OpOverload
+# Operators that are made of others, and may copy although their schema says view. Checked on torch 2.13.0.
+COMPOSITE_KEY = torch._C.DispatchKey.CompositeImplicitAutograd
 # Read the arguments of Tensor.to as torch does. Checked on torch 2.13.0.
 parse_to = torch._C._nn._parse_to
 # Map the tensors in nested containers. Checked on torch 2.13.0.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tag
 
-from fabric_init._torch_internals import OpOverload
+from fabric_init._torch_internals import COMPOSITE_KEY, OpOverload
 
 Func = Callable[..., Any]
 
@@ -141,13 +141,13 @@ def traits(func: OpOverload) -> Traits:
         data_dependent=bool({Tag.data_dependent_output, Tag.dynamic_output_shape} & set(func.tags)),
         changes_geometry=Tag.inplace_view in func.tags,
         pointwise=Tag.pointwise in func.tags and not written and len(schema.returns) == 1,
-        view=tensors == 1 and not written and _aliases_first(schema),
+        view=tensors == 1 and not written and _is_view(func),
     )
 
 
-def _aliases_first(schema: Any) -> bool:
-    first = schema.arguments[0].alias_info
-    return first is not None and bool(schema.returns) and all(each.alias_info is not None for each in schema.returns)
+def _is_view(func: OpOverload) -> bool:
+    """Return whether ``func`` always returns views; composite ones, such as ``to`` and ``reshape``, may copy."""
+    return func.is_view and not func.has_kernel_for_dispatch_key(COMPOSITE_KEY)
 
 
 @cache
