@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from types import MappingProxyType
 
@@ -97,7 +97,8 @@ def fill(
         values: dict[int, Tensor] = {}
         inner = InnerValues(wrapped)
         with out_of_memory_explained(plan, values), ExitStack() as stack:
-            items = stack.enter_context(closing(_values(plan, tensors, tapes, reader, placement, loaded, exact=exact)))
+            each = _values(plan, tensors, tapes, reader, placement, loaded, wrapped, exact=exact)
+            items = stack.enter_context(closing(each))
             logged = stack.enter_context(closing(with_log(items, plan, tapes)))
             shown = stack.enter_context(closing(with_progress(logged, len(plan.entries))))
             for position, value in shown:  # closed at once, and their threads with them, when it does not end
@@ -127,10 +128,11 @@ def _values(
     reader: CheckpointReader | None,
     placement: Placement,
     loaded: Mapping[int, DerivedFrom],
+    passing: Collection[int],
     *,
     exact: bool,
 ) -> Generator[tuple[int, Tensor], None, None]:
-    """Yield positions in the plan and the values that this rank keeps for them."""
+    """Yield positions in the plan and the values that this rank keeps for them; those at ``passing`` only for now."""
     entries = plan.entries
     to_replay = {
         storage: positions
@@ -176,7 +178,9 @@ def _values(
             for position in to_replay.pop(storage):
                 yield position, _kept(memory, entries[position], placement)
             del memory  # not kept while the next one is read
-    yield from _replayed(entries, to_replay, tapes, parts, placement, exact=exact)
+    short, others = _apart(to_replay, () if exact else passing)
+    yield from _replayed(entries, others, tapes, parts, placement, exact=exact)
+    yield from _replayed(entries, short, tapes, parts, placement, exact=exact, threads=1)  # none is made ahead
 
 
 def _derived(
@@ -206,6 +210,16 @@ def _kept(memory: torch.UntypedStorage, entry: PlanEntry, placement: Placement) 
     return value if region is None else take(value, region).clone()
 
 
+_Groups = dict[int, Sequence[int]]
+
+
+def _apart(groups: Mapping[int, Sequence[int]], chosen: Collection[int]) -> tuple[_Groups, _Groups]:
+    """Return the groups all of whose positions are ``chosen``, and the others."""
+    inside = {storage for storage, positions in groups.items() if all(each in chosen for each in positions)}
+    within = {storage: positions for storage, positions in groups.items() if storage in inside}
+    return within, {storage: positions for storage, positions in groups.items() if storage not in inside}
+
+
 def _has_room_of_its_own(entry: PlanEntry) -> bool:
     """Whether a tensor that was recorded as expanded is loaded: its elements may differ in the file."""
     return entry.action is Action.LOAD and entry.slot.ref is not None and entry.slot.ref.expanded
@@ -226,6 +240,7 @@ def _replayed(
     placement: Placement,
     *,
     exact: bool,
+    threads: int | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     by_tape: dict[int, list[int]] = {}
     for storage in groups:
@@ -239,6 +254,7 @@ def _replayed(
                 tape,
                 here,
                 exact=exact,
+                threads=threads,
                 to=lambda _, target=target: target,  # type: ignore[misc]
             )
             for memories in wanted:
