@@ -129,7 +129,7 @@ def rotated(x: Tensor, angles: Tensor) -> Tensor:
     return torch.cat([one * cosine - other * sine, other * cosine + one * sine], dim=-1)
 
 
-def parallelize(model: Llama, mesh: DeviceMesh, compiled: bool = True) -> None:
+def parallelize(model: Llama, mesh: DeviceMesh, backend: str = "aot_eager") -> None:
     """Apply tensor parallel, activation checkpointing, compilation and FSDP, in torchtitan's order."""
     plan = {f"attention.{name}": ColwiseParallel() for name in ("wq", "wk", "wv")}
     plan |= {"feed_forward.w1": ColwiseParallel(), "feed_forward.w3": ColwiseParallel()}
@@ -137,9 +137,7 @@ def parallelize(model: Llama, mesh: DeviceMesh, compiled: bool = True) -> None:
     for name, block in list(model.layers.named_children()):
         if mesh["tensor"].size() > 1:
             parallelize_module(block, mesh["tensor"], plan)
-        block = checkpoint_wrapper(block)
-        if compiled:
-            block = torch.compile(block, backend="aot_eager")
+        block = torch.compile(checkpoint_wrapper(block), backend=backend)
         model.layers.register_module(name, block)
         fully_shard(block, mesh=mesh["data"])
     fully_shard(model, mesh=mesh["data"])

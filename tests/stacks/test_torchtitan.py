@@ -93,11 +93,11 @@ def parallel(tensor: int, initialize: str) -> nn.Module:
         if initialize == "before":
             model.init_weights()
         if initialize != "later":
-            module.parallelize(model, mesh, compiled=dist.get_backend() != "fake")
+            module.parallelize(model, mesh, backend="eager")
         if initialize == "in the block":
             model.init_weights()
     if initialize == "later":
-        module.parallelize(model, mesh, compiled=dist.get_backend() != "fake")
+        module.parallelize(model, mesh, backend="eager")
         with deferred_init(rng="eager"):
             model.init_weights()
     return model

@@ -229,10 +229,11 @@ class Recorder(TorchDispatchMode):
         if not any(is_recorded_shard(tensor) for tensor in sharded):
             with real_execution():
                 return func(*args, **kwargs)
-        if self.shards is None:
+        shards = self.shards
+        if shards is None:
             raise RecordingError(MSG_SHARDED)
         if traits(func).name in ("aten::detach", "aten::alias"):
-            return self.shards.alias(args[0])
+            return shards.alias(args[0])
         wholes = {id(tensor): self.whole(tensor) for tensor in sharded}
         passed = {id(wholes[id(tensor)]): tensor for tensor in sharded}
         on_wholes = map_tensors((args, kwargs), lambda tensor: wholes.get(id(tensor), tensor))
@@ -245,7 +246,7 @@ class Recorder(TorchDispatchMode):
             like = next((each for each in sharded if each.size() == tensor.size()), None)
             if like is None or not new or self.lookup(tensor) is None:
                 return tensor
-            return self.shards.like(self, like, tensor)
+            return shards.like(self, like, tensor)
 
         return map_tensors(result, shared_out)
 

@@ -68,7 +68,7 @@ class Waiting:
     def forget(self, storage: int) -> None:
         """Let ``storage`` wait for nothing by itself: it is a copy of another one from now on."""
         for table in (self.tape.waits, self.names, self.refs, self._origins, self._written):
-            table.pop(storage, None)  # type: ignore[attr-defined]
+            table.pop(storage, None)
         self.parts.discard(storage)
 
     def begin_again(self, since: int) -> None:

@@ -122,7 +122,8 @@ class ShardsInBlock:
 
     def _note(self, tape: Tape, whole: Tensor, part: Box, tensor: DTensor) -> _Whole:
         shard, its = recorded(tensor._local_tensor), recorded(whole)
-        assert shard is not None and its is not None
+        assert shard is not None
+        assert its is not None
         shard_ref = ref_of(meta_of(tensor._local_tensor), shard.storage)
         its_part = None if 0 in part.sizes else _part_of(ref_of(meta_of(whole), its.storage), part)
         known = self._wholes[shard.storage] = _Whole(whole, its_part, shard_ref, tape)
