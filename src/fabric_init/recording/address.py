@@ -35,6 +35,10 @@ class Address:
     def __index__(self) -> int:
         return int(self._later.memory(self._found, "be read").data_ptr()) + self._offset
 
+    @property
+    def _as_parameter_(self) -> int:  # what ctypes asks for
+        return self.__index__()
+
     def __bool__(self) -> bool:
         return self.__index__() != 0
 
