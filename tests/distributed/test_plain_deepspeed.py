@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fabric_init import CheckpointMismatchError, FabricInitError, OptionError, deferred_init, init_report, materialize
+from tests.sharding.test_wrapped import Layer, pack
 from tests.support.ranks import run_ranks
 from tests.support.zoo import MODELS, assert_same, loss_of, one_device, tokens, write_checkpoint
 
@@ -97,6 +98,11 @@ def refused(path: Path, config_path: Path) -> tuple[str, str, bool]:
         materialize(model, deepspeed={"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}})
     with pytest.raises(FabricInitError) as broken:
         model(tokens(0))
+    with deferred_init():
+        layer = Layer()
+        pack(layer)
+    with pytest.raises(FabricInitError, match="parameters of Packed"):
+        materialize(layer, deepspeed=config_path)
     dist.destroy_process_group()
     return str(missing.value), str(broken.value), True
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints import Region, Span
@@ -20,6 +19,7 @@ from fabric_init.errors import FabricInitError, OptionError
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.mode import RecordMode
 from fabric_init.recording.tensor import RecordedTensor, become
+from fabric_init.recording.wrappers import is_wrapper
 
 Config = Mapping[str, Any] | str | os.PathLike[str]
 """DeepSpeed's configuration, or the path of a JSON file with it."""
@@ -72,15 +72,19 @@ def partitioned(model: nn.Module, config: Mapping[str, Any], device: torch.devic
         device: The device for full tensors; ``None`` for that of DeepSpeed's accelerator.
 
     Raises:
-        FabricInitError: ``deepspeed.init_distributed`` was not called, or the model is sharded in another way already.
+        FabricInitError: ``deepspeed.init_distributed`` was not called, or parameters are DTensors or quantized ones of
+            a class that cannot be partitioned.
     """
     from deepspeed import comm
     from deepspeed.accelerator import get_accelerator
 
     if not comm.is_initialized():
         raise FabricInitError("ZeRO-3 partitions over the ranks of DeepSpeed: call deepspeed.init_distributed() first.")
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise FabricInitError("the model holds DTensors, which DeepSpeed cannot partition once more.")
+    if kinds := {type(parameter).__name__ for parameter in model.parameters() if is_wrapper(parameter)}:
+        raise FabricInitError(
+            f"the model has parameters of {', '.join(sorted(kinds))}, which DeepSpeed cannot partition. Choose another "
+            "stage than 3, or fully_shard where that class can be sharded."
+        )
     partition_without_values(model, config)
     return ZeroPartitions(model, device or torch.device(get_accelerator().current_device_name()))
 
