@@ -46,7 +46,15 @@ def cast_as_configured(module: nn.Module, config: Mapping[str, Any]) -> Iterator
     """Cast recorded parameters to the dtype that DeepSpeed will cast them to, and that ZeRO-3 expects them to have.
 
     If the context fails and they are still recorded, they are as they were.
+
+    Raises:
+        FabricInitError: Parameters are DTensors, or quantized ones of a class that cannot be partitioned.
     """
+    if kinds := {type(parameter).__name__ for parameter in module.parameters() if is_wrapper(parameter)}:
+        raise FabricInitError(
+            f"the model has parameters of {', '.join(sorted(kinds))}, which DeepSpeed cannot partition. Choose another "
+            "stage than 3, or fully_shard where that class can be sharded."
+        )
     names = {"fp16": torch.float16, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
     chosen = [dtype for name, dtype in names.items() if config.get(name, {}).get("enabled") is True]
     parameters = [p for p in module.parameters() if p.is_floating_point()] if chosen else []
@@ -72,19 +80,13 @@ def partitioned(model: nn.Module, config: Mapping[str, Any], device: torch.devic
         device: The device for full tensors; ``None`` for that of DeepSpeed's accelerator.
 
     Raises:
-        FabricInitError: ``deepspeed.init_distributed`` was not called, or parameters are DTensors or quantized ones of
-            a class that cannot be partitioned.
+        FabricInitError: ``deepspeed.init_distributed`` was not called.
     """
     from deepspeed import comm
     from deepspeed.accelerator import get_accelerator
 
     if not comm.is_initialized():
         raise FabricInitError("ZeRO-3 partitions over the ranks of DeepSpeed: call deepspeed.init_distributed() first.")
-    if kinds := {type(parameter).__name__ for parameter in model.parameters() if is_wrapper(parameter)}:
-        raise FabricInitError(
-            f"the model has parameters of {', '.join(sorted(kinds))}, which DeepSpeed cannot partition. Choose another "
-            "stage than 3, or fully_shard where that class can be sharded."
-        )
     partition_without_values(model, config)
     return ZeroPartitions(model, device or torch.device(get_accelerator().current_device_name()))
 
