@@ -141,12 +141,12 @@ def _refuse_unknown_places(zero: Mapping[str, Any], remote_device: str | None) -
     if zero.get("zero_quantized_nontrainable_weights"):
         raise FabricInitError(
             "fabric_init cannot fill weights that DeepSpeed quantizes when it partitions them. Turn "
-            "zero_quantized_nontrainable_weights off, or build without a recorded block."
+            "zero_quantized_nontrainable_weights off, or build with init_module() alone, in no recorded block."
         )
     if "nvme" in ((zero.get("offload_param") or {}).get("device"), remote_device):
         raise FabricInitError(
             "fabric_init cannot fill parameters that DeepSpeed offloads to NVMe: their partitions are in files of "
-            "its own. Offload them to the CPU, or build without a recorded block."
+            "its own. Offload them to the CPU, or build with init_module() alone, in no recorded block."
         )
 
 
