@@ -49,6 +49,7 @@ KINDS = [
     "DCP folder of one process",
     "DCP folder of two ranks",
     "DeepSpeed ZeRO-3",
+    "GGUF",
     *URLS,
 ]
 
