@@ -489,3 +489,17 @@ def test_no_more_than_one_float_weight_is_held_at_a_time(tmp_path: Path) -> None
 
 
 LAYERS_AS_FLOATS = 10
+
+
+def test_a_scripted_module_beside_the_layers_is_no_obstacle(tmp_path: Path) -> None:
+    def build(kind: type[nn.Module]) -> nn.Module:
+        return nn.Sequential(kind(64, 64), torch.jit.script(nn.ReLU()))
+
+    floats = build(nn.Linear)
+    save_file(floats.state_dict(), tmp_path / "floats.safetensors")
+    with deferred_init():
+        model = build(bnb.nn.LinearNF4)
+    materialize(model, checkpoint=tmp_path / "floats.safetensors")
+    expected = build(bnb.nn.LinearNF4)
+    expected.load_state_dict(floats.state_dict())
+    assert torch.equal(model[0].weight, expected.to("cpu")[0].weight)

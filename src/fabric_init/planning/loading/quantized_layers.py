@@ -47,7 +47,7 @@ def saved_quantized(model: Walked, names: Collection[str]) -> dict[str, set[str]
 
 def _with_weights(model: Walked) -> Iterator[tuple[str, nn.Module]]:
     for prefix, module in named_modules(model):
-        if module._parameters.get(_WEIGHT) is not None:
+        if dict(module._parameters.items()).get(_WEIGHT) is not None:  # those of a scripted module are in no dict
             yield f"{prefix}." if prefix else "", module
 
 
