@@ -498,8 +498,8 @@ def test_a_scripted_module_beside_the_layers_is_no_obstacle(tmp_path: Path) -> N
     floats = build(nn.Linear)
     save_file(floats.state_dict(), tmp_path / "floats.safetensors")
     with deferred_init():
-        model = build(bnb.nn.LinearNF4)
+        model = build(bitsandbytes.nn.LinearNF4)
     materialize(model, checkpoint=tmp_path / "floats.safetensors")
-    expected = build(bnb.nn.LinearNF4)
+    expected = build(bitsandbytes.nn.LinearNF4)
     expected.load_state_dict(floats.state_dict())
     assert torch.equal(model[0].weight, expected.to("cpu")[0].weight)
