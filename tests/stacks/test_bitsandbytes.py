@@ -491,6 +491,7 @@ def test_no_more_than_one_float_weight_is_held_at_a_time(tmp_path: Path) -> None
 LAYERS_AS_FLOATS = 10
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_scripted_module_beside_the_layers_is_no_obstacle(tmp_path: Path) -> None:
     def build(kind: type[nn.Module]) -> nn.Module:
         return nn.Sequential(kind(64, 64), torch.jit.script(nn.ReLU()))
