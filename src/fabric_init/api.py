@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Literal
 
 import torch
@@ -132,13 +132,9 @@ def materialize(
     )
     agreement = agreement_of(process_group)
     stage_3 = None if deepspeed is None else stage_3_config(deepspeed)
-    with PausedCollector():
-        if stage_3 is None:
-            fill_model(model, _opened(source, agreement), options, WholeTensors(target), rng, agreement)
-        else:
-            with cast_as_configured(model, stage_3):
-                partition = functools.partial(partitioned, model, stage_3, target)
-                fill_model(model, _opened(source, agreement), options, WholeTensors(target), rng, agreement, partition)
+    partition = None if stage_3 is None else functools.partial(partitioned, model, stage_3, target)
+    with PausedCollector(), nullcontext() if stage_3 is None else cast_as_configured(model, stage_3):
+        fill_model(model, _opened(source, agreement), options, WholeTensors(target), rng, agreement, partition)
         return report_of(model)
 
 

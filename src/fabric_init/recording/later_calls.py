@@ -74,9 +74,7 @@ def _is_meta(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     if not asks_for_values(asking):
         return bool(func(args[0]))
     parts = asking.f_locals["scatter_list"] if asking.f_code.co_name == "mesh_scatter" else args[:1]
-    if all(
-        later.has_value(part) for part in parts
-    ):  # which those without elements have: all ranks have to say the same
+    if all(map(later.has_value, parts)):  # parts without elements always have one, and all ranks have to say the same
         return bool(func(args[0]))
     take_own_part(asking, args[0], later.has_value)
     return True

@@ -43,7 +43,7 @@ from fabric_init.recording.storage import RecordedStorage
 from fabric_init.recording.storage_tags import Recorded, begin, ref_of
 from fabric_init.recording.tape import Draw, Tape, TensorRef
 from fabric_init.recording.tensor import ASKS_DEVICE, RecordedTensor, follow_meta, meta_of, recorded, recorded_tensor
-from fabric_init.recording.wrappers import is_sharded_class, is_wrapper_class
+from fabric_init.recording.wrappers import is_sharded, is_sharded_class, is_wrapper_class
 
 _CPU = torch.device("cpu")
 _COLLECTIVES = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"})
@@ -129,12 +129,13 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if any(is_wrapper_class(kind) and not is_sharded_class(kind) for kind in types):
+        wrappers = [kind for kind in types if is_wrapper_class(kind)]
+        if not all(map(is_sharded_class, wrappers)):
             return NotImplemented  # its class answers, and what it does to the tensors that it holds comes here
         if func is ASKS_DEVICE:
             return args[0].device
         with DisableTorchFunction():
-            if any(each is not RecordedTensor and hasattr(each, "_local_tensor") for each in types):
+            if wrappers:
                 return self._record_on_wholes(func, args, dict(kwargs) if kwargs else {})
             return self.record_op(func, args, dict(kwargs) if kwargs else {})
 
@@ -225,7 +226,7 @@ class Recorder(TorchDispatchMode):
 
     def _record_on_wholes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record an op on DTensors as one on the whole tensors that they are parts of."""
-        sharded = [tensor for tensor in tensors_in((args, kwargs.values())) if hasattr(tensor, "_local_tensor")]
+        sharded = [tensor for tensor in tensors_in((args, kwargs.values())) if is_sharded(tensor)]
         if not any(is_recorded_shard(tensor) for tensor in sharded):
             with real_execution():
                 return func(*args, **kwargs)

@@ -345,15 +345,17 @@ def replay(
             return _Execution(tape, group[1], group[0], to, exact=exact).run()
 
     small = sum(tape.storages[storage].nbytes for group in groups for storage in group[0]) < _MIN_THREADED_BYTES
-    alone = [group for group in groups if _needs_much(tape, group)]
+    alone: list[tuple[set[int], set[int]]] = []
+    together: list[tuple[set[int], set[int]]] = []
+    for group in groups:
+        (alone if _needs_much(tape, group) else together).append(group)
     yield from map(run, alone)
-    groups = [group for group in groups if group not in alone] if alone else groups
-    workers = 1 if small else min(threads or torch.get_num_threads(), len(groups))
+    workers = 1 if small else min(threads or torch.get_num_threads(), len(together))
     if workers <= 1:
-        yield from map(run, groups)
+        yield from map(run, together)
         return
     with ThreadPoolExecutor(workers, thread_name_prefix="fabric-init-replay") as pool:
-        todo = iter(groups)
+        todo = iter(together)
         running: set[Future[dict[int, torch.UntypedStorage]]] = set()
         try:
             for group in todo:
