@@ -21,6 +21,7 @@ from fabric_init.distributed.seeds import share_seeds
 from fabric_init.errors import CheckpointMismatchError, FabricInitError, RecordingError
 from fabric_init.filling.derived import compute, loads_noted
 from fabric_init.filling.fill_log import with_log
+from fabric_init.filling.in_chunks import computed_in_chunks, part_in_chunks
 from fabric_init.filling.loader import loader_for
 from fabric_init.filling.looked_at import check_decisions
 from fabric_init.filling.out_of_memory import out_of_memory_explained
@@ -178,6 +179,14 @@ def _values(
             for position in to_replay.pop(storage):
                 yield position, _kept(memory, entries[position], placement)
             del memory  # not kept while the next one is read
+    large = {
+        storage: part
+        for storage, (position, *others) in to_replay.items()
+        if not others and position not in parts and position not in passing
+        if (part := part_in_chunks(position, entries[position], tapes[storage], placement, exact=exact)) is not None
+    }
+    yield from computed_in_chunks(large.values())
+    to_replay = {storage: positions for storage, positions in to_replay.items() if storage not in large}
     short, others = _apart(to_replay, () if exact else passing)
     yield from _replayed(entries, others, tapes, parts, placement, exact=exact)
     yield from _replayed(entries, short, tapes, parts, placement, exact=exact, threads=1)  # none is made ahead

@@ -5,17 +5,18 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, conj_view, neg_view
+from fabric_init.recording.chunks import chunked_draw, chunks_of
 from fabric_init.recording.liveness import covers, is_final, live_ops
 from fabric_init.recording.op_schemas import asks_shape_only, overwrites, with_generator
 from fabric_init.recording.replay_rng import ReplayStreams
 from fabric_init.recording.tape import Constant, Look, Op, Tape, TensorRef
+from fabric_init.recording.threads import threaded
 from fabric_init.recording.tracing import outside_tracing
 
 _default_generator_lock = threading.Lock()
@@ -79,6 +80,7 @@ class _Execution:
         self._ops = [tape.ops[index] for index in sorted(indices)]
         self._keep = keep
         self._to = to
+        self._exact = exact
         self._inputs = {} if inputs is None else inputs
         self._memory: dict[int, torch.UntypedStorage] = {}
         self.draws = ReplayStreams(tape, self._ops, exact=exact)
@@ -107,6 +109,12 @@ class _Execution:
         return storage
 
     def _run(self, op: Op) -> None:
+        if (draw := chunked_draw(self._tape, op, exact=self._exact)) is not None:
+            memory = self._storage(draw.ref.storage, zeroed=not covers(self._tape, draw.ref))
+            elements = view(memory, draw.ref).view(-1)
+            for start, stop in chunks_of(len(elements)):
+                draw.chunk(start, elements[start:stop])
+            return
         # memory that this op overwrites completely need not be zeroed first
         overwritten = {ref.storage for ref in op.targets if covers(self._tape, ref)} if overwrites(op.func) else set()
 
@@ -351,23 +359,4 @@ def replay(
         (alone if _needs_much(tape, group) else together).append(group)
     yield from map(run, alone)
     workers = 1 if small else min(threads or torch.get_num_threads(), len(together))
-    if workers <= 1:
-        yield from map(run, together)
-        return
-    with ThreadPoolExecutor(workers, thread_name_prefix="fabric-init-replay") as pool:
-        todo = iter(together)
-        running: set[Future[dict[int, torch.UntypedStorage]]] = set()
-        try:
-            for group in todo:
-                running.add(pool.submit(run, group))
-                if len(running) > 2 * workers:  # keeps the workers busy and bounds the memory in flight
-                    done, running = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        yield future.result()
-            while running:
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield future.result()
-        finally:
-            for future in running:
-                future.cancel()
+    yield from threaded(run, together, workers)

@@ -59,6 +59,14 @@ class TensorRef(NamedTuple):
         """Whether several of its elements are at one place in memory."""
         return any(stride == 0 and size > 1 for stride, size in zip(self.stride, self.size, strict=True))
 
+    @property
+    def row_major(self) -> bool:
+        """Whether its elements are in memory one behind the other, in the order of their indices."""
+        return all(
+            size == 1 or stride == dense
+            for size, stride, dense in zip(self.size, self.stride, _row_major(self.size), strict=True)
+        )
+
     def text(self, name: str = "") -> str:
         """Return the reference in one line, as ``s3[4, 2] float32 (offset 4)``, with the ``name`` of its storage."""
         details = [f"offset {self.offset}"] if self.offset else []

@@ -63,7 +63,7 @@ class Evaluation:
         written = None if op is None else _written_by(op, ref.storage)
         if op is None or written is None or ref.conj or ref.neg or written.dtype != ref.dtype:
             return self._computed_box(ref, box, before)
-        if not covers(self._tape, written) or not _row_major(written):
+        if not covers(self._tape, written) or written.offset or not written.row_major:
             return self._computed_box(ref, box, before)
         make = self._way(op, written)
         if make is None:
@@ -221,10 +221,6 @@ def _written_by(op: Op, storage: int) -> TensorRef | None:
 def _name(func: Any) -> str:
     schema = getattr(func, "_schema", None)
     return "" if schema is None else str(schema.name)
-
-
-def _row_major(ref: TensorRef) -> bool:
-    return ref.offset == 0 and tuple(ref.stride) == window(tuple(ref.size), None).strides
 
 
 def _along(box: Box, dim: int, offset: int, size: int) -> Box:

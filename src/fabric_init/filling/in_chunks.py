@@ -1,0 +1,95 @@
+"""Compute large tensors chunk by chunk, straight into what this rank keeps of them: see ``recording/chunks.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fabric_init.checkpoints.region import Region, Window, copy_part, window
+from fabric_init.planning.placement import Placement
+from fabric_init.planning.plan import Action, PlanEntry
+from fabric_init.recording.chunks import Chunks, chunks, chunks_of
+from fabric_init.recording.replay import real_execution
+from fabric_init.recording.tape import Tape
+from fabric_init.recording.threads import threaded
+
+
+@dataclass(eq=False)
+class _Part:
+    """What this rank keeps of one tensor."""
+
+    position: int
+    chunks: Chunks
+    shape: tuple[int, ...]
+    region: Region | None
+    device: torch.device
+    out: Tensor | None = None
+    left: int = 0  # chunks still to be computed
+
+    def starts(self, where: Window) -> list[tuple[int, int]]:
+        """Return the chunks that this rank needs, as in :func:`~fabric_init.recording.chunks.chunks_of`."""
+        end = where.start + where.extent
+        return [(start, stop) for start, stop in chunks_of(self.chunks.numel) if start < end and stop > where.start]
+
+    def compute(self, start: int, stop: int, where: Window) -> None:
+        """Compute one chunk, and keep this rank's part of it."""
+        assert self.out is not None
+        dense = where.extent == self.out.numel()
+        if dense and where.start <= start and stop <= where.start + where.extent:
+            self.chunks.compute(start, self.out.view(-1)[start - where.start : stop - where.start])
+            return
+        values = torch.empty(stop - start, dtype=self.out.dtype, device=self.device)
+        self.chunks.compute(start, values)
+        copy_part(values, start, self.shape, self.region, self.out)
+
+
+def part_in_chunks(position: int, entry: PlanEntry, tape: Tape, placement: Placement, *, exact: bool) -> _Part | None:
+    """Return how to compute one tensor of a plan by chunks; ``None`` if it is small, or can only be computed whole."""
+    slot = entry.slot
+    if entry.action is not Action.INIT or slot.ref is None:
+        return None
+    found = chunks(tape, slot.ref, exact=exact)
+    if found is None:
+        return None
+    return _Part(position, found, tuple(slot.ref.size), placement.region(slot), placement.device(slot))
+
+
+def computed_in_chunks(parts: Iterable[_Part]) -> Iterator[tuple[int, Tensor]]:
+    """Yield positions in the plan and the values that this rank keeps, in the order in which they are completed."""
+    by_device: dict[torch.device, list[_Part]] = {}
+    for part in parts:
+        by_device.setdefault(part.device, []).append(part)
+    for device, here in by_device.items():
+        workers = torch.get_num_threads() if device.type == "cpu" else 1
+        for part in threaded(_run, _jobs(here), workers):
+            part.left -= 1
+            if part.left <= 0:
+                assert part.out is not None
+                value, part.out = part.out, None
+                yield part.position, value
+
+
+_Job = tuple[_Part, Callable[[], None]]
+
+
+def _run(job: _Job) -> _Part:
+    part, compute = job
+    with torch.inference_mode(False), real_execution():  # both belong to the thread
+        compute()
+    return part
+
+
+def _jobs(parts: Iterable[_Part]) -> Iterator[_Job]:
+    """Yield the chunks of one part after the other. Memory is taken when the first chunk of a part is asked for."""
+    for part in parts:
+        where = window(part.shape, part.region)
+        part.out = torch.empty(where.sizes, dtype=part.chunks.dtype, device=part.device)
+        starts = part.starts(where)
+        part.left = len(starts)
+        if not starts:
+            yield part, lambda: None
+        for start, stop in starts:
+            yield part, lambda part=part, start=start, stop=stop, where=where: part.compute(start, stop, where)  # type: ignore[misc]
