@@ -89,8 +89,17 @@ def compute_with(
 ) -> dict[int, torch.UntypedStorage]:
     """Return ``storages``, computed together from these values of their ``sources``."""
     with real_execution():
-        known = {ref.storage: laid_out(value, ref, device) for ref, value in sources}
+        known = {ref.storage: _as_it_is(value, ref, device) for ref, value in sources}
         return replay_with(tape, storages, known, exact=exact, to=lambda _: device)
+
+
+def _as_it_is(value: Tensor, ref: TensorRef, device: torch.device) -> torch.UntypedStorage:
+    """Return the memory of ``value`` if it is laid out as the tape has it, and a copy otherwise: it is only read."""
+    storage = value.untyped_storage()
+    alike = (value.stride(), value.storage_offset(), value.dtype) == (ref.stride, ref.offset, ref.dtype)
+    if alike and storage.nbytes() == ref.nbytes and value.device == device:
+        return storage
+    return laid_out(value, ref, device)
 
 
 def laid_out(value: Tensor, ref: TensorRef, device: torch.device) -> torch.UntypedStorage:
