@@ -16,7 +16,6 @@ from fabric_init.errors import RecordingError
 from fabric_init.planning.derived import loaded_storages
 from fabric_init.planning.loading.recorded_load import RecordedReader
 from fabric_init.planning.loads import read_as
-from fabric_init.planning.plan import DerivedFrom
 from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.recording.replay import real_execution, replay_with
 from fabric_init.recording.tape import LoadedStorage, Tape, TensorRef, now
@@ -64,22 +63,6 @@ def _refuse_alone(path: AnyPath, key: str) -> NoReturn:
 
 
 def compute(
-    storages: Collection[int],
-    tape: Tape,
-    sources: Iterable[DerivedFrom],
-    reader: CheckpointReader,
-    device: torch.device,
-    *,
-    exact: bool,
-) -> dict[int, torch.UntypedStorage]:
-    """Return ``storages``, computed together from the values of their ``sources``, each of which is read once."""
-    # the same order on every rank: reading may be for all of them together
-    in_order = sorted(sources, key=lambda source: source.ref.storage)
-    values = ((ref, read_as(reader, key, ref.size, None)) for ref, key in in_order)
-    return compute_with(storages, tape, values, device, exact=exact)
-
-
-def compute_with(
     storages: Collection[int],
     tape: Tape,
     sources: Iterable[tuple[TensorRef, Tensor]],

@@ -27,8 +27,10 @@ from fabric_init.planning.plan import Action, LoadOptions
 from fabric_init.planning.prepare import PreparedPlan, plan_for, prepared_digest
 from fabric_init.planning.tensors import Walk
 from fabric_init.recording.tape import Rng
+from fabric_init.recording.wrappers import is_wrapper
 from fabric_init.reports.registry import FillRecord, keep_record, statuses
 from fabric_init.sharding.dtensor import ShardedTensors
+from fabric_init.sharding.places import places, putting_back
 from fabric_init.sharding.plain import is_packed, seen_plain, wraps
 from fabric_init.sharding.whole import refuse_flat_parameters, seen_whole, without_torchs_load_hooks
 
@@ -69,6 +71,7 @@ def fill_model(
         refuse_flat_parameters(walk)
         settle(walk)
         refuse_own_hooks(walk, reader)
+        put_back = putting_back(places(walk, lambda tensor: is_wrapper(tensor) or is_packed(tensor)))
         names = () if reader is None else rename_keys(reader.keys(), wanted.rename).values()
         with without_torchs_load_hooks(walk), seen_whole(walk) as shards:
             with seen_plain(walk, wraps, is_packed, names=set(names)) as shown:
@@ -83,7 +86,7 @@ def fill_model(
             for entry, tensor in zip(prepared.plan.entries, tensors, strict=True)
             if isinstance(tensor, DTensor)
         )
-        return prepared._replace(tensors=tensors)
+        return prepared._replace(tensors=tensors, undo=_both(prepared.undo, put_back))
 
     with PausedCollector():
         prepared = agreement.run_together(_PLANNING, plan, prepared_digest)
@@ -98,6 +101,17 @@ def fill_model(
             if prepared.undo is not None:
                 prepared.undo()
             raise
+
+
+def _both(undo: Callable[[], None] | None, put_back: Callable[[], None]) -> Callable[[], None] | None:
+    """Return what undoes what load code has done while other tensors were shown, and takes those out again."""
+
+    def both() -> None:
+        if undo is not None:
+            undo()
+            put_back()
+
+    return both
 
 
 @contextmanager

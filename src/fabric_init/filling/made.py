@@ -19,9 +19,9 @@ from fabric_init.filling.quantizing import packed, refuse_own_hooks
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan, plan_for
-from fabric_init.planning.tensors import TensorInfo, Walked, find_tensors, info_of
+from fabric_init.planning.tensors import TensorInfo, find_tensors, info_of
 from fabric_init.recording.liveness import computed_from
-from fabric_init.recording.tape import Rng, Tape
+from fabric_init.recording.tape import Tape
 from fabric_init.recording.tensor import RecordedTensor, class_of, recorded
 from fabric_init.recording.wrappers import inner_tensors, is_sharded, named_parts, recorded_parts
 from fabric_init.sharding.dtensor import local
@@ -30,18 +30,22 @@ from fabric_init.sharding.plain import Made, Shown, is_packed, seen_plain, wraps
 _NOTHING_SHOWN = Shown({}, {})
 
 
-def planned(
-    model: Walked, reader: CheckpointReader | None, options: LoadOptions, rng: Rng | None = None
-) -> PreparedPlan:
-    """Return the plan for what ``model``, which has no wrappers, holds.
+def planned(model: nn.Module, reader: CheckpointReader | None, options: LoadOptions) -> PreparedPlan:
+    """Return the plan for ``model``, which has no wrappers, with what its packed tensors were made of in their places.
 
     Raises:
         FabricInitError: Anything that the user has to fix; no memory is allocated before.
     """
     refuse_own_hooks(model, reader)
     with seen_plain(model, is_packed) as shown:
-        prepared = plan_for(model, reader, options, rng)
-    return made(prepared, model, shown)
+        prepared = plan_for(model, reader, options)
+    both = [
+        (entry, held)
+        for entry, tensor in zip(prepared.plan.entries, prepared.tensors, strict=True)
+        for held in shown.held(tensor)
+    ]
+    plan = replace(prepared.plan, entries=tuple(entry for entry, _ in both))
+    return prepared._replace(plan=plan, tensors=[tensor for _, tensor in both])
 
 
 def packed_and_made(
@@ -67,8 +71,8 @@ def packed_and_made(
         raise
 
 
-def made(prepared: PreparedPlan, model: Walked, shown: Shown) -> PreparedPlan:
-    """Return a plan for what ``model`` holds in the places of plain tensors: they are read or computed for that alone."""
+def made(prepared: PreparedPlan, model: nn.Module, shown: Shown = _NOTHING_SHOWN) -> PreparedPlan:
+    """Return a plan for what ``model`` holds in the places of plain tensors, which are read or computed for that."""
     entries: list[tuple[PlanEntry, Tensor]] = []
     tapes = dict(prepared.tapes)
     for entry, tensor in zip(prepared.plan.entries, prepared.tensors, strict=True):
@@ -125,7 +129,7 @@ def _in_place_of(entry: PlanEntry, plain: Tensor, its: Made, tapes: dict[int, Ta
     return stays + made_of_it
 
 
-def _beside(model: Walked, known: Collection[int], tapes: dict[int, Tape]) -> Iterator[tuple[PlanEntry, Tensor]]:
+def _beside(model: nn.Module, known: Collection[int], tapes: dict[int, Tape]) -> Iterator[tuple[PlanEntry, Tensor]]:
     """Yield the plans for recorded tensors that ``model`` has as attributes and that are not ``known``, and these."""
     for info, tensor in find_tensors(model):
         found = recorded(tensor) if info.kind == "attribute" and id(tensor) not in known else None

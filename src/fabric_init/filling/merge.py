@@ -14,11 +14,10 @@ from fabric_init.planning.derived import replaced_since, written_since
 from fabric_init.planning.matching import own_init
 from fabric_init.planning.plan import Action, DerivedFrom, Plan, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan
-from fabric_init.planning.tensors import survey
+from fabric_init.planning.tensors import TensorInfo, survey
 from fabric_init.planning.validation import check_all_have_values
 from fabric_init.recording.liveness import computed_from, covers
 from fabric_init.recording.tape import Tape
-from fabric_init.recording.tensor import class_of
 
 
 def merged(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
@@ -50,17 +49,16 @@ def merged(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
     entries = []
     for info, tensor in zip(infos, tensors, strict=True):
         entry = planned.get(id(tensor))
-        if entry is None or replaced_since(entry, info, tapes):
-            entries.append(_made(PlanEntry(info, own_init(info, tapes)), entry, tensor, tapes))
+        if entry is not None and _is_made_of(entry, info, tapes):
+            entries.append(entry)
+        elif entry is None or replaced_since(entry, info, tapes):
+            entries.append(PlanEntry(info, own_init(info, tapes)))
         elif info.real and not (entry.slot.real and _is_as_planned(plans, tensor)):
             entries.append(PlanEntry(info, Action.KEEP))
         elif _is_overwritten(entry, info.ref.storage if info.ref else None, tapes):
             entries.append(PlanEntry(info, Action.INIT))
         else:
             entries.append(entry._replace(slot=info))
-    for entry in entries:
-        if entry.made_of is not None and entry.made_of.slot.ref is not None and entry.slot.ref is not None:
-            tapes[entry.made_of.slot.ref.storage] = tapes[entry.slot.ref.storage]
     check_all_have_values(entries, tapes, reader)
     _refuse_lost_changes(entries, tapes)
     unexpected = tuple(key for plan in plans for key in plan.plan.unexpected)
@@ -80,15 +78,15 @@ def declared_at(prepared: PreparedPlan) -> int:
     return max((entry.since or 0 for entry in prepared.plan.entries), default=0)
 
 
-def _made(now: PlanEntry, planned: PlanEntry | None, tensor: Tensor, tapes: Mapping[int, Tape]) -> PlanEntry:
-    """Return the entry of a tensor that by now holds what was computed from its planned value, as when packed."""
-    source = planned if planned is None or planned.made_of is None else planned.made_of
-    if source is None or source.action is not Action.LOAD or source.slot.ref is None or now.slot.ref is None:
-        return now
-    storage = now.slot.ref.storage
-    if not computed_from(tapes[storage], storage, [source.slot.ref.storage], copies=True):
-        return now
-    return now._replace(made_of=source, kind=class_of(tensor).__name__)
+def _is_made_of(entry: PlanEntry, info: TensorInfo, tapes: dict[int, Tape]) -> bool:
+    """Return whether a tensor that is to be loaded by now holds what was computed from that, as when packed."""
+    if entry.action is not Action.LOAD or not replaced_since(entry, info, tapes):
+        return False
+    assert info.ref is not None
+    assert entry.slot.ref is not None
+    storage, was = info.ref.storage, entry.slot.ref.storage
+    tapes[was] = tapes[storage]
+    return bool(computed_from(tapes[storage], storage, [was], copies=True))
 
 
 def _is_as_planned(plans: Sequence[PreparedPlan], tensor: Tensor) -> bool:
@@ -106,27 +104,15 @@ def _is_overwritten(entry: PlanEntry, storage: int | None, tapes: Mapping[int, T
 
 def _by_tensor(plans: Sequence[PreparedPlan], reader: CombinedReader | None) -> dict[int, PlanEntry]:
     found: dict[int, PlanEntry] = {}
-    again: dict[int, PlanEntry] = {}
     for plan in plans:
         for entry, tensor in zip(plan.plan.entries, plan.tensors, strict=True):
-            if (entry.made_of or entry).action is Action.LOAD:
-                found[id(tensor)] = _with_keys(entry, plan, reader, again)
+            if entry.action is Action.LOAD:
+                assert plan.reader is not None
+                assert reader is not None
+                found[id(tensor)] = entry._replace(keys=tuple(reader.key(plan.reader, key) for key in entry.keys))
             else:
                 found.setdefault(id(tensor), entry)
     return found
-
-
-def _with_keys(
-    entry: PlanEntry, plan: PreparedPlan, reader: CombinedReader | None, known: dict[int, PlanEntry]
-) -> PlanEntry:
-    """Return ``entry`` with the keys that ``reader`` has for those of its plan, the same for what is made of one."""
-    if entry.made_of is not None:
-        return entry._replace(made_of=_with_keys(entry.made_of, plan, reader, known))
-    if id(entry) not in known:
-        assert plan.reader is not None
-        assert reader is not None
-        known[id(entry)] = entry._replace(keys=tuple(reader.key(plan.reader, key) for key in entry.keys))
-    return known[id(entry)]
 
 
 def _sources(entries: Iterable[PlanEntry], plans: Sequence[PreparedPlan]) -> dict[int, DerivedFrom]:
@@ -134,7 +120,7 @@ def _sources(entries: Iterable[PlanEntry], plans: Sequence[PreparedPlan]) -> dic
     tapes = {storage: tape for plan in plans for storage, tape in plan.tapes.items()}
     return {
         ref.storage: DerivedFrom(ref, entry.keys[0])
-        for entry in (each.made_of or each for each in entries)
+        for entry in entries
         if entry.action is Action.LOAD and (ref := entry.slot.ref) is not None
         if covers(tapes[ref.storage].current(), ref)
     }

@@ -13,7 +13,7 @@ from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import Agreement, SingleProcess
 from fabric_init.distributed.seeds import share_seeds
 from fabric_init.errors import UninitializedTensorError
-from fabric_init.filling.derived import compute_with
+from fabric_init.filling.derived import compute
 from fabric_init.filling.fill import fill
 from fabric_init.filling.made import follow_inner, made
 from fabric_init.guard.expected_load import forget_expected_load
@@ -181,7 +181,7 @@ def _run(
         given = sources[id(tensor)]
         if given:
             storage = _ref(entry).storage
-            memory = compute_with([storage], tapes[storage], given, placement.device(entry.slot), exact=exact)[storage]
+            memory = compute([storage], tapes[storage], given, placement.device(entry.slot), exact=exact)[storage]
             with DisableTorchFunction(), torch.no_grad():
                 placement.put(entry.slot, tensor, take(view(memory, _ref(entry)), placement.region(entry.slot)))
 

@@ -70,7 +70,11 @@ def values_of(
     derived = _derived(entries, to_replay, tapes, placement, loaded, exact=exact)
     for (tape, device, sources), storages in derived.items():
         assert reader is not None
-        memories = compute(storages, tape, [loaded[source] for source in sources], reader, device, exact=exact)
+        # the same order on every rank: reading may be for all of them together
+        values = (
+            (ref, read_as(reader, key, ref.size, None)) for ref, key in (loaded[each] for each in sorted(sources))
+        )
+        memories = compute(storages, tape, values, device, exact=exact)
         for storage in storages:
             memory = memories.pop(storage)
             for position in to_replay.pop(storage):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,13 +17,18 @@ from fabric_init.recording.tensor import recorded_tensor
 
 
 class Place(NamedTuple):
-    """Where a module has a parameter or buffer: under ``key`` in ``table``, which is one of ``module``."""
+    """Where a module has a parameter or buffer: under ``key`` in the table of that ``kind``."""
 
     prefix: str
     module: nn.Module
-    table: dict[str, Any]
+    kind: str
     key: str
     tensor: Any
+
+    @property
+    def table(self) -> dict[str, Any]:
+        """The table; load code that is undone leaves the module with another one."""
+        return getattr(self.module, self.kind)  # type: ignore[no-any-return]
 
     @property
     def name(self) -> str:
@@ -34,12 +39,25 @@ class Place(NamedTuple):
 def places(model: Walked, chosen: Callable[[Tensor], bool]) -> list[Place]:
     """Return the places of the parameters and buffers that are ``chosen``, in module order."""
     return [
-        Place(f"{prefix}." if prefix else "", module, table, key, tensor)
+        Place(f"{prefix}." if prefix else "", module, kind, key, tensor)
         for prefix, module in walked(model).once
-        for table in (module._parameters, module._buffers)
-        for key, tensor in table.items()
+        for kind in ("_parameters", "_buffers")
+        for key, tensor in getattr(module, kind).items()
         if tensor is not None and chosen(tensor)
     ]
+
+
+def putting_back(found: Iterable[Place]) -> Callable[[], None]:
+    """Return what lets modules hold in the tables of these places what they hold now."""
+    kept = [(place, dict(place.table)) for place in {(id(each.module), each.kind): each for each in found}.values()]
+
+    def put_back() -> None:
+        for place, tensors in kept:
+            table = place.table
+            table.clear()
+            table.update(tensors)
+
+    return put_back
 
 
 def plain_tensor(ref: TensorRef, tape: Tape, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -60,24 +78,22 @@ def shown(
 
     ``check`` gets the places in which there is something else at the end, which stays there if it does not raise.
     """
-    tables = {id(place.table): place.table for place, _ in instead}
-    before = {at: dict(table) for at, table in tables.items()}
-    changed: list[Place] = []
+    put_back = putting_back(place for place, _ in instead)
+    stay: list[tuple[Place, str, Any]] = []
     try:
         for place, others in instead:
             if place.key not in others:
                 del place.table[place.key]
             place.table.update(others)
         yield
-        found = [
-            place for place, others in instead if any(place.table.get(key) is not each for key, each in others.items())
-        ]
-        check(found)
-        changed = found
+        changed = [place for place, others in instead if any(place.table.get(key) is not others[key] for key in others)]
+        check(changed)
+        stay = [(place, place.key, place.table.get(place.key)) for place in changed]
+        ours = {(id(place.module), place.kind, key) for place, others in instead for key in (place.key, *others)}
+        for place, _ in instead:
+            its = id(place.module), place.kind
+            stay += [(place, key, tensor) for key, tensor in place.table.items() if (*its, key) not in ours]
     finally:
-        stays = {(id(place.table), place.key): place.table.get(place.key) for place in changed}
-        ours = {(id(place.table), key) for place, others in instead for key in (place.key, *others)}
-        for at, table in tables.items():
-            its = before[at] | {key: tensor for key, tensor in table.items() if (at, key) not in ours}
-            table.clear()
-            table.update({key: stays.get((at, key), tensor) for key, tensor in its.items()})
+        put_back()
+        for place, key, tensor in stay:
+            place.table[key] = tensor

@@ -49,6 +49,11 @@ class Shown(NamedTuple):
     plain: dict[int, Made]
     apart: dict[int, Tensor]
 
+    def held(self, tensor: Tensor) -> list[Tensor]:
+        """Return what the model holds where ``tensor`` is shown."""
+        made = self.plain.get(id(tensor))
+        return [tensor] if made is None else [*made.held.values(), *([tensor] if made.kept else [])]
+
     def wrappers(self) -> list[Tensor]:
         """Return the wrappers that are not shown."""
         held = (tensor for made in self.plain.values() for tensor in made.held.values())
