@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fabric_init import CheckpointMismatchError, FabricInitError, OptionError, deferred_init, init_report, materialize
-from tests.sharding.test_wrapped import Layer, pack
+from tests.sharding.test_plain import Layer, pack
 from tests.support.ranks import run_ranks
 from tests.support.zoo import MODELS, assert_same, loss_of, one_device, tokens, write_checkpoint
 

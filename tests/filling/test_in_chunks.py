@@ -13,9 +13,9 @@ from fabric_init.checkpoints import Box, Region, Span
 from fabric_init.checkpoints.region import take
 from fabric_init.filling import in_chunks
 from fabric_init.filling.execute import prepare
-from fabric_init.filling.in_chunks import computed_in_chunks, part_in_chunks
+from fabric_init.filling.in_chunks import computed_in_chunks, parts_in_chunks
 from fabric_init.planning.placement import WholeTensors
-from fabric_init.planning.plan import LoadOptions
+from fabric_init.planning.plan import LoadOptions, storage_groups
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.chunks import CHUNK, Chunks
 from tests.support.regions import regions
@@ -63,13 +63,8 @@ def whole() -> dict[str, torch.Tensor]:
 def test_any_part_has_the_values_of_the_whole_tensor(whole: dict[str, torch.Tensor], kept: Region | None) -> None:
     prepared = prepare(recorded(), None, LoadOptions())
     entries = prepared.plan.entries
-    tapes = prepared.tapes
-    parts = [
-        part_in_chunks(at, entry, tapes[entry.slot.ref.storage], Keeping(kept), exact=False)
-        for at, entry in enumerate(entries)
-        if entry.slot.ref is not None
-    ]
-    values = dict(computed_in_chunks(part for part in parts if part is not None))
+    parts = parts_in_chunks(entries, storage_groups(entries), prepared.tapes, Keeping(kept), exact=False)
+    values = dict(computed_in_chunks(parts.values()))
     assert {entries[at].slot.name for at in values} == {"embedding.weight", "cast"}
     for at, value in values.items():
         assert torch.equal(value, take(whole[entries[at].slot.name], kept))
@@ -93,12 +88,10 @@ def test_a_rank_computes_the_chunks_of_its_part_alone(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Chunks, "compute", noted)
     prepared = prepare(recorded(), None, LoadOptions())
-    (entry,) = (entry for entry in prepared.plan.entries if entry.slot.name == "embedding.weight")
-    part = part_in_chunks(
-        0, entry, prepared.tapes[entry.slot.ref.storage], Keeping(Span(CHUNK + 5, CHUNK + 7)), exact=False
-    )
-    assert part is not None
-    ((_, value),) = computed_in_chunks([part])
+    entries = [entry for entry in prepared.plan.entries if entry.slot.name == "embedding.weight"]
+    keeping = Keeping(Span(CHUNK + 5, CHUNK + 7))
+    parts = parts_in_chunks(entries, storage_groups(entries), prepared.tapes, keeping, exact=False)
+    ((_, value),) = computed_in_chunks(parts.values())
     assert value.shape == (2,)
     assert computed == [CHUNK]
 

@@ -16,7 +16,6 @@ from fabric_init.errors import RecordingError
 from fabric_init.planning.derived import loaded_storages
 from fabric_init.planning.loading.recorded_load import RecordedReader
 from fabric_init.planning.loads import read_as
-from fabric_init.planning.plan import DerivedFrom
 from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.recording.replay import real_execution, replay_with
 from fabric_init.recording.tape import LoadedStorage, Tape, TensorRef, now
@@ -66,22 +65,6 @@ def _refuse_alone(path: AnyPath, key: str) -> NoReturn:
 def compute(
     storages: Collection[int],
     tape: Tape,
-    sources: Iterable[DerivedFrom],
-    reader: CheckpointReader,
-    device: torch.device,
-    *,
-    exact: bool,
-) -> dict[int, torch.UntypedStorage]:
-    """Return ``storages``, computed together from the values of their ``sources``, each of which is read once."""
-    # the same order on every rank: reading may be for all of them together
-    in_order = sorted(sources, key=lambda source: source.ref.storage)
-    values = ((ref, read_as(reader, key, ref.size, None)) for ref, key in in_order)
-    return compute_with(storages, tape, values, device, exact=exact)
-
-
-def compute_with(
-    storages: Collection[int],
-    tape: Tape,
     sources: Iterable[tuple[TensorRef, Tensor]],
     device: torch.device,
     *,
@@ -89,8 +72,17 @@ def compute_with(
 ) -> dict[int, torch.UntypedStorage]:
     """Return ``storages``, computed together from these values of their ``sources``."""
     with real_execution():
-        known = {ref.storage: laid_out(value, ref, device) for ref, value in sources}
+        known = {ref.storage: _as_it_is(value, ref, device) for ref, value in sources}
         return replay_with(tape, storages, known, exact=exact, to=lambda _: device)
+
+
+def _as_it_is(value: Tensor, ref: TensorRef, device: torch.device) -> torch.UntypedStorage:
+    """Return the memory of ``value`` if it is laid out as the tape has it, and a copy otherwise: it is only read."""
+    storage = value.untyped_storage()
+    alike = (value.stride(), value.storage_offset(), value.dtype) == (ref.stride, ref.offset, ref.dtype)
+    if alike and storage.nbytes() == ref.nbytes and value.device == device:
+        return storage
+    return laid_out(value, ref, device)
 
 
 def laid_out(value: Tensor, ref: TensorRef, device: torch.device) -> torch.UntypedStorage:

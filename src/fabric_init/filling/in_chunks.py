@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from fabric_init.recording.threads import threaded
 
 
 @dataclass(eq=False)
-class _Part:
+class Part:
     """What this rank keeps of one tensor."""
 
     position: int
@@ -46,20 +46,37 @@ class _Part:
         copy_part(values, start, self.shape, self.region, self.out)
 
 
-def part_in_chunks(position: int, entry: PlanEntry, tape: Tape, placement: Placement, *, exact: bool) -> _Part | None:
-    """Return how to compute one tensor of a plan by chunks; ``None`` if it is small, or can only be computed whole."""
-    slot = entry.slot
-    if entry.action is not Action.INIT or slot.ref is None:
-        return None
-    found = chunks(tape, slot.ref, exact=exact)
-    if found is None:
-        return None
-    return _Part(position, found, tuple(slot.ref.size), placement.region(slot), placement.device(slot))
+def parts_in_chunks(
+    entries: Sequence[PlanEntry],
+    groups: Mapping[int, Sequence[int]],
+    tapes: Mapping[int, Tape],
+    placement: Placement,
+    *,
+    exact: bool,
+) -> dict[int, Part]:
+    """Return which storages can be computed by chunks, and what this rank keeps of each.
+
+    Args:
+        entries: Those of a plan.
+        groups: By storage: the positions of the tensors on it.
+        tapes: The tape of each storage.
+        placement: How this rank keeps them.
+        exact: As in :func:`~fabric_init.recording.replay.replay`.
+    """
+    found = {}
+    for storage, (position, *others) in groups.items():
+        slot = entries[position].slot
+        if others or entries[position].action is not Action.INIT or slot.ref is None:
+            continue
+        if (how := chunks(tapes[storage], slot.ref, exact=exact)) is not None:
+            region, device = placement.region(slot), placement.device(slot)
+            found[storage] = Part(position, how, tuple(slot.ref.size), region, device)
+    return found
 
 
-def computed_in_chunks(parts: Iterable[_Part]) -> Iterator[tuple[int, Tensor]]:
+def computed_in_chunks(parts: Iterable[Part]) -> Iterator[tuple[int, Tensor]]:
     """Yield positions in the plan and the values that this rank keeps, in the order in which they are completed."""
-    by_device: dict[torch.device, list[_Part]] = {}
+    by_device: dict[torch.device, list[Part]] = {}
     for part in parts:
         by_device.setdefault(part.device, []).append(part)
     for device, here in by_device.items():
@@ -72,17 +89,17 @@ def computed_in_chunks(parts: Iterable[_Part]) -> Iterator[tuple[int, Tensor]]:
                 yield part.position, value
 
 
-_Job = tuple[_Part, Callable[[], None]]
+_Job = tuple[Part, Callable[[], None]]
 
 
-def _run(job: _Job) -> _Part:
+def _run(job: _Job) -> Part:
     part, compute = job
     with torch.inference_mode(False), real_execution():  # both belong to the thread
         compute()
     return part
 
 
-def _jobs(parts: Iterable[_Part]) -> Iterator[_Job]:
+def _jobs(parts: Iterable[Part]) -> Iterator[_Job]:
     """Yield the chunks of one part after the other. Memory is taken when the first chunk of a part is asked for."""
     for part in parts:
         where = window(part.shape, part.region)

@@ -12,9 +12,10 @@ from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.distributed.seeds import share_seeds
-from fabric_init.filling.execute import check_ties, fill, note_of
+from fabric_init.filling.fill import check_ties, fill
 from fabric_init.filling.looked_at import check_decisions
-from fabric_init.filling.quantizing import planned_as_floats, quantized
+from fabric_init.filling.made import packed_and_made, planned
+from fabric_init.filling.record import make_record
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import release_forward, settle
 from fabric_init.planning.derived import loaded_storages
@@ -22,7 +23,7 @@ from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.plan import LoadOptions, Plan, storage_groups
 from fabric_init.planning.prepare import PreparedPlan, prepared_digest
 from fabric_init.recording.tensor import RecordedTensor, become, become_recorded
-from fabric_init.reports.registry import FillRecord, RowRecord, keep_record
+from fabric_init.reports.registry import FillRecord, keep_record
 
 
 class IncrementalFill:
@@ -40,7 +41,7 @@ class IncrementalFill:
             position: group for group in storage_groups(prepared.plan.entries).values() for position in group
         }
         self._loaded = loaded_storages(prepared.plan, prepared.tapes)
-        self._rows: dict[int, RowRecord] = {}
+        self._filled: set[int] = set()
 
     def begin(self) -> None:
         """Check what takes values to check, and fill what has memory already."""
@@ -60,32 +61,30 @@ class IncrementalFill:
 
     def finish(self) -> FillRecord:
         """Fill all remaining tensors, and return the rows of the report."""
-        plan, _, _, reader, _, *_ = self._prepared
+        plan, _, tapes, reader, _, *_ = self._prepared
         self._fill(range(len(plan.entries)))
-        rows = [row for _, row in sorted(self._rows.items())]
-        path = None if reader is None else str(reader.path)
-        return FillRecord(rows, path, note_of(plan, reader), plan.unexpected)
+        return make_record(plan, tapes, reader)
 
     def _fill(self, positions: Iterable[int]) -> None:
         plan, tensors, tapes, reader, exact, *_ = self._prepared
         wanted = {other for position in positions for other in self._together.get(position, (position,))}
-        now = sorted(wanted - self._rows.keys())
+        now = sorted(wanted - self._filled)
         if now:
             part = Plan(tuple(plan.entries[position] for position in now))
             these: list[Tensor] = [tensors[position] for position in now]
-            record = fill(part, these, tapes, reader, self._placement, exact=exact, loaded=self._loaded)
-            self._rows.update(zip(now, record.rows, strict=True))
+            fill(part, these, tapes, reader, self._placement, exact=exact, loaded=self._loaded)
+            self._filled.update(now)
 
 
 @contextmanager
-def plain_meta(planned: PreparedPlan) -> Iterator[None]:
+def plain_meta(prepared: PreparedPlan) -> Iterator[None]:
     """Context in which the recorded tensors of a plan are plain meta tensors, which FSDP asks to be filled.
 
     If it fails, those that are left in the model are recorded tensors again.
     """
     recordings = [
         (tensor, tensor._meta, tensor._claimed)
-        for entry, tensor in zip(planned.plan.entries, planned.tensors, strict=True)
+        for entry, tensor in zip(prepared.plan.entries, prepared.tensors, strict=True)
         if isinstance(tensor, RecordedTensor) and not entry.on_use
     ]
     with DisableTorchFunction(), torch.no_grad():
@@ -111,11 +110,11 @@ def filled_by_module(
         FabricInitError: Anything that the user has to fix, on all ranks.
     """
 
-    def planned() -> PreparedPlan:
+    def plan() -> PreparedPlan:
         settle(model)
-        return quantized(planned_as_floats(model, reader, wanted), model, WholeTensors())
+        return packed_and_made(planned(model, reader, wanted), model, WholeTensors())
 
-    prepared = agreement.run_together("planning the initialization", planned, prepared_digest)
+    prepared = agreement.run_together("planning the initialization", plan, prepared_digest)
     share_seeds(prepared.tapes.values(), agreement)
     filling = IncrementalFill(prepared, WholeTensors())
     with plain_meta(prepared):

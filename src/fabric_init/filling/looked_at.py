@@ -138,7 +138,7 @@ def _reading(
 
 
 def _message(plan: Plan, look: Look, keys: set[str]) -> str:
-    names = [entry.slot.name for entry in plan.entries if not keys.isdisjoint(entry.keys)]
+    names = [entry.slot.name for entry in plan.plain if not keys.isdisjoint(entry.keys)]
     site = "" if look.source is None else f" ({look.source})"
     return (
         f"the model's own code has looked at values that were computed from {names[0]}{site}, which was drawn at "

@@ -36,7 +36,8 @@ def merged(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
         UninitializedTensorError: a tensor that came since has neither values nor a recorded init.
     """
     settle(model)
-    infos, tensors, tapes = survey(model)
+    infos, tensors, found = survey(model)
+    tapes = dict(found)
     for tape in set(tapes.values()):
         tape.later.kept.check()
     readers = [plan.reader for plan in plans if plan.reader is not None]
@@ -48,8 +49,10 @@ def merged(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
     entries = []
     for info, tensor in zip(infos, tensors, strict=True):
         entry = planned.get(id(tensor))
-        if entry is None or replaced_since(entry, info, tapes):
-            entries.append(PlanEntry(info, own_init(info, tapes), _computed_from_keys(entry, info, tapes)))
+        if entry is not None and _is_made_of(entry, info, tapes):
+            entries.append(entry)
+        elif entry is None or replaced_since(entry, info, tapes):
+            entries.append(PlanEntry(info, own_init(info, tapes)))
         elif info.real and not (entry.slot.real and _is_as_planned(plans, tensor)):
             entries.append(PlanEntry(info, Action.KEEP))
         elif _is_overwritten(entry, info.ref.storage if info.ref else None, tapes):
@@ -75,12 +78,15 @@ def declared_at(prepared: PreparedPlan) -> int:
     return max((entry.since or 0 for entry in prepared.plan.entries), default=0)
 
 
-def _computed_from_keys(entry: PlanEntry | None, info: TensorInfo, tapes: Mapping[int, Tape]) -> tuple[str, ...]:
-    """Return the keys of a tensor that by now holds what was computed from its planned value, as when quantized."""
-    if entry is None or entry.action is not Action.LOAD or entry.slot.ref is None or info.ref is None:
-        return ()
+def _is_made_of(entry: PlanEntry, info: TensorInfo, tapes: dict[int, Tape]) -> bool:
+    """Return whether a tensor that is to be loaded by now holds what was computed from that, as when packed."""
+    if entry.action is not Action.LOAD or not replaced_since(entry, info, tapes):
+        return False
+    assert info.ref is not None
+    assert entry.slot.ref is not None
     storage, was = info.ref.storage, entry.slot.ref.storage
-    return entry.keys if computed_from(tapes[storage], storage, [was], copies=True) else ()
+    tapes[was] = tapes[storage]
+    return bool(computed_from(tapes[storage], storage, [was], copies=True))
 
 
 def _is_as_planned(plans: Sequence[PreparedPlan], tensor: Tensor) -> bool:

@@ -13,9 +13,9 @@ from fabric_init.checkpoints.region import take
 from fabric_init.distributed.agreement import Agreement, SingleProcess
 from fabric_init.distributed.seeds import share_seeds
 from fabric_init.errors import UninitializedTensorError
-from fabric_init.filling.derived import compute_with
-from fabric_init.filling.execute import fill
-from fabric_init.filling.wrapped import InnerValues
+from fabric_init.filling.derived import compute
+from fabric_init.filling.fill import fill
+from fabric_init.filling.made import follow_inner, made
 from fabric_init.guard.expected_load import forget_expected_load
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import (
@@ -30,6 +30,7 @@ from fabric_init.guard.models import (
 )
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.plan import Action, Plan, PlanEntry
+from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.planning.tensors import TensorInfo, find_tensors, named_tensors
 from fabric_init.planning.validation import check_all_have_values
 from fabric_init.recording.liveness import computed_from, covers, never_written
@@ -38,9 +39,10 @@ from fabric_init.recording.replay import view
 from fabric_init.recording.storage_tags import ref_of
 from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.recording.tensor import become, meta_of, recorded
+from fabric_init.recording.wrappers import is_wrapper
 from fabric_init.sharding.dtensor import ShardedTensors, local
+from fabric_init.sharding.plain import seen_plain, wraps
 from fabric_init.sharding.whole import seen_whole
-from fabric_init.sharding.wrapped import Wrapped, seen_plain
 
 
 def initialize_missing(model: nn.Module, otherwise: Callable[[], Agreement] = SingleProcess) -> None:
@@ -113,17 +115,23 @@ def _initialize(model: nn.Module, *, partial: bool) -> None:
             "fabric.init_missing(model) first and write afterwards, or write the whole tensor."
         )
     held = _Held(model)
-    with seen_whole(model, partly) as parts, seen_plain(model) as shown:
-        infos = [(info, tensor) for info, tensor in find_tensors(model) if info.ref is not None]
-        tapes = {info.ref.storage: found.tape for info, tensor in infos if info.ref and (found := recorded(tensor))}
-    both = [(info, parts.get(id(tensor), tensor)) for info, tensor in infos]
+    with seen_whole(model, partly) as parts:
+        with seen_plain(model, wraps) as shown:
+            found = [(info, tensor) for info, tensor in find_tensors(model) if info.ref is not None]
+            tapes = {info.ref.storage: its.tape for info, tensor in found if info.ref and (its := recorded(tensor))}
+        plan = Plan(tuple(PlanEntry(info, Action.INIT) for info, _ in found))
+        exact = {tape.rng for tape in tapes.values()} == {"eager"}
+        prepared = made(PreparedPlan(plan, [tensor for _, tensor in found], tapes, None, exact), model, shown)
+    both = [
+        (entry, parts.get(id(tensor), tensor))
+        for entry, tensor in zip(prepared.plan.entries, prepared.tensors, strict=True)
+    ]
     if partial:  # by this rank alone: of a model that draws, the others may have drawn something else
-        both = [(info, t) for info, t in both if not isinstance(t, DTensor) or tapes[info.ref.storage].shares_seed]  # type: ignore[union-attr]
-    chosen = [(info, tensor) for info, tensor in both if waits(tensor) or not partial]
-    dtensors = {info.name: tensor for info, tensor in chosen if isinstance(tensor, DTensor)}
-    placement = ShardedTensors(dtensors, _AsItsStrategyDoes())
-    entries = [PlanEntry(info, Action.INIT) for info, _ in chosen]
-    _run(entries, [tensor for _, tensor in chosen], tapes, placement, held, shown.plain, partial=partial)
+        both = [(e, t) for e, t in both if not isinstance(t, DTensor) or prepared.tapes[_ref(e).storage].shares_seed]
+    chosen = [(entry, tensor) for entry, tensor in both if waits(tensor) or not partial]
+    dtensors = {entry.slot.name: tensor for entry, tensor in chosen if isinstance(tensor, DTensor)}
+    _run(chosen, prepared.tapes, ShardedTensors(dtensors, _AsItsStrategyDoes()), held, exact=exact, partial=partial)
+    follow_inner(shown.wrappers())
 
 
 def _is_partly_written_shard(tensor: Tensor) -> bool:
@@ -141,24 +149,23 @@ class _AsItsStrategyDoes(WholeTensors):
 
 
 def _run(
-    entries: list[PlanEntry],
-    tensors: list[Tensor],
+    chosen: list[tuple[PlanEntry, Tensor]],
     tapes: Mapping[int, Tape],
     placement: Placement,
     held: _Held,
-    wrapped: Mapping[int, Wrapped],
     *,
+    exact: bool,
     partial: bool,
 ) -> None:
-    sources = {id(tensor): held.sources(entry.slot, tapes) for entry, tensor in zip(entries, tensors, strict=True)}
-    lost = [e.slot.name for e, t in zip(entries, tensors, strict=True) if sources[id(t)] is None]
+    sources = {id(tensor): held.sources(entry.slot, tapes) for entry, tensor in chosen}
+    lost = [e.slot.name for e, t in chosen if sources[id(t)] is None]
     if lost and not partial:
         raise UninitializedTensorError(
             f"the model's own init computes {', '.join(lost)} from other tensors, of which this rank has to have "
             "all, with their values. Call init_missing for the whole model; or load it as well, or before setup; "
             "or declare the load: init_module(checkpoint=…)."
         )
-    both = [(e, t) for e, t in zip(entries, tensors, strict=True) if sources[id(t)] is not None]
+    both = [(e, t) for e, t in chosen if sources[id(t)] is not None]
     if partial:
         both = [(e, t) for e, t in both if not never_written(tapes[_ref(e).storage], _ref(e))]
     else:
@@ -169,25 +176,14 @@ def _run(
     own_init_is_wanted(tensor for _, tensor in both)
     both = [(e, t) for e, t in both if not waits(t)]
     plain = [(e, t) for e, t in both if not sources[id(t)]]
-    made = {position: wrapped[id(t)] for position, (_, t) in enumerate(plain) if id(t) in wrapped}
-    plan, exact = Plan(tuple(e for e, _ in plain)), _exact(tapes)
-    fill(plan, [t for _, t in plain], tapes, None, placement, exact=exact, wrapped=made)
+    fill(Plan(tuple(e for e, _ in plain)), [t for _, t in plain], tapes, None, placement, exact=exact)
     for entry, tensor in both:
         given = sources[id(tensor)]
         if given:
-            storage, device = _ref(entry).storage, placement.device(entry.slot)
-            memory = compute_with([storage], tapes[storage], given, device)[storage]
-            value, its = view(memory, _ref(entry)), wrapped.get(id(tensor))
-            inner = InnerValues({} if its is None else {0: its})
-            kept = inner.take(0, value, device, exact=exact)
+            storage = _ref(entry).storage
+            memory = compute([storage], tapes[storage], given, placement.device(entry.slot), exact=exact)[storage]
             with DisableTorchFunction(), torch.no_grad():
-                if kept:
-                    placement.put(entry.slot, tensor, take(value, placement.region(entry.slot)))
-                inner.put([tensor])
-
-
-def _exact(tapes: Mapping[int, Tape]) -> bool:
-    return {tape.rng for tape in tapes.values()} == {"eager"}
+                placement.put(entry.slot, tensor, take(view(memory, _ref(entry)), placement.region(entry.slot)))
 
 
 def _ref(entry: PlanEntry) -> TensorRef:
@@ -257,6 +253,8 @@ class _Held:
             ref = tape.later.waiting.refs.get(storage)
             whole = ref is not None and covers(tape, ref)
             for tensor in self._now(storage, tape, copied=copied) if whole else ():
+                if is_wrapper(tensor) and local(tensor) is tensor:
+                    continue  # made of it, in its place
                 if local(tensor) is tensor and recorded(tensor) is None and ref and tensor.shape == ref.size:
                     yield storage, (ref, tensor.detach())
                     break

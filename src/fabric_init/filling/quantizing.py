@@ -4,17 +4,14 @@
 bitsandbytes builds float parameters, which ``load_state_dict`` fills, and quantizes them in ``parameter.to(device)``.
 So a load is planned for the float weights, and then each such parameter is moved, while it is recorded: the packed
 weight, its scales and whatever else the library makes are computed on the tape from the float one, which the model no
-longer holds. Filling computes them together, from one read of the weight in the checkpoint or from its own init, and
-keeps the results alone. What was moved in the block, or was sharded since, goes the same way: the load is planned for
-the weight that was there before (:func:`seen_as_floats`).
+longer holds. From then on it is as if it had been moved in the block, see [Note: made of plain tensors].
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,38 +20,22 @@ from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunct
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.derived import loads_noted
-from fabric_init.filling.merge import merged
 from fabric_init.planning.loading.sources import recorded_on_sources
 from fabric_init.planning.placement import Placement
-from fabric_init.planning.plan import Action, LoadOptions
-from fabric_init.planning.prepare import PreparedPlan, plan_for
+from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.planning.tensors import TensorInfo, Walked, find_tensors, named_modules
-from fabric_init.recording.storage_tags import Recorded, ref_of, tensor_on
+from fabric_init.recording.storage_tags import Recorded, ref_of
 from fabric_init.recording.tape import Rng
-from fabric_init.recording.tensor import RecordedTensor, follow_meta, meta_of, recorded, recorded_tensor
+from fabric_init.recording.tensor import RecordedTensor, follow_meta, meta_of, recorded
+from fabric_init.sharding.plain import is_packed
 
 
-def planned_as_floats(
-    model: Walked, reader: CheckpointReader | None, options: LoadOptions, rng: Rng | None = None
-) -> PreparedPlan:
-    """Return the plan for ``model`` with the weights that it had before they were quantized.
-
-    Raises:
-        FabricInitError: Anything that the user has to fix; no memory is allocated before.
-    """
-    if reader is not None:
-        _refuse_own_hooks(model)
-    with seen_as_floats(model) as packed:
-        prepared = plan_for(model, reader, options, rng)
-    return prepared._replace(tensors=[packed.get(id(tensor), tensor) for tensor in prepared.tensors])
-
-
-def quantized(prepared: PreparedPlan, model: nn.Module, placement: Placement) -> PreparedPlan:
-    """Return a plan for ``model`` in which weights that their library quantizes on their device are quantized.
+def packed(prepared: PreparedPlan, model: nn.Module, placement: Placement) -> PreparedPlan:
+    """Pack the weights that their library quantizes on their device, on the tape, and return how to undo that as well.
 
     Args:
-        prepared: The plan for the weights as they were before that.
-        model: The recorded model, whose parameters are quantized, on the tape, by this call.
+        prepared: The plan for the weights as they are before that.
+        model: The recorded model, whose parameters are packed by this call.
         placement: How this rank keeps the tensors.
 
     Raises:
@@ -62,8 +43,7 @@ def quantized(prepared: PreparedPlan, model: nn.Module, placement: Placement) ->
     """
     _refuse_lost(model)
     waiting = [(info, tensor) for info, tensor in find_tensors(model) if _quantizes_when_moved(info, tensor)]
-    before = {info.name: info for info, _ in waiting}
-    if not waiting and not any(True for _ in _replaced(model)):
+    if not waiting:
         return prepared
     undo = _remember(model, [tensor for _, tensor in waiting])
 
@@ -77,14 +57,12 @@ def quantized(prepared: PreparedPlan, model: nn.Module, placement: Placement) ->
             mode.tape.shares_seed = True
             for info, tensor in waiting:
                 was = mode.recorder.lookup(tensor)
-                tensor.to(placement.device(before[info.name]))
+                tensor.to(placement.device(info))
                 _let_wait(tensor, was, info.name, model)
-        made = merged([prepared], model)._replace(exact=prepared.exact, undo=undo_all)
-        _check_nothing_is_lost(prepared, made)
-        return made
     except BaseException:
         undo()
         raise
+    return prepared._replace(tapes={storage: tape.current() for storage, tape in prepared.tapes.items()}, undo=undo_all)
 
 
 def _let_wait(tensor: Tensor, was: Recorded | None, name: str, model: nn.Module) -> None:
@@ -97,14 +75,6 @@ def _let_wait(tensor: Tensor, was: Recorded | None, name: str, model: nn.Module)
     if was.storage in found.tape.waits:
         waiting.begin(found.storage, type(model).__name__, name, ref_of(meta_of(tensor), found.storage))
         waiting.rename(was.storage, found.storage)
-
-
-def _check_nothing_is_lost(planned: PreparedPlan, made: PreparedPlan) -> None:
-    entries = {id(tensor): entry for entry, tensor in zip(made.plan.entries, made.tensors, strict=True)}
-    for entry, tensor in zip(planned.plan.entries, planned.tensors, strict=True):
-        now = entries.get(id(tensor))
-        if entry.action is Action.LOAD and now is not None and now.action is Action.INIT and not now.keys:
-            raise FabricInitError(f"{entry.slot.name} is no longer computed from what the checkpoint has for it")
 
 
 def _quantizes_when_moved(info: TensorInfo, tensor: Tensor) -> bool:
@@ -133,8 +103,7 @@ def _refuse_lost(model: nn.Module) -> None:
                 "not quantize it. Build it in the recorded block without a device, or on the one that you use. "
                 "transformers' from_pretrained(…, quantization_config=…) fills such layers by itself."
             )
-        replaced = found is not None and found.storage in found.tape.packed
-        if found is not None and not replaced and not isinstance(weight, kind) and weight.is_floating_point():
+        if found is not None and not is_packed(weight) and not isinstance(weight, kind) and weight.is_floating_point():
             raise FabricInitError(
                 f"the weight of {layer} was sharded, or replaced, before it was quantized, which bitsandbytes cannot "
                 'do afterwards. Quantize first, in the recorded block: model.to("cpu"), or the device that you use; '
@@ -157,13 +126,13 @@ def _layers() -> Any:
     return getattr(sys.modules.get("bitsandbytes"), "nn", None)
 
 
-def _refuse_own_hooks(model: Walked) -> None:
+def refuse_own_hooks(model: Walked, reader: CheckpointReader | None) -> None:
     """Raise for Lightning's layers: a hook of theirs quantizes on CUDA whatever a state dict brings, on every device.
 
     Raises:
         FabricInitError: There are some.
     """
-    for name, module in named_modules(model) if _layers() is not None else ():
+    for name, module in named_modules(model) if reader is not None and _layers() is not None else ():
         for hook in module._load_state_dict_pre_hooks.values():
             function = getattr(getattr(hook, "hook", hook), "func", None)  # torch keeps a pre-hook in a wrapper
             if str(getattr(function, "__module__", "")).endswith("fabric.plugins.precision.bitsandbytes"):
@@ -205,49 +174,3 @@ def _remember(model: nn.Module, tensors: list[Tensor]) -> Callable[[], None]:
             now.update(contents)
 
     return undo
-
-
-class _Place(NamedTuple):
-    table: dict[str, Any]
-    key: str
-    tensor: Tensor
-    was: Tensor
-    """What the parameter held before it was quantized."""
-
-
-@contextmanager
-def seen_as_floats(model: Walked) -> Iterator[dict[int, Tensor]]:
-    """Context in which ``model`` has the weights, as they were before, in the places of those that were quantized.
-
-    Yields the quantized parameter for each of them, by the id of that.
-    """
-    places = list(_replaced(model))
-    for table, key, _, was in places:
-        table[key] = was
-    try:
-        yield {id(was): tensor for _, _, tensor, was in places}
-    finally:
-        for table, key, tensor, was in places:
-            if table.get(key) is was:  # else load code has put what was saved quantized there
-                table[key] = tensor
-
-
-def _replaced(model: Walked) -> Iterator[_Place]:
-    made: dict[int, Tensor] = {}
-    for _, module in named_modules(model):
-        for key, tensor in module._parameters.items():
-            if tensor is None:
-                continue
-            with DisableTorchFunction():
-                found = recorded(tensor)
-            if found is None or found.memory is not None or (ref := found.tape.packed.get(found.storage)) is None:
-                continue
-            if id(tensor) not in made:
-                with DisableTorchFunction(), DisableTorchDispatch(), torch.no_grad():
-                    meta = tensor_on(found.tape, ref)
-                    was: Tensor = recorded_tensor(meta, found.tape.storages[ref.storage].device)
-                was = nn.Parameter(was, requires_grad=False)
-                if type(tensor) is not RecordedTensor and isinstance(tensor, RecordedTensor):
-                    was.__class__ = type(tensor)  # of which load code may want it
-                made[id(tensor)] = was
-            yield _Place(module._parameters, key, tensor, made[id(tensor)])

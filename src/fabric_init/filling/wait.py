@@ -19,7 +19,7 @@ from fabric_init.planning.prepare import PreparedPlan, prepared_digest
 from fabric_init.planning.tensors import survey
 from fabric_init.planning.validation import make_plan
 from fabric_init.recording.tape import Tape
-from fabric_init.sharding.wrapped import seen_plain
+from fabric_init.sharding.plain import seen_plain, wraps
 
 
 def wait_for_load(
@@ -38,7 +38,7 @@ def wait_for_load(
 
 
 def _plan(model: nn.Module) -> PreparedPlan:
-    with seen_plain(model):
+    with seen_plain(model, wraps):
         infos, tensors, tapes = survey(model)
     saved = [info.saved and info.ref is not None for info in infos]
     now = make_plan([info for info, later in zip(infos, saved, strict=True) if not later], tapes, None, LoadOptions())

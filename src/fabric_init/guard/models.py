@@ -71,7 +71,7 @@ def _let_wait(part: RecordedTensor, found: Recorded, model: str, name: str, *, o
     """Let a recorded tensor wait, and with one that a wrapper holds the plain one that it was made of."""
     waiting: Waiting = found.tape.later.waiting
     waiting.begin(found.storage, model, name, None if of_wrapper else ref_of(meta_of(part), found.storage))
-    plain = found.tape.replaced.get(found.storage)
+    plain = found.tape.made_of.get(found.storage) if of_wrapper else None
     if plain is not None:
         waiting.begin(plain.storage, model, name, plain)
 

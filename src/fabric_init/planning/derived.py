@@ -17,6 +17,9 @@ from fabric_init.recording.tape import Tape, TensorRef
 def loaded_storages(plan: Plan, tapes: Mapping[int, Tape]) -> dict[int, DerivedFrom]:
     """Return the storages that are loaded in full, and those that they were cast from."""
     loaded = dict(plan.sources)
+    for plain in (entry.made_of for entry in plan.entries if entry.made_of is not None):
+        if plain.action is Action.LOAD and (ref := plain.slot.ref) is not None and covers(tapes[ref.storage], ref):
+            loaded[ref.storage] = DerivedFrom(ref, plain.keys[0])
     for storage, positions in storage_groups(plan.entries).items():
         loads = [plan.entries[position] for position in positions if plan.entries[position].action is Action.LOAD]
         ref = loads[0].slot.ref if loads else None

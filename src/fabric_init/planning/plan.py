@@ -28,10 +28,7 @@ class Action(Enum):
 
 
 class PlanEntry(NamedTuple):
-    """The plan for one tensor. ``keys`` are the checkpoint keys that hold it: several if ties were saved separately.
-
-    A tensor with keys whose action is INIT is computed from what they hold: a packed weight from the one in the file.
-    """
+    """The plan for one tensor. ``keys`` are the checkpoint keys that hold it: several if ties were saved separately."""
 
     slot: TensorInfo
     action: Action
@@ -41,6 +38,10 @@ class PlanEntry(NamedTuple):
     """Ops with a higher number were recorded after this load was declared, in a later block."""
     on_use: bool = False
     """Whether the own init is only run when the tensor is used, or when all others have their values."""
+    made_of: PlanEntry | None = None
+    """The plan for the plain tensor that this one is made of, in its place, see [Note: made of plain tensors]."""
+    kind: str = ""
+    """The class of what is made of that."""
 
     @property
     def cast_from(self) -> torch.dtype | None:
@@ -80,21 +81,28 @@ class Plan:
         """Whether some tensors are left to a later load."""
         return any(entry.action is Action.WAIT for entry in self.entries)
 
+    @property
+    def plain(self) -> list[PlanEntry]:
+        """The entries, but for those of what is made of plain tensors the plans for these, each once."""
+        return list({id(each): each for each in (entry.made_of or entry for entry in self.entries)}.values())
+
     def summary(self) -> str:
         """Return how many tensors get their value in which way, in words."""
-        counts = Counter(entry.action.value for entry in self.entries)
+        plain = self.plain
+        counts = Counter(entry.action.value for entry in plain)
         ways = ", ".join(f"{number:,} {action}" for action, number in counts.most_common())
-        casts = sum(entry.cast_from is not None for entry in self.entries)
+        casts = sum(entry.cast_from is not None for entry in plain)
         return (
-            f"{len(self.entries):,} tensors: {ways or 'nothing to do'}"
+            f"{len(plain):,} tensors: {ways or 'nothing to do'}"
             + (f"; {casts:,} cast" if casts else "")
             + (f"; {len(self.unexpected):,} unexpected checkpoint keys" if self.unexpected else "")
         )
 
     def __repr__(self) -> str:
-        lines = [repr(entry) for entry in self.entries[:_SHOWN]]
-        if len(self.entries) > _SHOWN:
-            lines.append(f"… {len(self.entries) - _SHOWN:,} more tensors …")
+        plain = self.plain
+        lines = [repr(entry) for entry in plain[:_SHOWN]]
+        if len(plain) > _SHOWN:
+            lines.append(f"… {len(plain) - _SHOWN:,} more tensors …")
         return "\n  ".join([f"Plan: {self.summary()}", *lines])
 
 

@@ -162,7 +162,7 @@ def _refuse_lazy(walk: Walk) -> None:
 
 def prepared_digest(prepared: PreparedPlan) -> str:
     """Return a text that is the same for equal plans, to compare ranks by."""
-    entries = prepared.plan.entries
+    entries = prepared.plan.plain
     lines = "\n".join(f"{entry.slot.names} {entry.slot.shape} {entry.action} {entry.keys}" for entry in entries)
     return f"{len(entries)} tensors, plan {hashlib.sha256(lines.encode()).hexdigest()[:12]}"
 

@@ -209,11 +209,12 @@ def find_tensors(model: Walked) -> list[tuple[TensorInfo, Tensor]]:
         return [
             (slot, tensor)
             for key, (kind, tensor) in first.items()
-            if (slot := _slot(tuple(names[key]), kind, tensor)) is not None
+            if (slot := info_of(tuple(names[key]), kind, tensor)) is not None
         ]
 
 
-def _slot(names: tuple[str, ...], kind: Kind, tensor: Tensor) -> TensorInfo | None:
+def info_of(names: tuple[str, ...], kind: Kind, tensor: Tensor) -> TensorInfo | None:
+    """Return the description of a tensor that a model has under ``names``; ``None`` if it is not to be filled."""
     record = recorded(tensor)
     if is_lazy(tensor):
         return None  # no shape yet: it gets one, and values, from the first batch or load_state_dict after the block

@@ -12,7 +12,7 @@ from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunct
 from fabric_init.errors import RecordingError
 from fabric_init.recording.device_queries import Handler
 from fabric_init.recording.recorder import Recorder
-from fabric_init.recording.tensor import RecordedTensor, recorded, recorded_tensor
+from fabric_init.recording.tensor import RecordedTensor, class_of, recorded, recorded_tensor
 
 
 def _with_true_value(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -109,7 +109,7 @@ def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
         elif isinstance(target, RecordedTensor) and not isinstance(value, RecordedTensor) and (like := recorded(value)):
             value = recorded_tensor(value, like.device)
         if recorded(target) is not None and recorded(value) is not None and _packs(target, value):
-            recorder.tape.packed[recorder.ref(value).storage] = recorder.ref(target)
+            recorder.tape.made_of[recorder.ref(value).storage] = recorder.ref(target)
         func(target, value)
         if isinstance(target, RecordedTensor) and isinstance(value, RecordedTensor):
             with DisableTorchDispatch():
@@ -118,8 +118,7 @@ def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
 
 def _packs(target: Tensor, value: Tensor) -> bool:
     """Return whether a parameter of a class of its own takes values of another shape or dtype: its own, packed."""
-    kind = type(target)
-    is_own = getattr(kind, "own_class", kind) not in (Tensor, torch.nn.Parameter, RecordedTensor)
+    is_own = class_of(target) not in (Tensor, torch.nn.Parameter)
     return is_own and (target.size(), target.dtype) != (value.size(), value.dtype)
 
 

@@ -12,7 +12,7 @@ follow. No hook reports these calls, but all of them set the generator's seed. T
 - A stream that the constructor seeded, and every stream of a generator other than torch's default one, is *exact*:
   replay draws it in order, bit for bit, in both ``rng`` modes. For ``rng="per_op"`` the default stream is not exact:
   each op gets a generator seeded from the stream's seed and the op's position in it (:func:`derived_seed`), so dead
-  draws can be skipped and values do not depend on the order of replay. Large tensors get one for each chunk (chunks.py).
+  draws can be skipped and values do not depend on the order of replay. A large tensor has one for each chunk: chunks.py.
 - At the end of the block the default generator returns to its first state plus one draw, so that a second block
   differs from the first, and other generators get a fresh seed, so that they do not repeat the weights' numbers. A
   generator that the constructor itself has seeded last is not touched.

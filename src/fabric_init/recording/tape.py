@@ -258,9 +258,8 @@ class Tape:
         self.waits: dict[int, int] = {}  # storages that wait for a load, and the op number from which on
         self.loaded: dict[int, LoadedStorage] = {}  # storages whose last values a declared load brings
         self.registered: set[int] = set()  # storages of parameters and buffers, also of those that are gone
-        self.replaced: dict[int, TensorRef] = {}  # by storage in a wrapper: the parameter whose place that has taken
+        self.made_of: dict[int, TensorRef] = {}  # by storage: the parameter that was there before it was packed
         self.overruled: dict[int, int] = {}  # those of them that got values, so their own init is not what they hold
-        self.packed: dict[int, TensorRef] = {}  # by storage: what a parameter of its own class held before it packed it
         self.records: dict[int, weakref.ref[Any]] = {}  # tags by storage: alive as long as a tensor is on it
         self.later: Any = None  # answers for recorded tensors when no block is open
         self._joined: Tape | None = None
@@ -302,11 +301,10 @@ class Tape:
         later.shares_seed = later.shares_seed and self.shares_seed
         later.waits.update(self.waits)
         later.loaded.update(self.loaded)
-        later.packed.update(self.packed)
         later.records.update(self.records)
         later.overruled.update(self.overruled)
         later.registered |= self.registered
-        later.replaced.update(self.replaced)
+        later.made_of.update(self.made_of)
         if self.later is not None and later.later is not None:
             self.later.join(later.later)
         self._joined = later

@@ -188,8 +188,7 @@ def become(tensor: Tensor, value: Tensor, *, alone: bool = False) -> None:
             _note_memory(tensor, value)
         other.__class__ = FormerTensor
         _attributes(other).update(_meta=tensor._meta, _claimed=tensor._claimed)
-        own: Any = getattr(type(tensor), "own_class", None)
-        tensor.__class__ = own or (nn.Parameter if is_parameter else Tensor)  # type: ignore[assignment]
+        tensor.__class__ = class_of(tensor)  # type: ignore[assignment]
         for name in _OWN_ATTRIBUTES:  # last: another thread may be asking
             _attributes(tensor).pop(name, None)
     if grad is not None and grad.size() == tensor.size():
@@ -268,6 +267,14 @@ def recorded_class(own: type[Tensor]) -> type[Tensor]:
     if own in (Tensor, nn.Parameter) or issubclass(own, RecordedTensor):
         return RecordedTensor
     return type(f"Recorded{own.__name__}", (RecordedTensor, own), {"own_class": own, "__module__": __name__})
+
+
+def class_of(tensor: Tensor) -> type[Tensor]:
+    """Return the class of ``tensor``; of a recorded one, the class that it will be of once it has values."""
+    if not isinstance(tensor, RecordedTensor):
+        return type(tensor)
+    plain = nn.Parameter if isinstance(tensor, nn.Parameter) else Tensor
+    return getattr(type(tensor), "own_class", plain)
 
 
 def become_recorded(tensor: Tensor, meta: Tensor, device: torch.device) -> None:

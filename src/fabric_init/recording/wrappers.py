@@ -46,13 +46,18 @@ def inner_tensors(tensor: Tensor) -> dict[str, Tensor]:
     return {name: value for name, value in held.items() if isinstance(value, Tensor)}  # a DTensor names its mesh, too
 
 
-def with_memory(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the tensors that have the memory of ``tensor``: itself, or those that it holds, however deep."""
+def named_parts(tensor: Tensor, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that have the memory of ``tensor``, by name: itself, or those that it holds, however deep."""
     if is_wrapper(tensor):
-        for inner in inner_tensors(tensor).values():
-            yield from with_memory(inner)
+        for key, inner in inner_tensors(tensor).items():
+            yield from named_parts(inner, f"{name}.{key}")
     else:
-        yield tensor
+        yield name, tensor
+
+
+def with_memory(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield them without their names."""
+    return (part for _, part in named_parts(tensor))
 
 
 def recorded_parts(tensor: Tensor) -> list[RecordedTensor]:
@@ -77,4 +82,4 @@ def note_registered(tensor: Tensor, before: Tensor | None) -> None:
         for part in recorded_parts(tensor):
             inner = recorded(part)
             if inner is not None and before is not None and plain is not None:
-                inner.tape.replaced.setdefault(inner.storage, ref_of(meta_of(before), plain.storage))
+                inner.tape.made_of.setdefault(inner.storage, ref_of(meta_of(before), plain.storage))

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fabric_init._dtensor_internals import TensorMeta
-from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction
+from fabric_init._torch_internals import DisableTorchDispatch
 from fabric_init.checkpoints.region import Box
 from fabric_init.errors import RecordingError
-from fabric_init.planning.tensors import named_modules
 from fabric_init.recording.recorder import Recorder, is_recorded_shard
 from fabric_init.recording.replay import real_execution
-from fabric_init.recording.storage_tags import begin, ref_of, tensor_on
+from fabric_init.recording.storage_tags import begin, ref_of
 from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.recording.tensor import meta_of, recorded, recorded_tensor
 from fabric_init.sharding.copies import nearest_whole
 from fabric_init.sharding.dtensor import region_of
+from fabric_init.sharding.places import places, plain_tensor, shown
 from fabric_init.sharding.whole import recorded_at
 
 _MSG_CHANGED = (
@@ -147,28 +147,26 @@ class ShardsInBlock:
         Raises:
             RecordingError: A shard was written by itself, or is no part of one tensor.
         """
-        held, places = list(models), [place for model in models for place in _places(model)]
+        held, there = list(models), [place for model in models for place in places(model, is_recorded_shard)]
         for model in earlier:
-            its = list(_places(model))
-            if any(self._has(tensor) for *_, tensor in its):
+            its = places(model, is_recorded_shard)
+            if any(self._has(place.tensor) for place in its):
                 held.append(model)
-                places += its
+                there += its
         wholes: dict[int, tuple[Tensor, TensorRef | None, DTensor]] = {}
         error: RecordingError | None = None
-        for tensor in {id(tensor): tensor for *_, tensor in places}.values():
+        for tensor in {id(place.tensor): place.tensor for place in there}.values():
             try:
                 wholes[id(tensor)] = *self._final(tensor), tensor
-            except RecordingError as its:
-                error = error or its
-        for _, table, key, tensor in places:
-            table[key] = wholes[id(tensor)][0] if id(tensor) in wholes else tensor
+            except RecordingError as failed:
+                error = error or failed
+        instead = [(place, {place.key: wholes[id(place.tensor)][0]}) for place in there if id(place.tensor) in wholes]
         try:
-            yield held
+            with shown(instead, lambda changed: None):
+                yield held
             if error is not None:
                 raise error
         finally:
-            for _, table, key, tensor in places:
-                table[key] = tensor
             for _, part, tensor in wholes.values():
                 found = recorded(tensor._local_tensor)
                 assert found is not None
@@ -200,9 +198,7 @@ class ShardsInBlock:
             its = recorded(known.tensor)
             assert its is not None
             ref, part = ref_of(meta_of(known.tensor), its.storage), known.part
-        with DisableTorchFunction(), DisableTorchDispatch(), torch.no_grad():
-            whole: Tensor = recorded_tensor(tensor_on(found.tape, ref), found.device)
-        return (nn.Parameter(whole, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else whole), part
+        return plain_tensor(ref, found.tape, tensor), part
 
 
 def _origin(tensor: DTensor, recorder: Recorder | None) -> tuple[TensorRef, Box]:
@@ -228,23 +224,13 @@ def _by_place(tape: Tape, storage: int, shape: torch.Size) -> tuple[TensorRef, N
     """Return what an earlier block has recorded where there is a shard without elements, on ``storage``, today."""
     for owners in tape.later.owners:
         model = owners.model()
-        for module, _, key, tensor in [] if model is None else _places(model):
-            found = recorded(tensor._local_tensor)
+        for place in [] if model is None else places(model, is_recorded_shard):
+            found = recorded(place.tensor._local_tensor)
             if found is not None and found.storage == storage:
-                for ref, _ in recorded_at(module, key, [tape]):
+                for ref, _ in recorded_at(place.module, place.key, [tape]):
                     if ref.size == shape:
                         return ref, None
     return None
-
-
-def _places(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Any], str, DTensor]]:
-    seen: set[int] = set()
-    for _, module in named_modules(model):
-        if id(module) not in seen:
-            seen.add(id(module))
-            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for table in tables:
-                yield from [(module, table, key, tensor) for key, tensor in table.items() if is_recorded_shard(tensor)]
 
 
 def _copied(tape: Tape, ref: TensorRef, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -12,20 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction
 from fabric_init.errors import FabricInitError, RecordingError
-from fabric_init.planning.tensors import Walked, plain_name, registered_tensors, walked
-from fabric_init.recording.storage_tags import begin, ref_of, tensor_on
+from fabric_init.planning.tensors import Walked, registered_tensors, walked
+from fabric_init.recording.storage_tags import begin, ref_of
 from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.recording.tensor import meta_of, recorded, recorded_tensor
+from fabric_init.recording.wrappers import is_sharded
 from fabric_init.sharding.copies import wholes_of
 from fabric_init.sharding.dtensor import local, region_of
+from fabric_init.sharding.places import Place, places, plain_tensor, shown
 
 
 def refuse_flat_parameters(model: Walked) -> None:
@@ -59,21 +61,18 @@ def seen_whole(model: Walked, skipped: Collection[int] = ()) -> Iterator[dict[in
         RecordingError: A shard was changed since the model was sharded, or is no part of one tensor.
         FabricInitError: Sharding has split a tie; or, in the context, a whole tensor was replaced.
     """
-    places = [place for place in _waiting_places(model) if id(place.tensor) not in skipped]
-    wholes = {id(tensor): _whole(refs[-1], tape, tensor) for tensor, refs, tape in _by_origin(places)}
-    for _, _, table, key, tensor, _ in places:
-        table[key] = wholes[id(tensor)]
-    try:
-        yield {id(wholes[id(tensor)]): tensor for *_, tensor, _ in places}
-        replaced = [name for name, _, table, key, tensor, _ in places if table.get(key) is not wholes[id(tensor)]]
-        if replaced:
+    found = [place for place in _waiting_places(model) if id(place.tensor) not in skipped]
+    wholes = {id(each): plain_tensor(refs[-1], tape, each, each.dtype) for each, refs, tape in _by_origin(model, found)}
+
+    def check(changed: list[Place]) -> None:
+        if changed:
             raise FabricInitError(
-                f"{replaced[0]} was sharded already, and the load code of its module puts another tensor in its place. "
-                "Load before the model is sharded, or leave that code out."
+                f"{changed[0].name} was sharded already, and the load code of its module puts another tensor in its "
+                "place. Load before the model is sharded, or leave that code out."
             )
-    finally:
-        for _, _, table, key, tensor, _ in places:
-            table[key] = tensor
+
+    with shown([(place, {place.key: wholes[id(place.tensor)]}) for place in found], check):
+        yield {id(wholes[id(place.tensor)]): place.tensor for place in found}
 
 
 @contextmanager
@@ -82,7 +81,7 @@ def without_torchs_load_hooks(model: Walked) -> Iterator[None]:
 
     Not for use in a load hook: these are walked through then.
     """
-    modules = {id(place.module): place.module for place in _places(model)}
+    modules = {id(place.module): place.module for place in places(model, is_sharded)}
     hooks = [_without_torchs_own(module) for module in modules.values()]
     try:
         yield
@@ -116,7 +115,7 @@ def shards_of(model: nn.Module) -> dict[TensorRef, DTensor]:
         RecordingError: A shard was changed since the model was sharded, or is no part of one tensor.
         FabricInitError: Sharding has split a tie.
     """
-    return {ref: tensor for tensor, refs, _ in _by_origin(list(_waiting_places(model))) for ref in refs}
+    return {ref: tensor for tensor, refs, _ in _by_origin(model, _waiting_places(model)) for ref in refs}
 
 
 def let_empty_shards_wait(model: nn.Module) -> None:
@@ -124,30 +123,23 @@ def let_empty_shards_wait(model: nn.Module) -> None:
 
     So this rank knows of those, although it keeps nothing of them, and raises where the other ranks do.
     """
-    for place in _waiting_places(model):
-        if not place.tensor._local_tensor.numel():
-            for whole, tape in recorded_at(place.module, place.key, place.tapes):
-                if whole.size == place.tensor.shape and whole.storage in tape.waits:
-                    _let_empty_shard_wait(place.tensor, whole, tape)
+    found = [place for place in _waiting_places(model) if not place.tensor._local_tensor.numel()]
+    tapes = _tapes(model, found)
+    for place in found:
+        for whole, tape in recorded_at(place.module, place.key, tapes):
+            if whole.size == place.tensor.shape and whole.storage in tape.waits:
+                _let_empty_shard_wait(place.tensor, whole, tape)
 
 
-class _Place(NamedTuple):
-    name: str
-    module: nn.Module
-    table: dict[str, Any]
-    key: str
-    tensor: DTensor
-    tapes: Collection[Tape] = ()
-
-
-def _by_origin(places: Sequence[_Place]) -> list[tuple[DTensor, list[TensorRef], Tape]]:
-    """Return the DTensors at ``places``, each once, with the whole tensors that :func:`_origins` finds."""
+def _by_origin(model: Walked, waiting: Sequence[Place]) -> list[tuple[DTensor, list[TensorRef], Tape]]:
+    """Return the DTensors at the places ``waiting``, each once, with the whole tensors that :func:`_origins` finds."""
+    tapes = _tapes(model, waiting)
     names: dict[TensorRef, str] = {}
     found: dict[int, tuple[DTensor, list[TensorRef], Tape]] = {}
-    for place in places:
+    for place in waiting:
         if id(place.tensor) in found:
             continue
-        refs, tape = _origins(place)
+        refs, tape = _origins(place, tapes)
         found[id(place.tensor)] = place.tensor, refs, tape
         other = names.setdefault(refs[-1], place.name)
         if other != place.name:
@@ -158,18 +150,23 @@ def _by_origin(places: Sequence[_Place]) -> list[tuple[DTensor, list[TensorRef],
     return list(found.values())
 
 
-def _waiting_places(model: Walked) -> Iterator[_Place]:
-    """Yield the places of DTensors whose shard has no values: a recorded one, or one without any element."""
-    places = [place for place in _places(model) if place.tensor.device_mesh.get_coordinate() is not None]
-    if not places:
-        return
-    recordings = [recorded(local(place.tensor)) for place in places]
-    tapes = {found.tape for _, _, t in registered_tensors(model) if (found := recorded(local(t))) is not None}
-    for place, found in zip(places, recordings, strict=True):
-        if found is not None or (
-            not place.tensor._local_tensor.numel() and any(recorded_at(place.module, place.key, tapes))
-        ):
-            yield place._replace(tapes=tapes if found is None else {found.tape})
+def _waiting_places(model: Walked) -> list[Place]:
+    """Return the places of DTensors whose shard has no values: a recorded one, or one without any element."""
+    found = [place for place in places(model, is_sharded) if place.tensor.device_mesh.get_coordinate() is not None]
+    tapes = _tapes(model, found)
+    return [
+        place
+        for place in found
+        if recorded(local(place.tensor)) is not None
+        or (not place.tensor._local_tensor.numel() and any(recorded_at(place.module, place.key, tapes)))
+    ]
+
+
+def _tapes(model: Walked, found: Sequence[Place]) -> set[Tape]:
+    """Return the tapes of ``model``, if a shard without elements is among what was ``found``: nothing says its tape."""
+    if all(place.tensor._local_tensor.numel() for place in found):
+        return set()
+    return {its.tape for _, _, tensor in registered_tensors(model) if (its := recorded(local(tensor))) is not None}
 
 
 def recorded_at(module: nn.Module, key: str, tapes: Collection[Tape]) -> Iterator[tuple[TensorRef, Tape]]:
@@ -181,26 +178,7 @@ def recorded_at(module: nn.Module, key: str, tapes: Collection[Tape]) -> Iterato
                     yield tape.later.waiting.refs[storage], tape
 
 
-def _places(model: Walked) -> Iterator[_Place]:
-    for prefix, module in walked(model).once:
-        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for table in tables:
-            for key, tensor in table.items():
-                if isinstance(tensor, DTensor):
-                    yield _Place(plain_name(f"{prefix}.{key}" if prefix else key), module, table, key, tensor)
-
-
-def _whole(ref: TensorRef, tape: Tape, sharded: DTensor) -> Tensor:
-    """Return the recorded tensor ``ref``, in the dtype of ``sharded``, which is a part of it."""
-    with DisableTorchFunction(), DisableTorchDispatch(), torch.no_grad():
-        whole: Tensor = recorded_tensor(tensor_on(tape, ref), tape.storages[ref.storage].device)
-    with torch.no_grad():
-        if whole.dtype != sharded.dtype:
-            whole = whole.to(sharded.dtype)
-    return nn.Parameter(whole, sharded.requires_grad) if isinstance(sharded, nn.Parameter) else whole
-
-
-def _origins(place: _Place) -> tuple[list[TensorRef], Tape]:
+def _origins(place: Place, tapes: Collection[Tape]) -> tuple[list[TensorRef], Tape]:
     """Return where on which tape the whole tensor is that the DTensor at ``place`` is a part of.
 
     That is one place for each cast since it was recorded, the first one last.
@@ -223,7 +201,7 @@ def _origins(place: _Place) -> tuple[list[TensorRef], Tape]:
         if tape.later.waiting.origin(found.storage) != found.storage:
             raise RecordingError(f"the shard of {place.name} was changed after the model was sharded. {_FIX}")
     else:  # nothing was copied there
-        for whole, tape in recorded_at(place.module, place.key, place.tapes):
+        for whole, tape in recorded_at(place.module, place.key, tapes):
             if whole.size == sharded.shape:
                 _let_empty_shard_wait(sharded, whole, tape)
                 return [whole], tape

@@ -21,9 +21,9 @@ from fabric_init.checkpoints import CheckpointReader
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.execute import execute_plan, prepare
+from fabric_init.filling.made import made, packed_and_made
 from fabric_init.filling.merge import declared_at, merged, planned_tensors
 from fabric_init.filling.missing import initialize_possible, recompute_from_loaded, run_replaced_init
-from fabric_init.filling.quantizing import quantized
 from fabric_init.filling.wait import let_wait
 from fabric_init.guard.loads import unwatch_loads, watch_loads
 from fabric_init.guard.models import (
@@ -161,8 +161,8 @@ def _plan(model: nn.Module, bounds: Sequence[BoundPlans], plans: Sequence[Prepar
         run_replaced_init(model, planned_tensors(plans))
     prepared = merged(plans, model)
     if not any(bound.allocates and not bound.own_init for bound in bounds):
-        return quantized(prepared, model, WholeTensors())
-    planned = planned_tensors(plans)
+        return packed_and_made(prepared, model, WholeTensors())
+    prepared, planned = made(prepared, model), planned_tensors(plans)
     loaded = loaded_storages(prepared.plan, prepared.tapes)
 
     def chosen(entry: PlanEntry, tensor: Tensor) -> bool:

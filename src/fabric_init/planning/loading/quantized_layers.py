@@ -16,6 +16,7 @@ from torch import nn
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.loading.recorded_load import LoadCode, Outcome
 from fabric_init.planning.tensors import Walked, named_modules
+from fabric_init.recording.tensor import class_of
 
 _WEIGHT = "weight"
 _SCALE, _FORMAT = "SCB", "weight_format"  # of 8 bits
@@ -85,7 +86,7 @@ class QuantizedCode:
 def _parameter(name: str, module: nn.Module, value: torch.Tensor, beside: dict[str, Any]) -> nn.Parameter:
     before: Any = module._parameters[_WEIGHT]
     made: Any
-    own: Any = getattr(type(before), "own_class", type(before))
+    own: Any = class_of(before)
     if _SCALE in beside:
         if _FORMAT in beside and beside[_FORMAT].item() != 0:
             raise CheckpointMismatchError(f"{name} is saved in another format than by rows, which bitsandbytes dropped")

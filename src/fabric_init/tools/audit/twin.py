@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.errors import FabricInitError
-from fabric_init.filling.execute import fill
+from fabric_init.filling.fill import fill
 from fabric_init.planning.placement import WholeTensors
 from fabric_init.planning.plan import LoadOptions
 from fabric_init.planning.prepare import plan_for

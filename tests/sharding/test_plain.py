@@ -1,4 +1,4 @@
-"""Wrapper subclasses over recorded tensors, with a class of our own: what torchao's do, in a few lines."""
+"""Weights that wrappers have taken the place of, with a class of our own: what torchao's do, in a few lines."""
 
 from __future__ import annotations
 
@@ -150,6 +150,57 @@ def test_integers_of_another_kind_in_the_file_are_refused(tmp_path: Path) -> Non
     layer = build(pack)
     materialize(layer, checkpoint=tmp_path / "packed.pt")
     assert same(layer, build(pack, record=False))
+
+
+class Renames(Layer):
+    """Has load code of its own."""
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state[f"{prefix}weight"] = state.pop(f"{prefix}old")
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def test_a_load_that_fails_leaves_the_wrapper_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with deferred_init(rng="eager"):
+        layer = Renames()
+        pack(layer)
+    weight, keys = layer.weight, list(layer.state_dict())
+    torch.save({"old": torch.randn(4, 3), "bias": torch.ones(5)}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointMismatchError, match="bias"):
+        materialize(layer, checkpoint=tmp_path / "other.pt")
+    assert layer.weight is weight
+    saved = {"old": torch.randn(4, 3), "bias": torch.ones(4)}
+    torch.save(saved, tmp_path / "layer.pt")
+    with monkeypatch.context() as patched:
+        patched.setattr("fabric_init.filling.execute.fill", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            materialize(layer, checkpoint=tmp_path / "layer.pt")
+    assert layer.weight is weight
+    assert list(layer.state_dict()) == keys
+    materialize(layer, checkpoint=tmp_path / "layer.pt")
+    assert same(
+        layer,
+        build(
+            lambda each: (each.load_state_dict({"weight": saved["old"], "bias": saved["bias"]}), pack(each)),
+            record=False,
+        ),
+    )  # type: ignore[arg-type,func-returns-value]
+
+
+def test_what_is_tied_in_the_model_has_to_be_one_in_the_file_too(tmp_path: Path) -> None:
+    def two_of_one() -> nn.ModuleList:
+        one, other = Layer(), Layer()
+        other.weight = one.weight
+        pack(one)
+        other.weight = one.weight
+        return nn.ModuleList([one, other])
+
+    with deferred_init():
+        model = two_of_one()
+    weights = {f"{index}.weight": torch.full((4, 3), float(index)) for index in range(2)}
+    torch.save({**weights, "0.bias": torch.ones(4), "1.bias": torch.ones(4)}, tmp_path / "two.pt")
+    with pytest.raises(CheckpointMismatchError, match="one tied tensor"):
+        materialize(model, checkpoint=tmp_path / "two.pt")
 
 
 def test_what_cannot_fill_wrappers_refuses_them_by_name() -> None:

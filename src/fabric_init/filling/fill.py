@@ -1,0 +1,121 @@
+"""Fill the tensors of a plan: the model does not change before all values have been computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
+
+import torch
+from torch import Tensor
+
+from fabric_init._interrupts import interrupts_held
+from fabric_init._torch_internals import DisableTorchFunction
+from fabric_init.checkpoints import CheckpointReader
+from fabric_init.errors import FabricInitError
+from fabric_init.filling.fill_log import with_log
+from fabric_init.filling.loader import loader_for
+from fabric_init.filling.out_of_memory import out_of_memory_explained
+from fabric_init.filling.progress import with_progress
+from fabric_init.filling.values import has_room_of_its_own, values_of
+from fabric_init.filling.verify import is_wanted, verify
+from fabric_init.planning.derived import loaded_storages
+from fabric_init.planning.loads import check_tie, read_as
+from fabric_init.planning.placement import Placement
+from fabric_init.planning.plan import Action, DerivedFrom, Plan
+from fabric_init.recording.replay import real_execution
+from fabric_init.recording.tape import Tape
+from fabric_init.recording.tensor import RecordedTensor
+from fabric_init.recording.wrappers import with_memory
+
+
+def check_ties(plan: Plan, reader: CheckpointReader | None, placement: Placement) -> None:
+    """Check, before memory is allocated, that tied tensors have one value in the checkpoint.
+
+    Raises:
+        CheckpointMismatchError: A tied tensor has different values under its keys.
+    """
+    if reader is not None:
+        with torch.inference_mode(False), real_execution():
+            loader_for(reader).check_ties(plan, placement)
+            for entry in {id(each.made_of): each.made_of for each in plan.entries}.values():
+                if entry is not None and len(entry.keys) > 1:
+                    values = (read_as(reader, key, entry.slot.shape, None) for key in entry.keys)
+                    first = next(values)
+                    for key, value in zip(entry.keys[1:], values, strict=True):
+                        check_tie(reader.path, entry, key, first, value)
+
+
+def fill(
+    plan: Plan,
+    tensors: Sequence[Tensor],
+    tapes: Mapping[int, Tape],
+    reader: CheckpointReader | None,
+    placement: Placement,
+    *,
+    exact: bool,
+    loaded: Mapping[int, DerivedFrom] | None = None,
+) -> None:
+    """Fill every tensor. The model does not change before all values have been computed.
+
+    Args:
+        plan: From :func:`~fabric_init.planning.validation.make_plan`.
+        tensors: The tensors of the plan's entries, in that order.
+        tapes: The tape of each recorded storage.
+        reader: The checkpoint that loaded tensors are read from.
+        placement: How this rank keeps the tensors.
+        exact: Replay the random streams in order (``rng="eager"``).
+        loaded: The loaded tensors that others may be computed from, if the plan is only a part of one.
+
+    Raises:
+        OutOfMemoryError: Memory has run out; the model has not changed.
+    """
+    loaded = loaded if loaded is not None else loaded_storages(plan, tapes)
+    with torch.inference_mode(False), real_execution():
+        values: dict[int, Tensor] = {}
+        with out_of_memory_explained(plan, values), ExitStack() as stack:
+            each = values_of(plan, tensors, tapes, reader, placement, loaded, exact=exact)
+            items = stack.enter_context(closing(each))
+            logged = stack.enter_context(closing(with_log(items, plan, tapes)))
+            shown = stack.enter_context(closing(with_progress(logged, len(plan.entries))))
+            for position, value in shown:  # closed at once, and their threads with them, when it does not end
+                values[position] = value
+            _keep_apart(plan, values)
+    with DisableTorchFunction():
+        as_built = any(tensor.is_inference() for tensor in tensors)
+    # tensor subclasses (DTensor) need their own dispatch here
+    with interrupts_held(), torch.inference_mode(as_built), torch.no_grad(), DisableTorchFunction():
+        filled = list(tensors)
+        for position, value in values.items():
+            filled[position] = placement.put(plan.entries[position].slot, tensors[position], value)
+        _check(plan, filled)
+        if reader is not None and is_wanted():
+            verify(plan, filled, reader, placement)
+
+
+def _keep_apart(plan: Plan, values: dict[int, Tensor]) -> None:
+    """Copy loaded tensors that share memory in a torch file, but are not tied in the model."""
+    loaded = [
+        (value.data_ptr(), position)
+        for position, value in values.items()
+        if plan.entries[position].action is Action.LOAD and value.numel()
+    ]
+    end, behind = 0, None
+    for start, position in sorted(loaded):
+        value, entry = values[position], plan.entries[position]
+        storage = None if entry.slot.ref is None or has_room_of_its_own(entry) else entry.slot.ref.storage
+        if start < end and (storage is None or storage != behind):
+            values[position] = value.clone()
+        elif start + value.nbytes > end:
+            end, behind = start + value.nbytes, storage
+
+
+def _check(plan: Plan, tensors: Sequence[Tensor]) -> None:
+    left = [
+        entry.slot.name
+        for entry, tensor in zip(plan.entries, tensors, strict=True)
+        if entry.action is not Action.WAIT
+        and not entry.on_use
+        and any(part.is_meta or isinstance(part, RecordedTensor) for part in with_memory(tensor))
+    ]
+    if left:
+        raise FabricInitError(f"fabric_init left these tensors on the meta device, which is a bug of its own: {left}")
