@@ -84,25 +84,24 @@ class BuiltModules:
         return [module for module in seen if id(module) not in child_ids]
 
 
-def refuse_scripted(models: Iterable[nn.Module]) -> None:
-    """Raise if a module in ``models`` was scripted or traced while its tensors had no values.
+def refuse_scripted(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise if one of these ``modules`` of a model was scripted or traced while its tensors had no values.
 
     TorchScript keeps tensors of its own behind its modules, in whose places no values can be put.
 
     Raises:
         RecordingError: naming the submodule.
     """
-    for model in models:
-        for name, module in model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule) and any(
-                isinstance(tensor, RecordedTensor)
-                for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-            ):
-                raise RecordingError(
-                    f"{name or 'the model'} ({module.original_name}) was scripted or traced with torch.jit in a "
-                    "recorded block, where its tensors have no values. Do that after the block, to the filled model: "
-                    f"{'model' if not name else 'model.' + name} = torch.jit.script(…)."
-                )
+    for name, module in modules:
+        if isinstance(module, torch.jit.ScriptModule) and any(
+            isinstance(tensor, RecordedTensor)
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        ):
+            raise RecordingError(
+                f"{name or 'the model'} ({module.original_name}) was scripted or traced with torch.jit in a recorded "
+                "block, where its tensors have no values. Do that after the block, to the filled model: "
+                f"{'model' if not name else 'model.' + name} = torch.jit.script(…)."
+            )
 
 
 def _without_kept(modules: list[nn.Module]) -> list[nn.Module]:

@@ -537,7 +537,7 @@ class Recorder(TorchDispatchMode):
 
 def is_recorded_shard(tensor: Any) -> bool:
     """Return whether ``tensor`` is a DTensor whose shard is recorded. Asking for the class would import DTensors."""
-    return isinstance(getattr(tensor, "_local_tensor", None), RecordedTensor)
+    return type(tensor) is not RecordedTensor and isinstance(getattr(tensor, "_local_tensor", None), RecordedTensor)
 
 
 @contextmanager

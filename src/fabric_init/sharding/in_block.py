@@ -23,7 +23,7 @@ from fabric_init._dtensor_internals import TensorMeta
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction
 from fabric_init.checkpoints.region import Box
 from fabric_init.errors import RecordingError
-from fabric_init.planning.tensors import named_modules
+from fabric_init.planning.tensors import Walk, Walked, walked
 from fabric_init.recording.recorder import Recorder, is_recorded_shard
 from fabric_init.recording.replay import real_execution
 from fabric_init.recording.storage_tags import begin, ref_of, tensor_on
@@ -132,7 +132,7 @@ class ShardsInBlock:
     # -- the end of the block ------------------------------------------------------------------------------------------
 
     @contextmanager
-    def handed_over(self, models: Iterable[nn.Module], earlier: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
+    def handed_over(self, models: Iterable[Walk], earlier: Iterable[nn.Module]) -> Iterator[list[Walked]]:
         """Context at the end of the block in which models hold the whole tensors of their recorded DTensors.
 
         What begins to wait for values there are these. Then the shards are copied from them.
@@ -147,7 +147,8 @@ class ShardsInBlock:
         Raises:
             RecordingError: A shard was written by itself, or is no part of one tensor.
         """
-        held, places = list(models), [place for model in models for place in _places(model)]
+        held: list[Walked] = list(models)
+        places = [place for model in models for place in _places(model)]
         for model in earlier:
             its = list(_places(model))
             if any(self._has(tensor) for *_, tensor in its):
@@ -237,13 +238,11 @@ def _by_place(tape: Tape, storage: int, shape: torch.Size) -> tuple[TensorRef, N
     return None
 
 
-def _places(model: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Any], str, DTensor]]:
-    seen: set[int] = set()
-    for _, module in named_modules(model):
-        if id(module) not in seen:
-            seen.add(id(module))
-            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for table in tables:
+def _places(model: Walked) -> Iterator[tuple[nn.Module, dict[str, Any], str, DTensor]]:
+    for _, module in walked(model).once:
+        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for table in tables:
+            if table:
                 yield from [(module, table, key, tensor) for key, tensor in table.items() if is_recorded_shard(tensor)]
 
 
