@@ -28,8 +28,8 @@ from fabric_init.planning.tensors import (
 from fabric_init.recording.later import MSG_JIT_TRACE, Later
 from fabric_init.recording.liveness import never_written
 from fabric_init.recording.rng import own_init_runs
-from fabric_init.recording.storage_tags import Recorded, ref_of
-from fabric_init.recording.tensor import RecordedTensor, become, claim, give_lazy_memory, meta_of, recorded
+from fabric_init.recording.storage_tags import Recorded
+from fabric_init.recording.tensor import RecordedTensor, become, claim, give_lazy_memory, place_ref, recorded
 from fabric_init.recording.tracing import is_jit_traced
 from fabric_init.recording.waiting import THREE_WAYS, Waiting, uninitialized
 from fabric_init.recording.wrappers import recorded_parts
@@ -79,7 +79,7 @@ def hold(
 def _let_wait(part: RecordedTensor, found: Recorded, model: str, name: str, *, of_wrapper: bool) -> None:
     """Let a recorded tensor wait, and with one that a wrapper holds the plain one that it was made of."""
     waiting: Waiting = found.tape.later.waiting
-    waiting.begin(found.storage, model, name, None if of_wrapper else ref_of(meta_of(part), found.storage))
+    waiting.begin(found.storage, model, name, None if of_wrapper else place_ref(part, found.storage))
     plain = found.tape.replaced.get(found.storage)
     if plain is not None:
         waiting.begin(plain.storage, model, name, plain)
@@ -238,7 +238,7 @@ def waits(tensor: Tensor) -> bool:
 def has_own_init(tensor: Tensor) -> bool:
     """Return whether the model's own code gives all of a recorded ``tensor`` a value."""
     both = [(part, found) for part in recorded_parts(tensor) if (found := recorded(part)) is not None]
-    return bool(both) and not any(never_written(its.tape, ref_of(meta_of(part), its.storage)) for part, its in both)
+    return bool(both) and not any(never_written(its.tape, place_ref(part, its.storage)) for part, its in both)
 
 
 def own_init_is_wanted(tensors: Iterable[Tensor]) -> None:

@@ -43,13 +43,13 @@ from fabric_init.recording.real_memory import plain_memory, real_tensor
 from fabric_init.recording.recorder import Recorder
 from fabric_init.recording.replay import real_execution, storage_now, view
 from fabric_init.recording.rng import LateStreams
-from fabric_init.recording.storage_tags import Recorded, ref_of
+from fabric_init.recording.storage_tags import Recorded
 from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.recording.tensor import (
     FormerTensor,
     RecordedTensor,
     become,
-    meta_of,
+    place_ref,
     recorded,
     recorded_tensor,
     whole_storage,
@@ -221,7 +221,7 @@ class Later:
         if found is None:
             return tensor
         with self._lock:
-            ref = ref_of(tensor._meta, found.storage)  # type: ignore[attr-defined]
+            ref = place_ref(tensor, found.storage)
             if found.memory is None and not self.waiting.missing([found.storage]) and never_written(self.tape, ref):
                 raise UninitializedTensorError(
                     f"a tensor of shape {tuple(tensor.shape)} cannot {use}: it was made by torch.empty or "
@@ -281,7 +281,7 @@ class Later:
         if found is None or found.memory is not None:
             return self.value(tensor, "be copied").clone()
         meta = tensor._meta
-        ref = ref_of(meta, found.storage)
+        ref = place_ref(tensor, found.storage)
         if covers(self.tape, ref):
             copied = tensor.detach().clone()
         else:
@@ -325,7 +325,7 @@ class Later:
         """Return the values of ``tensor`` for Python to see; in a block, a load may bring others."""
         value, found = self.value(tensor, use), recorded(tensor)
         if self.block_is_open and found is not None and found.memory is None:
-            self.tape.add_look(None, (ref_of(meta_of(tensor), found.storage),), {}, caller(sys._getframe(1)))
+            self.tape.add_look(None, (place_ref(tensor, found.storage),), {}, caller(sys._getframe(1)))
         return value
 
     def constant(self, tensor: Tensor) -> Tensor:
@@ -429,7 +429,7 @@ class Later:
     def _write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: Sequence[Tensor]) -> Any:
         if func is torch.ops.aten.copy_.default and self._is_same(args[0], args[1]):
             return args[0]  # load_state_dict of a model's own state dict: nothing is written
-        if not traits(func).changes_geometry and any(ref_of(meta_of(tensor), -1).expanded for tensor in written):
+        if not traits(func).changes_geometry and any(place_ref(tensor, -1).expanded for tensor in written):
             raise RuntimeError(  # as torch, and before anything is recorded
                 "unsupported operation: more than one element of the written-to tensor refers to a single memory "
                 "location. Please clone() the tensor before performing the operation."
@@ -448,7 +448,7 @@ class Later:
             return self._set(args)
         target, found = written[0], recorded(written[0])
         assert found is not None
-        ref = ref_of(target._meta, found.storage)  # type: ignore[attr-defined]
+        ref = place_ref(target, found.storage)
         whole = len(written) == 1 and overwrites(func) and covers(self.tape, ref)
         if whole and not late and self.gives_memory:
             return self._write_through(func, args, kwargs, target, found, ref)
@@ -472,11 +472,11 @@ class Later:
         found, its = recorded(one), recorded(other)
         if found is None or its is None or found.storage != its.storage:
             return False
-        return ref_of(meta_of(one), found.storage) == ref_of(meta_of(other), its.storage)
+        return place_ref(one, found.storage) == place_ref(other, its.storage)
 
     def _never_written(self, tensor: Tensor) -> bool:
         found = recorded(tensor)
-        return found is not None and never_written(self.tape, ref_of(tensor._meta, found.storage))  # type: ignore[attr-defined]
+        return found is not None and never_written(self.tape, place_ref(tensor, found.storage))
 
     def _to_be_sharded(self, storages: Iterable[int]) -> bool:
         return any(storage in self.waiting.names for storage in storages)
@@ -548,7 +548,7 @@ class Later:
         found = recorded(tensor)
         if found is None or found.memory is not None:
             return found is not None
-        unwritten = never_written(self.tape, ref_of(meta_of(tensor), found.storage))
+        unwritten = never_written(self.tape, place_ref(tensor, found.storage))
         return not unwritten and not self.waiting.missing([found.storage])
 
     def make_plain(self, tensor: Tensor) -> None:
@@ -561,7 +561,7 @@ class Later:
                 become(tensor, plain_memory(tensor))
             elif found.memory is not None and not _has_graph(tensor):
                 with suppress(RuntimeError):  # something in C++ holds it: it stays as it is, and has its values
-                    self.put(tensor, real_tensor(found, ref_of(tensor._meta, found.storage)))
+                    self.put(tensor, real_tensor(found, place_ref(tensor, found.storage)))
 
     def put(self, tensor: Tensor, value: Tensor) -> None:
         """Give a recorded tensor the memory of ``value``, or what the strategy of its model makes of that."""

@@ -42,7 +42,16 @@ from fabric_init.recording.rng import Streams
 from fabric_init.recording.storage import RecordedStorage
 from fabric_init.recording.storage_tags import Recorded, begin, ref_of
 from fabric_init.recording.tape import Draw, Tape, TensorRef
-from fabric_init.recording.tensor import ASKS_DEVICE, RecordedTensor, follow_meta, meta_of, recorded, recorded_tensor
+from fabric_init.recording.tensor import (
+    ASKS_DEVICE,
+    RecordedTensor,
+    follow_meta,
+    may_change,
+    meta_of,
+    place_ref,
+    recorded,
+    recorded_tensor,
+)
 from fabric_init.recording.wrappers import is_sharded, is_sharded_class, is_wrapper_class
 
 _CPU = torch.device("cpu")
@@ -191,6 +200,8 @@ class Recorder(TorchDispatchMode):
         init_frame = init_call(frame) if self.recognizes_init_calls and (recordings or op_traits.has_device) else None
         if init_frame is not None:
             self.record_init_frame(init_frame)
+        for tensor in written:
+            may_change(tensor)
         try:
             result = self._on_meta(func, args, kwargs)
         except (NotImplementedError, RuntimeError):  # if the op itself is wrong, torch raises again on true values
@@ -253,7 +264,7 @@ class Recorder(TorchDispatchMode):
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the whole tensor behind a DTensor that was recorded; any other tensor as it is."""
-        return self.shards.whole(self, tensor) if self.shards and is_recorded_shard(tensor) else tensor
+        return self.shards.whole(self, tensor) if self.shards is not None and is_recorded_shard(tensor) else tensor
 
     def _record(
         self,
@@ -317,8 +328,9 @@ class Recorder(TorchDispatchMode):
     def add_init(self, func: Func, tensor: torch.Tensor, options: dict[str, Any], frame: FrameType | None) -> None:
         """Write a whole ``torch.nn.init`` call to the tape."""
         ref = self.ref(tensor)
-        if any(isinstance(value, torch.Tensor) for value in options.values()):  # plain PyTorch reads their values now
-            options = {name: self._real(v).item() if isinstance(v, torch.Tensor) else v for name, v in options.items()}
+        for name, value in options.items():
+            if isinstance(value, torch.Tensor):  # plain PyTorch reads its value now
+                options[name] = self._real(value).item()
         self.add(func, (ref,), options, (ref,), (), frame)
 
     def record_init_frame(self, frame: FrameType) -> None:
@@ -352,7 +364,7 @@ class Recorder(TorchDispatchMode):
     def ref(self, tensor: torch.Tensor) -> TensorRef:
         recording = self.lookup(tensor)
         assert recording is not None
-        return ref_of(meta_of(tensor), recording.storage)
+        return place_ref(tensor, recording.storage)
 
     def constant(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a new recorded tensor with the value of the real ``tensor``."""
@@ -472,6 +484,7 @@ class Recorder(TorchDispatchMode):
 
     def _set_storage(self, args: tuple[Any, ...]) -> Any:
         """Run ``t.set_(storage, …)``, which is how ``torch.load`` builds tensors."""
+        may_change(args[0])
         if args[1].device.type == "meta" or isinstance(args[1], RecordedStorage):
             torch.ops.aten.set_.source_Storage_storage_offset(meta_of(args[0]), *args[1:])
             return self._followed(args[0])
