@@ -65,7 +65,7 @@ class _BeforeLoad:
 def watch_loads(model: Walked, complete: Complete) -> None:
     """Let ``load_state_dict`` of ``model``, or of modules in it, complete what it did not bring."""
     for _, module in walked(model).once:
-        worth_it = module._modules or any(True for _ in own_tensors(module)) or takes_extra_state(module)
+        worth_it = module._modules or module._parameters or module._buffers or takes_extra_state(module)
         attributes = vars(module)
         if worth_it and _COMPLETE not in attributes and not isinstance(module, torch.jit.ScriptModule):  # no hooks
             attributes[_COMPLETE] = complete

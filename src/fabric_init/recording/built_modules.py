@@ -74,13 +74,13 @@ class BuiltModules:
         pending, visited = list(seen), set()
         while pending:  # also through modules of an earlier block, whose submodules this block may have replaced
             module = pending.pop()
-            if id(module) not in visited:
-                visited.add(id(module))
-                for child in module._modules.values():
-                    if child is not None:
-                        child_ids.add(id(child))
-                        if id(child) not in visited:
-                            pending.append(child)
+            if id(module) in visited:
+                continue
+            visited.add(id(module))
+            if module._modules:
+                children = [child for child in module._modules.values() if child is not None]
+                child_ids.update(map(id, children))
+                pending += [child for child in children if id(child) not in visited]
         return [module for module in seen if id(module) not in child_ids]
 
 

@@ -99,7 +99,7 @@ class RecordedTensor(Tensor):
         """The device that the tensor is meant for."""
         return self._place.device
 
-    # -- what a block asks of each parameter: answered here, since torch's modes cost more than the answers ---------------
+    # -- what a block asks of each parameter: answered here, since torch's modes cost more than the answers ------------
 
     def detach(self) -> Tensor:
         """Return another recorded tensor at the same place: ``nn.Parameter`` asks each tensor for it first."""
