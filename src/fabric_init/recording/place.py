@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.recording.storage_tags import Recorded, mark, recorded_storage, ref_of
 from fabric_init.recording.tape import TensorRef
 
@@ -32,7 +33,8 @@ class Place:
     def meta(self) -> Tensor:
         """The plain meta tensor, for operators to run on."""
         if self._recorded is not None and not self._recorded.is_marked:
-            mark(self._meta, self._recorded)
+            with DisableTorchFunction():
+                mark(self._meta, self._recorded)
         return self._meta
 
     @property
@@ -44,7 +46,8 @@ class Place:
     def recorded(self) -> Recorded | None:
         """The recording of the storage."""
         if self._recorded is None:
-            self._recorded = recorded_storage(self._meta)
+            with DisableTorchFunction():
+                self._recorded = recorded_storage(self._meta)
         return self._recorded
 
     @property
@@ -53,9 +56,10 @@ class Place:
         if self._ref is None:
             recorded = self.recorded
             assert recorded is not None
-            self._ref = ref_of(self._meta, recorded.storage)
+            with DisableTorchFunction():
+                self._ref = ref_of(self._meta, recorded.storage)
         return self._ref
 
     def own(self) -> Place:
-        """Return a place of the same geometry whose meta tensor an operator may change."""
-        return Place(self.meta.detach(), self.device, self._recorded)
+        """Return a place like this whose meta tensor an operator may change, and put on another storage."""
+        return Place(self.meta.detach(), self.device)
