@@ -33,9 +33,10 @@ from fabric_init.recording.device_queries import Handler
 from fabric_init.recording.later import Later
 from fabric_init.recording.later_calls import asks_for_values, take_own_part
 from fabric_init.recording.op_schemas import INIT_FUNCTIONS
-from fabric_init.recording.recorder import Recorder, Shards
+from fabric_init.recording.recorder import Recorder
 from fabric_init.recording.replay import real_execution
 from fabric_init.recording.tape import Rng, Tape, check_rng
+from fabric_init.recording.tape_writer import Shards
 from fabric_init.recording.tensor import RecordedTensor, claim_all, recorded
 
 # The init functions that call a function mode; the others are found by their frame on the stack.

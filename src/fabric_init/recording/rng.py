@@ -26,11 +26,14 @@ from __future__ import annotations
 import gc
 import hashlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from ctypes import string_at
+from typing import Any
 
 import torch
 
+from fabric_init.recording.op_schemas import traits
 from fabric_init.recording.tape import Draw, Stream, Tape
 
 _LAST_63_BITS = (1 << 63) - 1
@@ -197,3 +200,17 @@ class LateDraws:
 
     def drawn(self, number: int, *, by_init: bool) -> None:
         """Nothing follows in this stream."""
+
+
+@contextmanager
+def generator_kept(func: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Context in which an op that draws random numbers leaves its generator where it is."""
+    if not traits(func).random:
+        yield
+        return
+    generator = kwargs.get("generator") or torch.default_generator
+    before = generator.get_state()
+    try:
+        yield
+    finally:
+        generator.set_state(before)

@@ -30,7 +30,6 @@ from fabric_init._torch_internals import (
     DisableTorchDispatch,
     DisableTorchFunction,
     DisableTorchFunctionSubclass,
-    TensorBase,
     make_subclass,
     swap_tensor_impl,
 )
@@ -106,7 +105,7 @@ class RecordedTensor(Tensor):
         if not _later(self).block_is_open:
             return super().detach()
         with DisableTorchFunction():
-            if TensorBase.grad_fn.__get__(self) is not None:  # type: ignore[attr-defined]
+            if super().grad_fn is not None:
                 return super().detach()
             with DisableTorchDispatch():
                 detached = _at(self._place)
@@ -115,7 +114,7 @@ class RecordedTensor(Tensor):
             self.__class__ = detached.__class__ = recorded_class(own)  # type: ignore[assignment]  # torch wants both to be of one class
         return detached
 
-    def requires_grad_(self, requires_grad: bool = True) -> Tensor:  # type: ignore[override]
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
         """What ``nn.Parameter`` asks next."""
         if not _later(self).block_is_open:
             return super().requires_grad_(requires_grad)

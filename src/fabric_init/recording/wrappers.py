@@ -84,3 +84,8 @@ def _note_storage(tensor: Tensor) -> None:
     found = recorded(tensor)
     if found is not None:
         found.tape.registered.add(found.storage)
+
+
+def is_recorded_shard(tensor: Tensor) -> bool:
+    """Return whether ``tensor`` is a DTensor whose shard is recorded. Asking for the class would import DTensors."""
+    return type(tensor) is not RecordedTensor and isinstance(getattr(tensor, "_local_tensor", None), RecordedTensor)
