@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fabric_init._torch_internals import (
-    DisableTorchDispatch,
-    DisableTorchFunction,
-)
+from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction
 from fabric_init.errors import RecordingError
 from fabric_init.recording.late_recorder import LateRecorder
 from fabric_init.recording.late_values import LateValues
@@ -22,16 +19,10 @@ from fabric_init.recording.real_memory import plain_memory
 from fabric_init.recording.replay import real_execution, view
 from fabric_init.recording.storage_tags import Recorded
 from fabric_init.recording.tape import TensorRef
-from fabric_init.recording.tensor import (
-    RecordedTensor,
-    become,
-    place_ref,
-    recorded,
-)
+from fabric_init.recording.tensor import RecordedTensor, become, place_ref, recorded
 
 _OF_ALL_RANKS = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"})
 """Namespaces of collectives, which are never run again later, when the other ranks are elsewhere."""
-
 
 _FOREACH: dict[Any, Any] = {
     torch.ops.aten._foreach_copy_.default: torch.ops.aten.copy_.default,

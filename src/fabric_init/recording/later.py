@@ -21,10 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fabric_init._torch_internals import (
-    DisableTorchFunction,
-    DisableTorchFunctionSubclass,
-)
+from fabric_init._torch_internals import DisableTorchFunction, DisableTorchFunctionSubclass
 from fabric_init.errors import RecordingError
 from fabric_init.recording.late_ops import LateOps
 from fabric_init.recording.late_recorder import LateRecorder
@@ -32,13 +29,7 @@ from fabric_init.recording.later_calls import HANDLERS
 from fabric_init.recording.liveness import covers
 from fabric_init.recording.meta_kernels import tensors_in
 from fabric_init.recording.replay import real_execution
-from fabric_init.recording.tensor import (
-    RecordedTensor,
-    place_ref,
-    recorded,
-    recorded_tensor,
-    whole_storage,
-)
+from fabric_init.recording.tensor import RecordedTensor, place_ref, recorded, recorded_tensor, whole_storage
 from fabric_init.recording.tracing import is_faked, is_jit_traced, is_traced
 
 MSG_JIT_TRACE = (

@@ -27,25 +27,14 @@ from fabric_init.recording.meta_kernels import (
     tensors_in,
     written_tensors,
 )
-from fabric_init.recording.op_schemas import (
-    asks_shape_only,
-    only_copies,
-    traits,
-)
+from fabric_init.recording.op_schemas import asks_shape_only, only_copies, traits
 from fabric_init.recording.replay import real_execution
 from fabric_init.recording.rng import Streams, generator_kept
 from fabric_init.recording.storage import RecordedStorage
 from fabric_init.recording.storage_tags import Recorded
 from fabric_init.recording.tape import Tape
 from fabric_init.recording.tape_writer import Shards, TapeWriter
-from fabric_init.recording.tensor import (
-    ASKS_DEVICE,
-    RecordedTensor,
-    follow_meta,
-    may_change,
-    meta_of,
-    recorded_tensor,
-)
+from fabric_init.recording.tensor import ASKS_DEVICE, RecordedTensor, follow_meta, may_change, meta_of, recorded_tensor
 from fabric_init.recording.wrappers import is_recorded_shard, is_sharded, is_sharded_class, is_wrapper_class
 
 _COLLECTIVES = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"})

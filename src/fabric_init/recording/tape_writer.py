@@ -11,29 +11,13 @@ import torch
 from fabric_init._torch_internals import DisableTorchDispatch, OpOverload
 from fabric_init.errors import RecordingError
 from fabric_init.recording.call_site import caller
-from fabric_init.recording.meta_kernels import (
-    dense,
-    like_on_meta,
-    map_tensors,
-    tensors_in,
-)
-from fabric_init.recording.op_schemas import (
-    DRAWS_FROM_DEFAULT,
-    INIT_FUNCTIONS,
-    Func,
-    is_random,
-    traits,
-)
+from fabric_init.recording.meta_kernels import dense, like_on_meta, map_tensors, tensors_in
+from fabric_init.recording.op_schemas import DRAWS_FROM_DEFAULT, INIT_FUNCTIONS, Func, is_random, traits
 from fabric_init.recording.replay import real_execution, storage_now, view
 from fabric_init.recording.rng import Streams
 from fabric_init.recording.storage_tags import Recorded, begin, ref_of
 from fabric_init.recording.tape import Draw, Tape, TensorRef
-from fabric_init.recording.tensor import (
-    meta_of,
-    place_ref,
-    recorded,
-    recorded_tensor,
-)
+from fabric_init.recording.tensor import meta_of, place_ref, recorded, recorded_tensor
 from fabric_init.recording.wrappers import is_recorded_shard
 
 _CPU = torch.device("cpu")
