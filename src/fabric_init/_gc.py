@@ -1,7 +1,8 @@
 """Python's cyclic garbage collector rests while a model is built or filled.
 
 Thousands of objects come to life there, and all of them stay: looking for garbage among them finds none, and with a
-large program loaded one full pass takes longer than recording a model of a billion parameters.
+large program loaded one full pass takes longer than recording a model of a billion parameters. Nor is it looked for
+as soon as the collector works again: what has come to life is old by then, as if passes had found it in use.
 """
 
 from __future__ import annotations
@@ -24,4 +25,7 @@ class PausedCollector:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._was_enabled:
+            if not gc.get_freeze_count():  # what the user has frozen stays so
+                gc.freeze()
+                gc.unfreeze()  # into the oldest generation
             gc.enable()

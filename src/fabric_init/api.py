@@ -27,6 +27,7 @@ from fabric_init.planning.loading.converted import Convert
 from fabric_init.planning.options import load_options
 from fabric_init.planning.placement import WholeTensors
 from fabric_init.planning.source import Source
+from fabric_init.planning.tensors import Walk
 from fabric_init.recording.built_modules import BuiltModules, refuse_scripted
 from fabric_init.recording.mode import active, recorded_build
 from fabric_init.recording.tape import Rng, Tape, check_rng, now
@@ -233,19 +234,20 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
             with suppress(RecordingError):
                 _hold_recorded(built.roots(), shards, tape, start)
             raise
-        models = built.roots()
-        _hold_recorded(models, shards, tape, start)
-        refuse_scripted(models)
+        for walk in _hold_recorded(built.roots(), shards, tape, start):
+            refuse_scripted(walk.once)
 
 
-def _hold_recorded(models: list[nn.Module], shards: ShardsInBlock, tape: Tape, start: int) -> None:
+def _hold_recorded(models: list[nn.Module], shards: ShardsInBlock, tape: Tape, start: int) -> list[Walk]:
     """Let ``models`` wait for values, and again what a block since ``start`` has written of models of earlier ones."""
+    walks = [Walk(model) for model in models]
     earlier = [model for owners in tape.later.owners if (model := owners.model()) is not None and model not in models]
     tape.later.waiting.begin_again(start)
-    with shards.handed_over(models, earlier) as held:
+    with shards.handed_over(walks, earlier) as held:
         for model in held:
             hold(model, "fabric_init.materialize(model) gives it memory and values: call that first.")
             watch_loads(model, initialize_possible)
+    return walks
 
 
 def init_missing(model: nn.Module, *, process_group: dist.ProcessGroup | Literal[False] | None = None) -> None:

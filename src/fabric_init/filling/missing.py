@@ -36,9 +36,8 @@ from fabric_init.planning.validation import check_all_have_values
 from fabric_init.recording.liveness import computed_from, covers, never_written
 from fabric_init.recording.recompute import reads_any, recompute
 from fabric_init.recording.replay import view
-from fabric_init.recording.storage_tags import ref_of
 from fabric_init.recording.tape import Tape, TensorRef
-from fabric_init.recording.tensor import become, meta_of, recorded
+from fabric_init.recording.tensor import become, place_ref, recorded
 from fabric_init.recording.wrappers import is_wrapper
 from fabric_init.sharding.dtensor import ShardedTensors, local
 from fabric_init.sharding.plain import seen_plain, wraps
@@ -215,7 +214,7 @@ def recompute_from_loaded(model: nn.Module, tensors: Iterable[Tensor]) -> None:
     for found, tensor in waiting:
         if reads_any(found.tape, found.storage, loaded.keys()):
             instead = {storage: other for storage, other in loaded.items() if other != storage}
-            recompute(found.tape, ref_of(meta_of(tensor), found.storage), loaded.keys(), instead)
+            recompute(found.tape, place_ref(tensor, found.storage), loaded.keys(), instead)
 
 
 _Source = tuple[TensorRef, Tensor]

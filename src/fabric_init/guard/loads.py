@@ -45,16 +45,37 @@ class _Current(threading.local):
 _current = _Current()
 
 
-def watch_loads(model: nn.Module, complete: Complete) -> None:
+class _BeforeLoad:
+    """The hook before a load, of one module: torch calls this kind without the module that it is of."""
+
+    __slots__ = ("_module",)
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    def __call__(self, *arguments: Any) -> None:
+        module = self._module()
+        assert module is not None
+        _before_load(module, *arguments)
+
+    def __reduce__(self) -> Any:
+        return _BeforeLoad, (self._module(),)  # a copy is the hook of the copied module
+
+
+def watch_loads(model: Walked, complete: Complete) -> None:
     """Let ``load_state_dict`` of ``model``, or of modules in it, complete what it did not bring."""
-    for module in model.modules():
-        worth_it = module._modules or takes_extra_state(module) or any(True for _ in own_tensors(module))
-        if (
-            worth_it and _COMPLETE not in vars(module) and not isinstance(module, torch.jit.ScriptModule)
-        ):  # takes no hooks
-            vars(module)[_COMPLETE] = complete
-            module.register_load_state_dict_pre_hook(_before_load)
-            module.register_load_state_dict_post_hook(_after_load)
+    for _, module in walked(model).once:
+        worth_it = module._modules or module._parameters or module._buffers or takes_extra_state(module)
+        attributes = vars(module)
+        if worth_it and _COMPLETE not in attributes and not isinstance(module, torch.jit.ScriptModule):  # no hooks
+            attributes[_COMPLETE] = complete
+            for table, hook in zip(_hooks(module), (_BeforeLoad(module), _after_load), strict=True):
+                table[_COMPLETE] = hook  # as torch does, at a tenth of the cost
+
+
+def _hooks(module: nn.Module) -> tuple[Any, Any]:
+    """Return the tables of the hooks of a module that run before and after a load, by keys that nobody reads."""
+    return module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks
 
 
 def unwatch_loads(model: Walked, running: Any = None) -> None:
@@ -65,17 +86,12 @@ def unwatch_loads(model: Walked, running: Any = None) -> None:
     for _, module in walked(model).once:
         if _COMPLETE not in vars(module):
             continue
-        tables: tuple[Any, ...] = (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks)
-        if any(table is running and not _is_ours(table[next(reversed(table))]) for table in tables):
+        tables = _hooks(module)
+        if any(table is running and next(reversed(table)) != _COMPLETE for table in tables):
             continue
         del vars(module)[_COMPLETE]
         for table in tables:
-            for key in [key for key, hook in table.items() if _is_ours(hook)]:
-                del table[key]
-
-
-def _is_ours(hook: Any) -> bool:
-    return getattr(hook, "hook", hook) in (_before_load, _after_load)  # torch keeps a pre-hook in a wrapper
+            table.pop(_COMPLETE, None)
 
 
 def _before_load(

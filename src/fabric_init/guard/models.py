@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import NoReturn
 
 import torch
@@ -15,12 +16,20 @@ from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import RecordingError, UninitializedTensorError
 from fabric_init.guard.expected_load import expected_load
 from fabric_init.planning.placement import Placement, WholeTensors
-from fabric_init.planning.tensors import TensorInfo, Walked, find_tensors, named_tensors, registered_tensors, walked
+from fabric_init.planning.tensors import (
+    TensorInfo,
+    Walk,
+    Walked,
+    find_tensors,
+    named_tensors,
+    registered_tensors,
+    walked,
+)
 from fabric_init.recording.later import MSG_JIT_TRACE, Later
 from fabric_init.recording.liveness import never_written
 from fabric_init.recording.rng import own_init_runs
-from fabric_init.recording.storage_tags import Recorded, ref_of
-from fabric_init.recording.tensor import RecordedTensor, become, claim, give_lazy_memory, meta_of, recorded
+from fabric_init.recording.storage_tags import Recorded
+from fabric_init.recording.tensor import RecordedTensor, become, claim, give_lazy_memory, place_ref, recorded
 from fabric_init.recording.tracing import is_jit_traced
 from fabric_init.recording.waiting import THREE_WAYS, Waiting, uninitialized
 from fabric_init.recording.wrappers import recorded_parts
@@ -33,7 +42,7 @@ _BROKEN = "_fabric_init_broken"
 
 
 def hold(
-    model: nn.Module, fix: str = THREE_WAYS, *, gives_memory: bool = True, placement: Placement | None = None
+    model: Walked, fix: str = THREE_WAYS, *, gives_memory: bool = True, placement: Placement | None = None
 ) -> None:
     """Let all that ``state_dict`` holds of ``model`` wait for values from now on.
 
@@ -43,8 +52,8 @@ def hold(
         gives_memory: whether a tensor that is overwritten gets its memory at once.
         placement: how its strategy keeps tensors that get values; ``None`` if that is not known yet.
     """
-    laters: dict[int, Later] = {}
-    for name, kind, tensor in named_tensors(model):
+    walk, laters, cls = walked(model), dict[int, Later](), type(model.model if isinstance(model, Walk) else model)
+    for name, kind, tensor in named_tensors(walk):
         if not isinstance(tensor, RecordedTensor):
             with DisableTorchFunction(), torch.no_grad():
                 if is_lazy(tensor):
@@ -57,20 +66,20 @@ def hold(
                 continue
             later: Later = found.tape.later
             if kind in ("parameter", "buffer") and found.memory is None:
-                _let_wait(part, found, type(model).__name__, name, of_wrapper=part is not tensor)
+                _let_wait(part, found, cls.__name__, name, of_wrapper=part is not tensor)
             if id(later) not in laters:
                 laters[id(later)] = later
                 later.gives_memory, later.waiting.fix = gives_memory, fix
-                later.owners = [each for each in later.owners if each.model() is not model]
-                later.owners.append(Places(model, placement))
+                later.owners = [each for each in later.owners if each.model() is not walk.model]
+                later.owners.append(Places(walk, placement))
     if laters:
-        hold_forward(model)
+        hold_forward(walk.model)
 
 
 def _let_wait(part: RecordedTensor, found: Recorded, model: str, name: str, *, of_wrapper: bool) -> None:
     """Let a recorded tensor wait, and with one that a wrapper holds the plain one that it was made of."""
     waiting: Waiting = found.tape.later.waiting
-    waiting.begin(found.storage, model, name, None if of_wrapper else ref_of(meta_of(part), found.storage))
+    waiting.begin(found.storage, model, name, None if of_wrapper else place_ref(part, found.storage))
     plain = found.tape.made_of.get(found.storage) if of_wrapper else None
     if plain is not None:
         waiting.begin(plain.storage, model, name, plain)
@@ -79,23 +88,42 @@ def _let_wait(part: RecordedTensor, found: Recorded, model: str, name: str, *, o
 class Places:
     """Where the parameters and buffers of a model are, by recorded storage. Keeps nothing alive."""
 
-    def __init__(self, model: nn.Module, placement: Placement | None = None) -> None:
-        self._model = weakref.ref(model)
+    def __init__(self, walk: Walk, placement: Placement | None = None) -> None:
+        self._model = weakref.ref(walk.model)
         self._placement = placement
         self._infos: dict[int, TensorInfo] = {}
         if placement is not None and type(placement) is not WholeTensors:
-            self._infos = {info.ref.storage: info for info, _ in find_tensors(model) if info.ref is not None}
-        self._name = type(model).__name__
-        self._left: set[int] = set()
-        self._places: dict[int, list[tuple[weakref.ref[nn.Module], str]]] = {}
-        self._storages: dict[tuple[int, str], list[int]] = {}  # by id of the module, and name
-        for module in model.modules():
-            reference = weakref.ref(module)
-            for name, tensor in own_tensors(module):
-                for storage in {found.storage for part in recorded_parts(tensor) if (found := recorded(part))}:
-                    self._places.setdefault(storage, []).append((reference, name))
-                    self._storages.setdefault((id(module), name), []).append(storage)
-        self._left.update(self._places)
+            self._infos = {info.ref.storage: info for info, _ in find_tensors(walk) if info.ref is not None}
+        self._name = type(walk.model).__name__
+        self._all = [
+            (weakref.ref(module), name, storage)
+            for _, module in walk.once
+            for name, tensor in own_tensors(module)
+            for storage in _storages_of(tensor)
+        ]
+
+    # Most models are filled as a whole, and nobody asks where one tensor of theirs is.
+
+    @cached_property
+    def _places(self) -> dict[int, list[tuple[weakref.ref[nn.Module], str]]]:
+        """By storage."""
+        places: dict[int, list[tuple[weakref.ref[nn.Module], str]]] = {}
+        for reference, name, storage in self._all:
+            places.setdefault(storage, []).append((reference, name))
+        return places
+
+    @cached_property
+    def _storages(self) -> dict[tuple[int, str], list[int]]:
+        """By id of the module, and name."""
+        storages: dict[tuple[int, str], list[int]] = {}
+        for reference, name, storage in self._all:
+            storages.setdefault((id(reference()), name), []).append(storage)
+        return storages
+
+    @cached_property
+    def _left(self) -> set[int]:
+        """The storages that have no values yet."""
+        return set(self._places)
 
     def filled(self, storage: int, status: str) -> None:
         """Note that what was on ``storage`` has its values; a model that has all needs no hook any more."""
@@ -157,6 +185,10 @@ class Places:
         return self._name, names
 
 
+def _storages_of(tensor: Tensor) -> set[int]:
+    return {found.storage for part in recorded_parts(tensor) if (found := recorded(part)) is not None}
+
+
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters and buffers of ``module`` itself, with their names in it."""
     for table in (module._parameters, module._buffers):
@@ -206,7 +238,7 @@ def waits(tensor: Tensor) -> bool:
 def has_own_init(tensor: Tensor) -> bool:
     """Return whether the model's own code gives all of a recorded ``tensor`` a value."""
     both = [(part, found) for part in recorded_parts(tensor) if (found := recorded(part)) is not None]
-    return bool(both) and not any(never_written(its.tape, ref_of(meta_of(part), its.storage)) for part, its in both)
+    return bool(both) and not any(never_written(its.tape, place_ref(part, its.storage)) for part, its in both)
 
 
 def own_init_is_wanted(tensors: Iterable[Tensor]) -> None:

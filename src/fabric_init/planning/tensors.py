@@ -12,9 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.errors import RecordingError
-from fabric_init.recording.storage_tags import ref_of
 from fabric_init.recording.tape import Tape, TensorRef
-from fabric_init.recording.tensor import RecordedTensor, meta_of, recorded
+from fabric_init.recording.tensor import RecordedTensor, place_ref, recorded
 from fabric_init.recording.wrappers import inner_tensors, is_sharded, is_wrapper, recorded_parts
 
 Kind = Literal["parameter", "buffer", "non-persistent buffer", "attribute"]
@@ -226,7 +225,7 @@ def info_of(names: tuple[str, ...], kind: Kind, tensor: Tensor) -> TensorInfo | 
         tensor.size(),
         tensor.dtype,
         tensor.device if record is None else record.device,
-        None if record is None else ref_of(meta_of(tensor), record.storage),
+        None if record is None else place_ref(tensor, record.storage),
         record is None and not tensor.is_meta,
         tensor.requires_grad,
     )

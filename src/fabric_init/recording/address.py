@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from fabric_init._torch_internals import DisableTorchFunction
-from fabric_init.recording.storage_tags import Recorded, ref_of
-from fabric_init.recording.tensor import meta_of, recorded
+from fabric_init.recording.storage_tags import Recorded
+from fabric_init.recording.tensor import place_ref, recorded
 
 
 class Address:
@@ -65,5 +65,5 @@ def address_of(later: Any, tensor: Tensor) -> int | Address:
             return int(later.value(tensor, "be read").data_ptr())
         if not tensor.numel():
             return 0  # as torch
-        ref = ref_of(meta_of(tensor), found.storage)
+        ref = place_ref(tensor, found.storage)
         return Address(later, found, ref.offset * tensor.element_size())

@@ -74,35 +74,34 @@ class BuiltModules:
         pending, visited = list(seen), set()
         while pending:  # also through modules of an earlier block, whose submodules this block may have replaced
             module = pending.pop()
-            if id(module) not in visited:
-                visited.add(id(module))
-                for child in module._modules.values():
-                    if child is not None:
-                        child_ids.add(id(child))
-                        if id(child) not in visited:
-                            pending.append(child)
+            if id(module) in visited:
+                continue
+            visited.add(id(module))
+            if module._modules:
+                children = [child for child in module._modules.values() if child is not None]
+                child_ids.update(map(id, children))
+                pending += [child for child in children if id(child) not in visited]
         return [module for module in seen if id(module) not in child_ids]
 
 
-def refuse_scripted(models: Iterable[nn.Module]) -> None:
-    """Raise if a module in ``models`` was scripted or traced while its tensors had no values.
+def refuse_scripted(modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise if one of these ``modules`` of a model was scripted or traced while its tensors had no values.
 
     TorchScript keeps tensors of its own behind its modules, in whose places no values can be put.
 
     Raises:
         RecordingError: naming the submodule.
     """
-    for model in models:
-        for name, module in model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule) and any(
-                isinstance(tensor, RecordedTensor)
-                for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
-            ):
-                raise RecordingError(
-                    f"{name or 'the model'} ({module.original_name}) was scripted or traced with torch.jit in a "
-                    "recorded block, where its tensors have no values. Do that after the block, to the filled model: "
-                    f"{'model' if not name else 'model.' + name} = torch.jit.script(…)."
-                )
+    for name, module in modules:
+        if isinstance(module, torch.jit.ScriptModule) and any(
+            isinstance(tensor, RecordedTensor)
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        ):
+            raise RecordingError(
+                f"{name or 'the model'} ({module.original_name}) was scripted or traced with torch.jit in a recorded "
+                "block, where its tensors have no values. Do that after the block, to the filled model: "
+                f"{'model' if not name else 'model.' + name} = torch.jit.script(…)."
+            )
 
 
 def _without_kept(modules: list[nn.Module]) -> list[nn.Module]:

@@ -13,8 +13,7 @@ from torch import Tensor
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, default_device, parse_to
 from fabric_init.errors import RecordingError
 from fabric_init.recording.recorder import Recorder
-from fabric_init.recording.storage_tags import begin
-from fabric_init.recording.tensor import RecordedTensor, recorded, recorded_tensor
+from fabric_init.recording.tensor import RecordedTensor, new_tensor, recorded
 
 Handler = Callable[[Recorder, Any, tuple[Any, ...], dict[str, Any]], Any]
 """Replaces one function in a function mode: (recorder, function, args, kwargs) → the result."""
@@ -52,11 +51,10 @@ def _empty(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[st
         return on_device_by_name(recorder, func, args, {**kwargs, "device": device})
     if not _PLAIN_OPTIONS.issuperset(kwargs):
         return func(*args, **kwargs)
+    options = {**kwargs, "device": _META}
+    requires_grad = options.pop("requires_grad", False)
     with DisableTorchFunction(), DisableTorchDispatch():
-        requires_grad = kwargs.get("requires_grad", False)
-        tensor = func(*args, **{**kwargs, "device": _META, "requires_grad": False})
-        begin(tensor, recorder.tape, device)
-        return recorded_tensor(tensor, device, requires_grad)
+        return new_tensor(func(*args, **options), recorder.tape, device, requires_grad)
 
 
 def _filled(op: Any) -> Handler:
@@ -72,10 +70,11 @@ def _filled(op: Any) -> Handler:
             )
         with DisableTorchFunction(), DisableTorchDispatch():
             requires_grad = kwargs.get("requires_grad", False)
-            tensor = torch.empty(*args, **{**kwargs, "device": _META, "requires_grad": False})
-            ref = recorder.new_storage(tensor, device)
-            recorder.add(op, (tensor.size(),), {"dtype": tensor.dtype, "device": device}, (), (ref,), sys._getframe(2))
-            return recorded_tensor(tensor, device, requires_grad)
+            meta = torch.empty(*args, **{**kwargs, "device": _META, "requires_grad": False})
+            tensor = new_tensor(meta, recorder.tape, device, requires_grad)
+            options = {"dtype": meta.dtype, "device": device}
+            recorder.add(op, (meta.size(),), options, (), (recorder.ref(tensor),), sys._getframe(2))
+            return tensor
 
     return handler
 

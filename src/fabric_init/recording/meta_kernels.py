@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from fabric_init.recording.op_schemas import PLAIN_FACTORIES, traits
+from fabric_init.recording.tensor import RecordedTensor, follow_meta, meta_of, recorded, recorded_tensor
 
 META = torch.device("meta")
 
@@ -87,3 +88,44 @@ def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
         items = [map_tensors(item, change) for item in value]
         return type(value)(items) if type(value) in (list, tuple) else type(value)(*items)
     return value
+
+
+def run_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what an op returns on the meta tensors beside its arguments."""
+
+    def meta(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            value = meta_of(value)
+            return value if value.is_meta or value.dim() == 0 else like_on_meta(value)
+        if type(value) in (list, tuple):
+            return type(value)([meta(item) for item in value])
+        return value
+
+    if (shape := plain_shape(func, args)) is not None and kwargs.get("layout") in (None, torch.strided):
+        integers = traits(func).name == "aten::arange"
+        return torch.empty(shape, dtype=kwargs.get("dtype") or (torch.int64 if integers else None), device=META)
+    if traits(func).pointwise and (result := pointwise_result(func, args, kwargs)) is not None:
+        return result
+    kwargs = {name: meta(value) for name, value in kwargs.items() if name not in ("pin_memory", "generator")}
+    if traits(func).has_device:
+        kwargs["device"] = META
+    if traits(func).takes_generator:
+        kwargs["generator"] = None
+    result = func(*(meta(value) for value in args), **kwargs)
+    return map_tensors(result, lambda tensor: dense(tensor) if recorded(tensor) is None else tensor)
+
+
+def recorded_results(result: Any, tensors: Iterable[torch.Tensor]) -> Any:
+    """Return what an op on meta tensors has returned as recorded tensors; the ``tensors`` passed in stay themselves."""
+    passed = {id(meta_of(tensor)): tensor for tensor in tensors}
+
+    def wrapped(meta: torch.Tensor) -> torch.Tensor:
+        tensor = passed.get(id(meta))
+        if tensor is None:
+            recording = recorded(meta)
+            return meta if recording is None else recorded_tensor(meta, recording.device)
+        if isinstance(tensor, RecordedTensor) and (meta.size() != tensor.size() or meta.stride() != tensor.stride()):
+            follow_meta(tensor)
+        return tensor
+
+    return map_tensors(result, wrapped)

@@ -22,7 +22,6 @@ from typing_extensions import Self
 
 from fabric_init import _log
 from fabric_init._torch_internals import (
-    DisableTorchDispatch,
     DisableTorchFunction,
     DisableTorchFunctionSubclass,
     get_current_function_mode_stack,
@@ -34,18 +33,17 @@ from fabric_init.recording.device_queries import Handler
 from fabric_init.recording.later import Later
 from fabric_init.recording.later_calls import asks_for_values, take_own_part
 from fabric_init.recording.op_schemas import INIT_FUNCTIONS
-from fabric_init.recording.recorder import Recorder, Shards
+from fabric_init.recording.recorder import Recorder
 from fabric_init.recording.replay import real_execution
 from fabric_init.recording.tape import Rng, Tape, check_rng
-from fabric_init.recording.tensor import RecordedTensor, claim_all, recorded, recorded_class, recorded_tensor
+from fabric_init.recording.tape_writer import Shards
+from fabric_init.recording.tensor import RecordedTensor, claim_all, recorded
 
 # The init functions that call a function mode; the others are found by their frame on the stack.
 _INIT_WITH_MODE: dict[str, Any] = {
     name: INIT_FUNCTIONS[name] for name in ("uniform_", "normal_", "constant_", "kaiming_uniform_")
 }
 _RECORDED_ALONE = (RecordedTensor,)
-_ASKED_OF_EACH_PARAMETER = frozenset({Tensor.requires_grad_, Tensor.grad_fn.__get__})  # type: ignore[union-attr]
-_NEW_PARAMETER = torch.nn.Parameter.__new__.__code__
 _TRUNC_NORMAL = no_grad_trunc_normal_.__code__
 _logger = _log.channel("record")
 
@@ -100,11 +98,7 @@ class RecordMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if types == _RECORDED_ALONE:
-            if func in _ASKED_OF_EACH_PARAMETER and not kwargs:
-                with DisableTorchFunctionSubclass():
-                    return func(*args)
-        elif types and not all(issubclass(kind, Tensor) for kind in types):
+        if types and types != _RECORDED_ALONE and not all(issubclass(kind, Tensor) for kind in types):
             return func(*args, **(kwargs or {}))  # a proxy of torch.fx, say, which has an answer of its own
         if self.tape.has_plain:
             with real_execution():
@@ -147,11 +141,11 @@ def _init_function(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs:
 
 
 def _recordable(func: Any, tensor: Tensor) -> bool:
-    return tensor.numel() > 0 and (
-        tensor.dim() >= 2
-        if func is torch.nn.init.kaiming_uniform_
-        else tensor.is_floating_point() or tensor.is_complex()
-    )
+    if not tensor.numel():
+        return False
+    if func is torch.nn.init.kaiming_uniform_:
+        return tensor.dim() >= 2
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _is_meta(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -169,24 +163,9 @@ def _is_meta(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[
     return False
 
 
-def _detach(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What ``nn.Parameter`` asks of each tensor first, hence this shortcut past the dispatcher."""
-    tensor = args[0]
-    with DisableTorchFunction():
-        if not isinstance(tensor, RecordedTensor) or tensor.grad_fn is not None:
-            return func(*args, **kwargs)  # type: ignore[no-any-return]
-        with DisableTorchDispatch():
-            detached = recorded_tensor(tensor._meta.detach(), tensor._claimed)
-        asking = sys._getframe(2)
-        if asking.f_code is _NEW_PARAMETER and (own := asking.f_locals["cls"]) is not torch.nn.Parameter:
-            tensor.__class__ = detached.__class__ = recorded_class(own)  # type: ignore[assignment]  # torch wants both to be of one class
-        return detached
-
-
 _HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys(_INIT_WITH_MODE.values(), _init_function),
     Tensor.is_meta.__get__: _is_meta,  # type: ignore[attr-defined]
-    Tensor.detach: _detach,
     **device_queries.HANDLERS,
     **escapes.HANDLERS,
 }

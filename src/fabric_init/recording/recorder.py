@@ -6,46 +6,37 @@ Which op is recorded and which runs for real is laid down in [Note: what is reco
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FrameType, TracebackType
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any
 
 import torch
 from typing_extensions import Self
 
-from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, OpOverload, TorchDispatchMode
+from fabric_init._torch_internals import DisableTorchFunction, TorchDispatchMode
 from fabric_init.errors import RecordingError
-from fabric_init.recording.call_site import caller, init_call
+from fabric_init.recording.call_site import init_call
 from fabric_init.recording.meta_kernels import (
     META,
-    dense,
     is_dense,
     like_on_meta,
     map_tensors,
-    plain_shape,
-    pointwise_result,
+    recorded_results,
+    run_on_meta,
     tensors_in,
     written_tensors,
 )
-from fabric_init.recording.op_schemas import (
-    DRAWS_FROM_DEFAULT,
-    INIT_FUNCTIONS,
-    Func,
-    asks_shape_only,
-    is_random,
-    only_copies,
-    traits,
-)
-from fabric_init.recording.replay import real_execution, storage_now, view
-from fabric_init.recording.rng import Streams
+from fabric_init.recording.op_schemas import asks_shape_only, only_copies, traits
+from fabric_init.recording.replay import real_execution
+from fabric_init.recording.rng import Streams, generator_kept
 from fabric_init.recording.storage import RecordedStorage
-from fabric_init.recording.storage_tags import Recorded, begin, ref_of
-from fabric_init.recording.tape import Draw, Tape, TensorRef
-from fabric_init.recording.tensor import ASKS_DEVICE, RecordedTensor, follow_meta, meta_of, recorded, recorded_tensor
-from fabric_init.recording.wrappers import is_sharded, is_sharded_class, is_wrapper_class
+from fabric_init.recording.storage_tags import Recorded
+from fabric_init.recording.tape import Tape
+from fabric_init.recording.tape_writer import Shards, TapeWriter
+from fabric_init.recording.tensor import ASKS_DEVICE, RecordedTensor, follow_meta, may_change, meta_of, recorded_tensor
+from fabric_init.recording.wrappers import is_recorded_shard, is_sharded, is_sharded_class, is_wrapper_class
 
-_CPU = torch.device("cpu")
 _COLLECTIVES = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"})
 
 MSG_SHARDED = (
@@ -54,27 +45,7 @@ MSG_SHARDED = (
 )
 
 
-class Shards(Protocol):
-    """Knows the whole tensor behind each DTensor that is made in a block. See [Note: sharding in the block]."""
-
-    def whole(self, recorder: Recorder, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the whole recorded tensor that the DTensor ``tensor`` is a part of, to be read and written."""
-        ...
-
-    def alias(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return another DTensor on the same memory."""
-        ...
-
-    def like(self, recorder: Recorder, tensor: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-        """Return a new DTensor that is sharded as ``tensor`` is, a part of the recorded ``whole``."""
-        ...
-
-    def refresh(self, tape: Tape, storage: int) -> None:
-        """Let a shard on ``storage``, which is about to be used by itself, have what its whole tensor holds by now."""
-        ...
-
-
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode, TapeWriter):
     """Dispatch mode that writes one tape.
 
     Args:
@@ -92,17 +63,12 @@ class Recorder(TorchDispatchMode):
         skips_init: bool = False,
         shards: Shards | None = None,
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.tape = tape
-        self.shards = shards
-        self.exact = tape.rng == "eager"
+        TorchDispatchMode.__init__(self)
+        TapeWriter.__init__(self, tape, shards)
         self._agree = agree
         self._skips_init = skips_init
-        self.streams: Streams | None = None
         self._intended_device: torch.device | None = None  # a device that has to be named to torch as meta
         self.recognizes_init_calls = True
-        self.own_init_counts = False  # load code runs: what waits for a load has the values of its own init until then
-        self._running_init: FrameType | None = None  # the init function that is recorded already, while its ops come in
 
     def __repr__(self) -> str:
         return f"<Recorder: {self.tape.summary()}>"
@@ -148,7 +114,7 @@ class Recorder(TorchDispatchMode):
         finally:
             self._intended_device = before
 
-    # -- ops ---------------------------------------------------------------------------------------------------------
+    # -- ops -----------------------------------------------------------------------------------------------------------
 
     def record_op(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         op_traits = traits(func)
@@ -191,8 +157,10 @@ class Recorder(TorchDispatchMode):
         init_frame = init_call(frame) if self.recognizes_init_calls and (recordings or op_traits.has_device) else None
         if init_frame is not None:
             self.record_init_frame(init_frame)
+        for tensor in written:
+            may_change(tensor)
         try:
-            result = self._on_meta(func, args, kwargs)
+            result = run_on_meta(func, args, kwargs)
         except (NotImplementedError, RuntimeError):  # if the op itself is wrong, torch raises again on true values
             return self._with_true_values(func, args, kwargs, recordings)
         if not all(is_dense(tensor) for tensor in tensors_in((result,))):
@@ -201,7 +169,7 @@ class Recorder(TorchDispatchMode):
                 return func(*self._real(args), **self._real(kwargs))
         if init_frame is None or init_frame is not self._running_init:  # else its ops are part of the recorded call
             self._record(func, args, kwargs, recordings, written, result, frame)
-        return self._wrapped(result, tensors, recordings, kwargs)
+        return recorded_results(result, tensors)
 
     def _views(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return views of a recorded tensor, which need no op of their own; ``None`` if ``args`` hold no such one."""
@@ -251,177 +219,7 @@ class Recorder(TorchDispatchMode):
 
         return map_tensors(result, shared_out)
 
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the whole tensor behind a DTensor that was recorded; any other tensor as it is."""
-        return self.shards.whole(self, tensor) if self.shards and is_recorded_shard(tensor) else tensor
-
-    def _record(
-        self,
-        func: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        recordings: list[Recorded],
-        written: list[torch.Tensor],
-        result: Any,
-        frame: FrameType | None,
-    ) -> None:
-        op_traits = traits(func)
-        if op_traits.changes_geometry and op_traits.name != "aten::resize_":
-            return
-        if op_traits.unfilled and not recordings:  # module.to_empty(device), for a module on meta
-            for tensor in tensors_in((result,)):
-                begin(tensor, self.tape, torch.device(kwargs.get("device") or _CPU))
-            return
-        inputs = self._refs(args), self._refs(kwargs)  # before the outputs have numbers: an op does not read its result
-        device = kwargs.get("device") or (recordings[0].device if recordings else _CPU)
-        outputs = tuple(
-            self.new_storage(tensor, torch.device(device))
-            for tensor in tensors_in((result,))
-            if self.lookup(tensor) is None
-        )
-        if op_traits.unfilled or not (outputs or written):
-            return
-        default_dtype = None
-        if outputs and outputs[0].dtype.is_floating_point and kwargs.get("dtype") is None:
-            if op_traits.takes_dtype and not recordings:
-                inputs[1]["dtype"] = outputs[0].dtype  # torch's default dtype may differ at replay
-            elif not any(t.is_floating_point() or t.is_complex() for t in tensors_in((args, kwargs.values()))):
-                default_dtype = torch.get_default_dtype()
-        targets = tuple(self.ref(tensor) for tensor in written)
-        if op_traits.name == "aten::resize_":
-            for tensor in written:
-                self._grow(tensor)
-        self.add(func, *inputs, targets, outputs, frame, default_dtype)
-
-    def add(
-        self,
-        func: Func,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        targets: tuple[TensorRef, ...],
-        outputs: tuple[TensorRef, ...],
-        frame: FrameType | None,
-        default_dtype: torch.dtype | None = None,
-    ) -> None:
-        """Write one op to the tape, with its position in the random streams. torch's modes must be off."""
-        if not is_random(func):
-            self.tape.add_op(func, args, kwargs, targets, outputs, None, caller(frame), default_dtype)
-            return
-        assert self.streams is not None
-        generator = kwargs.pop("generator", None)
-        streams = self.streams.of(generator)
-        draw: Draw = streams.draw()
-        number = self.tape.add_op(func, args, kwargs, targets, outputs, draw, caller(frame), default_dtype)
-        streams.drawn(number, by_init=not isinstance(func, OpOverload))
-
-    def add_init(self, func: Func, tensor: torch.Tensor, options: dict[str, Any], frame: FrameType | None) -> None:
-        """Write a whole ``torch.nn.init`` call to the tape."""
-        ref = self.ref(tensor)
-        if any(isinstance(value, torch.Tensor) for value in options.values()):  # plain PyTorch reads their values now
-            options = {name: self._real(v).item() if isinstance(v, torch.Tensor) else v for name, v in options.items()}
-        self.add(func, (ref,), options, (ref,), (), frame)
-
-    def record_init_frame(self, frame: FrameType) -> None:
-        """Record the running init function of ``frame`` as one op, with its arguments, unless that was done already."""
-        if frame is self._running_init:
-            return
-        self._running_init = None
-        values = dict(frame.f_locals)
-        code = frame.f_code
-        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        tensor = self.whole(values[names[0]])
-        if code.co_name in DRAWS_FROM_DEFAULT and values.get("generator") is not None:
-            return  # draws from two generators: its ops are recorded one by one
-        if isinstance(tensor, torch.Tensor) and self.lookup(tensor) is not None:
-            self.add_init(INIT_FUNCTIONS[code.co_name], tensor, {name: values[name] for name in names[1:]}, frame)
-            self._running_init = frame
-
-    # -- tensors -----------------------------------------------------------------------------------------------------
-
-    def lookup(self, tensor: torch.Tensor) -> Recorded | None:
-        """Return the recording of ``tensor``; join the tape of an earlier block to this one first."""
-        recording = recorded(tensor)
-        if recording is not None and recording.first_tape is not self.tape:
-            tape = recording.tape
-            if tape is not self.tape:
-                tape.join(self.tape)
-        if recording is not None and self.shards is not None:
-            self.shards.refresh(self.tape, recording.storage)
-        return recording
-
-    def ref(self, tensor: torch.Tensor) -> TensorRef:
-        recording = self.lookup(tensor)
-        assert recording is not None
-        return ref_of(meta_of(tensor), recording.storage)
-
-    def constant(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a new recorded tensor with the value of the real ``tensor``."""
-        with DisableTorchDispatch():
-            meta = dense(like_on_meta(tensor))
-        ref = self.new_storage(meta, tensor.device)
-        value = self.tape.add_constant(tensor)
-        self.tape.add_op(torch.ops.aten.clone.default, (value,), {}, (), (ref,), None, caller(sys._getframe(1)))
-        return recorded_tensor(meta, tensor.device)
-
-    def new_storage(self, tensor: torch.Tensor, device: torch.device) -> TensorRef:
-        """Start recording the storage of ``tensor``, meant for ``device``; return the reference to it."""
-        return ref_of(tensor, begin(tensor, self.tape, device))
-
-    def constant_value(self, value: torch.Tensor) -> torch.Tensor:
-        """What the tape holds of a real tensor that an op reads: its value at this moment."""
-        return value.detach().clone()
-
-    def _grow(self, tensor: torch.Tensor) -> None:
-        recording = self.lookup(tensor)
-        assert recording is not None
-        info = self.tape.storages[recording.storage]
-        self.tape.storages[recording.storage] = info._replace(nbytes=meta_of(tensor).untyped_storage().nbytes())
-
-    def _refs(self, value: Any) -> Any:
-        """Return ``value`` with tensors replaced by references and constants.
-
-        Raises:
-            RecordingError: A tensor is on meta and not recorded, so it has no values.
-        """
-        if isinstance(value, torch.Tensor):
-            if self.lookup(value) is not None:
-                return self.ref(value)
-            if value.is_meta:
-                raise RecordingError(
-                    f"A recorded op reads a meta tensor of shape {tuple(value.shape)} that has no values, because it "
-                    "was created outside this block. Create it inside the block, or on a real device."
-                )
-            with DisableTorchDispatch():
-                return self.tape.add_constant(self.constant_value(value))
-        if type(value) is dict:
-            return {name: self._refs(item) for name, item in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)([self._refs(item) for item in value])
-        return value
-
-    # -- running an op: on meta, on true values, on real tensors -----------------------------------------------------
-
-    def _on_meta(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        def meta(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                value = meta_of(value)
-                return value if value.is_meta or value.dim() == 0 else like_on_meta(value)
-            if type(value) in (list, tuple):
-                return type(value)([meta(item) for item in value])
-            return value
-
-        if (shape := plain_shape(func, args)) is not None and kwargs.get("layout") in (None, torch.strided):
-            integers = traits(func).name == "aten::arange"
-            return torch.empty(shape, dtype=kwargs.get("dtype") or (torch.int64 if integers else None), device=META)
-        if traits(func).pointwise and (result := pointwise_result(func, args, kwargs)) is not None:
-            return result
-        kwargs = {name: meta(value) for name, value in kwargs.items() if name not in ("pin_memory", "generator")}
-        if traits(func).has_device:
-            kwargs["device"] = META
-        if traits(func).takes_generator:
-            kwargs["generator"] = None
-        result = func(*(meta(value) for value in args), **kwargs)
-        return map_tensors(result, lambda tensor: dense(tensor) if recorded(tensor) is None else tensor)
+    # -- running an op: on true values, on real tensors ----------------------------------------------------------------
 
     def _with_memory(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An op on tensors of an earlier block that have their values: on real ones, from here on."""
@@ -443,7 +241,7 @@ class Recorder(TorchDispatchMode):
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], recordings: list[Recorded]
     ) -> Any:
         """Run ``func`` on the values that its arguments would have by now; tensors that come out are recorded."""
-        with real_execution(), _generator_kept(func, kwargs):  # a recorded draw is made by replay, not here
+        with real_execution(), generator_kept(func, kwargs):  # a recorded draw is made by replay, not here
             real = func(*self._real(args), **self._real(kwargs))
             if not written_tensors(func, args, kwargs):
                 self._note_look(func, args, kwargs)
@@ -451,27 +249,11 @@ class Recorder(TorchDispatchMode):
                 return real
             result = map_tensors(real, like_on_meta)
         self._record(func, args, kwargs, recordings, written_tensors(func, args, kwargs), result, sys._getframe(2))
-        return self._wrapped(result, (), recordings, kwargs)
-
-    def _wrapped(self, result: Any, tensors: Iterable[torch.Tensor], recordings: list[Recorded], kwargs: Any) -> Any:
-        """What an op on meta tensors has returned, as recorded tensors: those that were passed in stay themselves."""
-        passed = {id(meta_of(tensor)): tensor for tensor in tensors}
-
-        def wrapped(meta: torch.Tensor) -> torch.Tensor:
-            tensor = passed.get(id(meta))
-            if tensor is None:
-                recording = recorded(meta)
-                return meta if recording is None else recorded_tensor(meta, recording.device)
-            if isinstance(tensor, RecordedTensor) and (
-                meta.size() != tensor.size() or meta.stride() != tensor.stride()
-            ):
-                follow_meta(tensor)
-            return tensor
-
-        return map_tensors(result, wrapped)
+        return recorded_results(result, ())
 
     def _set_storage(self, args: tuple[Any, ...]) -> Any:
         """Run ``t.set_(storage, …)``, which is how ``torch.load`` builds tensors."""
+        may_change(args[0])
         if args[1].device.type == "meta" or isinstance(args[1], RecordedStorage):
             torch.ops.aten.set_.source_Storage_storage_offset(meta_of(args[0]), *args[1:])
             return self._followed(args[0])
@@ -503,51 +285,3 @@ class Recorder(TorchDispatchMode):
             return self.true_value(tensor) if original is None else original
 
         return map_tensors(result, real)
-
-    def _real(self, value: Any) -> Any:
-        return map_tensors(value, lambda tensor: tensor if recorded(tensor) is None else self.true_value(tensor))
-
-    def look_at(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the true value of ``tensor`` for Python to see, and note that on the tape."""
-        value = self.true_value(tensor)
-        self._note_look(None, (tensor,), {})
-        return value
-
-    def _note_look(self, func: Func | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.own_init_counts:
-            return
-        if func is None or is_random(func):
-            func, args, kwargs = None, tuple(t for t in tensors_in((args, kwargs.values())) if self.lookup(t)), {}
-        self.tape.add_look(func, self._refs(args), self._refs(kwargs), caller(sys._getframe(2)))
-
-    def true_value(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What the constructor would find in ``tensor`` at this point, as a real tensor. Replays that tensor alone."""
-        recording = self.lookup(tensor)
-        assert recording is not None
-        waits = not self.own_init_counts and self.tape.later.waiting.missing([recording.storage], declared_count=False)
-        if recording.memory is not None or waits:
-            value: torch.Tensor = self.tape.later.value(tensor, "be read")  # of an earlier block: it may wait
-            return value
-        memory, random = storage_now(self.tape, recording.storage, exact=self.exact)
-        if random:
-            self.tape.sealed_rng = self.tape.rng
-        with real_execution():
-            return view(memory, self.ref(tensor))
-
-
-def is_recorded_shard(tensor: Any) -> bool:
-    """Return whether ``tensor`` is a DTensor whose shard is recorded. Asking for the class would import DTensors."""
-    return isinstance(getattr(tensor, "_local_tensor", None), RecordedTensor)
-
-
-@contextmanager
-def _generator_kept(func: Any, kwargs: dict[str, Any]) -> Iterator[None]:
-    if not traits(func).random:
-        yield
-        return
-    generator = kwargs.get("generator") or torch.default_generator
-    before = generator.get_state()
-    try:
-        yield
-    finally:
-        generator.set_state(before)

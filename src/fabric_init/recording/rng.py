@@ -12,7 +12,7 @@ follow. No hook reports these calls, but all of them set the generator's seed. T
 - A stream that the constructor seeded, and every stream of a generator other than torch's default one, is *exact*:
   replay draws it in order, bit for bit, in both ``rng`` modes. For ``rng="per_op"`` the default stream is not exact:
   each op gets a generator seeded from the stream's seed and the op's position in it (:func:`derived_seed`), so dead
-  draws can be skipped and values do not depend on the order of replay. A large tensor has one for each chunk: chunks.py.
+  draws can be skipped and values do not depend on the order of replay. Large tensors have one a chunk: see chunks.py.
 - At the end of the block the default generator returns to its first state plus one draw, so that a second block
   differs from the first, and other generators get a fresh seed, so that they do not repeat the weights' numbers. A
   generator that the constructor itself has seeded last is not touched.
@@ -26,11 +26,14 @@ from __future__ import annotations
 import gc
 import hashlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from ctypes import string_at
+from typing import Any
 
 import torch
 
+from fabric_init.recording.op_schemas import traits
 from fabric_init.recording.tape import Draw, Stream, Tape
 
 _LAST_63_BITS = (1 << 63) - 1
@@ -197,3 +200,17 @@ class LateDraws:
 
     def drawn(self, number: int, *, by_init: bool) -> None:
         """Nothing follows in this stream."""
+
+
+@contextmanager
+def generator_kept(func: Any, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Context in which an op that draws random numbers leaves its generator where it is."""
+    if not traits(func).random:
+        yield
+        return
+    generator = kwargs.get("generator") or torch.default_generator
+    before = generator.get_state()
+    try:
+        yield
+    finally:
+        generator.set_state(before)

@@ -19,14 +19,17 @@ class Recorded:
 
     ``memory`` is where its values are, and at which byte, once they have come: tensors that nobody has turned into
     plain ones by then, such as views in a closure, find them there.
+
+    ``is_marked`` says whether the storage object has this attribute already.
     """
 
-    __slots__ = ("__weakref__", "first_tape", "memory", "storage")
+    __slots__ = ("__weakref__", "first_tape", "is_marked", "memory", "storage")
 
     def __init__(self, first_tape: Tape, storage: int) -> None:
         self.first_tape = first_tape
         self.storage = storage
         self.memory: tuple[torch.UntypedStorage, int] | None = None
+        self.is_marked = False
 
     @property
     def tape(self) -> Tape:
@@ -50,13 +53,25 @@ def recorded_storage(tensor: torch.Tensor) -> Recorded | None:
 
 def begin(tensor: torch.Tensor, tape: Tape, device: torch.device) -> int:
     """Start recording the storage of a new meta tensor, meant for ``device``; return its number on ``tape``."""
-    storage = tensor.untyped_storage()
-    number = tape.add_storage(storage.nbytes(), device)
+    record = begin_unmarked(tensor.untyped_storage().nbytes(), tape, device)
+    mark(tensor, record)
+    return record.storage
+
+
+def begin_unmarked(nbytes: int, tape: Tape, device: torch.device) -> Recorded:
+    """Start recording a storage that only one recorded tensor is on, which keeps what is returned."""
+    number = tape.add_storage(nbytes, device)
     record = Recorded(tape, number)
+    tape.records[number] = weakref.ref(record)
+    return record
+
+
+def mark(tensor: torch.Tensor, record: Recorded) -> None:
+    """Put the recording of a storage on it, which a plain meta ``tensor`` is on."""
+    storage = tensor.untyped_storage()
     storage._fabric_init = record  # type: ignore[attr-defined]
     storage.__class__ = RecordedStorage
-    tape.records[number] = weakref.ref(record)
-    return number
+    record.is_marked = True
 
 
 def ref_of(tensor: torch.Tensor, storage: int) -> TensorRef:
@@ -76,7 +91,5 @@ def tensor_on(tape: Tape, ref: TensorRef) -> torch.Tensor:
     """Return a plain meta tensor of the geometry ``ref`` on a recorded storage, of which no tensor need be left."""
     storage = torch.UntypedStorage(tape.storages[ref.storage].nbytes, device="meta")
     tensor = torch.empty(0, dtype=ref.dtype, device="meta").set_(storage, ref.offset, ref.size, ref.stride)
-    record = Recorded(tape, ref.storage)
-    tensor.untyped_storage()._fabric_init = record  # type: ignore[attr-defined]
-    tensor.untyped_storage().__class__ = RecordedStorage
+    mark(tensor, Recorded(tape, ref.storage))
     return tensor

@@ -9,7 +9,7 @@ hooks or without. Plain meta tensors do not have that property: ``matmul``, ``co
 take a meta operand beside a real one and return memory that nobody has written.
 
 Each has a plain meta tensor beside it, ``_meta``, on the same storage and of the same geometry: meta kernels run on
-that one, and the recording hangs on that storage (see :func:`~fabric_init.recording.tape.recorded`). When values come,
+that one, and the recording hangs on that storage (see :class:`~fabric_init.recording.place.Place`). When values come,
 the Python object stays, and becomes a plain tensor (:func:`become`), so optimizers and ties hold.
 """
 
@@ -34,7 +34,9 @@ from fabric_init._torch_internals import (
     swap_tensor_impl,
 )
 from fabric_init.errors import RecordingError
-from fabric_init.recording.storage_tags import Recorded, recorded_storage
+from fabric_init.recording.place import Place
+from fabric_init.recording.storage_tags import Recorded, begin_unmarked, recorded_storage, ref_of
+from fabric_init.recording.tape import Tape, TensorRef
 from fabric_init.recording.tracing import never_compiled, outside_tracing
 
 META = torch.device("meta")
@@ -42,7 +44,8 @@ ASKS_DEVICE = torch.ops.prim.device.default
 """How torch's own code asks a tensor that answers by itself for its device."""
 
 
-_OWN_ATTRIBUTES = frozenset({"_meta", "_claimed", "_is_param"})
+_NEW_PARAMETER = nn.Parameter.__new__.__code__
+_OWN_ATTRIBUTES = frozenset({"_place", "_is_param"})
 _attributes = vars(Tensor)["__dict__"].__get__
 """Returns all attributes of a tensor, those of ours as well."""
 _set_attributes = vars(Tensor)["__dict__"].__set__
@@ -53,8 +56,7 @@ _MAKES_SUBCLASS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 class RecordedTensor(Tensor):
     """A tensor that was recorded and has no values yet. Made by :func:`recorded_tensor`."""
 
-    _meta: Tensor
-    _claimed: torch.device
+    _place: Place
 
     def __new__(cls, data: Tensor, requires_grad: bool = True, **attributes: Any) -> Any:
         """Return a parameter: code that wants one like another calls ``type(p)(data, requires_grad, **p.__dict__)``."""
@@ -76,9 +78,61 @@ class RecordedTensor(Tensor):
         _set_attributes(self, attributes)
 
     @property
+    def _meta(self) -> Tensor:
+        return self._place.meta
+
+    @_meta.setter
+    def _meta(self, meta: Tensor) -> None:
+        self._place = Place(meta, self._place.device)
+
+    @property
+    def _claimed(self) -> torch.device:
+        return self._place.device
+
+    @_claimed.setter
+    def _claimed(self, device: torch.device) -> None:
+        self._place = Place(self._place.meta, device)
+
+    @property
     def device(self) -> torch.device:  # type: ignore[override]
         """The device that the tensor is meant for."""
-        return self._claimed
+        return self._place.device
+
+    # -- what a block asks of each parameter: answered here, since torch's modes cost more than the answers ------------
+
+    def detach(self) -> Tensor:
+        """Return another recorded tensor at the same place: ``nn.Parameter`` asks each tensor for it first."""
+        if not _later(self).block_is_open:
+            return super().detach()
+        with DisableTorchFunction():
+            if super().grad_fn is not None:
+                return super().detach()
+            with DisableTorchDispatch():
+                detached = _at(self._place)
+        asking = sys._getframe(1)
+        if asking.f_code is _NEW_PARAMETER and (own := asking.f_locals["cls"]) is not nn.Parameter:
+            self.__class__ = detached.__class__ = recorded_class(own)  # type: ignore[assignment]  # torch wants both to be of one class
+        return detached
+
+    def requires_grad_(self, requires_grad: bool = True) -> Tensor:
+        """What ``nn.Parameter`` asks next."""
+        if not _later(self).block_is_open:
+            return super().requires_grad_(requires_grad)
+        with DisableTorchFunction():
+            return super().requires_grad_(requires_grad)
+
+    @property
+    def grad_fn(self) -> Any:  # type: ignore[override]
+        """What a module asks a tensor that it registers."""
+        if not _later(self).block_is_open:
+            return super().grad_fn
+        with DisableTorchFunction():
+            return super().grad_fn
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Return the storage, which answers for itself as well from now on."""
+        _ = self._place.meta
+        return super().untyped_storage()
 
     @classmethod
     @never_compiled
@@ -132,11 +186,19 @@ class FormerTensor(RecordedTensor):
 
 def recorded_tensor(meta: Tensor, device: torch.device, requires_grad: bool = False) -> RecordedTensor:
     """Return a recorded tensor on the storage of ``meta``, of its geometry, that claims to be on ``device``."""
+    return _at(Place(meta, device), requires_grad)
+
+
+def new_tensor(meta: Tensor, tape: Tape, device: torch.device, requires_grad: bool = False) -> RecordedTensor:
+    """Return a recorded tensor on the storage of ``meta``, all of it, which is recorded on ``tape`` from now on."""
+    return _at(Place(meta, device, begin_unmarked(meta.nbytes, tape, device)), requires_grad)
+
+
+def _at(place: Place, requires_grad: bool = False) -> RecordedTensor:
     tensor: RecordedTensor = make_subclass(
-        RecordedTensor, meta, requires_grad, dispatch_device=True, device_for_backend_keys=device
+        RecordedTensor, place.unmarked, requires_grad, dispatch_device=True, device_for_backend_keys=place.device
     )
-    tensor._meta = meta
-    tensor._claimed = device
+    tensor._place = place
     return tensor
 
 
@@ -154,14 +216,24 @@ def meta_of(tensor: Tensor) -> Tensor:
 
 def recorded(tensor: Tensor) -> Recorded | None:
     """Return the recording behind ``tensor``, or ``None`` for any other tensor, real or meta."""
-    return recorded_storage(meta_of(tensor))
+    return tensor._place.recorded if isinstance(tensor, RecordedTensor) else recorded_storage(tensor)
+
+
+def place_ref(tensor: Tensor, storage: int) -> TensorRef:
+    """Return where ``tensor``, recorded or a plain meta one, is on recorded storage number ``storage``."""
+    return tensor._place.ref if isinstance(tensor, RecordedTensor) else ref_of(tensor, storage)
+
+
+def may_change(tensor: Tensor) -> None:
+    """Let an operator that is about to run change the geometry of ``tensor``; :func:`follow_meta` comes after it."""
+    if isinstance(tensor, RecordedTensor):
+        tensor._place = tensor._place.own()
 
 
 def follow_meta(tensor: RecordedTensor) -> None:
     """Take the storage and geometry that ``tensor._meta`` has by now: an operator changed them in place."""
-    other = recorded_tensor(tensor._meta, tensor._claimed)
-    other.requires_grad_(tensor.requires_grad)
-    swap_tensor_impl(tensor, other)
+    tensor._place = Place(tensor._meta, tensor._claimed)
+    swap_tensor_impl(tensor, _at(tensor._place, tensor.requires_grad))
 
 
 def become(tensor: Tensor, value: Tensor, *, alone: bool = False) -> None:
@@ -187,7 +259,7 @@ def become(tensor: Tensor, value: Tensor, *, alone: bool = False) -> None:
         if not alone and not value.is_meta:
             _note_memory(tensor, value)
         other.__class__ = FormerTensor
-        _attributes(other).update(_meta=tensor._meta, _claimed=tensor._claimed)
+        _attributes(other)["_place"] = tensor._place
         tensor.__class__ = class_of(tensor)  # type: ignore[assignment]
         for name in _OWN_ATTRIBUTES:  # last: another thread may be asking
             _attributes(tensor).pop(name, None)
@@ -283,13 +355,13 @@ def become_recorded(tensor: Tensor, meta: Tensor, device: torch.device) -> None:
     other = recorded_tensor(meta, device, tensor.requires_grad)
     swap_tensor_impl(tensor, other)
     tensor.__class__ = recorded_class(type(tensor))
-    _attributes(tensor).update(_meta=meta, _claimed=device)
+    _attributes(tensor)["_place"] = other._place
     if is_parameter:
         _attributes(tensor)["_is_param"] = True
 
 
 def _note_memory(tensor: RecordedTensor, value: Tensor) -> None:
-    found, meta = recorded_storage(tensor._meta), tensor._meta
+    found, meta = recorded(tensor), tensor._meta
     if found is None:
         return
     offset = (value.storage_offset() - meta.storage_offset()) * value.element_size()
@@ -326,7 +398,6 @@ def first_recorded(values: Any) -> RecordedTensor | None:
 
 def _later(tensor: RecordedTensor) -> Any:
     """Return what answers for ``tensor`` where no block is open."""
-    with DisableTorchFunction():
-        found = recorded_storage(tensor._meta)
+    found = tensor._place.recorded
     assert found is not None
     return found.tape.later

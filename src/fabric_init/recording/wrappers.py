@@ -14,8 +14,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 
 from fabric_init._torch_internals import DisableTorchFunction
-from fabric_init.recording.storage_tags import ref_of
-from fabric_init.recording.tensor import RecordedTensor, meta_of, recorded
+from fabric_init.recording.tensor import RecordedTensor, place_ref, recorded
 
 
 def is_wrapper_class(kind: type) -> bool:
@@ -72,14 +71,26 @@ def note_registered(tensor: Tensor, before: Tensor | None) -> None:
 
     If that is a wrapper, its inner tensors may have been made of what was there.
     """
+    if type(tensor) is RecordedTensor:  # nearly all
+        _note_storage(tensor)
+        return
     with DisableTorchFunction():
         if not is_wrapper(tensor):
-            found = recorded(tensor)
-            if found is not None:
-                found.tape.registered.add(found.storage)
+            _note_storage(tensor)
             return
         plain = None if before is None else recorded(before)
         for part in recorded_parts(tensor):
             inner = recorded(part)
             if inner is not None and before is not None and plain is not None:
-                inner.tape.made_of.setdefault(inner.storage, ref_of(meta_of(before), plain.storage))
+                inner.tape.made_of.setdefault(inner.storage, place_ref(before, plain.storage))
+
+
+def _note_storage(tensor: Tensor) -> None:
+    found = recorded(tensor)
+    if found is not None:
+        found.tape.registered.add(found.storage)
+
+
+def is_recorded_shard(tensor: Tensor) -> bool:
+    """Return whether ``tensor`` is a DTensor whose shard is recorded. Asking for the class would import DTensors."""
+    return type(tensor) is not RecordedTensor and isinstance(getattr(tensor, "_local_tensor", None), RecordedTensor)

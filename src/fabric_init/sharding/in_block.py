@@ -23,11 +23,13 @@ from fabric_init._dtensor_internals import TensorMeta
 from fabric_init._torch_internals import DisableTorchDispatch
 from fabric_init.checkpoints.region import Box
 from fabric_init.errors import RecordingError
-from fabric_init.recording.recorder import Recorder, is_recorded_shard
+from fabric_init.planning.tensors import Walk, Walked
 from fabric_init.recording.replay import real_execution
 from fabric_init.recording.storage_tags import begin, ref_of
 from fabric_init.recording.tape import Tape, TensorRef
+from fabric_init.recording.tape_writer import TapeWriter
 from fabric_init.recording.tensor import meta_of, recorded, recorded_tensor
+from fabric_init.recording.wrappers import is_recorded_shard
 from fabric_init.sharding.copies import nearest_whole
 from fabric_init.sharding.dtensor import region_of
 from fabric_init.sharding.places import places, plain_tensor, shown
@@ -72,7 +74,7 @@ class ShardsInBlock:
     def __init__(self) -> None:
         self._wholes: dict[int, _Whole] = {}
 
-    def whole(self, recorder: Recorder, tensor: Tensor) -> Tensor:
+    def whole(self, writer: TapeWriter, tensor: Tensor) -> Tensor:
         """Return the whole tensor of a DTensor, which the ops of the block write and read.
 
         Raises:
@@ -83,9 +85,9 @@ class ShardsInBlock:
         assert found is not None
         known = self._wholes.get(found.storage)
         if known is None:
-            ref, part = _origin(tensor, recorder)
-            known = self._note(recorder.tape, _copied(recorder.tape, ref, found.device, tensor.dtype), part, tensor)
-        elif _last_writer(recorder.tape, found.storage) != known.last_copy:
+            ref, part = _origin(tensor, writer)
+            known = self._note(writer.tape, _copied(writer.tape, ref, found.device, tensor.dtype), part, tensor)
+        elif _last_writer(writer.tape, found.storage) != known.last_copy:
             raise RecordingError(_MSG_CHANGED.format(shape=tuple(tensor.shape)))
         return known.tensor
 
@@ -96,12 +98,12 @@ class ShardsInBlock:
         with DisableTorchDispatch():
             return DTensor(recorded_tensor(local._meta.detach(), local._claimed), tensor._spec, requires_grad=False)
 
-    def like(self, recorder: Recorder, tensor: Tensor, whole: Tensor) -> Tensor:
+    def like(self, writer: TapeWriter, tensor: Tensor, whole: Tensor) -> Tensor:
         """Return a new DTensor that is sharded as ``tensor`` is, a part of the recorded ``whole``."""
         assert isinstance(tensor, DTensor)
-        found = recorder.lookup(whole)
+        found = writer.lookup(whole)
         assert found is not None
-        tape = recorder.tape
+        tape = writer.tape
         with real_execution():
             part = region_of(tensor)
             local = torch.empty(part.sizes, dtype=whole.dtype, device="meta")
@@ -132,7 +134,7 @@ class ShardsInBlock:
     # -- the end of the block ------------------------------------------------------------------------------------------
 
     @contextmanager
-    def handed_over(self, models: Iterable[nn.Module], earlier: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
+    def handed_over(self, models: Iterable[Walk], earlier: Iterable[nn.Module]) -> Iterator[list[Walked]]:
         """Context at the end of the block in which models hold the whole tensors of their recorded DTensors.
 
         What begins to wait for values there are these. Then the shards are copied from them.
@@ -147,7 +149,8 @@ class ShardsInBlock:
         Raises:
             RecordingError: A shard was written by itself, or is no part of one tensor.
         """
-        held, there = list(models), [place for model in models for place in places(model, is_recorded_shard)]
+        held: list[Walked] = list(models)
+        there = [place for model in models for place in places(model, is_recorded_shard)]
         for model in earlier:
             its = places(model, is_recorded_shard)
             if any(self._has(place.tensor) for place in its):
@@ -201,14 +204,14 @@ class ShardsInBlock:
         return plain_tensor(ref, found.tape, tensor), part
 
 
-def _origin(tensor: DTensor, recorder: Recorder | None) -> tuple[TensorRef, Box]:
+def _origin(tensor: DTensor, writer: TapeWriter | None) -> tuple[TensorRef, Box]:
     """Return the recorded tensor that ``tensor`` is a part of, and which part.
 
     Raises:
         RecordingError: There is none.
     """
     local = tensor._local_tensor
-    found = recorded(local) if recorder is None else recorder.lookup(local)  # which joins the tape of an earlier block
+    found = recorded(local) if writer is None else writer.lookup(local)  # which joins the tape of an earlier block
     assert found is not None
     origin = nearest_whole(found.tape, ref_of(meta_of(local), found.storage), tensor.shape)
     if origin is None and not local.numel():

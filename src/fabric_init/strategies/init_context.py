@@ -22,6 +22,7 @@ from fabric_init.guard.models import hold
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import LoadOptions
 from fabric_init.planning.source import Source
+from fabric_init.planning.tensors import named_modules
 from fabric_init.recording.built_modules import BuiltModules, refuse_scripted
 from fabric_init.recording.mode import RecordMode, active
 from fabric_init.strategies.fill_in_setup import bind
@@ -111,7 +112,8 @@ def _recorded(strategy: RecordingStrategy, source: Source | None, wanted: LoadOp
         models = built.roots()
         if not models and (reader is not None or recording.tape.storages):
             raise RecordingError("no module was built in this init_module block; build the model inside it")
-        refuse_scripted(models)
+        for model in models:
+            refuse_scripted(named_modules(model))
         if reader is not None:
             _one_model(models, reader)
         return models

@@ -20,7 +20,6 @@ from fabric_init.planning.loading.regions import Evaluation, copied_source, is_c
 from fabric_init.planning.loading.sources import Sources, recorded_on_sources
 from fabric_init.planning.tensors import named_modules, named_tensors
 from fabric_init.recording.recorder import Recorder
-from fabric_init.recording.storage_tags import ref_of
 from fabric_init.recording.tape import Rng, Tape, TensorRef
 from fabric_init.recording.tensor import (
     RecordedTensor,
@@ -28,6 +27,7 @@ from fabric_init.recording.tensor import (
     become_recorded,
     follow_meta,
     meta_of,
+    place_ref,
     recorded,
     recorded_tensor,
     whole_storage,
@@ -205,7 +205,7 @@ def _left_behind(model: nn.Module, moved: Iterable[_Moved], tape: Tape) -> dict[
                 continue  # a view of one of those, whose values it sees
             if found is None or found.memory is not None or found.tape is not tape:
                 continue
-            ref = ref_of(meta_of(tensor), found.storage)
+            ref = place_ref(tensor, found.storage)
             if before is None:
                 if kind != "attribute" or copied_source(tape, ref) is not None:
                     refs[name] = ref

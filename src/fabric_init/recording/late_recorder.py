@@ -1,0 +1,32 @@
+"""The recorder of ops that come after their block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fabric_init.recording.late_values import LateValues
+from fabric_init.recording.recorder import Recorder
+from fabric_init.recording.rng import LateStreams
+from fabric_init.recording.tape import Tape
+
+
+class LateRecorder(Recorder):
+    """Writes ops that come after the block to the tape. It is no active mode: ``Later`` calls it."""
+
+    def __init__(self, tape: Tape, later: LateValues) -> None:
+        super().__init__(tape)
+        self.later = later
+        self.streams = LateStreams(tape)  # type: ignore[assignment]
+        self.recognizes_init_calls = False
+
+    def true_value(self, tensor: Tensor) -> Tensor:
+        return self.later.value(tensor, "be read")
+
+    def _note_look(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note nothing: what is seen after the block is there already, and no load will bring other values."""
+
+    def constant_value(self, value: Tensor) -> Any:
+        loaded = not self.later.gives_memory and self.later.status == "loaded"
+        return self.later.kept.keep(value, by_reference=loaded)

@@ -1,0 +1,44 @@
+"""Where the tensors of living models are: what the guard of a model tells those that answer for its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class Owners(Protocol):
+    """Where the tensors of a living model are, by recorded storage."""
+
+    def model(self) -> nn.Module | None:
+        """Return the model, if it still lives."""
+        ...
+
+    def has(self, storage: int) -> bool:
+        """Return whether a tensor of the model was on ``storage``."""
+        ...
+
+    def now(self, storage: int) -> Iterator[Tensor]:
+        """Yield what is today where tensors on ``storage`` were."""
+        ...
+
+    def at(self, module: nn.Module, name: str) -> Iterator[int]:
+        """Yield the storages that the tensor ``name`` of ``module`` was on."""
+        ...
+
+    def recorded(self, storage: int) -> Iterator[Tensor]:
+        """Yield those of them that are still on ``storage``."""
+        ...
+
+    def filled(self, storage: int, status: str) -> None:
+        """Note that what was on ``storage`` has its values, and what it is reported as."""
+        ...
+
+    def put(self, storage: int, tensor: Tensor, value: Tensor) -> None:
+        """Give ``tensor``, which was on ``storage``, the memory of ``value``, or what its strategy keeps of that."""
+        ...
+
+    def unfilled(self) -> tuple[str, dict[int, str]]:
+        """Return the class of the model, and the names of its tensors that wait, by recorded storage."""
+        ...
