@@ -33,6 +33,7 @@ from fabric_init._torch_internals import (
     DisableTorchFunctionSubclass,
 )
 from fabric_init.errors import RecordingError, UninitializedTensorError
+from fabric_init.recording.built_modules import notice_copies
 from fabric_init.recording.call_site import caller
 from fabric_init.recording.kept_values import KeptValues
 from fabric_init.recording.later_calls import HANDLERS
@@ -266,6 +267,8 @@ class Later:
 
     def copy(self, tensor: RecordedTensor, memo: dict[Any, Any]) -> Tensor:
         """Return a deep copy, which waits if ``tensor`` does. Tensors that share memory have copies that share it."""
+        if self.block_is_open:
+            notice_copies(memo)
         with torch.no_grad():
             copied = self._copied(tensor, memo)
         if isinstance(tensor, nn.Parameter):
