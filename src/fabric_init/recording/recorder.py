@@ -19,6 +19,7 @@ from fabric_init.errors import RecordingError
 from fabric_init.recording.call_site import caller, init_call
 from fabric_init.recording.meta_kernels import (
     META,
+    column_major,
     dense,
     is_dense,
     like_on_meta,
@@ -420,7 +421,7 @@ class Recorder(TorchDispatchMode):
             kwargs["device"] = META
         if traits(func).takes_generator:
             kwargs["generator"] = None
-        result = func(*(meta(value) for value in args), **kwargs)
+        result = column_major(func, args, func(*(meta(value) for value in args), **kwargs))
         return map_tensors(result, lambda tensor: dense(tensor) if recorded(tensor) is None else tensor)
 
     def _with_memory(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
