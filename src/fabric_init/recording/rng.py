@@ -18,8 +18,9 @@ follow. No hook reports these calls, but all of them set the generator's seed. T
   follows from theirs, so that they do not repeat the weights' numbers. One that nothing was drawn from since the
   constructor has seeded it is not touched.
 - A block that skips initialization, as Lightning's ``empty_init=True`` does, leaves the default generator where it was
-  if nothing but ``torch.nn.init`` drew from it, or where the constructor has seeded it. The draw comes when the model's own init is asked for. A block that
-  starts from the same state before that has other numbers nevertheless (:func:`_apart`).
+  if nothing but ``torch.nn.init`` drew from it, or where the constructor has seeded it. The draw comes when the model's
+  own init is asked for. A block that starts from the same state before that has other numbers nevertheless
+  (:func:`_apart`).
 """
 
 from __future__ import annotations
