@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
-from fabric_init import deferred_init, materialize
+from fabric_init import CheckpointMismatchError, deferred_init, materialize, param_init_fn
 from fabric_init.filling.execute import prepare
 from fabric_init.filling.incremental import IncrementalFill
 from fabric_init.planning.placement import WholeTensors
@@ -59,3 +63,32 @@ def test_only_what_is_asked_for_has_memory_and_what_shares_it() -> None:
     assert model.seen.data_ptr() == model.left.bias.data_ptr()
     filling.finish()
     assert not any(is_recorded(value) for value in model.parameters())
+
+
+class Counts(nn.Module):
+    """Has load code that changes the module, and a constructor that decides by a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2, bias=False)
+        self.is_large = bool(self.layer.weight.max() > 10)
+        self.loads = 0
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.loads += 1
+        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+
+
+def test_what_fails_before_anything_is_filled_leaves_the_modules_as_they_were(tmp_path: Path) -> None:
+    large, small = tmp_path / "large.pt", tmp_path / "small.pt"
+    torch.save({"layer.weight": torch.full((2, 2), 20.0)}, large)
+    torch.save({"layer.weight": torch.ones(2, 2)}, small)
+    with deferred_init():
+        model = Counts()
+    with pytest.raises(CheckpointMismatchError, match="has looked at"), param_init_fn(model, checkpoint=large):
+        pass
+    assert model.loads == 0
+    with param_init_fn(model, checkpoint=small) as init:
+        init(model)
+    assert model.loads == 1
+    assert model.layer.weight.tolist() == [[1.0, 1.0]] * 2

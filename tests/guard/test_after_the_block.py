@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -92,6 +93,35 @@ def test_a_load_and_what_it_leaves_out_come_into_the_other_memory(fabric: Fabric
     assert model.steps.tolist() == [1] * 100
     assert model.second.weight is model.first.weight
     assert model(X).isfinite().all()
+
+
+def with_a_layer_from(model: nn.Module, first: nn.Linear) -> nn.Module:
+    """Put a layer made outside a block into ``model``, whose values are those of ``first``."""
+    made = nn.Linear(4, 4)
+    made.weight.data = first.weight.data  # the same memory
+    made.bias.data = first.bias.data * 2  # computed from what waits
+    model.add_module("made", made)
+    return model
+
+
+def test_data_that_waits_is_waited_for_by_a_parameter_that_had_values(fabric: Fabric) -> None:
+    model = build(fabric)
+    with_a_layer_from(model, model.first)
+    for use in (lambda: model(X), lambda: torch.save(model.state_dict(), io.BytesIO())):
+        with pytest.raises(UninitializedTensorError, match=r"\n  first\.weight\n"):
+            use()
+    fabric.init_missing(model)
+    assert model.made.weight.data_ptr() == model.first.weight.data_ptr()
+    assert torch.equal(model.made.bias, model.first.bias * 2)
+
+
+def test_data_that_waits_comes_with_a_load(fabric: Fabric) -> None:
+    model = build(fabric)
+    with_a_layer_from(model, model.first)
+    values = {name: torch.full(tensor.shape, 3, dtype=tensor.dtype) for name, tensor in model.state_dict().items()}
+    model.load_state_dict({name: value for name, value in values.items() if name != "made.weight"}, strict=False)
+    assert model.made.weight.tolist() == [[3.0] * 4] * 4
+    assert model.made.weight.data_ptr() == model.first.weight.data_ptr()
 
 
 def test_what_was_written_in_part_keeps_what_was_written(fabric: Fabric) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from fabric_init import Fabric, deferred_init
-from fabric_init.errors import RecordingError
+from fabric_init.errors import RecordingError, UninitializedTensorError
 from fabric_init.recording.built_modules import BuiltModules
 
 
@@ -72,6 +73,45 @@ def test_two_models_that_know_each_other_are_two(tmp_path: Path) -> None:
     ):
         student, teacher = Net(), Net()
         student.other, teacher.other = [teacher], [student]  # type: ignore[assignment]
+
+
+def copy_of_one_that_is_gone() -> list[nn.Module]:
+    return [copy.deepcopy(Net())]
+
+
+def copy_inside_a_model() -> list[nn.Module]:
+    return [nn.Sequential(copy.deepcopy(nn.Sequential(nn.ReLU(), Net())), nn.Linear(4, 4))]
+
+
+def model_and_its_copy() -> list[nn.Module]:
+    model = Net()
+    return [model, copy.deepcopy(model)]
+
+
+def copies_in_a_list() -> list[nn.Module]:
+    return list(copy.deepcopy([Net(), Net()]))
+
+
+COPIES = {copy_of_one_that_is_gone: 1, copy_inside_a_model: 1, model_and_its_copy: 1, copies_in_a_list: 2}
+
+
+@pytest.mark.parametrize("build", COPIES, ids=lambda build: build.__name__)
+def test_a_deep_copy_is_a_model_if_what_it_is_a_copy_of_is_gone(build: Callable[[], list[nn.Module]]) -> None:
+    with BuiltModules() as built, deferred_init():
+        made = build()
+    assert built.roots() == made[: COPIES[build]]
+
+
+def test_a_deep_copy_is_loaded_and_waits_for_that(tmp_path: Path) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    torch.save(Net().state_dict(), tmp_path / "net.pt")
+    with fabric.init_module(checkpoint=tmp_path / "net.pt"):
+        model = copy.deepcopy(Net())
+    assert torch.equal(model.body.weight, torch.load(tmp_path / "net.pt")["body.weight"])
+    with fabric.init_module(empty_init=True):
+        model = copy.deepcopy(Net())
+    with pytest.raises(UninitializedTensorError, match=r"  body\.weight"):
+        model.body(torch.ones(1, 4))
 
 
 def test_a_model_dropped_in_a_reference_cycle_does_not_count() -> None:

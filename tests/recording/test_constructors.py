@@ -651,6 +651,8 @@ def linear_algebra(s):
     s.b = torch.linalg.det(q).item()
     s.c = P(torch.linalg.inv(torch.eye(3) * 2))
     s.d = torch.linalg.eigh(torch.eye(3))[0]
+    s.e = P(torch.linalg.svd(torch.randn(2, 5, 3), full_matrices=False)[2])
+    s.f = torch.linalg.eig(torch.randn(3, 3)).eigenvectors
 
 
 @case

@@ -13,6 +13,7 @@ from fabric_init import Fabric, deferred_init
 from fabric_init.api import materialize
 from fabric_init.errors import RecordingError
 from fabric_init.recording.rng import derived_seed
+from fabric_init.recording.tape import Rng
 
 
 def build(make: Callable[[], list[torch.Tensor]], rng: str, seed: int = 0) -> list[torch.Tensor]:
@@ -118,6 +119,33 @@ def test_numbers_drawn_after_the_block_do_not_repeat_the_weights() -> None:
     assert not torch.equal(model.weight.detach(), later)
 
 
+@pytest.mark.parametrize("rng", ["per_op", "eager"])
+def test_a_seed_that_the_constructor_sets_holds_for_what_is_drawn_after_the_block(rng: Rng) -> None:
+    after, weights = [], []
+    for outer in (1, 2):
+        torch.manual_seed(outer)
+        model = nn.Module()
+        with deferred_init(rng=rng):
+            torch.manual_seed(5)
+            model.weight = nn.Parameter(torch.randn(6))
+        after.append(torch.randn(6))
+        materialize(model)
+        weights.append(model.weight.detach())
+    assert torch.equal(*after)
+    assert torch.equal(*weights)
+    assert not torch.equal(after[0], weights[0])
+
+
+def test_a_seed_in_a_fork_does_not_hold_after_the_block() -> None:
+    after = []
+    for outer in (1, 2):
+        torch.manual_seed(outer)
+        with deferred_init():
+            forked()
+        after.append(torch.randn(6))
+    assert not torch.equal(*after)
+
+
 def test_filling_leaves_the_default_stream_where_it_was() -> None:
     model = nn.Module()
     with deferred_init(rng="eager"):
@@ -138,21 +166,24 @@ def test_values_shown_in_one_mode_cannot_be_filled_in_the_other() -> None:
     materialize(model)
 
 
-def built(fabric: lightning.Fabric, seed: int | None = 0) -> nn.Sequential:
-    """A model that is built without init, from a seed or from where the generator is."""
+def built(fabric: lightning.Fabric, seed: int | None = 0, inner: int | None = None) -> nn.Sequential:
+    """A model that is built without init, from a seed, of the block too, or from where the generator is."""
     if seed is not None:
         torch.manual_seed(seed)
     with fabric.init_module(empty_init=True):
+        if inner is not None:
+            torch.manual_seed(inner)
         return nn.Sequential(nn.Linear(4, 8), nn.Embedding(3, 3), nn.Conv1d(2, 2, 1), nn.LSTM(2, 2), nn.Linear(8, 1))
 
 
 FABRIC = Fabric(accelerator="cpu", devices=1)
 
 
-def test_empty_init_leaves_torchs_generator_where_lightnings_leaves_it() -> None:
-    built(lightning.Fabric(accelerator="cpu", devices=1))
+@pytest.mark.parametrize("inner", [None, 7])
+def test_empty_init_leaves_torchs_generator_where_lightnings_leaves_it(inner: int | None) -> None:
+    built(lightning.Fabric(accelerator="cpu", devices=1), inner=inner)
     expected = torch.get_rng_state()
-    built(FABRIC)
+    built(FABRIC, inner=inner)
     assert torch.equal(torch.get_rng_state(), expected)
 
 

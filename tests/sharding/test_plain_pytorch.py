@@ -214,6 +214,24 @@ def test_init_missing_gives_a_head_that_was_not_loaded_the_values_of_rank_zero(p
     run_ranks(2, load_without_head, path=path)
 
 
+def write_without(names: list[str], path: Path) -> None:
+    for name in names:
+        model = start(seed=3 + rank_here())
+        block_by_block(model, world_size(), 0)
+        own = model.state_dict()
+        with torch.no_grad():
+            for key, value in distributed_like(model, path).items():
+                if key != name:
+                    local_part(own[key]).copy_(local_part(value))
+        init_missing(model)
+        wanted = {**gathered(one_device(checkpoint=path)), name: gathered(one_device())[name]}
+        assert_same(gathered(model), wanted)
+
+
+def test_init_missing_keeps_ranks_together_that_hold_nothing_of_what_was_not_written(path: Path) -> None:
+    run_ranks(2, write_without, names=["one", "blocks.0.up.weight"], path=path)
+
+
 def load_without(name: str, path: Path) -> str:
     model = start()
     block_by_block(model, world_size(), 0)

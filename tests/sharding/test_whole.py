@@ -67,6 +67,30 @@ def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> boo
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def doubled_data(layer: nn.Linear) -> None:
+    layer.weight.data = layer.weight.data * 2
+
+
+def other_parameter(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(layer.weight.detach() - 1)
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+@pytest.mark.parametrize("change", [doubled_data, other_parameter])
+def test_what_a_parameter_was_replaced_by_before_sharding_is_sharded(
+    change: Callable[[nn.Linear], None], is_loaded: bool, on_rank_one: None, path: Path
+) -> None:
+    whole, model = (recorded_model(Way(block_by_block)) for _ in range(2))
+    fill(whole, checkpoint=path if is_loaded else None)
+    if not is_loaded:
+        change(whole.blocks[0].up)
+    block_by_block(whole, WORLD, None)
+    change(model.blocks[0].up)
+    block_by_block(model, WORLD, None)
+    fill(model, checkpoint=path if is_loaded else None)
+    assert same(parts(model), parts(whole))
+
+
 def scaled(weight: DTensor) -> None:
     weight.mul_(2)
 

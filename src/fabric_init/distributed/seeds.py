@@ -9,23 +9,30 @@ from fabric_init.errors import RanksDisagreeError
 from fabric_init.recording.tape import Tape
 
 
-def share_seeds(tapes: Iterable[Tape], agreement: Agreement) -> None:
+def share_seeds(tapes: Iterable[Tape], agreement: Agreement, *, asked: bool = False) -> None:
     """Let the recorded random ops of ``tapes`` draw, on every rank, what they draw on the first rank of the group.
 
     Ranks are only asked if they may draw different numbers yet.
+
+    Args:
+        tapes: The tapes.
+        agreement: How the ranks keep in step.
+        asked: Whether other ranks ask, although this one may have no tape.
 
     Raises:
         RanksDisagreeError: The ranks have recorded different models, or the constructor has read random values that
             are not the same on every rank.
     """
     each_once = {tape.current() for tape in tapes}
-    if all(tape.shares_seed for tape in each_once):
+    if not asked and all(tape.shares_seed for tape in each_once):
         return
     in_order = sorted(each_once, key=lambda tape: min(tape.streams, default=0))
     mine = [[tape.streams[number] for number in sorted(tape.streams)] for tape in in_order]
     theirs = agreement.from_rank_zero(mine)
 
     def adopt() -> None:
+        if not mine:
+            return
         if [len(streams) for streams in mine] != [len(streams) for streams in theirs]:
             raise RanksDisagreeError(
                 "the constructor has not drawn from the same random generators on every rank. Build the same model on "

@@ -106,6 +106,8 @@ def filled_by_module(
 ) -> Iterator[Callable[[nn.Module], None]]:
     """Context in which what it yields fills all tensors under a module of the recorded ``model``; the rest at its end.
 
+    If it fails before anything is filled, the modules are as they were, and can be filled anew.
+
     Raises:
         FabricInitError: Anything that the user has to fix, on all ranks.
     """
@@ -115,12 +117,18 @@ def filled_by_module(
         return packed_and_made(planned(model, reader, wanted), model, WholeTensors())
 
     prepared = agreement.run_together("planning the initialization", plan, prepared_digest)
-    share_seeds(prepared.tapes.values(), agreement)
-    filling = IncrementalFill(prepared, WholeTensors())
-    with plain_meta(prepared):
-        filling.begin()
-        yield filling.fill_under
-        record = agreement.run_together("filling the model", filling.finish)
+    filling, begun = IncrementalFill(prepared, WholeTensors()), False
+    try:
+        share_seeds(prepared.tapes.values(), agreement)
+        with plain_meta(prepared):
+            filling.begin()
+            begun = True
+            yield filling.fill_under
+            record = agreement.run_together("filling the model", filling.finish)
+    except BaseException:
+        if not begun and prepared.undo is not None:  # later, parts of the model are FSDP's
+            prepared.undo()
+        raise
     unwatch_loads(model)
     release_forward(model)
     keep_record(model, record)

@@ -31,7 +31,7 @@ from fabric_init.guard.models import (
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.plan import Action, Plan, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan
-from fabric_init.planning.tensors import TensorInfo, find_tensors, named_tensors
+from fabric_init.planning.tensors import TensorInfo, find_tensors, named_tensors, registered_tensors
 from fabric_init.planning.validation import check_all_have_values
 from fabric_init.recording.liveness import computed_from, covers, never_written
 from fabric_init.recording.recompute import reads_any, recompute
@@ -41,7 +41,7 @@ from fabric_init.recording.tensor import become, place_ref, recorded
 from fabric_init.recording.wrappers import is_wrapper
 from fabric_init.sharding.dtensor import ShardedTensors, local
 from fabric_init.sharding.plain import seen_plain, wraps
-from fabric_init.sharding.whole import seen_whole
+from fabric_init.sharding.whole import let_empty_shards_wait, seen_whole
 
 
 def initialize_missing(model: nn.Module, otherwise: Callable[[], Agreement] = SingleProcess) -> None:
@@ -56,20 +56,23 @@ def initialize_missing(model: nn.Module, otherwise: Callable[[], Agreement] = Si
     """
     forget_expected_load(model)
     draw_for_own_init(model)
+    let_empty_shards_wait(model)
     agreement = ranks_of(model)
-    apart = _shards_without_one_seed(model)
     if agreement is None:
-        agreement = otherwise() if apart else SingleProcess()
-    share_seeds(apart, agreement)
+        is_sharded = any(isinstance(tensor, DTensor) for _, _, tensor in registered_tensors(model))
+        agreement = otherwise() if is_sharded else SingleProcess()
+    apart = _shards_without_one_seed(model)
+    names = agreement.from_all([name for name, tensor in apart if local(tensor).numel()])  # others may have no element
+    share_seeds({found.tape for _, tensor in apart if (found := recorded(local(tensor)))}, agreement, asked=bool(names))
     agreement.run_together("initializing what is missing", lambda: _initialize_all(model))
     release_forward(model)
     unwatch_loads(model)
 
 
-def _shards_without_one_seed(model: nn.Module) -> set[Tape]:
-    """Return the tapes of waiting DTensors of which the ranks may draw different numbers."""
-    found = [recorded(local(tensor)) for _, tensor in unfilled(model) if isinstance(tensor, DTensor)]
-    return {record.tape for record in found if record is not None and not record.tape.shares_seed}
+def _shards_without_one_seed(model: nn.Module) -> list[tuple[str, DTensor]]:
+    """Return the waiting DTensors of which the ranks may draw different numbers, with their names."""
+    waiting = [(name, tensor) for name, tensor in unfilled(model) if isinstance(tensor, DTensor)]
+    return [both for both in waiting if (found := recorded(local(both[1]))) and not found.tape.shares_seed]
 
 
 def run_replaced_init(model: nn.Module, planned: Collection[int] = ()) -> None:

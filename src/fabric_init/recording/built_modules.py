@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import weakref
 from collections.abc import Iterable
 from contextlib import ExitStack
 from types import CodeType, FrameType, FunctionType, ModuleType, TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,17 @@ from fabric_init.recording.wrappers import note_registered
 
 
 class BuiltModules:
-    """Context manager that collects the modules built in it by this thread, through torch's registration hooks."""
+    """Context manager that collects the modules built in it by this thread.
+
+    Those that their constructors build are found by torch's registration hooks; deep copies, which run no constructor,
+    by their tensors (:func:`notice_copies`).
+    """
+
+    open_ones: ClassVar[list[BuiltModules]] = []
 
     def __init__(self) -> None:
         self._seen: dict[int, weakref.ref[nn.Module]] = {}  # by id, in order, so that ranks agree
+        self._originals: dict[int, weakref.ref[nn.Module]] = {}  # of deep copies, by the id of the copy
         self._thread = threading.get_ident()
         self._hooks = ExitStack()
 
@@ -39,30 +47,44 @@ class BuiltModules:
             register_module_module_registration_hook,
         ):
             self._hooks.callback(register(self._notice).remove)
+        BuiltModules.open_ones.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        BuiltModules.open_ones.remove(self)
         self._hooks.close()
 
     def _notice(self, module: nn.Module, name: str, value: Any) -> None:
         if threading.get_ident() != self._thread:
             return
+        self._see(module)
+        if isinstance(value, Tensor):
+            note_registered(value, module._parameters.get(name))
+
+    def _see(self, module: nn.Module) -> None:
         known = self._seen.get(id(module))
         if known is None or known() is not module:
             self._seen.pop(id(module), None)  # of a module that is gone
             self._seen[id(module)] = weakref.ref(module)
-        if isinstance(value, Tensor):
-            note_registered(value, module._parameters.get(name))
+            self._originals.pop(id(module), None)
+
+    def notice_copy(self, copied: nn.Module, original: int) -> None:
+        """Notice a deep copy of the module whose id is ``original``."""
+        if threading.get_ident() == self._thread:
+            self._see(copied)
+            if original in self._seen:
+                self._originals[id(copied)] = self._seen[original]
 
     def roots(self) -> list[nn.Module]:
         """Return the models: modules that no other module of the block holds, registered or in a list, dict or object.
 
-        What a module only keeps in one of these is no part of its ``state_dict``, and no model of its own.
+        What a module only keeps in one of these is no part of its ``state_dict``, and no model of its own. Neither is a
+        deep copy of a module that is still there: it has the values of that one.
         """
         found = self._unregistered()
-        if len(found) > 1:
+        if len(found) > 1 or self._originals:
             del found
             gc.collect()  # a module that was built and dropped may live on in a reference cycle
             found = self._unregistered()
@@ -81,7 +103,24 @@ class BuiltModules:
                 children = [child for child in module._modules.values() if child is not None]
                 child_ids.update(map(id, children))
                 pending += [child for child in children if id(child) not in visited]
-        return [module for module in seen if id(module) not in child_ids]
+        copies = {copied for copied, original in self._originals.items() if original() is not None}
+        return [module for module in seen if id(module) not in child_ids and id(module) not in copies]
+
+
+def notice_copies(memo: dict[Any, Any]) -> None:
+    """Notice the modules that ``copy.deepcopy`` is making, which ``memo`` holds, while it copies a tensor of one.
+
+    Those that were there at the tensor before are known, or are held by others that are.
+    """
+    new = itertools.islice(reversed(memo.items()), len(memo) - memo.get(_COPIES_SEEN, 0))
+    copies = [(original, copied) for original, copied in new if isinstance(copied, nn.Module)]
+    for original, copied in reversed(copies):
+        for built in BuiltModules.open_ones:
+            built.notice_copy(copied, original)
+    memo[_COPIES_SEEN] = len(memo)
+
+
+_COPIES_SEEN = "fabric_init: how much of this memo was seen"
 
 
 def refuse_scripted(modules: Iterable[tuple[str, nn.Module]]) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fabric_init._torch_internals import DisableTorchFunction, DisableTorchFunctionSubclass
 from fabric_init.errors import RecordingError
+from fabric_init.recording.built_modules import notice_copies
 from fabric_init.recording.late_ops import LateOps
 from fabric_init.recording.late_recorder import LateRecorder
 from fabric_init.recording.later_calls import HANDLERS
@@ -83,6 +84,8 @@ class Later(LateOps):
 
     def copy(self, tensor: RecordedTensor, memo: dict[Any, Any]) -> Tensor:
         """Return a deep copy, which waits if ``tensor`` does. Tensors that share memory have copies that share it."""
+        if self.block_is_open:
+            notice_copies(memo)
         with torch.no_grad():
             copied = self._copied(tensor, memo)
         if isinstance(tensor, nn.Parameter):

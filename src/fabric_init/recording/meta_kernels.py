@@ -46,6 +46,22 @@ def pointwise_result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return torch.empty(torch.broadcast_shapes(*(t.size() for t in tensors)), dtype=probe.dtype, device=META)
 
 
+def column_major(func: Any, args: tuple[Any, ...], result: Any) -> Any:
+    """Return the ``result`` of a meta kernel with the matrix column by column that the kernel of the CPU puts so.
+
+    Meta kernels of decompositions know what CUDA does.
+    """
+    position = _BY_COLUMNS_ON_CPU.get(traits(func).name)
+    if position is None or args[0].device.type not in ("cpu", "meta"):
+        return result
+    values = list(result)
+    values[position] = torch.empty_like(values[position].mT.contiguous()).mT
+    return tuple(values)
+
+
+_BY_COLUMNS_ON_CPU = {"aten::_linalg_svd": 2, "aten::linalg_eig": 1}
+
+
 def plain_shape(func: Any, args: tuple[Any, ...]) -> Sequence[int] | None:
     """Return the shape of a factory's result if its arguments state it, else ``None``."""
     name = traits(func).name
@@ -111,7 +127,7 @@ def run_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         kwargs["device"] = META
     if traits(func).takes_generator:
         kwargs["generator"] = None
-    result = func(*(meta(value) for value in args), **kwargs)
+    result = column_major(func, args, func(*(meta(value) for value in args), **kwargs))
     return map_tensors(result, lambda tensor: dense(tensor) if recorded(tensor) is None else tensor)
 
 

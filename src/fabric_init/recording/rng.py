@@ -14,11 +14,13 @@ follow. No hook reports these calls, but all of them set the generator's seed. T
   each op gets a generator seeded from the stream's seed and the op's position in it (:func:`derived_seed`), so dead
   draws can be skipped and values do not depend on the order of replay. Large tensors have one a chunk: see chunks.py.
 - At the end of the block the default generator returns to its first state plus one draw, so that a second block
-  differs from the first, and other generators get a fresh seed, so that they do not repeat the weights' numbers. A
-  generator that the constructor itself has seeded last is not touched.
+  differs from the first. Other generators, and the default one if the constructor has seeded it, get a fresh seed that
+  follows from theirs, so that they do not repeat the weights' numbers. One that nothing was drawn from since the
+  constructor has seeded it is not touched.
 - A block that skips initialization, as Lightning's ``empty_init=True`` does, leaves the default generator where it was
-  if nothing but ``torch.nn.init`` drew from it. The draw comes when the model's own init is asked for. A block that
-  starts from the same state before that has other numbers nevertheless (:func:`_apart`).
+  if nothing but ``torch.nn.init`` drew from it, or where the constructor has seeded it. The draw comes when the model's
+  own init is asked for. A block that starts from the same state before that has other numbers nevertheless
+  (:func:`_apart`).
 """
 
 from __future__ import annotations
@@ -127,9 +129,10 @@ class _GeneratorStreams:
         self._next = Draw(self._next.stream, self._next.position + 1, number)
         self._mark()
 
-    def reseeded(self) -> bool:
-        """Return whether the generator's state is one that the constructor set."""
-        return self.generator.initial_seed() not in self._labels
+    def current(self) -> int | None:
+        """Return the stream that the generator is in; ``None`` if it was seeded and nothing was drawn since."""
+        position = self._labels.get(self.generator.initial_seed())
+        return None if position is None else position.stream
 
 
 class Streams:
@@ -152,22 +155,28 @@ class Streams:
         return streams
 
     def close(self) -> None:
-        """Restore the default generator, advanced by one draw, and reseed the constructor's own generators.
+        """Restore the default generator, advanced by one draw, and reseed those that the constructor has seeded.
 
         Replay draws from the states that those had; if restored, they would later return the numbers that went into
         the weights.
         """
-        if not self._default.reseeded():
-            self._default.generator.set_state(self._default.start)
-            if self._skips_init and self._default.only_init:
-                _undrawn[:] = [known for known in _undrawn if known[1]() is not None]
-                _undrawn.append((self._default.seed, weakref.ref(self._tape)))
-            else:
-                _draw_once(self._default.generator)
+        generator, stream = self._default.generator, self._default.current()
+        undrawn = self._skips_init and self._default.only_init
+        if undrawn and stream is not None:
+            generator.set_state(self._tape.streams[stream].states[generator.device])
+            _undrawn[:] = [known for known in _undrawn if known[1]() is not None]
+            _undrawn.append((self._default.seed, weakref.ref(self._tape)))
+        elif stream == self._default.stream:
+            generator.set_state(self._default.start)
+            _draw_once(generator)
+        else:
+            self._seed_anew(generator, stream)
         for streams in self._others.values():
-            if not streams.reseeded():
-                seed = self._tape.streams[streams.stream].seed
-                streams.generator.manual_seed(derived_seed(seed, -1))
+            self._seed_anew(streams.generator, streams.current())
+
+    def _seed_anew(self, generator: torch.Generator, stream: int | None) -> None:
+        if stream is not None:
+            generator.manual_seed(derived_seed(self._tape.streams[stream].seed, -1))
 
 
 class LateStreams:

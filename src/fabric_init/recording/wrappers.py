@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor, nn
 
 from fabric_init._torch_internals import DisableTorchFunction
-from fabric_init.recording.tensor import RecordedTensor, place_ref, recorded
+from fabric_init.recording.tensor import RecordedTensor, claim_all, place_ref, recorded
 
 
 def is_wrapper_class(kind: type) -> bool:
@@ -60,9 +61,15 @@ def with_memory(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def recorded_parts(tensor: Tensor) -> list[RecordedTensor]:
-    """Return those of the tensors with the memory of ``tensor`` that are recorded."""
+    """Return those of the tensors with the memory of ``tensor`` that are recorded.
+
+    ``p.data = t``, for a ``p`` with values and a ``t`` that waits, asks neither of them outside a block: it puts ``p``
+    on the recorded storage as a plain meta tensor. Such a one is claimed here, where all that looks for tensors passes.
+    """
     if isinstance(tensor, RecordedTensor):
         return [tensor]
+    with DisableTorchFunction(), torch.no_grad():
+        claim_all(with_memory(tensor))
     return [part for part in with_memory(tensor) if isinstance(part, RecordedTensor)]
 
 

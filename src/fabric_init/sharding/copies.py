@@ -15,8 +15,8 @@ from fabric_init.recording.tape import Op, Tape, TensorRef
 def wholes_of(tape: Tape, ref: TensorRef, shape: torch.Size) -> Iterator[tuple[TensorRef, Box | None]]:
     """Yield the recorded tensors of ``shape`` that ``ref`` is a copy of a part of, and which part.
 
-    The last one is a tensor that waits for values under a name, or a deep copy of one, which is a tensor of its own.
-    Nothing is yielded if there is no such tensor.
+    The last one is a tensor that waits for values under a name; or a tensor of its own, which is a deep copy of one, or
+    computed from others. Nothing is yielded if there is no such tensor.
     """
     found: list[tuple[TensorRef, Box | None]] = []
     before: int | None = None
@@ -38,6 +38,8 @@ def wholes_of(tape: Tape, ref: TensorRef, shape: torch.Size) -> Iterator[tuple[T
             return
         source = _copied_to(op, ref)
         if source is None:
+            if found and found[-1][0].storage == ref.storage and ref.storage not in tape.later.waiting.parts:
+                yield from found
             return
         ref, before = source, op.number
 
