@@ -13,6 +13,7 @@ from pathlib import Path
 import lightning  # noqa: F401  (sets environment variables when it is first imported: not while a test runs)
 import pytest
 import torch
+from hypothesis import settings
 from torch.nn.modules import module as torch_module
 from torch.overrides import _len_torch_function_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -129,6 +130,12 @@ def nothing_leaks() -> Iterator[None]:
     if before != after:
         leaks = [f"{name}: {differing(before[name], after[name])}" for name in before if before[name] != after[name]]
         pytest.fail("this test changed global state:\n  " + "\n  ".join(leaks), pytrace=False)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Random models are the same in every run, until somebody asks for others with `--hypothesis-seed`, which hypothesis
+    # itself does not heed where `derandomize` is set.
+    settings.register_profile("random models", derandomize=config.getoption("--hypothesis-seed") is None)
 
 
 def part_of(text: str) -> tuple[int, int]:
