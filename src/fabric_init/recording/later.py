@@ -441,6 +441,8 @@ class Later:
         late = self._missing(others)
         has_values = not late and not unwritten and not self.waiting.missing(storages)
         if has_values and (self.gives_memory or not self._to_be_sharded(storages)):
+            if _writes_nothing(func, written):  # FSDP2 pads a shard without elements like this: it is one afterwards
+                return self._record(func, args, kwargs)
             return self._run(func, args, kwargs)
         if has_out(func):
             return self._write_out(func, args, kwargs, written)
@@ -589,6 +591,10 @@ def _writes_in_place(name: str) -> bool:
     if name.endswith("__"):
         return name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")
     return name.endswith("_")
+
+
+def _writes_nothing(func: Any, written: Iterable[Tensor]) -> bool:
+    return not (traits(func).changes_geometry or has_out(func) or any(tensor.numel() for tensor in written))
 
 
 def _geometry(tensor: Tensor) -> tuple[Any, ...]:
