@@ -13,6 +13,7 @@ from pathlib import Path
 import lightning  # noqa: F401  (sets environment variables when it is first imported: not while a test runs)
 import pytest
 import torch
+from hypothesis import settings
 from torch.nn.modules import module as torch_module
 from torch.overrides import _len_torch_function_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -76,7 +77,12 @@ def is_quick(file: str) -> bool:
     return file in QUICK or not any(fnmatch(file, pattern) for pattern in SLOW)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part, parts = config.getoption("--part")
+    left_out = [item for number, item in enumerate(items) if number % parts != part - 1]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = items[part - 1 :: parts]
     for item in items:
         if is_quick(item.path.relative_to(Path(__file__).parent).as_posix()):
             item.add_marker("quick")
@@ -126,7 +132,25 @@ def nothing_leaks() -> Iterator[None]:
         pytest.fail("this test changed global state:\n  " + "\n  ".join(leaks), pytrace=False)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Random models are the same in every run, until somebody asks for others with `--hypothesis-seed`, which hypothesis
+    # itself does not heed where `derandomize` is set.
+    settings.register_profile("random models", derandomize=config.getoption("--hypothesis-seed") is None)
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """Read ``2/8``: the second of eight parts."""
+    part, _, parts = text.partition("/")
+    if not 1 <= int(part) <= int(parts):
+        raise ValueError(text)
+    return int(part), int(parts)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole", action="store_true", help="all of a sweep, not only the sample")
+    parser.addoption(
+        "--part", type=part_of, default=(1, 1), help="one part of all tests: 2/8 is each eighth, from the second"
+    )
+    parser.addoption("--first", type=int, default=0, help="mangled and fuzz tests: the number of the first example")
     parser.addoption("--examples", type=int, default=100, help="fuzz tests: damaged checkpoints of each format")
     parser.addoption("--example", type=int, help="fuzz tests: the number of the only one to run")

@@ -19,7 +19,12 @@ from tests.support.programs import STEPS, Built
 
 Program = list[tuple[str, int]]
 PROGRAMS = st.lists(st.tuples(st.sampled_from(sorted(STEPS)), st.integers(0, 1 << 16)), min_size=1, max_size=10)
-PROFILE = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), max_examples=120)
+PROFILE = settings(
+    settings.get_profile("random models"),
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    max_examples=120,
+)
 VARIANTS_PER_STEP = 8
 
 

@@ -1,7 +1,7 @@
 """Damaged checkpoints of every format: an error of ours or what the bytes say; never another value under a manifest.
 
 ``--examples`` says how many there are of each format (``tox -e fuzz``: 10,000), in two processes. What an example is
-follows from its format and number alone: ``--example N`` runs that one again.
+follows from its format and number alone: ``--example N`` runs that one again, ``--first N`` those from it on.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def test_damage_is_refused_or_read_as_it_is(
     name: str, tmp_path: Path, table: list[str], pytestconfig: pytest.Config
 ) -> None:
     examples, example = pytestconfig.getoption("--examples"), pytestconfig.getoption("--example")
-    numbers = list(range(examples)) if example is None else [example]
+    first = pytestconfig.getoption("--first")
+    numbers = list(range(first, first + examples)) if example is None else [example]
     case = prepare(name, tmp_path)
     processes = 2 if len(numbers) > 1000 else 1
     found = try_ranks(processes, run_examples, seconds=60 + 0.2 * examples, case=case, folder=tmp_path, numbers=numbers)

@@ -21,8 +21,8 @@ from tests.load_code.vocabulary import CODES, GROUP_CODES
 from tests.support.identity import differences, structure_of
 
 PROFILE = settings(
+    settings.get_profile("random models"),
     deadline=None,
-    derandomize=True,
     suppress_health_check=list(HealthCheck),
     max_examples=120,
     phases=(Phase.explicit, Phase.generate),  # what fails is small already, and shrinking it takes minutes

@@ -1,6 +1,7 @@
 """Renamed, joined, cut and permuted checkpoints: what loads is right, and so is what follows from a proposal.
 
-With ``--whole`` 1,000 of them, else the first few.
+With ``--whole`` 1,000 of them, else the first few. What an example is follows from its number: ``--first 1000`` runs
+the next ones.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ WHOLE, SAMPLE, TOGETHER = 1000, 60, 20
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "first" in metafunc.fixturenames:
         count = WHOLE if metafunc.config.getoption("--whole") else SAMPLE
-        metafunc.parametrize("first", range(0, count, TOGETHER))
+        start = metafunc.config.getoption("--first")
+        metafunc.parametrize("first", range(start, start + count, TOGETHER))
 
 
 def test_nothing_is_silently_wrong(first: int, tmp_path: Path, counts: Counter[tuple[str, str]]) -> None:

@@ -23,7 +23,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fabric_init import RecordingError, UninitializedTensorError, deferred_init, materialize
 from tests.sharding.test_every_way import alike
-from tests.sharding.ways import WAYS, Model, Way, one_dimension, options
+from tests.sharding.ways import (
+    WAYS,
+    Model,
+    Way,
+    block_by_block,
+    fully_shard_on,
+    local_part,
+    one_dimension,
+    options,
+    recorded_model,
+)
 from tests.support.ranks import run_ranks
 
 WORLDS, WHOLE = (2,), (1, 2, 3, 8)
@@ -136,7 +146,7 @@ def different(model: nn.Module, wanted: nn.Module) -> list[str]:
 
 
 def test_every_rank_holds_what_pytorch_cuts_from_the_whole_model(how: str, step: int, world: int) -> None:
-    found = run_ranks(world, on_simulated_rank, how=how, step=step, seconds=300)
+    found = run_ranks(world, on_simulated_rank, how=how, step=step, seconds=240 + 60 * world)
     wrong = [(rank, way, names) for rank, its in enumerate(found) for way, names in its.items()]
     assert [each for each in wrong if each[-1]] == []
 
@@ -147,6 +157,13 @@ def test_every_rank_holds_what_pytorch_cuts_from_the_whole_model(how: str, step:
 @pytest.fixture
 def one_rank() -> object:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def rank_without_elements() -> object:
+    dist.init_process_group("fake", store=FakeStore(), rank=7, world_size=8)
     yield
     dist.destroy_process_group()
 
@@ -200,3 +217,40 @@ def test_the_unsharded_original_does_not_follow_the_sharded_tensor() -> None:
         fully_shard(model, mesh=one_dimension(2))
         init.zeros_(model.weight)
         assert original.count_nonzero().item() == 16
+
+
+@pytest.mark.usefixtures("rank_without_elements")
+def test_a_shard_without_elements_that_was_cast_is_initialized_in_a_later_block() -> None:
+    wanted, model = (recorded_model(Way(block_by_block)) for _ in range(2))
+    for each in (wanted, model):
+        fully_shard_on(each, one_dimension(8))
+        each.to(torch.bfloat16)
+    assert not local_part(model.embedding.weight).numel()
+    with deferred_init():
+        init.normal_(model.embedding.weight)
+    materialize(wanted, process_group=False)
+    materialize(model, process_group=False)
+    assert different(model, wanted) == []
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_dtensor_with_values_is_computed_with_in_the_block() -> None:
+    values = torch.arange(16.0).reshape(4, 4)
+    sharded = distribute_tensor(values, one_dimension(2), [Shard(0)], src_data_rank=None)
+    with deferred_init():
+        assert local_part(sharded + 1).equal(values[:2] + 1)
+        sharded.mul_(2)
+        init.zeros_(sharded[:, 0])
+    expected = values[:2] * 2
+    expected[:, 0] = 0
+    assert local_part(sharded).equal(expected)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_dtensor_with_values_beside_a_recorded_one_is_an_error() -> None:
+    sharded = distribute_tensor(torch.ones(4, 4), one_dimension(2), [Shard(0)], src_data_rank=None)
+    with pytest.raises(RecordingError, match="one of its DTensors was recorded"), deferred_init():
+        model = nn.Linear(4, 4)
+        fully_shard(model, mesh=one_dimension(2))
+        with torch.no_grad():
+            model.weight.copy_(sharded)

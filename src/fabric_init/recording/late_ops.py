@@ -123,6 +123,8 @@ class LateOps(LateValues):
         late = self._missing(others)
         has_values = not late and not unwritten and not self.waiting.missing(storages)
         if has_values and (self.gives_memory or not self._to_be_sharded(storages)):
+            if _writes_nothing(func, written):  # FSDP2 pads a shard without elements like this: it is one afterwards
+                return self._record(func, args, kwargs)
             return self._run(func, args, kwargs)
         if has_out(func):
             return self._write_out(func, args, kwargs, written)
@@ -208,6 +210,10 @@ class LateOps(LateValues):
 
     def _to_be_sharded(self, storages: Iterable[int]) -> bool:
         return any(storage in self.waiting.names for storage in storages)
+
+
+def _writes_nothing(func: Any, written: Iterable[Tensor]) -> bool:
+    return not (traits(func).changes_geometry or has_out(func) or any(tensor.numel() for tensor in written))
 
 
 def _geometry(tensor: Tensor) -> tuple[Any, ...]:

@@ -39,6 +39,10 @@ from fabric_init.recording.wrappers import is_recorded_shard, is_sharded, is_sha
 
 _COLLECTIVES = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"})
 
+_MSG_MIXED = (
+    "{name} in a recorded block: one of its DTensors was recorded, and has no values yet, and another one has. No rank "
+    "has the whole of that one. Call it once the model is filled, or distribute both in the block."
+)
 MSG_SHARDED = (
     "a recorded model was sharded inside its block. Shard it after the block, and fill it then: fully_shard(model), "
     "fabric_init.materialize(model). Blocks of fabric_init.deferred_init() also take models that are sharded in them."
@@ -195,12 +199,14 @@ class Recorder(TorchDispatchMode, TapeWriter):
     def _record_on_wholes(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Record an op on DTensors as one on the whole tensors that they are parts of."""
         sharded = [tensor for tensor in tensors_in((args, kwargs.values())) if is_sharded(tensor)]
-        if not any(is_recorded_shard(tensor) for tensor in sharded):
-            with real_execution():
-                return func(*args, **kwargs)
+        are_recorded = [is_recorded_shard(tensor) for tensor in sharded]
+        if not any(are_recorded):
+            return func(*args, **kwargs)  # their class answers: a kernel would look for memory that only parts have
         shards = self.shards
         if shards is None:
             raise RecordingError(MSG_SHARDED)
+        if not all(are_recorded):
+            raise RecordingError(_MSG_MIXED.format(name=traits(func).name))
         if traits(func).name in ("aten::detach", "aten::alias"):
             return shards.alias(args[0])
         wholes = {id(tensor): self.whole(tensor) for tensor in sharded}

@@ -146,6 +146,17 @@ def test_layers_whose_numbers_may_be_shifted_are_an_error_without_a_proposal() -
     assert "Likely" not in said
 
 
+@pytest.mark.parametrize(("mine", "its"), [("", "student."), ("student.", "")])
+def test_a_layer_with_another_number_and_a_prefix_may_be_the_missing_one(mine: str, its: str) -> None:
+    leaves: Shapes = {f"conv.{leaf}": (8,) for leaf in ("weight", "bias", "running_mean")}
+    model = BODY | {f"{mine}down{i}.{leaf}": shape for i in (1, 2) for leaf, shape in leaves.items()}
+    there = BODY | {f"{mine}down2.{leaf}": shape for leaf, shape in leaves.items()}
+    said = refusal(model, there | {f"{its}down8.{leaf}": shape for leaf, shape in leaves.items()})
+    assert f"Ambiguous, by names and shapes alike: {its}down8.conv.weight" in said
+    second_copy = {f"{its}down2.{leaf}": shape for leaf, shape in leaves.items()}
+    assert lenient(model, there | second_copy)[f"{mine}down1.conv.bias"] is Action.INIT
+
+
 def test_as_many_elements_in_the_same_modules_are_an_error_though_nothing_can_be_proposed() -> None:
     model = BODY | {"moe.experts.w13": (3, 4, 10), "moe.experts.w2": (3, 5, 4)}
     parts: Shapes = {

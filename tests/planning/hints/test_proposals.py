@@ -211,10 +211,10 @@ def test_twenty_thousand_keys_take_seconds() -> None:
     model: Shapes = {f"layers.{i}.w.{name}": one for i in range(10_000) for name in ("weight", "bias")}
     checkpoint: Shapes = {f"model.layers.{i}.w.{name}": one for i in range(10_000) for name in ("weight", "bias")}
     recorded = tree(model)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(CheckpointMismatchError, match=r"all 20000 missing keys"):
         plan_of(recorded, Header(checkpoint))
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
 
 
 def test_actions_after_the_proposal_are_loads() -> None:

@@ -36,6 +36,11 @@ class Numbering:
         """The numbers that only the model has, of lists that both have."""
         self._dropped: dict[str, set[int]] = {}
         """Those that only the checkpoint has."""
+        self._others: defaultdict[str, list[str]] = defaultdict(list)
+        """The lists that only the checkpoint has, by their last parts."""
+        for place in self._theirs:
+            if place not in self._ours:
+                self._others[_ending(place)].append(place)
         for place, own in self._ours.items():
             there = self._theirs.get(place, set())
             if own != there and not own.isdisjoint(there):
@@ -64,18 +69,37 @@ class Numbering:
         return any(number in self._dropped.get(place, ()) for place, number in _levels(key))
 
     def shifted(self, missing: _Shapes, offered: _Shapes) -> Iterator[Rivals]:
-        """Yield missing tensors, and keys of their shapes, that differ in the number of a layer only one side has."""
+        """Yield missing tensors, and keys of their shapes, that differ in the number of a layer only one side has.
+
+        One of the names may have parts before the other.
+        """
         found: defaultdict[str, tuple[dict[str, None], dict[str, None]]] = defaultdict(lambda: ({}, {}))
+        partners = {place: self._partners(place) for place, new in self._new.items() if new}
         for name, shape in missing.items():
             for (place, number), match in zip(_levels(name), _NUMBER.finditer(name), strict=False):
                 if number not in self._new.get(place, ()):
                     continue
-                for other in sorted(self._dropped[place])[:_MOST_PARTNERS]:
-                    key = f"{name[: match.start()]}{other}{name[match.end() :]}"
+                for before, other in partners[place]:
+                    key = f"{before}{other}{name[match.end() :]}"
                     if offered.get(key) == shape:
                         found[place][0][key] = found[place][1][name] = None
         for keys, names in found.values():
             yield Rivals((*keys,), (*names,), len(names))
+
+    def _partners(self, place: str) -> list[_Level]:
+        """Return the layers that only the checkpoint has, of the list ``place`` or of one with parts before it.
+
+        Each as what is before its number, and the number. Of other lists those are left out that have the number of a
+        layer that both sides have: they are second copies.
+        """
+        start = place.partition("{}")[0]
+        found = [(start, number) for number in sorted(self._dropped[place])]
+        shared = self._ours[place] & self._theirs[place]
+        for other in self._others.get(_ending(place), ()):
+            if other.endswith(f".{place}") or place.endswith(f".{other}"):
+                start = other.partition("{}")[0]
+                found += [(start, number) for number in sorted(self._theirs[other] - shared)]
+        return found[:_MOST_PARTNERS]
 
     def _in_order(self, of_key: _Level, of_name: _Level) -> bool:
         """Return whether a number becomes another as in a list of which all keep their order, and shared ones stay."""
@@ -91,6 +115,10 @@ class Numbering:
         if not order and pair[0] != pair[1]:  # one list in another spelling, of which the model has more
             return words_of(pair[0].split(".")) == words_of(pair[1].split("."))
         return order.get(of_key[1]) == of_name[1]
+
+
+def _ending(place: str) -> str:
+    return place.rpartition(".")[2]
 
 
 def _parts(name: str) -> list[str]:
