@@ -44,14 +44,24 @@ GRACE_SECONDS = 10.0
 _SHOWN_CHARACTERS = 6000
 _PRELOADED = [
     "torch",
+    "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
+    "torch.profiler",
+    "safetensors.torch",
     "lightning.fabric",
-    "fabric_init",
     "pytest",
+    "setuptools._distutils.core",
     "deepspeed",
     "deepspeed.runtime.zero.muon.muon_optimizer",  # what its setup imports, and torch's compiler with it
+    "deepspeed.module_inject",
+    "deepspeed.moe.layer",
+    "transformers.models.llama.modeling_llama",
+    "accelerate",
+    "peft",
+    "tests.support.zoo",  # and with it most of fabric_init
 ]
+"""What ranks would import, each anew. A name that is not installed is left out."""
 _start = multiprocessing.get_context("forkserver")
 _start.set_forkserver_preload(_PRELOADED)
 
