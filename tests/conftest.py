@@ -1,10 +1,12 @@
 """Fails a test that leaves global state behind: the next test would meet it, and so would a user of the library.
 
-It also gives every test the marker ``quick`` that is not in one of the slow groups: ``python -m pytest -m quick -n 2``.
+It also gives every test the marker ``quick`` that is not in one of the slow groups: ``python -m pytest -m quick -n 2``,
+and leaves out of sweeps what is not in their samples.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -16,6 +18,12 @@ import torch
 from torch.nn.modules import module as torch_module
 from torch.overrides import _len_torch_function_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from tests.support.sweeps import leave_out_of_sample
+
+# Two processes run tests, on as many cores; and with more threads, sums come in another order than in the ranks.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # Set by others while a test runs, and none of our business.
 FOREIGN_VARIABLES = (
@@ -76,7 +84,8 @@ def is_quick(file: str) -> bool:
     return file in QUICK or not any(fnmatch(file, pattern) for pattern in SLOW)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    leave_out_of_sample(config, items)
     for item in items:
         if is_quick(item.path.relative_to(Path(__file__).parent).as_posix()):
             item.add_marker("quick")
@@ -124,6 +133,13 @@ def nothing_leaks() -> Iterator[None]:
     if before != after:
         leaks = [f"{name}: {differing(before[name], after[name])}" for name in before if before[name] != after[name]]
         pytest.fail("this test changed global state:\n  " + "\n  ".join(leaks), pytrace=False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> None:
+    """Let gc.collect(), which blocks call that build several models, look at what a test has made alone."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

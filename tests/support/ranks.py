@@ -7,7 +7,8 @@
 
     assert run_ranks(2, my_ranks, fabric_kwarg="ddp") == [0, 1]
 
-Processes are forked from a server that has torch and Lightning imported: they start in milliseconds, and each is new.
+Processes are forked from a server that has torch, Lightning and more imported (``preloaded.py``): they start in
+milliseconds, and each is new.
 A rank that fails or hangs takes the others with it, and what it printed is in the error.
 """
 
@@ -31,6 +32,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -41,29 +43,10 @@ SECONDS = 60.0
 GRACE_SECONDS = 10.0
 """How long the others may go on after one rank has failed: they should notice by themselves."""
 
+_ROOT = Path(__file__).parents[2]
 _SHOWN_CHARACTERS = 6000
-_PRELOADED = [
-    "torch",
-    "torch.distributed.checkpoint",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor",
-    "torch.profiler",
-    "safetensors.torch",
-    "lightning.fabric",
-    "pytest",
-    "setuptools._distutils.core",
-    "deepspeed",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # what its setup imports, and torch's compiler with it
-    "deepspeed.module_inject",
-    "deepspeed.moe.layer",
-    "transformers.models.llama.modeling_llama",
-    "accelerate",
-    "peft",
-    "tests.support.zoo",  # and with it most of fabric_init
-]
-"""What ranks would import, each anew. A name that is not installed is left out."""
 _start = multiprocessing.get_context("forkserver")
-_start.set_forkserver_preload(_PRELOADED)
+_start.set_forkserver_preload(["tests.support.preloaded"])
 
 
 @dataclass
@@ -167,15 +150,11 @@ def try_ranks(
 
 def _ensure_server() -> None:
     """DeepSpeed decides on import what it runs on, and would take a GPU where there is one."""
-    before = os.environ.get("DS_ACCELERATOR")
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    try:
+    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        patch.setenv("PYTHONPATH", path)  # for what is preloaded
         multiprocessing.forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["DS_ACCELERATOR"]
-        else:
-            os.environ["DS_ACCELERATOR"] = before
 
 
 def _wait(processes: list[BaseProcess], seconds: float) -> list[float]:
