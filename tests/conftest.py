@@ -142,6 +142,12 @@ def quick_collections() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session")
+def whole(request: pytest.FixtureRequest) -> bool:
+    """Whether a sweep runs all it has, and not a sample."""
+    return bool(request.config.getoption("--whole"))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--whole", action="store_true", help="all of a sweep, not only the sample")
     parser.addoption("--examples", type=int, default=100, help="fuzz tests: damaged checkpoints of each format")
