@@ -219,7 +219,7 @@ def _rank_main(
     os.dup2(log, 1)
     os.dup2(log, 2)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    os.environ.update(_environment(rank, world_size, port))
+    os.environ.update(environment_of_a_rank(rank, world_size, port))
     torch.set_num_threads(1)
     value, error = None, ""
     try:
@@ -236,8 +236,8 @@ def _rank_main(
     os._exit(1 if error else 0)  # a process group that others have left can hang an orderly exit
 
 
-def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What torchrun sets."""
+def environment_of_a_rank(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """Return what torchrun sets, and what keeps ranks on this machine."""
     return {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
