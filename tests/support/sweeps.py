@@ -28,27 +28,33 @@ def leave_out_of_sample(config: pytest.Config, items: list[pytest.Item]) -> None
     """Take from ``items`` what the sweeps among them leave to ``--whole``.
 
     A case that is named on the command line runs, whether it is in the sample or not.
+
+    Raises:
+        pytest.UsageError: a sample names a case that its test does not have.
     """
     if config.getoption("--whole"):
         return
-    tests: dict[str, list[pytest.Item]] = defaultdict(list)
+    sweeps: dict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         if item.get_closest_marker("sweep") is not None:
-            tests[item.nodeid.partition("[")[0]].append(item)
-    kept = {item for cases in tests.values() for item in sample_of(cases)}
-    left_out = {
-        item for cases in tests.values() for item in cases if item not in kept and item.nodeid not in config.args
-    }
+            sweeps[item.nodeid.partition("[")[0]].append(item)
+    left_out: set[pytest.Item] = set()
+    for test, cases in sweeps.items():
+        all_are_here = not any("::" in argument for argument in config.args)
+        left_out.update(_left_out(test, cases, all_are_here))
+    left_out = {item for item in left_out if item.nodeid not in config.args}
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
         items[:] = [item for item in items if item not in left_out]
 
 
-def sample_of(cases: list[pytest.Item]) -> list[pytest.Item]:
-    """Return the sample of the ``cases`` of one test."""
+def _left_out(test: str, cases: list[pytest.Item], all_are_here: bool) -> set[pytest.Item]:
     marker = cases[0].get_closest_marker("sweep")
     assert marker is not None
+    by_id = {case.nodeid.partition("[")[2].removesuffix("]"): case for case in cases}
+    unknown = [name for name in marker.args if name not in by_id]
+    if unknown and all_are_here:
+        raise pytest.UsageError(f"the sample of {test} names cases that it does not have: {', '.join(unknown)}")
+    named = [case for name, case in by_id.items() if not marker.args or name in marker.args]
     every = marker.kwargs.get("every", 1)
-    ids = [case.nodeid.partition("[")[2].removesuffix("]") for case in cases]
-    named = [case for case, name in zip(cases, ids, strict=True) if not marker.args or name in marker.args]
-    return sampled(named, every) if every else []
+    return set(cases).difference(sampled(named, every) if every else [])
