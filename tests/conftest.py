@@ -1,10 +1,12 @@
 """Fails a test that leaves global state behind: the next test would meet it, and so would a user of the library.
 
-It also gives every test the marker ``quick`` that is not in one of the slow groups: ``python -m pytest -m quick -n 2``.
+It also gives every test the marker ``quick`` that is not in one of the slow groups: ``python -m pytest -m quick -n 2``,
+and leaves out of sweeps what is not in their samples.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -17,6 +19,12 @@ from hypothesis import settings
 from torch.nn.modules import module as torch_module
 from torch.overrides import _len_torch_function_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from tests.support.sweeps import leave_out_of_sample
+
+# Two processes run tests, on as many cores; and with more threads, sums come in another order than in the ranks.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # Set by others while a test runs, and none of our business.
 FOREIGN_VARIABLES = (
@@ -38,11 +46,11 @@ SLOW = {
     "checkpoints/formats/test_hostile_dcp.py": "thousands of damaged files",
     "checkpoints/formats/test_dcp.py": "saves with ranks",
     "checkpoints/formats/test_deepspeed.py": "saves with DeepSpeed",
-    "checkpoints/storage/test_hub.py": "starts a process without a network for each test",
+    "checkpoints/storage/test_hub.py": "forks a process without a network for each test",
     "checkpoints/test_every_format.py": "writes a checkpoint in every format",
     "checkpoints_hf/*": "builds and saves models of transformers, and starts ranks",
     "cli/test_audit.py": "starts the command line anew for each test",
-    "cli/test_demo.py": "finetunes the demo's encoder",
+    "cli/test_demo.py": "builds the demo's encoder several times",
     "cli/test_inspect.py": "starts the command line anew for each test",
     "distributed/*": "starts ranks",
     "fidelity/*": "builds every architecture twice",
@@ -78,6 +86,7 @@ def is_quick(file: str) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    leave_out_of_sample(config, items)
     part, parts = config.getoption("--part")
     left_out = [item for number, item in enumerate(items) if number % parts != part - 1]
     if left_out:
@@ -136,6 +145,19 @@ def pytest_configure(config: pytest.Config) -> None:
     # Random models are the same in every run, until somebody asks for others with `--hypothesis-seed`, which hypothesis
     # itself does not heed where `derandomize` is set.
     settings.register_profile("random models", derandomize=config.getoption("--hypothesis-seed") is None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections() -> None:
+    """Let gc.collect(), which blocks call that build several models, look at what a test has made alone."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def whole(request: pytest.FixtureRequest) -> bool:
+    """Whether a sweep runs all it has, and not a sample."""
+    return bool(request.config.getoption("--whole"))
 
 
 def part_of(text: str) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Whatever format the weights are in, every strategy holds the same bits: all of them, or a part and the rest by init.
 
-All formats are loaded one after the other by one group of ranks, as several models in one Fabric.
+All formats are loaded one after the other by one group of ranks, as several models in one Fabric. Without ``--whole``
+each model has its turn in one of the two ways.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def load_all(strategy: str, name: str, paths: dict[str, Path], strict: bool) -> 
     }
 
 
+@pytest.mark.sweep("transformerish-partial", "buffers-full", "cross_tied-partial", "uneven, nothing empty-full")
 @pytest.mark.parametrize("part", ["full", "partial"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_format_gives_the_same_bits_on_every_strategy(name: str, part: str, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
     workers.stop()
 
 
+@pytest.mark.sweep
 def test_a_folder_gives_what_from_pretrained_gives_or_is_refused(
     job: str, workers: Workers, told: list[dict[str, Any]], request: pytest.FixtureRequest
 ) -> None:
@@ -65,6 +66,7 @@ def test_a_folder_gives_what_from_pretrained_gives_or_is_refused(
         pytest.xfail(f"refused: {refused}")
 
 
+@pytest.mark.sweep
 def test_the_whole_is_more_than_1500_classes(told: list[dict[str, Any]], request: pytest.FixtureRequest) -> None:
     """Runs last: guards against a shrinking that no longer fits transformers and quietly skips everything."""
     if request.config.getoption("--whole") and len(told) == len(architectures.names()):

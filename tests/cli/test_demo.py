@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib.util
+import io
 import re
 import subprocess
 import sys
@@ -10,19 +12,37 @@ from importlib.resources import files
 
 import pytest
 
-from fabric_init.cli.demo import LABELS, STARTS
+from fabric_init.cli import demo
+from fabric_init.cli.demo import LABELS, STARTS, Contender
 from fabric_init.cli.main import main
+from tests.support.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
-def demo_output() -> str:
-    """The real command, in a process of its own."""
+def demo_output(whole: bool) -> str:
+    """What the demo prints: the real command if all sweeps run. Otherwise it is forked, and does not finetune."""
+    if not whole:
+        starts = {way: run_ranks(1, printed, arguments=["--start", way.value])[0] for way in Contender}
+        return run_ranks(1, printed, arguments=["--epochs", "0"], starts=starts)[0]
     command = [sys.executable, "-m", "fabric_init", "demo", "--epochs", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
+def printed(arguments: list[str], starts: dict[Contender, str] | None = None) -> str:
+    """What the demo prints in this process; ``starts`` are the answers of the processes that it would start."""
+    if starts is not None:
+        demo.subprocess.run = lambda command, **_: subprocess.CompletedProcess(
+            command, 0, starts[Contender(command[command.index("--start") + 1])]
+        )
+    with contextlib.redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit) as stopped:
+        main(["demo", *arguments])
+    assert not stopped.value.code
+    return output.getvalue()
+
+
+@pytest.mark.sweep
 def test_report_says_that_the_base_was_loaded_and_the_head_initialized(demo_output: str) -> None:
     report = demo_output.partition("Finetuning on")[0]
     lines = report.splitlines()
@@ -34,6 +54,7 @@ def test_report_says_that_the_base_was_loaded_and_the_head_initialized(demo_outp
     assert all("loaded" in line for line in base), report
 
 
+@pytest.mark.sweep(every=0)
 def test_finetuning_reaches_what_chance_and_an_empty_base_cannot(demo_output: str) -> None:
     reached = [float(number) for number in re.findall(r"accuracy +([\d.]+)%", demo_output)]
     before, *epochs = reached
@@ -43,6 +64,7 @@ def test_finetuning_reaches_what_chance_and_an_empty_base_cannot(demo_output: st
     assert epochs[-1] > 80
 
 
+@pytest.mark.sweep(every=0)
 def test_loss_falls(demo_output: str) -> None:
     first, last = (float(number) for number in re.findall(r"loss ([\d.]+)", demo_output))
     assert last < first / 2

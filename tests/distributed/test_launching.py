@@ -1,4 +1,7 @@
-"""One script under every launcher: each gives the weights of one device, and leaves no process behind."""
+"""One script under every launcher: each gives the weights of one device, and leaves no process behind.
+
+Real commands, which import everything anew: without ``--whole`` each launcher has its turn with one strategy.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +42,9 @@ def checkpoint(tmp_path: Path) -> Path:
 @pytest.fixture
 def expected(checkpoint: Path) -> tuple[dict[str, Tensor], list[Tensor], dict[str, Tensor]]:
     """One device's weights, its losses, and its weights after training."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the ranks: with more, sums come in another order
     model = one_device("transformerish", checkpoint=checkpoint, strict=False)
     before = weights(model)
     losses = train(model, torch.optim.SGD(model.parameters(), lr=0.5))
-    torch.set_num_threads(threads)
     return before, losses, weights(model)
 
 
@@ -61,12 +61,14 @@ def _check(done: Done, folder: Path, strategy: str, expected: Any) -> list[dict[
     return found
 
 
+@pytest.mark.sweep("fsdp2")
 @in_every_strategy
 def test_started_as_it_is(strategy: str, checkpoint: Path, tmp_path: Path, expected: Any) -> None:
     command = [sys.executable, SCRIPT, checkpoint, tmp_path, "--strategy", strategy]
     _check(run_to_the_end(command), tmp_path, strategy, expected)
 
 
+@pytest.mark.sweep("ddp")
 @in_every_strategy
 def test_started_by_torchrun(strategy: str, checkpoint: Path, tmp_path: Path, expected: Any) -> None:
     command = [*_TORCHRUN, SCRIPT, checkpoint, tmp_path]
@@ -77,11 +79,13 @@ def _fabric_run(*options: str | Path) -> list[str | Path]:
     return [BIN / "fabric", "run", "--accelerator=cpu", "--devices=2", f"--main-port={_free_port()}", *options]
 
 
+@pytest.mark.sweep(every=0)
 def test_started_by_fabric_run(checkpoint: Path, tmp_path: Path, expected: Any) -> None:
     command = _fabric_run(SCRIPT, "--", checkpoint, tmp_path, "--strategy=fsdp2")
     _check(run_to_the_end(command), tmp_path, "fsdp2", expected)
 
 
+@pytest.mark.sweep(every=0)
 def test_fabric_run_names_a_strategy_of_lightning(checkpoint: Path, tmp_path: Path, expected: Any) -> None:
     command = _fabric_run("--strategy=ddp", SCRIPT, "--", checkpoint, tmp_path)
     _check(run_to_the_end(command), tmp_path, "ddp", expected)
@@ -92,6 +96,7 @@ def test_fabric_run_takes_fsdp2_from_the_environment(checkpoint: Path, tmp_path:
     _check(run_to_the_end(command, environment={"LT_STRATEGY": "fsdp2"}), tmp_path, "fsdp2", expected)
 
 
+@pytest.mark.sweep("torchrun")
 @pytest.mark.parametrize("launcher", ["the script itself", "torchrun"])
 def test_a_rank_that_fails_ends_the_others(launcher: str, checkpoint: Path, tmp_path: Path) -> None:
     script: list[str | Path] = [SCRIPT, checkpoint, tmp_path, "--strategy=fsdp2", "--failing=1"]
@@ -116,6 +121,7 @@ def _need_network_namespaces() -> None:
         pytest.skip(f"no network namespaces for this user: {done.stderr.strip()}")
 
 
+@pytest.mark.sweep("fsdp2")
 @in_every_strategy
 def test_two_machines(strategy: str, checkpoint: Path, tmp_path: Path, expected: Any) -> None:
     _need_network_namespaces()

@@ -86,6 +86,7 @@ def train(strategy: str, name: str, path: Path | None, order: str, optimizer: st
     return weights(model)
 
 
+@pytest.mark.sweep(*(f"{strategy}-2" for strategy in STRATEGIES), "fsdp2-4")
 @pytest.mark.parametrize("world_size", [2, 4])
 @in_every_strategy
 def test_three_steps_as_on_one_device(strategy: str, world_size: int, tmp_path: Path) -> None:
@@ -202,6 +203,7 @@ def load_and_train(strategy: str, folder: Path, empty_init: bool) -> tuple[int, 
     return state["step"], loaded, weights(model)
 
 
+@pytest.mark.sweep(*(f"{strategy}-2-True" for strategy in STRATEGIES), "fsdp2-4-False", "deepspeed_stage_3-2-False")
 @pytest.mark.parametrize("empty_init", [True, False])
 @pytest.mark.parametrize("world_size", [2, 4])
 @in_every_strategy

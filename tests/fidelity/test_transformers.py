@@ -98,6 +98,7 @@ def workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
     workers.stop()
 
 
+@pytest.mark.sweep
 def test_recorded_init_is_bit_identical_to_eager_init(
     architecture: str, workers: Workers, request: pytest.FixtureRequest
 ) -> None:
@@ -111,6 +112,7 @@ def test_recorded_init_is_bit_identical_to_eager_init(
     assert all(model["tensors"] > 0 for model in answer["models"])
 
 
+@pytest.mark.sweep
 def test_the_whole_is_more_than_500_architectures(request: pytest.FixtureRequest) -> None:
     """Runs last: guards against a shrinking that no longer fits transformers and quietly skips everything."""
     answers = request.config.stash[ANSWERS]

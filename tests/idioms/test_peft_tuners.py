@@ -73,8 +73,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 @pytest.fixture
-def names(request: pytest.FixtureRequest) -> list[str]:
-    return list(TUNERS) if request.config.getoption("--whole") else SAMPLE
+def names(whole: bool) -> list[str]:
+    return list(TUNERS) if whole else SAMPLE
+
+
+@pytest.fixture
+def names_on_ranks(whole: bool) -> list[str]:
+    return list(TUNERS) if whole else SAMPLE[::2]
 
 
 def check(found: dict[str, str], refused: set[str]) -> None:
@@ -88,6 +93,7 @@ def test_every_type_of_peft_is_among_the_tuners() -> None:
     assert types == {kind.name for kind in peft.PeftType}
 
 
+@pytest.mark.sweep
 def test_what_the_error_proposes_for_one_block_gives_the_model_of_peft(names: list[str], files: Files) -> None:
     check(outcomes("one device", "one block", names, files), OTHER_NAMES | TAKEN_OUT | UNDONE | DECIDED)
 
@@ -99,21 +105,25 @@ def test_a_base_that_peft_changes_or_looks_at_needs_two_blocks(name: str, files:
     assert two == "equal"
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("way", ["two blocks", "after"])
 def test_on_one_device_the_model_is_that_of_peft(way: str, names: list[str], files: Files) -> None:
     check(outcomes("one device", way, names, files), set())
 
 
-def test_on_two_ranks_of_ddp_adapters_may_come_after_the_block(names: list[str], files: Files) -> None:
-    for found in run_ranks(2, outcomes, strategy="ddp", way="after", names=names, files=files, seconds=300):
+@pytest.mark.sweep
+def test_on_two_ranks_of_ddp_adapters_may_come_after_the_block(names_on_ranks: list[str], files: Files) -> None:
+    for found in run_ranks(2, outcomes, strategy="ddp", way="after", names=names_on_ranks, files=files, seconds=300):
         check(found, set())
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("strategy", SHARDED)
 def test_on_two_ranks_that_shard_the_second_block_gives_the_model_of_peft(
-    strategy: str, names: list[str], files: Files
+    strategy: str, names_on_ranks: list[str], files: Files
 ) -> None:
-    for found in run_ranks(2, outcomes, strategy=strategy, way="two blocks", names=names, files=files, seconds=300):
+    cases = {"strategy": strategy, "way": "two blocks", "names": names_on_ranks, "files": files}
+    for found in run_ranks(2, outcomes, seconds=300, **cases):
         check(found, IN_PLACE)
 
 

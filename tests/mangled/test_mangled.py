@@ -23,6 +23,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("first", range(start, start + count, TOGETHER))
 
 
+@pytest.mark.sweep
 def test_nothing_is_silently_wrong(first: int, tmp_path: Path, counts: Counter[tuple[str, str]]) -> None:
     wrong = []
     for number in range(first, first + TOGETHER):

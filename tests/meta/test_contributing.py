@@ -27,6 +27,22 @@ def test_every_slow_group_and_every_exception_exists() -> None:
     assert gone == []
 
 
+def test_every_sweep_is_in_the_table_of_sweeps() -> None:
+    page = (ROOT / "docs/contributing/tests.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `([a-z_/]+(?:\.py)?)` \|.*\|.*\|$", page, re.MULTILINE)
+    marked = re.compile(r"^@pytest\.mark\.sweep", re.MULTILINE)
+    files = {file.relative_to(TESTS) for file in TESTS.glob("**/test_*.py") if marked.search(file.read_text("utf-8"))}
+    assert {path for path in named if not (TESTS / path).exists()} == set()
+    assert {file for file in files if not any(file.is_relative_to(path) for path in named)} == set()
+
+
+def test_every_environment_of_the_pages_exists() -> None:
+    pages = [ROOT / "CONTRIBUTING.md", *(ROOT / "docs/contributing").glob("*.md")]
+    named = {name for page in pages for name in re.findall(r"tox -e ([a-z-]+)", page.read_text(encoding="utf-8"))}
+    assert named <= set(re.findall(r"^\[testenv:([a-z-]+)\]$", (ROOT / "tox.ini").read_text("utf-8"), re.MULTILINE))
+    assert "sweeps" in named
+
+
 def test_ci_runs_the_two_commands_of_the_readme() -> None:
     commands = re.findall(r"^python3 -m venv .*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     demo, tests = commands

@@ -12,10 +12,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fabric_init
+from tests.support.ranks import environment_of_a_rank, try_ranks
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in ROOT.glob("docs/**/*.md"))]
@@ -152,8 +154,18 @@ COMMANDS = {
 """How the tests start an example, where it takes options."""
 
 
-def run_example(example: str, arguments: list[str], folder: Path, seconds: float = 300.0) -> str:
-    """What it prints. DeepSpeed compiles an operator at its first start: killed then, it leaves a lock for ever."""
+Run = Callable[..., str]
+"""Runs an example, with these arguments, in this folder; returns what it prints."""
+
+
+@pytest.fixture
+def run_example(whole: bool) -> Run:
+    """Start examples as their readers do, if all sweeps run; otherwise fork them, as torchrun would start them."""
+    return by_command if whole else by_fork
+
+
+def by_command(example: str, arguments: list[str], folder: Path, seconds: float = 300.0) -> str:
+    """DeepSpeed compiles an operator at its first start: killed then, it leaves a lock for ever."""
     command = [sys.executable, str(ROOT / "examples" / example), *arguments]
     # on a busy machine torch's threads mostly wait for each other
     alone = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
@@ -169,39 +181,66 @@ def run_example(example: str, arguments: list[str], folder: Path, seconds: float
     return output
 
 
+def by_fork(example: str, arguments: list[str], folder: Path, seconds: float = 300.0) -> str:
+    ranks = 2 if "--devices=2" in arguments else 1
+    script = ROOT / "examples" / example
+    outcomes = try_ranks(ranks, as_main, script=script, arguments=arguments, folder=folder, seconds=seconds)
+    assert not any(one.error for one in outcomes), "\n".join(one.error + one.output for one in outcomes)
+    return outcomes[0].output
+
+
+def as_main(script: Path, arguments: list[str], folder: Path) -> None:
+    if os.environ["WORLD_SIZE"] == "1":  # nobody has launched it
+        for name in environment_of_a_rank(0, 1, 0):
+            del os.environ[name]
+    os.chdir(folder)
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+
+
 ON_THEIR_OWN = {"any_strategy.py", "finetune_fsdp2.py", "from_zero_init.py"}
 """Examples with tests of their own."""
 FROM_SCRATCH = {"from_scratch_fsdp2.py", "torchtitan_style.py"}
 """Examples that load nothing."""
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("example", [example for example in EXAMPLES if example not in ON_THEIR_OWN])
-def test_example_runs(example: str, tmp_path: Path) -> None:
+def test_example_runs(example: str, run_example: Run, tmp_path: Path) -> None:
     output = run_example(example, COMMANDS.get(example, []), tmp_path)
     assert "initialized" in output
     assert ("loaded" in output) == (example not in FROM_SCRATCH)
 
 
+def test_an_example_starts_its_ranks_by_itself(tmp_path: Path) -> None:
+    arguments = [*ON_TWO_RANKS, "--strategy=ddp", "--steps=1"]
+    assert "8 loaded" in by_command("any_strategy.py", arguments, tmp_path)
+
+
+@pytest.mark.sweep
 @pytest.mark.parametrize("strategy", ["fsdp", "model_parallel"])  # those that no other example shows
-def test_one_script_trains_on_every_strategy(strategy: str, tmp_path: Path) -> None:
+def test_one_script_trains_on_every_strategy(strategy: str, run_example: Run, tmp_path: Path) -> None:
     output = run_example("any_strategy.py", [*ON_TWO_RANKS, f"--strategy={strategy}", "--steps=2"], tmp_path)
     assert "8 loaded" in output
     assert "step 1  loss " in output
 
 
-def test_zero_init_loses_what_a_constructor_writes_and_a_recording_keeps_it(tmp_path: Path) -> None:
+@pytest.mark.sweep
+def test_zero_init_loses_what_a_constructor_writes_and_a_recording_keeps_it(run_example: Run, tmp_path: Path) -> None:
     output = run_example("from_zero_init.py", [], tmp_path)
     std = {name: float(value) for name, value in re.findall(r"^(\S+) +std of head.weight (\S+)$", output, re.MULTILINE)}
     assert std["fabric_init"] == pytest.approx(0.001, rel=0.3)
     assert std["zero.Init"] > 0.03, "DeepSpeed has fixed this: say so in docs/coming_from/deepspeed.md"
 
 
-def test_adapters_learn_on_a_quantized_base(tmp_path: Path) -> None:
+@pytest.mark.sweep
+def test_adapters_learn_on_a_quantized_base(run_example: Run, tmp_path: Path) -> None:
     losses = [float(loss) for loss in re.findall(r"loss (\S+)$", run_example("qlora.py", ["--demo"], tmp_path), re.M)]
     assert losses[-1] < losses[0] - 0.3
 
 
-def test_the_finetuning_recipe_goes_on_where_it_stopped(tmp_path: Path) -> None:
+@pytest.mark.sweep
+def test_the_finetuning_recipe_goes_on_where_it_stopped(run_example: Run, tmp_path: Path) -> None:
     first = run_example("finetune_fsdp2.py", [*ON_TWO_RANKS, "--demo", "--steps=2"], tmp_path)
     assert "21 loaded" in first
     resume = first.split()[-1]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import contextlib
+import io
+import os
 from pathlib import Path
 
 import pytest
+
+from tests.support.ranks import run_ranks
 
 LEAKS = {
     "function_mode": ("torch function modes", "BaseTorchFunctionMode().__enter__()"),
@@ -28,7 +31,7 @@ LEAKS = {
 
 @pytest.fixture(scope="module")
 def leak_report(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What pytest says about a file in which every test but one leaks. One process for all: importing torch is slow."""
+    """What pytest says about a file in which every test but one leaks. One process for all."""
     folder = tmp_path_factory.mktemp("leaks")
     source = "import os\nimport torch\nimport torch.distributed as dist\n"
     source += "from torch.overrides import BaseTorchFunctionMode\n"
@@ -37,9 +40,16 @@ def leak_report(tmp_path_factory: pytest.TempPathFactory) -> str:
     source += "".join(f"def test_{name}(): {statement}\n" for name, (_, statement) in LEAKS.items())
     (folder / "test_leaking.py").write_text(source)
     (folder / "conftest.py").write_text(Path(__file__).parents[1].joinpath("conftest.py").read_text())
-    options = ["-rA", "-p", "no:cacheprovider", "-o", "markers=quick", "--rootdir", str(folder)]
-    command = [sys.executable, "-m", "pytest", *options, str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder).stdout
+    (report,) = run_ranks(1, what_pytest_says, folder=folder)
+    return report
+
+
+def what_pytest_says(folder: Path) -> str:
+    os.chdir(folder)
+    options = ["-rA", "-p", "no:cacheprovider", "-p", "no:warnings", "-o", "markers=quick", "--rootdir", str(folder)]
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        pytest.main([*options, str(folder)])
+    return output.getvalue()
 
 
 @pytest.mark.parametrize("name", LEAKS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -58,14 +57,6 @@ def targets_of(way: str, state: str) -> list[str]:
 
 
 CELLS = [(way, target, state) for way in WAYS for state in STATES for target in targets_of(way, state)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collections() -> Iterator[None]:
-    """Let gc.collect(), which blocks call that build several models, look at new objects alone."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -145,6 +145,7 @@ def different(model: nn.Module, wanted: nn.Module) -> list[str]:
     return [name for name in expected.keys() | found.keys() if not alike(found.get(name), expected.get(name))]
 
 
+@pytest.mark.sweep
 def test_every_rank_holds_what_pytorch_cuts_from_the_whole_model(how: str, step: int, world: int) -> None:
     found = run_ranks(world, on_simulated_rank, how=how, step=step, seconds=240 + 60 * world)
     wrong = [(rank, way, names) for rank, its in enumerate(found) for way, names in its.items()]

@@ -1,9 +1,7 @@
-"""Write checkpoints with the real DeepSpeed: ``torchrun … deepspeed_saves.py FOLDER``, on the CPU, for every stage."""
+"""Write checkpoints with the real DeepSpeed, on the CPU, for every stage: ``run_ranks(2, save_each, folder=…)``."""
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
 import torch
@@ -75,9 +73,8 @@ def save(stage: int, precision: str, folder: Path) -> None:
     dist.barrier()
 
 
-if __name__ == "__main__":
-    os.environ["DS_ACCELERATOR"] = "cpu"
+def save_each(folder: Path) -> None:
+    """Write a folder for each of ``SAVED``."""
     dist.init_process_group("gloo")
     for stage, precision in SAVED:
-        save(int(stage), precision, Path(sys.argv[1]) / f"zero{stage}-{precision}")
-    dist.destroy_process_group()
+        save(int(stage), precision, folder / f"zero{stage}-{precision}")

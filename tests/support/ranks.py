@@ -7,7 +7,8 @@
 
     assert run_ranks(2, my_ranks, fabric_kwarg="ddp") == [0, 1]
 
-Processes are forked from a server that has torch and Lightning imported: they start in milliseconds, and each is new.
+Processes are forked from a server that has torch, Lightning and more imported (``preloaded.py``): they start in
+milliseconds, and each is new.
 A rank that fails or hangs takes the others with it, and what it printed is in the error.
 """
 
@@ -31,6 +32,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -41,19 +43,10 @@ SECONDS = 60.0
 GRACE_SECONDS = 10.0
 """How long the others may go on after one rank has failed: they should notice by themselves."""
 
+_ROOT = Path(__file__).parents[2]
 _SHOWN_CHARACTERS = 6000
-_PRELOADED = [
-    "torch",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor",
-    "lightning.fabric",
-    "fabric_init",
-    "pytest",
-    "deepspeed",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # what its setup imports, and torch's compiler with it
-]
 _start = multiprocessing.get_context("forkserver")
-_start.set_forkserver_preload(_PRELOADED)
+_start.set_forkserver_preload(["tests.support.preloaded"])
 
 
 @dataclass
@@ -157,15 +150,11 @@ def try_ranks(
 
 def _ensure_server() -> None:
     """DeepSpeed decides on import what it runs on, and would take a GPU where there is one."""
-    before = os.environ.get("DS_ACCELERATOR")
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    try:
+    path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        patch.setenv("PYTHONPATH", path)  # for what is preloaded
         multiprocessing.forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["DS_ACCELERATOR"]
-        else:
-            os.environ["DS_ACCELERATOR"] = before
 
 
 def _wait(processes: list[BaseProcess], seconds: float) -> list[float]:
@@ -230,7 +219,7 @@ def _rank_main(
     os.dup2(log, 1)
     os.dup2(log, 2)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    os.environ.update(_environment(rank, world_size, port))
+    os.environ.update(environment_of_a_rank(rank, world_size, port))
     torch.set_num_threads(1)
     value, error = None, ""
     try:
@@ -247,8 +236,8 @@ def _rank_main(
     os._exit(1 if error else 0)  # a process group that others have left can hang an orderly exit
 
 
-def _environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """What torchrun sets."""
+def environment_of_a_rank(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """Return what torchrun sets, and what keeps ranks on this machine."""
     return {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

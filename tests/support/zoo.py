@@ -241,12 +241,16 @@ def launch(strategy: Any, precision: Any = "32-true", **options: Any) -> Fabric:
 
 def prepare_deepspeed(strategy: DeepSpeedStrategy) -> None:
     """Let DeepSpeed do as the others, and without its operators, for which it would call the compiler for minutes."""
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does as well
+    without_operators()
     assert isinstance(strategy.config, dict)
     strategy.config["zero_force_ds_cpu_optimizer"] = False  # offloading would want an Adam of its own
     strategy.config["gradient_clipping"] = 0.0  # 1.0 by default
+
+
+def without_operators() -> None:
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does as well
 
 
 def set_up(fabric: Fabric, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]) -> tuple[Any, Any]:

@@ -20,29 +20,19 @@ from hypothesis import strategies as st
 
 from fabric_init.checkpoints import DeepSpeedFolderReader, Span, open_checkpoint, take, write_manifest
 from fabric_init.errors import CheckpointError, CheckpointFormatError, CheckpointNotFoundError
-from tests.support.deepspeed_saves import SAVED
+from tests.support.deepspeed_saves import SAVED, save_each
+from tests.support.ranks import run_ranks
 from tests.support.regions import regions
 
-SCRIPT = Path(__file__).parents[2] / "support" / "deepspeed_saves.py"
-
-
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 SAVES = [f"zero{stage}-{precision}" for stage, precision in SAVED]
 WITH_MASTERS = [save for save in SAVES if not save.startswith("zero0")]
 
 
 @pytest.fixture(scope="module")
 def saves(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One run of DeepSpeed for all tests here; the first on a machine also compiles a small operator, for a minute."""
+    """One run of DeepSpeed for all tests here."""
     folder = tmp_path_factory.mktemp("deepspeed")
-    run = subprocess.run(
-        [*TORCHRUN, str(SCRIPT), str(folder)],
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_ranks(2, save_each, folder=folder, seconds=300)
     return folder
 
 

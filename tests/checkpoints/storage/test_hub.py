@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,17 +14,9 @@ from safetensors.torch import save_file
 
 from fabric_init.checkpoints import open_checkpoint
 from fabric_init.errors import CheckpointNotFoundError
+from tests.support.ranks import run_ranks
 from tests.support.web_server import COMMIT, Server, serving
 
-SCRIPT = """
-import sys, json
-from fabric_init.checkpoints import open_checkpoint
-try:
-    reader = open_checkpoint(sys.argv[1])
-    print(json.dumps([reader.format, reader.note, {key: reader.read(key).tolist() for key in reader.keys()}]))
-except Exception as error:
-    print(json.dumps([type(error).__name__, str(error)]))
-"""
 VALUES = {"a": [1.0, 1.0], "b": [0.0, 0.0, 0.0]}
 
 
@@ -67,8 +58,7 @@ def in_new_process(
     asked: str, cache: Path, endpoint: str = "http://127.0.0.1:9", offline: bool = False
 ) -> list[object]:
     """``open_checkpoint`` where the Hub's library reads its settings anew."""
-    environment = {
-        **os.environ,
+    settings = {
         "HF_HUB_CACHE": str(cache),
         "HF_HOME": str(cache),
         "HF_ENDPOINT": endpoint,
@@ -77,17 +67,20 @@ def in_new_process(
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, asked],
-        env=environment,
-        cwd=cache,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    answer: list[object] = json.loads(run.stdout.splitlines()[-1])
+    (answer,) = run_ranks(1, opened, asked=asked, settings=settings, folder=cache)
     return answer
+
+
+def opened(asked: str, settings: dict[str, str], folder: Path) -> list[object]:
+    os.environ.update(settings)
+    os.chdir(folder)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+        del sys.modules[name]
+    try:
+        reader = open_checkpoint(asked)
+        return [reader.format, reader.note, {key: reader.read(key).tolist() for key in reader.keys()}]
+    except Exception as error:
+        return [type(error).__name__, str(error)]
 
 
 def test_an_id_opens_from_the_cache_without_a_network(cache: Path) -> None:
