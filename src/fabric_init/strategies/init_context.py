@@ -25,6 +25,7 @@ from fabric_init.planning.source import Source
 from fabric_init.recording.built_modules import BuiltModules, refuse_scripted
 from fabric_init.recording.mode import RecordMode, active
 from fabric_init.strategies.fill_in_setup import bind
+from fabric_init.strategies.zero3 import built_whole
 
 _NOTHING_WANTED = LoadOptions()
 
@@ -90,6 +91,7 @@ def _recorded(strategy: RecordingStrategy, source: Source | None, wanted: LoadOp
     failure: BaseException | None = None
     try:
         with ExitStack() as contexts:
+            contexts.enter_context(built_whole())
             built = contexts.enter_context(BuiltModules())
             recording = contexts.enter_context(RecordMode(agree=agreement.from_rank_zero, skips_init=reader is None))
             recording.tape.shares_seed = True
