@@ -22,6 +22,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import compress
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -528,10 +529,9 @@ class Later:
                 for tensor in tensors:
                     self._finish(tensor)
                 if any(self.tape.is_alive(storage) for storage in self.tape.records):  # the search is worth its time
-                    for each in gc.get_objects():
-                        if issubclass(type(each), RecordedTensor):
-                            with suppress(RecordingError):  # all ranks have to read it together: its user is told so
-                                self._finish(each)
+                    for each in _all_recorded():
+                        with suppress(RecordingError):  # all ranks have to read it together: its user is told so
+                            self._finish(each)
             finally:
                 self._finishes = False
 
@@ -583,6 +583,17 @@ _FOREACH: dict[Any, Any] = {
     torch.ops.aten._foreach_copy_.default: torch.ops.aten.copy_.default,
     torch.ops.aten._foreach_zero_.default: torch.ops.aten.zero_.default,
 }
+
+
+def _all_recorded() -> list[Tensor]:
+    """Return the recorded tensors of this process, by a search of all its objects, of which there may be a million."""
+    kinds: set[type] = set()
+    more: list[type] = [RecordedTensor]
+    while more:
+        kinds.add(kind := more.pop())
+        more.extend(kind.__subclasses__())
+    everything = gc.get_objects()
+    return list(compress(everything, map(kinds.__contains__, map(type, everything))))  # no Python code for each
 
 
 def _writes_in_place(name: str) -> bool:
