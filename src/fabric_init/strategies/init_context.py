@@ -140,10 +140,16 @@ def refuse_nesting() -> None:
 
 def _refuse_precision(precision: Precision) -> None:
     if isinstance(precision, (BitsandbytesPrecision, TransformerEnginePrecision)):
+        instead = "Use init_module() without empty_init or checkpoint, and load the weights into that model."
+        if isinstance(precision, BitsandbytesPrecision):
+            instead = (
+                "Fill the model with its own layers first, with deferred_init() and materialize(model, checkpoint=…): "
+                "fabric.setup(model) then converts them, as precision.convert_module(model) does. Or build the layers "
+                "of bitsandbytes themselves, without the plugin: these are quantized while they are filled."
+            )
         raise FabricInitError(
             f"{type(precision).__name__} puts layers of its own in the place of the model's, which cannot be recorded "
-            "yet. Use init_module() without empty_init or checkpoint, and load the weights into that model. Or build "
-            "the layers of bitsandbytes themselves in the block: these are quantized while they are filled."
+            f"yet. {instead}"
         )
 
 
