@@ -153,6 +153,17 @@ def deepspeed(stage: int, precision: str = "no") -> Any:
     return accelerator
 
 
+def deepspeed_config(stage: int) -> dict[str, Any]:
+    """Return a configuration that leaves to a trainer what it can."""
+    zero = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+    rest = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {
+        **dict.fromkeys(rest, "auto"),
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": stage, **dict.fromkeys(zero, "auto")},
+    }
+
+
 STACKS: dict[str, Callable[[], Any]] = {
     "one process": one_process,
     "ddp": ddp,

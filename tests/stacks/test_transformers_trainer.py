@@ -15,6 +15,7 @@ from fabric_init import FillModel, UninitializedTensorError, init_report
 from tests.stacks.hugging_face import (
     SECONDS,
     STACKS,
+    deepspeed_config,
     deepspeed_ranks,
     different,
     gathered,
@@ -66,17 +67,6 @@ def trainer(stack: str, folder: Path, **options: Any) -> Any:
         accelerator_config={"use_configured_state": True},
     )
     return Trainer(args=arguments, train_dataset=data(), eval_dataset=data(), **options)
-
-
-def deepspeed_config(stage: int) -> dict[str, Any]:
-    """Return a configuration that leaves to the Trainer what it can."""
-    zero = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
-    rest = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    return {
-        **dict.fromkeys(rest, "auto"),
-        "bf16": {"enabled": "auto"},
-        "zero_optimization": {"stage": stage, **dict.fromkeys(zero, "auto")},
-    }
 
 
 def trained(one: Any, resume: str | None = None) -> dict[str, Tensor]:

@@ -14,6 +14,8 @@ from fabric_init import FillModel, UninitializedTensorError, deferred_init, init
 from tests.stacks.hugging_face import (
     SECONDS,
     STACKS,
+    deepspeed_config,
+    deepspeed_ranks,
     different,
     gathered,
     options_of,
@@ -57,10 +59,12 @@ def trainer(stack: str, folder: Path, model: Any, peft_config: Any, *, saving: b
     import datasets
     from trl import SFTConfig, SFTTrainer
 
-    STACKS[stack]()
+    config = deepspeed_config(int(stack[-1])) if stack.startswith("deepspeed") else None
+    STACKS[stack]() if config is None else deepspeed_ranks()
     arguments = SFTConfig(
         output_dir=str(folder / stack),
-        use_cpu=True,
+        use_cpu=config is None,
+        deepspeed=config,
         bf16=False,
         gradient_checkpointing=False,
         max_steps=3,
@@ -158,8 +162,11 @@ def test_in_one_process_adapters_over_a_recorded_base_train_and_resume_as_over_a
     check("one process", 1, folder)
 
 
-def test_adapters_over_a_recorded_base_train_and_resume_as_over_a_loaded_one(ranks: int, folder: Path) -> None:
-    check("fsdp2", ranks, folder)
+@pytest.mark.parametrize("stack", ["fsdp2", "deepspeed 3"])
+def test_adapters_over_a_recorded_base_train_and_resume_as_over_a_loaded_one(
+    stack: str, ranks: int, folder: Path
+) -> None:
+    check(stack, ranks, folder)
 
 
 def check(stack: str, ranks: int, folder: Path) -> None:
