@@ -189,9 +189,7 @@ def test_load_state_resumes_a_recorded_model(
 
 
 @pytest.mark.parametrize("stack", UNFILLED)
-def test_what_nobody_fills_does_not_train(
-    stack: str, ranks: int, on_ranks: dict[tuple[str, ...], list[Any]]
-) -> None:
+def test_what_nobody_fills_does_not_train(stack: str, ranks: int, on_ranks: dict[tuple[str, ...], list[Any]]) -> None:
     assert on_ranks["unfilled", stack] == ["refused"] * ranks
 
 

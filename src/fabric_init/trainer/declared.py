@@ -21,9 +21,7 @@ class Declared(NamedTuple):
     options: dict[str, Any]
     part: str = ""
 
-    def fill(
-        self, model: nn.Module, device: torch.device | None, deepspeed: Mapping[str, Any] | None = None
-    ) -> None:
+    def fill(self, model: nn.Module, device: torch.device | None, deepspeed: Mapping[str, Any] | None = None) -> None:
         """Give every tensor of ``model`` that waits its value, on all ranks together.
 
         Args:
