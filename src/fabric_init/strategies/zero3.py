@@ -89,8 +89,9 @@ def cast_as_configured(module: nn.Module, config: Mapping[str, Any]) -> Iterator
     names = {"fp16": torch.float16, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
     if open_ones := [name for name in names if (config.get(name) or {}).get("enabled") == "auto"]:
         raise OptionError(
-            f'deepspeed=…: {open_ones[0]} is "auto", so the dtype of the parameters is not known. Pass what Hugging Face '
-            "has made of it: accelerator.state.deepspeed_plugin.deepspeed_config, of the Accelerator or trainer.accelerator."
+            f'deepspeed=…: {open_ones[0]} is "auto", so the dtype of the parameters is not known. Pass what Hugging '
+            "Face has made of it: accelerator.state.deepspeed_plugin.deepspeed_config of the Accelerator, which a "
+            "Trainer has as trainer.accelerator."
         )
     chosen = [dtype for name, dtype in names.items() if (config.get(name) or {}).get("enabled") is True]
     parameters = [p for p in module.parameters() if p.is_floating_point()] if chosen else []
