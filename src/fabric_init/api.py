@@ -36,7 +36,7 @@ from fabric_init.reports.registry import report_of
 from fabric_init.sharding.in_block import ShardsInBlock
 from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound
 from fabric_init.strategies.unwrap import original
-from fabric_init.strategies.zero3 import cast_as_configured, partitioned, stage_3_config
+from fabric_init.strategies.zero3 import built_whole, cast_as_configured, partitioned, stage_3_config
 
 _MSG_NOT_A_DEVICE = (
     'device={device!r} is no device such as "cuda:0" or "cpu". If it is the path of a checkpoint, pass it as '
@@ -226,7 +226,7 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
             yield
         return
     shards, start = ShardsInBlock(), now()
-    with PausedCollector(), BuiltModules() as built:
+    with PausedCollector(), built_whole(), BuiltModules() as built:
         try:
             with recorded_build(rng, shards) as tape:
                 yield

@@ -11,7 +11,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fabric_init import CheckpointMismatchError, FabricInitError, OptionError, deferred_init, init_report, materialize
+from fabric_init import (
+    CheckpointMismatchError,
+    FabricInitError,
+    OptionError,
+    RecordingError,
+    deferred_init,
+    init_report,
+    materialize,
+)
 from tests.sharding.test_plain import Layer, pack
 from tests.support.ranks import run_ranks
 from tests.support.zoo import MODELS, assert_same, loss_of, one_device, tokens, write_checkpoint
@@ -88,12 +96,35 @@ def test_each_stage_starts_and_trains_as_deepspeed_alone_does(
             assert_same(after, alone)
 
 
+def with_adapters() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return all weights, and the adapters that this rank has drawn for itself."""
+    model = recorded()
+    torch.manual_seed(9 + dist.get_rank())
+    adapters = nn.ParameterDict({"a": torch.randn(3, 5), "b": torch.randn(7)})
+    drawn = {name: value.detach().clone() for name, value in adapters.items()}
+    model.add_module("adapters", adapters)
+    materialize(model, deepspeed=config_of(3, "32-true"))
+    return gathered(model), drawn
+
+
+def test_parameters_with_values_are_partitioned_as_deepspeed_does_with_those_of_the_first_rank() -> None:
+    (first, drawn), (second, _) = run_ranks(2, with_adapters)
+    assert_same(first, second)
+    assert_same({name: first[f"adapters.{name}"] for name in drawn}, drawn)
+
+
 def refused(path: Path, config_path: Path) -> tuple[str, str, bool]:
+    import deepspeed
+
     model = recorded()
     dtypes = {parameter.dtype for parameter in model.parameters()}
     with pytest.raises(CheckpointMismatchError, match="Missing from the checkpoint") as missing:
         materialize(model, checkpoint=path, deepspeed=config_path)
     assert {parameter.dtype for parameter in model.parameters()} == dtypes
+    with pytest.raises(OptionError, match='bf16 is "auto"'):
+        materialize(model, deepspeed={"zero_optimization": {"stage": 3}, "bf16": {"enabled": "auto"}})
+    with pytest.raises(RecordingError, match=r"deepspeed\.zero\.Init does"), deferred_init(), deepspeed.zero.Init():
+        nn.Linear(2, 2)
     with pytest.raises(FabricInitError, match="NVMe"):
         materialize(model, deepspeed={"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}})
     with pytest.raises(FabricInitError) as broken:

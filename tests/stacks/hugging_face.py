@@ -1,5 +1,9 @@
 """What the tests of Hugging Face's stacks have in common: a tiny Llama, its folders, and accelerate on gloo.
 
+[Note: DeepSpeed of accelerate on a CPU]
+accelerate lets DeepSpeed be where there are GPUs. :func:`deepspeed_ranks` sets by hand what ``PartialState`` sets with
+GPUs, and nothing else.
+
 [Note: FSDP2 of accelerate on a CPU]
 accelerate takes its FSDP plugin into account where it finds several GPUs, and forgets it otherwise. All of its FSDP2
 code runs on gloo as well, so :func:`fsdp2` sets by hand what ``AcceleratorState`` sets with GPUs, and nothing else.
@@ -8,15 +12,18 @@ code runs on gloo as well, so :func:`fsdp2` sets by hand what ``AcceleratorState
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fabric_init import deferred_init, materialize
+from tests.support.watched import bytes_read
 
 SECONDS = 180.0
 """How long a group of ranks may take: each imports half a dozen large libraries, which a busy machine is slow at."""
@@ -79,7 +86,9 @@ def whole(case: str, folder: Path) -> Any:
 def forget() -> None:
     """Let accelerate start anew, with nothing in the environment that an earlier case has put there."""
     from accelerate.state import AcceleratorState, GradientState
+    from transformers.integrations import unset_hf_deepspeed_config
 
+    unset_hf_deepspeed_config()
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
@@ -122,6 +131,39 @@ def fsdp2(precision: str = "no", **options: Any) -> Any:
     return accelerator
 
 
+def deepspeed_ranks() -> None:
+    """Let accelerate take these ranks for some of DeepSpeed; see [Note: DeepSpeed of accelerate on a CPU]."""
+    import deepspeed
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    forget()
+    deepspeed.init_distributed("gloo")
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+
+
+def deepspeed(stage: int, precision: str = "no") -> Any:
+    from accelerate import Accelerator, DeepSpeedPlugin
+
+    deepspeed_ranks()
+    plugin = DeepSpeedPlugin(zero_stage=stage)
+    accelerator = Accelerator(mixed_precision=precision, deepspeed_plugin=plugin)
+    plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # there is no loader that would say so
+    return accelerator
+
+
+def deepspeed_config(stage: int) -> dict[str, Any]:
+    """Return a configuration that leaves to a trainer what it can."""
+    zero = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+    rest = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    return {
+        **dict.fromkeys(rest, "auto"),
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": stage, **dict.fromkeys(zero, "auto")},
+    }
+
+
 STACKS: dict[str, Callable[[], Any]] = {
     "one process": one_process,
     "ddp": ddp,
@@ -129,7 +171,29 @@ STACKS: dict[str, Callable[[], Any]] = {
     "fsdp2, rank 0 loads": lambda: fsdp2(cpu_ram_efficient_loading=True),
     "fsdp2, bf16": lambda: fsdp2("bf16"),
     "fsdp2, checkpointing": lambda: fsdp2(activation_checkpointing=True),
+    "deepspeed 1": lambda: deepspeed(1),
+    "deepspeed 2": lambda: deepspeed(2),
+    "deepspeed 3": lambda: deepspeed(3),
+    "deepspeed 3, bf16": lambda: deepspeed(3, "bf16"),
 }
+SHARDED = ("fsdp2", "deepspeed 3")
+"""How the names of stacks start on which each rank reads its part alone."""
+
+
+@contextmanager
+def reading_its_part(stack: str, case: str, folder: Path) -> Iterator[None]:
+    """Context that fails if this rank reads another amount than what it keeps."""
+    name = CASES[case].get("checkpoint")
+    state = load_file(folder / name / "model.safetensors") if name else {}
+    with bytes_read() as so_far:
+        yield
+    check_share(so_far(), state, int(os.environ.get("WORLD_SIZE", 1)) if stack.startswith(SHARDED) else 1)
+
+
+def check_share(read: int, state: dict[str, Tensor], ranks: int) -> None:
+    """Fail if more than 1.05 of an even share was read, and a few values of each tensor, by which ranks agree on it."""
+    share, compared = sum(value.nbytes for value in state.values()) / ranks, 32 * 4 * len(state)
+    assert 0.5 * share <= read <= 1.05 * share + compared, f"{read} bytes were read, of a share of {share}"
 
 
 def plain(name: str) -> str:
@@ -138,6 +202,12 @@ def plain(name: str) -> str:
 
 def gathered(model: Any) -> dict[str, Tensor]:
     """Return all weights, whole."""
+    partitioned = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if partitioned and not any(parameter.numel() for parameter in partitioned):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(partitioned):
+            return gathered(model)
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {plain(n): (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in tensors}
 

@@ -292,6 +292,22 @@ def test_lightnings_layers_are_refused_and_converting_afterwards_is_not(mode: An
     assert_same(everything(found), everything(wanted))
 
 
+def test_fabric_converts_the_layers_of_a_filled_model_as_those_of_a_loaded_one(file: Path) -> None:
+    fabric = Fabric(accelerator="cpu", devices=1)
+    # as plugins=[…] does on CUDA, which Lightning insists on
+    fabric.strategy.precision = fabric._precision = BitsandbytesPrecision("nf4", dtype=torch.float16)
+    with pytest.raises(FabricInitError, match=r"Fill the model with its own layers first.*fabric\.setup"):
+        fabric.init_module(checkpoint=file).__enter__()
+    with deferred_init():
+        filled = Model("float")
+    materialize(filled, checkpoint=file)
+    wanted = Model("float")
+    wanted.load_state_dict(load_file(file))
+    found, loaded = (fabric.setup(each).module for each in (filled, wanted))
+    assert isinstance(found.up, bitsandbytes.nn.Linear4bit)
+    assert_same(everything(found), everything(loaded))
+
+
 # -- LoRA on top -------------------------------------------------------------------------------------------------------
 
 LORA = LoraConfig(r=4, target_modules=["up", "down"])

@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
@@ -31,6 +31,7 @@ from fabric_init import CheckpointMismatchError, deferred_init, materialize
 from fabric_init.planning.tensors import plain_name
 from fabric_init.sharding.dtensor import region_of
 from tests.support.ranks import run_ranks
+from tests.support.watched import bytes_read
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "torchtitan_style.py"
 TO_HUGGING_FACE = {
@@ -113,6 +114,29 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
 
 
+def materialized(model: nn.Module, checkpoint: Path, **options: Any) -> None:
+    """Fill ``model`` from ``checkpoint``, and fail if more than 1.05 of what this rank keeps is read for it."""
+    with bytes_read() as so_far:
+        materialize(model, checkpoint=checkpoint, rename=example().HUGGING_FACE, **options)
+    kept = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in model.parameters())
+    compared = 32 * 4 * len(list(model.parameters()))  # the values by which ranks agree on the file
+    assert 0.5 * kept <= so_far() <= 1.05 * kept + compared
+
+
+def emptied(tensor: int) -> nn.Module:
+    """Return the model as torchtitan starts it from a checkpoint: on meta, parallelized, emptied, and loaded."""
+    module, world = example(), dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world // tensor, tensor), mesh_dim_names=("data", "tensor"))
+    with torch.device("meta"):
+        model: nn.Module = module.Llama()
+    module.parallelize(model, mesh, backend="eager")
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        model.init_weights()  # type: ignore[operator]
+    set_model_state_dict(model, eager(seed=1).state_dict(), options=StateDictOptions(full_state_dict=True))
+    return model
+
+
 def train(model: nn.Module) -> None:
     optimizer, tokens = torch.optim.AdamW(model.parameters(), lr=1e-2), torch.arange(16).repeat(2, 1)
     for _ in range(3):
@@ -137,21 +161,25 @@ def start_and_resume(tensor: int, folder: Path) -> None:
     model = parallel(tensor, "before")
     with pytest.raises(CheckpointMismatchError, match=r"output\.weight"):
         materialize(model, checkpoint=folder / "body.safetensors", rename=rename)
-    materialize(model, checkpoint=folder / "body.safetensors", rename=rename, strict=False)
+    materialized(model, folder / "body.safetensors", strict=False)
     assert_same(gathered(model), {**theirs, "output.weight": own["output.weight"]})
 
-    model = parallel(tensor, "in the block")
-    materialize(model, checkpoint=folder / "whole.safetensors", rename=rename)
+    model, its = parallel(tensor, "in the block"), emptied(tensor)
+    materialized(model, folder / "whole.safetensors")
     assert_same(gathered(model), theirs)
     train(model)
+    train(its)
+    assert_same(gathered(model), gathered(its))
     dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder / f"step-{tensor}")
     resumed = parallel(tensor, "in the block")
     materialize(resumed, checkpoint=folder / f"step-{tensor}", entry="model")
     assert_same(gathered(resumed), gathered(model))
 
 
-def test_two_ranks_start_and_resume_with_the_weights_of_one_device(folder: Path) -> None:
-    run_ranks(2, start_and_resume, tensor=1, folder=folder, seconds=300)
+def test_ranks_start_and_resume_with_the_weights_of_one_device_and_train_as_torchtitan(
+    ranks: int, folder: Path
+) -> None:
+    run_ranks(ranks, start_and_resume, tensor=ranks // 2, folder=folder, seconds=150 * ranks)
 
 
 # -- simulated ranks ---------------------------------------------------------------------------------------------------

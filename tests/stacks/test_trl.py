@@ -11,7 +11,19 @@ import torch
 from torch import Tensor
 
 from fabric_init import FillModel, UninitializedTensorError, deferred_init, init_report
-from tests.stacks.hugging_face import SECONDS, STACKS, different, gathered, options_of, recorded, whole, write
+from tests.stacks.hugging_face import (
+    SECONDS,
+    STACKS,
+    deepspeed_config,
+    deepspeed_ranks,
+    different,
+    gathered,
+    options_of,
+    reading_its_part,
+    recorded,
+    whole,
+    write,
+)
 from tests.support.ranks import run_ranks_each
 
 pytest.importorskip("datasets")
@@ -47,10 +59,12 @@ def trainer(stack: str, folder: Path, model: Any, peft_config: Any, *, saving: b
     import datasets
     from trl import SFTConfig, SFTTrainer
 
-    STACKS[stack]()
+    config = deepspeed_config(int(stack[-1])) if stack.startswith("deepspeed") else None
+    STACKS[stack]() if config is None else deepspeed_ranks()
     arguments = SFTConfig(
         output_dir=str(folder / stack),
-        use_cpu=True,
+        use_cpu=config is None,
+        deepspeed=config,
         bf16=False,
         gradient_checkpointing=False,
         max_steps=3,
@@ -84,8 +98,10 @@ def trained(one: Any, resume: str | None = None) -> dict[str, Tensor]:
 def start_train_and_resume(stack: str, case: str, adapters: dict[str, Any], folder: Path) -> dict[str, object]:
     """Return what differs from TRL's own way after three steps, and when two steps of them were saved."""
     options = options_of(case, folder)
-    ours = FillModel(**options).attach(trainer(stack, folder, recorded(case), lora(**adapters), saving=True))
-    found = trained(ours)
+    made = trainer(stack, folder, recorded(case), lora(**adapters), saving=True)
+    with reading_its_part(stack, case, folder):
+        ours = FillModel(**options).attach(made)
+        found = trained(ours)
     wanted = trained(trainer(stack, folder, whole(case, folder), lora(**adapters)))
     saved = os.path.join(ours.args.output_dir, "checkpoint-2")
     again = FillModel(**options).attach(trainer(stack, folder, recorded(case), lora(**adapters)))
@@ -142,16 +158,25 @@ def run(kind: str, **arguments: Any) -> Any:
 ON_RANKS = {("start", "checkpoint"), ("start", "tied"), ("in a block", "checkpoint, DoRA"), ("refused", "checkpoint")}
 
 
-@pytest.mark.parametrize(("stack", "ranks"), [("one process", 1), ("fsdp2", 2)])
+def test_in_one_process_adapters_over_a_recorded_base_train_and_resume_as_over_a_loaded_one(folder: Path) -> None:
+    check("one process", 1, folder)
+
+
+@pytest.mark.parametrize("stack", ["fsdp2", "deepspeed 3"])
 def test_adapters_over_a_recorded_base_train_and_resume_as_over_a_loaded_one(
     stack: str, ranks: int, folder: Path
 ) -> None:
+    check(stack, ranks, folder)
+
+
+def check(stack: str, ranks: int, folder: Path) -> None:
     each = {
         (kind, case): {"kind": kind, "case": case.partition(",")[0], "adapters": adapters}
         for (kind, case), adapters in CASES.items()
         if ranks == 1 or (kind, case) in ON_RANKS
     }
-    for (kind, case), found in run_ranks_each(ranks, run, each, seconds=SECONDS, stack=stack, folder=folder).items():
+    seconds = SECONDS * max(1, ranks / 2)
+    for (kind, case), found in run_ranks_each(ranks, run, each, seconds=seconds, stack=stack, folder=folder).items():
         loaded = LOADED[case.partition(",")[0]]
         right = {
             "start": {"weights": [], "resumed": [], "trained": True, "loaded": loaded},

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader, Region, open_checkpoint
+from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
 from fabric_init.checkpoints.reader import fields_of
 from fabric_init.planning import source
 
@@ -40,3 +42,21 @@ def watched(before_read: Callable[[int], None] = lambda count: None) -> list[Wat
 
     source.open_checkpoint = open_it  # type: ignore[assignment]
     return opened
+
+
+@contextmanager
+def bytes_read() -> Iterator[Callable[[], int]]:
+    """Context that counts what this process reads of safetensors files; yields how many bytes these are so far."""
+    sizes: list[int] = []
+    plain_read = SafetensorsReader.read
+
+    def read(self: SafetensorsReader, key: str, region: Region | None = None) -> Tensor:
+        value = plain_read(self, key, region)
+        sizes.append(value.nbytes)
+        return value
+
+    SafetensorsReader.read = read  # type: ignore[method-assign]
+    try:
+        yield lambda: sum(sizes)
+    finally:
+        SafetensorsReader.read = plain_read  # type: ignore[method-assign]

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from itertools import compress
 from typing import NoReturn
 
 import torch
@@ -189,10 +190,9 @@ class LateValues:
                 for tensor in tensors:
                     self._finish(tensor)
                 if any(self.tape.is_alive(storage) for storage in self.tape.records):  # the search is worth its time
-                    for each in gc.get_objects():
-                        if issubclass(type(each), RecordedTensor):
-                            with suppress(RecordingError):  # all ranks have to read it together: its user is told so
-                                self._finish(each)
+                    for each in _all_recorded():
+                        with suppress(RecordingError):  # all ranks have to read it together: its user is told so
+                            self._finish(each)
             finally:
                 self._finishes = False
 
@@ -231,6 +231,17 @@ class LateValues:
         origin = -1 if found is None else self.waiting.origin(found.storage)
         owners = next((each for each in reversed(self.owners) if each.has(origin)), None)
         become(tensor, value) if owners is None else owners.put(origin, tensor, value)
+
+
+def _all_recorded() -> list[Tensor]:
+    """Return the recorded tensors of this process, by a search of all its objects, of which there may be a million."""
+    kinds: set[type] = set()
+    more: list[type] = [RecordedTensor]
+    while more:
+        kinds.add(kind := more.pop())
+        more.extend(kind.__subclasses__())
+    everything = gc.get_objects()
+    return list(compress(everything, map(kinds.__contains__, map(type, everything))))  # no Python code for each
 
 
 def _has_graph(tensor: Tensor) -> bool:

@@ -149,7 +149,8 @@ class Recorder(TorchDispatchMode, TapeWriter):
         if func.namespace in _COLLECTIVES:
             raise RecordingError(
                 f"{op_traits.name} in a recorded block: the tensor has no values to send to other ranks yet. Of a "
-                "DTensor, full_tensor() and redistribute() do that. Call them once the model is filled."
+                "DTensor, full_tensor() and redistribute() do that. Call them once the model is filled. "
+                "deepspeed.zero.Init does, too: leave it out, and partition with materialize(model, deepspeed=config)."
             )
         if op_traits.data_dependent:
             return self._with_true_values(func, args, kwargs, recordings)

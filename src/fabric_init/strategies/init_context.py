@@ -26,6 +26,7 @@ from fabric_init.planning.tensors import named_modules
 from fabric_init.recording.built_modules import BuiltModules, refuse_scripted
 from fabric_init.recording.mode import RecordMode, active
 from fabric_init.strategies.fill_in_setup import bind
+from fabric_init.strategies.zero3 import built_whole
 
 _NOTHING_WANTED = LoadOptions()
 
@@ -91,6 +92,7 @@ def _recorded(strategy: RecordingStrategy, source: Source | None, wanted: LoadOp
     failure: BaseException | None = None
     try:
         with ExitStack() as contexts:
+            contexts.enter_context(built_whole())
             built = contexts.enter_context(BuiltModules())
             recording = contexts.enter_context(RecordMode(agree=agreement.from_rank_zero, skips_init=reader is None))
             recording.tape.shares_seed = True
@@ -140,10 +142,16 @@ def refuse_nesting() -> None:
 
 def _refuse_precision(precision: Precision) -> None:
     if isinstance(precision, (BitsandbytesPrecision, TransformerEnginePrecision)):
+        instead = "Use init_module() without empty_init or checkpoint, and load the weights into that model."
+        if isinstance(precision, BitsandbytesPrecision):
+            instead = (
+                "Fill the model with its own layers first, with deferred_init() and materialize(model, checkpoint=…): "
+                "fabric.setup(model) then converts them, as precision.convert_module(model) does. Or build the layers "
+                "of bitsandbytes themselves, without the plugin: these are quantized while they are filled."
+            )
         raise FabricInitError(
             f"{type(precision).__name__} puts layers of its own in the place of the model's, which cannot be recorded "
-            "yet. Use init_module() without empty_init or checkpoint, and load the weights into that model. Or build "
-            "the layers of bitsandbytes themselves in the block: these are quantized while they are filled."
+            f"yet. {instead}"
         )
 
 

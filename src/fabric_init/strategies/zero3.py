@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,8 +26,14 @@ Config = Mapping[str, Any] | str | os.PathLike[str]
 """DeepSpeed's configuration, or the path of a JSON file with it."""
 
 
+_BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
 def stage_3_config(config: Config) -> dict[str, Any] | None:
     """Return DeepSpeed's configuration as a dictionary; ``None`` if it does not partition parameters.
+
+    Sizes of batches are left out. They do not matter for partitions, and Hugging Face's configurations may say
+    ``"auto"`` for them until the data is known, which DeepSpeed cannot read.
 
     Raises:
         OptionError: The file is none, or not one of JSON.
@@ -38,7 +45,30 @@ def stage_3_config(config: Config) -> dict[str, Any] | None:
             read = dict(json.loads(Path(config).read_text()))
         except (OSError, ValueError, TypeError) as error:
             raise OptionError(f"deepspeed={os.fspath(config)!r} is no JSON file with an object: {error}") from error
-    return read if (read.get("zero_optimization") or {}).get("stage") == 3 else None
+    if (read.get("zero_optimization") or {}).get("stage") != 3:
+        return None
+    return {key: value for key, value in read.items() if key not in _BATCHES} | {"train_micro_batch_size_per_gpu": 1}
+
+
+@contextmanager
+def built_whole() -> Iterator[None]:
+    """Context in which transformers builds whole models, also when it knows of a configuration with ZeRO-3.
+
+    It would partition each module as soon as that is built, for which rank 0 sends values, and draw anew afterwards.
+    A recorded model has no values to send, and is partitioned when it is complete.
+    """
+    theirs: Any = sys.modules.get("transformers.integrations.deepspeed")
+    found = getattr(theirs, "_hf_deepspeed_config_weak_ref", None)
+    config = None if found is None else found()
+    if config is None or not config.is_zero3():
+        yield
+        return
+    theirs.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if theirs.deepspeed_config() is None:  # else the block has said something new
+            theirs.set_hf_deepspeed_config(config)
 
 
 @contextmanager
@@ -49,6 +79,7 @@ def cast_as_configured(module: nn.Module, config: Mapping[str, Any]) -> Iterator
 
     Raises:
         FabricInitError: Parameters are DTensors, or quantized ones of a class that cannot be partitioned.
+        OptionError: The configuration leaves the dtype open.
     """
     if kinds := {type(parameter).__name__ for parameter in module.parameters() if is_wrapper(parameter)}:
         raise FabricInitError(
@@ -56,7 +87,13 @@ def cast_as_configured(module: nn.Module, config: Mapping[str, Any]) -> Iterator
             "stage than 3, or fully_shard where that class can be sharded."
         )
     names = {"fp16": torch.float16, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
-    chosen = [dtype for name, dtype in names.items() if config.get(name, {}).get("enabled") is True]
+    if open_ones := [name for name in names if (config.get(name) or {}).get("enabled") == "auto"]:
+        raise OptionError(
+            f'deepspeed=…: {open_ones[0]} is "auto", so the dtype of the parameters is not known. Pass what Hugging '
+            "Face has made of it: accelerator.state.deepspeed_plugin.deepspeed_config of the Accelerator, which a "
+            "Trainer has as trainer.accelerator."
+        )
+    chosen = [dtype for name, dtype in names.items() if (config.get(name) or {}).get("enabled") is True]
     parameters = [p for p in module.parameters() if p.is_floating_point()] if chosen else []
     before = [(parameter, parameter.data) for parameter in parameters]
     with RecordMode():  # the cast belongs to the recording, too
@@ -94,8 +131,9 @@ def partitioned(model: nn.Module, config: Mapping[str, Any], device: torch.devic
 def partition_without_values(module: nn.Module, config: Mapping[str, Any], remote_device: str | None = None) -> None:
     """Turn each parameter of ``module``, which stays the same object, into one that DeepSpeed has partitioned.
 
-    Where it has no memory yet, none is allocated, and ``ds_tensor`` is on the meta device; values are kept. Ranks do
-    not communicate. As ``fabric_init_place`` each ``ds_tensor`` has its later device, and whether it is to be pinned.
+    Where it has no memory yet, none is allocated, ``ds_tensor`` is on the meta device, and ranks do not communicate.
+    Values are those of rank 0, as DeepSpeed has it: ranks may have drawn different adapters. As ``fabric_init_place``
+    each ``ds_tensor`` has its later device, and whether it is to be pinned.
 
     Raises:
         FabricInitError: The configuration says to keep partitions where they cannot be filled.
@@ -111,7 +149,7 @@ def partition_without_values(module: nn.Module, config: Mapping[str, Any], remot
         pin_memory: bool
 
         def _convert_to_zero_parameters(self, param_list: Iterable[Any]) -> None:
-            """Partition recorded parameters from a meta tensor, and without DeepSpeed's broadcast."""
+            """Partition recorded parameters from a meta tensor, and those with values as DeepSpeed does."""
             real = (self.local_device, self.remote_device, self.pin_memory)
             for parameter in param_list:
                 if is_zero_param(parameter):
@@ -123,8 +161,11 @@ def partition_without_values(module: nn.Module, config: Mapping[str, Any], remot
                     self.local_device = self.remote_device = torch.device("meta")
                     self.pin_memory = False
                 try:
-                    self._convert_to_deepspeed_param(parameter)
-                    parameter.partition()
+                    if recorded:
+                        self._convert_to_deepspeed_param(parameter)
+                        parameter.partition()
+                    else:
+                        super()._convert_to_zero_parameters([parameter])
                 finally:
                     self.local_device, self.remote_device, self.pin_memory = real
                 local, remote, pinned = real

@@ -1,13 +1,14 @@
 """An ``Accelerator`` of Hugging Face's accelerate, made to fill recorded models: before it wraps them, or once sharded.
 
 ``transformers.Trainer``, TRL's trainers and loops of one's own all hand their models to ``Accelerator.prepare``. FSDP2
-shards a recorded model there as it does any other, so that is filled afterwards, and each rank reads what it keeps. All
-else wants values: one device and DDP move and send them, FSDP and DeepSpeed copy them.
+shards a recorded model there as it does any other, so that is filled afterwards, and each rank reads what it keeps. For
+ZeRO-3 it is partitioned while it is filled, by the configuration that DeepSpeed will get. All else wants values: one
+device and DDP move and send them, FSDP and the other stages of DeepSpeed copy them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from glob import escape
@@ -58,7 +59,7 @@ class FillingMixin:
 
     def _fill(self, models: list[nn.Module]) -> None:
         for model in models:
-            for_base(self.declared, model).fill(model, self._fills_on())
+            for_base(self.declared, model).fill(model, self._fills_on(), _deepspeed_of(self))
 
     def _fills_on(self) -> torch.device | None:
         shards_later = str(self.distributed_type).rpartition(".")[2] in ("FSDP", "DEEPSPEED", "MEGATRON_LM")
@@ -98,7 +99,14 @@ def let_trainer_fill(trainer: Any, declared: Declared) -> None:
     """
     let_fill(trainer.accelerator, declared)
     if trainer.model is not None and not trainer.accelerator.is_fsdp2:
-        for_base(declared, trainer.model).fill(trainer.model, None)  # which the trainer has moved
+        its = _deepspeed_of(trainer.accelerator)
+        for_base(declared, trainer.model).fill(trainer.model, None, its)  # which the trainer has moved
+
+
+def _deepspeed_of(accelerator: Any) -> Mapping[str, Any] | None:
+    """Return the configuration that ``accelerator`` will give to DeepSpeed; ``None`` if it uses none."""
+    plugin = accelerator.state.deepspeed_plugin
+    return None if plugin is None else plugin.deepspeed_config
 
 
 def accelerator_of(trainer: object) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,13 @@ class Declared(NamedTuple):
     options: dict[str, Any]
     part: str = ""
 
-    def fill(self, model: nn.Module, device: torch.device | None) -> None:
+    def fill(self, model: nn.Module, device: torch.device | None, deepspeed: Mapping[str, Any] | None = None) -> None:
         """Give every tensor of ``model`` that waits its value, on all ranks together.
+
+        Args:
+            model: The model.
+            device: The device for all tensors, as for :func:`~fabric_init.materialize`.
+            deepspeed: The configuration of DeepSpeed, which may partition parameters.
 
         Raises:
             RecordingError: A checkpoint is declared, and nothing has ever waited for it.
@@ -29,10 +35,10 @@ class Declared(NamedTuple):
             FabricInitError: As :func:`~fabric_init.materialize`.
         """
         if self.options["checkpoint"] is None:
-            fill_rest(model, device)
+            fill_rest(model, device, deepspeed)
         elif _on_some_rank(bool(unfilled(model))):
-            materialize(self._part_of(model), device=device, **self.options)
-            fill_rest(model, device)
+            materialize(self._part_of(model), device=device, deepspeed=deepspeed, **self.options)
+            fill_rest(model, device, deepspeed)
         elif not _was_recorded(model):
             raise RecordingError(
                 f"checkpoint={str(self.options['checkpoint'])!r} was declared for {type(model).__name__}, which was "
@@ -48,10 +54,10 @@ class Declared(NamedTuple):
             raise OptionError(f"part={self.part!r}: {type(model).__name__} has no such part; it has {names}") from None
 
 
-def fill_rest(model: nn.Module, device: torch.device | None) -> None:
+def fill_rest(model: nn.Module, device: torch.device | None, deepspeed: Mapping[str, Any] | None = None) -> None:
     """Give every tensor of ``model`` that still waits its own init, on all ranks together."""
     if _on_some_rank(bool(unfilled(model))):
-        materialize(model, device=device)
+        materialize(model, device=device, deepspeed=deepspeed)
 
 
 def _on_some_rank(here: bool) -> bool:
