@@ -37,7 +37,7 @@ from fabric_init.planning.plan import Action, DerivedFrom, LoadOptions, Plan, Pl
 from fabric_init.planning.prepare import PreparedPlan, prepared_digest
 from fabric_init.planning.tensors import Walk
 from fabric_init.recording.liveness import covers
-from fabric_init.recording.replay import real_execution, replay, view
+from fabric_init.recording.replay import Brought, real_execution, replay, replay_with, view
 from fabric_init.recording.tape import Rng, Tape
 from fabric_init.recording.tensor import RecordedTensor
 from fabric_init.recording.wrappers import with_memory
@@ -171,8 +171,10 @@ def _values(
                 yield position, tensors[position].detach().to(device)
     derived = _derived(entries, to_replay, tapes, placement, loaded, exact=exact)
     for (tape, device, sources), storages in derived.items():
-        assert reader is not None
-        memories = compute(storages, tape, [loaded[source] for source in sources], reader, device, exact=exact)
+        if reader is not None and sources <= loaded.keys():
+            memories = compute(storages, tape, [loaded[source] for source in sources], reader, device, exact=exact)
+        else:  # from what an earlier load has brought
+            memories = replay_with(tape, storages, Brought(tape, device), exact=exact, to=lambda _, at=device: at)  # type: ignore[misc]
         for storage in storages:
             memory = memories.pop(storage)
             for position in to_replay.pop(storage):
@@ -192,11 +194,15 @@ def _derived(
     *,
     exact: bool,
 ) -> dict[tuple[Tape, torch.device, frozenset[int]], list[int]]:
-    """Return the storages that are computed from loaded ones, those together that are computed from the same."""
+    """Return the storages that are computed from loaded ones, those together that are computed from the same.
+
+    An earlier plan may have loaded them: that of a part of the model.
+    """
     found: dict[tuple[Tape, torch.device, frozenset[int]], list[int]] = {}
+    others = {tape: loaded.keys() | tape.brought().keys() for tape in {tapes[storage] for storage in groups}}
     for storage, positions in groups.items():
         entry = entries[positions[0]]
-        sources = frozenset(sources_of(entry, tapes, loaded, exact=exact))
+        sources = frozenset(sources_of(entry, tapes, others[tapes[storage]], exact=exact))
         if sources and all(entries[position].action is Action.INIT for position in positions):
             key = tapes[storage], placement.device(entry.slot), sources
             found.setdefault(key, []).append(storage)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from typing_extensions import Self
@@ -74,6 +74,14 @@ class Shards(Protocol):
         ...
 
 
+class _OnReal(NamedTuple):
+    """A recorded tensor that was set on real memory: that, and the same as the constant that the tape starts from."""
+
+    tensor: torch.Tensor
+    real: torch.Tensor
+    constant: torch.Tensor
+
+
 class Recorder(TorchDispatchMode):
     """Dispatch mode that writes one tape.
 
@@ -103,6 +111,7 @@ class Recorder(TorchDispatchMode):
         self.recognizes_init_calls = True
         self.own_init_counts = False  # load code runs: what waits for a load has the values of its own init until then
         self._running_init: FrameType | None = None  # the init function that is recorded already, while its ops come in
+        self._on_real: dict[int, _OnReal] = {}  # by number of the storage
 
     def __repr__(self) -> str:
         return f"<Recorder: {self.tape.summary()}>"
@@ -304,15 +313,26 @@ class Recorder(TorchDispatchMode):
         default_dtype: torch.dtype | None = None,
     ) -> None:
         """Write one op to the tape, with its position in the random streams. torch's modes must be off."""
-        if not is_random(func):
+        if is_random(func):
+            assert self.streams is not None
+            generator = kwargs.pop("generator", None)
+            streams = self.streams.of(generator)
+            draw: Draw = streams.draw()
+            number = self.tape.add_op(func, args, kwargs, targets, outputs, draw, caller(frame), default_dtype)
+            streams.drawn(number, by_init=not isinstance(func, OpOverload))
+        else:
             self.tape.add_op(func, args, kwargs, targets, outputs, None, caller(frame), default_dtype)
-            return
-        assert self.streams is not None
-        generator = kwargs.pop("generator", None)
-        streams = self.streams.of(generator)
-        draw: Draw = streams.draw()
-        number = self.tape.add_op(func, args, kwargs, targets, outputs, draw, caller(frame), default_dtype)
-        streams.drawn(number, by_init=not isinstance(func, OpOverload))
+        if self._on_real:
+            self._write_real({ref.storage for ref in targets})
+
+    def _write_real(self, storages: Iterable[int]) -> None:
+        """Let the real memory that recorded tensors were set on have what an op has just written to ``storages``."""
+        for storage in self._on_real.keys() & storages:
+            tensor, real, constant = self._on_real[storage]
+            with real_execution():
+                value = self.true_value(tensor)
+                constant.set_(constant.clone())  # what was recorded of that memory before stays as it was
+                real.copy_(value)
 
     def add_init(self, func: Func, tensor: torch.Tensor, options: dict[str, Any], frame: FrameType | None) -> None:
         """Write a whole ``torch.nn.init`` call to the tape."""
@@ -471,13 +491,16 @@ class Recorder(TorchDispatchMode):
         return map_tensors(result, wrapped)
 
     def _set_storage(self, args: tuple[Any, ...]) -> Any:
-        """Run ``t.set_(storage, …)``, which is how ``torch.load`` builds tensors."""
+        """Run ``t.set_(storage, …)``, which is how ``torch.load`` builds tensors, and storages copy their bytes."""
         if args[1].device.type == "meta" or isinstance(args[1], RecordedStorage):
             torch.ops.aten.set_.source_Storage_storage_offset(meta_of(args[0]), *args[1:])
             return self._followed(args[0])
         with real_execution():
             real = torch.empty(0, dtype=args[0].dtype, device=args[1].device).set_(*args[1:])
-        torch.ops.aten.set_.source_Tensor(meta_of(args[0]), meta_of(self.constant(real)))
+            constant = real.detach()
+        tensor = self.constant(constant)
+        self._on_real[self.ref(tensor).storage] = _OnReal(tensor, real, constant)
+        torch.ops.aten.set_.source_Tensor(meta_of(args[0]), meta_of(tensor))
         return self._followed(args[0])
 
     def _followed(self, tensor: torch.Tensor) -> torch.Tensor:
