@@ -42,7 +42,9 @@ def test_what_was_kept_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Session, "_run", ran)
     session = Session(tmp_path, keep=tmp_path / "kept")
-    assert session.outcomes(["tests_fabric/a.py"]) == session.outcomes(["tests_fabric/a.py"]) == tuple(outcomes.values())
+    assert (
+        session.outcomes(["tests_fabric/a.py"]) == session.outcomes(["tests_fabric/a.py"]) == tuple(outcomes.values())
+    )
     assert runs == [(["tests_fabric/a.py"], "ours"), (["fails[a\\b]"], "theirs")]
 
 
