@@ -1,4 +1,4 @@
-"""Lightning's callbacks and tuner, which copy, freeze or restore models: all is as with a model that Lightning loads."""
+"""Lightning's callbacks and tuner, which copy, freeze or restore models: as with a model that Lightning loads."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from fabric_init import FillModel, deferred_init
 from fabric_init.errors import RecordingError
 from tests.trainer.models import Early, LoadEagerly, Module, data, different, trainer, weights, write
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, of small data and of what callbacks need
+
 
 class Finetuning(BaseFinetuning):
     """Trains the body of the network from the second epoch on."""
@@ -45,6 +47,8 @@ class OnlyTrainable(Early):
 
     def train_dataloader(self) -> DataLoader[Any]:
         return DataLoader(torch.arange(48.0).view(12, 4) / 48, batch_size=self.batch_size)  # type: ignore[arg-type]
+
+    val_dataloader = train_dataloader
 
 
 def built(path: Path, ours: bool) -> tuple[OnlyTrainable, list[Callback]]:
@@ -93,7 +97,7 @@ def find_batch_size(tuner: Tuner, module: Module) -> None:
 
 
 def find_batch_size_of_validation(tuner: Tuner, module: Module) -> None:
-    tuner.scale_batch_size(module, val_dataloaders=data(), method="validate", max_trials=1, steps_per_trial=1)
+    tuner.scale_batch_size(module, method="validate", max_trials=1, steps_per_trial=1)
 
 
 @pytest.mark.parametrize("find", [find_rate, find_batch_size, find_batch_size_of_validation])
