@@ -76,6 +76,24 @@ def test_in_one_block_all_but_decisions_follow(tmp_path: Path, monkeypatch: pyte
     assert not hasattr(wrapped, "largest")
 
 
+@pytest.mark.parametrize("made", ["in the same block", "in a later block"])
+def test_what_is_computed_from_a_part_follows_the_load_of_that_part(tmp_path: Path, made: str) -> None:
+    torch.save(HUNDRED, tmp_path / "m.pt")
+    with deferred_init():
+        layers = nn.Sequential(nn.Linear(4, 4))
+        targets = copy.deepcopy(layers) if made == "in the same block" else None
+    materialize(layers, checkpoint=tmp_path / "m.pt")
+    with deferred_init():
+        model = nn.ModuleDict({"layers": layers, "targets": targets or copy.deepcopy(layers)})
+        model["norms"] = nn.ParameterList([layers[0].weight.detach().norm(dim=1), torch.ones(2)])
+    materialize(model)
+    found = {name: value.tolist() for name, value in model.state_dict().items()}
+    assert found["targets.0.weight"] == found["layers.0.weight"] == [[100.0] * 4] * 4
+    assert found["targets.0.bias"] == found["layers.0.bias"] == [0.0] * 4
+    assert found["norms.0"] == [200.0] * 4
+    assert found["norms.1"] == [1.0] * 2
+
+
 class Closing(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("lightning_suite")
     group.addoption("--classes", choices=("theirs", "ours"), default="theirs", help="which classes the tests get")
     group.addoption("--package", default="lightning.pytorch", help="the package that the tests import the Trainer from")
-    group.addoption("--outcomes", help="the file that gets a line for each test: outcome, name, reason")
+    group.addoption("--outcomes", help="the file that gets a line for each test: name, outcome, reason")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -56,7 +56,7 @@ class Outcomes:
         crash = getattr(report.longrepr, "reprcrash", None)
         reason = crash.message if crash is not None else str(report.longrepr or "")
         reason = " ".join(reason.split())[-300:] if outcome == "failed" else ""
-        self._file.write(f"{outcome}\t{report.nodeid}\t{reason}\n")
+        self._file.write(f"{report.nodeid}\t{outcome}\t{reason}\n")
 
 
 # -- our classes -------------------------------------------------------------------------------------------------------

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.lightning_suite import run
-from tests.lightning_suite.run import Outcome, compare, expected, suite_of
+from tests.lightning_suite.run import Outcome, Session, compare, expected, suite_of
 
 PASSED, FAILED = Outcome("passed", ""), Outcome("failed", "AssertionError: 1 == 2")
 
@@ -15,19 +17,35 @@ def listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "expected", lambda: {"listed": "It counts callbacks."})
 
 
-def test_equal_runs_and_listed_failures_are_no_difference(capsys: pytest.CaptureFixture[str]) -> None:
-    theirs = {"passes": PASSED, "fails": FAILED, "listed": PASSED}
-    assert not compare("suite", theirs, {"passes": PASSED, "fails": FAILED, "listed": FAILED})
+def test_what_fails_both_times_and_what_is_listed_is_no_difference(capsys: pytest.CaptureFixture[str]) -> None:
+    ours = {"passes": PASSED, "fails": FAILED, "listed": FAILED}
+    assert not compare("suite", ours, {"fails": FAILED, "listed": PASSED})
     assert "It counts callbacks." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("ours", [{"passes": FAILED}, {}, {"passes": PASSED, "a file": FAILED}], ids=str)
-def test_a_test_that_fails_or_is_gone_only_with_ours_is_a_difference(ours: dict[str, Outcome]) -> None:
-    assert compare("suite", {"passes": PASSED}, ours)
+@pytest.mark.parametrize("theirs", [{"fails": PASSED}, {}], ids=["passes with theirs", "is not there with theirs"])
+def test_a_test_that_fails_only_with_ours_is_a_difference(theirs: dict[str, Outcome]) -> None:
+    assert compare("suite", {"passes": PASSED, "fails": FAILED}, theirs)
 
 
 def test_a_listed_test_that_passes_is_a_difference() -> None:
-    assert compare("suite", {"listed": PASSED}, {"listed": PASSED})
+    assert compare("suite", {"listed": PASSED}, {})
+
+
+def test_what_was_kept_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    outcomes = {"ours": {"passes": PASSED, "fails[a\\b]": FAILED}, "theirs": {"fails[a\\b]": FAILED}}
+
+    def ran(session: Session, paths: list[str], classes: str) -> dict[str, Outcome]:
+        runs.append((paths, classes))
+        return outcomes[classes]
+
+    monkeypatch.setattr(Session, "_run", ran)
+    session = Session(tmp_path, keep=tmp_path / "kept")
+    assert (
+        session.outcomes(["tests_fabric/a.py"]) == session.outcomes(["tests_fabric/a.py"]) == tuple(outcomes.values())
+    )
+    assert runs == [(["tests_fabric/a.py"], "ours"), (["fails[a\\b]"], "theirs")]
 
 
 def test_every_listed_test_has_a_reason_and_is_of_a_suite_that_is_run(monkeypatch: pytest.MonkeyPatch) -> None:

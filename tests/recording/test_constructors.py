@@ -665,6 +665,36 @@ def sorting_and_counting(s):
     ]  # fmt: skip
 
 
+@case
+def deep_copies_of_constants(s):
+    s.a = nn.BatchNorm1d(3)
+    s.register_buffer("b", torch.tensor([1.0, 2.0]))
+    s.c = torch.tensor(7)
+    s.held = [copy.deepcopy(s.a), copy.deepcopy([s.b, s.c, s.b]), copy.deepcopy(s.c).add_(1)]
+
+
+@case
+def storages_that_copy_their_bytes(s):
+    s.a = torch.tensor([1.0, 2.0, 3.0])
+    s.b = torch.frombuffer(bytearray(12), dtype=torch.float32)
+    s.b.untyped_storage().copy_(s.a.untyped_storage())
+    s.c = torch.empty(0).set_(s.a.untyped_storage().clone(), 1, (2,))
+    s.held = [s.b + 1, s.c * 2]
+    s.c.mul_(3)
+
+
+@case
+def writes_to_real_memory_through_another_tensor(s):
+    real = torch.tensor([1.0, 2.0, 3.0])
+    alias = torch.empty(0).set_(real.untyped_storage(), 1, (2,))
+    s.a = P(alias * 2)  # of the values from before
+    alias.mul_(10)
+    alias[0] += 1
+    nn.init.uniform_(alias[1:])
+    s.b = real.clone()
+    s.c = P(alias.clone())
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_recorded_and_filled_like_eager(name: str) -> None:
     verdict = compare(model_of(CASES[name]))

@@ -215,3 +215,13 @@ def test_own_init_moves_torchs_generator_on_once() -> None:
     assert not torch.equal(after, before)
     FABRIC.init_missing(model)
     assert torch.equal(torch.get_rng_state(), after)
+
+
+@pytest.mark.parametrize("skips_init", [False, True])
+def test_a_block_in_which_nothing_draws_leaves_torchs_generator_where_it_was(skips_init: bool) -> None:
+    before = torch.get_rng_state()
+    with FABRIC.init_module(empty_init=True) if skips_init else deferred_init():
+        model = nn.LayerNorm(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    FABRIC.init_missing(model)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -25,6 +25,7 @@ class Net(nn.Module):
         nn.init.normal_(self.head.weight, std=0.02)
         self.register_buffer("scale", torch.linspace(0.5, 1.5, 3))
         self.register_buffer("shift", torch.arange(3.0) / 8, persistent=False)
+        self.register_buffer("gain", torch.tensor(0.25), persistent=False)  # a constant
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.head(self.body(x)) * self.scale + self.shift

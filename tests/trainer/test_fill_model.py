@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import subprocess
 import sys
@@ -116,6 +117,37 @@ def test_what_is_beside_the_part_gets_its_own_init_or_keeps_its_values(whole: Pa
     after = weights(module)
     assert different(after, eager(whole) | before | {k: v for k, v in after.items() if "task" in k}) == []
     assert 0 < float(module.task.weight.detach().abs().max()) <= 3**-0.5
+
+
+class WithTeacher(Module):
+    """Keeps a copy of the network, as for moving averages of its weights, and one that is not saved."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.average = copy.deepcopy(self.net).requires_grad_(False)
+        self.teacher = [copy.deepcopy(self.net)]
+
+
+@pytest.mark.parametrize("part", ["net", ""])
+def test_copies_of_the_part_have_what_was_declared_for_it(whole: Path, part: str) -> None:
+    module = WithTeacher()
+    rename: Any = None if part else {"^": "net."}
+    trainer(FillModel(whole, part=part, strict=bool(part), rename=rename)).validate(module, data(), verbose=False)
+    expected = weights(module.net)
+    assert different({f"net.{name}": value for name, value in expected.items()}, eager(whole)) == []
+    assert different(weights(module.average), expected) == []
+    assert different(weights(module.teacher[0]), expected) == []
+
+
+def test_a_model_that_is_there_already_leaves_torchs_generator_where_lightning_leaves_it(whole: Path) -> None:
+    orders = []
+    for callbacks in ([FillModel(whole, part="net")], []):
+        module = Module() if callbacks else Module(LoadEagerly(whole))
+        trainer(*callbacks).validate(module, data(), verbose=False)
+        torch.manual_seed(3)
+        trainer(*callbacks).validate(module, data(), verbose=False)
+        orders.append(torch.get_rng_state())
+    assert torch.equal(*orders)
 
 
 def test_a_model_is_filled_once_and_trained_values_stay(whole: Path) -> None:

@@ -17,7 +17,7 @@ from fabric_init.planning.loads import read_as
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, DerivedFrom, Plan, PlanEntry, storage_groups
 from fabric_init.recording.liveness import covers
-from fabric_init.recording.replay import replay, view
+from fabric_init.recording.replay import Brought, replay, replay_with, view
 from fabric_init.recording.tape import Tape
 
 
@@ -70,12 +70,14 @@ def values_of(
                 yield position, tensors[position].detach().to(device)
     derived = _derived(entries, to_replay, tapes, placement, loaded, exact=exact)
     for (tape, device, sources), storages in derived.items():
-        assert reader is not None
-        # the same order on every rank: reading may be for all of them together
-        values = (
-            (ref, read_as(reader, key, ref.size, None)) for ref, key in (loaded[each] for each in sorted(sources))
-        )
-        memories = compute(storages, tape, values, device, exact=exact)
+        if reader is not None and sources <= loaded.keys():
+            # the same order on every rank: reading may be for all of them together
+            values = (
+                (ref, read_as(reader, key, ref.size, None)) for ref, key in (loaded[each] for each in sorted(sources))
+            )
+            memories = compute(storages, tape, values, device, exact=exact)
+        else:  # from what an earlier load has brought
+            memories = replay_with(tape, storages, Brought(tape, device), exact=exact, to=lambda _, at=device: at)  # type: ignore[misc]
         for storage in storages:
             memory = memories.pop(storage)
             for position in to_replay.pop(storage):
@@ -96,11 +98,15 @@ def _derived(
     *,
     exact: bool,
 ) -> dict[tuple[Tape, torch.device, frozenset[int]], list[int]]:
-    """Return the storages that are computed from loaded ones, those together that are computed from the same."""
+    """Return the storages that are computed from loaded ones, those together that are computed from the same.
+
+    An earlier plan may have loaded them: that of a part of the model.
+    """
     found: dict[tuple[Tape, torch.device, frozenset[int]], list[int]] = {}
+    others = {tape: loaded.keys() | tape.brought().keys() for tape in {tapes[storage] for storage in groups}}
     for storage, positions in groups.items():
         entry = entries[positions[0]]
-        sources = frozenset(sources_of(entry, tapes, loaded, exact=exact))
+        sources = frozenset(sources_of(entry, tapes, others[tapes[storage]], exact=exact))
         if sources and all(entries[position].action is Action.INIT for position in positions):
             key = tapes[storage], placement.device(entry.slot), sources
             found.setdefault(key, []).append(storage)

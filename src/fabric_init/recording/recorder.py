@@ -33,7 +33,7 @@ from fabric_init.recording.rng import Streams, generator_kept
 from fabric_init.recording.storage import RecordedStorage
 from fabric_init.recording.storage_tags import Recorded
 from fabric_init.recording.tape import Tape
-from fabric_init.recording.tape_writer import Shards, TapeWriter
+from fabric_init.recording.tape_writer import OnReal, Shards, TapeWriter
 from fabric_init.recording.tensor import ASKS_DEVICE, RecordedTensor, follow_meta, may_change, meta_of, recorded_tensor
 from fabric_init.recording.wrappers import is_recorded_shard, is_sharded, is_sharded_class, is_wrapper_class
 
@@ -259,14 +259,17 @@ class Recorder(TorchDispatchMode, TapeWriter):
         return recorded_results(result, ())
 
     def _set_storage(self, args: tuple[Any, ...]) -> Any:
-        """Run ``t.set_(storage, …)``, which is how ``torch.load`` builds tensors."""
+        """Run ``t.set_(storage, …)``, which is how ``torch.load`` builds tensors, and storages copy their bytes."""
         may_change(args[0])
         if args[1].device.type == "meta" or isinstance(args[1], RecordedStorage):
             torch.ops.aten.set_.source_Storage_storage_offset(meta_of(args[0]), *args[1:])
             return self._followed(args[0])
         with real_execution():
             real = torch.empty(0, dtype=args[0].dtype, device=args[1].device).set_(*args[1:])
-        torch.ops.aten.set_.source_Tensor(meta_of(args[0]), meta_of(self.constant(real)))
+            constant = real.detach()
+        tensor = self.constant(constant)
+        self._on_real[self.ref(tensor).storage] = OnReal(tensor, real, constant)
+        torch.ops.aten.set_.source_Tensor(meta_of(args[0]), meta_of(tensor))
         return self._followed(args[0])
 
     def _followed(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -203,19 +203,20 @@ def as_recorded(device: torch.device) -> torch.device:
     return device
 
 
-class _Brought(dict[int, torch.UntypedStorage]):
-    """The memory of storages that declared loads bring, read when it is asked for."""
+class Brought(dict[int, torch.UntypedStorage]):
+    """The memory on ``device`` of storages that declared loads bring, read when it is asked for."""
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Tape, device: torch.device) -> None:
         super().__init__()
-        self._tape = tape
+        self._tape, self._device = tape, device
         self._loaded = tape.brought()
 
     def __contains__(self, storage: object) -> bool:
         return storage in self._loaded
 
     def __missing__(self, storage: int) -> torch.UntypedStorage:
-        memory = self[storage] = self._loaded[storage].read(self._tape)
+        memory: torch.UntypedStorage = self._loaded[storage].read(self._tape).to(device=self._device)
+        self[storage] = memory
         return memory
 
 
@@ -224,7 +225,7 @@ def storage_now(tape: Tape, storage: int, *, exact: bool) -> tuple[torch.Untyped
 
     It is computed from what declared loads bring, where there are any.
     """
-    inputs = _Brought(tape) if tape.loaded else {}
+    inputs = Brought(tape, torch.device("cpu")) if tape.loaded else {}
     with real_execution():
         if storage in inputs:
             return inputs[storage], False

@@ -13,10 +13,10 @@ follow. No hook reports these calls, but all of them set the generator's seed. T
   replay draws it in order, bit for bit, in both ``rng`` modes. For ``rng="per_op"`` the default stream is not exact:
   each op gets a generator seeded from the stream's seed and the op's position in it (:func:`derived_seed`), so dead
   draws can be skipped and values do not depend on the order of replay. Large tensors have one a chunk: see chunks.py.
-- At the end of the block the default generator returns to its first state plus one draw, so that a second block
-  differs from the first. Other generators, and the default one if the constructor has seeded it, get a fresh seed that
-  follows from theirs, so that they do not repeat the weights' numbers. One that nothing was drawn from since the
-  constructor has seeded it is not touched.
+- At the end of the block the default generator returns to its first state, plus one draw if anything has drawn from
+  it, so that a second block differs from the first. Other generators, and the default one if the constructor has seeded
+  it, get a fresh seed that follows from theirs, so that they do not repeat the weights' numbers. One that nothing was
+  drawn from since the constructor has seeded it is not touched.
 - A block that skips initialization, as Lightning's ``empty_init=True`` does, leaves the default generator where it was
   if nothing but ``torch.nn.init`` drew from it, or where the constructor has seeded it. The draw comes when the model's
   own init is asked for. A block that starts from the same state before that has other numbers nevertheless
@@ -103,6 +103,7 @@ class _GeneratorStreams:
         seed = _apart(int.from_bytes(digest, "little") & _LAST_63_BITS)
         self.stream = tape.add_stream(Stream(exact, agree(seed), states))
         self._next = Draw(self.stream, 0, None)
+        self.has_drawn = False
         self.only_init = True  # whether nothing but functions of torch.nn.init has drawn
         self._labels: dict[int, Draw] = {}
         self._label = self.seed = seed
@@ -125,6 +126,7 @@ class _GeneratorStreams:
 
     def drawn(self, number: int, *, by_init: bool) -> None:
         """Label the generator's state as "after op ``number``", which was ``by_init``, a function of torch.nn.init."""
+        self.has_drawn = True
         self.only_init = self.only_init and by_init
         self._next = Draw(self._next.stream, self._next.position + 1, number)
         self._mark()
@@ -155,7 +157,7 @@ class Streams:
         return streams
 
     def close(self) -> None:
-        """Restore the default generator, advanced by one draw, and reseed those that the constructor has seeded.
+        """Restore the default generator, advanced by one draw if there was any, and reseed those that were seeded.
 
         Replay draws from the states that those had; if restored, they would later return the numbers that went into
         the weights.
@@ -168,7 +170,8 @@ class Streams:
             _undrawn.append((self._default.seed, weakref.ref(self._tape)))
         elif stream == self._default.stream:
             generator.set_state(self._default.start)
-            _draw_once(generator)
+            if self._default.has_drawn:  # a Trainer's configure_model, say, finds its model there
+                _draw_once(generator)
         else:
             self._seed_anew(generator, stream)
         for streams in self._others.values():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -43,6 +44,14 @@ class Shards(Protocol):
         ...
 
 
+class OnReal(NamedTuple):
+    """A recorded tensor that was set on real memory: that, and the same as the constant that the tape starts from."""
+
+    tensor: torch.Tensor
+    real: torch.Tensor
+    constant: torch.Tensor
+
+
 class TapeWriter:
     """Writes one tape.
 
@@ -57,6 +66,7 @@ class TapeWriter:
         self.exact = tape.rng == "eager"
         self.streams: Streams | None = None
         self.own_init_counts = False  # load code runs: what waits for a load has the values of its own init until then
+        self._on_real: dict[int, OnReal] = {}  # by number of the storage
         self._running_init: FrameType | None = None  # the init function that is recorded already, while its ops come in
 
     # -- ops and looks -------------------------------------------------------------------------------------------------
@@ -110,15 +120,28 @@ class TapeWriter:
         default_dtype: torch.dtype | None = None,
     ) -> None:
         """Write one op to the tape, with its position in the random streams. torch's modes must be off."""
-        if not is_random(func):
+        if is_random(func):
+            assert self.streams is not None
+            generator = kwargs.pop("generator", None)
+            streams = self.streams.of(generator)
+            draw: Draw = streams.draw()
+            number = self.tape.add_op(func, args, kwargs, targets, outputs, draw, caller(frame), default_dtype)
+            streams.drawn(number, by_init=not isinstance(func, OpOverload))
+        else:
             self.tape.add_op(func, args, kwargs, targets, outputs, None, caller(frame), default_dtype)
-            return
-        assert self.streams is not None
-        generator = kwargs.pop("generator", None)
-        streams = self.streams.of(generator)
-        draw: Draw = streams.draw()
-        number = self.tape.add_op(func, args, kwargs, targets, outputs, draw, caller(frame), default_dtype)
-        streams.drawn(number, by_init=not isinstance(func, OpOverload))
+        if self._on_real:
+            self._write_real({ref.storage for ref in targets})
+
+    def _write_real(self, storages: Iterable[int]) -> None:
+        """Let the real memory that recorded tensors were set on have what an op has just written to ``storages``."""
+        for storage in self._on_real.keys() & storages:
+            tensor, real, constant = self._on_real[storage]
+            with real_execution():
+                value = self.true_value(tensor)
+                torch.ops.aten.set_.source_Tensor(
+                    constant, constant.clone()
+                )  # what was recorded of that memory before stays as it was
+                real.copy_(value)
 
     def add_init(self, func: Func, tensor: torch.Tensor, options: dict[str, Any], frame: FrameType | None) -> None:
         """Write a whole ``torch.nn.init`` call to the tape."""

@@ -43,7 +43,8 @@ class Declared(NamedTuple):
             raise RecordingError(
                 f"checkpoint={str(self.options['checkpoint'])!r} was declared for {type(model).__name__}, which was "
                 "built with values. Build it in configure_model, or in a block of fabric_init.deferred_init(); "
-                "trainer.init_module(empty_init=True) is one after FillModel.attach(trainer)."
+                "trainer.init_module(empty_init=True) is one after FillModel.attach(trainer). With a callback that "
+                "calls configure_model itself, as WeightAveraging does, build it in such a block."
             )
 
     def _part_of(self, model: nn.Module) -> nn.Module:

@@ -1,0 +1,122 @@
+"""Lightning's callbacks and tuner, which copy, freeze or restore models: as with a model that Lightning loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.tuner import Tuner
+from torch.utils.data import DataLoader
+
+from fabric_init import FillModel, deferred_init
+from fabric_init.errors import RecordingError
+from tests.trainer.models import Early, LoadEagerly, Module, data, different, trainer, weights, write
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Lightning's, of small data and of what callbacks need
+
+
+class Finetuning(BaseFinetuning):
+    """Trains the body of the network from the second epoch on."""
+
+    def freeze_before_training(self, pl_module: LightningModule) -> None:
+        self.freeze(pl_module.net.body)  # type: ignore[union-attr, arg-type]
+
+    def finetune_function(self, pl_module: LightningModule, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net.body, optimizer)  # type: ignore[union-attr, arg-type]
+
+
+class OnlyTrainable(Early):
+    """Leaves frozen parameters out of its optimizer, and has what the tuner looks for."""
+
+    lr, batch_size = 0.05, 2
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([each for each in self.parameters() if each.requires_grad], lr=self.lr)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(torch.arange(48.0).view(12, 4) / 48, batch_size=self.batch_size)  # type: ignore[arg-type]
+
+    val_dataloader = train_dataloader
+
+
+def built(path: Path, ours: bool) -> tuple[OnlyTrainable, list[Callback]]:
+    if ours:
+        with deferred_init():
+            return OnlyTrainable(), [FillModel(path, part="net")]
+    module = OnlyTrainable()
+    LoadEagerly(path)(module)
+    return module, []
+
+
+CALLBACKS: dict[str, Callable[[Path], Callback]] = {
+    "averages from the start": lambda _: EMAWeightAveraging(decay=0.5),
+    "averages at the end": lambda _: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
+    "fine-tuning": lambda _: Finetuning(),
+    "checkpoints": lambda folder: ModelCheckpoint(folder, save_last=True),
+    "checkpoints of failures": lambda folder: OnExceptionCheckpoint(folder),
+}
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_a_callback_has_with_a_recorded_model_the_effect_that_it_has_with_a_loaded_one(
+    name: str, tmp_path: Path
+) -> None:
+    path, found = write(tmp_path)[0], []
+    for ours in (True, False):
+        module, callbacks = built(path, ours)
+        callbacks.append(CALLBACKS[name](tmp_path / str(ours)))
+        torch.manual_seed(1)
+        trainer(*callbacks, max_steps=-1, max_epochs=3, enable_checkpointing="checkpoints" in name).fit(module)
+        found.append((module, callbacks[-1]))
+    (mine, my_callback), (theirs, their_callback) = found
+    assert different(weights(mine), weights(theirs)) == []
+    if isinstance(my_callback, EMAWeightAveraging) and isinstance(their_callback, EMAWeightAveraging):
+        assert my_callback._average_model is not None
+        assert their_callback._average_model is not None
+        assert different(weights(my_callback._average_model), weights(their_callback._average_model)) == []
+
+
+def find_rate(tuner: Tuner, module: Module) -> None:
+    tuner.lr_find(module, num_training=4)
+
+
+def find_batch_size(tuner: Tuner, module: Module) -> None:
+    tuner.scale_batch_size(module, max_trials=1, steps_per_trial=1)
+
+
+def find_batch_size_of_validation(tuner: Tuner, module: Module) -> None:
+    tuner.scale_batch_size(module, method="validate", max_trials=1, steps_per_trial=1)
+
+
+@pytest.mark.parametrize("find", [find_rate, find_batch_size, find_batch_size_of_validation])
+def test_after_the_tuner_the_declared_weights_are_there_again(
+    find: Callable[[Tuner, Module], None], tmp_path: Path
+) -> None:
+    path, found = write(tmp_path)[0], []
+    for ours in (True, False):
+        module, callbacks = built(path, ours)
+        started = trainer(*callbacks, default_root_dir=tmp_path)
+        torch.manual_seed(1)
+        find(Tuner(started), module)
+        restored = weights(module)
+        started.fit(module)
+        found.append({f"before {name}": value for name, value in restored.items()} | weights(module))
+    assert different(*found) == []
+
+
+def test_a_callback_that_calls_configure_model_itself_is_named_in_the_error(tmp_path: Path) -> None:
+    path, _ = write(tmp_path)
+    with pytest.raises(RecordingError, match="as WeightAveraging does"):
+        trainer(FillModel(path, part="net"), EMAWeightAveraging()).fit(Module(), data())
