@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, reduce_ex_internal, typed_storage
 from fabric_init.errors import RecordingError
@@ -118,7 +119,7 @@ def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
 
 def _packs(target: Tensor, value: Tensor) -> bool:
     """Return whether a parameter of a class of its own takes values of another shape or dtype: its own, packed."""
-    is_own = class_of(target) not in (Tensor, torch.nn.Parameter)
+    is_own = class_of(target) not in (Tensor, torch.nn.Parameter) and not is_lazy(target)
     return is_own and (target.size(), target.dtype) != (value.size(), value.dtype)
 
 
