@@ -18,6 +18,7 @@ Private attributes of objects are used where the objects are:
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch._ops
@@ -122,3 +123,15 @@ get_user_allowed_globals: Callable[[], dict[str, Any]] = torch._weights_only_unp
 get_globals_in_pkl = torch._weights_only_unpickler.get_globals_in_pkl
 # Reach ranks that do not come to a collective. Checked on torch 2.13.0.
 get_default_store = torch.distributed.distributed_c10d._get_default_store
+
+
+def timeout_of(group: torch.distributed.ProcessGroup) -> timedelta | None:
+    """Return how long the collectives of a group wait, as its user has chosen; ``None`` if its backend does not say.
+
+    Checked on torch 2.13.0.
+    """
+    try:
+        timeout = group._get_backend(group._device_types[0]).options._timeout  # type: ignore[attr-defined]
+    except (AttributeError, IndexError, RuntimeError):  # backends that are not torch's own
+        return None
+    return timeout if isinstance(timeout, timedelta) else None

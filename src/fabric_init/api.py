@@ -133,7 +133,8 @@ def materialize(
     agreement = agreement_of(process_group)
     stage_3 = None if deepspeed is None else stage_3_config(deepspeed)
     partition = None if stage_3 is None else functools.partial(partitioned, model, stage_3, target)
-    with PausedCollector(), nullcontext() if stage_3 is None else cast_as_configured(model, stage_3):
+    cast = nullcontext() if stage_3 is None else cast_as_configured(model, stage_3)
+    with PausedCollector(), agreement.telling("materialize"), cast:
         fill_model(model, _opened(source, agreement), options, WholeTensors(target), rng, agreement, partition)
         return report_of(model)
 
@@ -183,8 +184,9 @@ def param_init_fn(
         convert=convert,
     )
     agreement = agreement_of(process_group)
-    with filled_by_module(model, _opened(source, agreement), options, agreement) as fill_under:
-        yield fill_under
+    with agreement.telling("param_init_fn"):
+        with filled_by_module(model, _opened(source, agreement), options, agreement) as fill_under:
+            yield fill_under
 
 
 def _opened(source: Source | None, agreement: Agreement) -> CheckpointReader | None:

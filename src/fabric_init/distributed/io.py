@@ -55,15 +55,14 @@ def open_on_all_ranks(
     machines: int,
     agreement: Agreement,
 ) -> CheckpointReader:
-    """Open ``source`` in the same way on every rank, which rank 0 chooses if ``io="auto"``.
+    """Open ``source`` in the same way on every rank, which rank 0 chooses if ``io="auto"``; ``io`` is that of all.
 
     Raises:
         CheckpointError: The checkpoint cannot be used; on the other ranks, :class:`FabricInitError` with its message.
-        RanksDisagreeError: ``io``, or the content of the file where each rank reads it, differs between ranks.
+        RanksDisagreeError: The content of the file, where each rank reads it, differs between ranks.
     """
     if isinstance(agreement, SingleProcess):
         return source.open()
-    agreement.run_together("io", lambda: check_io(io), str)
     way = choose_io(io, whole=whole, machines=machines, file_system=file_system_of(source.path))
     if agreement.from_rank_zero(way) == "local":
         return agreement.run_together("opening the checkpoint", source.open, checkpoint_digest)

@@ -59,10 +59,11 @@ def initialize_missing(model: nn.Module, otherwise: Callable[[], Agreement] = Si
     apart = _shards_without_one_seed(model)
     if agreement is None:
         agreement = otherwise() if apart else SingleProcess()
-    share_seeds(apart, agreement)
-    agreement.run_together("initializing what is missing", lambda: _initialize_all(model))
-    release_forward(model)
-    unwatch_loads(model)
+    with agreement.telling("init_missing"):
+        share_seeds(apart, agreement)
+        agreement.run_together("initializing what is missing", lambda: _initialize_all(model))
+        release_forward(model)
+        unwatch_loads(model)
 
 
 def _shards_without_one_seed(model: nn.Module) -> set[Tape]:
