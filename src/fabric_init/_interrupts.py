@@ -20,7 +20,9 @@ def interrupts_held(then: Callable[[], None] | None = None) -> Iterator[Callable
     """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield lambda: None  # Python handles signals in the main thread; the other cases are ignored, or end the process at once
+        yield (
+            lambda: None
+        )  # Python handles signals in the main thread; the other cases are ignored, or end the process at once
         return
     came: list[tuple[int, FrameType | None]] = []
     signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))

@@ -28,6 +28,7 @@ import torch.nn.init
 import torch.nn.modules.batchnorm
 import torch.nn.modules.conv
 import torch.overrides
+import torch.serialization
 import torch.utils._device
 import torch.utils._python_dispatch
 import torch.utils._pytree
@@ -115,6 +116,10 @@ ConvTransposeNd = torch.nn.modules.conv._ConvTransposeNd
 
 # Load a pickle as weights_only does, with storages of our own. Checked on torch 2.13.0.
 WeightsOnlyUnpickler = torch._weights_only_unpickler.Unpickler
+# The same as a module, as legacy_load takes it. Checked on torch 2.13.0.
+weights_only_unpickler = torch._weights_only_unpickler
+# Read torch's oldest format as torch.load does, which programs replace by one that runs code. Checked on torch 2.13.0.
+legacy_load: Callable[..., Any] = torch.serialization._legacy_load
 # Names that weights_only allows. Checked on torch 2.13.0.
 get_allowed_globals: Callable[[], dict[str, Any]] = torch._weights_only_unpickler._get_allowed_globals
 # Names that the user allowed with torch.serialization.add_safe_globals. Checked on torch 2.13.0.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, Literal
 
 import torch
@@ -184,9 +184,9 @@ def param_init_fn(
         convert=convert,
     )
     agreement = agreement_of(process_group)
-    with agreement.telling("param_init_fn"):
-        with filled_by_module(model, _opened(source, agreement), options, agreement) as fill_under:
-            yield fill_under
+    with ExitStack() as stack:
+        stack.enter_context(agreement.telling("param_init_fn"))
+        yield stack.enter_context(filled_by_module(model, _opened(source, agreement), options, agreement))
 
 
 def _opened(source: Source | None, agreement: Agreement) -> CheckpointReader | None:
@@ -226,14 +226,17 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
         with recorded_build(rng):
             yield
         return
+    agreement_of(None)  # from here on the other ranks can see whether this one lives
     shards, start = ShardsInBlock(), now()
+    tape: Tape | None = None
     with PausedCollector(), BuiltModules() as built:
         try:
             with recorded_build(rng, shards) as tape:
                 yield
         except BaseException:
             with suppress(RecordingError):
-                _hold_recorded(built.roots(), shards, tape, start)
+                if tape is not None:
+                    _hold_recorded(built.roots(), shards, tape, start)
             raise
         models = built.roots()
         _hold_recorded(models, shards, tape, start)

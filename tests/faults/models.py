@@ -18,24 +18,25 @@ class Layer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.up = nn.Linear(width, width + 1)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.norm(x))[..., :-1]
+
 
 class Net(nn.Module):
     """Some layers in a list, a buffer that is saved, one that is not, an init of its own.
 
     Args:
-        meanwhile: Called in the middle of the constructor.
         width: Of the layers.
         std: Of the head.
         constant: In the buffers.
         dtype: Of the head.
         extra: Whether there is one more parameter.
         foreign: Whether the head is drawn from numpy, which has no seed.
-        names: Of the layers' list and the head, in the order in which they are made.
+        reverse: Whether the head is made last.
     """
 
     def __init__(
         self,
-        meanwhile: Callable[[], None] = lambda: None,
         *,
         width: int = 6,
         std: float = 0.02,
@@ -52,7 +53,6 @@ class Net(nn.Module):
         }
         for name in sorted(make, reverse=reverse):
             self.add_module(name, make[name]())
-            meanwhile()
         nn.init.normal_(self.head.weight, std=std)
         if foreign:
             with torch.no_grad():
@@ -65,8 +65,8 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = layer.up(layer.norm(x))[..., :-1]
-        return self.head(x * self.scale + self.frequencies) + self.steps.sum()
+            x = layer(x)
+        return self.head((x * self.scale + self.frequencies).to(self.head.weight.dtype)) + self.steps.sum()
 
 
 OTHERWISE: Mapping[str, dict[str, Any]] = {

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, Literal, Protocol, TypeVar
@@ -19,17 +20,20 @@ from fabric_init.errors import FabricInitError, RanksDisagreeError, RanksLostErr
 
 _T = TypeVar("_T")
 
+Compared = str | Mapping[str, str]
+
 
 class Agreement(Protocol):
     """How the ranks that fill one model run its steps together."""
 
-    def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], str] | None = None) -> _T:
+    def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], Compared] | None = None) -> _T:
         """Return ``make()`` if every rank succeeds with the same result; otherwise raise on every rank.
 
         Args:
             what: The name of the step, for messages.
             make: The step on this rank. It may contain further steps that the ranks run together.
-            digest: The text by which results are compared; ``None`` compares nothing.
+            digest: What results are compared by: a text, or several by name, so that the error says which differ;
+                ``None`` compares nothing.
 
         Raises:
             RanksDisagreeError: The digests differ.
@@ -61,7 +65,7 @@ class Agreement(Protocol):
 class SingleProcess:
     """The agreement of one process, or of one that does not depend on others."""
 
-    def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], str] | None = None) -> _T:
+    def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], Compared] | None = None) -> _T:
         return make()
 
     def telling(self, what: str) -> AbstractContextManager[None]:
@@ -75,7 +79,6 @@ class SingleProcess:
 
     def from_all(self, names: Sequence[str]) -> list[str]:
         return list(names)
-
 
 
 def agreement_of(process_group: dist.ProcessGroup | Literal[False] | None) -> Agreement:
@@ -108,11 +111,27 @@ class RankGroup:
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
         self._room = _room_of(process_group)
 
-    def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], str] | None = None) -> _T:
+    def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], Compared] | None = None) -> _T:
         with self.telling(what):
             value = make()
-            self.meet(Word(what, "" if digest is None else digest(value)))
+            compared = "" if digest is None else digest(value)
+            try:
+                self.meet(Word(what, compared if isinstance(compared, str) else digest_of(compared)))
+            except RanksDisagreeError as error:
+                if isinstance(compared, str):
+                    raise
+                raise self._naming(error, compared) from None
             return value
+
+    def _naming(self, error: RanksDisagreeError, lines: Mapping[str, str]) -> RanksDisagreeError:
+        """Return an error that names what differs between the ranks, if they have come to the same step."""
+        if f" {digest_of(lines)}" not in str(error):
+            return error
+        theirs = self.from_rank_zero(lines)
+        names = self.from_all([name for name in {**theirs, **lines} if theirs.get(name) != lines.get(name)][:5])
+        self._room.all_know = True
+        which = ", ".join(names[:5]) or "the order of the tensors"
+        return RanksDisagreeError(f"{error}. They differ in {which}{' …' if len(names) > 5 else ''}")
 
     @contextmanager
     def telling(self, what: str) -> Iterator[None]:
@@ -166,6 +185,12 @@ class RankGroup:
     def _values(self, word: Word) -> list[Any]:
         with self.telling(word.step):
             return [word.value for word in self._room.board.words(self.meet(word)).values()]
+
+
+def digest_of(lines: Mapping[str, str]) -> str:
+    """Return a short text that is the same for equal ``lines`` in the same order."""
+    text = "\n".join(f"{name} {line}" for name, line in lines.items())
+    return f"{len(lines)} entries, digest {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 _ASKING = "asking the first rank"

@@ -2,11 +2,11 @@
 
 [Note: meetings]
 Ranks meet in torch's key-value store and not in a collective, so that one that is elsewhere, has failed or is gone
-blocks nobody. Each leaves its word, and is counted. Who is counted last reads all words and gives the verdict. Who fails
-gives it at once, wherever the others are: they find it when they come. Who waits, and finds a rank gone or the time
-over, gives it, too. The store keeps the first verdict (``compare_set``), and all ranks act on that one. So no rank goes
-on from a meeting that another has failed in, and none is needed to tell the others: what one rank did not get to say,
-others say for it.
+blocks nobody. Each leaves its word, and is counted. Who is counted last reads all words and gives the verdict. Who
+fails gives it at once, wherever the others are: they find it when they come. Who waits, and finds a rank gone or the
+time over, gives it, too. The store keeps the first verdict (``compare_set``), and all ranks act on that one. So no rank
+goes on from a meeting that another has failed in, and none is needed to tell the others: what one rank did not get to
+say, others say for it.
 
 A rank::
 
@@ -118,7 +118,9 @@ def judged(words: Mapping[int, Word]) -> Verdict:
     lost = [word for word in words.values() if word.lost]
     if lost:
         reasons = "; ".join(dict.fromkeys(word.lost for word in lost))
-        return Verdict("lost", f"{lost[0].step}: the ranks lost touch with one another, so no rank goes on. ({reasons})")
+        return Verdict(
+            "lost", f"{lost[0].step}: the ranks lost touch with one another, so no rank goes on. ({reasons})"
+        )
     if len({word.step for word in words.values()}) > 1:
         steps = _listed(words, [word.step for word in words.values()])
         return Verdict("parted", f"the ranks do not do the same, so no rank goes on. They have come to: {steps}")

@@ -31,10 +31,11 @@ from fabric_init.filling.wrapped import InnerValues, follow_inner
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import hold_broken, release_forward, settle, unfilled
 from fabric_init.planning.derived import loaded_storages, sources_of
+from fabric_init.planning.digest import plan_lines
 from fabric_init.planning.loads import read_as
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, DerivedFrom, LoadOptions, Plan, PlanEntry, storage_groups
-from fabric_init.planning.prepare import PreparedPlan, prepared_digest
+from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.planning.tensors import Walk
 from fabric_init.recording.liveness import covers
 from fabric_init.recording.replay import real_execution, replay, view
@@ -389,7 +390,7 @@ def fill_model(
         return prepared._replace(tensors=tensors)
 
     with PausedCollector():
-        prepared = agreement.run_together(_PLANNING, plan, prepared_digest)
+        prepared = agreement.run_together(_PLANNING, plan, plan_lines)
         where = ShardedTensors(sharded, placement) if sharded else placement
         try:
             share_seeds(prepared.tapes.values(), agreement)
@@ -458,7 +459,7 @@ def prepare(
     agreement: Agreement = _ALONE,
 ) -> PreparedPlan:
     """Return the plan for ``model``, made on all ranks together; see :func:`planned_as_floats`."""
-    prepared = agreement.run_together(_PLANNING, lambda: planned_as_floats(model, reader, wanted), prepared_digest)
+    prepared = agreement.run_together(_PLANNING, lambda: planned_as_floats(model, reader, wanted), plan_lines)
     with loads_noted(prepared):
         return prepared
 

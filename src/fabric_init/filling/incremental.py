@@ -18,9 +18,10 @@ from fabric_init.filling.quantizing import planned_as_floats, quantized
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import release_forward, settle
 from fabric_init.planning.derived import loaded_storages
+from fabric_init.planning.digest import sharded_lines
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.plan import LoadOptions, Plan, storage_groups
-from fabric_init.planning.prepare import PreparedPlan, prepared_digest
+from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.recording.tensor import RecordedTensor, become, become_recorded
 from fabric_init.reports.registry import FillRecord, RowRecord, keep_record
 
@@ -115,7 +116,7 @@ def filled_by_module(
         settle(model)
         return quantized(planned_as_floats(model, reader, wanted), model, WholeTensors())
 
-    prepared = agreement.run_together("planning the initialization", planned, prepared_digest)
+    prepared = agreement.run_together("planning the initialization", planned, sharded_lines)
     share_seeds(prepared.tapes.values(), agreement)
     filling = IncrementalFill(prepared, WholeTensors())
     with plain_meta(prepared):

@@ -129,7 +129,9 @@ def _recorded(
 
 def _way(strategy: RecordingStrategy, source: Source | None, wanted: LoadOptions) -> str:
     """Return which way this rank goes: what differs here would make ranks wait for what others never do."""
-    load = "no checkpoint" if source is None else f"a declared load, strict={wanted.strict}, reinit={list(wanted.reinit)}"
+    load = (
+        "no checkpoint" if source is None else f"a declared load, strict={wanted.strict}, reinit={list(wanted.reinit)}"
+    )
     return f"{type(strategy).__name__} with io={check_io(strategy.io)!r} and {load}"
 
 
