@@ -87,7 +87,7 @@ class StoreBoard:
         missing = [rank for rank in self._ranks if not self._store.check([self._key(number, rank)])]
         return (
             f"{step}: rank {', '.join(map(str, missing))} did not come within {waited:.0f} s, so no rank goes on. "
-            "If it is only slow, raise the timeout of the process group: timeout= of the strategy or of init_process_group."
+            "If it is only slow, give the process group more time: timeout= of the strategy or of init_process_group."
         )
 
     def announce(self) -> None:

@@ -90,12 +90,17 @@ def attend(number: int, rank: int, ranks: int, word: Word) -> Generator[Request,
         ranks: How many there are.
         word: What it has to say.
     """
+    verdict: Verdict | None
     yield "leave", (number, rank, word)
     if (yield "count", (number,)) == ranks:
-        return (yield "decide", (number, judged((yield "words", (number,)))))
+        verdict = yield "decide", (number, judged((yield "words", (number,))))
+        assert verdict is not None
+        return verdict
     while (verdict := (yield "verdict", (number,))) is None:
         if reason := (yield "hopeless", (number, word.step)):
-            return (yield "decide", (number, Verdict("lost", reason)))
+            verdict = yield "decide", (number, Verdict("lost", reason))
+            assert verdict is not None
+            return verdict
     return verdict
 
 
