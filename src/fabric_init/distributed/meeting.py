@@ -101,7 +101,7 @@ def attend(number: int, rank: int, ranks: int, word: Word) -> Generator[Request,
             verdict = yield "decide", (number, Verdict("lost", reason))
             assert verdict is not None
             return verdict
-    return verdict
+    return Verdict(*verdict)
 
 
 def fail(number: int, verdict: Verdict) -> Generator[Request, Any, int]:
