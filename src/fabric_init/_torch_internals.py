@@ -136,7 +136,7 @@ def timeout_of(group: torch.distributed.ProcessGroup) -> timedelta | None:
     Checked on torch 2.13.0.
     """
     try:
-        timeout = group._get_backend(group._device_types[0]).options._timeout  # type: ignore[attr-defined]
+        timeout = group._get_backend(group._device_types[0]).options._timeout
     except (AttributeError, IndexError, RuntimeError):  # backends that are not torch's own
         return None
     return timeout if isinstance(timeout, timedelta) else None

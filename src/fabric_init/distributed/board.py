@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 
 from fabric_init.distributed.lifeline import Lifeline, address_here
 from fabric_init.distributed.meeting import Verdict, Word
@@ -93,10 +94,10 @@ class StoreBoard:
     def announce(self) -> None:
         """Let the others know how to see whether this process lives."""
         below = self._store
-        while isinstance(below, dist.PrefixStore):
+        while isinstance(below, PrefixStore):
             below = below.underlying_store
-        tcp = isinstance(below, dist.TCPStore)
-        address = address_here(below.host if tcp else None, below.port if tcp else 0)
+        # A store that has no host is of this machine alone.
+        address = address_here(getattr(below, "host", None), getattr(below, "port", 0))
         if address is not None:
             self._store.set(self._address(dist.get_rank()), pickle.dumps(address))
 
