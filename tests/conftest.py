@@ -53,6 +53,7 @@ SLOW = {
     "cli/test_demo.py": "builds the demo's encoder several times",
     "cli/test_inspect.py": "starts the command line anew for each test",
     "distributed/*": "starts ranks",
+    "faults/*": "starts ranks",
     "fidelity/*": "builds every architecture twice",
     "filling/test_interrupted.py": "stops processes at many places",
     "fuzz/*": "thousands of damaged files",

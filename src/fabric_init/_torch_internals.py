@@ -18,6 +18,7 @@ Private attributes of objects are used where the objects are:
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch._ops
@@ -27,6 +28,7 @@ import torch.nn.init
 import torch.nn.modules.batchnorm
 import torch.nn.modules.conv
 import torch.overrides
+import torch.serialization
 import torch.utils._device
 import torch.utils._python_dispatch
 import torch.utils._pytree
@@ -114,6 +116,10 @@ ConvTransposeNd = torch.nn.modules.conv._ConvTransposeNd
 
 # Load a pickle as weights_only does, with storages of our own. Checked on torch 2.13.0.
 WeightsOnlyUnpickler = torch._weights_only_unpickler.Unpickler
+# The same as a module, as legacy_load takes it. Checked on torch 2.13.0.
+weights_only_unpickler = torch._weights_only_unpickler
+# Read torch's oldest format as torch.load does, which programs replace by one that runs code. Checked on torch 2.13.0.
+legacy_load: Callable[..., Any] = torch.serialization._legacy_load
 # Names that weights_only allows. Checked on torch 2.13.0.
 get_allowed_globals: Callable[[], dict[str, Any]] = torch._weights_only_unpickler._get_allowed_globals
 # Names that the user allowed with torch.serialization.add_safe_globals. Checked on torch 2.13.0.
@@ -122,3 +128,15 @@ get_user_allowed_globals: Callable[[], dict[str, Any]] = torch._weights_only_unp
 get_globals_in_pkl = torch._weights_only_unpickler.get_globals_in_pkl
 # Reach ranks that do not come to a collective. Checked on torch 2.13.0.
 get_default_store = torch.distributed.distributed_c10d._get_default_store
+
+
+def timeout_of(group: torch.distributed.ProcessGroup) -> timedelta | None:
+    """Return how long the collectives of a group wait, as its user has chosen; ``None`` if its backend does not say.
+
+    Checked on torch 2.13.0.
+    """
+    try:
+        timeout = group._get_backend(group._device_types[0]).options._timeout
+    except (AttributeError, IndexError, RuntimeError):  # backends that are not torch's own
+        return None
+    return timeout if isinstance(timeout, timedelta) else None

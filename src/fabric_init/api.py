@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any, Literal
 
 import torch
@@ -134,7 +134,8 @@ def materialize(
     agreement = agreement_of(process_group)
     stage_3 = None if deepspeed is None else stage_3_config(deepspeed)
     partition = None if stage_3 is None else functools.partial(partitioned, model, stage_3, target)
-    with PausedCollector(), nullcontext() if stage_3 is None else cast_as_configured(model, stage_3):
+    cast = nullcontext() if stage_3 is None else cast_as_configured(model, stage_3)
+    with PausedCollector(), agreement.telling("materialize"), cast:
         fill_model(model, _opened(source, agreement), options, WholeTensors(target), rng, agreement, partition)
         return report_of(model)
 
@@ -184,8 +185,9 @@ def param_init_fn(
         convert=convert,
     )
     agreement = agreement_of(process_group)
-    with filled_by_module(model, _opened(source, agreement), options, agreement) as fill_under:
-        yield fill_under
+    with ExitStack() as stack:
+        stack.enter_context(agreement.telling("param_init_fn"))
+        yield stack.enter_context(filled_by_module(model, _opened(source, agreement), options, agreement))
 
 
 def _opened(source: Source | None, agreement: Agreement) -> CheckpointReader | None:
@@ -225,14 +227,17 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
         with recorded_build(rng):
             yield
         return
+    agreement_of(None)  # from here on the other ranks can see whether this one lives
     shards, start = ShardsInBlock(), now()
+    tape: Tape | None = None
     with PausedCollector(), built_whole(), BuiltModules() as built:
         try:
             with recorded_build(rng, shards) as tape:
                 yield
         except BaseException:
             with suppress(RecordingError):
-                _hold_recorded(built.roots(), shards, tape, start)
+                if tape is not None:
+                    _hold_recorded(built.roots(), shards, tape, start)
             raise
         for walk in _hold_recorded(built.roots(), shards, tape, start):
             refuse_scripted(walk.once)

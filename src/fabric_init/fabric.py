@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -152,24 +152,31 @@ class Fabric(lightning.Fabric):
         self._validate_launched()
         if isinstance(empty_init, (str, os.PathLike)):
             raise TypeError(f"pass the path of a checkpoint by name: init_module(checkpoint={str(empty_init)!r})")
-        source, options = load_options(
-            checkpoint,
-            strict=strict,
-            rename=rename,
-            reinit=reinit,
-            mmap=mmap,
-            entry=entry,
-            manifest=manifest,
-            convert=convert,
-        )
-        if source is not None:
-            if empty_init is False:
-                raise OptionError("empty_init=False contradicts checkpoint=…: a declared load never runs init first")
-            return init_context(require_deferred_init(self.strategy), source, options)
-        if empty_init:
-            return init_context(require_deferred_init(self.strategy))
+        with self._telling():  # an option that is wrong on one rank is an error on all
+            source, options = load_options(
+                checkpoint,
+                strict=strict,
+                rename=rename,
+                reinit=reinit,
+                mmap=mmap,
+                entry=entry,
+                manifest=manifest,
+                convert=convert,
+            )
+            if source is not None:
+                if empty_init is False:
+                    raise OptionError(
+                        "empty_init=False contradicts checkpoint=…: a declared load never runs init first"
+                    )
+                return init_context(require_deferred_init(self.strategy), source, options)
+            if empty_init:
+                return init_context(require_deferred_init(self.strategy))
         refuse_nesting()
         return super().init_module(empty_init=empty_init)
+
+    def _telling(self) -> AbstractContextManager[None]:
+        strategy = self.strategy
+        return strategy.agreement.telling("init_module") if isinstance(strategy, DeferredInitMixin) else nullcontext()
 
     def init_missing(self, model: nn.Module) -> None:
         """Run the model's own recorded init for every tensor that has no value yet.

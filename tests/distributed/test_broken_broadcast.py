@@ -60,7 +60,8 @@ def test_ranks_that_were_told_to_read_in_different_ways(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / FILE, "uneven")
     for kind, message, seconds in run_ranks(2, fail, strategy="ddp", path=path, io=["broadcast", "local"]):
         assert kind == RanksDisagreeError.__name__
-        assert "io is not the same on every rank" in message
+        assert "init_module is not the same on every rank" in message
+        assert "io='broadcast'" in message
         assert seconds < SECONDS
 
 

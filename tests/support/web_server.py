@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,6 +23,8 @@ class Server:
     url: str = ""
     sent: int = 0
     """Bytes of content sent."""
+    spoils: Callable[[dict[str, str], bytes], tuple[dict[str, str], bytes]] | None = None
+    """Makes another answer of the headers and the content of each answer to a request for a part."""
     requests: list[str] = field(default_factory=list)
     """Method and path of each request, as they came."""
 
@@ -70,6 +72,11 @@ def serving(folder: Path, *, ranges: bool = True) -> Iterator[Server]:
             with file.open("rb") as opened:
                 opened.seek(first)
                 content = opened.read(max(0, last + 1 - first))
+            if state.spoils is not None and "Content-Range" in headers:
+                headers, content = state.spoils(headers, content)
+            if "Location" in headers:
+                self.send(302, b"", headers, with_content)
+                return
             self.send(206 if "Content-Range" in headers else 200, content, headers, with_content)
 
         def send(self, status: int, content: bytes, headers: dict[str, str], with_content: bool) -> None:

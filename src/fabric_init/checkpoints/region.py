@@ -10,11 +10,25 @@ Regions come from our own placements, never from a user or a file, so a region t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
+
+def is_below(limit: int, sizes: Iterable[int]) -> bool:
+    """Return whether the product of ``sizes``, zeros taken for ones, is below ``limit``.
+
+    A file may state a shape of a million sizes: this is done as soon as the limit is reached, ``math.prod`` multiplies
+    ever longer numbers.
+    """
+    product = 1
+    for size in sizes:
+        product *= size or 1
+        if product >= limit:
+            return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,38 +2,50 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import hashlib
+import os
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch.distributed as dist
 
 from fabric_init._interrupts import interrupts_held
-from fabric_init._torch_internals import get_default_store
+from fabric_init._torch_internals import get_default_store, timeout_of
+from fabric_init.distributed.board import StoreBoard
+from fabric_init.distributed.meeting import AGREED, Request, Verdict, Word, attend, fail
 from fabric_init.errors import FabricInitError, RanksDisagreeError, RanksLostError
 
 _T = TypeVar("_T")
-_Error = TypeVar("_Error", bound=BaseException)
+
+Compared = str | Mapping[str, str]
 
 
 class Agreement(Protocol):
     """How the ranks that fill one model run its steps together."""
 
-    def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], str] | None = None) -> _T:
+    def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], Compared] | None = None) -> _T:
         """Return ``make()`` if every rank succeeds with the same result; otherwise raise on every rank.
 
         Args:
             what: The name of the step, for messages.
             make: The step on this rank. It may contain further steps that the ranks run together.
-            digest: The text by which results are compared; ``None`` compares nothing.
+            digest: What results are compared by: a text, or several by name, so that the error says which differ;
+                ``None`` compares nothing.
 
         Raises:
             RanksDisagreeError: The digests differ.
             RanksLostError: A rank is gone.
             FabricInitError: Another rank failed; its message is included.
+        """
+        ...
+
+    def telling(self, what: str) -> AbstractContextManager[None]:
+        """Return a context in which whatever is raised, Ctrl-C and ``SystemExit`` too, is an error on every rank.
+
+        The others learn of it in the next step that they run together, which may be after the context.
         """
         ...
 
@@ -53,8 +65,11 @@ class Agreement(Protocol):
 class SingleProcess:
     """The agreement of one process, or of one that does not depend on others."""
 
-    def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], str] | None = None) -> _T:
+    def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], Compared] | None = None) -> _T:
         return make()
+
+    def telling(self, what: str) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def alike(self, digest: str | None) -> bool:
         return digest is not None
@@ -64,16 +79,6 @@ class SingleProcess:
 
     def from_all(self, names: Sequence[str]) -> list[str]:
         return list(names)
-
-
-_PATIENCE = timedelta(seconds=30)
-"""How long a rank that failed waits for the others to arrive and learn of it. They may still be building."""
-
-_PATIENCE_AFTER_INTERRUPT = timedelta(seconds=5)
-"""The same after Ctrl-C, which usually reaches all ranks."""
-
-_meetings: dict[str, itertools.count[int]] = defaultdict(itertools.count)
-"""By process group: the number of its next meeting."""
 
 
 def agreement_of(process_group: dist.ProcessGroup | Literal[False] | None) -> Agreement:
@@ -89,117 +94,202 @@ def agreement_of(process_group: dist.ProcessGroup | Literal[False] | None) -> Ag
     if process_group is False or not dist.is_available() or not dist.is_initialized():
         return SingleProcess()
     if process_group is not None and dist.get_rank(process_group) < 0:
-        raise ValueError(f"rank {dist.get_rank()} is not in the process_group that it was given")
+        raise ValueError(f"rank {dist.get_rank()} is not in the process group that it was given")
     return RankGroup(process_group) if dist.get_world_size(process_group) > 1 else SingleProcess()
 
 
 class RankGroup:
     """The ranks of a process group of torch. Every rank has to make the same calls in the same order.
 
-    Calls may be nested. An error in the outer one reaches the other ranks in whichever call they have come to.
+    Calls may be nested. An error in the outer one reaches the other ranks in whichever call they have come to, and an
+    error on another rank ends all of them.
 
     Args:
         process_group: The group; ``None`` for torch's default one.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
-        self._group = process_group
+        self._room = _room_of(process_group)
 
-    @property
-    def _ranks(self) -> list[int]:
-        return dist.get_process_group_ranks(self._group)
-
-    def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], str] | None = None) -> _T:
-        try:
+    def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], Compared] | None = None) -> _T:
+        with self.telling(what):
             value = make()
-            mine = "" if digest is None else digest(value)
-        except RanksLostError:  # the other ranks know already, or are gone
-            raise
-        except (Exception, KeyboardInterrupt) as error:  # whatever it is, the other ranks must not wait for this one
-            self._send_error(what, error)
-            raise
+            compared = "" if digest is None else digest(value)
+            try:
+                self.meet(Word(what, compared if isinstance(compared, str) else digest_of(compared)))
+            except RanksDisagreeError as error:
+                if isinstance(compared, str):
+                    raise
+                raise self._naming(error, compared) from None
+            return value
+
+    def _naming(self, error: RanksDisagreeError, lines: Mapping[str, str]) -> RanksDisagreeError:
+        """Return an error that names what differs between the ranks, if they have come to the same step."""
+        if f" {digest_of(lines)}" not in str(error):
+            return error
+        theirs = self.from_rank_zero(lines)
+        names = self.from_all([name for name in {**theirs, **lines} if theirs.get(name) != lines.get(name)][:5])
+        self._room.all_know = True
+        which = ", ".join(names[:5]) or "the order of the tensors"
+        return RanksDisagreeError(f"{error}. They differ in {which}{' …' if len(names) > 5 else ''}")
+
+    @contextmanager
+    def telling(self, what: str) -> Iterator[None]:
+        room = self._room
+        if not room.depth:
+            room.all_know = False
+        room.depth += 1
         try:
-            digests = self._exchange(what, mine)
-        except KeyboardInterrupt as error:  # after all had gathered: the others learn of it in their next call
-            self._send_error(what, error)
+            yield
+        except BaseException as error:  # whatever it is, the other ranks must not wait for this one
+            if not room.all_know:
+                _tell(room, what, error)
             raise
-        self._check_same(what, digests)
-        return value
+        finally:
+            room.depth -= 1
+
+    def meet(self, word: Word) -> int:
+        """Return the number of a meeting that all ranks have come to with the same ``word``, but for its value.
+
+        Raises:
+            FabricInitError: Another rank failed; its message is included.
+            RanksDisagreeError: They have come to different steps, or their digests differ.
+            RanksLostError: A rank is gone, or does not come in time.
+        """
+        room, rank = self._room, dist.get_rank()
+        with self.telling(word.step):
+            number = room.number
+            verdict = _on_board(room, word.step, attend(number, rank, len(room.ranks), word))
+            room.number = number + 1
+            room.all_know = verdict != AGREED
+            if verdict != AGREED:
+                _keep_until_heard(room, number, _PATIENCE_AFTER_VERDICT)
+                raise _ERRORS[verdict.kind](verdict.text)
+            return number
 
     def alike(self, digest: str | None) -> bool:
-        outcomes = self._exchange("comparing the filled models", digest or "")
+        outcomes = self._values(Word("comparing the filled models", value=digest))
         return len(set(outcomes)) == 1 and digest is not None
 
     def from_rank_zero(self, value: Any) -> Any:
-        values = [value]
-        dist.broadcast_object_list(values, src=self._ranks[0], group=self._group)
-        return values[0]
+        room = self._room
+        first = room.ranks[0]
+        with self.telling(_ASKING):
+            number = self.meet(Word(_ASKING, value=value if dist.get_rank() == first else None))
+            return value if dist.get_rank() == first else room.board.word(number, first).value
 
     def from_all(self, names: Sequence[str]) -> list[str]:
-        everyone = self._exchange("collecting the uninitialized tensors", list(names))
+        everyone = self._values(Word("collecting the uninitialized tensors", value=list(names)))
         return list(dict.fromkeys(name for each in everyone for name in each))
 
-    def _exchange(self, what: str, mine: Any) -> list[Any]:
-        """Return the values of every rank, if none has failed."""
-        try:
-            self._announce()
-            outcomes = self._gather((None, mine))
-        except RuntimeError as error:
-            raise RanksLostError(
-                f"{what}: rank {dist.get_rank()} lost touch with the other ranks; one of them has probably died, and "
-                f"its own output says why. ({error})"
-            ) from error
-        failed = [
-            (rank, failing, text)
-            for rank, (failing, text) in zip(self._ranks, outcomes, strict=True)
-            if failing is not None
-        ]
-        if failed:
-            rank, failing, text = failed[0]
-            ranks = ", ".join(str(rank) for rank, _, _ in failed)
-            raise _known(FabricInitError(f"{failing} failed on rank {ranks}, so no rank goes on. Rank {rank}: {text}"))
-        return [text for _, text in outcomes]
+    def _values(self, word: Word) -> list[Any]:
+        with self.telling(word.step):
+            return [word.value for word in self._room.board.words(self.meet(word)).values()]
 
-    def _send_error(self, what: str, error: BaseException) -> None:
-        """Send the other ranks the error of this one."""
-        if _is_known(error):
+
+def digest_of(lines: Mapping[str, str]) -> str:
+    """Return a short text that is the same for equal ``lines`` in the same order."""
+    text = "\n".join(f"{name} {line}" for name, line in lines.items())
+    return f"{len(lines)} entries, digest {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+_ASKING = "asking the first rank"
+
+_ERRORS: dict[str, type[FabricInitError]] = {
+    "failed": FabricInitError,
+    "parted": RanksDisagreeError,
+    "lost": RanksLostError,
+}
+
+_TIMEOUT = timedelta(minutes=30)
+"""How long ranks wait for one another, if their process group does not say: torch's own default."""
+
+_PATIENCE = 30.0
+"""Seconds for which a rank that failed waits for the others to hear of it, if the store ends with its process."""
+
+_PATIENCE_AFTER_VERDICT = 2.0
+"""The same when the others are there, or gone."""
+
+_PATIENCE_AFTER_INTERRUPT = 5.0
+"""The same after Ctrl-C or ``SystemExit``, which usually reaches all ranks."""
+
+
+class _Room:
+    """Where the ranks of one process group meet, as this rank sees it.
+
+    Attributes:
+        number: The next meeting.
+        depth: How many calls this rank is in.
+        all_know: Whether the other ranks have heard of the error that ends these calls.
+    """
+
+    def __init__(self, store: Any, group: dist.ProcessGroup) -> None:
+        self.store = store
+        self.ranks = dist.get_process_group_ranks(group)
+        self.board = StoreBoard(store, group.group_name, self.ranks, timeout_of(group) or _TIMEOUT)
+        self.number = 0
+        self.depth = 0
+        self.all_know = False
+
+
+_rooms: dict[str, _Room] = {}
+"""By name of the group."""
+
+
+def _room_of(process_group: dist.ProcessGroup | None) -> _Room:
+    group = process_group or dist.group.WORLD
+    assert group is not None
+    store = get_default_store()
+    room = _rooms.get(group.group_name)
+    if room is None or room.store is not store:  # another one: the ranks have formed their groups anew
+        room = _rooms[group.group_name] = _Room(store, group)
+        with suppress(RuntimeError):
+            room.board.announce()
+    return room
+
+
+def _on_board(room: _Room, what: str, steps: Generator[Request, Any, _T]) -> _T:
+    """Take the ``steps`` on the board of a room, and return what they end with."""
+    try:
+        with interrupts_held() as deliver:
+            answer = None
+            while True:
+                method, arguments = steps.send(answer)
+                answer = getattr(room.board, method)(*arguments)
+                if method == "verdict" and answer is None:
+                    deliver()
+    except StopIteration as done:
+        result: _T = done.value
+        return result
+    except RuntimeError as error:
+        room.all_know = True  # or never will
+        raise RanksLostError(
+            f"{what}: rank 0 is gone, or the process that keeps torch's store, so no rank goes on. The output of what "
+            f"died says why. ({error})"
+        ) from error
+
+
+def _tell(room: _Room, what: str, error: BaseException) -> None:
+    """Let the other ranks hear of the error of this one."""
+    if isinstance(error, GeneratorExit) and error.__context__ is not None:
+        error = error.__context__  # whoever closes a generator does so because of that
+    text = f"{type(error).__name__}: {error}".rstrip(": ")
+    rank = dist.get_rank()
+    verdict = Verdict("failed", f"{what} failed on rank {rank}, so no rank goes on. Rank {rank}: {text}")
+    with suppress(RanksLostError):  # this rank's own error is what matters
+        room.number = _on_board(room, what, fail(room.number, verdict))
+        room.all_know = True
+        patience = _PATIENCE if isinstance(error, Exception) else _PATIENCE_AFTER_INTERRUPT
+        _keep_until_heard(room, room.number - 1, patience)
+
+
+def _keep_until_heard(room: _Room, number: int, patience: float) -> None:
+    """Say that this rank knows the verdict; where the store ends with this process, wait for the others to know it."""
+    end = time.monotonic() + patience
+    with suppress(RuntimeError):
+        heard = room.board.hear(number)
+        if dist.get_rank() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return
-        _known(error)
-        with suppress(RuntimeError):  # they do not arrive, or are gone: this rank's own error is what matters
-            store, meeting = self._announce()
-            patience = _PATIENCE if isinstance(error, Exception) else _PATIENCE_AFTER_INTERRUPT
-            store.wait([f"{meeting}/{rank}" for rank in self._ranks], patience)
-            self._gather((what, f"{type(error).__name__}: {error}"))
-
-    def _announce(self) -> tuple[Any, str]:
-        """Announce in the store that this rank is about to gather, so that one that failed knows whom it reaches."""
-        ranks = "" if self._group is None else f"{self._group.group_name}/"
-        store, meeting = get_default_store(), f"fabric_init/{ranks}{next(_meetings[ranks])}"
-        store.set(f"{meeting}/{dist.get_rank()}", "")
-        return store, meeting
-
-    def _check_same(self, what: str, digests: Sequence[str]) -> None:
-        """Raise :class:`RanksDisagreeError` if the ranks' ``digests`` differ."""
-        if len(set(digests)) > 1:
-            groups: dict[str, list[int]] = {}
-            for rank, digest in zip(self._ranks, digests, strict=True):
-                groups.setdefault(digest, []).append(rank)
-            listed = "; ".join(f"ranks {ranks}: {digest}" for digest, ranks in groups.items())
-            raise _known(RanksDisagreeError(f"{what} is not the same on every rank, so no rank goes on. {listed}"))
-
-    def _gather(self, mine: tuple[str | None, Any]) -> list[tuple[str | None, Any]]:
-        """Return from every rank the step that it failed in, or ``None``, and its value or error text."""
-        outcomes: list[Any] = [None] * dist.get_world_size(self._group)
-        with interrupts_held():  # it takes several steps, and a rank that stops between two of them blocks the others
-            dist.all_gather_object(outcomes, mine, group=self._group)
-        return outcomes
-
-
-def _known(error: _Error) -> _Error:
-    """Mark an error that the other ranks know of."""
-    error.__dict__["_fabric_init_known"] = True
-    return error
-
-
-def _is_known(error: BaseException) -> bool:
-    return "_fabric_init_known" in error.__dict__
+        while heard < len(room.ranks) and time.monotonic() < end:
+            time.sleep(0.02)
+            heard = room.board.hear(number, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from fabric_init.checkpoints import CheckpointReader
-from fabric_init.checkpoints.fingerprint import checkpoint_digest
+from fabric_init.checkpoints.fingerprint import content_digest, files_digest, header_digest
 from fabric_init.checkpoints.storage.file_system import file_system_of, is_network
 from fabric_init.distributed.agreement import Agreement, SingleProcess
 from fabric_init.distributed.broadcast import BroadcastReader
@@ -55,17 +55,25 @@ def open_on_all_ranks(
     machines: int,
     agreement: Agreement,
 ) -> CheckpointReader:
-    """Open ``source`` in the same way on every rank, which rank 0 chooses if ``io="auto"``.
+    """Open ``source`` in the same way on every rank, which rank 0 chooses if ``io="auto"``; ``io`` is that of all.
 
     Raises:
         CheckpointError: The checkpoint cannot be used; on the other ranks, :class:`FabricInitError` with its message.
-        RanksDisagreeError: ``io``, or the content of the file where each rank reads it, differs between ranks.
+        RanksDisagreeError: The content of the file, where each rank reads it, differs between ranks.
     """
     if isinstance(agreement, SingleProcess):
         return source.open()
-    agreement.run_together("io", lambda: check_io(io), str)
     way = choose_io(io, whole=whole, machines=machines, file_system=file_system_of(source.path))
     if agreement.from_rank_zero(way) == "local":
-        return agreement.run_together("opening the checkpoint", source.open, checkpoint_digest)
+        return _opened_alike(source, agreement)
     # not mapped: rank 0 reads everything, from front to back, and a file that changes is an error, not a crash
     return BroadcastReader.open(lambda: source.open(copy=True), agreement, BUDGET)
+
+
+def _opened_alike(source: Source, agreement: Agreement) -> CheckpointReader:
+    """Open what each rank reads by itself: the same files, or else other files of the same content."""
+    reader = agreement.run_together("opening the checkpoint", source.open, header_digest)
+    with agreement.telling("comparing the checkpoints"):
+        if not agreement.alike(files_digest(reader)):
+            agreement.run_together("the content of the checkpoint", lambda: reader, content_digest)
+    return reader

@@ -22,9 +22,10 @@ from fabric_init.filling.quantizing import refuse_own_hooks
 from fabric_init.filling.record import make_record
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import hold_broken, release_forward, settle, unfilled
+from fabric_init.planning.digest import plan_lines
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, LoadOptions
-from fabric_init.planning.prepare import PreparedPlan, plan_for, prepared_digest
+from fabric_init.planning.prepare import PreparedPlan, plan_for
 from fabric_init.planning.tensors import Walk
 from fabric_init.recording.tape import Rng
 from fabric_init.recording.wrappers import is_wrapper
@@ -89,7 +90,7 @@ def fill_model(
         return prepared._replace(tensors=tensors, undo=_both(prepared.undo, put_back))
 
     with PausedCollector():
-        prepared = agreement.run_together(_PLANNING, plan, prepared_digest)
+        prepared = agreement.run_together(_PLANNING, plan, plan_lines)
         where = ShardedTensors(sharded, placement) if sharded else placement
         try:
             share_seeds(prepared.tapes.values(), agreement)
@@ -168,7 +169,7 @@ def prepare(
     agreement: Agreement = _ALONE,
 ) -> PreparedPlan:
     """Return the plan for what ``model`` holds, made on all ranks together."""
-    prepared = agreement.run_together(_PLANNING, lambda: planned(model, reader, wanted), prepared_digest)
+    prepared = agreement.run_together(_PLANNING, lambda: planned(model, reader, wanted), plan_lines)
     with loads_noted(prepared):
         return prepared
 

@@ -19,9 +19,10 @@ from fabric_init.filling.record import make_record
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import release_forward, settle
 from fabric_init.planning.derived import loaded_storages
+from fabric_init.planning.digest import sharded_lines
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.plan import LoadOptions, Plan, storage_groups
-from fabric_init.planning.prepare import PreparedPlan, prepared_digest
+from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.recording.tensor import RecordedTensor, become, become_recorded
 from fabric_init.reports.registry import FillRecord, keep_record
 
@@ -116,7 +117,7 @@ def filled_by_module(
         settle(model)
         return packed_and_made(planned(model, reader, wanted), model, WholeTensors())
 
-    prepared = agreement.run_together("planning the initialization", plan, prepared_digest)
+    prepared = agreement.run_together("planning the initialization", plan, sharded_lines)
     filling, begun = IncrementalFill(prepared, WholeTensors()), False
     try:
         share_seeds(prepared.tapes.values(), agreement)

@@ -61,12 +61,14 @@ def initialize_missing(model: nn.Module, otherwise: Callable[[], Agreement] = Si
     if agreement is None:
         is_sharded = any(isinstance(tensor, DTensor) for _, _, tensor in registered_tensors(model))
         agreement = otherwise() if is_sharded else SingleProcess()
-    apart = _shards_without_one_seed(model)
-    names = agreement.from_all([name for name, tensor in apart if local(tensor).numel()])  # others may have no element
-    share_seeds({found.tape for _, tensor in apart if (found := recorded(local(tensor)))}, agreement, asked=bool(names))
-    agreement.run_together("initializing what is missing", lambda: _initialize_all(model))
-    release_forward(model)
-    unwatch_loads(model)
+    with agreement.telling("init_missing"):
+        apart = _shards_without_one_seed(model)
+        names = agreement.from_all([name for name, tensor in apart if local(tensor).numel()])  # others may have none
+        tapes = {found.tape for _, tensor in apart if (found := recorded(local(tensor)))}
+        share_seeds(tapes, agreement, asked=bool(names))
+        agreement.run_together("initializing what is missing", lambda: _initialize_all(model))
+        release_forward(model)
+        unwatch_loads(model)
 
 
 def _shards_without_one_seed(model: nn.Module) -> list[tuple[str, DTensor]]:

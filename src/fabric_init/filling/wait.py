@@ -13,9 +13,10 @@ from fabric_init.filling.execute import execute_plan
 from fabric_init.filling.missing import initialize_possible
 from fabric_init.guard.loads import watch_loads
 from fabric_init.guard.models import hold, waits
+from fabric_init.planning.digest import plan_lines
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, LoadOptions, Plan, PlanEntry, storage_groups
-from fabric_init.planning.prepare import PreparedPlan, prepared_digest
+from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.planning.tensors import survey
 from fabric_init.planning.validation import make_plan
 from fabric_init.recording.tape import Tape
@@ -27,8 +28,7 @@ def wait_for_load(
 ) -> None:
     """Let what ``state_dict`` holds of recorded models wait, and give the rest the model's own init."""
     prepared = [
-        agreement.run_together("planning the initialization", partial(_plan, model), prepared_digest)
-        for model in models
+        agreement.run_together("planning the initialization", partial(_plan, model), plan_lines) for model in models
     ]
     for model, plan in zip(models, prepared, strict=True):
         placement = placement_for(model)

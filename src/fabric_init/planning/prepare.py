@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -158,13 +157,6 @@ def _refuse_lazy(walk: Walk) -> None:
                 "seen a batch, so no load can be planned for it. Run a batch through it in the block, or build the "
                 "model with init_module(empty_init=True) and call load_state_dict."
             )
-
-
-def prepared_digest(prepared: PreparedPlan) -> str:
-    """Return a text that is the same for equal plans, to compare ranks by."""
-    entries = prepared.plan.plain
-    lines = "\n".join(f"{entry.slot.names} {entry.slot.shape} {entry.action} {entry.keys}" for entry in entries)
-    return f"{len(entries)} tensors, plan {hashlib.sha256(lines.encode()).hexdigest()[:12]}"
 
 
 def _exact(tapes: set[Tape], rng: Rng | None) -> bool:

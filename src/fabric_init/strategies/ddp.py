@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.fabric.strategies as lightning_strategies
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -16,6 +15,7 @@ from fabric_init.distributed.agreement import Agreement
 from fabric_init.guard.models import require, settle, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.reports.registry import filled_by_us
+from fabric_init.strategies.checksums import described
 from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
 
 
@@ -24,7 +24,7 @@ class DDPStrategy(DeferredInitMixin, lightning_strategies.DDPStrategy):
 
     ``setup_module`` does without DDP's first broadcast of all weights where the ranks have filled the model alike: they
     agreed on seed, checkpoint and plan, and what a constructor took from elsewhere (numpy's random numbers, say) shows
-    in a sample of each tensor. A model that waits for values is wrapped in DDP once it has them.
+    in checksums over all elements. A model that waits for values is wrapped in DDP once it has them.
     """
 
     def placement(self, model: nn.Module) -> Placement:
@@ -38,7 +38,7 @@ class DDPStrategy(DeferredInitMixin, lightning_strategies.DDPStrategy):
 
     def _wrapped(self, module: nn.Module) -> Any:
         options = self._ddp_kwargs
-        if self.agreement.alike(_sample(module) if filled_by_us(module) else None):
+        if self.agreement.alike(_checksums(module) if filled_by_us(module) else None):
             self._ddp_kwargs = {"init_sync": False} | options
         try:
             return super().setup_module(module)
@@ -79,14 +79,11 @@ class DDPWhenFilled(DistributedDataParallel):
         return self(*args, **kwargs)
 
 
-def _sample(module: nn.Module) -> str:
-    """Name and shape of every tensor, and the values at its two ends, hashed."""
+def _checksums(module: nn.Module) -> str:
+    """Name, shape and a checksum of every tensor, hashed."""
     digest = hashlib.sha256()
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
-        digest.update(f"{name} {tensor.shape} {tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
-        ends = torch.cat([flat[:64], flat[-64:]]).cpu().contiguous()
-        digest.update(bytes(ends.view(torch.uint8).numpy()))
+        digest.update(f"{name} {described(tensor)}".encode())
     return digest.hexdigest()
 
 

@@ -7,7 +7,6 @@ It is recorded, partitioned in ``setup`` while it has no values, and each rank t
 from __future__ import annotations
 
 import argparse
-import hashlib
 import weakref
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -29,6 +28,8 @@ from fabric_init.guard.expected_load import ExpectedLoad
 from fabric_init.guard.loads import loading, watch_loads
 from fabric_init.guard.models import hold_forward, settle, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
+from fabric_init.reports.registry import filled_by_us
+from fabric_init.strategies.checksums import described
 from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound, left_to_loads, shard_and_fill
 from fabric_init.strategies.init_context import init_context
 from fabric_init.strategies.mixin import DeferredInitMixin, modules_in, register_strategy
@@ -191,7 +192,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
         if unfilled(module):  # DeepSpeed copies the weights when it is set up: they have to have values
             choose_own_init(module) if is_bound(module) else initialize_missing(module)
         if not is_bound(module):
-            self.agreement.run_together("the model to set up", lambda: module, _shapes_digest)
+            self.agreement.run_together("the model to set up", lambda: module, _lines)
             return expected
         assert isinstance(self.config, dict)
         with cast_as_configured(module, self.config):
@@ -210,9 +211,12 @@ def _require_one_optimizer(optimizers: list[Optimizer]) -> None:
         raise TypeError(f"DeepSpeed takes one optimizer: fabric.setup(model, optimizer); this call gave {names}")
 
 
-def _shapes_digest(module: nn.Module) -> str:
-    shapes = [f"{name} {tuple(value.shape)} {value.dtype}" for name, value in module.named_parameters()]
-    return f"{len(shapes)} parameters, digest {hashlib.sha256(' '.join(shapes).encode()).hexdigest()[:12]}"
+def _lines(module: nn.Module) -> dict[str, str]:
+    """Return what has to be the same on all ranks, by name: DeepSpeed sends parameters to all, and no buffers."""
+    lines = {name: f"{tuple(value.shape)} {value.dtype}" for name, value in module.named_parameters()}
+    if filled_by_us(module):
+        lines.update((name, described(buffer)) for name, buffer in module.named_buffers() if not buffer.is_meta)
+    return lines
 
 
 register_strategy(DeepSpeedStrategy, instead_of=lightning_deepspeed.DeepSpeedStrategy)

@@ -37,9 +37,10 @@ from fabric_init.guard.models import (
     unfilled,
 )
 from fabric_init.planning.derived import loaded_storages, sources_of
+from fabric_init.planning.digest import sharded_lines
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
-from fabric_init.planning.prepare import PreparedPlan, prepared_digest
+from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.recording.liveness import computed_from
 from fabric_init.recording.tape import now
 from fabric_init.recording.tensor import RecordedTensor, recorded
@@ -140,7 +141,7 @@ def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan
     prepared: PreparedPlan | None = None
     try:
         prepared = agreement.run_together(
-            "planning for the model as it is now", lambda: _plan(model, [b for _, b in bounds], plans), prepared_digest
+            "planning for the model as it is now", lambda: _plan(model, [b for _, b in bounds], plans), sharded_lines
         )
         for tape in prepared.tapes.values():
             tape.current().later.gives_memory = True

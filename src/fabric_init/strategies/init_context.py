@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from fabric_init._gc import PausedCollector
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.distributed.agreement import Agreement
-from fabric_init.distributed.io import Io, open_on_all_ranks
+from fabric_init.distributed.io import Io, check_io, open_on_all_ranks
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.execute import fill_model
 from fabric_init.filling.wait import wait_for_load
@@ -77,14 +77,17 @@ def init_context(
         RecordingError: Blocks are nested, or a block builds no model, or several models for one checkpoint.
         FabricInitError: A rank failed, or the precision plugin replaces layers of the model by its own.
     """
-    with PausedCollector():
-        yield from _recorded(strategy, source, wanted)
+    agreement = strategy.agreement
+    with PausedCollector(), agreement.telling("the init_module block"):
+        yield from _recorded(strategy, source, wanted, agreement)
 
 
-def _recorded(strategy: RecordingStrategy, source: Source | None, wanted: LoadOptions) -> Iterator[None]:
+def _recorded(
+    strategy: RecordingStrategy, source: Source | None, wanted: LoadOptions, agreement: Agreement
+) -> Iterator[None]:
     refuse_nesting()
     _refuse_precision(strategy.precision)
-    agreement = strategy.agreement
+    agreement.run_together("init_module", lambda: _way(strategy, source, wanted), str)
     reader = None
     if source is not None:  # a bad path fails before the build
         machines, whole = getattr(strategy, "num_nodes", 1), not strategy.fills_in_setup
@@ -105,7 +108,7 @@ def _recorded(strategy: RecordingStrategy, source: Source | None, wanted: LoadOp
             if strategy.fills_in_setup:
                 for model in built.roots():  # setup casts to the precision: that belongs to the recording, too
                     strategy.precision.convert_module(model)
-    except (Exception, KeyboardInterrupt) as error:  # the other ranks have to hear of it
+    except BaseException as error:  # the other ranks have to hear of it, once the recording has ended
         failure = error
 
     def built_models() -> list[nn.Module]:
@@ -126,6 +129,14 @@ def _recorded(strategy: RecordingStrategy, source: Source | None, wanted: LoadOp
     except BaseException:
         _hold_failed(built.roots())
         raise
+
+
+def _way(strategy: RecordingStrategy, source: Source | None, wanted: LoadOptions) -> str:
+    """Return which way this rank goes: what differs here would make ranks wait for what others never do."""
+    load = (
+        "no checkpoint" if source is None else f"a declared load, strict={wanted.strict}, reinit={list(wanted.reinit)}"
+    )
+    return f"{type(strategy).__name__} with io={check_io(strategy.io)!r} and {load}"
 
 
 def refuse_nesting() -> None:

@@ -87,9 +87,11 @@ class DeferredInitMixin(Strategy):
         if not is_bound(module):
             return super().setup_module(module)
         before = parameters_by_name(module)
-        sharded = shard_and_fill(module, self.shard, self.placement, self.agreement)
-        self.remember(before, sharded)
-        return sharded
+        agreement = self.agreement
+        with agreement.telling("setting the model up"):
+            sharded = shard_and_fill(module, self.shard, self.placement, agreement)
+            self.remember(before, sharded)
+            return sharded
 
     def setup_optimizer(self, optimizer: Optimizer) -> Optimizer:
         """Set up an optimizer, which then holds the parameters that sharding has made.

@@ -15,6 +15,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,10 +24,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fabric_init.checkpoints.reader import BaseReader, TensorSpec
-from fabric_init.checkpoints.region import Region, window
+from fabric_init.checkpoints.region import Region, is_below, window
 from fabric_init.checkpoints.storage.local import FileBytes, Opener, open_bytes
 from fabric_init.checkpoints.storage.remote import AnyPath, as_path
-from fabric_init.errors import CheckpointError, CheckpointFormatError
+from fabric_init.errors import CheckpointError, CheckpointFormatError, FabricInitError
 
 HEADER_BYTES = 100_000_000
 """The maximum size of a header; the library's own limit."""
@@ -114,10 +115,12 @@ def _parse_header(file: FileBytes, *, direct: bool) -> tuple[dict[str, int], dic
                 f"{file.path}: tensor {key!r} has dtype {code}, which torch {torch.__version__} cannot hold as a plain "
                 f"tensor. Convert it to a dtype of {', '.join(DTYPES)}."
             )
-        count = math.prod(shape)
         # Only an empty tensor can lie about its other dimensions: the bytes of any other were counted.
-        if not count and math.prod(size or 1 for size in shape) >= 2**63:
-            raise CheckpointFormatError(f"{file.path}: tensor {key!r} has shape {shape}, beyond what torch can hold.")
+        if not is_below(2**63, shape):
+            raise CheckpointFormatError(
+                f"{file.path}: tensor {key!r} has shape {str(shape[:20])[:200]}, beyond what torch can hold."
+            )
+        count = math.prod(shape)
         offsets[key], specs[key] = offset, TensorSpec(torch.Size(shape), dtype)
         offset += count * dtype.itemsize
     if offset != file.size:
@@ -141,11 +144,18 @@ def _entries_of_copy(file: FileBytes) -> tuple[_Entries, Mapping[str, str]]:
     # The library takes a path only. It gets a file of the same size with the same header and a hole for the data: so it
     # checks the header that was read, wherever that came from.
     length = int.from_bytes(file.head(8), "little")
-    with TemporaryDirectory() as folder:
-        copy = os.path.join(folder, "header.safetensors")
-        with open(copy, "wb") as target:
-            target.write(file.head(8 + min(length, HEADER_BYTES)))
-            target.truncate(file.size)
+    header = file.head(8 + min(length, HEADER_BYTES))
+    with ExitStack() as stack:
+        try:
+            copy = os.path.join(stack.enter_context(TemporaryDirectory()), "header.safetensors")
+            with open(copy, "wb") as target:
+                target.write(header)
+                target.truncate(file.size)
+        except OSError as error:  # not the checkpoint's fault
+            raise FabricInitError(
+                f"{file.path}: a copy of its header cannot be written into the folder for temporary files: {error}. "
+                "Make space there, or set the environment variable TMPDIR to another folder."
+            ) from error
         return _entries(copy)
 
 

@@ -18,6 +18,7 @@ from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
 from fabric_init.checkpoints.formats.torch_save.reader import TorchFileReader
 from fabric_init.checkpoints.reader import BaseReader, CheckpointReader
 from fabric_init.checkpoints.region import Region
+from fabric_init.checkpoints.storage.http import outside
 from fabric_init.checkpoints.storage.local import Opener, open_bytes
 from fabric_init.checkpoints.storage.remote import AnyPath, as_path
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
@@ -55,6 +56,10 @@ class ShardedReader(BaseReader):
                 check_shard(index, name, count)
             else:
                 _refuse_outside(index, name)
+                if outside(name):
+                    raise CheckpointFormatError(
+                        f"{index} names the shard {name!r}, which is refused as unsafe in a URL."
+                    )
                 if not (index.parent / name).is_file():
                     raise _missing(index, name, count)
         self._shards = {name: _open_shard(index.parent / name, mmap, opener) for name in counts}

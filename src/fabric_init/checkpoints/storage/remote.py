@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import torch
 
 from fabric_init.checkpoints.region import Window
+from fabric_init.checkpoints.storage.http import ChangedError, HTTPFile, WrongAnswerError, explained
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
@@ -31,10 +32,6 @@ _AT_ONCE = 8
 _FILES = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt")
 # What a web server is asked for under a URL that names no file. (fsspec would fetch the page and look for links in it.)
 _USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
-_NO_RANGES = """\
-{path}: the server does not answer requests for a part of a file, so a region of a tensor cannot be read from it. \
-Download the file and open the copy."""
 
 
 def is_url(text: str) -> bool:
@@ -139,18 +136,26 @@ class RemoteBytes:
 
     def __init__(self, path: RemotePath) -> None:
         self.path = path
-        with _errors_of(path):
-            details = path.filesystem.info(path.location)
-        if details.get("type") == "directory":
-            raise CheckpointFormatError(f"{path} is a folder; expected a checkpoint file.")
-        size = details.get("size")
-        if not isinstance(size, int):
-            raise CheckpointFormatError(_NO_RANGES.format(path=path))
-        if not size:
+        self._http = None if path.lists_folders else HTTPFile(path.filesystem, path.location)
+        if self._http is not None:
+            with _errors_of(path):
+                self.size = self._http.open().size
+        else:
+            details = self._details()
+            if details.get("type") == "directory":
+                raise CheckpointFormatError(f"{path} is a folder; expected a checkpoint file.")
+            size = details.get("size")
+            if not isinstance(size, int):
+                raise CheckpointFormatError(f"{path} cannot be read: its size is not known.")
+            self.size = size
+            self._version = _version_of(details)
+        if not self.size:
             raise CheckpointFormatError(f"{path} is empty (0 bytes): fetch or save it again.")
-        self.size = size
-        if not path.lists_folders and size > 1:
-            self._require_ranges(details)
+
+    @property
+    def version(self) -> str:
+        """What tells this version of the file from others."""
+        return repr(self._version if self._http is None else self._http.version)
 
     def head(self, stop: int) -> bytes:
         return self._fetch([(0, min(stop, self.size))])[0]
@@ -174,10 +179,15 @@ class RemoteBytes:
 
     def _fetch(self, ranges: list[tuple[int, int]]) -> list[bytes]:
         """Return these byte ranges, requested concurrently where the file system can."""
-        starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
-        with _errors_of(self.path):
-            places = [self.path.location] * len(ranges)
-            parts: list[bytes] = self.path.filesystem.cat_ranges(places, starts, stops, on_error="raise")
+        with _errors_of(self.path, self.size):
+            if self._http is not None:
+                parts = self._http.fetch(ranges)
+            else:
+                starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
+                places = [self.path.location] * len(ranges)
+                parts = self.path.filesystem.cat_ranges(places, starts, stops, on_error="raise")
+                if _version_of(self._details()) != self._version:
+                    raise ChangedError
         for (start, stop), data in zip(ranges, parts, strict=True):
             if len(data) != stop - start:
                 raise CheckpointFormatError(
@@ -186,17 +196,29 @@ class RemoteBytes:
                 )
         return parts
 
-    def _require_ranges(self, details: dict[str, Any]) -> None:
-        """Request one byte, by a file object of fsspec, which looks at the answer before it reads all of the file."""
-        refused = CheckpointFormatError(_NO_RANGES.format(path=self.path))
-        if not details.get("partial", True):
-            raise refused
-        with _errors_of(self.path), self.path.filesystem.open(self.path.location, cache_type="none") as file:
-            try:
-                file.seek(1)
-                file.read(1)
-            except ValueError:
-                raise refused from None
+    def _details(self) -> dict[str, Any]:
+        """Ask the file system anew; some remember what they have listed."""
+        with _errors_of(self.path):
+            self.path.filesystem.invalidate_cache()
+            details: dict[str, Any] = self.path.filesystem.info(self.path.location)
+            return details
+
+
+def _version_of(details: dict[str, Any]) -> tuple[str, ...]:
+    """Return what changes when a file at a URL is written anew, as far as its file system says."""
+    names = (
+        "size",
+        "ETag",
+        "etag",
+        "md5Hash",
+        "generation",
+        "LastModified",
+        "last_modified",
+        "mtime",
+        "created",
+        "ino",
+    )
+    return tuple(f"{name}={details[name]}" for name in names if name in details)
 
 
 def _parts(out: torch.Tensor, window: Window) -> Iterator[tuple[torch.Tensor, Window]]:
@@ -227,8 +249,9 @@ def _is_dense(window: Window, size: int) -> bool:
 class _errors_of:
     """Turn errors of a file system or network into ours, which name the URL."""
 
-    def __init__(self, path: RemotePath) -> None:
+    def __init__(self, path: RemotePath, size: int = 0) -> None:
         self._path = path
+        self._size = size
 
     def __enter__(self) -> None:
         return None
@@ -236,6 +259,8 @@ class _errors_of:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, FileNotFoundError) and not isinstance(error, CheckpointNotFoundError):
             raise CheckpointNotFoundError(f"{self._path} does not exist.") from error
+        if isinstance(error, WrongAnswerError):
+            raise explained(self._path, error, self._size) from error
         if isinstance(error, Exception) and not isinstance(error, (CheckpointFormatError, CheckpointNotFoundError)):
             reason = str(error).strip()[:300] or type(error).__name__
             raise CheckpointFormatError(f"{self._path} cannot be read: {reason}.") from error

@@ -16,7 +16,7 @@ import torch
 from fabric_init.checkpoints.formats.dcp.contents import Chunk, Contents, Item, Tensor
 from fabric_init.checkpoints.formats.pickles.restricted import Record, RestrictedPickleError, load_inert
 from fabric_init.checkpoints.reader import TensorSpec
-from fabric_init.checkpoints.region import Box, overlap
+from fabric_init.checkpoints.region import Box, is_below, overlap
 from fabric_init.checkpoints.state_dicts import Location
 from fabric_init.checkpoints.storage.local import open_bytes
 from fabric_init.errors import CheckpointFormatError
@@ -173,7 +173,7 @@ def _size(value: object, what: str) -> tuple[int, ...]:
     if (
         not isinstance(numbers, tuple)
         or not all(type(number) is int and number >= 0 for number in numbers)
-        or math.prod(number or 1 for number in numbers) >= 2**63
+        or not is_below(2**63, numbers)
     ):
         raise _WrongError(f"{what} is no list of sizes")
     return numbers

@@ -19,6 +19,7 @@ import torch
 
 from fabric_init.checkpoints.formats.deepspeed.flat_shards import FlatShards
 from fabric_init.checkpoints.formats.torch_save.meta_tensors import Storages
+from fabric_init.checkpoints.region import is_below
 
 _VECTORS = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups", 3: "fp32_flat_groups"}
 
@@ -150,7 +151,7 @@ def _shapes(value: object, what: str) -> dict[str, torch.Size]:
     for name, shape in _dict(value, what).items():
         if not isinstance(name, str) or not isinstance(shape, (tuple, list)):
             raise ValueError(f"{what} should be a dict of name -> shape, and has {name!r:.80} -> {shape!r:.80}")
-        if not all(type(size) is int and 0 <= size < 2**62 for size in shape) or math.prod(shape) >= 2**62:
+        if not all(type(size) is int and 0 <= size < 2**62 for size in shape) or not is_below(2**62, shape):
             raise ValueError(f"{name!r} has the shape {tuple(shape)!r:.80}")
         shapes[name] = torch.Size(shape)
     return shapes

@@ -11,6 +11,7 @@ import struct
 from typing import Any, NamedTuple
 
 from fabric_init.checkpoints.formats.gguf.types import GgmlType, ggml_type
+from fabric_init.checkpoints.region import is_below
 from fabric_init.checkpoints.storage.local import FileBytes
 from fabric_init.errors import CheckpointFormatError
 
@@ -122,7 +123,7 @@ def _entry(cursor: _Cursor) -> _Entry:
     if dimensions > _MOST_DIMENSIONS:
         raise _DamageError(f"tensor {key!r} has {dimensions} dimensions, of at most {_MOST_DIMENSIONS}")
     shape = tuple(reversed([cursor.number("Q") for _ in range(dimensions)]))
-    if math.prod(size or 1 for size in shape) >= 2**63:
+    if not is_below(2**63, shape):
         raise _DamageError(f"tensor {key!r} has shape {shape}, beyond what torch can hold")
     code, offset = cursor.number("I"), cursor.number("Q")
     try:

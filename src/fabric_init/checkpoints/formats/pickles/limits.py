@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, ClassVar
 
 from fabric_init._torch_internals import get_allowed_globals, get_user_allowed_globals
 from fabric_init.checkpoints.formats.pickles.restricted import Name, RestrictedUnpickler
+from fabric_init.checkpoints.region import is_below
 
 _TIMES, _LEAST = 16, 1 << 20
 """Calls may take so many times the size of the file, or so many bytes; those of torch.save take twice the pickle."""
@@ -118,7 +119,9 @@ def _cost(name: str, arguments: Any) -> float:
     if name == "_codecs.encode":  # of text; of bytes, each call could double the result of the one before
         return linear if isinstance(arguments[0], str) else math.inf
     if name == f"{_REBUILD}qtensor":
-        return math.prod(arguments[2]) if isinstance(arguments[2], tuple) else math.inf
+        sizes = arguments[2] if isinstance(arguments[2], tuple) else (-1,)
+        possible = all(isinstance(size, int) and size >= 0 for size in sizes) and is_below(2**62, sizes)
+        return math.prod(sizes) if possible else math.inf
     if not arguments or name in _LINEAR or name not in get_allowed_globals() or name in get_user_allowed_globals():
         return linear
     return linear if name == "torch._tensor._rebuild_from_type_v2" else math.inf  # classes of storages, of old tensors

@@ -16,7 +16,8 @@ import sys
 import threading
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -104,7 +105,7 @@ class TorchArchive:
                 raise ValueError(f"a tensor of shape {tuple(tensor.shape)} is larger than its storage")
             return self.read(tensor, None)
 
-        return tree_map_only(torch.Tensor, value, content)
+        return _mapped(value, content, {})
 
     def start(self, tensor: torch.Tensor) -> int:
         """Return the first byte of the tensor's storage; 0 for a tensor without elements."""
@@ -222,6 +223,28 @@ def find_saved_tensor(
             f"{file.path} does not hold what torch.save wrote at bytes {offset:,} to {offset + length:,}: {reason}. "
             f"If a copy was cut short, make it again."
         ) from error
+
+
+def _mapped(value: Callable[[torch.Tensor], torch.Tensor], content: Any, done: dict[int, Any]) -> Any:
+    """Return ``content`` with ``value`` of each tensor in its dicts, lists and tuples; what is shared stays shared.
+
+    A pickle of a few hundred bytes can share so that a walk without ``done`` would have no end.
+    """
+    if id(content) in done:
+        return done[id(content)]
+    kind = type(content)
+    if isinstance(content, torch.Tensor):
+        made: Any = value(content)
+    elif kind is list:
+        made = [_mapped(value, item, done) for item in content]
+    elif kind is tuple:
+        made = tuple(_mapped(value, item, done) for item in content)
+    elif kind in (dict, OrderedDict):
+        made = kind((key, _mapped(value, item, done)) for key, item in content.items())
+    else:
+        made = tree_map_only(torch.Tensor, value, content)
+    done[id(content)] = made
+    return made
 
 
 # Chunks of one shape have one pickle, and a checkpoint has thousands of chunks: most of the time goes into the

@@ -8,7 +8,6 @@ unpickler, always: no code in it runs, and there is no option to let it. Only th
 from __future__ import annotations
 
 import io
-import math
 import os
 import pickle
 import re
@@ -20,11 +19,12 @@ from typing import Any
 import torch
 
 from fabric_init._text import joined
+from fabric_init._torch_internals import legacy_load, weights_only_unpickler
 from fabric_init.checkpoints.formats.torch_save.archive import StandIns, TorchArchive
 from fabric_init.checkpoints.formats.torch_save.legacy import BoundedFile, check_sizes
 from fabric_init.checkpoints.formats.torch_save.meta_tensors import QuantizedTensorError, Storages, unsafe_globals
 from fabric_init.checkpoints.reader import BaseReader, TensorSpec
-from fabric_init.checkpoints.region import Region, take
+from fabric_init.checkpoints.region import Region, is_below, take
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE, OPTIMIZER_PARTS, Location, choose_state_dict, describe
 from fabric_init.checkpoints.storage.local import FileBytes, Opener, open_bytes
 from fabric_init.checkpoints.storage.remote import AnyPath, as_path
@@ -122,7 +122,7 @@ def _load_from(file: FileBytes, *, direct: bool) -> tuple[Any, bool, TorchArchiv
             try:
                 with content:
                     check_sizes(content, file.size)
-                    return torch.load(content, weights_only=True, map_location="cpu"), True, None
+                    return legacy_load(content, "cpu", weights_only_unpickler), True, None
             except pickle.UnpicklingError as error:
                 _refuse_code(file.path, _named_global(error))
                 raise
@@ -189,9 +189,13 @@ def _corrupt(path: AnyPath, error: Exception) -> str:
     )
 
 
+_DEEPEST = 32
+"""How many dicts may lie around a state dict. A file can nest a million, and each has all keys above it."""
+
+
 def state_dicts_in(loaded: dict[object, object]) -> Iterator[tuple[Location, dict[object, object]]]:
     """Yield each dict that has tensors, and the keys that lead to it; optimizer state is left out."""
-    waiting: list[tuple[Location, dict[object, object]]] = [((), loaded)]
+    waiting: list[tuple[Location, dict[object, object]]] = [((), loaded)]  # not below _DEEPEST
     seen = set()  # a pickle can make dicts that hold themselves
     for location, state in waiting:
         if id(state) in seen or state.keys() >= OPTIMIZER_PARTS:
@@ -199,6 +203,8 @@ def state_dicts_in(loaded: dict[object, object]) -> Iterator[tuple[Location, dic
         seen.add(id(state))
         if count_tensors(state):
             yield location, state
+        if len(location) == _DEEPEST:
+            continue
         inner = [(str(key), value) for key, value in state.items() if isinstance(value, dict)]
         waiting += [((*location, key), value) for key, value in inner if not key.endswith(EXTRA_STATE)]
 
@@ -242,4 +248,4 @@ def checked_key(path: AnyPath, key: object, value: torch.Tensor, archive: Storag
 def _is_possible(value: torch.Tensor) -> bool:
     """Return whether torch can take regions of a tensor with these sizes and strides; a pickle may state any."""
     reach = int(value.storage_offset()) + sum(n * stride for n, stride in zip(value.shape, value.stride(), strict=True))
-    return min(value.shape, default=0) >= 0 and math.prod(value.shape) < 2**62 and reach < 2**62
+    return min(value.shape, default=0) >= 0 and is_below(2**62, value.shape) and reach < 2**62
