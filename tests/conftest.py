@@ -144,7 +144,9 @@ def nothing_leaks() -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     # Random models are the same in every run, until somebody asks for others with `--hypothesis-seed`, which hypothesis
-    # itself does not heed where `derandomize` is set.
+    # itself does not heed where `derandomize` is set. How long an example takes says more of the machine than of code.
+    settings.register_profile("no deadline", deadline=None)
+    settings.load_profile("no deadline")
     settings.register_profile("random models", derandomize=config.getoption("--hypothesis-seed") is None)
 
 

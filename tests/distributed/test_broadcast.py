@@ -128,7 +128,7 @@ def test_a_rank_takes_its_regions_and_the_budget(strategy: str, kept: int, tmp_p
     path = tmp_path / FILE
     save_file({f"{index}.weight": torch.zeros(4096, 1024) for index in range(4)}, path)
     for taken in run_ranks(4, memory_taken, strategy=strategy, path=path):
-        assert kept - 1 < taken < kept + 4 + 14, "libraries and connections take some, too"
+        assert kept - 1 < taken < kept + 4 + 20, "code that runs for the first time and connections take some, too"
 
 
 def read_regions(path: Path) -> list[Tensor]:

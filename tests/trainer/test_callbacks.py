@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
-from fabric_init import FillModel, deferred_init
+from fabric_init import FillModel, UninitializedTensorError, deferred_init, materialize
 from fabric_init.errors import RecordingError
 from tests.trainer.models import Early, LoadEagerly, Module, data, different, trainer, weights, write
 
@@ -61,7 +61,6 @@ def built(path: Path, ours: bool) -> tuple[OnlyTrainable, list[Callback]]:
 
 
 CALLBACKS: dict[str, Callable[[Path], Callback]] = {
-    "averages from the start": lambda _: EMAWeightAveraging(decay=0.5),
     "averages at the end": lambda _: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
     "fine-tuning": lambda _: Finetuning(),
     "checkpoints": lambda folder: ModelCheckpoint(folder, save_last=True),
@@ -79,13 +78,8 @@ def test_a_callback_has_with_a_recorded_model_the_effect_that_it_has_with_a_load
         callbacks.append(CALLBACKS[name](tmp_path / str(ours)))
         torch.manual_seed(1)
         trainer(*callbacks, max_steps=-1, max_epochs=3, enable_checkpointing="checkpoints" in name).fit(module)
-        found.append((module, callbacks[-1]))
-    (mine, my_callback), (theirs, their_callback) = found
-    assert different(weights(mine), weights(theirs)) == []
-    if isinstance(my_callback, EMAWeightAveraging) and isinstance(their_callback, EMAWeightAveraging):
-        assert my_callback._average_model is not None
-        assert their_callback._average_model is not None
-        assert different(weights(my_callback._average_model), weights(their_callback._average_model)) == []
+        found.append(weights(module))
+    assert different(*found) == []
 
 
 def find_rate(tuner: Tuner, module: Module) -> None:
@@ -120,3 +114,22 @@ def test_a_callback_that_calls_configure_model_itself_is_named_in_the_error(tmp_
     path, _ = write(tmp_path)
     with pytest.raises(RecordingError, match="as WeightAveraging does"):
         trainer(FillModel(path, part="net"), EMAWeightAveraging()).fit(Module(), data())
+
+
+def test_a_callback_that_copies_the_model_before_it_is_filled_is_refused_and_a_model_filled_before_fit_is_averaged(
+    tmp_path: Path,
+) -> None:
+    path = write(tmp_path)[0]
+    module, callbacks = built(path, ours=True)
+    with pytest.raises(UninitializedTensorError, match="call that first"):  # the copy has no values of its own
+        trainer(*callbacks, EMAWeightAveraging(decay=0.5), max_steps=-1, max_epochs=3).fit(module)
+    found = []
+    for ours in (True, False):
+        module, _ = built(path, ours)
+        if ours:
+            materialize(module.net, checkpoint=path)
+            materialize(module)
+        torch.manual_seed(1)
+        trainer(EMAWeightAveraging(decay=0.5), max_steps=-1, max_epochs=3).fit(module)
+        found.append(weights(module))
+    assert different(*found) == []

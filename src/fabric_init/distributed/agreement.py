@@ -94,7 +94,7 @@ def agreement_of(process_group: dist.ProcessGroup | Literal[False] | None) -> Ag
     if process_group is False or not dist.is_available() or not dist.is_initialized():
         return SingleProcess()
     if process_group is not None and dist.get_rank(process_group) < 0:
-        raise ValueError(f"rank {dist.get_rank()} is not in the process group that it was given")
+        raise ValueError(f"rank {dist.get_rank()} is not in the process_group that it was given")
     return RankGroup(process_group) if dist.get_world_size(process_group) > 1 else SingleProcess()
 
 

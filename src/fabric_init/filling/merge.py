@@ -50,7 +50,7 @@ def merged(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
     for info, tensor in zip(infos, tensors, strict=True):
         entry = planned.get(id(tensor))
         if entry is not None and _is_made_of(entry, info, tapes):
-            entries.append(entry)
+            entries.append(entry._replace(slot=entry.slot._replace(names=info.names)))
         elif entry is None or replaced_since(entry, info, tapes):
             entries.append(PlanEntry(info, own_init(info, tapes)))
         elif info.real and not (entry.slot.real and _is_as_planned(plans, tensor)):

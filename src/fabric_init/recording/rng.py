@@ -167,7 +167,8 @@ class Streams:
         if undrawn and stream is not None:
             generator.set_state(self._tape.streams[stream].states[generator.device])
             _undrawn[:] = [known for known in _undrawn if known[1]() is not None]
-            _undrawn.append((self._default.seed, weakref.ref(self._tape)))
+            if self._default.has_drawn:
+                _undrawn.append((self._default.seed, weakref.ref(self._tape)))
         elif stream == self._default.stream:
             generator.set_state(self._default.start)
             if self._default.has_drawn:  # a Trainer's configure_model, say, finds its model there

@@ -218,6 +218,7 @@ class ZeroPartitions:
     def put(self, slot: TensorInfo, tensor: Tensor, value: Tensor) -> Tensor:
         parameter = self._parameters.get(slot.name)
         if parameter is None:
+            assert not hasattr(tensor, "ds_tensor"), f"{slot.name} was partitioned under another name"
             become(tensor, value)
             return tensor
         part, padding = parameter.ds_tensor, parameter.partition_numel() - value.numel()
