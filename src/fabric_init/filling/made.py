@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fabric_init._torch_internals import DisableTorchFunction, swap_tensor_impl
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import FabricInitError
-from fabric_init.filling.quantizing import packed, refuse_own_hooks
+from fabric_init.filling.packed_on_device import packed, refuse_own_hooks
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan, plan_for

@@ -19,7 +19,7 @@ from fabric_init.guard.expected_load import ExpectedLoad, expected_load
 from fabric_init.guard.models import hold_forward, own_tensors, release_forward, settle, unfilled
 from fabric_init.planning.loading.module_code import takes_extra_state
 from fabric_init.planning.tensors import Walked, walked
-from fabric_init.recording.later import Later
+from fabric_init.recording.after_block.answers import Later
 from fabric_init.recording.tensor import recorded
 from fabric_init.recording.wrappers import recorded_parts
 from fabric_init.sharding.dtensor import local

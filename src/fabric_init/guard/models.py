@@ -25,13 +25,13 @@ from fabric_init.planning.tensors import (
     registered_tensors,
     walked,
 )
-from fabric_init.recording.later import MSG_JIT_TRACE, Later
+from fabric_init.recording.after_block.answers import MSG_JIT_TRACE, Later
+from fabric_init.recording.after_block.waiting import THREE_WAYS, Waiting, uninitialized
 from fabric_init.recording.liveness import never_written
 from fabric_init.recording.rng import own_init_runs
 from fabric_init.recording.storage_tags import Recorded
 from fabric_init.recording.tensor import RecordedTensor, become, claim, give_lazy_memory, place_ref, recorded
 from fabric_init.recording.tracing import is_jit_traced
-from fabric_init.recording.waiting import THREE_WAYS, Waiting, uninitialized
 from fabric_init.recording.wrappers import recorded_parts
 from fabric_init.reports.registry import note_status
 from fabric_init.sharding.dtensor import local

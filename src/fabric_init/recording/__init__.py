@@ -19,8 +19,8 @@ one of them records nothing. What the constructor calls ends up as follows:
 - ``device="meta"`` asked for by name passes through unrecorded: such a tensor has no values, and an op that mixes it
   with recorded tensors raises :class:`~fabric_init.errors.RecordingError`.
 
-Modules, from the top: ``mode`` (function mode), ``device_queries`` and ``escapes`` (its handlers), ``later`` (after
-the block) with ``late_ops`` and ``late_values``, ``recorder`` (dispatch mode), ``tape_writer`` (ops as data),
-``replay`` (runs ops), ``liveness`` (chooses them), ``rng`` (random streams), ``tensor`` and ``place`` (the recorded
-tensor), ``storage_tags`` (tensor to tape), ``tape`` (data).
+Modules, from the top: ``mode`` (function mode), ``device_queries`` and ``escapes`` (its handlers), ``after_block``
+(answers when no block is open), ``recorder`` (dispatch mode), ``tape_writer`` (ops as data), ``replay`` (runs ops),
+``chunks`` (parts of large tensors), ``liveness`` (chooses ops), ``rng`` (random streams), ``tensor`` and ``place`` (the
+recorded tensor), ``storage_tags`` (tensor to tape), ``tape`` (data).
 """

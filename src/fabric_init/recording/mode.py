@@ -28,10 +28,10 @@ from fabric_init._torch_internals import (
     no_grad_trunc_normal_,
 )
 from fabric_init.recording import device_queries, escapes
+from fabric_init.recording.after_block.answers import Later
+from fabric_init.recording.after_block.calls import asks_for_values, take_own_part
 from fabric_init.recording.call_site import init_call
 from fabric_init.recording.device_queries import Handler
-from fabric_init.recording.later import Later
-from fabric_init.recording.later_calls import asks_for_values, take_own_part
 from fabric_init.recording.op_schemas import INIT_FUNCTIONS
 from fabric_init.recording.recorder import Recorder
 from fabric_init.recording.replay import real_execution

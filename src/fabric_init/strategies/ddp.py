@@ -15,8 +15,8 @@ from fabric_init.distributed.agreement import Agreement
 from fabric_init.guard.models import require, settle, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.reports.registry import filled_by_us
-from fabric_init.strategies.checksums import described
 from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
+from fabric_init.strategies.tensor_checksums import tensor_checksum
 
 
 class DDPStrategy(DeferredInitMixin, lightning_strategies.DDPStrategy):
@@ -83,7 +83,7 @@ def _checksums(module: nn.Module) -> str:
     """Name, shape and a checksum of every tensor, hashed."""
     digest = hashlib.sha256()
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
-        digest.update(f"{name} {described(tensor)}".encode())
+        digest.update(f"{name} {tensor_checksum(tensor)}".encode())
     return digest.hexdigest()
 
 

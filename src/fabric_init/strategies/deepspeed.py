@@ -29,11 +29,11 @@ from fabric_init.guard.loads import loading, watch_loads
 from fabric_init.guard.models import hold_forward, settle, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.reports.registry import filled_by_us
-from fabric_init.strategies.checksums import described
 from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound, left_to_loads, shard_and_fill
 from fabric_init.strategies.init_context import init_context
 from fabric_init.strategies.mixin import DeferredInitMixin, modules_in, register_strategy
 from fabric_init.strategies.optimizers import refuse_left_behind
+from fabric_init.strategies.tensor_checksums import tensor_checksum
 from fabric_init.strategies.unwrap import original, register_wrapper
 from fabric_init.strategies.zero3 import (
     ZeroPartitions,
@@ -215,7 +215,7 @@ def _lines(module: nn.Module) -> dict[str, str]:
     """Return what has to be the same on all ranks, by name: DeepSpeed sends parameters to all, and no buffers."""
     lines = {name: f"{tuple(value.shape)} {value.dtype}" for name, value in module.named_parameters()}
     if filled_by_us(module):
-        lines.update((name, described(buffer)) for name, buffer in module.named_buffers() if not buffer.is_meta)
+        lines.update((name, tensor_checksum(buffer)) for name, buffer in module.named_buffers() if not buffer.is_meta)
     return lines
 
 

@@ -41,10 +41,10 @@ from fabric_init.planning.digest import sharded_lines
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan
+from fabric_init.recording.after_block.waiting import THREE_WAYS
 from fabric_init.recording.liveness import computed_from
 from fabric_init.recording.tape import now
 from fabric_init.recording.tensor import RecordedTensor, recorded
-from fabric_init.recording.waiting import THREE_WAYS
 from fabric_init.sharding.dtensor import ShardedTensors, local
 from fabric_init.sharding.whole import shards_of
 from fabric_init.strategies.optimizers import parameters_by_name

@@ -14,7 +14,7 @@ from fabric_init.planning.loading.converted import Convert
 from fabric_init.planning.options import load_options
 from fabric_init.trainer.accelerator import accelerator_of, let_fill, let_trainer_fill
 from fabric_init.trainer.declared import Declared
-from fabric_init.trainer.recording import let_record
+from fabric_init.trainer.strategy import let_record
 
 _T = TypeVar("_T")
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fabric_init.checkpoints import Box, GGUFReader, Span, TensorSpec, open_checkpoint, take
+from fabric_init.checkpoints.formats.gguf import blocks
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
 from tests.support.gguf_files import write_blocks, write_tensors
 from tests.support.regions import regions
@@ -102,9 +103,8 @@ def test_a_mapped_tensor_is_not_copied(tmp_path: Path) -> None:
 def test_no_other_types_need_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain(tmp_path / "plain.gguf", {"w": torch.ones(8)})
     write_tensors(tmp_path / "blocks.gguf", "llama", {"w": torch.ones(2, 32)}, {}, lambda key, shape: Type.Q5_1)
-    from fabric_init.checkpoints.formats.gguf import types
 
-    types.ggml_type.cache_clear()
+    blocks.ggml_type.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "gguf", None)
     assert GGUFReader(tmp_path / "plain.gguf").read("w").tolist() == [1.0] * 8
     with pytest.raises(CheckpointFormatError, match=r"tensor 'w' is quantized \(type 7\).*pip install gguf"):

@@ -10,7 +10,7 @@ import math
 import struct
 from typing import Any, NamedTuple
 
-from fabric_init.checkpoints.formats.gguf.types import GgmlType, ggml_type
+from fabric_init.checkpoints.formats.gguf.blocks import GgmlType, ggml_type
 from fabric_init.checkpoints.region import is_below
 from fabric_init.checkpoints.storage.local import FileBytes
 from fabric_init.errors import CheckpointFormatError

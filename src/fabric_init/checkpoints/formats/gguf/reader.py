@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from fabric_init._text import joined
+from fabric_init.checkpoints.formats.gguf.blocks import dequantized
 from fabric_init.checkpoints.formats.gguf.header import Header, StoredTensor, read_header
-from fabric_init.checkpoints.formats.gguf.types import dequantized
 from fabric_init.checkpoints.reader import BaseReader, TensorSpec
 from fabric_init.checkpoints.region import Box, Region, Span, full_box, span_of_boxes, take, window
 from fabric_init.checkpoints.storage.local import FileBytes, Opener, open_bytes

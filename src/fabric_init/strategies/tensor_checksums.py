@@ -9,7 +9,7 @@ _CHUNK = 1 << 17  # integers of eight bytes: what is computed of them stays in t
 _ODD = 0x1E3779B97F4A7C15
 
 
-def described(tensor: Tensor) -> str:
+def tensor_checksum(tensor: Tensor) -> str:
     """Return shape, dtype and a checksum over all elements, which no single change leaves as it was."""
     return f"{tuple(tensor.shape)} {tensor.dtype} {_checksum(tensor.detach())}"
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from fabric_init._torch_internals import DisableTorchFunction, DisableTorchFunctionSubclass
 from fabric_init.errors import RecordingError
+from fabric_init.recording.after_block.calls import HANDLERS
+from fabric_init.recording.after_block.ops import LateOps
+from fabric_init.recording.after_block.recorder import LateRecorder
 from fabric_init.recording.built_modules import notice_copies
-from fabric_init.recording.late_ops import LateOps
-from fabric_init.recording.late_recorder import LateRecorder
-from fabric_init.recording.later_calls import HANDLERS
 from fabric_init.recording.liveness import covers
 from fabric_init.recording.meta_kernels import tensors_in
 from fabric_init.recording.replay import real_execution

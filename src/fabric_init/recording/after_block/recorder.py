@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fabric_init.recording.late_values import LateValues
+from fabric_init.recording.after_block.values import LateValues
 from fabric_init.recording.recorder import Recorder
 from fabric_init.recording.rng import LateStreams
 from fabric_init.recording.tape import Tape

@@ -16,16 +16,16 @@ from torch import Tensor
 
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.errors import RecordingError, UninitializedTensorError
+from fabric_init.recording.after_block.kept_values import KeptValues
+from fabric_init.recording.after_block.owners import Owners
+from fabric_init.recording.after_block.waiting import Waiting, uninitialized
 from fabric_init.recording.call_site import caller
-from fabric_init.recording.kept_values import KeptValues
 from fabric_init.recording.liveness import never_written
-from fabric_init.recording.owners import Owners
 from fabric_init.recording.real_memory import plain_memory, real_tensor
 from fabric_init.recording.replay import real_execution, storage_now, view
 from fabric_init.recording.storage_tags import Recorded
 from fabric_init.recording.tape import Tape
 from fabric_init.recording.tensor import FormerTensor, RecordedTensor, become, place_ref, recorded
-from fabric_init.recording.waiting import Waiting, uninitialized
 
 
 class LateValues:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction
 from fabric_init.errors import RecordingError
-from fabric_init.recording.late_recorder import LateRecorder
-from fabric_init.recording.late_values import LateValues
+from fabric_init.recording.after_block.recorder import LateRecorder
+from fabric_init.recording.after_block.values import LateValues
 from fabric_init.recording.liveness import covers, never_written
 from fabric_init.recording.meta_kernels import map_tensors, tensors_in, written_tensors
 from fabric_init.recording.op_schemas import INDEXES, asks_shape_only, has_out, only_copies, overwrites, traits
@@ -31,7 +31,7 @@ _FOREACH: dict[Any, Any] = {
 
 
 class LateOps(LateValues):
-    """Answers operators, and does what they write. See [Note: after the block] in ``later.py``."""
+    """Answers operators, and does what they write. See [Note: after the block] in ``answers.py``."""
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer an operator."""
