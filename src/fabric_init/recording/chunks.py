@@ -23,7 +23,7 @@ from fabric_init._torch_internals import OpOverload
 from fabric_init.recording.liveness import live_ops
 from fabric_init.recording.op_schemas import traits, with_generator
 from fabric_init.recording.rng import derived_seed
-from fabric_init.recording.tape import Constant, Op, Tape, TensorRef
+from fabric_init.recording.tape import Constant, Draw, Op, Tape, TensorRef
 
 CHUNK = 1 << 17
 """The number of elements of one chunk. The random values of larger tensors depend on it."""
@@ -122,13 +122,17 @@ class ChunkedDraw(NamedTuple):
 
 def chunked_draw(tape: Tape, op: Op, *, exact: bool) -> ChunkedDraw | None:
     """Return how ``op`` draws chunk by chunk; ``None`` if it does not draw, or all at once."""
-    draw = op.draw
-    if draw is None or exact or tape.streams[draw.stream].exact:
+    if op.draw is None or exact or not any(ref.size.numel() > CHUNK for ref in (*op.targets, *op.outputs)):
         return None
-    large = next((ref for ref in (*op.targets, *op.outputs) if ref.size.numel() > CHUNK), None)
-    if large is None or not large.row_major or large.conj or large.neg or (found := fill_of(op)) is None:
+    found = fill_of(op)
+    return None if found is None else _in_chunks(tape, op.draw, *found)
+
+
+def _in_chunks(tape: Tape, draw: Draw, ref: TensorRef, fill: Fill) -> ChunkedDraw | None:
+    stream = tape.streams[draw.stream]
+    if stream.exact or ref.size.numel() <= CHUNK or not ref.row_major or ref.conj or ref.neg:
         return None
-    return ChunkedDraw(*found, partial(chunk_seed, tape.streams[draw.stream].seed, draw.position))
+    return ChunkedDraw(ref, fill, partial(chunk_seed, stream.seed, draw.position))
 
 
 # -- all ops on which a storage depends --------------------------------------------------------------------------------
@@ -245,7 +249,8 @@ def _step(tape: Tape, op: Op, like: TensorRef) -> _Step | None:
 
 
 def _fill_step(tape: Tape, op: Op, like: TensorRef, ref: TensorRef, fill: Fill) -> _Step | None:
-    numel, draw = like.size.numel(), chunked_draw(tape, op, exact=False)
+    numel = like.size.numel()
+    draw = None if op.draw is None else _in_chunks(tape, op.draw, ref, fill)
     if _spans(tape, ref, numel):
         return None if op.draw is not None and draw is None else _Step(fill, (), {}, ref.storage, ref.dtype, draw, None)
     if op.draw is not None or not ref.row_major or not _is_part(tape, ref, numel):
