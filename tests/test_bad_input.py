@@ -32,7 +32,7 @@ from fabric_init import (
     materialize,
 )
 from fabric_init.checkpoints import Transpose
-from fabric_init.recording.tensor import RecordedTensor
+from fabric_init.recording.tensor.recorded_tensor import RecordedTensor
 from tests.support.recordings import is_recorded
 
 # 2 GiB once it has memory; recorded it has none.

@@ -104,7 +104,11 @@ def test_a_name_that_is_gone_is_named_with_the_files_that_need_it() -> None:
 
 def test_the_names_are_all_found() -> None:
     found = {name.ours: users(name) for name in NAMES}
-    assert found["swap_tensor_impl"] == ["filling/made.py", "recording/tensor.py", "sharding/dtensor.py"]
+    assert found["swap_tensor_impl"] == [
+        "filling/packed/plan.py",
+        "recording/tensor/recorded_tensor.py",
+        "sharding/dtensor.py",
+    ]
     assert found["StridedShard"] == ["sharding/dtensor.py"]  # an import over several lines
 
 

@@ -20,17 +20,17 @@ from fabric_init.distributed.io import open_on_all_ranks
 from fabric_init.errors import RecordingError
 from fabric_init.filling.execute import fill_model
 from fabric_init.filling.incremental import filled_by_module
-from fabric_init.filling.missing import initialize_missing, initialize_possible
+from fabric_init.filling.init_missing import initialize_missing, initialize_possible
 from fabric_init.guard.loads import watch_loads
-from fabric_init.guard.models import hold, settle
-from fabric_init.planning.loading.converted import Convert
+from fabric_init.guard.models import hold, make_filled_plain
 from fabric_init.planning.options import load_options
 from fabric_init.planning.placement import WholeTensors
+from fabric_init.planning.recorded_load.converted import Convert
 from fabric_init.planning.source import Source
 from fabric_init.planning.tensors import Walk
-from fabric_init.recording.built_modules import BuiltModules, refuse_scripted
+from fabric_init.recording.in_block.built_modules import BuiltModules, refuse_scripted
 from fabric_init.recording.mode import active, recorded_build
-from fabric_init.recording.tape import Rng, Tape, check_rng, now
+from fabric_init.recording.tape.tape import Rng, Tape, check_rng, now
 from fabric_init.reports.init_report import InitReport
 from fabric_init.reports.registry import report_of
 from fabric_init.sharding.in_block import ShardsInBlock
@@ -284,5 +284,5 @@ def init_report(model: nn.Module) -> InitReport:
         FabricInitError: The model was not built in a recorded block.
     """
     model = original(model)
-    settle(model)
+    make_filled_plain(model)
     return report_of(model)

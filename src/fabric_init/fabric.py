@@ -23,8 +23,8 @@ from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.distributed.io import Io, check_io
 from fabric_init.errors import OptionError, RecordingError
 from fabric_init.guard.models import fix_of, unfilled
-from fabric_init.planning.loading.converted import Convert
 from fabric_init.planning.options import load_options
+from fabric_init.planning.recorded_load.converted import Convert
 from fabric_init.recording.mode import active
 from fabric_init.reports.init_report import InitReport
 from fabric_init.strategies import DeferredInitMixin, FSDP2Strategy

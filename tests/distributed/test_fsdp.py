@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy, wrap
 
 from fabric_init import CheckpointMismatchError, FabricInitError, UninitializedTensorError, deferred_init, materialize
-from fabric_init.recording.tensor import RecordedTensor
+from fabric_init.recording.tensor.recorded_tensor import RecordedTensor
 from fabric_init.strategies import FSDPStrategy
 from tests.support.ranks import run_ranks
 from tests.support.zoo import (

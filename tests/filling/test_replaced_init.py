@@ -7,7 +7,7 @@ from functools import partial
 from torch import nn
 
 from fabric_init import deferred_init, materialize
-from fabric_init.filling.missing import run_replaced_init
+from fabric_init.filling.init_missing import run_replaced_init
 from fabric_init.guard.models import unfilled
 
 

@@ -258,8 +258,8 @@ def test_that_check_sees_circles_of_types_and_of_later_imports(tmp_path: Path) -
 def test_the_check_sees_every_kind_of_wrong_import(tmp_path: Path) -> None:
     wrong = {
         "errors.py": "from fabric_init.recording import tape",
-        "recording/tape.py": "import fabric_init.checkpoints.reader",
-        "recording/replay.py": "def later():\n    from lightning.fabric import Fabric",
+        "recording/tape/tape.py": "import fabric_init.checkpoints.reader",
+        "recording/replay/replay.py": "def later():\n    from lightning.fabric import Fabric",
         "checkpoints/reader.py": "from ..recording.tape import Op",
         "planning/plan.py": "from fabric_init.filling import execute",
         "guard/state.py": "from fabric_init import strategies",
@@ -268,7 +268,7 @@ def test_the_check_sees_every_kind_of_wrong_import(tmp_path: Path) -> None:
         "reports/rows.py": "from fabric_init._lightning_internals import FabricModule",
         "strategies/ddp.py": "def later():\n    import deepspeed",
         "strategies/deepspeed.py": "import deepspeed.runtime",
-        "strategies/mixin.py": "from fabric_init.recording.tape import _numbers",
+        "strategies/mixin.py": "from fabric_init.recording.tape.tape import _numbers",
         "fabric.py": "if True:\n    from .cli.main import main",
         "cli/main.py": "from transformers import AutoModel",
         "reports/html/page.py": "from fabric_init.guard import state",
@@ -280,7 +280,7 @@ def test_the_check_sees_every_kind_of_wrong_import(tmp_path: Path) -> None:
         "__init__.py": "from fabric_init.fabric import Fabric",
         "_gc.py": "",
         "_lightning_internals.py": "import lightning.fabric.wrappers",
-        "recording/rng.py": "from fabric_init import _gc\nfrom .tape import Op",
+        "recording/tape/rng.py": "from fabric_init import _gc\nfrom .tape import Op",
         "reports/save.py": "def later():\n    from fabric_init.reports.html.init_page import init_page",
         "filling/execute.py": "from fabric_init.planning.plan import Plan\nfrom fabric_init import errors",
         "strategies/fill_in_setup.py": "import lightning.fabric.strategies.deepspeed",

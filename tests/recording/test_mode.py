@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fabric_init import deferred_init
 from fabric_init.api import materialize
 from fabric_init.recording.mode import active
-from fabric_init.recording.tensor import recorded
+from fabric_init.recording.tensor.recorded_tensor import recorded
 
 INIT: dict[str, Callable[[torch.Tensor], object]] = {
     name: getattr(init, name)

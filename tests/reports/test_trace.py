@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fabric_init import Fabric, FabricInitError, InitReport, deferred_init, materialize
-from fabric_init.recording.tensor import recorded
+from fabric_init.recording.tensor.recorded_tensor import recorded
 from fabric_init.reports.rows import InitRow
 
 

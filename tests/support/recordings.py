@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fabric_init.recording.tensor import RecordedTensor
+from fabric_init.recording.tensor.recorded_tensor import RecordedTensor
 
 
 def is_recorded(tensor: Tensor) -> bool:

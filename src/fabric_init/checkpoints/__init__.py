@@ -12,7 +12,7 @@ from fabric_init.checkpoints.formats.gguf.reader import GGUFReader
 from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
 from fabric_init.checkpoints.formats.sharded import ShardedReader
 from fabric_init.checkpoints.formats.torch_save.reader import TorchFileReader
-from fabric_init.checkpoints.mapping.convert import Conversion, Fuse, Made, Split, Stack, Transpose, Unstack
+from fabric_init.checkpoints.mapping.convert import Conversion, ConversionResult, Fuse, Split, Stack, Transpose, Unstack
 from fabric_init.checkpoints.mapping.dequantize import Dequantize
 from fabric_init.checkpoints.mapping.rename import rename_keys
 from fabric_init.checkpoints.mapping.select import Layers, Part
@@ -29,13 +29,13 @@ __all__ = [
     "Candidate",
     "CheckpointReader",
     "Conversion",
+    "ConversionResult",
     "DCPReader",
     "DeepSpeedFolderReader",
     "Dequantize",
     "Fuse",
     "GGUFReader",
     "Layers",
-    "Made",
     "Part",
     "Region",
     "RemotePath",

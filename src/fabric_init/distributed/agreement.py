@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from fabric_init._interrupts import interrupts_held
 from fabric_init._torch_internals import get_default_store, timeout_of
-from fabric_init.distributed.board import StoreBoard
 from fabric_init.distributed.meeting import AGREED, Request, Verdict, Word, attend, fail
+from fabric_init.distributed.store import StoreBoard
 from fabric_init.errors import FabricInitError, RanksDisagreeError, RanksLostError
 
 _T = TypeVar("_T")

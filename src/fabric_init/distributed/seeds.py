@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import RanksDisagreeError
-from fabric_init.recording.tape import Tape
+from fabric_init.recording.tape.tape import Tape
 
 
 def share_seeds(tapes: Iterable[Tape], agreement: Agreement, *, asked: bool = False) -> None:

@@ -14,24 +14,24 @@ from fabric_init.checkpoints import CheckpointReader, rename_keys
 from fabric_init.distributed.agreement import Agreement, SingleProcess
 from fabric_init.distributed.seeds import share_seeds
 from fabric_init.errors import CheckpointMismatchError, RecordingError
-from fabric_init.filling.derived import loads_noted
+from fabric_init.filling.data_dependent import check_decisions
 from fabric_init.filling.fill import check_ties, fill
-from fabric_init.filling.looked_at import check_decisions
-from fabric_init.filling.made import follow_inner, packed_and_made, planned
-from fabric_init.filling.packed_on_device import refuse_own_hooks
-from fabric_init.filling.record import make_record
+from fabric_init.filling.packed.on_device import refuse_own_hooks
+from fabric_init.filling.packed.plan import follow_inner, pack_and_plan_held, plan_plain
+from fabric_init.filling.report_rows import make_record
+from fabric_init.filling.values.compute_derived import loads_noted
 from fabric_init.guard.loads import unwatch_loads
-from fabric_init.guard.models import hold_broken, release_forward, settle, unfilled
+from fabric_init.guard.models import hold_broken, make_filled_plain, release_forward, unfilled
 from fabric_init.planning.digest import plan_lines
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, LoadOptions
 from fabric_init.planning.prepare import PreparedPlan, plan_for
 from fabric_init.planning.tensors import Walk
-from fabric_init.recording.tape import Rng
-from fabric_init.recording.wrappers import is_wrapper
+from fabric_init.recording.tape.tape import Rng
+from fabric_init.recording.tensor.wrappers import is_wrapper
 from fabric_init.reports.registry import FillRecord, keep_record, statuses
 from fabric_init.sharding.dtensor import ShardedTensors
-from fabric_init.sharding.places import places, putting_back
+from fabric_init.sharding.module_tables import putting_back, table_entries
 from fabric_init.sharding.plain import is_packed, seen_plain, wraps
 from fabric_init.sharding.whole import refuse_flat_parameters, seen_whole, without_torchs_load_hooks
 
@@ -70,16 +70,16 @@ def fill_model(
     def plan() -> PreparedPlan:
         walk = Walk(model)
         refuse_flat_parameters(walk)
-        settle(walk)
+        make_filled_plain(walk)
         refuse_own_hooks(walk, reader)
-        put_back = putting_back(places(walk, lambda tensor: is_wrapper(tensor) or is_packed(tensor)))
+        put_back = putting_back(table_entries(walk, lambda tensor: is_wrapper(tensor) or is_packed(tensor)))
         names = () if reader is None else rename_keys(reader.keys(), wanted.rename).values()
         with without_torchs_load_hooks(walk), seen_whole(walk) as shards:
             with seen_plain(walk, wraps, is_packed, names=set(names)) as shown:
                 prepared = plan_for(walk, reader, wanted, rng)
                 _refuse_overwriting(prepared, model)
                 _refuse_casts(prepared, shown.apart)
-            prepared = packed_and_made(prepared, model, placement, shown)
+            prepared = pack_and_plan_held(prepared, model, placement, shown)
         wrappers.extend(shown.wrappers())
         tensors = [shards.get(id(tensor), tensor) for tensor in prepared.tensors]
         sharded.update(
@@ -169,7 +169,7 @@ def prepare(
     agreement: Agreement = _ALONE,
 ) -> PreparedPlan:
     """Return the plan for what ``model`` holds, made on all ranks together."""
-    prepared = agreement.run_together(_PLANNING, lambda: planned(model, reader, wanted), plan_lines)
+    prepared = agreement.run_together(_PLANNING, lambda: plan_plain(model, reader, wanted), plan_lines)
     with loads_noted(prepared):
         return prepared
 

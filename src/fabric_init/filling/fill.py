@@ -12,20 +12,20 @@ from fabric_init._interrupts import interrupts_held
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import FabricInitError
-from fabric_init.filling.fill_log import with_log
-from fabric_init.filling.loader import loader_for
-from fabric_init.filling.out_of_memory import out_of_memory_explained
-from fabric_init.filling.progress import with_progress
-from fabric_init.filling.values import has_room_of_its_own, values_of
-from fabric_init.filling.verify import is_wanted, verify
+from fabric_init.filling.monitoring.log import with_log
+from fabric_init.filling.monitoring.out_of_memory import out_of_memory_explained
+from fabric_init.filling.monitoring.progress import with_progress
+from fabric_init.filling.monitoring.verify import is_wanted, verify
+from fabric_init.filling.values.loader import loader_for
+from fabric_init.filling.values.values import has_room_of_its_own, values_of
 from fabric_init.planning.derived import loaded_storages
-from fabric_init.planning.loads import check_tie, read_as
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, DerivedFrom, Plan
-from fabric_init.recording.replay import real_execution
-from fabric_init.recording.tape import Tape
-from fabric_init.recording.tensor import RecordedTensor
-from fabric_init.recording.wrappers import with_memory
+from fabric_init.planning.rank_loads import check_tie, read_as
+from fabric_init.recording.replay.replay import real_execution
+from fabric_init.recording.tape.tape import Tape
+from fabric_init.recording.tensor.recorded_tensor import RecordedTensor
+from fabric_init.recording.tensor.wrappers import with_memory
 
 
 def check_ties(plan: Plan, reader: CheckpointReader | None, placement: Placement) -> None:

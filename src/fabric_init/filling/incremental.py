@@ -12,18 +12,18 @@ from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.distributed.seeds import share_seeds
+from fabric_init.filling.data_dependent import check_decisions
 from fabric_init.filling.fill import check_ties, fill
-from fabric_init.filling.looked_at import check_decisions
-from fabric_init.filling.made import packed_and_made, planned
-from fabric_init.filling.record import make_record
+from fabric_init.filling.packed.plan import pack_and_plan_held, plan_plain
+from fabric_init.filling.report_rows import make_record
 from fabric_init.guard.loads import unwatch_loads
-from fabric_init.guard.models import release_forward, settle
+from fabric_init.guard.models import make_filled_plain, release_forward
 from fabric_init.planning.derived import loaded_storages
 from fabric_init.planning.digest import sharded_lines
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.plan import LoadOptions, Plan, storage_groups
 from fabric_init.planning.prepare import PreparedPlan
-from fabric_init.recording.tensor import RecordedTensor, become, become_recorded
+from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, become, become_recorded
 from fabric_init.reports.registry import FillRecord, keep_record
 
 
@@ -114,8 +114,8 @@ def filled_by_module(
     """
 
     def plan() -> PreparedPlan:
-        settle(model)
-        return packed_and_made(planned(model, reader, wanted), model, WholeTensors())
+        make_filled_plain(model)
+        return pack_and_plan_held(plan_plain(model, reader, wanted), model, WholeTensors())
 
     prepared = agreement.run_together("planning the initialization", plan, sharded_lines)
     filling, begun = IncrementalFill(prepared, WholeTensors()), False

@@ -25,14 +25,21 @@ from fabric_init.planning.tensors import (
     registered_tensors,
     walked,
 )
-from fabric_init.recording.after_block.answers import MSG_JIT_TRACE, Later
+from fabric_init.recording.after_block.dispatch import MSG_JIT_TRACE, Later
 from fabric_init.recording.after_block.waiting import THREE_WAYS, Waiting, uninitialized
-from fabric_init.recording.liveness import never_written
-from fabric_init.recording.rng import own_init_runs
-from fabric_init.recording.storage_tags import Recorded
-from fabric_init.recording.tensor import RecordedTensor, become, claim, give_lazy_memory, place_ref, recorded
-from fabric_init.recording.tracing import is_jit_traced
-from fabric_init.recording.wrappers import recorded_parts
+from fabric_init.recording.replay.tracing import is_jit_traced
+from fabric_init.recording.tape.liveness import never_written
+from fabric_init.recording.tape.rng import own_init_runs
+from fabric_init.recording.tensor.recorded_tensor import (
+    RecordedTensor,
+    become,
+    claim,
+    give_lazy_memory,
+    recorded,
+    recorded_ref,
+)
+from fabric_init.recording.tensor.storage_tags import Recorded
+from fabric_init.recording.tensor.wrappers import recorded_parts
 from fabric_init.reports.registry import note_status
 from fabric_init.sharding.dtensor import local
 from fabric_init.sharding.whole import let_empty_shards_wait
@@ -79,7 +86,7 @@ def hold(
 def _let_wait(part: RecordedTensor, found: Recorded, model: str, name: str, *, of_wrapper: bool) -> None:
     """Let a recorded tensor wait, and with one that a wrapper holds the plain one that it was made of."""
     waiting: Waiting = found.tape.later.waiting
-    waiting.begin(found.storage, model, name, None if of_wrapper else place_ref(part, found.storage))
+    waiting.begin(found.storage, model, name, None if of_wrapper else recorded_ref(part, found.storage))
     plain = found.tape.made_of.get(found.storage) if of_wrapper else None
     if plain is not None:
         waiting.begin(plain.storage, model, name, plain)
@@ -197,7 +204,7 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield name, tensor
 
 
-def settle(model: Walked) -> None:
+def make_filled_plain(model: Walked) -> None:
     """Turn tensors of ``model`` whose values are there by now into plain ones."""
     for _, _, tensor in named_tensors(model):
         for part in recorded_parts(tensor):
@@ -238,7 +245,7 @@ def waits(tensor: Tensor) -> bool:
 def has_own_init(tensor: Tensor) -> bool:
     """Return whether the model's own code gives all of a recorded ``tensor`` a value."""
     both = [(part, found) for part in recorded_parts(tensor) if (found := recorded(part)) is not None]
-    return bool(both) and not any(never_written(its.tape, place_ref(part, its.storage)) for part, its in both)
+    return bool(both) and not any(never_written(its.tape, recorded_ref(part, its.storage)) for part, its in both)
 
 
 def own_init_is_wanted(tensors: Iterable[Tensor]) -> None:
@@ -280,7 +287,7 @@ def require(model: nn.Module, use: str) -> None:
         with DisableTorchFunction(), torch.no_grad():
             for _, tensor in waiting:
                 local(tensor).zero_()  # without elements; the other ranks say that theirs are filled
-    settle(model)
+    make_filled_plain(model)
     release_forward(model)
 
 

@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterator, Mapping
 
 from fabric_init.planning.plan import Action, DerivedFrom, Plan, PlanEntry, storage_groups
 from fabric_init.planning.tensors import TensorInfo
-from fabric_init.recording.liveness import computed_from, covers, is_final
-from fabric_init.recording.op_schemas import is_cast
-from fabric_init.recording.tape import Tape, TensorRef
+from fabric_init.recording.tape.liveness import computed_from, covers, is_final
+from fabric_init.recording.tape.op_schemas import is_cast
+from fabric_init.recording.tape.tape import Tape, TensorRef
 
 
 def loaded_storages(plan: Plan, tapes: Mapping[int, Tape]) -> dict[int, DerivedFrom]:

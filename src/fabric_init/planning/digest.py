@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from fabric_init.planning.plan import Action
 from fabric_init.planning.prepare import PreparedPlan
-from fabric_init.recording.liveness import live_ops
-from fabric_init.recording.tape import Constant, Op, Tape, TensorRef
+from fabric_init.recording.tape.liveness import live_ops
+from fabric_init.recording.tape.tape import Constant, Op, Tape, TensorRef
 
 
 def plan_lines(prepared: PreparedPlan, *, sharded: bool | None = None) -> dict[str, str]:

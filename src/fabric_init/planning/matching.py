@@ -12,13 +12,13 @@ import torch
 from fabric_init.checkpoints import CheckpointReader, Conversion, Dequantize, TensorSpec, rename_keys
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.errors import OptionError
-from fabric_init.planning.loading.converted import converted
-from fabric_init.planning.loading.recorded_load import RecordedLoad
-from fabric_init.planning.loads import takes_element
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
+from fabric_init.planning.rank_loads import takes_element
+from fabric_init.planning.recorded_load.converted import converted
+from fabric_init.planning.recorded_load.record import RecordedLoad
 from fabric_init.planning.tensors import TensorInfo
-from fabric_init.recording.liveness import never_written
-from fabric_init.recording.tape import Tape
+from fabric_init.recording.tape.liveness import never_written
+from fabric_init.recording.tape.tape import Tape
 
 
 class Mismatch(NamedTuple):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.errors import OptionError
-from fabric_init.planning.loading.converted import Convert
 from fabric_init.planning.plan import LoadOptions
+from fabric_init.planning.recorded_load.converted import Convert
 from fabric_init.planning.source import Source
 
 

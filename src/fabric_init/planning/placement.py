@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fabric_init.checkpoints.region import Region
 from fabric_init.planning.tensors import TensorInfo
-from fabric_init.recording.tensor import become
+from fabric_init.recording.tensor.recorded_tensor import become
 
 
 class Placement(Protocol):

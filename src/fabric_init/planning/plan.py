@@ -14,7 +14,7 @@ from fabric_init._text import dtype_name
 from fabric_init.checkpoints import TensorSpec
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.planning.tensors import TensorInfo
-from fabric_init.recording.tape import TensorRef
+from fabric_init.recording.tape.tape import TensorRef
 
 
 class Action(Enum):

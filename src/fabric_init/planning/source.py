@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 
 from fabric_init.checkpoints import CheckpointReader, open_checkpoint
-from fabric_init.planning.loading.converted import Convert, converted
+from fabric_init.planning.recorded_load.converted import Convert, converted
 
 
 @dataclass(frozen=True)

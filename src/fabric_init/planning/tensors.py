@@ -12,9 +12,9 @@ from torch.nn.parameter import is_lazy
 
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.errors import RecordingError
-from fabric_init.recording.tape import Tape, TensorRef
-from fabric_init.recording.tensor import RecordedTensor, place_ref, recorded
-from fabric_init.recording.wrappers import inner_tensors, is_sharded, is_wrapper, recorded_parts
+from fabric_init.recording.tape.tape import Tape, TensorRef
+from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, recorded, recorded_ref
+from fabric_init.recording.tensor.wrappers import inner_tensors, is_sharded, is_wrapper, recorded_parts
 
 Kind = Literal["parameter", "buffer", "non-persistent buffer", "attribute"]
 
@@ -225,7 +225,7 @@ def info_of(names: tuple[str, ...], kind: Kind, tensor: Tensor) -> TensorInfo | 
         tensor.size(),
         tensor.dtype,
         tensor.device if record is None else record.device,
-        None if record is None else place_ref(tensor, record.storage),
+        None if record is None else recorded_ref(tensor, record.storage),
         record is None and not tensor.is_meta,
         tensor.requires_grad,
     )

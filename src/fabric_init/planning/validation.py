@@ -12,12 +12,12 @@ from fabric_init.errors import CheckpointMismatchError, UninitializedTensorError
 from fabric_init.planning.hints.lenient import hidden_mistake, in_part
 from fabric_init.planning.hints.proposals import likely_transpose, proposals
 from fabric_init.planning.hints.quantized import quantized_message, unknown_scheme, unscaled
-from fabric_init.planning.loading.recorded_load import RecordedLoad
 from fabric_init.planning.matching import Matching, match
 from fabric_init.planning.plan import Action, LoadOptions, Plan, PlanEntry
+from fabric_init.planning.recorded_load.record import RecordedLoad
 from fabric_init.planning.tensors import TensorInfo
-from fabric_init.recording.liveness import never_written
-from fabric_init.recording.tape import Tape
+from fabric_init.recording.tape.liveness import never_written
+from fabric_init.recording.tape.tape import Tape
 
 _logger = _log.channel("plan")
 _MOST_PARTS = 5

@@ -2,7 +2,7 @@
 
 ``RecordMode``, a ``TorchFunctionMode``, handles calls from Python: whole init functions, queries such as
 ``tensor.device``, and values that leave torch (``tolist``, ``numpy``). Below it the
-:class:`~fabric_init.recording.recorder.Recorder` handles the aten ops that those calls dispatch.
+:class:`~fabric_init.recording.in_block.recorder.Recorder` handles the aten ops that those calls dispatch.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from fabric_init._torch_internals import (
     get_current_function_mode_stack,
     no_grad_trunc_normal_,
 )
-from fabric_init.recording import device_queries, escapes
-from fabric_init.recording.after_block.answers import Later
-from fabric_init.recording.after_block.calls import asks_for_values, take_own_part
-from fabric_init.recording.call_site import init_call
-from fabric_init.recording.device_queries import Handler
-from fabric_init.recording.op_schemas import INIT_FUNCTIONS
-from fabric_init.recording.recorder import Recorder
-from fabric_init.recording.replay import real_execution
-from fabric_init.recording.tape import Rng, Tape, check_rng
-from fabric_init.recording.tape_writer import Shards
-from fabric_init.recording.tensor import RecordedTensor, claim_all, recorded
+from fabric_init.recording.after_block.dispatch import Later
+from fabric_init.recording.after_block.functions import asks_for_values, take_own_part
+from fabric_init.recording.in_block import device_queries, escapes
+from fabric_init.recording.in_block.device_queries import Handler
+from fabric_init.recording.in_block.recorder import Recorder
+from fabric_init.recording.in_block.tape_writer import Shards
+from fabric_init.recording.replay.replay import real_execution
+from fabric_init.recording.tape.call_site import init_call
+from fabric_init.recording.tape.op_schemas import INIT_FUNCTIONS
+from fabric_init.recording.tape.tape import Rng, Tape, check_rng
+from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, claim_all, recorded
 
 # The init functions that call a function mode; the others are found by their frame on the stack.
 _INIT_WITH_MODE: dict[str, Any] = {

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fabric_init.recording.liveness import live_ops
-from fabric_init.recording.op_schemas import INIT_FUNCTIONS
-from fabric_init.recording.replay import replay_with, view
-from fabric_init.recording.tape import Constant, Op, Tape, TensorRef
+from fabric_init.recording.replay.replay import replay_with, view
+from fabric_init.recording.tape.liveness import live_ops
+from fabric_init.recording.tape.op_schemas import INIT_FUNCTIONS
+from fabric_init.recording.tape.tape import Constant, Op, Tape, TensorRef
 from fabric_init.reports.statistics import Moments, measured, mixture, of_init_function, uniform
 from fabric_init.reports.write_history import byte_span, spans_overlap
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from fabric_init._text import dtype_name
 from fabric_init.errors import FabricInitError
 from fabric_init.planning.tensors import Walked, named_modules, named_tensors, plain_name
-from fabric_init.recording.tape import Tape
-from fabric_init.recording.tensor import recorded
-from fabric_init.recording.wrappers import recorded_parts
+from fabric_init.recording.tape.tape import Tape
+from fabric_init.recording.tensor.recorded_tensor import recorded
+from fabric_init.recording.tensor.wrappers import recorded_parts
 from fabric_init.reports.init_report import InitReport
 from fabric_init.reports.provenance import describe_rule
 from fabric_init.reports.rows import InitRow

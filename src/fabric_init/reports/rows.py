@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from fabric_init.planning.tensors import TensorInfo
-from fabric_init.recording.tape import Tape
+from fabric_init.recording.tape.tape import Tape
 from fabric_init.reports.provenance import Write
 
 Status = Literal["loaded", "initialized", "set when built", "scratch", "written by the user", "unfilled"]

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from fabric_init._text import dtype_name
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.planning.tensors import TensorInfo, named_tensors
-from fabric_init.recording.tape import Tape
+from fabric_init.recording.tape.tape import Tape
 from fabric_init.reports.expectations import Expectations
 from fabric_init.reports.provenance import file_of, rule_of_history, write_of
 from fabric_init.reports.rows import InitRow, Recording, TensorTrace

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from fabric_init.planning.tensors import TensorInfo
-from fabric_init.recording.liveness import covers, live_ops, never_written
-from fabric_init.recording.op_schemas import only_copies, overwrites
-from fabric_init.recording.tape import CallSite, Op, Tape, TensorRef
+from fabric_init.recording.tape.liveness import covers, live_ops, never_written
+from fabric_init.recording.tape.op_schemas import only_copies, overwrites
+from fabric_init.recording.tape.tape import CallSite, Op, Tape, TensorRef
 
 
 class Event(NamedTuple):

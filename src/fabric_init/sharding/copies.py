@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from fabric_init.checkpoints.region import Box
-from fabric_init.recording.liveness import is_final
-from fabric_init.recording.op_schemas import asks_shape_only, only_copies, traits
-from fabric_init.recording.tape import Op, Tape, TensorRef
+from fabric_init.recording.tape.liveness import is_final
+from fabric_init.recording.tape.op_schemas import asks_shape_only, only_copies, traits
+from fabric_init.recording.tape.tape import Op, Tape, TensorRef
 
 
 def wholes_of(tape: Tape, ref: TensorRef, shape: torch.Size) -> Iterator[tuple[TensorRef, Box | None]]:

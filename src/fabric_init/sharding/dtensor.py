@@ -16,8 +16,8 @@ from fabric_init.checkpoints.region import Box, Region
 from fabric_init.errors import FabricInitError
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.tensors import TensorInfo
-from fabric_init.recording.tensor import RecordedTensor, become
-from fabric_init.recording.wrappers import inner_tensors, is_wrapper
+from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, become
+from fabric_init.recording.tensor.wrappers import inner_tensors, is_wrapper
 
 
 def local(tensor: Tensor) -> Tensor:

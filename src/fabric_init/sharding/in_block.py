@@ -24,15 +24,15 @@ from fabric_init._torch_internals import DisableTorchDispatch
 from fabric_init.checkpoints.region import Box
 from fabric_init.errors import RecordingError
 from fabric_init.planning.tensors import Walk, Walked
-from fabric_init.recording.replay import real_execution
-from fabric_init.recording.storage_tags import begin, ref_of
-from fabric_init.recording.tape import Tape, TensorRef
-from fabric_init.recording.tape_writer import TapeWriter
-from fabric_init.recording.tensor import meta_of, recorded, recorded_tensor
-from fabric_init.recording.wrappers import is_recorded_shard
+from fabric_init.recording.in_block.tape_writer import TapeWriter
+from fabric_init.recording.replay.replay import real_execution
+from fabric_init.recording.tape.tape import Tape, TensorRef
+from fabric_init.recording.tensor.recorded_tensor import meta_of, recorded, recorded_tensor
+from fabric_init.recording.tensor.storage_tags import begin, ref_of
+from fabric_init.recording.tensor.wrappers import is_recorded_shard
 from fabric_init.sharding.copies import nearest_whole
 from fabric_init.sharding.dtensor import region_of
-from fabric_init.sharding.places import places, plain_tensor, shown
+from fabric_init.sharding.module_tables import plain_tensor, shown, table_entries
 from fabric_init.sharding.whole import recorded_at
 
 _MSG_CHANGED = (
@@ -150,9 +150,9 @@ class ShardsInBlock:
             RecordingError: A shard was written by itself, or is no part of one tensor.
         """
         held: list[Walked] = list(models)
-        there = [place for model in models for place in places(model, is_recorded_shard)]
+        there = [place for model in models for place in table_entries(model, is_recorded_shard)]
         for model in earlier:
-            its = places(model, is_recorded_shard)
+            its = table_entries(model, is_recorded_shard)
             if any(self._has(place.tensor) for place in its):
                 held.append(model)
                 there += its
@@ -227,7 +227,7 @@ def _by_place(tape: Tape, storage: int, shape: torch.Size) -> tuple[TensorRef, N
     """Return what an earlier block has recorded where there is a shard without elements, on ``storage``, today."""
     for owners in tape.later.owners:
         model = owners.model()
-        for place in [] if model is None else places(model, is_recorded_shard):
+        for place in [] if model is None else table_entries(model, is_recorded_shard):
             found = recorded(place.tensor._local_tensor)
             if found is not None and found.storage == storage:
                 for ref, _ in recorded_at(place.module, place.key, [tape]):

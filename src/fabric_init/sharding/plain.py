@@ -5,7 +5,7 @@ A *plain* tensor is a recorded one that a checkpoint knows, and that the model's
 something else in its place, which is computed from it on the tape: a wrapper (see [Note: wrapped recorded tensors]), as
 torchao makes, or a parameter that its own class has packed, as bitsandbytes does, with what it keeps beside that. What
 plans a load, or looks for the model's own init, sees the plain tensors (:func:`seen_plain`); the plan is then one for
-what the model holds (``filling/made.py``), and that is filled like all else that is computed from loaded tensors: each
+what the model holds (``filling/packed/plan.py``), and that is filled like all else that is computed from loaded tensors: each
 of these is read once, on its device, and released. From a checkpoint of a model that was quantized already, the tensors
 inside a wrapper are loaded under names of their own.
 """
@@ -22,16 +22,16 @@ from torch.distributed.tensor import DTensor
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.planning.tensors import Walked, named_tensors
-from fabric_init.recording.liveness import covers, is_final, live_ops
-from fabric_init.recording.storage_tags import Recorded, ref_of
-from fabric_init.recording.tape import Tape, TensorRef
-from fabric_init.recording.tensor import RecordedTensor, meta_of, recorded
-from fabric_init.recording.wrappers import inner_tensors, is_wrapper, recorded_parts
+from fabric_init.recording.tape.liveness import covers, is_final, live_ops
+from fabric_init.recording.tape.tape import Tape, TensorRef
+from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, meta_of, recorded
+from fabric_init.recording.tensor.storage_tags import Recorded, ref_of
+from fabric_init.recording.tensor.wrappers import inner_tensors, is_wrapper, recorded_parts
 from fabric_init.sharding.dtensor import local
-from fabric_init.sharding.places import Place, places, plain_tensor, shown
+from fabric_init.sharding.module_tables import TableEntry, plain_tensor, shown, table_entries
 
 
-class Made(NamedTuple):
+class HeldInstead(NamedTuple):
     """What a model holds that is made of one plain tensor: ``held``, by its names, and that one itself if ``kept``."""
 
     held: dict[str, Tensor]
@@ -46,7 +46,7 @@ class Shown(NamedTuple):
         apart: By the id of a tensor inside a wrapper, which is shown itself: that wrapper.
     """
 
-    plain: dict[int, Made]
+    plain: dict[int, HeldInstead]
     apart: dict[int, Tensor]
 
     def held(self, tensor: Tensor) -> list[Tensor]:
@@ -91,11 +91,11 @@ def seen_plain(model: Walked, *chosen: Callable[[Tensor], bool], names: Collecti
         RecordingError: A parameter was changed since it was put into a wrapper.
         FabricInitError: In the context, a plain tensor was replaced.
     """
-    found = places(model, lambda tensor: any(each(tensor) for each in chosen))
+    found = table_entries(model, lambda tensor: any(each(tensor) for each in chosen))
     tensors = _by_ref(model) if found else {}
     stand_ins: dict[TensorRef, Tensor] = {}
     seen = Shown({}, {})
-    instead: list[tuple[Place, Mapping[str, Tensor]]] = []
+    instead: list[tuple[TableEntry, Mapping[str, Tensor]]] = []
     for place in found:
         tensor = place.tensor
         apart = {f"_{place.key}_{name}": inner for name, inner in _inside(tensor).items()}
@@ -111,14 +111,14 @@ def seen_plain(model: Walked, *chosen: Callable[[Tensor], bool], names: Collecti
         ref = origin[0]
         if ref not in stand_ins:
             stand_ins[ref] = tensors[ref] if ref in tensors else _in_class_of(tensor, plain_tensor(*origin, tensor))
-            seen.plain[id(stand_ins[ref])] = Made({}, ref in tensors)
+            seen.plain[id(stand_ins[ref])] = HeldInstead({}, ref in tensors)
         seen.plain[id(stand_ins[ref])].held[place.name] = tensor
         instead.append((place, {place.key: stand_ins[ref]}))
     with shown(instead, _refuse_replaced):
         yield seen
 
 
-def _refuse_replaced(changed: list[Place]) -> None:
+def _refuse_replaced(changed: list[TableEntry]) -> None:
     for place in changed:
         if wraps(place.tensor):  # in the place of a packed tensor, load code puts what was saved packed
             raise FabricInitError(
@@ -144,7 +144,7 @@ def _waiting(tensor: Tensor) -> list[Recorded]:
     return [each for each in found if each is not None and each.memory is None]
 
 
-def _refuse_nested(place: Place, apart: dict[str, Tensor]) -> None:
+def _refuse_nested(place: TableEntry, apart: dict[str, Tensor]) -> None:
     if isinstance(place.tensor, DTensor) or any(map(is_wrapper, apart.values())):
         raise RecordingError(
             f"{place.name} is a {type(local(place.tensor)).__name__} that was sharded before it had values, and was "
@@ -152,7 +152,7 @@ def _refuse_nested(place: Place, apart: dict[str, Tensor]) -> None:
         )
 
 
-def _origin(place: Place) -> tuple[TensorRef, Tape] | None:
+def _origin(place: TableEntry) -> tuple[TensorRef, Tape] | None:
     """Return the recorded parameter that a packed one, or all inner tensors of a wrapper are made of, if there is one.
 
     Raises:

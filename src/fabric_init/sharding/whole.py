@@ -21,13 +21,13 @@ from torch.distributed.tensor import DTensor
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.planning.tensors import Walked, registered_tensors, walked
-from fabric_init.recording.storage_tags import begin, ref_of
-from fabric_init.recording.tape import Tape, TensorRef
-from fabric_init.recording.tensor import meta_of, recorded, recorded_tensor
-from fabric_init.recording.wrappers import is_sharded
+from fabric_init.recording.tape.tape import Tape, TensorRef
+from fabric_init.recording.tensor.recorded_tensor import meta_of, recorded, recorded_tensor
+from fabric_init.recording.tensor.storage_tags import begin, ref_of
+from fabric_init.recording.tensor.wrappers import is_sharded
 from fabric_init.sharding.copies import wholes_of
 from fabric_init.sharding.dtensor import local, region_of
-from fabric_init.sharding.places import Place, places, plain_tensor, shown
+from fabric_init.sharding.module_tables import TableEntry, plain_tensor, shown, table_entries
 
 
 def refuse_flat_parameters(model: Walked) -> None:
@@ -61,10 +61,10 @@ def seen_whole(model: Walked, skipped: Collection[int] = ()) -> Iterator[dict[in
         RecordingError: A shard was changed since the model was sharded, or is no part of one tensor.
         FabricInitError: Sharding has split a tie; or, in the context, a whole tensor was replaced.
     """
-    found = [place for place in _waiting_places(model) if id(place.tensor) not in skipped]
+    found = [place for place in _waiting_entries(model) if id(place.tensor) not in skipped]
     wholes = {id(each): plain_tensor(refs[-1], tape, each, each.dtype) for each, refs, tape in _by_origin(model, found)}
 
-    def check(changed: list[Place]) -> None:
+    def check(changed: list[TableEntry]) -> None:
         if changed:
             raise FabricInitError(
                 f"{changed[0].name} was sharded already, and the load code of its module puts another tensor in its "
@@ -81,7 +81,7 @@ def without_torchs_load_hooks(model: Walked) -> Iterator[None]:
 
     Not for use in a load hook: these are walked through then.
     """
-    modules = {id(place.module): place.module for place in places(model, is_sharded)}
+    modules = {id(place.module): place.module for place in table_entries(model, is_sharded)}
     hooks = [_without_torchs_own(module) for module in modules.values()]
     try:
         yield
@@ -115,7 +115,7 @@ def shards_of(model: nn.Module) -> dict[TensorRef, DTensor]:
         RecordingError: A shard was changed since the model was sharded, or is no part of one tensor.
         FabricInitError: Sharding has split a tie.
     """
-    return {ref: tensor for tensor, refs, _ in _by_origin(model, _waiting_places(model)) for ref in refs}
+    return {ref: tensor for tensor, refs, _ in _by_origin(model, _waiting_entries(model)) for ref in refs}
 
 
 def let_empty_shards_wait(model: nn.Module) -> None:
@@ -123,7 +123,7 @@ def let_empty_shards_wait(model: nn.Module) -> None:
 
     So this rank knows of those, although it keeps nothing of them, and raises where the other ranks do.
     """
-    found = [place for place in _waiting_places(model) if not place.tensor._local_tensor.numel()]
+    found = [place for place in _waiting_entries(model) if not place.tensor._local_tensor.numel()]
     tapes = _tapes(model, found)
     for place in found:
         for whole, tape in recorded_at(place.module, place.key, tapes):
@@ -131,7 +131,7 @@ def let_empty_shards_wait(model: nn.Module) -> None:
                 _let_empty_shard_wait(place.tensor, whole, tape)
 
 
-def _by_origin(model: Walked, waiting: Sequence[Place]) -> list[tuple[DTensor, list[TensorRef], Tape]]:
+def _by_origin(model: Walked, waiting: Sequence[TableEntry]) -> list[tuple[DTensor, list[TensorRef], Tape]]:
     """Return the DTensors at the places ``waiting``, each once, with the whole tensors that :func:`_origins` finds."""
     tapes = _tapes(model, waiting)
     names: dict[TensorRef, str] = {}
@@ -150,9 +150,11 @@ def _by_origin(model: Walked, waiting: Sequence[Place]) -> list[tuple[DTensor, l
     return list(found.values())
 
 
-def _waiting_places(model: Walked) -> list[Place]:
+def _waiting_entries(model: Walked) -> list[TableEntry]:
     """Return the places of DTensors whose shard has no values: a recorded one, or one without any element."""
-    found = [place for place in places(model, is_sharded) if place.tensor.device_mesh.get_coordinate() is not None]
+    found = [
+        place for place in table_entries(model, is_sharded) if place.tensor.device_mesh.get_coordinate() is not None
+    ]
     tapes = _tapes(model, found)
     return [
         place
@@ -162,7 +164,7 @@ def _waiting_places(model: Walked) -> list[Place]:
     ]
 
 
-def _tapes(model: Walked, found: Sequence[Place]) -> set[Tape]:
+def _tapes(model: Walked, found: Sequence[TableEntry]) -> set[Tape]:
     """Return the tapes of ``model``, if a shard without elements is among what was ``found``: nothing says its tape."""
     if all(place.tensor._local_tensor.numel() for place in found):
         return set()
@@ -178,7 +180,7 @@ def recorded_at(module: nn.Module, key: str, tapes: Collection[Tape]) -> Iterato
                     yield tape.later.waiting.refs[storage], tape
 
 
-def _origins(place: Place, tapes: Collection[Tape]) -> tuple[list[TensorRef], Tape]:
+def _origins(place: TableEntry, tapes: Collection[Tape]) -> tuple[list[TensorRef], Tape]:
     """Return where on which tape the whole tensor is that the DTensor at ``place`` is a part of.
 
     That is one place for each cast since it was recorded, the first one last.

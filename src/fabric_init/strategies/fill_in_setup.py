@@ -21,10 +21,10 @@ from fabric_init.checkpoints import CheckpointReader
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.execute import execute_plan, prepare
-from fabric_init.filling.made import made, packed_and_made
+from fabric_init.filling.init_missing import initialize_possible, recompute_from_loaded, run_replaced_init
 from fabric_init.filling.merge import declared_at, merged, planned_tensors
-from fabric_init.filling.missing import initialize_possible, recompute_from_loaded, run_replaced_init
-from fabric_init.filling.wait import let_wait
+from fabric_init.filling.packed.plan import pack_and_plan_held, plan_held
+from fabric_init.filling.wait_for_load import let_wait
 from fabric_init.guard.loads import unwatch_loads, watch_loads
 from fabric_init.guard.models import (
     draw_for_own_init,
@@ -42,9 +42,9 @@ from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.recording.after_block.waiting import THREE_WAYS
-from fabric_init.recording.liveness import computed_from
-from fabric_init.recording.tape import now
-from fabric_init.recording.tensor import RecordedTensor, recorded
+from fabric_init.recording.tape.liveness import computed_from
+from fabric_init.recording.tape.tape import now
+from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, recorded
 from fabric_init.sharding.dtensor import ShardedTensors, local
 from fabric_init.sharding.whole import shards_of
 from fabric_init.strategies.optimizers import parameters_by_name
@@ -162,8 +162,8 @@ def _plan(model: nn.Module, bounds: Sequence[BoundPlans], plans: Sequence[Prepar
         run_replaced_init(model, planned_tensors(plans))
     prepared = merged(plans, model)
     if not any(bound.allocates and not bound.own_init for bound in bounds):
-        return packed_and_made(prepared, model, WholeTensors())
-    prepared, planned = made(prepared, model), planned_tensors(plans)
+        return pack_and_plan_held(prepared, model, WholeTensors())
+    prepared, planned = plan_held(prepared, model), planned_tensors(plans)
     loaded = loaded_storages(prepared.plan, prepared.tapes)
 
     def chosen(entry: PlanEntry, tensor: Tensor) -> bool:

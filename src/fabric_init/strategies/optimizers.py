@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from fabric_init.errors import FabricInitError
 from fabric_init.planning.tensors import named_modules, plain_name
-from fabric_init.recording.tensor import RecordedTensor
+from fabric_init.recording.tensor.recorded_tensor import RecordedTensor
 
 
 def remap(optimizer: Optimizer, old: Mapping[str, nn.Parameter], new: Mapping[str, nn.Parameter]) -> None:

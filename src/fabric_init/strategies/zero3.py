@@ -19,8 +19,8 @@ from fabric_init.checkpoints.region import take
 from fabric_init.errors import FabricInitError, OptionError
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.mode import RecordMode
-from fabric_init.recording.tensor import RecordedTensor, become
-from fabric_init.recording.wrappers import is_wrapper
+from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, become
+from fabric_init.recording.tensor.wrappers import is_wrapper
 
 Config = Mapping[str, Any] | str | os.PathLike[str]
 """DeepSpeed's configuration, or the path of a JSON file with it."""

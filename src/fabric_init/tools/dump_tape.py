@@ -9,8 +9,8 @@ from torch import nn
 
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.planning.tensors import TensorInfo, survey
-from fabric_init.recording.liveness import live_ops
-from fabric_init.recording.tape import Tape
+from fabric_init.recording.tape.liveness import live_ops
+from fabric_init.recording.tape.tape import Tape
 from fabric_init.reports.registry import report_of
 from fabric_init.strategies.unwrap import original
 

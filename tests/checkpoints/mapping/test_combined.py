@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from fabric_init.checkpoints import Transpose, open_checkpoint
 from fabric_init.checkpoints.mapping.combined import CombinedReader
-from fabric_init.planning.loading.converted import converted
+from fabric_init.planning.recorded_load.converted import converted
 
 
 def test_one_file_that_is_converted_in_two_ways_has_both_values(tmp_path: Path) -> None:

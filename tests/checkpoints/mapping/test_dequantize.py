@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fabric_init import CheckpointMismatchError, deferred_init, materialize
 from fabric_init.checkpoints import Box, CheckpointReader, Dequantize, Span, open_checkpoint, take
-from fabric_init.planning.loading.converted import converted
+from fabric_init.planning.recorded_load.converted import converted
 from tests.support.ranks import run_ranks
 from tests.support.watched import watched
 from tests.support.zoo import assert_same, launch, weights

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fabric_init.checkpoints import Box, CheckpointReader, Dequantize, Region, Span, open_checkpoint, take
-from fabric_init.planning.loading.converted import converted
+from fabric_init.planning.recorded_load.converted import converted
 
 Open = Callable[[Mapping[str, Tensor], Mapping[str, Any] | None], CheckpointReader]
 

@@ -22,7 +22,7 @@ from torchao.quantization import (
 
 from fabric_init import CheckpointMismatchError, deferred_init, materialize
 from fabric_init.checkpoints import Dequantize, open_checkpoint
-from fabric_init.planning.loading.converted import converted
+from fabric_init.planning.recorded_load.converted import converted
 from tests.checkpoints.quantized.conftest import assert_reads
 
 CONFIGS: dict[str, Any] = {

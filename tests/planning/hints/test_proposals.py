@@ -12,8 +12,8 @@ import torch
 from fabric_init.checkpoints import Fuse, Split, Stack, Transpose, Unstack
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.hints.proposals import proposals
-from fabric_init.planning.loading.converted import converted
 from fabric_init.planning.plan import Action
+from fabric_init.planning.recorded_load.converted import converted
 from tests.planning.headers import Header, matching_of, plan_of, tree
 
 Shapes = dict[str, tuple[int, ...]]

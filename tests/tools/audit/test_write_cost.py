@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from fabric_init.api import deferred_init
-from fabric_init.recording.tape import Op
-from fabric_init.recording.tensor import recorded
+from fabric_init.recording.tape.tape import Op
+from fabric_init.recording.tensor.recorded_tensor import recorded
 from fabric_init.tools.audit.write_cost import WriteTimer
 
 

@@ -33,7 +33,7 @@ from fabric_init.checkpoints.mapping.key_pattern import KeyPattern, Match
 from fabric_init.errors import CheckpointMismatchError
 
 
-class Made(NamedTuple):
+class ConversionResult(NamedTuple):
     """Tensors that are made of others, which they replace.
 
     ``function`` takes the tensors under ``sources``, in that order, and returns those under ``keys``. It runs without
@@ -48,7 +48,7 @@ class Made(NamedTuple):
 class Conversion(Protocol):
     """One declaration; error messages and reports show its ``str()``."""
 
-    def made(self, specs: Specs) -> Iterable[Made]:
+    def results(self, specs: Specs) -> Iterable[ConversionResult]:
         """Yield the tensors that replace others in a checkpoint with ``specs``.
 
         Raises:
@@ -86,7 +86,7 @@ class Split:
     def __str__(self) -> str:
         return _as_source(self, self.source)
 
-    def made(self, specs: Specs) -> Iterator[Made]:
+    def results(self, specs: Specs) -> Iterator[ConversionResult]:
         function = self._parts
         for key, match in matching(specs, self.source):
             spec = specs[key]
@@ -98,7 +98,7 @@ class Split:
                     f"{key} is {shape_of(spec)}: {how} do not make up the {full} of dimension {dim}"
                 )
             check_shares(key, spec, sizes, self.groups)
-            yield Made([KeyPattern(name).key(match) for name in self.into], [key], function)
+            yield ConversionResult([KeyPattern(name).key(match) for name in self.into], [key], function)
 
     def _sizes(self, full: int) -> list[int]:
         return list(self.sizes) if self.sizes else [full // len(self.into)] * len(self.into)
@@ -133,14 +133,14 @@ class Fuse:
     def __str__(self) -> str:
         return _as_source(self, list(self.sources))
 
-    def made(self, specs: Specs) -> Iterator[Made]:
+    def results(self, specs: Specs) -> Iterator[ConversionResult]:
         parts: dict[Match, dict[str, str]] = {}
         for source in self.sources:
             for key, match in matching(specs, source):
                 parts.setdefault(match, {})[source] = key
         into, function = KeyPattern(self.into), self._joined
         for match, keys in parts.items():
-            yield Made([into.key(match)], self._checked(match, keys, specs), function)
+            yield ConversionResult([into.key(match)], self._checked(match, keys, specs), function)
 
     def _checked(self, match: Match, parts: Mapping[str, str], specs: Specs) -> list[str]:
         lacking = [KeyPattern(source).key(match) for source in self.sources if source not in parts]
@@ -177,7 +177,7 @@ class Stack:
     def __str__(self) -> str:
         return _as_source(self, self.source)
 
-    def made(self, specs: Specs) -> Iterator[Made]:
+    def results(self, specs: Specs) -> Iterator[ConversionResult]:
         stacks: dict[Match, dict[int, str]] = {}
         for key, (head, blanks) in matching(specs, self.source):
             if blanks[-1].isdecimal() and len(blanks[-1]) < 10:
@@ -186,7 +186,7 @@ class Stack:
             raise CheckpointMismatchError(f"no key ends in {self.source!r} with a number for the last {{}}")
         into = KeyPattern(self.into)
         for match, numbered in stacks.items():
-            yield Made([into.key(match)], self._checked(match, numbered, specs), _stacked)
+            yield ConversionResult([into.key(match)], self._checked(match, numbered, specs), _stacked)
 
     def _checked(self, match: Match, numbered: Mapping[int, str], specs: Specs) -> list[str]:
         for number in range(max(numbered)):
@@ -216,7 +216,7 @@ class Unstack:
     def __str__(self) -> str:
         return _as_source(self, self.source)
 
-    def made(self, specs: Specs) -> Iterator[Made]:
+    def results(self, specs: Specs) -> Iterator[ConversionResult]:
         into = KeyPattern(self.into)
         for key, (head, blanks) in matching(specs, self.source):
             spec = specs[key]
@@ -224,7 +224,7 @@ class Unstack:
             if not spec.shape.numel():  # a header may then claim any count
                 raise CheckpointMismatchError(f"{key} is {shape_of(spec)}: there is nothing in it")
             keys = [into.key(Match(head, (*blanks, str(index)))) for index in range(count)]
-            yield Made(keys, [key], torch.unbind)
+            yield ConversionResult(keys, [key], torch.unbind)
 
 
 @dataclass(frozen=True)
@@ -240,14 +240,14 @@ class Transpose:
     def __str__(self) -> str:
         return _as_source(self, list(self.names))
 
-    def made(self, specs: Specs) -> Iterator[Made]:
+    def results(self, specs: Specs) -> Iterator[ConversionResult]:
         for name in self.names:
             for key, _ in matching(specs, name):
                 if len(specs[key].shape) < 2:
                     raise CheckpointMismatchError(
                         f"{key} is {shape_of(specs[key])}: there are no two dimensions to swap"
                     )
-                yield Made([key], [key], _transposed)
+                yield ConversionResult([key], [key], _transposed)
 
 
 def _stacked(*parts: Tensor) -> tuple[Tensor]:

@@ -12,9 +12,9 @@ from fabric_init._text import dtype_name, listed
 from fabric_init.checkpoints import CheckpointReader, Dequantize
 from fabric_init.checkpoints.quantized.config import quantization_config
 from fabric_init.errors import FabricInitError
-from fabric_init.planning.loading.converted import converted
 from fabric_init.planning.matching import Matching
 from fabric_init.planning.plan import Action
+from fabric_init.planning.recorded_load.converted import converted
 
 _SCALES = (
     "weight_scale_inv",  # DeepSeek-V3, in blocks of 128 × 128

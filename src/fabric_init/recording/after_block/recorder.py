@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from fabric_init.recording.after_block.values import LateValues
-from fabric_init.recording.recorder import Recorder
-from fabric_init.recording.rng import LateStreams
-from fabric_init.recording.tape import Tape
+from fabric_init.recording.in_block.recorder import Recorder
+from fabric_init.recording.tape.rng import LateStreams
+from fabric_init.recording.tape.tape import Tape
 
 
 class LateRecorder(Recorder):

@@ -19,13 +19,13 @@ from fabric_init.errors import RecordingError, UninitializedTensorError
 from fabric_init.recording.after_block.kept_values import KeptValues
 from fabric_init.recording.after_block.owners import Owners
 from fabric_init.recording.after_block.waiting import Waiting, uninitialized
-from fabric_init.recording.call_site import caller
-from fabric_init.recording.liveness import never_written
-from fabric_init.recording.real_memory import plain_memory, real_tensor
-from fabric_init.recording.replay import real_execution, storage_now, view
-from fabric_init.recording.storage_tags import Recorded
-from fabric_init.recording.tape import Tape
-from fabric_init.recording.tensor import FormerTensor, RecordedTensor, become, place_ref, recorded
+from fabric_init.recording.replay.replay import real_execution, storage_now, view
+from fabric_init.recording.tape.call_site import caller
+from fabric_init.recording.tape.liveness import never_written
+from fabric_init.recording.tape.tape import Tape
+from fabric_init.recording.tensor.real_memory import plain_memory, real_tensor
+from fabric_init.recording.tensor.recorded_tensor import FormerTensor, RecordedTensor, become, recorded, recorded_ref
+from fabric_init.recording.tensor.storage_tags import Recorded
 
 
 class LateValues:
@@ -72,7 +72,7 @@ class LateValues:
         if found is None:
             return tensor
         with self._lock:
-            ref = place_ref(tensor, found.storage)
+            ref = recorded_ref(tensor, found.storage)
             if found.memory is None and not self.waiting.missing([found.storage]) and never_written(self.tape, ref):
                 raise UninitializedTensorError(
                     f"a tensor of shape {tuple(tensor.shape)} cannot {use}: it was made by torch.empty or "
@@ -112,7 +112,7 @@ class LateValues:
         """Return the values of ``tensor`` for Python to see; in a block, a load may bring others."""
         value, found = self.value(tensor, use), recorded(tensor)
         if self.block_is_open and found is not None and found.memory is None:
-            self.tape.add_look(None, (place_ref(tensor, found.storage),), {}, caller(sys._getframe(1)))
+            self.tape.add_look(None, (recorded_ref(tensor, found.storage),), {}, caller(sys._getframe(1)))
         return value
 
     def has_value(self, tensor: Tensor) -> bool:
@@ -120,7 +120,7 @@ class LateValues:
         found = recorded(tensor)
         if found is None or found.memory is not None:
             return found is not None
-        unwritten = never_written(self.tape, place_ref(tensor, found.storage))
+        unwritten = never_written(self.tape, recorded_ref(tensor, found.storage))
         return not unwritten and not self.waiting.missing([found.storage])
 
     def _is_open(self, tensor: Tensor) -> bool:
@@ -214,7 +214,7 @@ class LateValues:
                 become(tensor, plain_memory(tensor))
             elif found.memory is not None and not _has_graph(tensor):
                 with suppress(RuntimeError):  # something in C++ holds it: it stays as it is, and has its values
-                    self.put(tensor, real_tensor(found, place_ref(tensor, found.storage)))
+                    self.put(tensor, real_tensor(found, recorded_ref(tensor, found.storage)))
 
     def replace(self, target: Tensor, value: Tensor) -> None:
         """Let ``target`` have the memory of ``value`` and no more to do with its recorded storage."""

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fabric_init.recording.liveness import writes_whole
-from fabric_init.recording.op_schemas import only_copies, overwrites, traits
-from fabric_init.recording.replay import real_execution
-from fabric_init.recording.storage_tags import ref_of
-from fabric_init.recording.tape import Tape, TensorRef, now
-from fabric_init.recording.tensor import meta_of, recorded
+from fabric_init.recording.replay.replay import real_execution
+from fabric_init.recording.tape.liveness import writes_whole
+from fabric_init.recording.tape.op_schemas import only_copies, overwrites, traits
+from fabric_init.recording.tape.tape import Tape, TensorRef, now
+from fabric_init.recording.tensor.recorded_tensor import meta_of, recorded
+from fabric_init.recording.tensor.storage_tags import ref_of
 
 THREE_WAYS = (
     "Load them (fabric.load, fabric.load_raw or load_state_dict), or declare the load so that it is done for you "

@@ -12,7 +12,7 @@ from fabric_init._gc import PausedCollector
 from fabric_init.api import deferred_init
 from fabric_init.errors import RecordingError
 from fabric_init.planning.tensors import TensorInfo, survey
-from fabric_init.recording.tape import Tape
+from fabric_init.recording.tape.tape import Tape
 from fabric_init.reports.registry import filled_by_us, report_of
 from fabric_init.reports.write_history import histories
 from fabric_init.tools.audit.checks.never_written import tape_findings

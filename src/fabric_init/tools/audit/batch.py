@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fabric_init.errors import FabricInitError
-from fabric_init.recording.replay import real_execution, storage_now, view
-from fabric_init.recording.storage_tags import ref_of
-from fabric_init.recording.tensor import recorded
+from fabric_init.recording.replay.replay import real_execution, storage_now, view
+from fabric_init.recording.tensor.recorded_tensor import recorded
+from fabric_init.recording.tensor.storage_tags import ref_of
 
 LABEL_NAMES = ("labels", "label", "targets", "target", "y")
 

@@ -14,7 +14,7 @@ from fabric_init.planning.placement import WholeTensors
 from fabric_init.planning.plan import LoadOptions
 from fabric_init.planning.prepare import plan_for
 from fabric_init.planning.tensors import TensorInfo, find_tensors
-from fabric_init.recording.tensor import RecordedTensor, become, recorded_tensor
+from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, become, recorded_tensor
 
 
 class _Apart(WholeTensors):

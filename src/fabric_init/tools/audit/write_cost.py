@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from fabric_init.recording.op_schemas import with_generator
-from fabric_init.recording.replay import real_execution
-from fabric_init.recording.tape import Constant, Op, TensorRef
+from fabric_init.recording.replay.replay import real_execution
+from fabric_init.recording.tape.op_schemas import with_generator
+from fabric_init.recording.tape.tape import Constant, Op, TensorRef
 
 _SAMPLE = 1 << 18
 """The most elements to run an op on; the time of larger tensors is extrapolated."""

@@ -16,9 +16,9 @@ from fabric_init.planning.hints.quantized import quantized_message, unscaled
 from fabric_init.planning.matching import Matching
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.tensors import TensorInfo
-from fabric_init.planning.undone import check_nothing_is_undone
+from fabric_init.planning.undone_changes import check_nothing_is_undone
 from fabric_init.planning.validation import refusal_of, without_values
-from fabric_init.recording.tape import Tape
+from fabric_init.recording.tape.tape import Tape
 from fabric_init.reports.provenance import describe_rule
 
 

@@ -14,10 +14,10 @@ from fabric_init._text import human_bytes, joined
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.checkpoints.storage.file_system import file_system_of
 from fabric_init.distributed.io import Io, check_io, choose_io
-from fabric_init.planning.loading.converted import Convert
 from fabric_init.planning.matching import match
 from fabric_init.planning.plan import Action, LoadOptions, Plan
 from fabric_init.planning.prepare import load_with_code
+from fabric_init.planning.recorded_load.converted import Convert
 from fabric_init.planning.source import Source
 from fabric_init.planning.tensors import TensorInfo, survey
 from fabric_init.recording.mode import recorded_build

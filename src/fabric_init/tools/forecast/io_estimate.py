@@ -11,7 +11,7 @@ import torch
 
 from fabric_init.planning.derived import loaded_storages, sources_of
 from fabric_init.planning.plan import Action, Plan, PlanEntry, storage_groups
-from fabric_init.recording.tape import Tape
+from fabric_init.recording.tape.tape import Tape
 from fabric_init.tools.forecast.training_config import TrainingConfig
 
 

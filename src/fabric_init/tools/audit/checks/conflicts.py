@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
-from fabric_init.recording.tape import CallSite
+from fabric_init.recording.tape.tape import CallSite
 from fabric_init.reports.provenance import place_of, rule_of
 from fabric_init.reports.statistics import Moments
 from fabric_init.reports.write_history import Event

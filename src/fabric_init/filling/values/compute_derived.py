@@ -1,0 +1,91 @@
+"""Compute tensors that the constructor derives from loaded ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from fabric_init.checkpoints import CheckpointReader
+from fabric_init.checkpoints.reader import is_collective
+from fabric_init.checkpoints.storage.remote import AnyPath
+from fabric_init.errors import RecordingError
+from fabric_init.planning.derived import loaded_storages
+from fabric_init.planning.prepare import PreparedPlan
+from fabric_init.planning.rank_loads import read_as
+from fabric_init.planning.recorded_load.record import RecordedReader
+from fabric_init.recording.replay.replay import real_execution, replay_with
+from fabric_init.recording.tape.tape import LoadedStorage, Tape, TensorRef, now
+
+
+@contextmanager
+def loads_noted(prepared: PreparedPlan) -> Iterator[None]:
+    """Let what is computed later from the tensors that a plan loads be computed from their values in the checkpoint.
+
+    That is what code of later blocks computes or looks at, and what is kept outside of modules. If the context fails,
+    it is taken back.
+    """
+    reader, since = prepared.reader, now()
+    noted: list[tuple[Tape, int]] = []
+    if reader is not None:
+        tapes = {tape.current() for tape in prepared.tapes.values()}
+        for storage, (ref, key) in loaded_storages(prepared.plan, prepared.tapes).items():
+            tape = next(tape for tape in tapes if storage in tape.storages)
+            tape.loaded[storage] = LoadedStorage(since, _reading(reader, key, ref))
+            noted.append((tape, storage))
+    try:
+        yield
+    except BaseException:
+        for tape, storage in noted:
+            tape.loaded.pop(storage, None)
+        raise
+
+
+def _reading(reader: CheckpointReader, key: str, ref: TensorRef) -> Callable[[Tape], torch.UntypedStorage]:
+    """Return what reads the storage of ``ref``, given the tape: the tape keeps it, so it must not keep the tape."""
+    if is_collective(reader):
+        path = reader.path
+        return lambda _: _refuse_alone(path, key)
+    if isinstance(reader, RecordedReader):
+        of_load = reader.reading(key)
+        return lambda tape: laid_out(of_load(tape).reshape(ref.size), ref, torch.device("cpu"))
+    return lambda _: laid_out(read_as(reader, key, ref.size, None), ref, torch.device("cpu"))
+
+
+def _refuse_alone(path: AnyPath, key: str) -> NoReturn:
+    raise RecordingError(
+        f"a value that is computed from {key} is asked for, and {path} is read by all ranks together, which this one "
+        "cannot do alone. Declare the load with io='local' in the strategy."
+    )
+
+
+def compute(
+    storages: Collection[int],
+    tape: Tape,
+    sources: Iterable[tuple[TensorRef, Tensor]],
+    device: torch.device,
+    *,
+    exact: bool = False,
+) -> dict[int, torch.UntypedStorage]:
+    """Return ``storages``, computed together from these values of their ``sources``."""
+    with real_execution():
+        known = {ref.storage: _as_it_is(value, ref, device) for ref, value in sources}
+        return replay_with(tape, storages, known, exact=exact, to=lambda _: device)
+
+
+def _as_it_is(value: Tensor, ref: TensorRef, device: torch.device) -> torch.UntypedStorage:
+    """Return the memory of ``value`` if it is laid out as the tape has it, and a copy otherwise: it is only read."""
+    storage = value.untyped_storage()
+    alike = (value.stride(), value.storage_offset(), value.dtype) == (ref.stride, ref.offset, ref.dtype)
+    if alike and storage.nbytes() == ref.nbytes and value.device == device:
+        return storage
+    return laid_out(value, ref, device)
+
+
+def laid_out(value: Tensor, ref: TensorRef, device: torch.device) -> torch.UntypedStorage:
+    """Return ``value`` in memory of its own, laid out like ``ref``, which spans a storage."""
+    memory = torch.empty_strided(ref.size, ref.stride, dtype=ref.dtype, device=device)
+    return memory.copy_(value).untyped_storage()

@@ -1,0 +1,74 @@
+"""Load the tensors of a plan: each one, or this rank's region of it, in the model's dtype and memory layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from fabric_init.checkpoints import CheckpointReader
+from fabric_init.planning.placement import Placement
+from fabric_init.planning.plan import Plan
+from fabric_init.planning.rank_loads import Load, check_tie, loads, read_as
+from fabric_init.recording.tape.tape import TensorRef
+
+
+@runtime_checkable
+class Loader(Protocol):
+    """How this rank loads the tensors of a plan from one checkpoint.
+
+    A reader that also has these methods, as :class:`~fabric_init.distributed.broadcast.BroadcastReader` does, loads in
+    its own way; every other reader is wrapped in a :class:`LocalLoader`.
+    """
+
+    def check_ties(self, plan: Plan, placement: Placement) -> None:
+        """Check, before memory is allocated, that tied tensors have one value in the checkpoint.
+
+        A loader that checks this while it loads does nothing here.
+
+        Raises:
+            CheckpointMismatchError: A tied tensor has different values under its keys.
+        """
+        ...
+
+    def load(self, plan: Plan, placement: Placement) -> Iterator[tuple[int, Tensor]]:
+        """Yield positions in the plan and the values that this rank keeps for them, in any order."""
+        ...
+
+
+class LocalLoader:
+    """Load from ``reader`` without the other ranks: each rank reads its own regions."""
+
+    def __init__(self, reader: CheckpointReader) -> None:
+        self._reader = reader
+
+    def check_ties(self, plan: Plan, placement: Placement) -> None:
+        for load in loads(plan, placement):
+            if len(load.entry.keys) > 1:
+                first, *others = load.entry.keys
+                value = self._read(load, first)
+                for key in others:
+                    check_tie(self._reader.path, load.entry, key, value, self._read(load, key))
+
+    def load(self, plan: Plan, placement: Placement) -> Iterator[tuple[int, Tensor]]:
+        for load in loads(plan, placement):
+            slot = load.entry.slot
+            value = self._read(load, load.entry.keys[0]).to(device=load.device, dtype=slot.dtype)
+            if load.region is None and slot.ref is not None and _has_other_layout(value, slot.ref):
+                strided = torch.empty_strided(slot.shape, slot.ref.stride, dtype=slot.dtype, device=value.device)
+                value = strided.copy_(value)
+            yield load.position, value
+
+    def _read(self, load: Load, key: str) -> Tensor:
+        return read_as(self._reader, key, load.entry.slot.shape, load.region)
+
+
+def _has_other_layout(value: Tensor, ref: TensorRef) -> bool:
+    return value.stride() != ref.stride and not ref.expanded  # the elements of an expanded tensor share memory
+
+
+def loader_for(reader: CheckpointReader) -> Loader:
+    """Return ``reader`` itself if it is a loader, and a :class:`LocalLoader` for it otherwise."""
+    return reader if isinstance(reader, Loader) else LocalLoader(reader)
