@@ -22,7 +22,7 @@ from fabric_init.filling.execute import fill_model
 from fabric_init.filling.incremental import filled_by_module
 from fabric_init.filling.init_missing import initialize_missing, initialize_possible
 from fabric_init.guard.loads import watch_loads
-from fabric_init.guard.models import hold, make_filled_plain
+from fabric_init.guard.models import hold, release_filled
 from fabric_init.planning.options import load_options
 from fabric_init.planning.placement import WholeTensors
 from fabric_init.planning.recorded_load.converted import Convert
@@ -284,5 +284,5 @@ def init_report(model: nn.Module) -> InitReport:
         FabricInitError: The model was not built in a recorded block.
     """
     model = original(model)
-    make_filled_plain(model)
+    release_filled(model)
     return report_of(model)

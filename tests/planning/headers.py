@@ -11,10 +11,10 @@ from torch import nn
 
 from fabric_init import deferred_init
 from fabric_init.checkpoints import BaseReader, Region, TensorSpec
+from fabric_init.planning.make_plan import make_plan
 from fabric_init.planning.matching import Matching, match
 from fabric_init.planning.plan import LoadOptions, Plan
 from fabric_init.planning.tensors import survey
-from fabric_init.planning.validation import make_plan
 
 
 class Header(BaseReader):

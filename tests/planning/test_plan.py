@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from fabric_init import deferred_init, materialize
 from fabric_init.checkpoints import BaseReader, Region, TensorSpec
 from fabric_init.errors import CheckpointMismatchError, OptionError, UninitializedTensorError
+from fabric_init.planning.make_plan import make_plan
 from fabric_init.planning.plan import Action, LoadOptions, Plan, storage_groups
 from fabric_init.planning.tensors import survey
-from fabric_init.planning.validation import make_plan
 from tests.support.recordings import is_recorded
 
 

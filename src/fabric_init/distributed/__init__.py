@@ -1,0 +1,1 @@
+"""Ranks act together: all do the same, or all raise."""

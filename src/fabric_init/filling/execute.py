@@ -15,13 +15,14 @@ from fabric_init.distributed.agreement import Agreement, SingleProcess
 from fabric_init.distributed.seeds import share_seeds
 from fabric_init.errors import CheckpointMismatchError, RecordingError
 from fabric_init.filling.data_dependent import check_decisions
-from fabric_init.filling.fill import check_ties, fill
+from fabric_init.filling.fill import fill
 from fabric_init.filling.packed.on_device import refuse_own_hooks
 from fabric_init.filling.packed.plan import follow_inner, pack_and_plan_held, plan_plain
 from fabric_init.filling.report_rows import make_record
+from fabric_init.filling.ties import check_ties
 from fabric_init.filling.values.compute_derived import loads_noted
 from fabric_init.guard.loads import unwatch_loads
-from fabric_init.guard.models import hold_broken, make_filled_plain, release_forward, unfilled
+from fabric_init.guard.models import hold_broken, release_filled, release_forward, unfilled
 from fabric_init.planning.digest import plan_lines
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, LoadOptions
@@ -70,7 +71,7 @@ def fill_model(
     def plan() -> PreparedPlan:
         walk = Walk(model)
         refuse_flat_parameters(walk)
-        make_filled_plain(walk)
+        release_filled(walk)
         refuse_own_hooks(walk, reader)
         put_back = putting_back(table_entries(walk, lambda tensor: is_wrapper(tensor) or is_packed(tensor)))
         names = () if reader is None else rename_keys(reader.keys(), wanted.rename).values()

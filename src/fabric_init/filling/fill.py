@@ -16,33 +16,14 @@ from fabric_init.filling.monitoring.log import with_log
 from fabric_init.filling.monitoring.out_of_memory import out_of_memory_explained
 from fabric_init.filling.monitoring.progress import with_progress
 from fabric_init.filling.monitoring.verify import is_wanted, verify
-from fabric_init.filling.values.loader import loader_for
 from fabric_init.filling.values.values import has_room_of_its_own, values_of
 from fabric_init.planning.derived import loaded_storages
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, DerivedFrom, Plan
-from fabric_init.planning.rank_loads import check_tie, read_as
 from fabric_init.recording.replay.replay import real_execution
 from fabric_init.recording.tape.tape import Tape
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor
 from fabric_init.recording.tensor.wrappers import with_memory
-
-
-def check_ties(plan: Plan, reader: CheckpointReader | None, placement: Placement) -> None:
-    """Check, before memory is allocated, that tied tensors have one value in the checkpoint.
-
-    Raises:
-        CheckpointMismatchError: A tied tensor has different values under its keys.
-    """
-    if reader is not None:
-        with torch.inference_mode(False), real_execution():
-            loader_for(reader).check_ties(plan, placement)
-            for entry in {id(each.made_of): each.made_of for each in plan.entries}.values():
-                if entry is not None and len(entry.keys) > 1:
-                    values = (read_as(reader, key, entry.slot.shape, None) for key in entry.keys)
-                    first = next(values)
-                    for key, value in zip(entry.keys[1:], values, strict=True):
-                        check_tie(reader.path, entry, key, first, value)
 
 
 def fill(
@@ -58,7 +39,7 @@ def fill(
     """Fill every tensor. The model does not change before all values have been computed.
 
     Args:
-        plan: From :func:`~fabric_init.planning.validation.make_plan`.
+        plan: From :func:`~fabric_init.planning.make_plan.make_plan`.
         tensors: The tensors of the plan's entries, in that order.
         tapes: The tape of each recorded storage.
         reader: The checkpoint that loaded tensors are read from.

@@ -13,11 +13,12 @@ from fabric_init.checkpoints import CheckpointReader
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.distributed.seeds import share_seeds
 from fabric_init.filling.data_dependent import check_decisions
-from fabric_init.filling.fill import check_ties, fill
+from fabric_init.filling.fill import fill
 from fabric_init.filling.packed.plan import pack_and_plan_held, plan_plain
 from fabric_init.filling.report_rows import make_record
+from fabric_init.filling.ties import check_ties
 from fabric_init.guard.loads import unwatch_loads
-from fabric_init.guard.models import make_filled_plain, release_forward
+from fabric_init.guard.models import release_filled, release_forward
 from fabric_init.planning.derived import loaded_storages
 from fabric_init.planning.digest import sharded_lines
 from fabric_init.planning.placement import Placement, WholeTensors
@@ -114,7 +115,7 @@ def filled_by_module(
     """
 
     def plan() -> PreparedPlan:
-        make_filled_plain(model)
+        release_filled(model)
         return pack_and_plan_held(plan_plain(model, reader, wanted), model, WholeTensors())
 
     prepared = agreement.run_together("planning the initialization", plan, sharded_lines)

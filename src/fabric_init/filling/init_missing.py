@@ -20,10 +20,10 @@ from fabric_init.guard.expected_load import forget_expected_load
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import (
     draw_for_own_init,
-    make_filled_plain,
     own_init_is_wanted,
     own_tensors,
     ranks_of,
+    release_filled,
     release_forward,
     unfilled,
     waits,
@@ -111,7 +111,7 @@ def _initialize_all(model: nn.Module) -> None:
 
 
 def _initialize(model: nn.Module, *, partial: bool) -> None:
-    make_filled_plain(model)
+    release_filled(model)
     partly = {id(tensor): name for name, tensor in unfilled(model) if _is_partly_written_shard(tensor)}
     if partly and not partial:
         raise UninitializedTensorError(

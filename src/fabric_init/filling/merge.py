@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.mapping.combined import CombinedReader
 from fabric_init.errors import RecordingError
-from fabric_init.guard.models import make_filled_plain
+from fabric_init.guard.models import release_filled
 from fabric_init.planning.derived import replaced_since, written_since
 from fabric_init.planning.matching import own_init
 from fabric_init.planning.plan import Action, DerivedFrom, Plan, PlanEntry
@@ -35,7 +35,7 @@ def merged(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
         RecordingError: a tensor that is to be loaded was written in part, or in a later block.
         UninitializedTensorError: a tensor that came since has neither values nor a recorded init.
     """
-    make_filled_plain(model)
+    release_filled(model)
     infos, tensors, found = survey(model)
     tapes = dict(found)
     for tape in set(tapes.values()):

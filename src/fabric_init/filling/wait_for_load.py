@@ -14,11 +14,11 @@ from fabric_init.filling.init_missing import initialize_possible
 from fabric_init.guard.loads import watch_loads
 from fabric_init.guard.models import hold, waits
 from fabric_init.planning.digest import plan_lines
+from fabric_init.planning.make_plan import make_plan
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, LoadOptions, Plan, PlanEntry, storage_groups
 from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.planning.tensors import survey
-from fabric_init.planning.validation import make_plan
 from fabric_init.recording.tape.tape import Tape
 from fabric_init.sharding.plain import seen_plain, wraps
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fabric_init.guard.expected_load import ExpectedLoad, expected_load
-from fabric_init.guard.models import hold_forward, make_filled_plain, own_tensors, release_forward, unfilled
+from fabric_init.guard.models import hold_forward, own_tensors, release_filled, release_forward, unfilled
 from fabric_init.planning.recorded_load.module_code import takes_extra_state
 from fabric_init.planning.tensors import Walked, walked
 from fabric_init.recording.after_block.dispatch import Later
@@ -181,7 +181,7 @@ def _end(module: nn.Module, complete: Complete | None) -> None:
         for later in _current.laters:
             later.status = "written by the user"
         _current.laters = []
-    make_filled_plain(module)
+    release_filled(module)
     if any(local(tensor) is not tensor for _, tensor in left):  # before what fully_shard gathers since the block
         hold_forward(module)
 

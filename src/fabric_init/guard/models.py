@@ -204,7 +204,7 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield name, tensor
 
 
-def make_filled_plain(model: Walked) -> None:
+def release_filled(model: Walked) -> None:
     """Turn tensors of ``model`` whose values are there by now into plain ones."""
     for _, _, tensor in named_tensors(model):
         for part in recorded_parts(tensor):
@@ -287,7 +287,7 @@ def require(model: nn.Module, use: str) -> None:
         with DisableTorchFunction(), torch.no_grad():
             for _, tensor in waiting:
                 local(tensor).zero_()  # without elements; the other ranks say that theirs are filled
-    make_filled_plain(model)
+    release_filled(model)
     release_forward(model)
 
 

@@ -62,7 +62,7 @@ def match(
     options: LoadOptions,
     load: RecordedLoad | None = None,
 ) -> Matching:
-    """Match tensors and keys. Arguments are those of :func:`~fabric_init.planning.validation.make_plan`.
+    """Match tensors and keys. Arguments are those of :func:`~fabric_init.planning.make_plan.make_plan`.
 
     Raises:
         CheckpointMismatchError: ``rename`` gives two keys the same name, or selects a part that is not there.

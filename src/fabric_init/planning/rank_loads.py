@@ -1,4 +1,4 @@
-"""The loads of a plan on this rank, and the check that tied tensors agree in the checkpoint."""
+"""The loads of a plan on this rank."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from torch import Tensor
 
 from fabric_init.checkpoints import Box, CheckpointReader, Region, Span
 from fabric_init.checkpoints.reader import read
-from fabric_init.checkpoints.storage.remote import AnyPath
-from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, Plan, PlanEntry
 
@@ -50,16 +48,3 @@ def read_as(reader: CheckpointReader, key: str, shape: torch.Size, region: Regio
     if isinstance(region, Span) or not takes_element(shape, reader.spec(key).shape):
         return read(reader, key, region)
     return read(reader, key, None if region is None else Box((0,), (1,))).reshape(())
-
-
-def check_tie(path: AnyPath, entry: PlanEntry, key: str, value: Tensor, other: Tensor) -> None:
-    """Check that a tied tensor has the same value under its first key (``value``) and under ``key`` (``other``).
-
-    Raises:
-        CheckpointMismatchError: It has not.
-    """
-    if not torch.allclose(value, other, rtol=0, atol=0, equal_nan=True):
-        raise CheckpointMismatchError(
-            f"{path}: {entry.keys[0]} and {key} hold different values, but in the model they are one tied tensor "
-            f"({' = '.join(entry.slot.names)}). Build the model untied, or drop one key with rename."
-        )

@@ -1,67 +1,19 @@
-"""Make a plan and validate it: the mistakes of users are raised here, before a weight is read or memory allocated."""
+"""Validate a plan: the mistakes of users become errors here, before a weight is read or memory allocated."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 
-from fabric_init import _log
 from fabric_init._text import counted, listed
 from fabric_init.checkpoints import CheckpointReader
-from fabric_init.errors import CheckpointMismatchError, UninitializedTensorError
+from fabric_init.errors import UninitializedTensorError
 from fabric_init.planning.hints.lenient import hidden_mistake, in_part
 from fabric_init.planning.hints.proposals import likely_transpose, proposals
 from fabric_init.planning.hints.quantized import quantized_message, unknown_scheme, unscaled
-from fabric_init.planning.matching import Matching, match
-from fabric_init.planning.plan import Action, LoadOptions, Plan, PlanEntry
-from fabric_init.planning.recorded_load.record import RecordedLoad
-from fabric_init.planning.tensors import TensorInfo
+from fabric_init.planning.matching import Matching
+from fabric_init.planning.plan import Action, PlanEntry
 from fabric_init.recording.tape.liveness import never_written
 from fabric_init.recording.tape.tape import Tape
-
-_logger = _log.channel("plan")
-_MOST_PARTS = 5
-
-
-def make_plan(
-    slots: Sequence[TensorInfo],
-    tapes: Mapping[int, Tape],
-    reader: CheckpointReader | None,
-    options: LoadOptions,
-    load: RecordedLoad | None = None,
-) -> Plan:
-    """Decide for each tensor whether to load a key, run the model's own init, or keep its value.
-
-    Args:
-        slots: The model's tensors.
-        tapes: The tape of each recorded storage among them.
-        reader: The checkpoint, of which only the header is read; ``None`` to initialize everything.
-        options: ``strict``, ``rename`` and ``reinit``.
-        load: What the load code of the model has made of the checkpoint, if it has any.
-
-    Raises:
-        CheckpointMismatchError: Keys are missing or unexpected, or shapes or dtypes differ.
-        OptionError: ``rename`` is invalid, or ``reinit`` matches no tensor.
-        UninitializedTensorError: Neither the checkpoint nor the model's own code gives some tensor a value.
-    """
-    matching = match(slots, tapes, reader, options, load)
-    notes: tuple[str, ...] = ()
-    if reader is not None:
-        refusal = refusal_of(matching, reader)
-        if refusal is not None:
-            raise CheckpointMismatchError(refusal)
-        parts = _parts(matching)
-        if parts:
-            more = f"; … and {len(parts) - _MOST_PARTS:,} more" if len(parts) > _MOST_PARTS else ""
-            notes = (f"loaded in part: {'; '.join(parts[:_MOST_PARTS])}{more}",)
-    check_all_have_values(matching.entries, tapes, reader)
-    plan = Plan(matching.entries, matching.unexpected, notes=notes)
-    if _logger.isEnabledFor(logging.DEBUG):
-        source = "no checkpoint" if reader is None else f"checkpoint {reader.path} ({reader.format})"
-        _logger.debug("%s; %s", plan.summary(), source)
-    for note in notes:
-        _logger.warning("%s: %s", None if reader is None else reader.path, note)
-    return plan
 
 
 def refusal_of(matching: Matching, reader: CheckpointReader) -> str | None:
@@ -143,7 +95,8 @@ def _reinit_instead(matching: Matching, reader: CheckpointReader) -> str:
     return f", or have these tensors initialized instead, e.g. reinit=[{names}]"
 
 
-def _parts(matching: Matching) -> list[str]:
+def parts_loaded(matching: Matching) -> list[str]:
+    """Return a line for each module of which the checkpoint brings some tensors and lacks others."""
     return in_part(matching.entries, (slot.name for slot in matching.missing)) if matching.loadable else []
 
 
@@ -158,7 +111,7 @@ def _keys_message(matching: Matching, reader: CheckpointReader) -> str:
     if matching.unexpected:
         lines.append(f"Not in the model ({len(matching.unexpected)}):\n" + listed(matching.unexpected, most=None))
     found = proposals(matching, reader)
-    parts = [] if found.likely else _parts(matching)
+    parts = [] if found.likely else parts_loaded(matching)
     if parts:
         lines.append(f"Loaded in part ({len(parts)}):\n" + listed(parts))
     lines += [*found.lines(), *found.notes()]

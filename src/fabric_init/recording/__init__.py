@@ -15,12 +15,11 @@ one of them records nothing. What the constructor calls ends up as follows:
   nothing else, is replayed as of that point. Results that are tensors are recorded again.
 - **Run for real, at once**: ops on real tensors only, ops that write into a real tensor, and ops whose result is
   sparse or quantized, which the tape cannot describe. Random numbers among these are drawn from the recorded position
-  in the stream (see [Note: random streams] in ``rng.py``).
+  in the stream (see [Note: random streams] in ``tape/rng.py``).
 - ``device="meta"`` asked for by name passes through unrecorded: such a tensor has no values, and an op that mixes it
   with recorded tensors raises :class:`~fabric_init.errors.RecordingError`.
 
-Modules, from the top: ``mode`` (function mode), ``device_queries`` and ``escapes`` (its handlers), ``after_block``
-(answers when no block is open), ``recorder`` (dispatch mode), ``tape_writer`` (ops as data), ``replay`` (runs ops),
-``chunks`` (parts of large tensors), ``liveness`` (chooses ops), ``rng`` (random streams), ``tensor`` and ``place`` (the
-recorded tensor), ``storage_tags`` (tensor to tape), ``tape`` (data).
+From the top: ``mode`` (the block, a function mode), ``after_block/`` (what a recorded tensor answers when no block is
+open), ``in_block/`` (the recorder and the function mode's handlers), ``tensor/`` (the recorded tensor), ``replay/``
+(runs ops), ``tape/`` (data).
 """

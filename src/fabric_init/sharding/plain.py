@@ -5,9 +5,9 @@ A *plain* tensor is a recorded one that a checkpoint knows, and that the model's
 something else in its place, which is computed from it on the tape: a wrapper (see [Note: wrapped recorded tensors]), as
 torchao makes, or a parameter that its own class has packed, as bitsandbytes does, with what it keeps beside that. What
 plans a load, or looks for the model's own init, sees the plain tensors (:func:`seen_plain`); the plan is then one for
-what the model holds (``filling/packed/plan.py``), and that is filled like all else that is computed from loaded tensors: each
-of these is read once, on its device, and released. From a checkpoint of a model that was quantized already, the tensors
-inside a wrapper are loaded under names of their own.
+what the model holds (``filling/packed/plan.py``), and that is filled like all else that is computed from loaded
+tensors: each of these is read once, on its device, and released. From a checkpoint of a model that was quantized
+already, the tensors inside a wrapper are loaded under names of their own.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fabric_init.distributed.agreement import Agreement
-from fabric_init.guard.models import make_filled_plain, require, unfilled
+from fabric_init.guard.models import release_filled, require, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.reports.registry import filled_by_us
 from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
@@ -31,7 +31,7 @@ class DDPStrategy(DeferredInitMixin, lightning_strategies.DDPStrategy):
         return WholeTensors(self.root_device)
 
     def setup_module(self, module: nn.Module) -> Any:
-        make_filled_plain(module)
+        release_filled(module)
         if not self.agreement.from_all(["waits"] if unfilled(module) else []):
             return self._wrapped(module)
         return DDPWhenFilled(module, self._wrapped, self.agreement)

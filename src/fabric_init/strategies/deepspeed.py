@@ -26,7 +26,7 @@ from fabric_init.errors import FabricInitError
 from fabric_init.filling.init_missing import initialize_missing
 from fabric_init.guard.expected_load import ExpectedLoad
 from fabric_init.guard.loads import loading, watch_loads
-from fabric_init.guard.models import hold_forward, make_filled_plain, unfilled
+from fabric_init.guard.models import hold_forward, release_filled, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.reports.registry import filled_by_us
 from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound, left_to_loads, shard_and_fill
@@ -187,7 +187,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
             The tensors that had to get their own init, because no load has brought them, and from which others each
             was computed.
         """
-        make_filled_plain(module)
+        release_filled(module)
         expected = left_to_loads(module)
         if unfilled(module):  # DeepSpeed copies the weights when it is set up: they have to have values
             choose_own_init(module) if is_bound(module) else initialize_missing(module)

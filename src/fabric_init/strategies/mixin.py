@@ -15,7 +15,7 @@ from fabric_init.distributed.agreement import Agreement, agreement_of
 from fabric_init.distributed.io import Io, check_io
 from fabric_init.errors import FabricInitError
 from fabric_init.guard.loads import loading
-from fabric_init.guard.models import make_filled_plain, require
+from fabric_init.guard.models import release_filled, require
 from fabric_init.planning.placement import Placement
 from fabric_init.strategies.fill_in_setup import is_bound, shard_and_fill
 from fabric_init.strategies.init_context import init_context
@@ -83,7 +83,7 @@ class DeferredInitMixin(Strategy):
 
     def setup_module(self, module: nn.Module) -> nn.Module:
         """Take what the user has written into account; shard and fill the model if it waits for that."""
-        make_filled_plain(module)
+        release_filled(module)
         if not is_bound(module):
             return super().setup_module(module)
         before = parameters_by_name(module)

@@ -1,0 +1,1 @@
+"""Checkpoints under other names or in other shapes: renamed, selected, combined and converted."""

@@ -1,4 +1,4 @@
-"""Compute large tensors chunk by chunk, straight into what this rank keeps of them: see ``recording/replay/chunks.py``."""
+"""Compute large tensors chunk by chunk, straight into what this rank keeps: see ``recording/replay/chunks.py``."""
 
 from __future__ import annotations
 

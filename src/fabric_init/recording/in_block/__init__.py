@@ -1,0 +1,1 @@
+"""Write down what a constructor does while a block is open."""

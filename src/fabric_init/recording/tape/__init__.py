@@ -1,0 +1,1 @@
+"""The tape: what is recorded, as plain data, and what can be asked of it without running anything."""

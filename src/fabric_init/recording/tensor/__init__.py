@@ -1,0 +1,1 @@
+"""The recorded tensor: a tensor without memory that knows the tape it is on."""

@@ -9,8 +9,8 @@ hooks or without. Plain meta tensors do not have that property: ``matmul``, ``co
 take a meta operand beside a real one and return memory that nobody has written.
 
 Each has a plain meta tensor beside it, ``_meta``, on the same storage and of the same geometry: meta kernels run on
-that one, and the recording hangs on that storage (see :class:`~fabric_init.recording.tensor.meta_twin.MetaTwin`). When values come,
-the Python object stays, and becomes a plain tensor (:func:`become`), so optimizers and ties hold.
+that one, and the recording is attached to that storage (see ``meta_twin.py``). When values come, the Python object
+stays and becomes a plain tensor (:func:`become`), so optimizers and ties hold.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Read pickles without running code, and with bounded work."""

@@ -1,0 +1,1 @@
+"""Files of ``torch.save``: zip archives and the format from before torch 1.6."""

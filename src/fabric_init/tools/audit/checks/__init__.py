@@ -1,0 +1,1 @@
+"""The findings of an audit, one kind in each file."""

@@ -1,0 +1,1 @@
+"""What ``inspect`` finds in each format without reading values."""
