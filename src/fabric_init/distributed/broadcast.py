@@ -17,10 +17,10 @@ from fabric_init.checkpoints.storage.remote import AnyPath
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.distributed.batches import ALIGNMENT, aligned, batches, chunks
 from fabric_init.distributed.lockstep import Lockstep
+from fabric_init.planning.checks.ties import check_tie
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, Plan
 from fabric_init.planning.rank_loads import Load, loads
-from fabric_init.planning.ties import check_tie
 
 _READ_AT_ONCE = 1 << 20  # bytes; what is larger and freed between tensors that stay leaves holes in the heap
 

@@ -28,11 +28,11 @@ from fabric_init.guard.models import (
     unfilled,
     waits,
 )
+from fabric_init.planning.checks.validation import check_all_have_values
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.plan import Action, Plan, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.planning.tensors import TensorInfo, find_tensors, named_tensors, registered_tensors
-from fabric_init.planning.validation import check_all_have_values
 from fabric_init.recording.replay.replay import view
 from fabric_init.recording.tape.liveness import computed_from, covers, never_written
 from fabric_init.recording.tape.recompute import reads_any, recompute

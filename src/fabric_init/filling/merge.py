@@ -10,12 +10,12 @@ from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.mapping.combined import CombinedReader
 from fabric_init.errors import RecordingError
 from fabric_init.guard.models import release_filled
+from fabric_init.planning.checks.validation import check_all_have_values
 from fabric_init.planning.derived import replaced_since, written_since
 from fabric_init.planning.matching import own_init
 from fabric_init.planning.plan import Action, DerivedFrom, Plan, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.planning.tensors import TensorInfo, survey
-from fabric_init.planning.validation import check_all_have_values
 from fabric_init.recording.tape.liveness import computed_from, covers
 from fabric_init.recording.tape.tape import Tape
 

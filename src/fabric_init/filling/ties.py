@@ -6,10 +6,10 @@ import torch
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.filling.values.loader import loader_for
+from fabric_init.planning.checks.ties import check_tie
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Plan
 from fabric_init.planning.rank_loads import read_as
-from fabric_init.planning.ties import check_tie
 from fabric_init.recording.replay.replay import real_execution
 
 

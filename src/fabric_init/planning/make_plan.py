@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from fabric_init import _log
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError
+from fabric_init.planning.checks.validation import check_all_have_values, parts_loaded, refusal_of
 from fabric_init.planning.matching import match
 from fabric_init.planning.plan import LoadOptions, Plan
 from fabric_init.planning.recorded_load.record import RecordedLoad
 from fabric_init.planning.tensors import TensorInfo
-from fabric_init.planning.validation import check_all_have_values, parts_loaded, refusal_of
 from fabric_init.recording.tape.tape import Tape
 
 _logger = _log.channel("plan")

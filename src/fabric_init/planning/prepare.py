@@ -11,13 +11,13 @@ from torch.nn.parameter import is_lazy
 
 from fabric_init.checkpoints import CheckpointReader, rename_keys
 from fabric_init.errors import CheckpointMismatchError, RecordingError
+from fabric_init.planning.checks.undone_changes import check_nothing_is_undone
 from fabric_init.planning.hints.quantized import quantized_refusal
 from fabric_init.planning.make_plan import make_plan
 from fabric_init.planning.plan import Action, LoadOptions, Plan
 from fabric_init.planning.recorded_load.choice import load_code
 from fabric_init.planning.recorded_load.record import RecordedLoad, record_load
 from fabric_init.planning.tensors import Walk, Walked, plain_name, registered_tensors, survey, walked
-from fabric_init.planning.undone_changes import check_nothing_is_undone
 from fabric_init.recording.tape.tape import Rng, Tape
 from fabric_init.recording.tensor.wrappers import is_sharded, is_wrapper
 

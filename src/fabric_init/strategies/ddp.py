@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fabric_init.distributed.agreement import Agreement
+from fabric_init.distributed.tensor_checksums import tensor_checksum
 from fabric_init.guard.models import release_filled, require, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.reports.registry import filled_by_us
 from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
-from fabric_init.strategies.tensor_checksums import tensor_checksum
 
 
 class DDPStrategy(DeferredInitMixin, lightning_strategies.DDPStrategy):

@@ -22,6 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_init._lightning_internals import get_deepspeed_engines_from_state
+from fabric_init.distributed.tensor_checksums import tensor_checksum
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.init_missing import initialize_missing
 from fabric_init.guard.expected_load import ExpectedLoad
@@ -33,7 +34,6 @@ from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound, left
 from fabric_init.strategies.init_context import init_context
 from fabric_init.strategies.mixin import DeferredInitMixin, modules_in, register_strategy
 from fabric_init.strategies.optimizers import refuse_left_behind
-from fabric_init.strategies.tensor_checksums import tensor_checksum
 from fabric_init.strategies.unwrap import original, register_wrapper
 from fabric_init.strategies.zero3 import (
     ZeroPartitions,

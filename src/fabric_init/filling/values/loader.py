@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader
+from fabric_init.planning.checks.ties import check_tie
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Plan
 from fabric_init.planning.rank_loads import Load, loads, read_as
-from fabric_init.planning.ties import check_tie
 from fabric_init.recording.tape.tape import TensorRef
 
 

@@ -16,7 +16,7 @@ from fabric_init.recording.tape.tape import Tape
 from fabric_init.reports.registry import filled_by_us, report_of
 from fabric_init.reports.write_history import histories
 from fabric_init.tools.audit.checks.never_written import tape_findings
-from fabric_init.tools.audit.probe import examine
+from fabric_init.tools.audit.measure.probe import examine
 from fabric_init.tools.audit.report import AuditReport
 from fabric_init.tools.audit.rows import rows_of
 

@@ -13,7 +13,7 @@ from fabric_init.reports.statistics import Moments
 from fabric_init.reports.trace import Tracer
 from fabric_init.reports.write_history import Event, History
 from fabric_init.tools.audit.findings import AuditRow
-from fabric_init.tools.audit.write_cost import WriteTimer
+from fabric_init.tools.audit.measure.write_cost import WriteTimer
 
 
 class AuditedTensor(NamedTuple):

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from fabric_init._text import dtype_name
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError
+from fabric_init.planning.checks.undone_changes import check_nothing_is_undone
+from fabric_init.planning.checks.validation import refusal_of, without_values
 from fabric_init.planning.hints.lenient import hidden_mistake
 from fabric_init.planning.hints.proposals import likely_fixes, likely_transpose
 from fabric_init.planning.hints.quantized import quantized_message, unscaled
 from fabric_init.planning.matching import Matching
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.tensors import TensorInfo
-from fabric_init.planning.undone_changes import check_nothing_is_undone
-from fabric_init.planning.validation import refusal_of, without_values
 from fabric_init.recording.tape.tape import Tape
 from fabric_init.reports.provenance import describe_rule
 

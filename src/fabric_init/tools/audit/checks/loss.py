@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from fabric_init.tools.audit.findings import AuditRow, Finding, Level
-from fabric_init.tools.audit.first_loss import Outcome
-from fabric_init.tools.audit.std_search import Suspect, Trial, search
+from fabric_init.tools.audit.measure.first_loss import Outcome
+from fabric_init.tools.audit.measure.std_search import Suspect, Trial, search
 
 CHECK = "first-loss"
 _TOO_LOW = 0.5

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from fabric_init.tools.audit.activations import ActivationMoments, Flow
 from fabric_init.tools.audit.findings import Finding, Level
+from fabric_init.tools.audit.measure.activations import ActivationMoments, Flow
 
 _LARGEST = 1e4
 _VANISHED = 1e-6

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fabric_init.tools.audit.activations import ActivationMoments, watched
 from fabric_init.tools.audit.checks.signal import flow_findings
 from fabric_init.tools.audit.findings import Level
+from fabric_init.tools.audit.measure.activations import ActivationMoments, watched
 from tests.tools.audit.networks import Classifier, images_and_labels
 
 

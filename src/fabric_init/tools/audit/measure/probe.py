@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fabric_init.errors import FabricInitError
-from fabric_init.tools.audit.activations import first_floating, watched
 from fabric_init.tools.audit.batch import Call, as_call
 from fabric_init.tools.audit.checks.loss import loss_findings
 from fabric_init.tools.audit.checks.signal import flow_findings
 from fabric_init.tools.audit.dummy_batch import dummy_batch
 from fabric_init.tools.audit.findings import AuditRow, Finding, Layer
-from fabric_init.tools.audit.first_loss import Outcome, outcome_of
+from fabric_init.tools.audit.measure.activations import first_floating, watched
+from fabric_init.tools.audit.measure.first_loss import Outcome, outcome_of
+from fabric_init.tools.audit.measure.std_search import scaled, suspects
+from fabric_init.tools.audit.measure.twin import with_values
 from fabric_init.tools.audit.preserve_state import untouched
-from fabric_init.tools.audit.std_search import scaled, suspects
-from fabric_init.tools.audit.twin import with_values
 
 _SEED = 2
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fabric_init import FabricInitError, deferred_init, materialize
 from fabric_init.tools.audit.findings import Finding, Level
-from fabric_init.tools.audit.probe import examine
+from fabric_init.tools.audit.measure.probe import examine
 from tests.support.recordings import is_recorded
 from tests.tools.audit.networks import Classifier, images_and_labels, t5, t5_config
 

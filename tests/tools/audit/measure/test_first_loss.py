@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fabric_init.tools.audit.batch import Call
-from fabric_init.tools.audit.first_loss import Outcome, outcome_of
+from fabric_init.tools.audit.measure.first_loss import Outcome, outcome_of
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOGITS, LABELS = torch.randn(8, 5, generator=GENERATOR), torch.randint(5, (8,), generator=GENERATOR)

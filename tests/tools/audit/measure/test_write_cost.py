@@ -8,7 +8,7 @@ from torch import nn
 from fabric_init.api import deferred_init
 from fabric_init.recording.tape.tape import Op
 from fabric_init.recording.tensor.recorded_tensor import recorded
-from fabric_init.tools.audit.write_cost import WriteTimer
+from fabric_init.tools.audit.measure.write_cost import WriteTimer
 
 
 def ops_of(weight: torch.Tensor) -> list[Op]:

@@ -1,0 +1,1 @@
+"""Measure a model for an audit: its activations, first loss and the cost of its init."""
