@@ -72,7 +72,7 @@ SLOW = {
     "sharding/test_plain_pytorch.py": "starts ranks",
     "stacks/*": "imports large libraries in ranks, and trains",
     "test_never_empty.py": "every way to leave a tensor without values",
-    "tools/audit/test_probe.py": "audits real architectures",
+    "tools/audit/measure/test_probe.py": "audits real architectures",
     "tools/audit/test_transformers.py": "audits real architectures",
     "tools/inspect/test_formats.py": "writes a checkpoint in every format",
     "trainer/test_on_ranks.py": "starts ranks",

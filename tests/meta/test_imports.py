@@ -165,8 +165,8 @@ def _dotted_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
                 yield node.lineno, f"{full[start]}.{rest}"
 
 
-def circles(package: Path) -> list[list[str]]:
-    """Return the groups of modules that import one another, at import time, later, or for types."""
+def _graph(package: Path) -> dict[str, set[str]]:
+    """Return what each module imports of the package, at import time, later, or for types."""
     names = {path: ".".join(path.relative_to(package).with_suffix("").parts) for path in package.rglob("*.py")}
     modules = {name.removesuffix(".__init__") for name in names.values()}
     graph: dict[str, set[str]] = {}
@@ -175,6 +175,25 @@ def circles(package: Path) -> list[list[str]]:
         graph[name.removesuffix(".__init__")] = {
             found for each in asked for found in (each, each.rpartition(".")[0]) if found in modules
         }
+    return graph
+
+
+def circles(package: Path) -> list[list[str]]:
+    """Return the groups of modules that import one another."""
+    return [sorted(group) for group in _strongly_connected(_graph(package)) if len(group) > 1]
+
+
+def circles_of_folders(package: Path) -> list[list[str]]:
+    """Return the groups that import one another of: the folders inside each room, and the files beside them."""
+
+    def place(module: str) -> str:
+        room, *rest = module.split(".")
+        return f"{room}.{rest[0]}" if rest else room
+
+    graph: dict[str, set[str]] = {}
+    for module, asked in _graph(package).items():
+        graph.setdefault(place(module), set()).update(map(place, asked))
+    graph = {module: {each for each in asked if each != module} for module, asked in graph.items()}
     return [sorted(group) for group in _strongly_connected(graph) if len(group) > 1]
 
 
@@ -240,6 +259,34 @@ def test_that_check_lets_public_names_pass(tmp_path: Path, source: str) -> None:
 
 def test_no_modules_import_one_another_not_even_for_types() -> None:
     assert circles(PACKAGE) == []
+
+
+def test_no_folders_of_a_room_import_one_another() -> None:
+    assert circles_of_folders(PACKAGE) == []
+
+
+def test_that_check_sees_circles_of_folders(tmp_path: Path) -> None:
+    sources = {
+        "a/one/x.py": "from fabric_init.a.two.y import Y",
+        "a/two/y.py": "from fabric_init.a.two.z import Z",
+        "a/two/z.py": "from fabric_init.a.one import w",
+        "a/one/w.py": "",
+        "a/top.py": "from fabric_init.a.one.x import X",
+    }
+    for name, source in sources.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(source)
+    assert circles(tmp_path) == []
+    assert circles_of_folders(tmp_path) == [["a.one", "a.two"]]
+
+
+def test_no_folder_has_more_than_a_dozen_files() -> None:
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    counts = {
+        folder.relative_to(PACKAGE).as_posix(): sum(path.name != "__init__.py" for path in folder.glob("*.py"))
+        for folder in folders
+    }
+    assert {folder: count for folder, count in counts.items() if count > 12} == {}
 
 
 def test_that_check_sees_circles_of_types_and_of_later_imports(tmp_path: Path) -> None:
