@@ -46,7 +46,7 @@ SLOW = {
     "checkpoints/formats/test_hostile_dcp.py": "thousands of damaged files",
     "checkpoints/formats/test_dcp.py": "saves with ranks",
     "checkpoints/formats/test_deepspeed.py": "saves with DeepSpeed",
-    "checkpoints/storage/test_hub.py": "forks a process without a network for each test",
+    "checkpoints/test_hub.py": "forks a process without a network for each test",
     "checkpoints/test_every_format.py": "writes a checkpoint in every format",
     "checkpoints_hf/*": "builds and saves models of transformers, and starts ranks",
     "cli/test_audit.py": "starts the command line anew for each test",

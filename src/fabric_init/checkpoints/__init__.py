@@ -13,10 +13,10 @@ from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
 from fabric_init.checkpoints.formats.sharded import ShardedReader
 from fabric_init.checkpoints.formats.torch_save.reader import TorchFileReader
 from fabric_init.checkpoints.mapping.convert import Conversion, ConversionResult, Fuse, Split, Stack, Transpose, Unstack
-from fabric_init.checkpoints.mapping.dequantize import Dequantize
 from fabric_init.checkpoints.mapping.rename import rename_keys
 from fabric_init.checkpoints.mapping.select import Layers, Part
 from fabric_init.checkpoints.open import open_checkpoint
+from fabric_init.checkpoints.quantized.dequantize import Dequantize
 from fabric_init.checkpoints.reader import BaseReader, CheckpointReader, TensorSpec
 from fabric_init.checkpoints.region import Box, Region, Span, take
 from fabric_init.checkpoints.registry import Candidate, register_reader, unregister_reader

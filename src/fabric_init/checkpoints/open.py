@@ -16,9 +16,9 @@ from fabric_init.checkpoints.formats.gguf.reader import GGUFReader, chosen_of
 from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
 from fabric_init.checkpoints.formats.sharded import ShardedReader
 from fabric_init.checkpoints.formats.torch_save.reader import TorchFileReader
+from fabric_init.checkpoints.hub import fetch, is_cache_folder, is_model_id, snapshot_in
 from fabric_init.checkpoints.reader import CheckpointReader
 from fabric_init.checkpoints.registry import Candidate, Format, Way, registered_formats
-from fabric_init.checkpoints.storage import hub
 from fabric_init.checkpoints.storage.checksums import Manifest
 from fabric_init.checkpoints.storage.remote import RemotePath
 from fabric_init.errors import CheckpointError, CheckpointFormatError, CheckpointNotFoundError, is_out_of_memory
@@ -106,7 +106,7 @@ def find_format(candidate: Candidate) -> tuple[Format, Candidate]:
 
 
 def _fetched(candidate: Candidate) -> Candidate:
-    folder = hub.fetch(candidate.asked, _chosen)
+    folder = fetch(candidate.asked, _chosen)
     return candidate.at(folder, f"{candidate.asked} at commit {folder.name}")
 
 
@@ -116,7 +116,7 @@ def _refuse_missing(candidate: Candidate) -> CheckpointReader:
 
 
 def _cached(candidate: Candidate) -> Candidate:
-    return candidate.at(hub.snapshot_in(Path(candidate.asked)))
+    return candidate.at(snapshot_in(Path(candidate.asked)))
 
 
 def _inside(candidate: Candidate) -> Candidate:
@@ -205,9 +205,9 @@ TORCH = Format("torch", lambda it: it.head.startswith((b"PK\x03\x04", b"\x80")),
 
 # In the order of preference. The last entry recognizes everything, and refuses it.
 _KNOWN: Sequence[Format | Way] = (
-    Way("model id", lambda it: not it.is_url and hub.is_model_id(it.asked), _fetched),
+    Way("model id", lambda it: not it.is_url and is_model_id(it.asked), _fetched),
     Format("nothing", lambda it: not it.path.exists(), _refuse_missing),
-    Way("Hugging Face cache", lambda it: isinstance(it.path, Path) and hub.is_cache_folder(it.path), _cached),
+    Way("Hugging Face cache", lambda it: isinstance(it.path, Path) and is_cache_folder(it.path), _cached),
     Way("folder of safetensors", lambda it: _safetensors_in(it.asked, it.names) is not None, _inside),
     # Before looking for torch files: Lightning puts a meta.pt beside it, with everything but the weights.
     DCP,
