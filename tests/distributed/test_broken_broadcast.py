@@ -77,7 +77,7 @@ def test_a_file_that_is_cut_off_while_it_is_read(strategy: str, tmp_path: Path) 
     assert found[0][0] == "CheckpointFormatError"
     for kind, message, seconds in found[1:]:
         assert kind == "FabricInitError"
-        assert f"failed on rank 0, so no rank goes on. Rank 0: CheckpointFormatError: {path} changed" in message
+        assert f"failed on rank 0, so all ranks stop. Rank 0: CheckpointFormatError: {path} changed" in message
         assert seconds < SECONDS
 
 
@@ -134,7 +134,7 @@ def test_a_rank_that_fails_in_the_middle_for_a_reason_of_its_own(strategy: str, 
     for other in set(range(4)) - {rank}:
         kind, message, seconds = found[other]
         assert kind == "FabricInitError"
-        assert f"failed on rank {rank}, so no rank goes on. Rank {rank}: MemoryError: no room for more" in message
+        assert f"failed on rank {rank}, so all ranks stop. Rank {rank}: MemoryError: no room for more" in message
         assert seconds < SECONDS
 
 
@@ -188,5 +188,5 @@ def _all_others_name(rank: int, outcomes: list[Outcome]) -> None:
             assert not outcome.error, outcome.error + outcome.output
             kind, message, seconds = outcome.value
             assert kind == RanksLostError.__name__
-            assert f"rank {rank} is gone, so no rank goes on" in message
+            assert f"rank {rank} is gone, so all ranks stop" in message
             assert seconds < SECONDS

@@ -58,7 +58,7 @@ def fail_and_go_on(strategy: str, io: Any, path: Path, cases: list[tuple[str, li
         if rank in ranks:
             caught = pytest.raises(kind)
         else:
-            caught = pytest.raises(FabricInitError, match=f"failed on rank {ranks[0]}, so no rank goes on(.|\n)*{text}")
+            caught = pytest.raises(FabricInitError, match=f"failed on rank {ranks[0]}, so all ranks stop(.|\n)*{text}")
         start = time.monotonic()
         with caught:
             with fabric.init_module(checkpoint=path):

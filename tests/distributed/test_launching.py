@@ -105,7 +105,7 @@ def test_a_rank_that_fails_ends_the_others(launcher: str, checkpoint: Path, tmp_
     assert done.code != 0
     assert not done.left
     assert "LookupError: the user's own mistake" in done.output
-    assert "building the model failed on rank 1, so no rank goes on" in done.output
+    assert "building the model failed on rank 1, so all ranks stop" in done.output
 
 
 # -- two machines ------------------------------------------------------------------------------------------------------

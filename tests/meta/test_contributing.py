@@ -13,12 +13,12 @@ from tests.meta.test_imports import LAYERS
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 ARCHITECTURE = (ROOT / "docs/contributing/architecture.md").read_text(encoding="utf-8")
-ROOMS = sorted(path.parent.name for path in ROOT.glob("src/fabric_init/*/__init__.py"))
+PACKAGES = sorted(path.parent.name for path in ROOT.glob("src/fabric_init/*/__init__.py"))
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_every_room_has_quick_tests(room: str) -> None:
-    files = [path.relative_to(TESTS).as_posix() for path in TESTS.glob(f"{room}/**/test_*.py")]
+@pytest.mark.parametrize("name", PACKAGES)
+def test_every_subpackage_has_quick_tests(name: str) -> None:
+    files = [path.relative_to(TESTS).as_posix() for path in TESTS.glob(f"{name}/**/test_*.py")]
     assert any(map(is_quick, files))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "src" / "fabric_init"
 
-# The rooms from the bottom to the top: each may import those in the lines above its own, and itself.
+# The subpackages from the bottom to the top: each may import those in the lines above its own, and itself.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_dtensor_internals", "_gc", "_interrupts", "_lightning_internals", "_log", "_text", "_torch_internals"),
     ("recording", "checkpoints"),
@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__main__", "__init__"),
 )
 ALLOWED = {
-    room: {below for line in LAYERS[:level] for below in line} for level, line in enumerate(LAYERS) for room in line
+    name: {below for line in LAYERS[:level] for below in line} for level, line in enumerate(LAYERS) for name in line
 }
 ALLOWED["__main__"] = {"cli"}
 ALLOWED["cli"].add("__init__")
@@ -184,11 +184,11 @@ def circles(package: Path) -> list[list[str]]:
 
 
 def circles_of_folders(package: Path) -> list[list[str]]:
-    """Return the groups that import one another of: the folders inside each room, and the files beside them."""
+    """Return the groups that import one another of: the folders inside each subpackage, and the files beside them."""
 
     def place(module: str) -> str:
-        room, *rest = module.split(".")
-        return f"{room}.{rest[0]}" if rest else room
+        name, *rest = module.split(".")
+        return f"{name}.{rest[0]}" if rest else name
 
     graph: dict[str, set[str]] = {}
     for module, asked in _graph(package).items():
@@ -261,7 +261,7 @@ def test_no_modules_import_one_another_not_even_for_types() -> None:
     assert circles(PACKAGE) == []
 
 
-def test_no_folders_of_a_room_import_one_another() -> None:
+def test_no_folders_of_a_subpackage_import_one_another() -> None:
     assert circles_of_folders(PACKAGE) == []
 
 

@@ -109,7 +109,7 @@ class RankGroup:
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
-        self._room = _room_of(process_group)
+        self._state = _state_of(process_group)
 
     def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], Compared] | None = None) -> _T:
         with self.telling(what):
@@ -129,24 +129,24 @@ class RankGroup:
             return error
         theirs = self.from_rank_zero(lines)
         names = self.from_all([name for name in {**theirs, **lines} if theirs.get(name) != lines.get(name)][:5])
-        self._room.all_know = True
+        self._state.all_know = True
         which = ", ".join(names[:5]) or "the order of the tensors"
         return RanksDisagreeError(f"{error}. They differ in {which}{' …' if len(names) > 5 else ''}")
 
     @contextmanager
     def telling(self, what: str) -> Iterator[None]:
-        room = self._room
-        if not room.depth:
-            room.all_know = False
-        room.depth += 1
+        state = self._state
+        if not state.depth:
+            state.all_know = False
+        state.depth += 1
         try:
             yield
         except BaseException as error:  # whatever it is, the other ranks must not wait for this one
-            if not room.all_know:
-                _tell(room, what, error)
+            if not state.all_know:
+                _tell(state, what, error)
             raise
         finally:
-            room.depth -= 1
+            state.depth -= 1
 
     def meet(self, word: Word) -> int:
         """Return the number of a meeting that all ranks have come to with the same ``word``, but for its value.
@@ -156,14 +156,14 @@ class RankGroup:
             RanksDisagreeError: They have come to different steps, or their digests differ.
             RanksLostError: A rank is gone, or does not come in time.
         """
-        room, rank = self._room, dist.get_rank()
+        state, rank = self._state, dist.get_rank()
         with self.telling(word.step):
-            number = room.number
-            verdict = _on_board(room, word.step, attend(number, rank, len(room.ranks), word))
-            room.number = number + 1
-            room.all_know = verdict != AGREED
+            number = state.number
+            verdict = _on_board(state, word.step, attend(number, rank, len(state.ranks), word))
+            state.number = number + 1
+            state.all_know = verdict != AGREED
             if verdict != AGREED:
-                _keep_until_heard(room, number, _PATIENCE_AFTER_VERDICT)
+                _keep_until_heard(state, number, _PATIENCE_AFTER_VERDICT)
                 raise _ERRORS[verdict.kind](verdict.text)
             return number
 
@@ -172,11 +172,11 @@ class RankGroup:
         return len(set(outcomes)) == 1 and digest is not None
 
     def from_rank_zero(self, value: Any) -> Any:
-        room = self._room
-        first = room.ranks[0]
+        state = self._state
+        first = state.ranks[0]
         with self.telling(_ASKING):
             number = self.meet(Word(_ASKING, value=value if dist.get_rank() == first else None))
-            return value if dist.get_rank() == first else room.board.word(number, first).value
+            return value if dist.get_rank() == first else state.board.word(number, first).value
 
     def from_all(self, names: Sequence[str]) -> list[str]:
         everyone = self._values(Word("collecting the uninitialized tensors", value=list(names)))
@@ -184,7 +184,7 @@ class RankGroup:
 
     def _values(self, word: Word) -> list[Any]:
         with self.telling(word.step):
-            return [word.value for word in self._room.board.words(self.meet(word)).values()]
+            return [word.value for word in self._state.board.words(self.meet(word)).values()]
 
 
 def digest_of(lines: Mapping[str, str]) -> str:
@@ -214,7 +214,7 @@ _PATIENCE_AFTER_INTERRUPT = 5.0
 """The same after Ctrl-C or ``SystemExit``, which usually reaches all ranks."""
 
 
-class _Room:
+class _GroupState:
     """Where the ranks of one process group meet, as this rank sees it.
 
     Attributes:
@@ -232,64 +232,64 @@ class _Room:
         self.all_know = False
 
 
-_rooms: dict[str, _Room] = {}
+_states: dict[str, _GroupState] = {}
 """By name of the group."""
 
 
-def _room_of(process_group: dist.ProcessGroup | None) -> _Room:
+def _state_of(process_group: dist.ProcessGroup | None) -> _GroupState:
     group = process_group or dist.group.WORLD
     assert group is not None
     store = get_default_store()
-    room = _rooms.get(group.group_name)
-    if room is None or room.store is not store:  # another one: the ranks have formed their groups anew
-        room = _rooms[group.group_name] = _Room(store, group)
+    state = _states.get(group.group_name)
+    if state is None or state.store is not store:  # another one: the ranks have formed their groups anew
+        state = _states[group.group_name] = _GroupState(store, group)
         with suppress(RuntimeError):
-            room.board.announce()
-    return room
+            state.board.announce()
+    return state
 
 
-def _on_board(room: _Room, what: str, steps: Generator[Request, Any, _T]) -> _T:
-    """Take the ``steps`` on the board of a room, and return what they end with."""
+def _on_board(state: _GroupState, what: str, steps: Generator[Request, Any, _T]) -> _T:
+    """Take the ``steps`` on the board of a state, and return what they end with."""
     try:
         with interrupts_held() as deliver:
             answer = None
             while True:
                 method, arguments = steps.send(answer)
-                answer = getattr(room.board, method)(*arguments)
+                answer = getattr(state.board, method)(*arguments)
                 if method == "verdict" and answer is None:
                     deliver()
     except StopIteration as done:
         result: _T = done.value
         return result
     except RuntimeError as error:
-        room.all_know = True  # or never will
+        state.all_know = True  # or never will
         raise RanksLostError(
-            f"{what}: rank 0 is gone, or the process that keeps torch's store, so no rank goes on. The output of what "
+            f"{what}: rank 0 is gone, or the process that keeps torch's store, so all ranks stop. The output of what "
             f"died says why. ({error})"
         ) from error
 
 
-def _tell(room: _Room, what: str, error: BaseException) -> None:
+def _tell(state: _GroupState, what: str, error: BaseException) -> None:
     """Let the other ranks hear of the error of this one."""
     if isinstance(error, GeneratorExit) and error.__context__ is not None:
         error = error.__context__  # whoever closes a generator does so because of that
     text = f"{type(error).__name__}: {error}".rstrip(": ")
     rank = dist.get_rank()
-    verdict = Verdict("failed", f"{what} failed on rank {rank}, so no rank goes on. Rank {rank}: {text}")
+    verdict = Verdict("failed", f"{what} failed on rank {rank}, so all ranks stop. Rank {rank}: {text}")
     with suppress(RanksLostError):  # this rank's own error is what matters
-        room.number = _on_board(room, what, fail(room.number, verdict))
-        room.all_know = True
+        state.number = _on_board(state, what, fail(state.number, verdict))
+        state.all_know = True
         patience = _PATIENCE if isinstance(error, Exception) else _PATIENCE_AFTER_INTERRUPT
-        _keep_until_heard(room, room.number - 1, patience)
+        _keep_until_heard(state, state.number - 1, patience)
 
 
-def _keep_until_heard(room: _Room, number: int, patience: float) -> None:
+def _keep_until_heard(state: _GroupState, number: int, patience: float) -> None:
     """Say that this rank knows the verdict; where the store ends with this process, wait for the others to know it."""
     end = time.monotonic() + patience
     with suppress(RuntimeError):
-        heard = room.board.hear(number)
+        heard = state.board.hear(number)
         if dist.get_rank() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return
-        while heard < len(room.ranks) and time.monotonic() < end:
+        while heard < len(state.ranks) and time.monotonic() < end:
             time.sleep(0.02)
-            heard = room.board.hear(number, 0)
+            heard = state.board.hear(number, 0)

@@ -38,7 +38,7 @@ class Word(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What all ranks make of a meeting: ``agreed``, or how no rank goes on, and why."""
+    """What all ranks make of a meeting: ``agreed``, or how all ranks stop, and why."""
 
     kind: Literal["agreed", "failed", "parted", "lost"]
     text: str = ""
@@ -71,7 +71,7 @@ class Board(Protocol):
         ...
 
     def hopeless(self, number: int, step: str) -> str:
-        """Return why waiting longer would be in vain; the empty text as long as it would not."""
+        """Return why waiting longer is useless; the empty text as long as it is not."""
         ...
 
 
@@ -124,15 +124,15 @@ def judged(words: Mapping[int, Word]) -> Verdict:
     if lost:
         reasons = "; ".join(dict.fromkeys(word.lost for word in lost))
         return Verdict(
-            "lost", f"{lost[0].step}: the ranks lost touch with one another, so no rank goes on. ({reasons})"
+            "lost", f"{lost[0].step}: the ranks lost touch with one another, so all ranks stop. ({reasons})"
         )
     if len({word.step for word in words.values()}) > 1:
         steps = _listed(words, [word.step for word in words.values()])
-        return Verdict("parted", f"the ranks do not do the same, so no rank goes on. They have come to: {steps}")
+        return Verdict("parted", f"the ranks do not do the same, so all ranks stop. They have come to: {steps}")
     digests = [word.digest for word in words.values()]
     if len(set(digests)) > 1:
         step = next(iter(words.values())).step
-        return Verdict("parted", f"{step} is not the same on every rank, so no rank goes on. {_listed(words, digests)}")
+        return Verdict("parted", f"{step} is not the same on every rank, so all ranks stop. {_listed(words, digests)}")
     return AGREED
 
 

@@ -82,12 +82,12 @@ class StoreBoard:
         if waited < _SECONDS_UNTIL_WATCHED:
             return ""
         if self._watch():
-            return f"{step}: rank {self._next_rank} is gone, so no rank goes on. The output of what died says why."
+            return f"{step}: rank {self._next_rank} is gone, so all ranks stop. The output of what died says why."
         if waited < self._timeout:
             return ""
         missing = [rank for rank in self._ranks if not self._store.check([self._key(number, rank)])]
         return (
-            f"{step}: rank {', '.join(map(str, missing))} did not come within {waited:.0f} s, so no rank goes on. "
+            f"{step}: rank {', '.join(map(str, missing))} did not come within {waited:.0f} s, so all ranks stop. "
             "If it is only slow, give the process group more time: timeout= of the strategy or of init_process_group."
         )
 

@@ -16,7 +16,7 @@ from fabric_init.filling.monitoring.log import with_log
 from fabric_init.filling.monitoring.out_of_memory import out_of_memory_explained
 from fabric_init.filling.monitoring.progress import with_progress
 from fabric_init.filling.monitoring.verify import is_wanted, verify
-from fabric_init.filling.values.values import has_room_of_its_own, values_of
+from fabric_init.filling.values.values import has_own_memory, values_of
 from fabric_init.planning.derived import loaded_storages
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, DerivedFrom, Plan
@@ -83,7 +83,7 @@ def _keep_apart(plan: Plan, values: dict[int, Tensor]) -> None:
     end, behind = 0, None
     for start, position in sorted(loaded):
         value, entry = values[position], plan.entries[position]
-        storage = None if entry.slot.ref is None or has_room_of_its_own(entry) else entry.slot.ref.storage
+        storage = None if entry.slot.ref is None or has_own_memory(entry) else entry.slot.ref.storage
         if start < end and (storage is None or storage != behind):
             values[position] = value.clone()
         elif start + value.nbytes > end:

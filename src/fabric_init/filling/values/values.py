@@ -36,7 +36,7 @@ def values_of(
     to_replay = {
         storage: positions
         for storage, group in storage_groups(entries).items()
-        if (positions := [position for position in group if not has_room_of_its_own(entries[position])])
+        if (positions := [position for position in group if not has_own_memory(entries[position])])
         if not _is_loaded_whole(entries, positions, tapes[storage])
         if not any(entries[position].action is Action.WAIT or entries[position].on_use for position in positions)
     }
@@ -120,7 +120,7 @@ def _kept(memory: torch.UntypedStorage, entry: PlanEntry, placement: Placement) 
     return value if region is None else take(value, region).clone()
 
 
-def has_room_of_its_own(entry: PlanEntry) -> bool:
+def has_own_memory(entry: PlanEntry) -> bool:
     """Whether a tensor that was recorded as expanded is loaded: its elements may differ in the file."""
     return entry.action is Action.LOAD and entry.slot.ref is not None and entry.slot.ref.expanded
 

@@ -17,7 +17,7 @@ from fabric_init.recording.tape.tape import Tape
 
 
 def refusal_of(matching: Matching, reader: CheckpointReader) -> str | None:
-    """Return why a checkpoint is refused, with what would mend it; ``None`` if it is not.
+    """Return why a checkpoint is refused, with what would fix it; ``None`` if it is not.
 
     Whether every tensor gets a value is checked apart.
     """

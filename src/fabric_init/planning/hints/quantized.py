@@ -90,12 +90,12 @@ def unknown_scheme(matching: Matching, reader: CheckpointReader) -> str | None:
 
 def _message(found: list[Quantized], declared: Dequantize | None, reader: CheckpointReader) -> str:
     kinds = ", ".join(dict.fromkeys(dtype_name(pair.dtype) for pair in found))
-    mend = f"Likely: convert=[{declared}] makes them plain weights when they are read. Otherwise:\n" if declared else ""
+    fix = f"Likely: convert=[{declared}] makes them plain weights when they are read. Otherwise:\n" if declared else ""
     return (
         f"{reader.path} is quantized: {len(found)} of its weights are {kinds}, and mean something only with the scales "
         "beside them, which the model does not take. Without them the values would be wrong, so neither strict=False "
         "nor a rename that drops the scales loads them.\n"
-        f"{mend}"
+        f"{fix}"
         "Dequantize the file once: load it with the library that wrote it (from_pretrained, with dequantize=True in "
         "its quantization_config where there is one, or model.dequantize()), save that, and load it here.\n"
         + listed([f"{pair.weight} ({dtype_name(pair.dtype)}), scaled by {pair.scale}" for pair in found])
