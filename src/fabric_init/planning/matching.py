@@ -68,15 +68,7 @@ def match(
         CheckpointMismatchError: ``rename`` gives two keys the same name, or selects a part that is not there.
         OptionError: ``rename`` is invalid, or ``reinit`` matches no tensor, or one of several that are tied.
     """
-    keys: Mapping[str, str] = {}
-    if reader is not None:
-        keys = rename_keys((*reader.keys(), *reader.extra_state), options.rename) if load is None else load.names
-    key_of = {name: key for key, name in keys.items()}
-    if load is not None:  # what load code has loaded under which name, and what it misses, is as it says
-        keys = {key: name for key, name in keys.items() if key not in load.key_of.values()} | {
-            key: name for name, key in load.key_of.items()
-        }
-        key_of = {name: key for name, key in key_of.items() if name.endswith(EXTRA_STATE)} | dict(load.key_of)
+    keys, key_of = _names(reader, options, load)
     _check_reinit(slots, options.reinit)
 
     entries: list[PlanEntry] = []
@@ -106,15 +98,7 @@ def match(
         if reader is not None and slot.saved and not fresh and lacks:
             missing.append(slot)
         entries.append(PlanEntry(slot, own_init(slot, tapes)))
-    missing_extras = []
-    if load is not None:
-        taken.update(
-            key for key, name in keys.items() if name.endswith(EXTRA_STATE) and name not in load.outcome.unexpected
-        )
-        missing_extras = sorted(name for name in load.outcome.missing or () if name.endswith(EXTRA_STATE))
-    unexpected = [key for key in keys if key not in taken]
-    if load is not None:
-        unexpected = [key for key in unexpected if keys[key] in load.outcome.unexpected]
+    unexpected, missing_extras = _left_over(keys, taken, load)
 
     def again(conversions: Sequence[Conversion | Dequantize], changed: LoadOptions) -> Matching:
         assert reader is not None
@@ -128,12 +112,39 @@ def match(
         taken=frozenset(taken),
         loadable=loadable,
         missing=tuple(missing),
-        unexpected=tuple(unexpected),
+        unexpected=unexpected,
         misfits=tuple(misfits),
-        missing_extras=tuple(missing_extras),
+        missing_extras=missing_extras,
         options=options,
         again=again,
     )
+
+
+def _names(
+    reader: CheckpointReader | None, options: LoadOptions, load: RecordedLoad | None
+) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """Return the tensor name for each checkpoint key, and the key for each name; load code decides for itself."""
+    if reader is None:
+        return {}, {}
+    if load is None:
+        keys = rename_keys((*reader.keys(), *reader.extra_state), options.rename)
+        return keys, {name: key for key, name in keys.items()}
+    loaded = set(load.key_of.values())
+    others = {key: name for key, name in load.names.items() if key not in loaded}
+    extra_state = {name: key for key, name in load.names.items() if name.endswith(EXTRA_STATE)}
+    return others | {key: name for name, key in load.key_of.items()}, extra_state | dict(load.key_of)
+
+
+def _left_over(
+    keys: Mapping[str, str], taken: set[str], load: RecordedLoad | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the keys that nothing takes, and the names of extra state that load code misses."""
+    if load is None:
+        return tuple(key for key in keys if key not in taken), ()
+    unexpected = load.outcome.unexpected
+    taken.update(key for key, name in keys.items() if name.endswith(EXTRA_STATE) and name not in unexpected)
+    missing = sorted(name for name in load.outcome.missing or () if name.endswith(EXTRA_STATE))
+    return tuple(key for key in keys if key not in taken and keys[key] in unexpected), tuple(missing)
 
 
 def own_init(slot: TensorInfo, tapes: Mapping[int, Tape]) -> Action:
