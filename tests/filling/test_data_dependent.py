@@ -16,7 +16,7 @@ from fabric_init.recording.tape.tape import Rng
 from tests.support.ranks import run_ranks
 from tests.support.zoo import launch, weights
 
-MEND = "build the model in one init_module block, and change it in another"
+FIX = "build the model in one init_module block, and change it in another"
 
 
 class Model(nn.Module):
@@ -88,7 +88,7 @@ DECIDES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("name", DECIDES)
 def test_what_would_be_seen_otherwise_is_an_error(name: str, file: Path) -> None:
-    with pytest.raises(CheckpointMismatchError, match=MEND) as refused:
+    with pytest.raises(CheckpointMismatchError, match=FIX) as refused:
         load(DECIDES[name], file)
     assert "computed from layer.weight" in str(refused.value)
     assert "test_looked_at.py:" in str(refused.value)
@@ -183,7 +183,7 @@ def test_what_is_computed_of_the_checkpoint_may_fail(file: Path) -> None:
         at = (model.layer.weight.detach()[0] * 10).long().abs().clamp(max=200)
         return torch.arange(50)[at].sum().item()
 
-    with pytest.raises(CheckpointMismatchError, match=MEND):
+    with pytest.raises(CheckpointMismatchError, match=FIX):
         load(picks, file)
 
 
@@ -208,7 +208,7 @@ STRATEGIES = ["ddp", "fsdp", "fsdp2", "deepspeed_stage_3"]
 def test_all_ranks_refuse(strategy: str, tmp_path: Path) -> None:
     file_of(tmp_path)
     for found in run_ranks(2, on_this_rank, strategy=strategy, folder=tmp_path):
-        assert all(MEND in text for text in found), found
+        assert all(FIX in text for text in found), found
 
 
 def loads_on_this_rank(strategy: str, file: Path) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fabric_init import CheckpointMismatchError, deferred_init, materialize
 
-MEND = "build the model in one init_module block, and change it in another"
+FIX = "build the model in one init_module block, and change it in another"
 
 
 def truncated(weight: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ IN_BFLOAT16 = [(change, torch.bfloat16) for change in (assign, copy_into, put_an
 def test_a_change_by_linear_algebra_is_not_undone(
     change: Callable[[nn.Linear], None], dtype: torch.dtype, file: Path
 ) -> None:
-    with pytest.raises(CheckpointMismatchError, match=MEND) as refused:
+    with pytest.raises(CheckpointMismatchError, match=FIX) as refused:
         load(lambda: nn.Sequential(Adapter(nn.Linear(4, 4, dtype=dtype), change)), file, strict=False)
     assert "1 tensors (0.base.weight first)" in str(refused.value)
 
@@ -88,7 +88,7 @@ def test_a_change_of_a_layer_that_inherits_from_linear_is_not_undone(tmp_path: P
             assign(self)
 
     torch.save({f"0.{name}": value for name, value in nn.Linear(4, 4).state_dict().items()}, tmp_path / "m.pt")
-    with pytest.raises(CheckpointMismatchError, match=MEND):
+    with pytest.raises(CheckpointMismatchError, match=FIX):
         load(lambda: nn.Sequential(Low()), tmp_path / "m.pt", strict=False)
 
 
@@ -103,7 +103,7 @@ def test_what_is_taken_out_of_a_weight_before_it_is_rounded_is_not_computed_from
             self.up.data, self.down.weight.data = left[:, :2] * values[:2], right[:2]
             self.base.weight.data = rounded
 
-    with pytest.raises(CheckpointMismatchError, match=MEND):
+    with pytest.raises(CheckpointMismatchError, match=FIX):
         load(lambda: nn.Sequential(Rounded()), file, strict=False)
 
 

@@ -11,7 +11,7 @@ import torch
 from fabric_init.recording.tape.op_schemas import INIT_FUNCTIONS
 from fabric_init.recording.tape.tape import CallSite
 
-_OWN = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # recording/
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _MODULES = os.path.join(_TORCH, "nn", "modules", "")
 _STDLIB = os.path.dirname(os.path.abspath(os.__file__)) + os.sep
