@@ -16,17 +16,17 @@ from fabric_init._gc import PausedCollector
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.distributed.agreement import Agreement, agreement_of
-from fabric_init.distributed.io import open_on_all_ranks
+from fabric_init.distributed.who_reads import open_on_all_ranks
 from fabric_init.errors import RecordingError
 from fabric_init.filling.execute import fill_model
 from fabric_init.filling.incremental import filled_by_module
 from fabric_init.filling.init_missing import initialize_missing, initialize_possible
 from fabric_init.guard.loads import watch_loads
-from fabric_init.guard.models import hold, release_filled
+from fabric_init.guard.models import guard_model, release_filled
+from fabric_init.planning.checkpoint_source import CheckpointSource
 from fabric_init.planning.options import load_options
 from fabric_init.planning.placement import WholeTensors
 from fabric_init.planning.recorded_load.converted import Convert
-from fabric_init.planning.source import Source
 from fabric_init.planning.tensors import Walk
 from fabric_init.recording.in_block.built_modules import BuiltModules, refuse_scripted
 from fabric_init.recording.mode import active, recorded_build
@@ -104,7 +104,7 @@ def materialize(
             ``deepspeed.initialize`` afterwards. If this fails after partitioning, the model cannot be used any more.
 
     Returns:
-        A report with a row for each tensor, which holds its status and where its value came from. Later,
+        A report with a row for each tensor, which holds its status and where its value came from. AfterBlock,
         :func:`~fabric_init.init_report` returns it too.
 
     Raises:
@@ -190,7 +190,7 @@ def param_init_fn(
         yield stack.enter_context(filled_by_module(model, _opened(source, agreement), options, agreement))
 
 
-def _opened(source: Source | None, agreement: Agreement) -> CheckpointReader | None:
+def _opened(source: CheckpointSource | None, agreement: Agreement) -> CheckpointReader | None:
     """Return the reader of a declared checkpoint, of which each rank reads what it keeps; ``None`` if there is none."""
     if source is None:
         return None
@@ -246,11 +246,13 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
 def _hold_recorded(models: list[nn.Module], shards: ShardsInBlock, tape: Tape, start: int) -> list[Walk]:
     """Let ``models`` wait for values, and again what a block since ``start`` has written of models of earlier ones."""
     walks = [Walk(model) for model in models]
-    earlier = [model for owners in tape.later.owners if (model := owners.model()) is not None and model not in models]
-    tape.later.waiting.begin_again(start)
+    earlier = [
+        model for owners in tape.after_block.owners if (model := owners.model()) is not None and model not in models
+    ]
+    tape.after_block.waiting.begin_again(start)
     with shards.handed_over(walks, earlier) as held:
         for model in held:
-            hold(model, "fabric_init.materialize(model) gives it memory and values: call that first.")
+            guard_model(model, "fabric_init.materialize(model) gives it memory and values: call that first.")
             watch_loads(model, initialize_possible)
     return walks
 

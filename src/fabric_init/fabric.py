@@ -20,7 +20,7 @@ from fabric_init._lightning_internals import FabricModule, FabricOptimizer, Plug
 from fabric_init._text import counted
 from fabric_init.api import init_missing, init_report
 from fabric_init.checkpoints.mapping.rename import Rename
-from fabric_init.distributed.io import Io, check_io
+from fabric_init.distributed.who_reads import Io, check_io
 from fabric_init.errors import OptionError, RecordingError
 from fabric_init.guard.models import fix_of, unfilled
 from fabric_init.planning.options import load_options

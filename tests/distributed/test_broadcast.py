@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fabric_init.checkpoints import Box, Region, Span, open_checkpoint
-from fabric_init.distributed import io
+from fabric_init.distributed import who_reads as io
 from fabric_init.distributed.agreement import RankGroup
 from fabric_init.distributed.broadcast import BroadcastReader
-from fabric_init.distributed.io import open_on_all_ranks
-from fabric_init.planning.source import Source
+from fabric_init.distributed.who_reads import open_on_all_ranks
+from fabric_init.planning.checkpoint_source import CheckpointSource
 from tests.support.ranks import run_ranks, run_ranks_each
 from tests.support.watched import watched
 from tests.support.zoo import NAMES, STRATEGIES, assert_same, build, launch, one_device, ties, weights, write_checkpoint
@@ -177,7 +177,7 @@ def how_it_is_opened(path: Path) -> list[str]:
     io.file_system_of = lambda path: "nfs4" if network else "ext4"
     agreement = RankGroup()
     return [
-        type(open_on_all_ranks(Source(path), "auto", whole=whole, machines=2, agreement=agreement)).__name__
+        type(open_on_all_ranks(CheckpointSource(path), "auto", whole=whole, machines=2, agreement=agreement)).__name__
         for whole in (True, False)
     ]
 

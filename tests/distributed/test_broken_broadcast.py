@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from fabric_init import CheckpointMismatchError, FabricInitError, RanksDisagreeError, RanksLostError
 from fabric_init.distributed import broadcast
-from fabric_init.distributed import io as distributed_io
+from fabric_init.distributed import who_reads as distributed_io
 from tests.support.ranks import Outcome, run_ranks, try_ranks
 from tests.support.watched import watched
 from tests.support.zoo import STRATEGIES, build, launch, write_checkpoint

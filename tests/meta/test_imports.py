@@ -327,7 +327,7 @@ def test_the_check_sees_every_kind_of_wrong_import(tmp_path: Path) -> None:
         "__init__.py": "from fabric_init.fabric import Fabric",
         "_gc.py": "",
         "_lightning_internals.py": "import lightning.fabric.wrappers",
-        "recording/tape/rng.py": "from fabric_init import _gc\nfrom .tape import Op",
+        "recording/tape/random_streams.py": "from fabric_init import _gc\nfrom .tape import Op",
         "reports/save.py": "def later():\n    from fabric_init.reports.html.init_page import init_page",
         "filling/execute.py": "from fabric_init.planning.plan import Plan\nfrom fabric_init import errors",
         "strategies/fill_in_setup.py": "import lightning.fabric.strategies.deepspeed",

@@ -14,7 +14,7 @@ from fabric_init.checkpoints import BaseReader, Region, TensorSpec
 from fabric_init.planning.make_plan import make_plan
 from fabric_init.planning.matching import Matching, match
 from fabric_init.planning.plan import LoadOptions, Plan
-from fabric_init.planning.tensors import survey
+from fabric_init.planning.tensors import tensors_and_tapes
 
 
 class Header(BaseReader):
@@ -49,10 +49,10 @@ def tree(shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
 
 
 def plan_of(model: nn.Module, reader: BaseReader, **wanted: Any) -> Plan:
-    slots, _, tapes = survey(model)
+    slots, _, tapes = tensors_and_tapes(model)
     return make_plan(slots, tapes, reader, LoadOptions(**wanted))
 
 
 def matching_of(model: nn.Module, reader: BaseReader, **wanted: Any) -> Matching:
-    slots, _, tapes = survey(model)
+    slots, _, tapes = tensors_and_tapes(model)
     return match(slots, tapes, reader, LoadOptions(**wanted))

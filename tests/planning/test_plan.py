@@ -14,7 +14,7 @@ from fabric_init.checkpoints import BaseReader, Region, TensorSpec
 from fabric_init.errors import CheckpointMismatchError, OptionError, UninitializedTensorError
 from fabric_init.planning.make_plan import make_plan
 from fabric_init.planning.plan import Action, LoadOptions, Plan, storage_groups
-from fabric_init.planning.tensors import survey
+from fabric_init.planning.tensors import tensors_and_tapes
 from tests.support.recordings import is_recorded
 
 
@@ -63,7 +63,7 @@ def recorded(kind: type[nn.Module]) -> nn.Module:
 
 
 def plan(model: nn.Module, reader: Header | None, **wanted: object) -> Plan:
-    slots, _, tapes = survey(model)
+    slots, _, tapes = tensors_and_tapes(model)
     return make_plan(slots, tapes, reader, LoadOptions(**wanted))  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from fabric_init import audit, materialize
 from fabric_init.api import deferred_init
-from fabric_init.recording.tape.op_schemas import INIT_FUNCTIONS
+from fabric_init.recording.tape.op_properties import INIT_FUNCTIONS
 from fabric_init.reports.statistics import Moments, mixture, of_init_function, truncated_normal
 
 SIZE = torch.Size((128, 96, 3))

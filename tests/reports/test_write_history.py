@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from fabric_init import deferred_init
-from fabric_init.planning.tensors import survey
+from fabric_init.planning.tensors import tensors_and_tapes
 from fabric_init.reports.write_history import History, histories
 
 
 def history_of(model: nn.Module, name: str) -> History:
-    slots, _, tapes = survey(model)
+    slots, _, tapes = tensors_and_tapes(model)
     return next(one for one in histories(slots, tapes) if one.slot.name == name)
 
 

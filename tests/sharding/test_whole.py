@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from fabric_init import FabricInitError, InitReport, UninitializedTensorError, deferred_init, materialize
 from fabric_init.errors import RecordingError
-from fabric_init.planning import source
+from fabric_init.planning import checkpoint_source as source
 from tests.sharding.ways import Model, Tied, Way, block_by_block, local_part, one_dimension, options, recorded_model
 from tests.support.watched import watched
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from fabric_init.checkpoints import CheckpointReader, Region, open_checkpoint
 from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
 from fabric_init.checkpoints.reader import fields_of
-from fabric_init.planning import source
+from fabric_init.planning import checkpoint_source as source
 
 
 class Watched:

@@ -12,7 +12,7 @@ from typing import Annotated, get_args
 import typer
 
 from fabric_init.cli import CommandError, model_argument, plan_tables
-from fabric_init.distributed.io import Io
+from fabric_init.distributed.who_reads import Io
 from fabric_init.errors import FabricInitError
 from fabric_init.strategies.fsdp2 import Units
 from fabric_init.tools.forecast import OptimizerName, PrecisionName, StrategyName, TrainingConfig, forecast

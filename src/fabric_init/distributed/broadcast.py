@@ -15,7 +15,7 @@ from fabric_init.checkpoints.reader import BaseReader, fields_of, metadata_of, r
 from fabric_init.checkpoints.region import copy_part
 from fabric_init.checkpoints.storage.remote import AnyPath
 from fabric_init.distributed.agreement import Agreement
-from fabric_init.distributed.batches import ALIGNMENT, aligned, batches, chunks
+from fabric_init.distributed.broadcast_buffers import ALIGNMENT, aligned, batches, chunks
 from fabric_init.distributed.lockstep import Lockstep
 from fabric_init.planning.checks.ties import check_tie
 from fabric_init.planning.placement import Placement

@@ -123,9 +123,7 @@ def judged(words: Mapping[int, Word]) -> Verdict:
     lost = [word for word in words.values() if word.lost]
     if lost:
         reasons = "; ".join(dict.fromkeys(word.lost for word in lost))
-        return Verdict(
-            "lost", f"{lost[0].step}: the ranks lost touch with one another, so all ranks stop. ({reasons})"
-        )
+        return Verdict("lost", f"{lost[0].step}: the ranks lost touch with one another, so all ranks stop. ({reasons})")
     if len({word.step for word in words.values()}) > 1:
         steps = _listed(words, [word.step for word in words.values()])
         return Verdict("parted", f"the ranks do not do the same, so all ranks stop. They have come to: {steps}")

@@ -22,7 +22,7 @@ from fabric_init.filling.report_rows import make_record
 from fabric_init.filling.ties import check_ties
 from fabric_init.filling.values.compute_derived import loads_noted
 from fabric_init.guard.loads import unwatch_loads
-from fabric_init.guard.models import hold_broken, release_filled, release_forward, unfilled
+from fabric_init.guard.models import mark_broken, release_filled, release_forward, unfilled
 from fabric_init.planning.digest import plan_lines
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, LoadOptions
@@ -33,8 +33,8 @@ from fabric_init.recording.tensor.wrappers import is_wrapper
 from fabric_init.reports.registry import FillRecord, keep_record, statuses
 from fabric_init.sharding.dtensor import ShardedTensors
 from fabric_init.sharding.module_tables import putting_back, table_entries
-from fabric_init.sharding.plain import is_packed, seen_plain, wraps
-from fabric_init.sharding.whole import refuse_flat_parameters, seen_whole, without_torchs_load_hooks
+from fabric_init.sharding.packed_weights import as_plain_model, is_packed, wraps
+from fabric_init.sharding.whole import as_unsharded_model, refuse_flat_parameters, without_torchs_load_hooks
 
 _ALONE = SingleProcess()
 _PLANNING = "planning the initialization"
@@ -75,8 +75,8 @@ def fill_model(
         refuse_own_hooks(walk, reader)
         put_back = putting_back(table_entries(walk, lambda tensor: is_wrapper(tensor) or is_packed(tensor)))
         names = () if reader is None else rename_keys(reader.keys(), wanted.rename).values()
-        with without_torchs_load_hooks(walk), seen_whole(walk) as shards:
-            with seen_plain(walk, wraps, is_packed, names=set(names)) as shown:
+        with without_torchs_load_hooks(walk), as_unsharded_model(walk) as shards:
+            with as_plain_model(walk, wraps, is_packed, names=set(names)) as shown:
                 prepared = plan_for(walk, reader, wanted, rng)
                 _refuse_overwriting(prepared, model)
                 _refuse_casts(prepared, shown.apart)
@@ -127,7 +127,7 @@ def _partitioned(
     try:
         yield agreement.run_together("partitioning the model", partition)
     except BaseException:
-        hold_broken(model)
+        mark_broken(model)
         raise
 
 
@@ -197,7 +197,7 @@ def execute_plan(
         unwatch_loads(walk)
         release_forward(walk)
         for tape in {tape.current() for tape in tapes.values()}:
-            tape.later.finish(())  # what closures and caches hold
+            tape.after_block.finish(())  # what closures and caches hold
     for _, module in walk.once:
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()  # cuDNN's layout: the constructor's own call came before there was memory

@@ -40,8 +40,8 @@ from fabric_init.recording.tape.tape import Tape, TensorRef
 from fabric_init.recording.tensor.recorded_tensor import become, recorded, recorded_ref
 from fabric_init.recording.tensor.wrappers import is_wrapper
 from fabric_init.sharding.dtensor import ShardedTensors, local
-from fabric_init.sharding.plain import seen_plain, wraps
-from fabric_init.sharding.whole import let_empty_shards_wait, seen_whole
+from fabric_init.sharding.packed_weights import as_plain_model, wraps
+from fabric_init.sharding.whole import as_unsharded_model, let_empty_shards_wait
 
 
 def initialize_missing(model: nn.Module, otherwise: Callable[[], Agreement] = SingleProcess) -> None:
@@ -119,8 +119,8 @@ def _initialize(model: nn.Module, *, partial: bool) -> None:
             "fabric.init_missing(model) first and write afterwards, or write the whole tensor."
         )
     held = _Held(model)
-    with seen_whole(model, partly) as parts:
-        with seen_plain(model, wraps) as shown:
+    with as_unsharded_model(model, partly) as parts:
+        with as_plain_model(model, wraps) as shown:
             found = [(info, tensor) for info, tensor in find_tensors(model) if info.ref is not None]
             tapes = {info.ref.storage: its.tape for info, tensor in found if info.ref and (its := recorded(tensor))}
         plan = Plan(tuple(PlanEntry(info, Action.INIT) for info, _ in found))
@@ -140,7 +140,7 @@ def _initialize(model: nn.Module, *, partial: bool) -> None:
 
 def _is_partly_written_shard(tensor: Tensor) -> bool:
     found = recorded(local(tensor)) if isinstance(tensor, DTensor) else None
-    return found is not None and found.tape.later.waiting.is_partly_written(found.storage)
+    return found is not None and found.tape.after_block.waiting.is_partly_written(found.storage)
 
 
 class _AsItsStrategyDoes(WholeTensors):
@@ -148,7 +148,7 @@ class _AsItsStrategyDoes(WholeTensors):
 
     def put(self, slot: TensorInfo, tensor: Tensor, value: Tensor) -> Tensor:
         found = recorded(tensor)
-        become(tensor, value) if found is None else found.tape.later.put(tensor, value)
+        become(tensor, value) if found is None else found.tape.after_block.put(tensor, value)
         return tensor
 
 
@@ -176,7 +176,7 @@ def _run(
         check_all_have_values([e for e, _ in both if waits(_)], tapes, None)
     for entry, tensor in both:
         for source, _ in sources[id(tensor)] or ():
-            tapes[_ref(entry).storage].later.waiting.filled(source.storage)
+            tapes[_ref(entry).storage].after_block.waiting.filled(source.storage)
     own_init_is_wanted(tensor for _, tensor in both)
     both = [(e, t) for e, t in both if not waits(t)]
     plain = [(e, t) for e, t in both if not sources[id(t)]]
@@ -205,13 +205,15 @@ def recompute_from_loaded(model: nn.Module, tensors: Iterable[Tensor]) -> None:
     waiting = [(found, tensor) for tensor in tensors if (found := recorded(tensor)) is not None]
     loaded: dict[int, int] = {}
     for tape in {found.tape for found, _ in waiting}:
-        for storage, ref in tape.later.waiting.refs.items():
-            for now in (t for owners in tape.later.owners for t in owners.now(storage)):
+        for storage, ref in tape.after_block.waiting.refs.items():
+            for now in (t for owners in tape.after_block.owners for t in owners.now(storage)):
                 present = recorded(now)
                 if now.shape != ref.size or not covers(tape, ref):
                     continue
                 if present is None:  # another tensor has taken the place
-                    constant = recorded(tape.later.constant(now.detach().as_strided(ref.size, ref.stride).clone()))
+                    constant = recorded(
+                        tape.after_block.constant(now.detach().as_strided(ref.size, ref.stride).clone())
+                    )
                     assert constant is not None
                     loaded[storage] = constant.storage
                 elif present.storage == storage and not waits(now) and storage in tape.waits:
@@ -242,7 +244,7 @@ class _Held:
         tape = tapes[info.ref.storage]
         if not info.saved or not (tape.overruled or tape.waits):
             return ()
-        copied = not any(owners.has(info.ref.storage) for owners in tape.later.owners)
+        copied = not any(owners.has(info.ref.storage) for owners in tape.after_block.owners)
         key = id(tape), copied
         if key not in self._candidates:
             self._candidates[key] = dict(self._with_values(tape, copied=copied))
@@ -254,7 +256,7 @@ class _Held:
     def _with_values(self, tape: Tape, *, copied: bool) -> Iterator[tuple[int, _Source | None]]:
         """Yield storages that waited, with what the model holds for them; ``None`` if that has no values here."""
         for storage in (*tape.overruled, *tape.waits):
-            ref = tape.later.waiting.refs.get(storage)
+            ref = tape.after_block.waiting.refs.get(storage)
             whole = ref is not None and covers(tape, ref)
             for tensor in self._now(storage, tape, copied=copied) if whole else ():
                 if is_wrapper(tensor) and local(tensor) is tensor:
@@ -271,8 +273,8 @@ class _Held:
 
     def _now(self, storage: int, tape: Tape, *, copied: bool) -> list[Tensor]:
         """Return what is today where a tensor on ``storage`` was; in a copy, or another module, what has its name."""
-        there = [tensor for owners in tape.later.owners for tensor in owners.now(storage)]
+        there = [tensor for owners in tape.after_block.owners for tensor in owners.now(storage)]
         if there and not copied:
             return [tensor for tensor in there if id(tensor) in self._ids]
-        tensor = self._by_name.get(tape.later.waiting.names.get(storage, ("", ""))[1])
+        tensor = self._by_name.get(tape.after_block.waiting.names.get(storage, ("", ""))[1])
         return [] if tensor is None else [tensor]

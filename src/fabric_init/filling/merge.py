@@ -12,10 +12,10 @@ from fabric_init.errors import RecordingError
 from fabric_init.guard.models import release_filled
 from fabric_init.planning.checks.validation import check_all_have_values
 from fabric_init.planning.derived import replaced_since, written_since
-from fabric_init.planning.matching import own_init
+from fabric_init.planning.matching import action_without_checkpoint
 from fabric_init.planning.plan import Action, DerivedFrom, Plan, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan
-from fabric_init.planning.tensors import TensorInfo, survey
+from fabric_init.planning.tensors import TensorInfo, tensors_and_tapes
 from fabric_init.recording.tape.liveness import computed_from, covers
 from fabric_init.recording.tape.tape import Tape
 
@@ -36,10 +36,10 @@ def merged(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
         UninitializedTensorError: a tensor that came since has neither values nor a recorded init.
     """
     release_filled(model)
-    infos, tensors, found = survey(model)
+    infos, tensors, found = tensors_and_tapes(model)
     tapes = dict(found)
     for tape in set(tapes.values()):
-        tape.later.kept.check()
+        tape.after_block.kept.check()
     readers = [plan.reader for plan in plans if plan.reader is not None]
     combined = CombinedReader(readers) if readers else None
     reader: CheckpointReader | None = combined if len(readers) > 1 else readers[0] if readers else None
@@ -52,7 +52,7 @@ def merged(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
         if entry is not None and _is_made_of(entry, info, tapes):
             entries.append(entry._replace(slot=entry.slot._replace(names=info.names)))
         elif entry is None or replaced_since(entry, info, tapes):
-            entries.append(PlanEntry(info, own_init(info, tapes)))
+            entries.append(PlanEntry(info, action_without_checkpoint(info, tapes)))
         elif info.real and not (entry.slot.real and _is_as_planned(plans, tensor)):
             entries.append(PlanEntry(info, Action.KEEP))
         elif _is_overwritten(entry, info.ref.storage if info.ref else None, tapes):
@@ -98,7 +98,7 @@ def _is_overwritten(entry: PlanEntry, storage: int | None, tapes: Mapping[int, T
     return (
         storage is not None
         and entry.since is not None
-        and tapes[storage].later.waiting.written_since(storage, entry.since)
+        and tapes[storage].after_block.waiting.written_since(storage, entry.since)
     )
 
 

@@ -12,15 +12,15 @@ from fabric_init.distributed.agreement import Agreement
 from fabric_init.filling.execute import execute_plan
 from fabric_init.filling.init_missing import initialize_possible
 from fabric_init.guard.loads import watch_loads
-from fabric_init.guard.models import hold, waits
+from fabric_init.guard.models import guard_model, waits
 from fabric_init.planning.digest import plan_lines
 from fabric_init.planning.make_plan import make_plan
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, LoadOptions, Plan, PlanEntry, storage_groups
 from fabric_init.planning.prepare import PreparedPlan
-from fabric_init.planning.tensors import survey
+from fabric_init.planning.tensors import tensors_and_tapes
 from fabric_init.recording.tape.tape import Tape
-from fabric_init.sharding.plain import seen_plain, wraps
+from fabric_init.sharding.packed_weights import as_plain_model, wraps
 
 
 def wait_for_load(
@@ -32,14 +32,14 @@ def wait_for_load(
     ]
     for model, plan in zip(models, prepared, strict=True):
         placement = placement_for(model)
-        hold(model, placement=placement)
+        guard_model(model, placement=placement)
         watch_loads(model, initialize_possible)
         execute_plan(plan, model, plan.tensors, placement, agreement)
 
 
 def _plan(model: nn.Module) -> PreparedPlan:
-    with seen_plain(model, wraps):
-        infos, tensors, tapes = survey(model)
+    with as_plain_model(model, wraps):
+        infos, tensors, tapes = tensors_and_tapes(model)
     saved = [info.saved and info.ref is not None for info in infos]
     now = make_plan([info for info, later in zip(infos, saved, strict=True) if not later], tapes, None, LoadOptions())
     # Until somebody uses them, so that to_empty() keeps what no load will bring.

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from fabric_init.guard.expected_load import ExpectedLoad, expected_load
-from fabric_init.guard.models import hold_forward, own_tensors, release_filled, release_forward, unfilled
+from fabric_init.guard.models import guard_forward, own_tensors, release_filled, release_forward, unfilled
 from fabric_init.planning.recorded_load.module_code import takes_extra_state
 from fabric_init.planning.tensors import Walked, walked
-from fabric_init.recording.after_block.dispatch import Later
+from fabric_init.recording.after_block.dispatch import AfterBlock
 from fabric_init.recording.tensor.recorded_tensor import recorded
 from fabric_init.recording.tensor.wrappers import recorded_parts
 from fabric_init.sharding.dtensor import local
@@ -37,7 +37,7 @@ class _Current(threading.local):
     errors: Any = None  # load_state_dict's list of messages, which tells one call from another
     top: weakref.ref[nn.Module] | None = None  # the outermost module that it reaches
     before: list[tuple[str, Tensor]]  # what waited under that
-    laters: list[Later]  # of those
+    laters: list[AfterBlock]  # of those
     whole = False  # inside `loading`, whose many calls are one load
     brought: list[tuple[nn.Module, str]]  # what it has written so far
 
@@ -161,8 +161,8 @@ def _end(module: nn.Module, complete: Complete | None) -> None:
         for part in () if _holds(module, tensor) else recorded_parts(tensor):
             found = recorded(part)
             if found is not None and found.memory is None:
-                found.tape.later.waiting.note_status(found.storage, "loaded")
-                for owners in found.tape.later.owners:
+                found.tape.after_block.waiting.note_status(found.storage, "loaded")
+                for owners in found.tape.after_block.owners:
                     owners.filled(found.storage, "loaded")
     left = unfilled(module)
     written = {id(tensor) for its, name in brought for held, tensor in own_tensors(its) if held == name}
@@ -183,18 +183,18 @@ def _end(module: nn.Module, complete: Complete | None) -> None:
         _current.laters = []
     release_filled(module)
     if any(local(tensor) is not tensor for _, tensor in left):  # before what fully_shard gathers since the block
-        hold_forward(module)
+        guard_forward(module)
 
 
 def _holds(model: nn.Module, tensor: Tensor) -> bool:
     return any(held is tensor for module in model.modules() for _, held in own_tensors(module))
 
 
-def _laters(model: nn.Module) -> list[Later]:
-    found: dict[int, Later] = {}
+def _laters(model: nn.Module) -> list[AfterBlock]:
+    found: dict[int, AfterBlock] = {}
     for module in model.modules():
         for _, tensor in own_tensors(module):
             for part in recorded_parts(tensor):
                 if (record := recorded(part)) is not None:
-                    found[id(record.tape.later)] = record.tape.later
+                    found[id(record.tape.after_block)] = record.tape.after_block
     return list(found.values())

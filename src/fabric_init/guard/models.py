@@ -25,11 +25,11 @@ from fabric_init.planning.tensors import (
     registered_tensors,
     walked,
 )
-from fabric_init.recording.after_block.dispatch import MSG_JIT_TRACE, Later
+from fabric_init.recording.after_block.dispatch import MSG_JIT_TRACE, AfterBlock
 from fabric_init.recording.after_block.waiting import THREE_WAYS, Waiting, uninitialized
 from fabric_init.recording.replay.tracing import is_jit_traced
 from fabric_init.recording.tape.liveness import never_written
-from fabric_init.recording.tape.rng import own_init_runs
+from fabric_init.recording.tape.random_streams import own_init_runs
 from fabric_init.recording.tensor.recorded_tensor import (
     RecordedTensor,
     become,
@@ -38,7 +38,7 @@ from fabric_init.recording.tensor.recorded_tensor import (
     recorded,
     recorded_ref,
 )
-from fabric_init.recording.tensor.storage_tags import Recorded
+from fabric_init.recording.tensor.storage_tags import StorageTag
 from fabric_init.recording.tensor.wrappers import recorded_parts
 from fabric_init.reports.registry import note_status
 from fabric_init.sharding.dtensor import local
@@ -48,7 +48,7 @@ _RANKS = "_fabric_init_ranks"
 _BROKEN = "_fabric_init_broken"
 
 
-def hold(
+def guard_model(
     model: Walked, fix: str = THREE_WAYS, *, gives_memory: bool = True, placement: Placement | None = None
 ) -> None:
     """Let all that ``state_dict`` holds of ``model`` wait for values from now on.
@@ -59,7 +59,7 @@ def hold(
         gives_memory: whether a tensor that is overwritten gets its memory at once.
         placement: how its strategy keeps tensors that get values; ``None`` if that is not known yet.
     """
-    walk, laters, cls = walked(model), dict[int, Later](), type(model.model if isinstance(model, Walk) else model)
+    walk, laters, cls = walked(model), dict[int, AfterBlock](), type(model.model if isinstance(model, Walk) else model)
     for name, kind, tensor in named_tensors(walk):
         if not isinstance(tensor, RecordedTensor):
             with DisableTorchFunction(), torch.no_grad():
@@ -71,28 +71,28 @@ def hold(
             found = recorded(part)
             if found is None:
                 continue
-            later: Later = found.tape.later
+            later: AfterBlock = found.tape.after_block
             if kind in ("parameter", "buffer") and found.memory is None:
                 _let_wait(part, found, cls.__name__, name, of_wrapper=part is not tensor)
             if id(later) not in laters:
                 laters[id(later)] = later
                 later.gives_memory, later.waiting.fix = gives_memory, fix
                 later.owners = [each for each in later.owners if each.model() is not walk.model]
-                later.owners.append(Places(walk, placement))
+                later.owners.append(GuardedModelTensors(walk, placement))
     if laters:
-        hold_forward(walk.model)
+        guard_forward(walk.model)
 
 
-def _let_wait(part: RecordedTensor, found: Recorded, model: str, name: str, *, of_wrapper: bool) -> None:
+def _let_wait(part: RecordedTensor, found: StorageTag, model: str, name: str, *, of_wrapper: bool) -> None:
     """Let a recorded tensor wait, and with one that a wrapper holds the plain one that it was made of."""
-    waiting: Waiting = found.tape.later.waiting
+    waiting: Waiting = found.tape.after_block.waiting
     waiting.begin(found.storage, model, name, None if of_wrapper else recorded_ref(part, found.storage))
     plain = found.tape.made_of.get(found.storage) if of_wrapper else None
     if plain is not None:
         waiting.begin(plain.storage, model, name, plain)
 
 
-class Places:
+class GuardedModelTensors:
     """Where the parameters and buffers of a model are, by recorded storage. Keeps nothing alive."""
 
     def __init__(self, walk: Walk, placement: Placement | None = None) -> None:
@@ -211,7 +211,7 @@ def release_filled(model: Walked) -> None:
             found = recorded(part)
             if found is None:
                 continue
-            later: Later = found.tape.later
+            later: AfterBlock = found.tape.after_block
             if found.memory is None and found.storage in later.waiting.statuses and later.gives_memory:
                 later.value(part, "be read")
             later.make_plain(part)
@@ -222,7 +222,7 @@ def fix_of(model: nn.Module) -> str | None:
     for _, tensor in unfilled(model):
         for part in recorded_parts(tensor):
             found = recorded(part)
-            if found is not None and (fix := found.tape.later.waiting.fix) != THREE_WAYS:
+            if found is not None and (fix := found.tape.after_block.waiting.fix) != THREE_WAYS:
                 return str(fix)
     return None
 
@@ -239,7 +239,7 @@ def unfilled(model: Walked) -> list[tuple[str, Tensor]]:
 def waits(tensor: Tensor) -> bool:
     """Return whether ``tensor`` has to get values before it can be used."""
     found = [record for part in recorded_parts(tensor) if (record := recorded(part)) is not None]
-    return any(each.memory is None and each.tape.later.waiting.missing([each.storage]) for each in found)
+    return any(each.memory is None and each.tape.after_block.waiting.missing([each.storage]) for each in found)
 
 
 def has_own_init(tensor: Tensor) -> bool:
@@ -254,7 +254,7 @@ def own_init_is_wanted(tensors: Iterable[Tensor]) -> None:
         for part in recorded_parts(tensor):
             found = recorded(part)
             if found is not None and found.memory is None:
-                found.tape.later.waiting.accept_own_init([found.storage])
+                found.tape.after_block.waiting.accept_own_init([found.storage])
 
 
 def draw_for_own_init(model: nn.Module) -> None:
@@ -302,10 +302,10 @@ def ranks_of(model: nn.Module) -> Agreement | None:
     return next((found for module in model.modules() if (found := vars(module).get(_RANKS)) is not None), None)
 
 
-def hold_broken(model: nn.Module) -> None:
+def mark_broken(model: nn.Module) -> None:
     """Let ``model``, which a strategy has changed in part before it failed, refuse to run for good."""
     vars(model)[_BROKEN] = True
-    hold_forward(model)
+    guard_forward(model)
     model.register_state_dict_pre_hook(_before_state_dict)  # its tensors may be torch's own on meta, which can be saved
 
 
@@ -319,7 +319,7 @@ def _refuse_broken(model: nn.Module, use: str) -> NoReturn:
     )
 
 
-def hold_forward(model: nn.Module, agreement: Agreement | None = None) -> None:
+def guard_forward(model: nn.Module, agreement: Agreement | None = None) -> None:
     """Let ``model`` refuse to run while some of it waits: before its own code starts, and on all ranks together.
 
     Args:
@@ -338,8 +338,8 @@ def release_forward(model: Walked) -> None:
     walk = walked(model)
     parts = [part for _, _, tensor in named_tensors(walk) for part in recorded_parts(tensor)]
     for tape in {found.tape for part in parts if (found := recorded(part)) is not None}:
-        if tape.later.gives_memory:  # otherwise a strategy shards first
-            tape.later.finish(parts)
+        if tape.after_block.gives_memory:  # otherwise a strategy shards first
+            tape.after_block.finish(parts)
     for _, module in walk.once:
         vars(module).pop(_RANKS, None)
         _remove_forward_hook(module)
@@ -356,5 +356,5 @@ def _before_forward(module: nn.Module, args: object) -> None:
     held = is_jit_traced() and any(recorded_parts(tensor) for _, _, tensor in named_tensors(module))
     require(module, "run")
     if held:  # the traced module has what these were, which has no memory that could be saved
-        hold_forward(module)
+        guard_forward(module)
         raise RecordingError(MSG_JIT_TRACE)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from fabric_init.planning.plan import Action, DerivedFrom, Plan, PlanEntry, storage_groups
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.tape.liveness import computed_from, covers, is_final
-from fabric_init.recording.tape.op_schemas import is_cast
+from fabric_init.recording.tape.op_properties import is_cast
 from fabric_init.recording.tape.tape import Tape, TensorRef
 
 

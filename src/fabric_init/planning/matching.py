@@ -97,7 +97,7 @@ def match(
         lacks = load is None or load.outcome.missing is None or not load.outcome.missing.isdisjoint(slot.names)
         if reader is not None and slot.saved and not fresh and lacks:
             missing.append(slot)
-        entries.append(PlanEntry(slot, own_init(slot, tapes)))
+        entries.append(PlanEntry(slot, action_without_checkpoint(slot, tapes)))
     unexpected, missing_extras = _left_over(keys, taken, load)
 
     def again(conversions: Sequence[Conversion | Dequantize], changed: LoadOptions) -> Matching:
@@ -147,7 +147,7 @@ def _left_over(
     return tuple(key for key in keys if key not in taken and keys[key] in unexpected), tuple(missing)
 
 
-def own_init(slot: TensorInfo, tapes: Mapping[int, Tape]) -> Action:
+def action_without_checkpoint(slot: TensorInfo, tapes: Mapping[int, Tape]) -> Action:
     """Return the action for a tensor that is not loaded."""
     if slot.real:
         return Action.KEEP

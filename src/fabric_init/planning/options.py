@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.errors import OptionError
+from fabric_init.planning.checkpoint_source import CheckpointSource
 from fabric_init.planning.plan import LoadOptions
 from fabric_init.planning.recorded_load.converted import Convert
-from fabric_init.planning.source import Source
 
 
 def load_options(
@@ -22,7 +22,7 @@ def load_options(
     entry: str | None,
     manifest: str | os.PathLike[str] | None,
     convert: Convert,
-) -> tuple[Source | None, LoadOptions]:
+) -> tuple[CheckpointSource | None, LoadOptions]:
     """Return the checkpoint to open, if there is one, and how to load it.
 
     Raises:
@@ -30,7 +30,7 @@ def load_options(
     """
     options = LoadOptions(strict, rename, reinit)
     if checkpoint is not None:
-        return Source(checkpoint, mmap, entry, manifest, convert), options
+        return CheckpointSource(checkpoint, mmap, entry, manifest, convert), options
     set_by_user = {
         "strict=False": not strict,
         "rename": rename is not None,

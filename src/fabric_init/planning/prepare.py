@@ -17,7 +17,7 @@ from fabric_init.planning.make_plan import make_plan
 from fabric_init.planning.plan import Action, LoadOptions, Plan
 from fabric_init.planning.recorded_load.choice import load_code
 from fabric_init.planning.recorded_load.record import RecordedLoad, record_load
-from fabric_init.planning.tensors import Walk, Walked, plain_name, registered_tensors, survey, walked
+from fabric_init.planning.tensors import Walk, Walked, plain_name, registered_tensors, tensors_and_tapes, walked
 from fabric_init.recording.tape.tape import Rng, Tape
 from fabric_init.recording.tensor.wrappers import is_sharded, is_wrapper
 
@@ -93,7 +93,7 @@ def load_with_code(model: Walked, reader: CheckpointReader, options: LoadOptions
             load.undo()
         return load
 
-    load = record_load(walk.model, reader, names, code, _mode(survey(walk)[2].values()))
+    load = record_load(walk.model, reader, names, code, _mode(tensors_and_tapes(walk)[2].values()))
     return load._replace(again=again)
 
 
@@ -120,7 +120,7 @@ def _load(walk: Walk, reader: CheckpointReader, options: LoadOptions) -> Recorde
 def _plan(
     model: Walk, reader: CheckpointReader | None, options: LoadOptions, rng: Rng | None, load: RecordedLoad | None
 ) -> PreparedPlan:
-    slots, tensors, tapes = survey(model)
+    slots, tensors, tapes = tensors_and_tapes(model)
     exact = _exact(set(tapes.values()), rng)
     plan = make_plan(slots, tapes, reader, options, load)
     check_nothing_is_undone(plan.entries, tapes)

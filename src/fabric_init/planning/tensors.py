@@ -237,7 +237,7 @@ def _inner(tensor: Tensor) -> Iterable[Tensor]:
     return [part for each in inner if is_wrapper(each) for part in _inner(each)] if is_sharded(tensor) else inner
 
 
-def survey(model: Walked) -> tuple[list[TensorInfo], list[Tensor], Mapping[int, Tape]]:
+def tensors_and_tapes(model: Walked) -> tuple[list[TensorInfo], list[Tensor], Mapping[int, Tape]]:
     """Return the model's tensors, described and themselves, and the tape of each recorded storage among them."""
     slots: list[TensorInfo] = []
     tensors: list[Tensor] = []

@@ -27,7 +27,7 @@ from fabric_init._torch_internals import (
     get_current_function_mode_stack,
     no_grad_trunc_normal_,
 )
-from fabric_init.recording.after_block.dispatch import Later
+from fabric_init.recording.after_block.dispatch import AfterBlock
 from fabric_init.recording.after_block.functions import asks_for_values, take_own_part
 from fabric_init.recording.in_block import device_queries, escapes
 from fabric_init.recording.in_block.device_queries import Handler
@@ -35,7 +35,7 @@ from fabric_init.recording.in_block.recorder import Recorder
 from fabric_init.recording.in_block.tape_writer import Shards
 from fabric_init.recording.replay.replay import real_execution
 from fabric_init.recording.tape.call_site import init_call
-from fabric_init.recording.tape.op_schemas import INIT_FUNCTIONS
+from fabric_init.recording.tape.op_properties import INIT_FUNCTIONS
 from fabric_init.recording.tape.tape import Rng, Tape, check_rng
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, claim_all, recorded
 
@@ -72,7 +72,7 @@ class RecordMode(TorchFunctionMode):
         super().__init__()
         self.tape = Tape(rng)
         self.recorder = Recorder(self.tape, agree, skips_init=skips_init, shards=shards)
-        self.tape.later = Later(self.tape)
+        self.tape.after_block = AfterBlock(self.tape)
         self._opened = 0.0
 
     def __repr__(self) -> str:
@@ -90,7 +90,7 @@ class RecordMode(TorchFunctionMode):
     ) -> None:
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         self.recorder.__exit__(kind, error, trace)
-        self.tape.later.block_is_open = False
+        self.tape.after_block.block_is_open = False
         if _logger.isEnabledFor(logging.DEBUG):  # the summary of a large tape is not for free
             seconds, raised = time.perf_counter() - self._opened, "" if kind is None else f" by {kind.__name__}"
             _logger.debug("block closed%s after %.3f s: %s", raised, seconds, self.tape.summary())

@@ -11,7 +11,7 @@ import torch
 
 from fabric_init.recording.replay.replay import replay_with, view
 from fabric_init.recording.tape.liveness import live_ops
-from fabric_init.recording.tape.op_schemas import INIT_FUNCTIONS
+from fabric_init.recording.tape.op_properties import INIT_FUNCTIONS
 from fabric_init.recording.tape.tape import Constant, Op, Tape, TensorRef
 from fabric_init.reports.statistics import Moments, measured, mixture, of_init_function, uniform
 from fabric_init.reports.write_history import byte_span, spans_overlap

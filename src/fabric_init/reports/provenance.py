@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from fabric_init.recording.tape.op_schemas import only_copies, pointwise
+from fabric_init.recording.tape.op_properties import only_copies, pointwise
 from fabric_init.recording.tape.tape import CallSite, Op, Tape, TensorRef
 from fabric_init.reports.write_history import Event, History, events_backward, last_full_write
 

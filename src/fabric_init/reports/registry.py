@@ -35,10 +35,10 @@ class RowRecord:
     def refresh(self, tensor: Tensor) -> None:
         """Update an unfilled row from ``tensor``, which the model holds under its name now."""
         assert self.tape is not None
-        waiting = self.tape.current().later.waiting
+        waiting = self.tape.current().after_block.waiting
         records = [found for part in recorded_parts(tensor) if (found := recorded(part)) is not None]
         self.update(dtype=dtype_name(tensor.dtype))
-        if not any(each.memory is None and each.tape.later.waiting.missing([each.storage]) for each in records):
+        if not any(each.memory is None and each.tape.after_block.waiting.missing([each.storage]) for each in records):
             status = waiting.statuses.get(self.storage, "written by the user")
             origin, recording = self.row.origin, self.row.recording
             if status == "initialized" and recording is not None and recording.slot.ref is not None:

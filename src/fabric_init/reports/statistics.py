@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fabric_init.recording.tape.op_schemas import INIT_FUNCTIONS, Func
+from fabric_init.recording.tape.op_properties import INIT_FUNCTIONS, Func
 
 _PIECE = 1 << 22
 

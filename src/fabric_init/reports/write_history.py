@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.tape.liveness import covers, live_ops, never_written
-from fabric_init.recording.tape.op_schemas import only_copies, overwrites
+from fabric_init.recording.tape.op_properties import only_copies, overwrites
 from fabric_init.recording.tape.tape import CallSite, Op, Tape, TensorRef
 
 

@@ -8,7 +8,7 @@ import torch
 
 from fabric_init.checkpoints.region import Box
 from fabric_init.recording.tape.liveness import is_final
-from fabric_init.recording.tape.op_schemas import asks_shape_only, only_copies, traits
+from fabric_init.recording.tape.op_properties import asks_shape_only, only_copies, traits
 from fabric_init.recording.tape.tape import Op, Tape, TensorRef
 
 
@@ -21,7 +21,7 @@ def wholes_of(tape: Tape, ref: TensorRef, shape: torch.Size) -> Iterator[tuple[T
     found: list[tuple[TensorRef, Box | None]] = []
     before: int | None = None
     while True:
-        named = tape.later.waiting.refs.get(ref.storage)
+        named = tape.after_block.waiting.refs.get(ref.storage)
         writers = tape.writers.get(ref.storage, ())
         op = tape.ops[writers[-1]] if writers else None
         written = (
@@ -38,7 +38,7 @@ def wholes_of(tape: Tape, ref: TensorRef, shape: torch.Size) -> Iterator[tuple[T
             return
         source = _copied_to(op, ref)
         if source is None:
-            if found and found[-1][0].storage == ref.storage and ref.storage not in tape.later.waiting.parts:
+            if found and found[-1][0].storage == ref.storage and ref.storage not in tape.after_block.waiting.parts:
                 yield from found
             return
         ref, before = source, op.number

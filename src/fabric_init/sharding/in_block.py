@@ -27,12 +27,12 @@ from fabric_init.planning.tensors import Walk, Walked
 from fabric_init.recording.in_block.tape_writer import TapeWriter
 from fabric_init.recording.replay.replay import real_execution
 from fabric_init.recording.tape.tape import Tape, TensorRef
-from fabric_init.recording.tensor.recorded_tensor import meta_of, recorded, recorded_tensor
+from fabric_init.recording.tensor.recorded_tensor import make_recorded_tensor, meta_of, recorded
 from fabric_init.recording.tensor.storage_tags import begin, ref_of
 from fabric_init.recording.tensor.wrappers import is_recorded_shard
 from fabric_init.sharding.copies import nearest_whole
 from fabric_init.sharding.dtensor import region_of
-from fabric_init.sharding.module_tables import plain_tensor, shown, table_entries
+from fabric_init.sharding.module_tables import plain_tensor, swapped_in, table_entries
 from fabric_init.sharding.whole import recorded_at
 
 _MSG_CHANGED = (
@@ -96,7 +96,9 @@ class ShardsInBlock:
         assert isinstance(tensor, DTensor)
         local: Any = tensor._local_tensor
         with DisableTorchDispatch():
-            return DTensor(recorded_tensor(local._meta.detach(), local._claimed), tensor._spec, requires_grad=False)
+            return DTensor(
+                make_recorded_tensor(local._meta.detach(), local._claimed), tensor._spec, requires_grad=False
+            )
 
     def like(self, writer: TapeWriter, tensor: Tensor, whole: Tensor) -> Tensor:
         """Return a new DTensor that is sharded as ``tensor`` is, a part of the recorded ``whole``."""
@@ -109,7 +111,7 @@ class ShardsInBlock:
             local = torch.empty(part.sizes, dtype=whole.dtype, device="meta")
             begin(local, tape, found.device)
             meta = TensorMeta(whole.shape, whole.stride(), whole.dtype)
-            shard = recorded_tensor(local, found.device)
+            shard = make_recorded_tensor(local, found.device)
             made = DTensor(shard, tensor._spec.shallow_copy_with_tensor_meta(meta), requires_grad=False)
         self._note(tape, whole, part, made).copy(tape)
         return made
@@ -165,7 +167,7 @@ class ShardsInBlock:
                 error = error or failed
         instead = [(place, {place.key: wholes[id(place.tensor)][0]}) for place in there if id(place.tensor) in wholes]
         try:
-            with shown(instead, lambda changed: None):
+            with swapped_in(instead, lambda changed: None):
                 yield held
             if error is not None:
                 raise error
@@ -175,7 +177,7 @@ class ShardsInBlock:
                 assert found is not None
                 if part is not None and part.storage == found.storage:
                     continue
-                found.tape.later.waiting.forget(found.storage)
+                found.tape.after_block.waiting.forget(found.storage)
                 if part is not None:
                     _record_copy(found.tape, part, ref_of(meta_of(tensor._local_tensor), found.storage))
 
@@ -225,7 +227,7 @@ def _origin(tensor: DTensor, writer: TapeWriter | None) -> tuple[TensorRef, Box]
 
 def _by_place(tape: Tape, storage: int, shape: torch.Size) -> tuple[TensorRef, None] | None:
     """Return what an earlier block has recorded where there is a shard without elements, on ``storage``, today."""
-    for owners in tape.later.owners:
+    for owners in tape.after_block.owners:
         model = owners.model()
         for place in [] if model is None else table_entries(model, is_recorded_shard):
             found = recorded(place.tensor._local_tensor)
@@ -245,7 +247,7 @@ def _copied(tape: Tape, ref: TensorRef, device: torch.device, dtype: torch.dtype
             tape.add_op(torch.ops.aten.clone.default, (ref,), {}, (), (copied,), None, None)
         else:
             tape.add_op(torch.ops.aten._to_copy.default, (ref,), {"dtype": dtype}, (), (copied,), None, None)
-        return recorded_tensor(meta, device)
+        return make_recorded_tensor(meta, device)
 
 
 def _part_of(whole: TensorRef, box: Box) -> TensorRef:

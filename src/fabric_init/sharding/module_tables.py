@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction
 from fabric_init.planning.tensors import Walked, plain_name, walked
 from fabric_init.recording.tape.tape import Tape, TensorRef
-from fabric_init.recording.tensor.recorded_tensor import recorded_tensor
+from fabric_init.recording.tensor.recorded_tensor import make_recorded_tensor
 from fabric_init.recording.tensor.storage_tags import tensor_on
 
 
@@ -63,7 +63,7 @@ def putting_back(found: Iterable[TableEntry]) -> Callable[[], None]:
 def plain_tensor(ref: TensorRef, tape: Tape, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return the recorded tensor ``ref``, cast to ``dtype``; a parameter if ``like`` is one."""
     with DisableTorchFunction(), DisableTorchDispatch(), torch.no_grad():
-        plain: Tensor = recorded_tensor(tensor_on(tape, ref), tape.storages[ref.storage].device)
+        plain: Tensor = make_recorded_tensor(tensor_on(tape, ref), tape.storages[ref.storage].device)
     with torch.no_grad():
         if dtype not in (None, plain.dtype):
             plain = plain.to(dtype)
@@ -71,7 +71,7 @@ def plain_tensor(ref: TensorRef, tape: Tape, like: Tensor, dtype: torch.dtype | 
 
 
 @contextmanager
-def shown(
+def swapped_in(
     instead: Sequence[tuple[TableEntry, Mapping[str, Tensor]]], check: Callable[[list[TableEntry]], None]
 ) -> Iterator[None]:
     """Context in which modules hold other tensors, by their keys, in some of their places.

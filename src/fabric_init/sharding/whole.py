@@ -5,7 +5,7 @@
 and put a DTensor over the copy into the model. Of a recorded parameter all of that is recorded: the DTensor's local
 tensor is a recorded tensor, computed on the tape from a box of the whole one. So nobody has to tell us how a model was
 sharded, by which library, or in which order: what plans a load, or looks for the model's own init, sees the whole
-tensors (:func:`seen_whole`), and what fills reads the box of each that the DTensor says this rank keeps.
+tensors (:func:`as_unsharded_model`), and what fills reads the box of each that the DTensor says this rank keeps.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunct
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.planning.tensors import Walked, registered_tensors, walked
 from fabric_init.recording.tape.tape import Tape, TensorRef
-from fabric_init.recording.tensor.recorded_tensor import meta_of, recorded, recorded_tensor
+from fabric_init.recording.tensor.recorded_tensor import make_recorded_tensor, meta_of, recorded
 from fabric_init.recording.tensor.storage_tags import begin, ref_of
 from fabric_init.recording.tensor.wrappers import is_sharded
 from fabric_init.sharding.copies import wholes_of
 from fabric_init.sharding.dtensor import local, region_of
-from fabric_init.sharding.module_tables import TableEntry, plain_tensor, shown, table_entries
+from fabric_init.sharding.module_tables import TableEntry, plain_tensor, swapped_in, table_entries
 
 
 def refuse_flat_parameters(model: Walked) -> None:
@@ -48,7 +48,7 @@ def refuse_flat_parameters(model: Walked) -> None:
 
 
 @contextmanager
-def seen_whole(model: Walked, skipped: Collection[int] = ()) -> Iterator[dict[int, DTensor]]:
+def as_unsharded_model(model: Walked, skipped: Collection[int] = ()) -> Iterator[dict[int, DTensor]]:
     """Context in which ``model`` has whole recorded tensors in the places of the DTensors that wait for values.
 
     Yields the DTensor for each whole tensor, by the id of that. A model without such DTensors is not touched.
@@ -71,7 +71,7 @@ def seen_whole(model: Walked, skipped: Collection[int] = ()) -> Iterator[dict[in
                 "place. Load before the model is sharded, or leave that code out."
             )
 
-    with shown([(place, {place.key: wholes[id(place.tensor)]}) for place in found], check):
+    with swapped_in([(place, {place.key: wholes[id(place.tensor)]}) for place in found], check):
         yield {id(wholes[id(place.tensor)]): place.tensor for place in found}
 
 
@@ -174,10 +174,10 @@ def _tapes(model: Walked, found: Sequence[TableEntry]) -> set[Tape]:
 def recorded_at(module: nn.Module, key: str, tapes: Collection[Tape]) -> Iterator[tuple[TensorRef, Tape]]:
     """Yield what was recorded as tensor ``key`` of ``module`` before the model was sharded."""
     for tape in tapes:
-        for owners in tape.later.owners:
+        for owners in tape.after_block.owners:
             for storage in owners.at(module, key):
-                if storage in tape.later.waiting.refs:
-                    yield tape.later.waiting.refs[storage], tape
+                if storage in tape.after_block.waiting.refs:
+                    yield tape.after_block.waiting.refs[storage], tape
 
 
 def _origins(place: TableEntry, tapes: Collection[Tape]) -> tuple[list[TensorRef], Tape]:
@@ -198,9 +198,9 @@ def _origins(place: TableEntry, tapes: Collection[Tape]) -> tuple[list[TensorRef
         if any(box != region_of(sharded) for _, box in boxes):
             raise RecordingError(f"the shard of {place.name} was changed after the model was sharded. {_FIX}")
         if boxes:
-            tape.later.waiting.take_place(boxes[-1][0].storage, found.storage)
+            tape.after_block.waiting.take_place(boxes[-1][0].storage, found.storage)
             return [whole for whole, _ in boxes], tape
-        if tape.later.waiting.origin(found.storage) != found.storage:
+        if tape.after_block.waiting.origin(found.storage) != found.storage:
             raise RecordingError(f"the shard of {place.name} was changed after the model was sharded. {_FIX}")
     else:  # nothing was copied there
         for whole, tape in recorded_at(place.module, place.key, tapes):
@@ -217,12 +217,12 @@ def _let_empty_shard_wait(sharded: DTensor, whole: TensorRef, tape: Tape) -> Non
     """Put a recorded tensor in the place of a shard without elements, which waits for as long as ``whole`` does."""
     with DisableTorchFunction(), DisableTorchDispatch():
         found = recorded(sharded._local_tensor)
-        if found is None or found.memory is not None or found.storage in tape.later.waiting.parts:
+        if found is None or found.memory is not None or found.storage in tape.after_block.waiting.parts:
             return
         meta = torch.empty_like(meta_of(sharded._local_tensor))
         storage = begin(meta, tape, found.device)
-        sharded._local_tensor = recorded_tensor(meta, found.device)
-    tape.later.waiting.take_place(whole.storage, storage, copied=False)
+        sharded._local_tensor = make_recorded_tensor(meta, found.device)
+    tape.after_block.waiting.take_place(whole.storage, storage, copied=False)
 
 
 _FIX = (

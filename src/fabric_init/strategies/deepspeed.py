@@ -27,7 +27,7 @@ from fabric_init.errors import FabricInitError
 from fabric_init.filling.init_missing import initialize_missing
 from fabric_init.guard.expected_load import ExpectedLoad
 from fabric_init.guard.loads import loading, watch_loads
-from fabric_init.guard.models import hold_forward, release_filled, unfilled
+from fabric_init.guard.models import guard_forward, release_filled, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.reports.registry import filled_by_us
 from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound, left_to_loads, shard_and_fill
@@ -120,7 +120,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
         if names:
             load = ExpectedLoad(module, names, lambda tensor: getattr(tensor, "ds_tensor", tensor), self.agreement)
             watch_loads(module, load)
-            hold_forward(module)
+            guard_forward(module)
 
     def _initialize_engine(
         self, model: nn.Module, optimizer: Optimizer | None = None, scheduler: Any = None

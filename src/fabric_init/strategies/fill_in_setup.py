@@ -28,10 +28,10 @@ from fabric_init.filling.wait_for_load import let_wait
 from fabric_init.guard.loads import unwatch_loads, watch_loads
 from fabric_init.guard.models import (
     draw_for_own_init,
+    guard_forward,
+    guard_model,
     has_own_init,
-    hold,
-    hold_broken,
-    hold_forward,
+    mark_broken,
     own_init_is_wanted,
     own_tensors,
     unfilled,
@@ -84,7 +84,7 @@ def bind(model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions,
 
 
 def _keep(model: nn.Module, bound: BoundPlans) -> None:
-    hold(model, FIX, gives_memory=False)
+    guard_model(model, FIX, gives_memory=False)
     watch_loads(model, _complete)
     vars(model)[_ATTRIBUTE] = bound
 
@@ -144,11 +144,11 @@ def planned_for(model: nn.Module, agreement: Agreement) -> Iterator[PreparedPlan
             "planning for the model as it is now", lambda: _plan(model, [b for _, b in bounds], plans), sharded_lines
         )
         for tape in prepared.tapes.values():
-            tape.current().later.gives_memory = True
+            tape.current().after_block.gives_memory = True
         yield prepared
     except BaseException:
         if prepared is not None:
-            hold_broken(model)
+            mark_broken(model)
         for module, bound in bounds:
             vars(module)[_ATTRIBUTE] = bound
         for module, its in declared:
@@ -224,9 +224,9 @@ def shard_and_fill(
         execute_plan(planned, sharded, planned.tensors, placement, agreement)
         if planned.plan.waits:
             for tape in {tape.current() for tape in planned.tapes.values()}:
-                tape.later.waiting.fix = THREE_WAYS
+                tape.after_block.waiting.fix = THREE_WAYS
             watch_loads(sharded, initialize_possible)
-            hold_forward(sharded, agreement)
+            guard_forward(sharded, agreement)
         _refuse_left(planned, sharded)
         return sharded
 

@@ -14,14 +14,14 @@ from torch.nn.parameter import is_lazy
 from fabric_init._gc import PausedCollector
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.distributed.agreement import Agreement
-from fabric_init.distributed.io import Io, check_io, open_on_all_ranks
+from fabric_init.distributed.who_reads import Io, check_io, open_on_all_ranks
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.execute import fill_model
 from fabric_init.filling.wait_for_load import wait_for_load
-from fabric_init.guard.models import hold
+from fabric_init.guard.models import guard_model
+from fabric_init.planning.checkpoint_source import CheckpointSource
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import LoadOptions
-from fabric_init.planning.source import Source
 from fabric_init.planning.tensors import named_modules
 from fabric_init.recording.in_block.built_modules import BuiltModules, refuse_scripted
 from fabric_init.recording.mode import RecordMode, active
@@ -68,7 +68,7 @@ class RecordingStrategy(Protocol):
 @contextmanager
 def init_context(
     strategy: RecordingStrategy,
-    source: Source | None = None,
+    source: CheckpointSource | None = None,
     wanted: LoadOptions = _NOTHING_WANTED,
 ) -> Iterator[None]:
     """Record the model that is built in the block; at its end fill it, allocate it, or bind it until setup.
@@ -83,7 +83,7 @@ def init_context(
 
 
 def _recorded(
-    strategy: RecordingStrategy, source: Source | None, wanted: LoadOptions, agreement: Agreement
+    strategy: RecordingStrategy, source: CheckpointSource | None, wanted: LoadOptions, agreement: Agreement
 ) -> Iterator[None]:
     refuse_nesting()
     _refuse_precision(strategy.precision)
@@ -131,7 +131,7 @@ def _recorded(
         raise
 
 
-def _way(strategy: RecordingStrategy, source: Source | None, wanted: LoadOptions) -> str:
+def _way(strategy: RecordingStrategy, source: CheckpointSource | None, wanted: LoadOptions) -> str:
     """Return which way this rank goes: what differs here would make ranks wait for what others never do."""
     load = (
         "no checkpoint" if source is None else f"a declared load, strict={wanted.strict}, reinit={list(wanted.reinit)}"
@@ -181,7 +181,7 @@ def _complete(
 def _hold_failed(models: list[nn.Module]) -> None:
     """Let nobody use what is left of models whose block has failed; what had values in them before may be used."""
     for model in models:
-        hold(model, "Its init_module block ended with an error: build it again.")
+        guard_model(model, "Its init_module block ended with an error: build it again.")
 
 
 def _one_model(models: list[nn.Module], reader: CheckpointReader) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_init.distributed.agreement import Agreement, agreement_of
-from fabric_init.distributed.io import Io, check_io
+from fabric_init.distributed.who_reads import Io, check_io
 from fabric_init.errors import FabricInitError
 from fabric_init.guard.loads import loading
 from fabric_init.guard.models import release_filled, require

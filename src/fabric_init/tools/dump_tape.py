@@ -8,7 +8,7 @@ from contextlib import suppress
 from torch import nn
 
 from fabric_init.errors import FabricInitError, RecordingError
-from fabric_init.planning.tensors import TensorInfo, survey
+from fabric_init.planning.tensors import TensorInfo, tensors_and_tapes
 from fabric_init.recording.tape.liveness import live_ops
 from fabric_init.recording.tape.tape import Tape
 from fabric_init.reports.registry import report_of
@@ -42,7 +42,7 @@ def dump_tape(model: nn.Module) -> str:
 
 
 def _recorded_tensors(model: nn.Module) -> Iterator[tuple[TensorInfo, Tape]]:
-    slots, _, tapes = survey(model)
+    slots, _, tapes = tensors_and_tapes(model)
     yield from ((slot, tapes[slot.ref.storage]) for slot in slots if slot.ref is not None)
     if not tapes:  # filled, or waiting for values in its own memory: the report has kept what was recorded
         with suppress(FabricInitError):  # there is no report

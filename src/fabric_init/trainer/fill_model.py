@@ -12,9 +12,9 @@ from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.errors import OptionError
 from fabric_init.planning.options import load_options
 from fabric_init.planning.recorded_load.converted import Convert
-from fabric_init.trainer.accelerator import accelerator_of, let_fill, let_trainer_fill
 from fabric_init.trainer.declared import Declared
-from fabric_init.trainer.strategy import let_record
+from fabric_init.trainer.hf_accelerate import accelerator_of, let_fill, let_trainer_fill
+from fabric_init.trainer.lightning_strategy import let_record
 
 _T = TypeVar("_T")
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fabric_init.checkpoints import BaseReader, Box, Region, Span, TensorSpec, take
+from fabric_init.planning.recorded_load.key_tensors import KeyTensor, source_tensor
 from fabric_init.planning.recorded_load.regions import Evaluation, copied_source, sources_of
-from fabric_init.planning.recorded_load.sources import Source, source_tensor
 from fabric_init.recording.mode import RecordMode
 from fabric_init.recording.tape.tape import Tape, TensorRef
 from fabric_init.recording.tensor.recorded_tensor import meta_of, recorded
@@ -60,7 +60,7 @@ def some_tensors() -> dict[str, Tensor]:
 
 def record(function: Function, reader: BaseReader) -> tuple[Tape, TensorRef]:
     with RecordMode() as mode, torch.no_grad():
-        result = function({key: source_tensor(mode.recorder, Source(reader, key)) for key in reader.keys()})
+        result = function({key: source_tensor(mode.recorder, KeyTensor(reader, key)) for key in reader.keys()})
     found = recorded(result)
     assert found is not None
     return mode.tape, ref_of(meta_of(result), found.storage)

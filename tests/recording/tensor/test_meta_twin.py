@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from fabric_init import deferred_init, materialize
+from fabric_init.recording.tensor.recorded_storage import RecordedStorage
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, recorded
-from fabric_init.recording.tensor.storage import RecordedStorage
 
 
 def place_of(tensor: torch.Tensor) -> object:

@@ -22,12 +22,12 @@ from fabric_init.errors import FabricInitError
 from fabric_init.filling.values.compute_derived import loads_noted
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.prepare import PreparedPlan
-from fabric_init.planning.recorded_load.sources import recorded_on_sources
+from fabric_init.planning.recorded_load.key_tensors import recorded_on_sources
 from fabric_init.planning.tensors import TensorInfo, Walked, find_tensors, named_modules
 from fabric_init.recording.tape.tape import Rng
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, follow_meta, meta_of, recorded
-from fabric_init.recording.tensor.storage_tags import Recorded, ref_of
-from fabric_init.sharding.plain import is_packed
+from fabric_init.recording.tensor.storage_tags import StorageTag, ref_of
+from fabric_init.sharding.packed_weights import is_packed
 
 
 def packed(prepared: PreparedPlan, model: nn.Module, placement: Placement) -> PreparedPlan:
@@ -65,13 +65,13 @@ def packed(prepared: PreparedPlan, model: nn.Module, placement: Placement) -> Pr
     return prepared._replace(tapes={storage: tape.current() for storage, tape in prepared.tapes.items()}, undo=undo_all)
 
 
-def _let_wait(tensor: Tensor, was: Recorded | None, name: str, model: nn.Module) -> None:
+def _let_wait(tensor: Tensor, was: StorageTag | None, name: str, model: nn.Module) -> None:
     """Let a packed weight wait in the place of the one that it is computed from, as if it had been there at first."""
     with DisableTorchFunction():
         found = recorded(tensor)
     if found is None or was is None or found.storage == was.storage:
         return
-    waiting = found.tape.later.waiting
+    waiting = found.tape.after_block.waiting
     if was.storage in found.tape.waits:
         waiting.begin(found.storage, type(model).__name__, name, ref_of(meta_of(tensor), found.storage))
         waiting.rename(was.storage, found.storage)

@@ -25,9 +25,9 @@ from fabric_init.recording.tape.tape import Tape
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, class_of, recorded
 from fabric_init.recording.tensor.wrappers import inner_tensors, is_sharded, named_parts, recorded_parts
 from fabric_init.sharding.dtensor import local
-from fabric_init.sharding.plain import HeldInstead, Shown, is_packed, seen_plain, wraps
+from fabric_init.sharding.packed_weights import HeldInstead, Substitution, as_plain_model, is_packed, wraps
 
-_NOTHING_SHOWN = Shown({}, {})
+_NOTHING_SHOWN = Substitution({}, {})
 
 
 def plan_plain(model: nn.Module, reader: CheckpointReader | None, options: LoadOptions) -> PreparedPlan:
@@ -37,7 +37,7 @@ def plan_plain(model: nn.Module, reader: CheckpointReader | None, options: LoadO
         FabricInitError: Anything that the user has to fix; no memory is allocated before.
     """
     refuse_own_hooks(model, reader)
-    with seen_plain(model, is_packed) as shown:
+    with as_plain_model(model, is_packed) as shown:
         prepared = plan_for(model, reader, options)
     both = [
         (entry, held)
@@ -49,7 +49,7 @@ def plan_plain(model: nn.Module, reader: CheckpointReader | None, options: LoadO
 
 
 def pack_and_plan_held(
-    prepared: PreparedPlan, model: nn.Module, placement: Placement, shown: Shown = _NOTHING_SHOWN
+    prepared: PreparedPlan, model: nn.Module, placement: Placement, shown: Substitution = _NOTHING_SHOWN
 ) -> PreparedPlan:
     """Return :func:`plan_held` of a plan, once parameters have been packed that their library packs on their device.
 
@@ -71,7 +71,7 @@ def pack_and_plan_held(
         raise
 
 
-def plan_held(prepared: PreparedPlan, model: nn.Module, shown: Shown = _NOTHING_SHOWN) -> PreparedPlan:
+def plan_held(prepared: PreparedPlan, model: nn.Module, shown: Substitution = _NOTHING_SHOWN) -> PreparedPlan:
     """Return a plan for what ``model`` holds in the places of plain tensors, which are read or computed for that."""
     entries: list[tuple[PlanEntry, Tensor]] = []
     tapes = dict(prepared.tapes)

@@ -19,7 +19,7 @@ from fabric_init.recording.tape.tape import Tape
 
 
 @dataclass(eq=False)
-class Part:
+class RankPart:
     """What this rank keeps of one tensor."""
 
     position: int
@@ -59,7 +59,7 @@ def parts_in_chunks(
     placement: Placement,
     *,
     exact: bool,
-) -> dict[int, Part]:
+) -> dict[int, RankPart]:
     """Return which storages can be computed by chunks, and what this rank keeps of each.
 
     Args:
@@ -76,13 +76,13 @@ def parts_in_chunks(
             continue
         if (how := chunks(tapes[storage], slot.ref, exact=exact)) is not None:
             region, device = placement.region(slot), placement.device(slot)
-            found[storage] = Part(position, how, tuple(slot.ref.size), region, device)
+            found[storage] = RankPart(position, how, tuple(slot.ref.size), region, device)
     return found
 
 
-def computed_in_chunks(parts: Iterable[Part]) -> Iterator[tuple[int, Tensor]]:
+def computed_in_chunks(parts: Iterable[RankPart]) -> Iterator[tuple[int, Tensor]]:
     """Yield positions in the plan and the values that this rank keeps, in the order in which they are completed."""
-    by_device: dict[torch.device, list[Part]] = {}
+    by_device: dict[torch.device, list[RankPart]] = {}
     for part in parts:
         by_device.setdefault(part.device, []).append(part)
     for device, here in by_device.items():
@@ -98,17 +98,17 @@ def computed_in_chunks(parts: Iterable[Part]) -> Iterator[tuple[int, Tensor]]:
 _CHUNKS_A_JOB = 16
 """Starting a job takes a tenth of a millisecond, computing a chunk a few tenths."""
 
-_Job = tuple[Part, Callable[[], None]]
+_Job = tuple[RankPart, Callable[[], None]]
 
 
-def _run(job: _Job) -> Part:
+def _run(job: _Job) -> RankPart:
     part, compute = job
     with torch.inference_mode(False), real_execution():  # both belong to the thread
         compute()
     return part
 
 
-def _jobs(parts: Iterable[Part]) -> Iterator[_Job]:
+def _jobs(parts: Iterable[RankPart]) -> Iterator[_Job]:
     """Yield the chunks of one part after the other. Memory is taken when the first chunk of a part is asked for."""
     for part in parts:
         where = window(part.shape, part.region)

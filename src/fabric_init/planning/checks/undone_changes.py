@@ -15,7 +15,7 @@ from fabric_init.planning.derived import cast_from
 from fabric_init.planning.plan import Action, PlanEntry
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.tape.liveness import is_final, live_ops, writes_whole
-from fabric_init.recording.tape.op_schemas import mixes, only_copies
+from fabric_init.recording.tape.op_properties import mixes, only_copies
 from fabric_init.recording.tape.tape import Op, Tape, TensorRef
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from fabric_init._text import counted, listed
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import UninitializedTensorError
-from fabric_init.planning.hints.lenient import hidden_mistake, in_part
 from fabric_init.planning.hints.proposals import likely_transpose, proposals
 from fabric_init.planning.hints.quantized import quantized_message, unknown_scheme, unscaled
+from fabric_init.planning.hints.strict_false_mistakes import hidden_mistake, in_part
 from fabric_init.planning.matching import Matching
 from fabric_init.planning.plan import Action, PlanEntry
 from fabric_init.recording.tape.liveness import never_written

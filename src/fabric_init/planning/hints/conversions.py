@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from fabric_init.checkpoints.mapping.convert import Conversion, Fuse, Split, Stack, Transpose, Unstack
-from fabric_init.planning.hints.likeness import likeness, words_of
+from fabric_init.planning.hints.name_similarity import likeness, words_of
 
 _Shapes = Mapping[str, torch.Size]
 _MOST = 4

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from fabric_init.planning.hints.likeness import Rivals, words_of
+from fabric_init.planning.hints.name_similarity import Rivals, words_of
 
 _Shapes = Mapping[str, torch.Size]
 _Level = tuple[str, int]

@@ -14,9 +14,9 @@ from fabric_init.checkpoints import CheckpointReader, Conversion, Part
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
 from fabric_init.errors import FabricInitError
 from fabric_init.planning.hints.adapters import likely_adapters
+from fabric_init.planning.hints.ambiguous_renames import judged, merged
 from fabric_init.planning.hints.conversions import candidates, transposing
-from fabric_init.planning.hints.doubts import judged, merged
-from fabric_init.planning.hints.likeness import Rivals
+from fabric_init.planning.hints.name_similarity import Rivals
 from fabric_init.planning.hints.numbering import Numbering
 from fabric_init.planning.hints.renames import Suggestion, likely_part, likely_renames
 from fabric_init.planning.matching import Matching

@@ -21,14 +21,14 @@ from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunct
 from fabric_init.checkpoints import CheckpointReader, Conversion, ConversionResult, Dequantize
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.recorded_load.computed import ComputedReader, Value
-from fabric_init.planning.recorded_load.regions import sources_of
-from fabric_init.planning.recorded_load.sources import (
-    Source,
-    Sources,
+from fabric_init.planning.recorded_load.key_tensors import (
+    KeyTensor,
+    KeyTensors,
     recorded_on_sources,
     source_read_by,
     source_tensor,
 )
+from fabric_init.planning.recorded_load.regions import sources_of
 from fabric_init.recording.in_block.recorder import Recorder
 from fabric_init.recording.tape.tape import Tape, TensorRef
 from fabric_init.recording.tensor.recorded_tensor import recorded
@@ -95,7 +95,7 @@ def _made(below: CheckpointReader, step: Conversion | Functions) -> tuple[Tape, 
 def _made_by_functions(
     recorder: Recorder, below: CheckpointReader, functions: Functions
 ) -> tuple[dict[str, Value], Collection[str]]:
-    sources = Sources(recorder, below)
+    sources = KeyTensors(recorder, below)
     values = {}
     for key, function in functions.items():
         try:
@@ -114,7 +114,7 @@ def _made_as_declared(
     used: set[str] = set()
     records: dict[Any, _Record] = {}
     for made in conversion.results(specs):
-        sources = [Source(below, key) for key in made.sources]
+        sources = [KeyTensor(below, key) for key in made.sources]
         alike = id(made.function), *((specs[key].shape, specs[key].dtype) for key in made.sources)
         if alike in records:
             refs = records[alike].repeated(recorder.tape, sources)
@@ -131,7 +131,7 @@ def _made_as_declared(
 class _Record:
     """What a function does with its sources: the ops, and where they leave its results."""
 
-    def __init__(self, made: ConversionResult, recorder: Recorder, sources: Sequence[Source], name: str) -> None:
+    def __init__(self, made: ConversionResult, recorder: Recorder, sources: Sequence[KeyTensor], name: str) -> None:
         before = len(recorder.tape.ops)
         results = list(made.function(*(source_tensor(recorder, source) for source in sources)))
         if len(results) != len(made.keys):
@@ -146,7 +146,7 @@ class _Record:
         read = any(source.read for op in self._ops if (source := source_read_by(op)) is not None)
         return not read and all(op.draw is None for op in self._ops)
 
-    def repeated(self, tape: Tape, sources: Iterable[Source]) -> list[TensorRef]:
+    def repeated(self, tape: Tape, sources: Iterable[KeyTensor]) -> list[TensorRef]:
         """Write the ops to the tape once more, for other sources, and return where their results are."""
         copies: dict[int, int] = {}
 

@@ -16,8 +16,8 @@ from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunct
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.reader import read
 from fabric_init.planning.recorded_load.computed import ComputedReader, Value
+from fabric_init.planning.recorded_load.key_tensors import KeyTensors, recorded_on_sources
 from fabric_init.planning.recorded_load.regions import Evaluation, copied_source, is_copy_of, sources_of
-from fabric_init.planning.recorded_load.sources import Sources, recorded_on_sources
 from fabric_init.planning.tensors import named_modules, named_tensors
 from fabric_init.recording.in_block.recorder import Recorder
 from fabric_init.recording.tape.tape import Rng, Tape, TensorRef
@@ -26,10 +26,10 @@ from fabric_init.recording.tensor.recorded_tensor import (
     become,
     become_recorded,
     follow_meta,
+    make_recorded_tensor,
     meta_of,
     recorded,
     recorded_ref,
-    recorded_tensor,
     whole_storage,
 )
 
@@ -104,7 +104,7 @@ def record_load(
             mode.recorder.own_init_counts = True  # as plain PyTorch has initialized what a load comes to
             moved = _moved(model, mode.recorder)
             try:
-                sources = Sources(mode.recorder, reader)
+                sources = KeyTensors(mode.recorder, reader)
                 state = {name: (extra if key in extra else sources)[key] for key, name in names.items()}
                 outcome = code(model, state)
                 refs = _left_behind(model, moved, mode.tape)
@@ -166,7 +166,7 @@ def _move(tensor: Tensor, recorder: Recorder, copies: dict[int, Tensor]) -> _Mov
     with torch.no_grad(), DisableTorchFunction(), DisableTorchDispatch():
         before = tensor._meta if isinstance(tensor, RecordedTensor) else None
         if found is None or found.memory is not None:
-            value = tensor.detach() if found is None else found.tape.later.value(tensor, "be read")
+            value = tensor.detach() if found is None else found.tape.after_block.value(tensor, "be read")
             copied, real = recorder.constant(value), value
         else:
             recorder.lookup(tensor)
@@ -175,7 +175,7 @@ def _move(tensor: Tensor, recorder: Recorder, copies: dict[int, Tensor]) -> _Mov
                 copies[found.storage] = _clone(whole_storage(before), recorder, found.device)
             flat = meta_of(copies[found.storage]).view(before.dtype)
             view = flat.as_strided(before.size(), before.stride(), before.storage_offset())
-            copied, real = recorded_tensor(view, found.device), None
+            copied, real = make_recorded_tensor(view, found.device), None
         meta = meta_of(copied)
         record = recorded(copied)
         assert record is not None
@@ -188,7 +188,7 @@ def _move(tensor: Tensor, recorder: Recorder, copies: dict[int, Tensor]) -> _Mov
 
 
 def _clone(flat: Tensor, recorder: Recorder, device: torch.device) -> Tensor:
-    return recorder.record_op(torch.ops.aten.clone.default, (recorded_tensor(flat, device),), {})  # type: ignore[no-any-return]
+    return recorder.record_op(torch.ops.aten.clone.default, (make_recorded_tensor(flat, device),), {})  # type: ignore[no-any-return]
 
 
 def _left_behind(model: nn.Module, moved: Iterable[_Moved], tape: Tape) -> dict[str, TensorRef]:

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from fabric_init.checkpoints.reader import read
 from fabric_init.checkpoints.region import Box, Region, Span, full_box, span_of_boxes, take, window
-from fabric_init.planning.recorded_load.sources import Source, source_read_by
+from fabric_init.planning.recorded_load.key_tensors import KeyTensor, source_read_by
 from fabric_init.recording.replay.replay import real_execution, run_ops, view
 from fabric_init.recording.tape.liveness import covers, live_ops
-from fabric_init.recording.tape.op_schemas import only_copies, pointwise
+from fabric_init.recording.tape.op_properties import only_copies, pointwise
 from fabric_init.recording.tape.tape import Constant, Op, Tape, TensorRef
 
 _CPU = torch.device("cpu")
@@ -176,7 +176,7 @@ def sources_of(tape: Tape, ref: TensorRef) -> list[str]:
     return [source.key for number in live if (source := source_read_by(tape.ops[number])) is not None]
 
 
-def copied_source(tape: Tape, ref: TensorRef) -> Source | None:
+def copied_source(tape: Tape, ref: TensorRef) -> KeyTensor | None:
     """Return the source that ``ref`` is a plain copy of, but for its dtype; ``None`` if more was done."""
     dtypes = set()
     for copy, op in _copies(tape, ref):

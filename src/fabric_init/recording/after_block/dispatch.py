@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from fabric_init._torch_internals import DisableTorchFunction, DisableTorchFunctionSubclass
 from fabric_init.errors import RecordingError
 from fabric_init.recording.after_block.functions import HANDLERS
-from fabric_init.recording.after_block.operators import LateOps
+from fabric_init.recording.after_block.operators import AfterBlockOperators
 from fabric_init.recording.after_block.recorder import LateRecorder
 from fabric_init.recording.in_block.built_modules import notice_copies
 from fabric_init.recording.in_block.meta_kernels import tensors_in
@@ -33,9 +33,9 @@ from fabric_init.recording.replay.tracing import is_faked, is_jit_traced, is_tra
 from fabric_init.recording.tape.liveness import covers
 from fabric_init.recording.tensor.recorded_tensor import (
     RecordedTensor,
+    make_recorded_tensor,
     recorded,
     recorded_ref,
-    recorded_tensor,
     whole_storage,
 )
 
@@ -45,7 +45,7 @@ MSG_JIT_TRACE = (
 )
 
 
-class Later(LateOps):
+class AfterBlock(AfterBlockOperators):
     """Answers for the recorded tensors of one tape when no block is open: this is what ``RecordedTensor`` calls."""
 
     def function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -113,7 +113,7 @@ class Later(LateOps):
         else:
             key = ("fabric_init", found.storage)
             if key not in memo:
-                memo[key] = recorded_tensor(whole_storage(meta), tensor._claimed).clone()
+                memo[key] = make_recorded_tensor(whole_storage(meta), tensor._claimed).clone()
             copied = memo[key].view(meta.dtype).as_strided(meta.size(), meta.stride(), meta.storage_offset())
         return copied
 

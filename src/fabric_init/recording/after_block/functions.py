@@ -128,4 +128,4 @@ HANDLERS: dict[Any, Any] = {
     Tensor.__int__: _of_value,
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
 }
-"""By function: what to call with the :class:`~fabric_init.recording.after_block.dispatch.Later` of a tape."""
+"""By function: what to call with the :class:`~fabric_init.recording.after_block.dispatch.AfterBlock` of a tape."""

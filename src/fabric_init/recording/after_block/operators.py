@@ -10,16 +10,16 @@ from torch import Tensor
 
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction
 from fabric_init.errors import RecordingError
+from fabric_init.recording.after_block.make_values import AfterBlockValues
 from fabric_init.recording.after_block.recorder import LateRecorder
-from fabric_init.recording.after_block.values import LateValues
 from fabric_init.recording.in_block.meta_kernels import map_tensors, tensors_in, written_tensors
 from fabric_init.recording.replay.replay import real_execution, view
 from fabric_init.recording.tape.liveness import covers, never_written
-from fabric_init.recording.tape.op_schemas import INDEXES, asks_shape_only, has_out, only_copies, overwrites, traits
+from fabric_init.recording.tape.op_properties import INDEXES, asks_shape_only, has_out, only_copies, overwrites, traits
 from fabric_init.recording.tape.tape import TensorRef
 from fabric_init.recording.tensor.real_memory import plain_memory
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, become, recorded, recorded_ref
-from fabric_init.recording.tensor.storage_tags import Recorded
+from fabric_init.recording.tensor.storage_tags import StorageTag
 
 _OF_ALL_RANKS = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"})
 """Namespaces of collectives, which are never run again later, when the other ranks are elsewhere."""
@@ -30,7 +30,7 @@ _FOREACH: dict[Any, Any] = {
 }
 
 
-class LateOps(LateValues):
+class AfterBlockOperators(AfterBlockValues):
     """Answers operators, and does what they write. See [Note: after the block] in ``answers.py``."""
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -153,7 +153,13 @@ class LateOps(LateValues):
         return result
 
     def _write_through(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: Tensor, found: Recorded, ref: TensorRef
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        target: Tensor,
+        found: StorageTag,
+        ref: TensorRef,
     ) -> Any:
         """Give a tensor that is overwritten whole its memory, and write there."""
         info = self.tape.storages[found.storage]

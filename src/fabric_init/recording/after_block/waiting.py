@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fabric_init.recording.replay.replay import real_execution
 from fabric_init.recording.tape.liveness import writes_whole
-from fabric_init.recording.tape.op_schemas import only_copies, overwrites, traits
+from fabric_init.recording.tape.op_properties import only_copies, overwrites, traits
 from fabric_init.recording.tape.tape import Tape, TensorRef, now
 from fabric_init.recording.tensor.recorded_tensor import meta_of, recorded
 from fabric_init.recording.tensor.storage_tags import ref_of

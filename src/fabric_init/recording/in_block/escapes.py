@@ -13,7 +13,7 @@ from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunct
 from fabric_init.errors import RecordingError
 from fabric_init.recording.in_block.device_queries import Handler
 from fabric_init.recording.in_block.recorder import Recorder
-from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, class_of, recorded, recorded_tensor
+from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, class_of, make_recorded_tensor, recorded
 
 
 def _with_true_value(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -108,7 +108,7 @@ def _set_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
         if isinstance(value, RecordedTensor) and not isinstance(target, RecordedTensor):
             value = value._meta
         elif isinstance(target, RecordedTensor) and not isinstance(value, RecordedTensor) and (like := recorded(value)):
-            value = recorded_tensor(value, like.device)
+            value = make_recorded_tensor(value, like.device)
         if recorded(target) is not None and recorded(value) is not None and _packs(target, value):
             recorder.tape.made_of[recorder.ref(value).storage] = recorder.ref(target)
         func(target, value)
@@ -128,7 +128,7 @@ def _get_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
     with DisableTorchFunction():
         data = func(*args)
         found = None if isinstance(data, RecordedTensor) else recorded(data)
-        return data if found is None else recorded_tensor(data, found.device)
+        return data if found is None else make_recorded_tensor(data, found.device)
 
 
 HANDLERS: dict[Any, Handler] = {

@@ -7,8 +7,14 @@ from typing import Any
 
 import torch
 
-from fabric_init.recording.tape.op_schemas import PLAIN_FACTORIES, traits
-from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, follow_meta, meta_of, recorded, recorded_tensor
+from fabric_init.recording.tape.op_properties import PLAIN_FACTORIES, traits
+from fabric_init.recording.tensor.recorded_tensor import (
+    RecordedTensor,
+    follow_meta,
+    make_recorded_tensor,
+    meta_of,
+    recorded,
+)
 
 META = torch.device("meta")
 
@@ -139,7 +145,7 @@ def recorded_results(result: Any, tensors: Iterable[torch.Tensor]) -> Any:
         tensor = passed.get(id(meta))
         if tensor is None:
             recording = recorded(meta)
-            return meta if recording is None else recorded_tensor(meta, recording.device)
+            return meta if recording is None else make_recorded_tensor(meta, recording.device)
         if isinstance(tensor, RecordedTensor) and (meta.size() != tensor.size() or meta.stride() != tensor.stride()):
             follow_meta(tensor)
         return tensor

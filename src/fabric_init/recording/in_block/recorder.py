@@ -29,19 +29,19 @@ from fabric_init.recording.in_block.meta_kernels import (
 from fabric_init.recording.in_block.tape_writer import OnReal, Shards, TapeWriter
 from fabric_init.recording.replay.replay import real_execution
 from fabric_init.recording.tape.call_site import init_call
-from fabric_init.recording.tape.op_schemas import asks_shape_only, only_copies, traits
-from fabric_init.recording.tape.rng import Streams, generator_kept
+from fabric_init.recording.tape.op_properties import asks_shape_only, only_copies, traits
+from fabric_init.recording.tape.random_streams import Streams, generator_kept
 from fabric_init.recording.tape.tape import Tape
+from fabric_init.recording.tensor.recorded_storage import RecordedStorage
 from fabric_init.recording.tensor.recorded_tensor import (
     ASKS_DEVICE,
     RecordedTensor,
     follow_meta,
+    make_recorded_tensor,
     may_change,
     meta_of,
-    recorded_tensor,
 )
-from fabric_init.recording.tensor.storage import RecordedStorage
-from fabric_init.recording.tensor.storage_tags import Recorded
+from fabric_init.recording.tensor.storage_tags import StorageTag
 from fabric_init.recording.tensor.wrappers import is_recorded_shard, is_sharded, is_sharded_class, is_wrapper_class
 
 _COLLECTIVES = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"})
@@ -190,7 +190,7 @@ class Recorder(TorchDispatchMode, TapeWriter):
             return None
         result = func(meta_of(args[0]), *args[1:], **kwargs)
         device = base.device
-        return map_tensors(result, lambda meta: recorded_tensor(meta, device))
+        return map_tensors(result, lambda meta: make_recorded_tensor(meta, device))
 
     def _fill(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """Record an in-place fill without running its meta kernel: it changes no shape, and most init ends in one."""
@@ -243,7 +243,7 @@ class Recorder(TorchDispatchMode, TapeWriter):
             recording = self.lookup(tensor)
             if recording is None or recording.memory is None:
                 return tensor
-            value: torch.Tensor = self.tape.later.value(tensor, "be read")
+            value: torch.Tensor = self.tape.after_block.value(tensor, "be read")
             given[id(value)] = tensor
             return value
 
@@ -252,7 +252,7 @@ class Recorder(TorchDispatchMode, TapeWriter):
         return map_tensors(result, lambda tensor: given.get(id(tensor), tensor))
 
     def _with_true_values(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], recordings: list[Recorded]
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], recordings: list[StorageTag]
     ) -> Any:
         """Run ``func`` on the values that its arguments would have by now; tensors that come out are recorded."""
         with real_execution(), generator_kept(func, kwargs):  # a recorded draw is made by replay, not here

@@ -14,11 +14,11 @@ from fabric_init.errors import RecordingError
 from fabric_init.recording.in_block.meta_kernels import dense, like_on_meta, map_tensors, tensors_in
 from fabric_init.recording.replay.replay import real_execution, storage_now, view
 from fabric_init.recording.tape.call_site import caller
-from fabric_init.recording.tape.op_schemas import DRAWS_FROM_DEFAULT, INIT_FUNCTIONS, Func, is_random, traits
-from fabric_init.recording.tape.rng import Streams
+from fabric_init.recording.tape.op_properties import DRAWS_FROM_DEFAULT, INIT_FUNCTIONS, Func, is_random, traits
+from fabric_init.recording.tape.random_streams import Streams
 from fabric_init.recording.tape.tape import Draw, Tape, TensorRef
-from fabric_init.recording.tensor.recorded_tensor import meta_of, recorded, recorded_ref, recorded_tensor
-from fabric_init.recording.tensor.storage_tags import Recorded, begin, ref_of
+from fabric_init.recording.tensor.recorded_tensor import make_recorded_tensor, meta_of, recorded, recorded_ref
+from fabric_init.recording.tensor.storage_tags import StorageTag, begin, ref_of
 from fabric_init.recording.tensor.wrappers import is_recorded_shard
 
 _CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ class TapeWriter:
         func: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        recordings: list[Recorded],
+        recordings: list[StorageTag],
         written: list[torch.Tensor],
         result: Any,
         frame: FrameType | None,
@@ -175,7 +175,7 @@ class TapeWriter:
 
     # -- tensors -------------------------------------------------------------------------------------------------------
 
-    def lookup(self, tensor: torch.Tensor) -> Recorded | None:
+    def lookup(self, tensor: torch.Tensor) -> StorageTag | None:
         """Return the recording of ``tensor``; join the tape of an earlier block to this one first."""
         recording = recorded(tensor)
         if recording is not None and recording.first_tape is not self.tape:
@@ -202,7 +202,7 @@ class TapeWriter:
         ref = self.new_storage(meta, tensor.device)
         value = self.tape.add_constant(tensor)
         self.tape.add_op(torch.ops.aten.clone.default, (value,), {}, (), (ref,), None, caller(sys._getframe(1)))
-        return recorded_tensor(meta, tensor.device)
+        return make_recorded_tensor(meta, tensor.device)
 
     def new_storage(self, tensor: torch.Tensor, device: torch.device) -> TensorRef:
         """Start recording the storage of ``tensor``, meant for ``device``; return the reference to it."""
@@ -252,9 +252,11 @@ class TapeWriter:
         """What the constructor would find in ``tensor`` at this point, as a real tensor. Replays that tensor alone."""
         recording = self.lookup(tensor)
         assert recording is not None
-        waits = not self.own_init_counts and self.tape.later.waiting.missing([recording.storage], declared_count=False)
+        waits = not self.own_init_counts and self.tape.after_block.waiting.missing(
+            [recording.storage], declared_count=False
+        )
         if recording.memory is not None or waits:
-            value: torch.Tensor = self.tape.later.value(tensor, "be read")  # of an earlier block: it may wait
+            value: torch.Tensor = self.tape.after_block.value(tensor, "be read")  # of an earlier block: it may wait
             return value
         memory, random = storage_now(self.tape, recording.storage, exact=self.exact)
         if random:

@@ -21,8 +21,8 @@ import torch
 
 from fabric_init._torch_internals import OpOverload
 from fabric_init.recording.tape.liveness import live_ops
-from fabric_init.recording.tape.op_schemas import traits, with_generator
-from fabric_init.recording.tape.rng import derived_seed
+from fabric_init.recording.tape.op_properties import traits, with_generator
+from fabric_init.recording.tape.random_streams import derived_seed
 from fabric_init.recording.tape.tape import Constant, Draw, Op, Tape, TensorRef
 
 CHUNK = 1 << 17

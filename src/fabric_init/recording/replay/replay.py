@@ -16,7 +16,7 @@ from fabric_init.recording.replay.generators import ReplayStreams
 from fabric_init.recording.replay.threads import threaded
 from fabric_init.recording.replay.tracing import outside_tracing
 from fabric_init.recording.tape.liveness import covers, is_final, live_ops
-from fabric_init.recording.tape.op_schemas import asks_shape_only, overwrites, with_generator
+from fabric_init.recording.tape.op_properties import asks_shape_only, overwrites, with_generator
 from fabric_init.recording.tape.tape import Constant, Look, Op, Tape, TensorRef
 
 _default_generator_lock = threading.Lock()

@@ -8,7 +8,7 @@ from types import CodeType, FrameType
 
 import torch
 
-from fabric_init.recording.tape.op_schemas import INIT_FUNCTIONS
+from fabric_init.recording.tape.op_properties import INIT_FUNCTIONS
 from fabric_init.recording.tape.tape import CallSite
 
 _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep  # recording/

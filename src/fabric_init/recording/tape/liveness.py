@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 
 import torch
 
-from fabric_init.recording.tape.op_schemas import only_copies, overwrites, pointwise
+from fabric_init.recording.tape.op_properties import only_copies, overwrites, pointwise
 from fabric_init.recording.tape.tape import Op, Tape, TensorRef
 
 

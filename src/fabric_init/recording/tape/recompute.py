@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from fabric_init.recording.tape.liveness import live_ops
-from fabric_init.recording.tape.op_schemas import only_copies
+from fabric_init.recording.tape.op_properties import only_copies
 from fabric_init.recording.tape.tape import Tape, TensorRef, on_other_storages
 
 

@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from fabric_init._text import dtype_name
-from fabric_init.recording.tape.op_schemas import Func, asks_shape_only, overwrites, written_arguments
+from fabric_init.recording.tape.op_properties import Func, asks_shape_only, overwrites, written_arguments
 
 Rng = Literal["per_op", "eager"]
 """``per_op``: each random op has its own generator. ``eager``: one stream, drawn in order like plain PyTorch's."""
@@ -261,7 +261,7 @@ class Tape:
         self.made_of: dict[int, TensorRef] = {}  # by storage: the parameter that was there before it was packed
         self.overruled: dict[int, int] = {}  # those of them that got values, so their own init is not what they hold
         self.records: dict[int, weakref.ref[Any]] = {}  # tags by storage: alive as long as a tensor is on it
-        self.later: Any = None  # answers for recorded tensors when no block is open
+        self.after_block: Any = None  # answers for recorded tensors when no block is open
         self._joined: Tape | None = None
 
     def summary(self) -> str:
@@ -305,8 +305,8 @@ class Tape:
         later.overruled.update(self.overruled)
         later.registered |= self.registered
         later.made_of.update(self.made_of)
-        if self.later is not None and later.later is not None:
-            self.later.join(later.later)
+        if self.after_block is not None and later.after_block is not None:
+            self.after_block.join(later.after_block)
         self._joined = later
 
     def add_storage(self, nbytes: int, device: torch.device) -> int:

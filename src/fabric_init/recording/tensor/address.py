@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.recording.tensor.recorded_tensor import recorded, recorded_ref
-from fabric_init.recording.tensor.storage_tags import Recorded
+from fabric_init.recording.tensor.storage_tags import StorageTag
 
 
 class Address:
@@ -19,7 +19,7 @@ class Address:
     read from: whoever needs the number gets it if the values have come, and a refusal otherwise.
     """
 
-    def __init__(self, later: Any, found: Recorded, offset: int) -> None:
+    def __init__(self, later: Any, found: StorageTag, offset: int) -> None:
         self._later, self._found, self._offset = later, found, offset
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.recording.tape.tape import TensorRef
-from fabric_init.recording.tensor.storage_tags import Recorded, mark, recorded_storage, ref_of
+from fabric_init.recording.tensor.storage_tags import StorageTag, mark, recorded_storage, ref_of
 
 
 class MetaTwin:
@@ -23,7 +23,7 @@ class MetaTwin:
 
     __slots__ = ("_meta", "_recorded", "_ref", "device")
 
-    def __init__(self, meta: Tensor, device: torch.device, recorded: Recorded | None = None) -> None:
+    def __init__(self, meta: Tensor, device: torch.device, recorded: StorageTag | None = None) -> None:
         self._meta = meta
         self.device = device
         self._recorded = recorded
@@ -43,7 +43,7 @@ class MetaTwin:
         return self._meta
 
     @property
-    def recorded(self) -> Recorded | None:
+    def recorded(self) -> StorageTag | None:
         """The recording of the storage."""
         if self._recorded is None:
             with DisableTorchFunction():

@@ -9,10 +9,10 @@ from fabric_init._torch_internals import TensorBase
 from fabric_init.recording.replay.replay import real_execution, view
 from fabric_init.recording.tape.tape import TensorRef
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor
-from fabric_init.recording.tensor.storage_tags import Recorded
+from fabric_init.recording.tensor.storage_tags import StorageTag
 
 
-def real_tensor(found: Recorded, ref: TensorRef) -> Tensor:
+def real_tensor(found: StorageTag, ref: TensorRef) -> Tensor:
     """Return the tensor at ``ref`` of a storage whose values are there."""
     assert found.memory is not None
     storage, offset = found.memory

@@ -37,7 +37,7 @@ from fabric_init.errors import RecordingError
 from fabric_init.recording.replay.tracing import never_compiled, outside_tracing
 from fabric_init.recording.tape.tape import Tape, TensorRef
 from fabric_init.recording.tensor.meta_twin import MetaTwin
-from fabric_init.recording.tensor.storage_tags import Recorded, begin_unmarked, recorded_storage, ref_of
+from fabric_init.recording.tensor.storage_tags import StorageTag, begin_unmarked, recorded_storage, ref_of
 
 META = torch.device("meta")
 ASKS_DEVICE = torch.ops.prim.device.default
@@ -54,7 +54,7 @@ _MAKES_SUBCLASS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 class RecordedTensor(Tensor):
-    """A tensor that was recorded and has no values yet. Made by :func:`recorded_tensor`."""
+    """A tensor that was recorded and has no values yet. Made by :func:`make_recorded_tensor`."""
 
     _twin: MetaTwin
 
@@ -184,7 +184,7 @@ class FormerTensor(RecordedTensor):
     """What a recorded tensor was before it became a plain one: torch may hold it in a call, or in autograd's graph."""
 
 
-def recorded_tensor(meta: Tensor, device: torch.device, requires_grad: bool = False) -> RecordedTensor:
+def make_recorded_tensor(meta: Tensor, device: torch.device, requires_grad: bool = False) -> RecordedTensor:
     """Return a recorded tensor on the storage of ``meta``, of its geometry, that claims to be on ``device``."""
     return _at(MetaTwin(meta, device), requires_grad)
 
@@ -214,7 +214,7 @@ def meta_of(tensor: Tensor) -> Tensor:
     return tensor._meta if isinstance(tensor, RecordedTensor) else tensor
 
 
-def recorded(tensor: Tensor) -> Recorded | None:
+def recorded(tensor: Tensor) -> StorageTag | None:
     """Return the recording behind ``tensor``, or ``None`` for any other tensor, real or meta."""
     return tensor._twin.recorded if isinstance(tensor, RecordedTensor) else recorded_storage(tensor)
 
@@ -300,7 +300,7 @@ def _in_class_of(asking: FrameType, tensor: RecordedTensor) -> Tensor:
     if is_lazy(plain):
         _later(tensor).tape.has_plain = True
         return plain
-    made = recorded_tensor(tensor._meta.detach(), tensor._claimed)
+    made = make_recorded_tensor(tensor._meta.detach(), tensor._claimed)
     made.__class__ = recorded_class(own[0])  # type: ignore[assignment]
     return made
 
@@ -352,7 +352,7 @@ def class_of(tensor: Tensor) -> type[Tensor]:
 def become_recorded(tensor: Tensor, meta: Tensor, device: torch.device) -> None:
     """Turn a plain meta ``tensor``, which stays the same Python object, into a recorded one."""
     is_parameter = isinstance(tensor, nn.Parameter)
-    other = recorded_tensor(meta, device, tensor.requires_grad)
+    other = make_recorded_tensor(meta, device, tensor.requires_grad)
     swap_tensor_impl(tensor, other)
     tensor.__class__ = recorded_class(type(tensor))
     _attributes(tensor)["_twin"] = other._twin
@@ -369,7 +369,7 @@ def _note_memory(tensor: RecordedTensor, value: Tensor) -> None:
     storage = value.untyped_storage() if same else None
     if storage is not None and offset >= 0 and storage.nbytes() - offset >= meta.untyped_storage().nbytes():
         found.memory = storage, int(offset)
-    later = found.tape.later
+    later = found.tape.after_block
     if later is not None:
         later.waiting.filled(found.storage)
 
@@ -400,4 +400,4 @@ def _later(tensor: RecordedTensor) -> Any:
     """Return what answers for ``tensor`` where no block is open."""
     found = tensor._twin.recorded
     assert found is not None
-    return found.tape.later
+    return found.tape.after_block

@@ -11,10 +11,10 @@ import weakref
 import torch
 
 from fabric_init.recording.tape.tape import Tape, TensorRef
-from fabric_init.recording.tensor.storage import RecordedStorage
+from fabric_init.recording.tensor.recorded_storage import RecordedStorage
 
 
-class Recorded:
+class StorageTag:
     """The attribute of a recorded storage object: the tape it was first recorded on, and its number there.
 
     ``memory`` is where its values are, and at which byte, once they have come: tensors that nobody has turned into
@@ -40,12 +40,12 @@ class Recorded:
         return self.tape.storages[self.storage].device
 
 
-def recorded_storage(tensor: torch.Tensor) -> Recorded | None:
+def recorded_storage(tensor: torch.Tensor) -> StorageTag | None:
     """Return the recording of the storage of a plain meta ``tensor``, or ``None`` if it is not recorded."""
     if not tensor.is_meta:
         return None
     try:
-        recording: Recorded | None = tensor.untyped_storage()._fabric_init  # type: ignore[attr-defined]
+        recording: StorageTag | None = tensor.untyped_storage()._fabric_init  # type: ignore[attr-defined]
     except (AttributeError, NotImplementedError):  # not recorded; a sparse tensor has no storage
         return None
     return recording
@@ -58,15 +58,15 @@ def begin(tensor: torch.Tensor, tape: Tape, device: torch.device) -> int:
     return record.storage
 
 
-def begin_unmarked(nbytes: int, tape: Tape, device: torch.device) -> Recorded:
+def begin_unmarked(nbytes: int, tape: Tape, device: torch.device) -> StorageTag:
     """Start recording a storage that only one recorded tensor is on, which keeps what is returned."""
     number = tape.add_storage(nbytes, device)
-    record = Recorded(tape, number)
+    record = StorageTag(tape, number)
     tape.records[number] = weakref.ref(record)
     return record
 
 
-def mark(tensor: torch.Tensor, record: Recorded) -> None:
+def mark(tensor: torch.Tensor, record: StorageTag) -> None:
     """Put the recording of a storage on it, which a plain meta ``tensor`` is on."""
     storage = tensor.untyped_storage()
     storage._fabric_init = record  # type: ignore[attr-defined]
@@ -91,5 +91,5 @@ def tensor_on(tape: Tape, ref: TensorRef) -> torch.Tensor:
     """Return a plain meta tensor of the geometry ``ref`` on a recorded storage, of which no tensor need be left."""
     storage = torch.UntypedStorage(tape.storages[ref.storage].nbytes, device="meta")
     tensor = torch.empty(0, dtype=ref.dtype, device="meta").set_(storage, ref.offset, ref.size, ref.stride)
-    mark(tensor, Recorded(tape, ref.storage))
+    mark(tensor, StorageTag(tape, ref.storage))
     return tensor

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from fabric_init._gc import PausedCollector
 from fabric_init.api import deferred_init
 from fabric_init.errors import RecordingError
-from fabric_init.planning.tensors import TensorInfo, survey
+from fabric_init.planning.tensors import TensorInfo, tensors_and_tapes
 from fabric_init.recording.tape.tape import Tape
 from fabric_init.reports.registry import filled_by_us, report_of
 from fabric_init.reports.write_history import histories
-from fabric_init.tools.audit.checks.never_written import tape_findings
+from fabric_init.tools.audit.checks.tape_only import tape_findings
 from fabric_init.tools.audit.measure.probe import examine
 from fabric_init.tools.audit.report import AuditReport
 from fabric_init.tools.audit.rows import rows_of
@@ -67,7 +67,7 @@ def audit(model: nn.Module | Callable[[], nn.Module], batch: Any = None) -> Audi
 
 def _recording(model: nn.Module, *, is_model: bool) -> tuple[list[TensorInfo], Mapping[int, Tape], dict[str, Tensor]]:
     """Return the tensors of the model, their tapes, and the tensors with memory that were never recorded."""
-    slots, tensors, tapes = survey(model)
+    slots, tensors, tapes = tensors_and_tapes(model)
     if not tapes and filled_by_us(model):  # its tensors have values now; the report has their recordings
         kept = [row.recording for row in report_of(model).rows if row.recording is not None]
         slots = [each.slot for each in kept]

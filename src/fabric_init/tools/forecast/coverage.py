@@ -12,9 +12,9 @@ from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.checks.undone_changes import check_nothing_is_undone
 from fabric_init.planning.checks.validation import refusal_of, without_values
-from fabric_init.planning.hints.lenient import hidden_mistake
 from fabric_init.planning.hints.proposals import likely_fixes, likely_transpose
 from fabric_init.planning.hints.quantized import quantized_message, unscaled
+from fabric_init.planning.hints.strict_false_mistakes import hidden_mistake
 from fabric_init.planning.matching import Matching
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.tensors import TensorInfo

@@ -13,13 +13,13 @@ from fabric_init._gc import PausedCollector
 from fabric_init._text import human_bytes, joined
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.checkpoints.storage.file_system import file_system_of
-from fabric_init.distributed.io import Io, check_io, choose_io
+from fabric_init.distributed.who_reads import Io, check_io, choose_io
+from fabric_init.planning.checkpoint_source import CheckpointSource
 from fabric_init.planning.matching import match
 from fabric_init.planning.plan import Action, LoadOptions, Plan
 from fabric_init.planning.prepare import load_with_code
 from fabric_init.planning.recorded_load.converted import Convert
-from fabric_init.planning.source import Source
-from fabric_init.planning.tensors import TensorInfo, survey
+from fabric_init.planning.tensors import TensorInfo, tensors_and_tapes
 from fabric_init.recording.mode import recorded_build
 from fabric_init.strategies.fsdp2 import Units
 from fabric_init.tools.forecast.coverage import Coverage, coverage_of
@@ -141,11 +141,11 @@ def forecast(
     if bandwidth is not None and bandwidth <= 0:
         raise ValueError(f"bandwidth must be a positive number of bytes per second, got {bandwidth}")
     check_io(io)
-    reader = None if checkpoint is None else Source(checkpoint, entry=entry, convert=convert).open()
+    reader = None if checkpoint is None else CheckpointSource(checkpoint, entry=entry, convert=convert).open()
     wanted = LoadOptions(strict, rename, reinit)
     with PausedCollector():
         module = model if isinstance(model, nn.Module) else _record_model(model, setting)
-        slots, _, tapes = survey(module)
+        slots, _, tapes = tensors_and_tapes(module)
         slots = [setting.kept(slot) for slot in slots]
         load = None if reader is None else load_with_code(module, reader, wanted)
         if load is not None:

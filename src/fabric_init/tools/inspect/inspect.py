@@ -24,7 +24,7 @@ from fabric_init.tools.inspect.surveys.readers import survey_deepspeed, survey_r
 from fabric_init.tools.inspect.surveys.safetensors import survey_safetensors
 from fabric_init.tools.inspect.surveys.sharded import survey_index, survey_unindexed, unindexed_shards
 from fabric_init.tools.inspect.surveys.torch_save import survey_torch
-from fabric_init.tools.inspect.values import count_values
+from fabric_init.tools.inspect.value_statistics import count_values
 
 Progress = Callable[[str, int, int], None]
 """Called with the current task, the bytes done and their total; from several threads, one at a time."""

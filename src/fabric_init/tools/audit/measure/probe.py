@@ -18,9 +18,9 @@ from fabric_init.tools.audit.checks.signal import flow_findings
 from fabric_init.tools.audit.dummy_batch import dummy_batch
 from fabric_init.tools.audit.findings import AuditRow, Finding, Layer
 from fabric_init.tools.audit.measure.activations import first_floating, watched
+from fabric_init.tools.audit.measure.filled_copy import with_values
 from fabric_init.tools.audit.measure.first_loss import Outcome, outcome_of
 from fabric_init.tools.audit.measure.std_search import scaled, suspects
-from fabric_init.tools.audit.measure.twin import with_values
 from fabric_init.tools.audit.preserve_state import untouched
 
 _SEED = 2

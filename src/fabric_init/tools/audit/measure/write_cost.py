@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fabric_init.recording.replay.replay import real_execution
-from fabric_init.recording.tape.op_schemas import with_generator
+from fabric_init.recording.tape.op_properties import with_generator
 from fabric_init.recording.tape.tape import Constant, Op, TensorRef
 
 _SAMPLE = 1 << 18

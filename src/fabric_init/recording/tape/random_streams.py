@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 
-from fabric_init.recording.tape.op_schemas import traits
+from fabric_init.recording.tape.op_properties import traits
 from fabric_init.recording.tape.tape import Draw, Stream, Tape
 
 _LAST_63_BITS = (1 << 63) - 1

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from fabric_init.planning.hints.likeness import Rivals, means_another, related, rivals
+from fabric_init.planning.hints.name_similarity import Rivals, means_another, related, rivals
 from fabric_init.planning.hints.renames import Suggestion
 
 _Shapes = Mapping[str, torch.Size]

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from fabric_init import Fabric
 from fabric_init.checkpoints import SafetensorsReader
 from fabric_init.distributed.agreement import SingleProcess
-from fabric_init.distributed.io import Io, choose_io, open_on_all_ranks
-from fabric_init.planning.source import Source
+from fabric_init.distributed.who_reads import Io, choose_io, open_on_all_ranks
+from fabric_init.planning.checkpoint_source import CheckpointSource
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,6 @@ def test_fabric_refuses_another_way() -> None:
 def test_one_process_reads_by_itself(io: Io, tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2)}, tmp_path / "m.safetensors")
     reader = open_on_all_ranks(
-        Source(tmp_path / "m.safetensors"), io, whole=True, machines=1, agreement=SingleProcess()
+        CheckpointSource(tmp_path / "m.safetensors"), io, whole=True, machines=1, agreement=SingleProcess()
     )
     assert isinstance(reader, SafetensorsReader)

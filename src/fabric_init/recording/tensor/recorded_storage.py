@@ -30,12 +30,14 @@ class RecordedStorage(torch.UntypedStorage):
 
     def _memory(self, use: str) -> torch.UntypedStorage:
         record = self._fabric_init
-        if record.memory is None and record.tape.later.block_is_open:
+        if record.memory is None and record.tape.after_block.block_is_open:
             raise RecordingError(
                 f"UntypedStorage.{use} in a recorded block: the storage has no bytes yet. Use the tensor, or do it "
                 "after the block."
             )
-        memory: torch.UntypedStorage = record.tape.later.memory(record, f"have its storage read or written ({use})")
+        memory: torch.UntypedStorage = record.tape.after_block.memory(
+            record, f"have its storage read or written ({use})"
+        )
         return memory
 
 

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 
-class Owners(Protocol):
+class ModelTensors(Protocol):
     """Where the tensors of a living model are, by recorded storage."""
 
     def model(self) -> nn.Module | None:

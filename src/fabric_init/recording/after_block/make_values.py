@@ -17,7 +17,7 @@ from torch import Tensor
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.errors import RecordingError, UninitializedTensorError
 from fabric_init.recording.after_block.kept_values import KeptValues
-from fabric_init.recording.after_block.owners import Owners
+from fabric_init.recording.after_block.model_tensors import ModelTensors
 from fabric_init.recording.after_block.waiting import Waiting, uninitialized
 from fabric_init.recording.replay.replay import real_execution, storage_now, view
 from fabric_init.recording.tape.call_site import caller
@@ -25,10 +25,10 @@ from fabric_init.recording.tape.liveness import never_written
 from fabric_init.recording.tape.tape import Tape
 from fabric_init.recording.tensor.real_memory import plain_memory, real_tensor
 from fabric_init.recording.tensor.recorded_tensor import FormerTensor, RecordedTensor, become, recorded, recorded_ref
-from fabric_init.recording.tensor.storage_tags import Recorded
+from fabric_init.recording.tensor.storage_tags import StorageTag
 
 
-class LateValues:
+class AfterBlockValues:
     """Has and makes the values of the recorded tensors of one tape.
 
     Attributes:
@@ -43,7 +43,7 @@ class LateValues:
         self.status = "written by the user"
         self.block_is_open = True
         self.waiting = Waiting(tape)
-        self.owners: list[Owners] = []
+        self.owners: list[ModelTensors] = []
         self.kept = KeptValues()
         self._lock = threading.RLock()
         self._finishes = False
@@ -55,7 +55,7 @@ class LateValues:
         assert tape is not None
         return tape
 
-    def join(self, later: LateValues) -> None:
+    def join(self, later: AfterBlockValues) -> None:
         """Hand everything over to the answers for a later tape, which continues this one's."""
         later.gives_memory = later.gives_memory and self.gives_memory
         later.owners += self.owners
@@ -84,7 +84,7 @@ class LateValues:
             self.memory(found, use)
             return real_tensor(found, ref)
 
-    def memory(self, found: Recorded, use: str) -> torch.UntypedStorage:
+    def memory(self, found: StorageTag, use: str) -> torch.UntypedStorage:
         """Return the memory of a recorded storage with its values.
 
         Raises:
@@ -98,7 +98,7 @@ class LateValues:
             assert found.memory is not None
             return found.memory[0]
 
-    def _replayed(self, found: Recorded) -> torch.UntypedStorage:
+    def _replayed(self, found: StorageTag) -> torch.UntypedStorage:
         memory, random = storage_now(self.tape, found.storage, exact=self.tape.rng == "eager")
         if random:
             self.tape.sealed_rng = self.tape.rng
@@ -159,7 +159,7 @@ class LateValues:
 
     # -- values that have come -----------------------------------------------------------------------------------------
 
-    def _has_values(self, found: Recorded, memory: torch.UntypedStorage) -> None:
+    def _has_values(self, found: StorageTag, memory: torch.UntypedStorage) -> None:
         found.memory = memory, 0
         if self.waiting.filled(found.storage) or self._replaces_one_that_waited(found.storage):
             self.waiting.note_status(found.storage, self.status)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fabric_init.checkpoints import TensorSpec
-from fabric_init.distributed.batches import ALIGNMENT, batches, chunks
+from fabric_init.distributed.broadcast_buffers import ALIGNMENT, batches, chunks
 
 DTYPES = [torch.bool, torch.bfloat16, torch.float32, torch.complex128]
 specs_of_all_kinds = st.lists(

@@ -10,7 +10,7 @@ from fabric_init.planning.recorded_load.converted import Convert, converted
 
 
 @dataclass(frozen=True)
-class Source:
+class CheckpointSource:
     """The arguments of :func:`~fabric_init.checkpoints.open_checkpoint`, and conversions of its result."""
 
     path: str | os.PathLike[str]

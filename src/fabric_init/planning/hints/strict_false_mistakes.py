@@ -12,7 +12,7 @@ import torch
 
 from fabric_init._text import counted, joined, listed
 from fabric_init.checkpoints import CheckpointReader
-from fabric_init.planning.hints.likeness import means_another, related
+from fabric_init.planning.hints.name_similarity import means_another, related
 from fabric_init.planning.hints.proposals import Proposals, fitting, numbering_of, proposals
 from fabric_init.planning.matching import Matching
 from fabric_init.planning.plan import Action, PlanEntry

@@ -4,8 +4,8 @@
 A *plain* tensor is a recorded one that a checkpoint knows, and that the model's own code initializes. A model may hold
 something else in its place, which is computed from it on the tape: a wrapper (see [Note: wrapped recorded tensors]), as
 torchao makes, or a parameter that its own class has packed, as bitsandbytes does, with what it keeps beside that. What
-plans a load, or looks for the model's own init, sees the plain tensors (:func:`seen_plain`); the plan is then one for
-what the model holds (``filling/packed/plan.py``), and that is filled like all else that is computed from loaded
+plans a load, or looks for the model's own init, sees the plain tensors (:func:`as_plain_model`); the plan is then one
+for what the model holds (``filling/packed/plan.py``), and that is filled like all else that is computed from loaded
 tensors: each of these is read once, on its device, and released. From a checkpoint of a model that was quantized
 already, the tensors inside a wrapper are loaded under names of their own.
 """
@@ -25,10 +25,10 @@ from fabric_init.planning.tensors import Walked, named_tensors
 from fabric_init.recording.tape.liveness import covers, is_final, live_ops
 from fabric_init.recording.tape.tape import Tape, TensorRef
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, meta_of, recorded
-from fabric_init.recording.tensor.storage_tags import Recorded, ref_of
+from fabric_init.recording.tensor.storage_tags import StorageTag, ref_of
 from fabric_init.recording.tensor.wrappers import inner_tensors, is_wrapper, recorded_parts
 from fabric_init.sharding.dtensor import local
-from fabric_init.sharding.module_tables import TableEntry, plain_tensor, shown, table_entries
+from fabric_init.sharding.module_tables import TableEntry, plain_tensor, swapped_in, table_entries
 
 
 class HeldInstead(NamedTuple):
@@ -38,7 +38,7 @@ class HeldInstead(NamedTuple):
     kept: bool
 
 
-class Shown(NamedTuple):
+class Substitution(NamedTuple):
     """What is in the places of what is made of plain tensors.
 
     Attributes:
@@ -76,7 +76,9 @@ def is_packed(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def seen_plain(model: Walked, *chosen: Callable[[Tensor], bool], names: Collection[str] = ()) -> Iterator[Shown]:
+def as_plain_model(
+    model: Walked, *chosen: Callable[[Tensor], bool], names: Collection[str] = ()
+) -> Iterator[Substitution]:
     """Context in which ``model`` has plain recorded tensors in the places of what waits for values and is made of them.
 
     Where ``names`` has names for the tensors inside a wrapper, or these are not made of one parameter, they are in its
@@ -94,7 +96,7 @@ def seen_plain(model: Walked, *chosen: Callable[[Tensor], bool], names: Collecti
     found = table_entries(model, lambda tensor: any(each(tensor) for each in chosen))
     tensors = _by_ref(model) if found else {}
     stand_ins: dict[TensorRef, Tensor] = {}
-    seen = Shown({}, {})
+    seen = Substitution({}, {})
     instead: list[tuple[TableEntry, Mapping[str, Tensor]]] = []
     for place in found:
         tensor = place.tensor
@@ -114,7 +116,7 @@ def seen_plain(model: Walked, *chosen: Callable[[Tensor], bool], names: Collecti
             seen.plain[id(stand_ins[ref])] = HeldInstead({}, ref in tensors)
         seen.plain[id(stand_ins[ref])].held[place.name] = tensor
         instead.append((place, {place.key: stand_ins[ref]}))
-    with shown(instead, _refuse_replaced):
+    with swapped_in(instead, _refuse_replaced):
         yield seen
 
 
@@ -138,7 +140,7 @@ def _in_class_of(packed: Tensor, plain: Tensor) -> Tensor:
     return plain
 
 
-def _waiting(tensor: Tensor) -> list[Recorded]:
+def _waiting(tensor: Tensor) -> list[StorageTag]:
     """Return the recordings of the tensors in a wrapper that have no values."""
     found = [recorded(part) for part in recorded_parts(tensor)]
     return [each for each in found if each is not None and each.memory is None]
@@ -163,7 +165,7 @@ def _origin(place: TableEntry) -> tuple[TensorRef, Tape] | None:
     refs = {ref.storage: ref for storage in waiting if (ref := tape.made_of.get(storage)) is not None}
     if is_packed(place.tensor):
         return next(iter(refs.values())), tape
-    refs |= tape.later.waiting.refs
+    refs |= tape.after_block.waiting.refs
     registered = tape.registered.union(refs)
     sources = {storage for storage in waiting if storage in refs}
     live = [tape.ops[number] for number in live_ops(tape, set(waiting) - sources, exact=False, cut=registered)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fabric_init.recording.tape.op_schemas import (
+from fabric_init.recording.tape.op_properties import (
     DRAWS_FROM_DEFAULT,
     INIT_FUNCTIONS,
     is_random,

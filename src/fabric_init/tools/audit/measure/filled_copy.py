@@ -14,7 +14,7 @@ from fabric_init.planning.placement import WholeTensors
 from fabric_init.planning.plan import LoadOptions
 from fabric_init.planning.prepare import plan_for
 from fabric_init.planning.tensors import TensorInfo, find_tensors
-from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, become, recorded_tensor
+from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, become, make_recorded_tensor
 
 
 class _Apart(WholeTensors):
@@ -51,7 +51,7 @@ def with_values(model: nn.Module) -> nn.Module:
 def _twin(tensor: Tensor) -> Tensor:
     assert isinstance(tensor, RecordedTensor)
     with DisableTorchFunction():
-        twin = recorded_tensor(tensor._meta.detach(), tensor._claimed, tensor.requires_grad)
+        twin = make_recorded_tensor(tensor._meta.detach(), tensor._claimed, tensor.requires_grad)
     if isinstance(tensor, nn.Parameter):
         twin._is_param = True
     for name, value in vars(tensor).items():

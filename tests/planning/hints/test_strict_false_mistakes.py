@@ -7,7 +7,7 @@ import re
 import pytest
 
 from fabric_init.errors import CheckpointMismatchError
-from fabric_init.planning.hints.lenient import in_part
+from fabric_init.planning.hints.strict_false_mistakes import in_part
 from fabric_init.planning.plan import Action
 from tests.planning.headers import Header, matching_of, plan_of, tree
 

@@ -14,10 +14,10 @@ from fabric_init.checkpoints.reader import read
 from fabric_init.recording.in_block.recorder import Recorder
 from fabric_init.recording.mode import RecordMode
 from fabric_init.recording.tape.tape import Op, Rng
-from fabric_init.recording.tensor.recorded_tensor import META, recorded_tensor
+from fabric_init.recording.tensor.recorded_tensor import META, make_recorded_tensor
 
 
-class Source:
+class KeyTensor:
     """A tensor of a checkpoint, as the argument of the recorded call that reads it.
 
     Args:
@@ -35,28 +35,28 @@ class Source:
         return self.key
 
 
-def read_source(source: Source, *, device: torch.device) -> Tensor:
+def read_source(source: KeyTensor, *, device: torch.device) -> Tensor:
     """Return the whole tensor of ``source`` on ``device``: the recorded call that makes it."""
     source.read = True
     return read(source.reader, source.key).to(device)
 
 
-def source_read_by(op: Op) -> Source | None:
+def source_read_by(op: Op) -> KeyTensor | None:
     """Return the source that ``op`` reads, if it is such a call."""
     return op.args[0] if op.func is read_source else None
 
 
-def source_tensor(recorder: Recorder, source: Source) -> Tensor:
+def source_tensor(recorder: Recorder, source: KeyTensor) -> Tensor:
     """Return a recorded tensor, meant for the CPU, that has the shape, dtype and values of a checkpoint key."""
     spec, cpu = source.reader.spec(source.key), torch.device("cpu")
     with DisableTorchFunction(), DisableTorchDispatch():
         meta = torch.empty(spec.shape, dtype=spec.dtype, device=META)
         ref = recorder.new_storage(meta, cpu)
         recorder.tape.add_op(read_source, (source,), {"device": cpu}, (), (ref,), None, None)
-        return recorded_tensor(meta, cpu)
+        return make_recorded_tensor(meta, cpu)
 
 
-class Sources(Mapping[str, Tensor]):
+class KeyTensors(Mapping[str, Tensor]):
     """The tensors of a checkpoint by key, as recorded tensors without values, each made when it is asked for."""
 
     def __init__(self, recorder: Recorder, reader: CheckpointReader) -> None:
@@ -69,7 +69,7 @@ class Sources(Mapping[str, Tensor]):
         if key not in self._keys:
             raise KeyError(key)
         if key not in self.made:
-            self.made[key] = source_tensor(self._recorder, Source(self._reader, key))
+            self.made[key] = source_tensor(self._recorder, KeyTensor(self._reader, key))
         return self.made[key]
 
     def __iter__(self) -> Iterator[str]:

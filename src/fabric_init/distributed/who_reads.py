@@ -9,7 +9,7 @@ from fabric_init.checkpoints.fingerprint import content_digest, files_digest, he
 from fabric_init.checkpoints.storage.file_system import file_system_of, is_network
 from fabric_init.distributed.agreement import Agreement, SingleProcess
 from fabric_init.distributed.broadcast import BroadcastReader
-from fabric_init.planning.source import Source
+from fabric_init.planning.checkpoint_source import CheckpointSource
 
 BUDGET = 64 << 20  # bytes; with more, reading took as long
 
@@ -48,7 +48,7 @@ def choose_io(io: Io, *, whole: bool, machines: int, file_system: str | None) ->
 
 
 def open_on_all_ranks(
-    source: Source,
+    source: CheckpointSource,
     io: Io,
     *,
     whole: bool,
@@ -70,7 +70,7 @@ def open_on_all_ranks(
     return BroadcastReader.open(lambda: source.open(copy=True), agreement, BUDGET)
 
 
-def _opened_alike(source: Source, agreement: Agreement) -> CheckpointReader:
+def _opened_alike(source: CheckpointSource, agreement: Agreement) -> CheckpointReader:
     """Open what each rank reads by itself: the same files, or else other files of the same content."""
     reader = agreement.run_together("opening the checkpoint", source.open, header_digest)
     with agreement.telling("comparing the checkpoints"):
