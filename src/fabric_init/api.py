@@ -19,6 +19,7 @@ from fabric_init.distributed.agreement import Agreement, agreement_of
 from fabric_init.distributed.who_reads import open_on_all_ranks
 from fabric_init.errors import RecordingError
 from fabric_init.filling.execute import fill_model
+from fabric_init.filling.in_setup import choose_own_init, is_bound
 from fabric_init.filling.incremental import filled_by_module
 from fabric_init.filling.init_missing import initialize_missing, initialize_possible
 from fabric_init.guard.loads import watch_loads
@@ -34,7 +35,6 @@ from fabric_init.recording.tape.tape import Rng, Tape, check_rng, now
 from fabric_init.reports.init_report import InitReport
 from fabric_init.reports.registry import report_of
 from fabric_init.sharding.in_block import ShardsInBlock
-from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound
 from fabric_init.strategies.unwrap import original
 from fabric_init.strategies.zero3 import built_whole, cast_as_configured, partitioned, stage_3_config
 

@@ -22,15 +22,15 @@ from fabric_init.api import init_missing, init_report
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.distributed.who_reads import Io, check_io
 from fabric_init.errors import OptionError, RecordingError
+from fabric_init.filling.in_setup import is_bound
 from fabric_init.guard.models import fix_of, unfilled
 from fabric_init.planning.options import load_options
 from fabric_init.planning.recorded_load.converted import Convert
 from fabric_init.recording.mode import active
 from fabric_init.reports.init_report import InitReport
 from fabric_init.strategies import DeferredInitMixin, FSDP2Strategy
-from fabric_init.strategies.fill_in_setup import is_bound
 from fabric_init.strategies.init_context import init_context, refuse_nesting
-from fabric_init.strategies.mixin import require_deferred_init, with_deferred_init
+from fabric_init.strategies.registry import require_deferred_init, with_deferred_init
 from fabric_init.strategies.unwrap import original
 
 _T = TypeVar("_T")

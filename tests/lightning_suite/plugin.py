@@ -71,7 +71,7 @@ def use_fabric() -> None:
         ours, theirs = getattr(fabric_init.strategies, name), getattr(lightning.fabric.strategies, name, None)
         if theirs is not None:
             instead(theirs, ours)
-    from fabric_init.strategies.mixin import with_deferred_init
+    from fabric_init.strategies.registry import with_deferred_init
 
     class Connector(lightning.fabric.connector._Connector):
         """Lightning's, which gives strategies our classes as ``fabric_init.Fabric`` does."""

@@ -330,7 +330,7 @@ def test_the_check_sees_every_kind_of_wrong_import(tmp_path: Path) -> None:
         "recording/tape/random_streams.py": "from fabric_init import _gc\nfrom .tape import Op",
         "reports/save.py": "def later():\n    from fabric_init.reports.html.init_page import init_page",
         "filling/execute.py": "from fabric_init.planning.plan import Plan\nfrom fabric_init import errors",
-        "strategies/fill_in_setup.py": "import lightning.fabric.strategies.deepspeed",
+        "filling/in_setup.py": "import lightning.fabric.strategies.deepspeed",
         "cli/demo.py": "import fabric_init\ndef later():\n    import transformers",
     }
     for name, source in (wrong | right).items():

@@ -256,3 +256,13 @@ def tensors_and_tapes(model: Walked) -> tuple[list[TensorInfo], list[Tensor], Ma
             assert record is not None
             tapes[record.storage] = record.tape
     return slots, tensors, tapes
+
+
+def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return every parameter under every name it has, as before any wrapping."""
+    parameters: dict[str, Any] = {}
+    for prefix, module in named_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                parameters[f"{plain_name(prefix)}.{name}" if prefix else name] = parameter
+    return parameters

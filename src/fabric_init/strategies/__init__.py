@@ -7,7 +7,8 @@ from fabric_init.strategies.ddp import DDPStrategy
 from fabric_init.strategies.deepspeed import DeepSpeedStrategy
 from fabric_init.strategies.fsdp import FSDPStrategy
 from fabric_init.strategies.fsdp2 import FSDP2Strategy, ModelParallelStrategy
-from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
+from fabric_init.strategies.mixin import DeferredInitMixin
+from fabric_init.strategies.registry import register_strategy
 from fabric_init.strategies.single_device import SingleDeviceStrategy
 
 __all__ = [

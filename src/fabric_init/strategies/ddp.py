@@ -16,7 +16,8 @@ from fabric_init.distributed.tensor_checksums import tensor_checksum
 from fabric_init.guard.models import release_filled, require, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.reports.registry import filled_by_us
-from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
+from fabric_init.strategies.mixin import DeferredInitMixin
+from fabric_init.strategies.registry import register_strategy
 
 
 class DDPStrategy(DeferredInitMixin, lightning_strategies.DDPStrategy):

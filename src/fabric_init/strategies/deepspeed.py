@@ -24,16 +24,17 @@ from torch.optim import Optimizer
 from fabric_init._lightning_internals import get_deepspeed_engines_from_state
 from fabric_init.distributed.tensor_checksums import tensor_checksum
 from fabric_init.errors import FabricInitError
+from fabric_init.filling.in_setup import choose_own_init, is_bound, left_to_loads, shard_and_fill
 from fabric_init.filling.init_missing import initialize_missing
 from fabric_init.guard.expected_load import ExpectedLoad
 from fabric_init.guard.loads import loading, watch_loads
 from fabric_init.guard.models import guard_forward, release_filled, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.reports.registry import filled_by_us
-from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound, left_to_loads, shard_and_fill
 from fabric_init.strategies.init_context import init_context
-from fabric_init.strategies.mixin import DeferredInitMixin, modules_in, register_strategy
+from fabric_init.strategies.mixin import DeferredInitMixin, modules_in
 from fabric_init.strategies.optimizers import refuse_left_behind
+from fabric_init.strategies.registry import register_strategy
 from fabric_init.strategies.unwrap import original, register_wrapper
 from fabric_init.strategies.zero3 import (
     ZeroPartitions,

@@ -22,14 +22,15 @@ from torch.optim import Optimizer
 
 from fabric_init._lightning_internals import WrapPolicy
 from fabric_init.errors import FabricInitError
+from fabric_init.filling.in_setup import choose_own_init, is_bound, planned_for
 from fabric_init.filling.incremental import IncrementalFill, plain_meta
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import release_forward
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.tensors import named_modules
 from fabric_init.reports.registry import FillRecord, keep_record
-from fabric_init.strategies.fill_in_setup import choose_own_init, is_bound, planned_for
-from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
+from fabric_init.strategies.mixin import DeferredInitMixin
+from fabric_init.strategies.registry import register_strategy
 
 _Marks = WeakKeyDictionary[nn.Module, dict[str, Any]]
 

@@ -22,7 +22,8 @@ from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.tensors import named_modules
 from fabric_init.sharding.dtensor import shard_box
 from fabric_init.sharding.whole_state_dicts import accept_whole_tensors
-from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
+from fabric_init.strategies.mixin import DeferredInitMixin
+from fabric_init.strategies.registry import register_strategy
 
 Units = Literal["blocks"] | int | type[nn.Module] | Sequence[type[nn.Module]] | Callable[[nn.Module], bool]
 

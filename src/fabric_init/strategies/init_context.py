@@ -17,6 +17,7 @@ from fabric_init.distributed.agreement import Agreement
 from fabric_init.distributed.who_reads import Io, check_io, open_on_all_ranks
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.execute import fill_model
+from fabric_init.filling.in_setup import bind
 from fabric_init.filling.wait_for_load import wait_for_load
 from fabric_init.guard.models import guard_model
 from fabric_init.planning.checkpoint_source import CheckpointSource
@@ -25,7 +26,6 @@ from fabric_init.planning.plan import LoadOptions
 from fabric_init.planning.tensors import named_modules
 from fabric_init.recording.in_block.built_modules import BuiltModules, refuse_scripted
 from fabric_init.recording.mode import RecordMode, active
-from fabric_init.strategies.fill_in_setup import bind
 from fabric_init.strategies.zero3 import built_whole
 
 _NOTHING_WANTED = LoadOptions()

@@ -1,4 +1,4 @@
-"""A mixin for Lightning strategies that record models and fill them, and the registry of such strategies."""
+"""A mixin for Lightning strategies that record models and fill them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.optim import Optimizer
 
 from fabric_init.distributed.agreement import Agreement, agreement_of
 from fabric_init.distributed.who_reads import Io, check_io
-from fabric_init.errors import FabricInitError
+from fabric_init.filling.in_setup import is_bound, shard_and_fill
 from fabric_init.guard.loads import loading
 from fabric_init.guard.models import release_filled, require
 from fabric_init.planning.placement import Placement
-from fabric_init.strategies.fill_in_setup import is_bound, shard_and_fill
+from fabric_init.planning.tensors import parameters_by_name
 from fabric_init.strategies.init_context import init_context
 from fabric_init.strategies.mapped_io import mapped_io
-from fabric_init.strategies.optimizers import parameters_by_name, refuse_left_behind, remap
+from fabric_init.strategies.optimizers import refuse_left_behind, remap
 
 
 class DeferredInitMixin(Strategy):
@@ -150,40 +150,3 @@ def modules_in(state: Any) -> list[nn.Module]:
     if isinstance(state, nn.Module):
         return [state]
     return [value for value in state.values() if isinstance(value, nn.Module)] if isinstance(state, dict) else []
-
-
-_instead: dict[type[Strategy], type[DeferredInitMixin]] = {}
-
-
-def register_strategy(ours: type[DeferredInitMixin], instead_of: type[Strategy]) -> None:
-    """Let :class:`fabric_init.Fabric` use ``ours`` wherever it meets an instance of exactly ``instead_of``.
-
-    Args:
-        ours: A subclass of ``instead_of`` without attributes of its own that only ``__init__`` sets.
-        instead_of: The class of the strategy that users choose, by name or instance.
-    """
-    _instead[instead_of] = ours
-
-
-def with_deferred_init(strategy: Strategy) -> Strategy:
-    """Return the strategy itself, now of the class that was registered for it."""
-    ours = _instead.get(type(strategy))
-    if ours is not None:
-        strategy.__class__ = ours  # the same object, which the accelerator, launcher and precision know already
-    return strategy
-
-
-def require_deferred_init(strategy: Strategy) -> DeferredInitMixin:
-    """Return the strategy, if it can record models.
-
-    Raises:
-        FabricInitError: It does not have the mixin, and no strategy is registered for its class.
-    """
-    if isinstance(strategy, DeferredInitMixin):
-        return strategy
-    known = ", ".join(sorted(cls.__name__ for cls in _instead))
-    raise FabricInitError(
-        f"fabric_init cannot build models without values for {type(strategy).__name__} yet (it can for: {known}). "
-        "Use init_module() without empty_init or checkpoint, or register a strategy (fabric_init.strategies."
-        "register_strategy) that says where it keeps tensors."
-    )

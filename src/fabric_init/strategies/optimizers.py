@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from fabric_init.errors import FabricInitError
-from fabric_init.planning.tensors import named_modules, plain_name
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor
 
 
@@ -42,13 +40,3 @@ def refuse_left_behind(optimizer: Optimizer, models: Iterable[nn.Module] = ()) -
             f"this {type(optimizer).__name__} holds parameters without memory, and would train nothing. Set up their "
             "model first; if load_state_dict(assign=True) has put others in their places, make it after that."
         )
-
-
-def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return every parameter under every name it has, as before any wrapping."""
-    parameters: dict[str, Any] = {}
-    for prefix, module in named_modules(model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                parameters[f"{plain_name(prefix)}.{name}" if prefix else name] = parameter
-    return parameters

@@ -6,7 +6,8 @@ import lightning.fabric.strategies as lightning_strategies
 from torch import nn
 
 from fabric_init.planning.placement import Placement, WholeTensors
-from fabric_init.strategies.mixin import DeferredInitMixin, register_strategy
+from fabric_init.strategies.mixin import DeferredInitMixin
+from fabric_init.strategies.registry import register_strategy
 
 
 class SingleDeviceStrategy(DeferredInitMixin, lightning_strategies.SingleDeviceStrategy):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fabric_init.recording.mode import recorded_build
 from fabric_init.recording.replay.chunks import CHUNK, chunks, chunks_of
 from fabric_init.recording.replay.replay import replay_with, view
-from fabric_init.recording.tape.random_streams import derived_seed
+from fabric_init.recording.tape.seeds import derived_seed
 from fabric_init.recording.tape.tape import Tape, TensorRef
 from fabric_init.recording.tensor.recorded_tensor import meta_of, recorded
 from fabric_init.recording.tensor.storage_tags import ref_of

@@ -12,7 +12,7 @@ from torch import nn
 from fabric_init import Fabric, deferred_init
 from fabric_init.api import materialize
 from fabric_init.errors import RecordingError
-from fabric_init.recording.tape.random_streams import derived_seed
+from fabric_init.recording.tape.seeds import derived_seed
 from fabric_init.recording.tape.tape import Rng
 
 

@@ -1,4 +1,8 @@
-"""Tensors that escape to Python, and values that enter from it: code that reads a value gets the true one."""
+"""Functions by which tensors escape to Python, and values enter from it: code that reads a value gets the true one.
+
+Values that operators return to Python (``.item()``, ``if``, ``nonzero``) are the recorder's: see ``recorder.py``. Both
+make them with ``true_value`` of ``tape_writer.py``.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 [Note: chunks]
 An init gives each element a value that does not depend on its neighbors. With ``rng="per_op"`` a draw of more than
-:data:`CHUNK` elements therefore takes the numbers of each chunk from a generator of its own (:func:`chunk_seed`). Which
+:data:`CHUNK` elements therefore takes the numbers of each chunk from a generator of its own (``tape/seeds.py``). Which
 chunks are computed, where, and in which order makes no difference, so one seed gives one model on any number of ranks,
 and each rank draws what it keeps alone.
 
@@ -22,7 +22,7 @@ import torch
 from fabric_init._torch_internals import OpOverload
 from fabric_init.recording.tape.liveness import live_ops
 from fabric_init.recording.tape.op_properties import traits, with_generator
-from fabric_init.recording.tape.random_streams import derived_seed
+from fabric_init.recording.tape.seeds import chunk_seed
 from fabric_init.recording.tape.tape import Constant, Draw, Op, Tape, TensorRef
 
 CHUNK = 1 << 17
@@ -30,12 +30,6 @@ CHUNK = 1 << 17
 
 Fill = Callable[..., Any]
 """Writes all elements of the tensor that it is called with. Takes a ``generator=`` if its op draws."""
-
-
-def chunk_seed(stream_seed: int, position: int, chunk: int) -> int:
-    """Return the seed for one chunk of draw number ``position`` of a stream: for the first, that of the whole draw."""
-    seed = derived_seed(stream_seed, position)
-    return derived_seed(seed, chunk) if chunk else seed
 
 
 def chunks_of(numel: int) -> Iterator[tuple[int, int]]:

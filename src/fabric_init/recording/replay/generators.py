@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from fabric_init.recording.tape.random_streams import derived_seed
+from fabric_init.recording.tape.seeds import derived_seed
 from fabric_init.recording.tape.tape import Op, Tape
 
 

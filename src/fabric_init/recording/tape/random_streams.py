@@ -11,8 +11,9 @@ follow. No hook reports these calls, but all of them set the generator's seed. T
   which also covers forks and rewinds. Any other seed was set by the constructor: it begins a new stream.
 - A stream that the constructor seeded, and every stream of a generator other than torch's default one, is *exact*:
   replay draws it in order, bit for bit, in both ``rng`` modes. For ``rng="per_op"`` the default stream is not exact:
-  each op gets a generator seeded from the stream's seed and the op's position in it (:func:`derived_seed`), so dead
-  draws can be skipped and values do not depend on the order of replay. Large tensors have one a chunk: see chunks.py.
+  each op gets a generator seeded from the stream's seed and the op's position in it (``seeds.py``), so dead draws can
+  be skipped and values do not depend on the order of replay. Large tensors have one for each chunk: see
+  ``replay/chunks.py``.
 - At the end of the block the default generator returns to its first state, plus one draw if anything has drawn from
   it, so that a second block differs from the first. Other generators, and the default one if the constructor has seeded
   it, get a fresh seed that follows from theirs, so that they do not repeat the weights' numbers. One that nothing was
@@ -36,16 +37,8 @@ from typing import Any
 import torch
 
 from fabric_init.recording.tape.op_properties import traits
+from fabric_init.recording.tape.seeds import LAST_63_BITS, derived_seed
 from fabric_init.recording.tape.tape import Draw, Stream, Tape
-
-_LAST_63_BITS = (1 << 63) - 1
-
-
-def derived_seed(seed: int, position: int) -> int:
-    """Return the seed for draw number ``position`` of the stream ``seed``: a 63-bit hash of both."""
-    digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") & _LAST_63_BITS
-
 
 _undrawn: list[tuple[int, weakref.ref[Tape]]] = []
 """Blocks that have left the default generator where it was: the seed of that state, and the tape."""
@@ -100,7 +93,7 @@ class _GeneratorStreams:
         states = _snapshot(generator)
         self.start = states[generator.device]
         digest = hashlib.blake2b(string_at(self.start.data_ptr(), self.start.numel()), digest_size=8).digest()
-        seed = _apart(int.from_bytes(digest, "little") & _LAST_63_BITS)
+        seed = _apart(int.from_bytes(digest, "little") & LAST_63_BITS)
         self.stream = tape.add_stream(Stream(exact, agree(seed), states))
         self._next = Draw(self.stream, 0, None)
         self.has_drawn = False
@@ -208,7 +201,7 @@ class LateDraws:
     def draw(self) -> Draw:
         """Return the place of the op that is about to be recorded."""
         number = torch.empty((), dtype=torch.int64, device=self._generator.device)
-        seed = int(number.random_(generator=self._generator)) & _LAST_63_BITS
+        seed = int(number.random_(generator=self._generator)) & LAST_63_BITS
         return Draw(self._tape.add_stream(Stream(True, seed, {})), 0, None)
 
     def drawn(self, number: int, *, by_init: bool) -> None:

@@ -41,13 +41,13 @@ from fabric_init.planning.digest import sharded_lines
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan
+from fabric_init.planning.tensors import parameters_by_name
 from fabric_init.recording.after_block.waiting import THREE_WAYS
 from fabric_init.recording.tape.liveness import computed_from
 from fabric_init.recording.tape.tape import now
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, recorded
 from fabric_init.sharding.dtensor import ShardedTensors, local
 from fabric_init.sharding.whole import shards_of
-from fabric_init.strategies.optimizers import parameters_by_name
 
 _ATTRIBUTE = "_fabric_init_bound"
 _PLANS = "_fabric_init_plans"  # on the modules of a bound model: a part that is put into another one keeps its load
