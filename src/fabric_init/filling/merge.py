@@ -116,7 +116,7 @@ def _by_tensor(plans: Sequence[PreparedPlan], reader: CombinedReader | None) -> 
 
 
 def _sources(entries: Iterable[PlanEntry], plans: Sequence[PreparedPlan]) -> dict[int, DerivedFrom]:
-    """What was to be loaded when the blocks ended, also where the model holds something else by now."""
+    """Return what was to be loaded when the blocks ended, also where the model holds something else by now."""
     tapes = {storage: tape for plan in plans for storage, tape in plan.tapes.items()}
     return {
         ref.storage: DerivedFrom(ref, entry.keys[0])

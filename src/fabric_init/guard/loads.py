@@ -123,7 +123,7 @@ def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
 
 @contextmanager
 def loading(model: nn.Module) -> Iterator[None]:
-    """A load that takes several calls, of ``state_dict`` too: it is complete when the context ends."""
+    """Context for a load that takes several calls, of ``state_dict`` too: it is complete when the context ends."""
     complete = next((found for m in model.modules() if (found := vars(m).get(_COMPLETE)) is not None), None)
     if complete is None:
         yield

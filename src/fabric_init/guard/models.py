@@ -129,7 +129,7 @@ class GuardedModelTensors:
 
     @cached_property
     def _left(self) -> set[int]:
-        """The storages that have no values yet."""
+        """Return the storages that have no values yet."""
         return set(self._places)
 
     def filled(self, storage: int, status: str) -> None:

@@ -183,7 +183,7 @@ def _is_of_own_class(parameter: Tensor) -> bool:
 
 
 def plain_name(name: str) -> str:
-    """A module's name without what wrappers for compiling and activation checkpointing put in between."""
+    """Return a module's name without what wrappers for compiling and activation checkpointing insert."""
     parts = [part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module")]
     return ".".join(parts)
 

@@ -121,7 +121,7 @@ def _kept(memory: torch.UntypedStorage, entry: PlanEntry, placement: Placement) 
 
 
 def has_own_memory(entry: PlanEntry) -> bool:
-    """Whether a tensor that was recorded as expanded is loaded: its elements may differ in the file."""
+    """Return whether a tensor that was recorded as expanded is loaded: its elements may differ in the file."""
     return entry.action is Action.LOAD and entry.slot.ref is not None and entry.slot.ref.expanded
 
 

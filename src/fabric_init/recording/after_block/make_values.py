@@ -149,7 +149,7 @@ class AfterBlockValues:
         raise UninitializedTensorError(uninitialized(model, use, list(dict.fromkeys(names.values())), self.waiting.fix))
 
     def _names_of_parts(self, asked: Sequence[int]) -> tuple[str, dict[int, str]]:
-        """The names of what waits of a model that is gone, but for parts that are used elsewhere."""
+        """Return the names of what waits of a model that is gone, except for parts that are used elsewhere."""
         known = self.waiting.names
         model = next((known[storage][0] for storage in asked if storage in known), None)
         if model is None:

@@ -236,7 +236,7 @@ class Recorder(TorchDispatchMode, TapeWriter):
     # -- running an op: on true values, on real tensors ----------------------------------------------------------------
 
     def _with_memory(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """An op on tensors of an earlier block that have their values: on real ones, from here on."""
+        """Run an op on tensors of an earlier block that have their values: on real ones, from here on."""
         given: dict[int, torch.Tensor] = {}
 
         def real(tensor: torch.Tensor) -> torch.Tensor:

@@ -209,7 +209,7 @@ class TapeWriter:
         return ref_of(tensor, begin(tensor, self.tape, device))
 
     def constant_value(self, value: torch.Tensor) -> torch.Tensor:
-        """What the tape holds of a real tensor that an op reads: its value at this moment."""
+        """Return what the tape keeps of a real tensor that an op reads: its value at this moment."""
         return value.detach().clone()
 
     def _grow(self, tensor: torch.Tensor) -> None:
@@ -249,7 +249,7 @@ class TapeWriter:
         return value
 
     def true_value(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What the constructor would find in ``tensor`` at this point, as a real tensor. Replays that tensor alone."""
+        """Return the values of ``tensor`` at this point as a real tensor. Only that tensor is replayed."""
         recording = self.lookup(tensor)
         assert recording is not None
         waits = not self.own_init_counts and self.tape.after_block.waiting.missing(

@@ -24,7 +24,7 @@ _METADATA = ".metadata"
 
 
 def survey_dcp(folder: Path, entry: str | None) -> Survey:
-    """What ``.metadata`` says, against the files of the folder.
+    """Return what ``.metadata`` lists, compared with the files of the folder.
 
     Raises :class:`~fabric_init.errors.CheckpointError` when it cannot be read.
     """
@@ -54,7 +54,7 @@ Taken = list[tuple[str, str, Tensor]]
 
 
 def _choose(survey: Survey, folder: Path, contents: Contents, entry: str | None) -> Taken:
-    """The tensors of the state dict that is meant; of all, where several could be."""
+    """Return the tensors of the chosen state dict; of all, where several could be meant."""
     counts = contents.state_dicts()
     survey.entries = {".".join(location): number for location, number in counts.items()}
     wanted: set[Location]

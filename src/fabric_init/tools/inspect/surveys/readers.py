@@ -21,7 +21,7 @@ from fabric_init.tools.inspect.survey import ElementRun, Survey, SurveyedTensor
 
 
 def survey_reader(reader: CheckpointReader) -> Survey:
-    """What a reader says of itself."""
+    """Return what a reader reports of its checkpoint."""
     survey = Survey(reader.format, readable=False)
     survey.notes = [reader.note] if reader.note else []
     name = reader.path.name
@@ -41,7 +41,7 @@ def _read(reader: CheckpointReader, key: str, start: int, stop: int) -> torch.Te
 
 
 def survey_deepspeed(path: Path) -> Survey:
-    """What the pickles of all ranks say; of a folder that is not whole, what the first one says.
+    """Return what the pickles of all ranks list; of an incomplete folder, what the first one lists.
 
     Raises :class:`~fabric_init.errors.CheckpointError` when not even that can be read.
     """

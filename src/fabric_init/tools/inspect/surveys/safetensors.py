@@ -33,7 +33,7 @@ class _HeaderEntry(NamedTuple):
 
 
 def survey_safetensors(file: FileBytes) -> Survey:
-    """What the header says, against what the file has.
+    """Return what the header lists, compared with what the file holds.
 
     Raises :class:`~fabric_init.errors.CheckpointFormatError` when there is no whole header to read.
     """
@@ -65,7 +65,7 @@ def _read(file: FileBytes, dtype: torch.dtype, offset: int, start: int, stop: in
 
 
 def _header(file: FileBytes, survey: Survey) -> tuple[dict[str, Any], int]:
-    """The header, and the first byte behind it."""
+    """Return the header, and the offset of the first byte behind it."""
     length = int.from_bytes(file.head(8), "little")
     if file.size < 8 or length > min(HEADER_BYTES, file.size - 8):
         raise CheckpointFormatError(

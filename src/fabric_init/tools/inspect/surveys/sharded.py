@@ -22,7 +22,7 @@ _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<s
 
 
 def survey_index(index: AnyPath, look: Look) -> Survey:
-    """What the index says, against what its shards hold.
+    """Return what the index lists, compared with what its shards hold.
 
     Raises :class:`~fabric_init.errors.CheckpointError` when the index cannot be read.
     """
@@ -119,7 +119,7 @@ def survey_unindexed(folder: Path, names: list[str], look: Look) -> Survey:
 
 
 def unindexed_shards(names: tuple[str, ...]) -> list[str]:
-    """The shards among the files of a folder, if they are of one checkpoint and there is no index."""
+    """Return the shards among the files of a folder, if they are of one checkpoint and there is no index."""
     if any(name.endswith(".index.json") for name in names):
         return []
     matches = [match for match in map(_NUMBERED.fullmatch, names) if match is not None]

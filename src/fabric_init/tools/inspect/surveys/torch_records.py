@@ -69,7 +69,7 @@ class Records:
                 self.wrong[key] = f"storage {key} has {self._sizes[key]:,} bytes, and should have {nbytes:,}"
 
     def read_directory(self, archive: zipfile.ZipFile, prefix: str) -> None:
-        """What the directory at the end says, and the header of each record."""
+        """Return the entries of the directory at the end, with the header of each record."""
         infos = [info for info in archive.infolist() if info.filename.startswith(f"{prefix}data/")]
         for info in infos:
             key = info.filename.removeprefix(f"{prefix}data/")
@@ -135,7 +135,7 @@ class Records:
 
 
 def zip_records(file: FileBytes) -> tuple[bytes, Records]:
-    """The pickle of a zip file of ``torch.save``, and what is known of its records.
+    """Return the pickle of a zip file of ``torch.save``, and what is known of its records.
 
     Raises any exception when there is no pickle in it.
     """
@@ -155,7 +155,7 @@ def zip_records(file: FileBytes) -> tuple[bytes, Records]:
 
 
 def _first_record(file: FileBytes, records: Records) -> bytes:
-    """The pickle without the directory: it comes first, and says itself where it ends."""
+    """Return the pickle without the directory: it comes first, and marks its own end."""
     header = local_header(file, 0)
     if header is None or not header.name.endswith("/data.pkl"):
         raise zipfile.BadZipFile("it has no directory, and does not begin with a pickle")
@@ -171,7 +171,7 @@ def _first_record(file: FileBytes, records: Records) -> bytes:
 
 
 def _next(file: FileBytes, at: int, within: int) -> int | None:
-    """Where the next header begins, behind a record that ends at ``at`` or a little later."""
+    """Return where the next header begins, behind a record that ends at ``at`` or a little later."""
     if at >= file.size:
         return None
     found = bytes_at(file, at, within)
@@ -182,7 +182,7 @@ def _next(file: FileBytes, at: int, within: int) -> int | None:
 def legacy_records(
     file: FileBytes, load: Callable[[BinaryIO], Any], claims: Mapping[str, int], numbers: Mapping[str, int]
 ) -> tuple[Any, Records]:
-    """What a legacy file holds, and where its storages are.
+    """Return what a legacy file holds, and where its storages are.
 
     Args:
         file: the file.

@@ -28,7 +28,7 @@ from fabric_init.tools.inspect.surveys.torch_records import Records, legacy_reco
 
 
 def survey_torch(file: FileBytes, entry: str | None) -> Survey:
-    """What the pickle says, against what the file has.
+    """Return what the pickle lists, compared with what the file holds.
 
     Args:
         file: read as it is, never mapped.
@@ -75,7 +75,7 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 def _choose(
     survey: Survey, file: FileBytes, loaded: dict[object, object], entry: str | None
 ) -> Mapping[str, dict[object, object]]:
-    """The state dicts to show, with what goes before their keys."""
+    """Return the state dicts to show, with the prefix of their keys."""
     found: dict[Location, dict[object, object]] = dict(state_dicts_in(loaded))
     counts = {location: count_tensors(state) for location, state in found.items()}
     survey.entries = {".".join(location): number for location, number in counts.items()}
@@ -125,7 +125,7 @@ def _found(
 
 
 def _in_order(value: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same elements that reads fast: values are only counted, so any order will do."""
+    """Return a tensor of the same elements that reads fast: values are only counted, so any order will do."""
     if value.is_contiguous():
         return value
     first, stop = _extent(value)
@@ -141,7 +141,7 @@ def _read(file: FileBytes, offset: int, tensor: torch.Tensor, start: int, stop: 
 
 
 def _report(survey: Survey, claims: MetaStorages, records: Records, file: FileBytes) -> None:
-    """Which tensors the damaged storages belong to."""
+    """Report which tensors the damaged storages belong to."""
     name = file.path.name
     cut = tuple(one.key for one in survey.found if not one.whole and (one.extent is None or one.extent[1] > file.size))
     wrong = {key: message for key, message in records.wrong.items() if key in claims.sizes}
