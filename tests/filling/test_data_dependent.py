@@ -91,7 +91,7 @@ def test_what_would_be_seen_otherwise_is_an_error(name: str, file: Path) -> None
     with pytest.raises(CheckpointMismatchError, match=FIX) as refused:
         load(DECIDES[name], file)
     assert "computed from layer.weight" in str(refused.value)
-    assert "test_looked_at.py:" in str(refused.value)
+    assert "test_data_dependent.py:" in str(refused.value)
 
 
 def asserts(model: Any) -> None:

@@ -12,10 +12,10 @@ from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, recorde
 
 def place_of(tensor: torch.Tensor) -> object:
     assert isinstance(tensor, RecordedTensor)
-    return tensor._place
+    return tensor._twin
 
 
-def test_a_parameter_has_the_place_of_the_tensor_that_it_was_made_of() -> None:
+def test_a_parameter_shares_the_twin_of_the_tensor_that_it_was_made_of() -> None:
     with deferred_init():
         tensor = torch.empty(3, 4)
         parameter = nn.Parameter(tensor)
