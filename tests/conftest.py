@@ -77,7 +77,11 @@ SLOW = {
     "tools/inspect/test_formats.py": "writes a checkpoint in every format",
     "trainer/test_on_ranks.py": "starts ranks",
 }
-QUICK = {"checkpoints_hf/test_the_comparison.py", "distributed/test_broadcast_buffers.py", "distributed/test_broadcast_reader.py"}
+QUICK = {
+    "checkpoints_hf/test_the_comparison.py",
+    "distributed/test_broadcast_buffers.py",
+    "distributed/test_broadcast_reader.py",
+}
 """Files that are quick although their folder is not."""
 
 

@@ -75,7 +75,7 @@ def test_the_spy_above_sees_eager_kernels() -> None:
 def test_a_model_of_100_gb_takes_neither_memory_nor_time() -> None:
     gc.collect()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    start = time.process_time()
     with deferred_init():
         model = nn.ModuleList([nn.Linear(50_000, 50_000) for _ in range(10)])
         for layer in model:
@@ -83,7 +83,7 @@ def test_a_model_of_100_gb_takes_neither_memory_nor_time() -> None:
             layer.weight.data.mul_(0.5)
     assert sum(p.nbytes for p in model.parameters()) > 100e9
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
 
 
 def test_another_thread_builds_eagerly_meanwhile() -> None:

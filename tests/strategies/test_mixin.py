@@ -14,7 +14,7 @@ from torch import nn
 from fabric_init import Fabric, FabricInitError, UninitializedTensorError, init_missing, init_report
 from fabric_init import strategies as ours
 from fabric_init.planning.placement import Placement, WholeTensors
-from fabric_init.strategies import DeferredInitMixin, mixin, register_strategy
+from fabric_init.strategies import DeferredInitMixin, register_strategy, registry
 
 
 class Elsewhere(SingleDeviceStrategy):
@@ -45,7 +45,7 @@ def test_a_strategy_that_says_nothing_of_its_tensors_is_refused_before_anything_
 
 
 def test_a_registered_strategy_stands_in_for_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mixin, "_instead", dict(mixin._instead))
+    monkeypatch.setattr(registry, "_instead", dict(registry._instead))
     register_strategy(ElsewhereRecorded, instead_of=Elsewhere)
     strategy = elsewhere()
     fabric = Fabric(accelerator="cpu", strategy=strategy)

@@ -126,8 +126,8 @@ def test_what_is_suggested_can_be_passed_to_rename_and_does_what_it_says(missing
 
 def test_a_hundred_thousand_keys_take_seconds_and_not_hours() -> None:
     model, checkpoint = bert(n=20_000), bert("model.", n=20_000)
-    start = time.perf_counter()
+    start = time.process_time()
     assert suggested(model, checkpoint) == [rf'rename={{r"^model\.": ""}} would match all {len(model)} missing keys']
     one = torch.Size((1,))
     suggested({f"x{i}.weight": one for i in range(100_000)}, {f"{i}y.weight.z": one for i in range(100_000)})
-    assert time.perf_counter() - start < 15
+    assert time.process_time() - start < 15
