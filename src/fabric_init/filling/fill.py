@@ -16,7 +16,7 @@ from fabric_init.filling.monitoring.log import with_log
 from fabric_init.filling.monitoring.out_of_memory import out_of_memory_explained
 from fabric_init.filling.monitoring.progress import with_progress
 from fabric_init.filling.monitoring.verify import is_wanted, verify
-from fabric_init.filling.values.plan_values import has_own_memory, values_of
+from fabric_init.filling.values.plan_values import PlanValues, has_own_memory
 from fabric_init.planning.derived import loaded_storages
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, DerivedFrom, Plan
@@ -54,8 +54,8 @@ def fill(
     with torch.inference_mode(False), real_execution():
         values: dict[int, Tensor] = {}
         with out_of_memory_explained(plan, values), ExitStack() as stack:
-            each = values_of(plan, tensors, tapes, reader, placement, loaded, exact=exact)
-            items = stack.enter_context(closing(each))
+            source = PlanValues(plan, tensors, tapes, reader, placement, loaded, exact)
+            items = stack.enter_context(closing(source.one_by_one()))
             logged = stack.enter_context(closing(with_log(items, plan, tapes)))
             shown = stack.enter_context(closing(with_progress(logged, len(plan.entries))))
             for position, value in shown:  # closed at once, and their threads with them, when it does not end

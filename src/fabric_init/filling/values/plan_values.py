@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,103 +23,154 @@ from fabric_init.recording.tape.liveness import covers
 from fabric_init.recording.tape.tape import Tape
 
 
-def values_of(
-    plan: Plan,
-    tensors: Sequence[Tensor],
-    tapes: Mapping[int, Tape],
-    reader: CheckpointReader | None,
-    placement: Placement,
-    loaded: Mapping[int, DerivedFrom],
-    *,
-    exact: bool,
-) -> Generator[tuple[int, Tensor], None, None]:
-    """Yield positions in the plan and the values that this rank keeps for them."""
-    entries = plan.entries
-    to_replay = {
-        storage: positions
-        for storage, group in storage_groups(entries).items()
-        if (positions := [position for position in group if not has_own_memory(entries[position])])
-        if not _is_loaded_whole(entries, positions, tapes[storage])
-        if not any(entries[position].action is Action.WAIT or entries[position].on_use for position in positions)
-    }
-    shared = {
-        position
-        for positions in to_replay.values()
-        for position in positions
-        # a rank that keeps a region has memory of its own for each, so only what is not loaded needs the others
-        if placement.region(entries[position].slot) is None
-        or any(entries[other].action is not Action.LOAD for other in positions)
-    }
-    parts: dict[int, Tensor] = {}  # loaded into memory that other tensors share
-    if reader is not None:
-        for position, value in loader_for(reader).load(plan, placement):
+@dataclass(frozen=True)
+class PlanValues:
+    """The values that this rank keeps of a plan's tensors, each with its position in the plan.
+
+    Args:
+        plan: Its entries say what is read, computed from what is read, or replayed.
+        tensors: The tensors of the plan's entries, in that order.
+        tapes: The tape of each recorded storage.
+        reader: The checkpoint that loaded tensors are read from.
+        placement: How this rank keeps the tensors.
+        loaded: The loaded tensors that others may be computed from.
+        exact: Whether the random streams are replayed in order (``rng="eager"``).
+    """
+
+    plan: Plan
+    tensors: Sequence[Tensor]
+    tapes: Mapping[int, Tape]
+    reader: CheckpointReader | None
+    placement: Placement
+    loaded: Mapping[int, DerivedFrom]
+    exact: bool
+
+    def one_by_one(self) -> Generator[tuple[int, Tensor], None, None]:
+        """Yield positions in the plan and their values, each of which may be released before the next one is made."""
+        groups = self._not_loaded_whole()
+        parts: dict[int, Tensor] = {}  # loaded into memory that other tensors share
+        if self.reader is not None:
+            shared = self._in_shared_memory(groups)
+            yield from self._read(self.reader, groups, shared, parts)
+            mine = {
+                storage: [position for position in group if position in shared] for storage, group in groups.items()
+            }
+            groups = {storage: group for storage, group in mine.items() if group}
+        yield from self._moved()
+        yield from self._computed(groups)
+        large = parts_in_chunks(self.plan.entries, groups, self.tapes, self.placement, exact=self.exact)
+        yield from computed_in_chunks(large.values())
+        groups = {storage: positions for storage, positions in groups.items() if storage not in large}
+        yield from self._replayed(groups, parts)
+
+    def _not_loaded_whole(self) -> dict[int, list[int]]:
+        """Return the positions on each storage that needs more than one read: a replay, or a computation."""
+        entries = self.plan.entries
+        return {
+            storage: positions
+            for storage, group in storage_groups(entries).items()
+            if (positions := [position for position in group if not has_own_memory(entries[position])])
+            if not _is_loaded_whole(entries, positions, self.tapes[storage])
+            if not any(entries[position].action is Action.WAIT or entries[position].on_use for position in positions)
+        }
+
+    def _in_shared_memory(self, groups: Mapping[int, Sequence[int]]) -> set[int]:
+        """Return the positions whose values other tensors on their storage need.
+
+        A rank that keeps a region has memory of its own for each, so only what is not loaded needs the others.
+        """
+        return {
+            position
+            for positions in groups.values()
+            for position in positions
+            if self.placement.region(self.plan.entries[position].slot) is None
+            or any(self.plan.entries[other].action is not Action.LOAD for other in positions)
+        }
+
+    def _read(
+        self,
+        reader: CheckpointReader,
+        groups: Mapping[int, Sequence[int]],
+        shared: Collection[int],
+        parts: dict[int, Tensor],
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield what is loaded, and put into ``parts`` what is loaded into shared memory."""
+        for position, value in loader_for(reader).load(self.plan, self.placement):
             if position in shared:
                 parts[position] = value
             else:
                 yield position, value
-        for positions in to_replay.values():
+        for positions in groups.values():
             for position in positions:  # in the same order on every rank
-                slot = entries[position].slot
-                if position in parts and placement.region(slot) is not None:
-                    parts[position] = read_as(reader, entries[position].keys[0], slot.shape, None)
-        mine = {storage: [position for position in group if position in shared] for storage, group in to_replay.items()}
-        to_replay = {storage: group for storage, group in mine.items() if group}
-    for position, entry in enumerate(entries):
-        slot = entry.slot
-        if slot.ref is None and entry.action is not Action.LOAD and slot.real:
-            device = placement.device(slot)
-            if device != slot.device:
-                yield position, tensors[position].detach().to(device)
-    derived = _derived(entries, to_replay, tapes, placement, loaded, exact=exact)
-    for (tape, device, sources), storages in derived.items():
-        if reader is not None and sources <= loaded.keys():
-            # the same order on every rank: reading may be for all of them together
-            values = (
-                (ref, read_as(reader, key, ref.size, None)) for ref, key in (loaded[each] for each in sorted(sources))
-            )
-            memories = compute(storages, tape, values, device, exact=exact)
-        else:  # from what an earlier load has brought
-            memories = replay_with(tape, storages, Brought(tape, device), exact=exact, to=lambda _, at=device: at)  # type: ignore[misc]
-        for storage in storages:
-            memory = memories.pop(storage)
-            for position in to_replay.pop(storage):
-                yield position, _kept(memory, entries[position], placement)
-            del memory  # not kept while the next one is read
-    large = parts_in_chunks(entries, to_replay, tapes, placement, exact=exact)
-    yield from computed_in_chunks(large.values())
-    to_replay = {storage: positions for storage, positions in to_replay.items() if storage not in large}
-    yield from _replayed(entries, to_replay, tapes, parts, placement, exact=exact)
+                entry = self.plan.entries[position]
+                if position in parts and self.placement.region(entry.slot) is not None:
+                    parts[position] = read_as(reader, entry.keys[0], entry.slot.shape, None)
 
+    def _moved(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield tensors that keep their values, on another device."""
+        for position, entry in enumerate(self.plan.entries):
+            slot = entry.slot
+            if slot.ref is None and entry.action is not Action.LOAD and slot.real:
+                device = self.placement.device(slot)
+                if device != slot.device:
+                    yield position, self.tensors[position].detach().to(device)
 
-def _derived(
-    entries: Sequence[PlanEntry],
-    groups: Mapping[int, Sequence[int]],
-    tapes: Mapping[int, Tape],
-    placement: Placement,
-    loaded: Mapping[int, DerivedFrom],
-    *,
-    exact: bool,
-) -> dict[tuple[Tape, torch.device, frozenset[int]], list[int]]:
-    """Return the storages that are computed from loaded ones, those together that are computed from the same.
+    def _computed(self, groups: dict[int, list[int]]) -> Iterator[tuple[int, Tensor]]:
+        """Yield what is computed from loaded tensors, and take it out of ``groups``."""
+        for (tape, device, sources), storages in self._derived(groups).items():
+            if self.reader is not None and sources <= self.loaded.keys():
+                # the same order on every rank: reading may be for all of them together
+                keys = [self.loaded[each] for each in sorted(sources)]
+                values = ((ref, read_as(self.reader, key, ref.size, None)) for ref, key in keys)
+                memories = compute(storages, tape, values, device, exact=self.exact)
+            else:  # from what an earlier load has brought
+                to = cast(Callable[[torch.device], torch.device], lambda _, at=device: at)
+                memories = replay_with(tape, storages, Brought(tape, device), exact=self.exact, to=to)
+            for storage in storages:
+                memory = memories.pop(storage)
+                for position in groups.pop(storage):
+                    yield position, self._kept(memory, position)
+                del memory  # not kept while the next one is read
 
-    An earlier plan may have loaded them: that of a part of the model.
-    """
-    found: dict[tuple[Tape, torch.device, frozenset[int]], list[int]] = {}
-    others = {tape: loaded.keys() | tape.brought().keys() for tape in {tapes[storage] for storage in groups}}
-    for storage, positions in groups.items():
-        entry = entries[positions[0]]
-        sources = frozenset(sources_of(entry, tapes, others[tapes[storage]], exact=exact))
-        if sources and all(entries[position].action is Action.INIT for position in positions):
-            key = tapes[storage], placement.device(entry.slot), sources
-            found.setdefault(key, []).append(storage)
-    return found
+    def _derived(
+        self, groups: Mapping[int, Sequence[int]]
+    ) -> dict[tuple[Tape, torch.device, frozenset[int]], list[int]]:
+        """Return the storages that are computed from loaded ones, those together that are computed from the same.
 
+        An earlier plan may have loaded them: that of a part of the model.
+        """
+        found: dict[tuple[Tape, torch.device, frozenset[int]], list[int]] = {}
+        others = {tape: self.loaded.keys() | tape.brought().keys() for tape in {self.tapes[each] for each in groups}}
+        for storage, positions in groups.items():
+            entry, tape = self.plan.entries[positions[0]], self.tapes[storage]
+            sources = frozenset(sources_of(entry, self.tapes, others[tape], exact=self.exact))
+            if sources and all(self.plan.entries[position].action is Action.INIT for position in positions):
+                found.setdefault((tape, self.placement.device(entry.slot), sources), []).append(storage)
+        return found
 
-def _kept(memory: torch.UntypedStorage, entry: PlanEntry, placement: Placement) -> Tensor:
-    """Return this rank's part of a tensor whose storage is ``memory``."""
-    assert entry.slot.ref is not None
-    value, region = view(memory, entry.slot.ref), placement.region(entry.slot)
-    return value if region is None else take(value, region).clone()
+    def _replayed(self, groups: Mapping[int, Sequence[int]], parts: dict[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Yield what the recorded ops compute; where ``parts`` of a storage were loaded, these are written over it."""
+        by_place: dict[tuple[Tape, torch.device], list[int]] = {}
+        for storage, positions in groups.items():
+            device = self.placement.device(self.plan.entries[positions[0]].slot)
+            by_place.setdefault((self.tapes[storage], device), []).append(storage)
+        for (tape, device), storages in by_place.items():
+            to = cast(Callable[[torch.device], torch.device], lambda _, at=device: at)
+            for memories in replay(tape, storages, exact=self.exact, to=to):
+                for storage, memory in memories.items():
+                    for position in groups[storage]:
+                        if position in parts:
+                            ref = self.plan.entries[position].slot.ref
+                            assert ref is not None
+                            view(memory, ref).copy_(parts.pop(position))
+                        yield position, self._kept(memory, position)
+
+    def _kept(self, memory: torch.UntypedStorage, position: int) -> Tensor:
+        """Return this rank's part of a tensor whose storage is ``memory``."""
+        slot = self.plan.entries[position].slot
+        assert slot.ref is not None
+        value, region = view(memory, slot.ref), self.placement.region(slot)
+        return value if region is None else take(value, region).clone()
 
 
 def has_own_memory(entry: PlanEntry) -> bool:
@@ -130,36 +183,3 @@ def _is_loaded_whole(entries: Sequence[PlanEntry], positions: Sequence[int], tap
     slot, action, *_ = entries[positions[0]]
     assert slot.ref is not None
     return len(positions) == 1 and action is Action.LOAD and covers(tape, slot.ref)
-
-
-def _replayed(
-    entries: Sequence[PlanEntry],
-    groups: Mapping[int, Sequence[int]],
-    tapes: Mapping[int, Tape],
-    parts: dict[int, Tensor],
-    placement: Placement,
-    *,
-    exact: bool,
-) -> Iterator[tuple[int, Tensor]]:
-    by_tape: dict[int, list[int]] = {}
-    for storage in groups:
-        by_tape.setdefault(id(tapes[storage]), []).append(storage)
-    for storages in by_tape.values():
-        tape = tapes[storages[0]]
-        targets = {placement.device(entries[groups[storage][0]].slot) for storage in storages}
-        for target in sorted(targets, key=str):
-            here = [s for s in storages if placement.device(entries[groups[s][0]].slot) == target]
-            wanted: Iterable[dict[int, torch.UntypedStorage]] = replay(
-                tape,
-                here,
-                exact=exact,
-                to=lambda _, target=target: target,  # type: ignore[misc]
-            )
-            for memories in wanted:
-                for storage, memory in memories.items():
-                    for position in groups[storage]:
-                        entry = entries[position]
-                        if position in parts:
-                            assert entry.slot.ref is not None
-                            view(memory, entry.slot.ref).copy_(parts.pop(position))
-                        yield position, _kept(memory, entry, placement)
