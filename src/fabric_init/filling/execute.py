@@ -25,7 +25,7 @@ from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import mark_broken, release_filled, release_forward, unfilled
 from fabric_init.planning.digest import plan_lines
 from fabric_init.planning.placement import Placement
-from fabric_init.planning.plan import Action, LoadOptions
+from fabric_init.planning.plan import Action, DerivedFrom, LoadOptions
 from fabric_init.planning.prepare import PreparedPlan, plan_for
 from fabric_init.planning.tensors import Walk
 from fabric_init.recording.tape.tape import Rng
@@ -69,18 +69,20 @@ def fill_model(
     wrappers: list[Tensor] = []
 
     def plan() -> PreparedPlan:
+        refuse_flat_parameters(model)
         walk = Walk(model)
-        refuse_flat_parameters(walk)
         release_filled(walk)
         refuse_own_hooks(walk, reader)
         put_back = putting_back(table_entries(walk, lambda tensor: is_wrapper(tensor) or is_packed(tensor)))
         names = () if reader is None else rename_keys(reader.keys(), wanted.rename).values()
         with without_torchs_load_hooks(walk), as_unsharded_model(walk) as shards:
-            with as_plain_model(walk, wraps, is_packed, names=set(names)) as shown:
-                prepared = plan_for(walk, reader, wanted, rng)
-                _refuse_overwriting(prepared, model)
+            whole = Walk(model) if shards else walk
+            with as_plain_model(whole, wraps, is_packed, names=set(names)) as shown:
+                prepared = plan_for(shown.walk, reader, wanted, rng)
+                _refuse_overwriting(prepared, whole)
                 _refuse_casts(prepared, shown.apart)
-            prepared = pack_and_plan_held(prepared, model, placement, shown)
+            present = whole if prepared.undo is None else Walk(model)  # load code may have changed it
+            prepared = pack_and_plan_held(prepared, present, placement, shown.plain)
         wrappers.extend(shown.wrappers())
         tensors = [shards.get(id(tensor), tensor) for tensor in prepared.tensors]
         sharded.update(
@@ -95,8 +97,8 @@ def fill_model(
         where = ShardedTensors(sharded, placement) if sharded else placement
         try:
             share_seeds(prepared.tapes.values(), agreement)
-            with loads_noted(prepared), _partitioned(model, partition, where, agreement) as where:
-                record = execute_plan(prepared, model, prepared.tensors, where, agreement)
+            with loads_noted(prepared) as loaded, _partitioned(model, partition, where, agreement) as where:
+                record = execute_plan(prepared, model, prepared.tensors, where, agreement, loaded)
             follow_inner(wrappers)
             return record
         except BaseException:
@@ -142,9 +144,9 @@ def _refuse_casts(prepared: PreparedPlan, apart: Mapping[int, Tensor]) -> None:
             )
 
 
-def _refuse_overwriting(prepared: PreparedPlan, model: nn.Module) -> None:
+def _refuse_overwriting(prepared: PreparedPlan, walk: Walk) -> None:
     """Raise if a load that is declared after the block would overwrite what the user has written since."""
-    noted = statuses(model)
+    noted = statuses(walk)
     lost = []
     for entry in prepared.plan.entries if prepared.reader is not None else ():
         slot = entry.slot
@@ -181,14 +183,18 @@ def execute_plan(
     tensors: Sequence[Tensor],
     placement: Placement,
     agreement: Agreement = _ALONE,
+    loaded: Mapping[int, DerivedFrom] | None = None,
 ) -> FillRecord:
-    """Execute a plan on ``tensors``: its own, or those that a strategy has made of them."""
+    """Execute a plan on ``tensors``: its own, or those that a strategy has made of them.
+
+    ``loaded`` are the :func:`loaded_storages` of the plan, if the caller knows them.
+    """
     plan, _, tapes, reader, exact, *_ = prepared
 
     def check_and_fill() -> FillRecord:
         check_ties(plan, reader, placement)
         check_decisions(prepared)
-        fill(plan, tensors, tapes, reader, placement, exact=exact)
+        fill(plan, tensors, tapes, reader, placement, exact=exact, loaded=loaded)
         return make_record(plan, tapes, reader)
 
     record = agreement.run_together("filling the model", check_and_fill)

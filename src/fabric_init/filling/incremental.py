@@ -24,6 +24,7 @@ from fabric_init.planning.digest import sharded_lines
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.plan import LoadOptions, Plan, storage_groups
 from fabric_init.planning.prepare import PreparedPlan
+from fabric_init.planning.tensors import Walk
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, become, become_recorded
 from fabric_init.reports.registry import FillRecord, keep_record
 
@@ -115,8 +116,10 @@ def filled_by_module(
     """
 
     def plan() -> PreparedPlan:
-        release_filled(model)
-        return pack_and_plan_held(plan_plain(model, reader, wanted), model, WholeTensors())
+        walk = Walk(model)
+        release_filled(walk)
+        prepared = plan_plain(walk, reader, wanted)
+        return pack_and_plan_held(prepared, walk if prepared.undo is None else model, WholeTensors())
 
     prepared = agreement.run_together("planning the initialization", plan, sharded_lines)
     filling, begun = IncrementalFill(prepared, WholeTensors()), False

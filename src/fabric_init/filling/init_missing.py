@@ -121,11 +121,13 @@ def _initialize(model: nn.Module, *, partial: bool) -> None:
     held = _Held(model)
     with as_unsharded_model(model, partly) as parts:
         with as_plain_model(model, wraps) as shown:
-            found = [(info, tensor) for info, tensor in find_tensors(model) if info.ref is not None]
+            found = [(info, tensor) for info, tensor in find_tensors(shown.walk) if info.ref is not None]
             tapes = {info.ref.storage: its.tape for info, tensor in found if info.ref and (its := recorded(tensor))}
         plan = Plan(tuple(PlanEntry(info, Action.INIT) for info, _ in found))
         exact = {tape.rng for tape in tapes.values()} == {"eager"}
-        prepared = plan_held(PreparedPlan(plan, [tensor for _, tensor in found], tapes, None, exact), model, shown)
+        prepared = plan_held(
+            PreparedPlan(plan, [tensor for _, tensor in found], tapes, None, exact), model, shown.plain
+        )
     both = [
         (entry, parts.get(id(tensor), tensor))
         for entry, tensor in zip(prepared.plan.entries, prepared.tensors, strict=True)

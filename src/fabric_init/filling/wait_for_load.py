@@ -38,8 +38,8 @@ def wait_for_load(
 
 
 def _plan(model: nn.Module) -> PreparedPlan:
-    with as_plain_model(model, wraps):
-        infos, tensors, tapes = tensors_and_tapes(model)
+    with as_plain_model(model, wraps) as shown:
+        infos, tensors, tapes = tensors_and_tapes(shown.walk)
     saved = [info.saved and info.ref is not None for info in infos]
     now = make_plan([info for info, later in zip(infos, saved, strict=True) if not later], tapes, None, LoadOptions())
     # Until somebody uses them, so that to_empty() keeps what no load will bring.

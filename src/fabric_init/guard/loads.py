@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fabric_init.guard.expected_load import ExpectedLoad, expected_load
 from fabric_init.guard.models import guard_forward, own_tensors, release_filled, release_forward, unfilled
 from fabric_init.planning.recorded_load.module_code import takes_extra_state
-from fabric_init.planning.tensors import Walked, walked
+from fabric_init.planning.tensors import Walked, modules_once
 from fabric_init.recording.after_block.dispatch import AfterBlock
 from fabric_init.recording.tensor.recorded_tensor import recorded
 from fabric_init.recording.tensor.wrappers import recorded_parts
@@ -64,7 +64,7 @@ class _BeforeLoad:
 
 def watch_loads(model: Walked, complete: Complete) -> None:
     """Let ``load_state_dict`` of ``model``, or of modules in it, complete what it did not bring."""
-    for _, module in walked(model).once:
+    for _, module in modules_once(model):
         worth_it = module._modules or module._parameters or module._buffers or takes_extra_state(module)
         attributes = vars(module)
         if worth_it and _COMPLETE not in attributes and not isinstance(module, torch.jit.ScriptModule):  # no hooks
@@ -83,7 +83,7 @@ def unwatch_loads(model: Walked, running: Any = None) -> None:
 
     Of hooks that are ``running``, torch allows taking off the last alone.
     """
-    for _, module in walked(model).once:
+    for _, module in modules_once(model):
         if _COMPLETE not in vars(module):
             continue
         tables = _hooks(module)

@@ -105,6 +105,7 @@ class GuardedModelTensors:
         self._all = [
             (weakref.ref(module), name, storage)
             for _, module in walk.once
+            if module._parameters or module._buffers
             for name, tensor in own_tensors(module)
             for storage in _storages_of(tensor)
         ]
@@ -193,6 +194,8 @@ class GuardedModelTensors:
 
 
 def _storages_of(tensor: Tensor) -> set[int]:
+    if type(tensor) is RecordedTensor:  # nearly all
+        return set() if (found := recorded(tensor)) is None else {found.storage}
     return {found.storage for part in recorded_parts(tensor) if (found := recorded(part)) is not None}
 
 
@@ -212,7 +215,9 @@ def release_filled(model: Walked) -> None:
             if found is None:
                 continue
             later: AfterBlock = found.tape.after_block
-            if found.memory is None and found.storage in later.waiting.statuses and later.gives_memory:
+            if found.memory is None:
+                if found.storage not in later.waiting.statuses or not later.gives_memory:
+                    continue
                 later.value(part, "be read")
             later.make_plain(part)
 
@@ -346,8 +351,9 @@ def release_forward(model: Walked) -> None:
 
 
 def _remove_forward_hook(module: nn.Module) -> None:
-    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _before_forward]:
-        del module._forward_pre_hooks[key]
+    hooks = module._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _before_forward] if hooks else ():
+        del hooks[key]
 
 
 def _before_forward(module: nn.Module, args: object) -> None:

@@ -37,11 +37,11 @@ def cast_from(storage: int, tape: Tape) -> Iterator[TensorRef]:
     ``model.to(dtype)`` makes new storages; tensors that were computed before read the old ones.
     """
     while True:
-        writers = [tape.ops[number] for number in tape.writers.get(storage, ())]
-        if len(writers) != 1 or not is_cast(writers[0].func):
+        writers = tape.writers.get(storage, ())
+        if len(writers) != 1 or not is_cast((writer := tape.ops[writers[0]]).func):
             return
-        (read,) = writers[0].reads()
-        if not is_final(tape, read.storage, writers[0].number) or not covers(tape, read):
+        (read,) = writer.reads()
+        if not is_final(tape, read.storage, writer.number) or not covers(tape, read):
             return
         storage = read.storage
         yield read

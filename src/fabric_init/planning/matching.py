@@ -172,7 +172,7 @@ def _mismatch(slot: TensorInfo, key: str, spec: TensorSpec) -> str | None:
                 f": to keep its value, convert={{{key!r}: lambda s: s[{key!r}].view(1)}}, or make it () in the model"
             )
         return f"{name} is {tuple(slot.shape)} in the model and {tuple(spec.shape)} in the checkpoint{made}"
-    if _number_kind(spec.dtype) != _number_kind(slot.dtype):
+    if spec.dtype != slot.dtype and _number_kind(spec.dtype) != _number_kind(slot.dtype):
         return f"{name} is {slot.dtype} in the model and {spec.dtype} in the checkpoint, and no cast keeps its meaning"
     return None
 

@@ -149,13 +149,13 @@ def _refuse_loading_wrappers(plan: Plan, tensors: Sequence[Tensor], reader: Chec
 
 
 def _refuse_lazy(walk: Walk) -> None:
-    for name, module in walk.once:
-        tensors = (*module._parameters.values(), *module._buffers.values())
-        if any(tensor is not None and is_lazy(tensor) for tensor in tensors):
+    for name, _, tensor in walk.registered:
+        if is_lazy(tensor):
+            prefix = name.rpartition(".")[0]
             raise RecordingError(
-                f"{name or 'the model'} ({type(module).__name__}) is lazy: its tensors have no shape before it has "
-                "seen a batch, so no load can be planned for it. Run a batch through it in the block, or build the "
-                "model with init_module(empty_init=True) and call load_state_dict."
+                f"{prefix or 'the model'} ({type(walk.model.get_submodule(prefix)).__name__}) is lazy: its tensors "
+                "have no shape before it has seen a batch, so no load can be planned for it. Run a batch through it in "
+                "the block, or build the model with init_module(empty_init=True) and call load_state_dict."
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -57,6 +56,7 @@ class TensorInfo(NamedTuple):
         return self.kind in ("parameter", "buffer")
 
 
+_NO_OWN_CLASS = frozenset({nn.Parameter, RecordedTensor})
 _PLAIN = (str, bytes, int, float, bool, complex, type(None), type, torch.dtype, torch.device, torch.Size)
 _PLAIN_TYPES = frozenset(_PLAIN)
 _DEPTH = 5
@@ -83,27 +83,25 @@ def _tensors_in(value: Any, path: str, seen: set[int], depth: int = 0) -> Iterat
 
 
 class Walk:
-    """The modules of a model, found in one walk for all that goes through them; tensors are looked up there each time.
+    """What one walk over a model has found, for all that goes through it: its modules, and the tensors in them.
 
-    It holds until other modules are put into the model: when code of the model's own has run, walk again.
+    It tells what the model held then. Whoever has put other modules or tensors into the model since walks again; a
+    tensor that has got its values is still the same object.
 
     Attributes:
         model: The model itself.
         named: Every module under every name it has, in module order.
+        once: Every module once, under the first of its names.
+        registered: The name, kind and tensor of every parameter and buffer, under every name it has.
+        tensors: The same, and then every plain tensor attribute.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.named: list[tuple[str, nn.Module]] = []
-        _visit("", model, self.named, set())
-
-    @cached_property
-    def once(self) -> list[tuple[str, nn.Module]]:
-        """Every module once, under the first of its names."""
-        first: dict[int, tuple[str, nn.Module]] = {}
-        for each in self.named:
-            first.setdefault(id(each[1]), each)
-        return list(first.values())
+        self.named = named_modules(model)
+        self.once = _first(self.named)
+        self.registered = _registered(self.named)
+        self.tensors = [*self.registered, *_attributes(self.named)]
 
 
 Walked = nn.Module | Walk
@@ -117,15 +115,33 @@ def walked(model: Walked) -> Walk:
 
 def named_modules(model: Walked) -> list[tuple[str, nn.Module]]:
     """Return every module under every name it has, in module order. ``Module.named_modules`` is slower."""
-    return walked(model).named
+    if isinstance(model, Walk):
+        return model.named
+    modules: list[tuple[str, nn.Module]] = []
+    _visit("", model, modules, set())
+    return modules
+
+
+def modules_once(model: Walked) -> list[tuple[str, nn.Module]]:
+    """Return every module once, under the first of its names."""
+    return model.once if isinstance(model, Walk) else _first(named_modules(model))
+
+
+def _first(named: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    first: dict[int, tuple[str, nn.Module]] = {}
+    for each in named:
+        first.setdefault(id(each[1]), each)
+    return list(first.values())
 
 
 def _visit(prefix: str, module: nn.Module, modules: list[tuple[str, nn.Module]], above: set[int]) -> None:
     # No nested function: a recursive closure is a reference cycle, which would keep the model alive for a while.
     if id(module) in above:
         return  # a cycle: the module has its names already
-    above.add(id(module))
     modules.append((prefix, module))
+    if not module._modules:
+        return
+    above.add(id(module))
     dot = f"{prefix}." if prefix else ""
     for name, child in module._modules.items():
         if child is not None:
@@ -133,12 +149,36 @@ def _visit(prefix: str, module: nn.Module, modules: list[tuple[str, nn.Module]],
     above.remove(id(module))
 
 
-def named_tensors(model: Walked) -> Iterator[tuple[str, Kind, Tensor]]:
-    """Yield every parameter, buffer and plain tensor attribute of ``model``, under every name it has."""
-    walk = walked(model)
-    yield from registered_tensors(walk)
+def named_tensors(model: Walked) -> list[tuple[str, Kind, Tensor]]:
+    """Return every parameter, buffer and plain tensor attribute of ``model``, under every name it has."""
+    return walked(model).tensors
+
+
+def registered_tensors(model: Walked) -> list[tuple[str, Kind, Tensor]]:
+    """Return every parameter and buffer of ``model``, under every name it has."""
+    return model.registered if isinstance(model, Walk) else _registered(named_modules(model))
+
+
+def _registered(named: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, Kind, Tensor]]:
+    found: list[tuple[str, Kind, Tensor]] = []
+    for prefix, module in named:
+        parameters, buffers = module._parameters, module._buffers
+        if parameters:
+            for key, tensor in parameters.items():
+                if tensor is not None:
+                    found.append((f"{prefix}.{key}" if prefix else key, "parameter", tensor))
+        if buffers:
+            for key, buffer in buffers.items():
+                if buffer is not None:
+                    kind: Kind = "non-persistent buffer" if key in module._non_persistent_buffers_set else "buffer"
+                    found.append((f"{prefix}.{key}" if prefix else key, kind, buffer))
+    return found
+
+
+def _attributes(named: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, Kind, Tensor]]:
+    """Yield the plain tensor attributes of modules, and of parameters whose class may keep more beside the values."""
     seen: set[int] = set()
-    for prefix, module in walk.named:
+    for prefix, module in named:
         for name, parameter in module._parameters.items():
             if parameter is not None and _is_of_own_class(parameter):
                 for key, value in vars(parameter).items():
@@ -146,29 +186,12 @@ def named_tensors(model: Walked) -> Iterator[tuple[str, Kind, Tensor]]:
                     for path, tensor in _tensors_in(value, beside, seen):
                         yield path, "attribute", tensor
         attributes = vars(module)
-        if all(type(attributes[name]) in _PLAIN_TYPES for name in attributes.keys() - _MODULE_INTERNALS):
-            continue  # most modules; a set knows no order, but takes the others away at once
-        for name, value in attributes.items():
-            if (
-                type(value) not in _PLAIN_TYPES
-                and name not in _MODULE_INTERNALS
-                and not name.startswith(_NOT_THE_MODELS)
-            ):
-                for path, tensor in _tensors_in(value, f"{prefix}.{name}" if prefix else name, seen):
-                    yield path, "attribute", tensor
-
-
-def registered_tensors(model: Walked) -> Iterator[tuple[str, Kind, Tensor]]:
-    """Yield every parameter and buffer of ``model``, under every name it has."""
-    for prefix, module in named_modules(model):
-        dot = f"{prefix}." if prefix else ""
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                yield dot + name, "parameter", parameter
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                non_persistent = name in module._non_persistent_buffers_set
-                yield dot + name, "non-persistent buffer" if non_persistent else "buffer", buffer
+        own = attributes.keys() - _MODULE_INTERNALS  # a set knows no order, but takes away much at once
+        if any([type(attributes[name]) not in _PLAIN_TYPES for name in own]):  # few modules
+            for name, value in attributes.items():
+                if name in own and type(value) not in _PLAIN_TYPES and not name.startswith(_NOT_THE_MODELS):
+                    for path, tensor in _tensors_in(value, f"{prefix}.{name}" if prefix else name, seen):
+                        yield path, "attribute", tensor
 
 
 def _is_of_own_class(parameter: Tensor) -> bool:
@@ -177,7 +200,7 @@ def _is_of_own_class(parameter: Tensor) -> bool:
     A wrapper that answers operators by itself, such as a DTensor, has no values of its own.
     """
     kind = type(parameter)
-    if kind in (nn.Parameter, RecordedTensor):
+    if kind in _NO_OWN_CLASS:
         return False
     return isinstance(parameter, RecordedTensor) or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 

@@ -23,7 +23,7 @@ from fabric_init._dtensor_internals import TensorMeta
 from fabric_init._torch_internals import DisableTorchDispatch
 from fabric_init.checkpoints.region import Box
 from fabric_init.errors import RecordingError
-from fabric_init.planning.tensors import Walk, Walked
+from fabric_init.planning.tensors import Walk, Walked, walked
 from fabric_init.recording.in_block.tape_writer import TapeWriter
 from fabric_init.recording.replay.replay import real_execution
 from fabric_init.recording.tape.tape import Tape, TensorRef
@@ -168,7 +168,7 @@ class ShardsInBlock:
         instead = [(place, {place.key: wholes[id(place.tensor)][0]}) for place in there if id(place.tensor) in wholes]
         try:
             with swapped_in(instead, lambda changed: None):
-                yield held
+                yield [Walk(walked(model).model) for model in held] if instead else held
             if error is not None:
                 raise error
         finally:

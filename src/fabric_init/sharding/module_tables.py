@@ -38,9 +38,12 @@ class TableEntry(NamedTuple):
 
 def table_entries(model: Walked, chosen: Callable[[Tensor], bool]) -> list[TableEntry]:
     """Return the places of the parameters and buffers that are ``chosen``, in module order."""
+    walk = walked(model)
+    if not any(chosen(tensor) for _, _, tensor in walk.registered):
+        return []
     return [
         TableEntry(f"{prefix}." if prefix else "", module, kind, key, tensor)
-        for prefix, module in walked(model).once
+        for prefix, module in walk.once
         for kind in ("_parameters", "_buffers")
         for key, tensor in getattr(module, kind).items()
         if tensor is not None and chosen(tensor)

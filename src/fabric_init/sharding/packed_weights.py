@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.errors import FabricInitError, RecordingError
-from fabric_init.planning.tensors import Walked, named_tensors
+from fabric_init.planning.tensors import Walk, Walked, named_tensors, walked
 from fabric_init.recording.tape.liveness import covers, is_final, live_ops
 from fabric_init.recording.tape.tape import Tape, TensorRef
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, meta_of, recorded
@@ -42,10 +42,12 @@ class Substitution(NamedTuple):
     """What is in the places of what is made of plain tensors.
 
     Attributes:
+        walk: Over the model as it is shown.
         plain: By the id of a plain tensor: what is made of it.
         apart: By the id of a tensor inside a wrapper, which is shown itself: that wrapper.
     """
 
+    walk: Walk
     plain: dict[int, HeldInstead]
     apart: dict[int, Tensor]
 
@@ -68,11 +70,11 @@ def wraps(tensor: Tensor) -> bool:
 def is_packed(tensor: Tensor) -> bool:
     """Return whether a recorded parameter, which has no values, was packed by its class."""
     with DisableTorchFunction():
-        found = recorded(tensor) if isinstance(tensor, nn.Parameter) else None
+        found = recorded(tensor)
     if found is None or found.memory is not None:
         return False
     ref = found.tape.made_of.get(found.storage)
-    return ref is not None and ref.storage != found.storage
+    return ref is not None and ref.storage != found.storage and isinstance(tensor, nn.Parameter)
 
 
 @contextmanager
@@ -93,10 +95,11 @@ def as_plain_model(
         RecordingError: A parameter was changed since it was put into a wrapper.
         FabricInitError: In the context, a plain tensor was replaced.
     """
-    found = table_entries(model, lambda tensor: any(each(tensor) for each in chosen))
-    tensors = _by_ref(model) if found else {}
+    walk = walked(model)
+    found = table_entries(walk, lambda tensor: any(each(tensor) for each in chosen))
+    tensors = _by_ref(walk) if found else {}
     stand_ins: dict[TensorRef, Tensor] = {}
-    seen = Substitution({}, {})
+    seen = Substitution(walk, {}, {})
     instead: list[tuple[TableEntry, Mapping[str, Tensor]]] = []
     for place in found:
         tensor = place.tensor
@@ -117,7 +120,7 @@ def as_plain_model(
         seen.plain[id(stand_ins[ref])].held[place.name] = tensor
         instead.append((place, {place.key: stand_ins[ref]}))
     with swapped_in(instead, _refuse_replaced):
-        yield seen
+        yield seen._replace(walk=Walk(walk.model)) if instead else seen
 
 
 def _refuse_replaced(changed: list[TableEntry]) -> None:
@@ -181,10 +184,10 @@ def _origin(place: TableEntry) -> tuple[TensorRef, Tape] | None:
     return refs[source], tape
 
 
-def _by_ref(model: Walked) -> dict[TensorRef, Tensor]:
-    """Return the recorded tensors of ``model`` by where they are."""
+def _by_ref(walk: Walk) -> dict[TensorRef, Tensor]:
+    """Return the recorded tensors of a model by where they are."""
     found: dict[TensorRef, Tensor] = {}
-    for _, _, tensor in named_tensors(model):
+    for _, _, tensor in named_tensors(walk):
         if isinstance(tensor, RecordedTensor) and (its := recorded(tensor)) is not None:
             with DisableTorchFunction():
                 found.setdefault(ref_of(meta_of(tensor), its.storage), tensor)

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction
 from fabric_init.errors import FabricInitError, RecordingError
-from fabric_init.planning.tensors import Walked, registered_tensors, walked
+from fabric_init.planning.tensors import Walked, modules_once, registered_tensors
 from fabric_init.recording.tape.tape import Tape, TensorRef
 from fabric_init.recording.tensor.recorded_tensor import make_recorded_tensor, meta_of, recorded
 from fabric_init.recording.tensor.storage_tags import begin, ref_of
@@ -30,13 +30,13 @@ from fabric_init.sharding.dtensor import local, region_of
 from fabric_init.sharding.module_tables import TableEntry, plain_tensor, swapped_in, table_entries
 
 
-def refuse_flat_parameters(model: Walked) -> None:
+def refuse_flat_parameters(model: nn.Module) -> None:
     """Raise if FSDP1 has wrapped recorded modules: it has put their tensors into flat ones.
 
     Raises:
         FabricInitError: It has.
     """
-    for _, module in walked(model).once:
+    for _, module in modules_once(model):
         if type(module).__name__ == "FullyShardedDataParallel" and any(
             recorded(tensor) is not None for tensor in module.parameters()
         ):

@@ -23,29 +23,31 @@ from fabric_init.filling.values.compute_derived import loads_noted
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.planning.recorded_load.key_tensors import recorded_on_sources
-from fabric_init.planning.tensors import TensorInfo, Walked, find_tensors, named_modules
+from fabric_init.planning.tensors import TensorInfo, Walk, Walked, find_tensors, named_modules
 from fabric_init.recording.tape.tape import Rng
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, follow_meta, meta_of, recorded
 from fabric_init.recording.tensor.storage_tags import StorageTag, ref_of
 from fabric_init.sharding.packed_weights import is_packed
 
 
-def packed(prepared: PreparedPlan, model: nn.Module, placement: Placement) -> PreparedPlan:
+def packed(prepared: PreparedPlan, walk: Walk, placement: Placement) -> PreparedPlan:
     """Pack the weights that their library quantizes on their device, on the tape, and return how to undo that as well.
 
     Args:
         prepared: The plan for the weights as they are before that.
-        model: The recorded model, whose parameters are packed by this call.
+        walk: Over the recorded model, whose parameters are packed by this call.
         placement: How this rank keeps the tensors.
 
     Raises:
         FabricInitError: A weight was sharded before it was quantized, or was not recorded.
     """
-    _refuse_lost(model)
-    waiting = [(info, tensor) for info, tensor in find_tensors(model) if _quantizes_when_moved(info, tensor)]
+    if _layers() is None:
+        return prepared
+    _refuse_lost(walk)
+    waiting = [(info, tensor) for info, tensor in find_tensors(walk) if _quantizes_when_moved(info, tensor)]
     if not waiting:
         return prepared
-    undo = _remember(model, [tensor for _, tensor in waiting])
+    undo = _remember(walk, [tensor for _, tensor in waiting])
 
     def undo_all() -> None:
         undo()
@@ -58,7 +60,7 @@ def packed(prepared: PreparedPlan, model: nn.Module, placement: Placement) -> Pr
             for info, tensor in waiting:
                 was = mode.recorder.lookup(tensor)
                 tensor.to(placement.device(info))
-                _let_wait(tensor, was, info.name, model)
+                _let_wait(tensor, was, info.name, walk.model)
     except BaseException:
         undo()
         raise
@@ -87,9 +89,9 @@ def _quantizes_when_moved(info: TensorInfo, tensor: Tensor) -> bool:
     return isinstance(tensor, layers.Int8Params) and not tensor.has_fp16_weights
 
 
-def _refuse_lost(model: nn.Module) -> None:
+def _refuse_lost(walk: Walk) -> None:
     """Raise if a layer of bitsandbytes has a float weight that it could not quantize any more."""
-    for name, module in named_modules(model):
+    for name, module in walk.named:
         kind = _kind_of_weight(module)
         if kind is None:
             continue
@@ -147,12 +149,12 @@ def _rng(prepared: PreparedPlan) -> Rng:
     return "eager" if {tape.rng for tape in prepared.tapes.values()} == {"eager"} else "per_op"
 
 
-def _remember(model: nn.Module, tensors: list[Tensor]) -> Callable[[], None]:
+def _remember(walk: Walk, tensors: list[Tensor]) -> Callable[[], None]:
     """Return what makes the parameters, and the modules that they are in, what they are now."""
     ids = {id(tensor) for tensor in tensors}
     holders = {
         id(module): module
-        for _, module in named_modules(model)
+        for _, module in walk.once
         if any(id(tensor) in ids for tensor in module._parameters.values())
     }
     kept = [(vars(module), dict(vars(module))) for module in holders.values()]

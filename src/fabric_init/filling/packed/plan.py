@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
@@ -19,26 +20,27 @@ from fabric_init.filling.packed.on_device import packed, refuse_own_hooks
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan, plan_for
-from fabric_init.planning.tensors import TensorInfo, find_tensors, info_of
+from fabric_init.planning.tensors import TensorInfo, Walk, Walked, find_tensors, info_of, walked
 from fabric_init.recording.tape.liveness import computed_from
 from fabric_init.recording.tape.tape import Tape
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, class_of, recorded
 from fabric_init.recording.tensor.wrappers import inner_tensors, is_sharded, named_parts, recorded_parts
 from fabric_init.sharding.dtensor import local
-from fabric_init.sharding.packed_weights import HeldInstead, Substitution, as_plain_model, is_packed, wraps
+from fabric_init.sharding.packed_weights import HeldInstead, as_plain_model, is_packed, wraps
 
-_NOTHING_SHOWN = Substitution({}, {})
+_NONE: Mapping[int, HeldInstead] = MappingProxyType({})
 
 
-def plan_plain(model: nn.Module, reader: CheckpointReader | None, options: LoadOptions) -> PreparedPlan:
+def plan_plain(model: Walked, reader: CheckpointReader | None, options: LoadOptions) -> PreparedPlan:
     """Return the plan for ``model``, which has no wrappers, with what its packed tensors were made of in their places.
 
     Raises:
         FabricInitError: Anything that the user has to fix; no memory is allocated before.
     """
-    refuse_own_hooks(model, reader)
-    with as_plain_model(model, is_packed) as shown:
-        prepared = plan_for(model, reader, options)
+    walk = walked(model)
+    refuse_own_hooks(walk, reader)
+    with as_plain_model(walk, is_packed) as shown:
+        prepared = plan_for(shown.walk, reader, options)
     both = [
         (entry, held)
         for entry, tensor in zip(prepared.plan.entries, prepared.tensors, strict=True)
@@ -49,7 +51,7 @@ def plan_plain(model: nn.Module, reader: CheckpointReader | None, options: LoadO
 
 
 def pack_and_plan_held(
-    prepared: PreparedPlan, model: nn.Module, placement: Placement, shown: Substitution = _NOTHING_SHOWN
+    prepared: PreparedPlan, model: Walked, placement: Placement, plain: Mapping[int, HeldInstead] = _NONE
 ) -> PreparedPlan:
     """Return :func:`plan_held` of a plan, once parameters have been packed that their library packs on their device.
 
@@ -57,26 +59,27 @@ def pack_and_plan_held(
         prepared: The plan for plain tensors.
         model: The recorded model, which by now holds what it holds.
         placement: How this rank keeps the tensors.
-        shown: What is made of the tensors of the plan.
+        plain: What is made of tensors of the plan, by the ids of these.
 
     Raises:
         FabricInitError: A weight was sharded before it could be packed, or was not recorded, or would not be loaded.
     """
-    prepared = packed(prepared, model, placement)
+    walk, planned_for = walked(model), prepared
+    prepared = packed(prepared, walk, placement)
     try:
-        return plan_held(prepared, model, shown)
+        return plan_held(prepared, walk if prepared is planned_for else Walk(walk.model), plain)
     except BaseException:
         if prepared.undo is not None:
             prepared.undo()
         raise
 
 
-def plan_held(prepared: PreparedPlan, model: nn.Module, shown: Substitution = _NOTHING_SHOWN) -> PreparedPlan:
+def plan_held(prepared: PreparedPlan, model: Walked, plain: Mapping[int, HeldInstead] = _NONE) -> PreparedPlan:
     """Return a plan for what ``model`` holds in the places of plain tensors, which are read or computed for that."""
     entries: list[tuple[PlanEntry, Tensor]] = []
     tapes = dict(prepared.tapes)
     for entry, tensor in zip(prepared.plan.entries, prepared.tensors, strict=True):
-        its = shown.plain.get(id(tensor)) or _packed_since(entry, tensor)
+        its = plain.get(id(tensor)) or _packed_since(entry, tensor)
         entries += [(entry, tensor)] if its is None else _in_place_of(entry, tensor, its, tapes)
     held = {id(entry) for entry, _ in entries}
     sources = {
@@ -131,7 +134,7 @@ def _in_place_of(
     return stays + made_of_it
 
 
-def _beside(model: nn.Module, known: Collection[int], tapes: dict[int, Tape]) -> Iterator[tuple[PlanEntry, Tensor]]:
+def _beside(model: Walked, known: Collection[int], tapes: dict[int, Tape]) -> Iterator[tuple[PlanEntry, Tensor]]:
     """Yield the plans for recorded tensors that ``model`` has as attributes and that are not ``known``, and these."""
     for info, tensor in find_tensors(model):
         found = recorded(tensor) if info.kind == "attribute" and id(tensor) not in known else None

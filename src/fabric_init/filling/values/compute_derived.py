@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -14,6 +14,7 @@ from fabric_init.checkpoints.reader import is_collective
 from fabric_init.checkpoints.storage.remote import AnyPath
 from fabric_init.errors import RecordingError
 from fabric_init.planning.derived import loaded_storages
+from fabric_init.planning.plan import DerivedFrom
 from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.planning.rank_loads import read_as
 from fabric_init.planning.recorded_load.record import RecordedReader
@@ -22,22 +23,23 @@ from fabric_init.recording.tape.tape import LoadedStorage, Tape, TensorRef, now
 
 
 @contextmanager
-def loads_noted(prepared: PreparedPlan) -> Iterator[None]:
+def loads_noted(prepared: PreparedPlan) -> Iterator[Mapping[int, DerivedFrom]]:
     """Let what is computed later from the tensors that a plan loads be computed from their values in the checkpoint.
 
     That is what code of later blocks computes or looks at, and what is kept outside of modules. If the context fails,
-    it is taken back.
+    it is taken back. Yields the :func:`loaded_storages` of the plan.
     """
     reader, since = prepared.reader, now()
     noted: list[tuple[Tape, int]] = []
+    loaded = loaded_storages(prepared.plan, prepared.tapes)
     if reader is not None:
         tapes = {tape.current() for tape in prepared.tapes.values()}
-        for storage, (ref, key) in loaded_storages(prepared.plan, prepared.tapes).items():
+        for storage, (ref, key) in loaded.items():
             tape = next(tape for tape in tapes if storage in tape.storages)
             tape.loaded[storage] = LoadedStorage(since, _reading(reader, key, ref))
             noted.append((tape, storage))
     try:
-        yield
+        yield loaded
     except BaseException:
         for tape, storage in noted:
             tape.loaded.pop(storage, None)

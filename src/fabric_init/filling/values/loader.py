@@ -56,7 +56,9 @@ class LocalLoader:
     def load(self, plan: Plan, placement: Placement) -> Iterator[tuple[int, Tensor]]:
         for load in loads(plan, placement):
             slot = load.entry.slot
-            value = self._read(load, load.entry.keys[0]).to(device=load.device, dtype=slot.dtype)
+            value = self._read(load, load.entry.keys[0])
+            if value.dtype != slot.dtype or value.device != load.device:
+                value = value.to(device=load.device, dtype=slot.dtype)
             if load.region is None and slot.ref is not None and _has_other_layout(value, slot.ref):
                 strided = torch.empty_strided(slot.shape, slot.ref.stride, dtype=slot.dtype, device=value.device)
                 value = strided.copy_(value)

@@ -13,7 +13,7 @@ from fabric_init.planning.recorded_load.llama_cpp import LlamaCppCode, is_llama_
 from fabric_init.planning.recorded_load.module_code import ModuleCode, has_load_code
 from fabric_init.planning.recorded_load.quantized_layers import QuantizedCode, saved_quantized
 from fabric_init.planning.recorded_load.record import LoadCode, Outcome
-from fabric_init.planning.tensors import Walk, registered_tensors
+from fabric_init.planning.tensors import Walk, Walked, registered_tensors
 
 
 def load_code(walk: Walk, reader: CheckpointReader, names: Mapping[str, str], reinit: Sequence[str]) -> LoadCode | None:
@@ -32,7 +32,11 @@ def load_code(walk: Walk, reader: CheckpointReader, names: Mapping[str, str], re
 
 
 def _load_code(walk: Walk, reader: CheckpointReader, given: frozenset[str], reinit: Sequence[str]) -> LoadCode | None:
-    parts = [prefix for prefix, part in outermost(walk) if not _is_as_built(part, _under(prefix, given))]
+    parts = [
+        prefix
+        for prefix, part in outermost(walk)
+        if not _is_as_built(walk if part is walk.model else part, _under(prefix, given))
+    ]
     if parts == [""]:
         return _hugging_face(reader, given, reinit)
     if parts:
@@ -76,11 +80,11 @@ class _Parts:
 
 
 def _under(prefix: str, names: frozenset[str]) -> frozenset[str]:
-    dot = f"{prefix}." if prefix else ""
-    return frozenset(name.removeprefix(dot) for name in names if name.startswith(dot))
+    dot = f"{prefix}."
+    return frozenset(name.removeprefix(dot) for name in names if name.startswith(dot)) if prefix else names
 
 
-def _is_as_built(model: nn.Module, given: frozenset[str]) -> bool:
+def _is_as_built(model: Walked, given: frozenset[str]) -> bool:
     """Return whether a state dict has the names of the model's tensors, of tied ones at least one, and no others."""
     names: dict[int, list[str]] = {}
     for name, kind, tensor in registered_tensors(model):

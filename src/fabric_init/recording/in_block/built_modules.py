@@ -93,16 +93,12 @@ class BuiltModules:
     def _unregistered(self) -> list[nn.Module]:
         seen = [module for reference in self._seen.values() if (module := reference()) is not None]
         child_ids: set[int] = set()
-        pending, visited = list(seen), set()
+        visited, pending = set(map(id, seen)), seen
         while pending:  # also through modules of an earlier block, whose submodules this block may have replaced
-            module = pending.pop()
-            if id(module) in visited:
-                continue
-            visited.add(id(module))
-            if module._modules:
-                children = [child for child in module._modules.values() if child is not None]
-                child_ids.update(map(id, children))
-                pending += [child for child in children if id(child) not in visited]
+            children = [child for module in pending if module._modules for child in module._modules.values()]
+            child_ids.update(map(id, children))
+            pending = [child for child in children if child is not None and id(child) not in visited]
+            visited.update(map(id, pending))
         copies = {copied for copied, original in self._originals.items() if original() is not None}
         return [module for module in seen if id(module) not in child_ids and id(module) not in copies]
 

@@ -14,7 +14,7 @@ from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunct
 from fabric_init.recording.replay.chunks import chunked_draw, chunks_of
 from fabric_init.recording.replay.generators import ReplayStreams
 from fabric_init.recording.replay.threads import threaded
-from fabric_init.recording.replay.tracing import outside_tracing
+from fabric_init.recording.replay.tracing import OutsideTracing
 from fabric_init.recording.tape.liveness import covers, is_final, live_ops
 from fabric_init.recording.tape.op_properties import asks_shape_only, overwrites, with_generator
 from fabric_init.recording.tape.tape import Constant, Look, Op, Tape, TensorRef
@@ -26,7 +26,7 @@ _default_generator_lock = threading.Lock()
 def real_execution() -> Iterator[None]:
     """Switch off all dispatch and function modes, ours and the user's, and autograd: ops inside reach their kernels."""
     with (
-        outside_tracing(),
+        OutsideTracing(),
         DisableTorchDispatch(),
         DisableTorchFunction(),
         torch.inference_mode(False),

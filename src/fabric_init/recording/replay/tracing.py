@@ -7,8 +7,7 @@ operators; our code is not for it to read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import wraps
 from types import FunctionType
 from typing import Any, TypeVar, cast
@@ -45,21 +44,21 @@ def is_traced() -> bool:
     return is_jit_traced() or functorch_stack.peek_interpreter_stack() is not None or is_faked()
 
 
-@contextmanager
-def outside_tracing() -> Iterator[None]:
-    """Run operators of which neither ``torch.jit.trace`` nor a transform of ``torch.func`` hears."""
-    state, layers = get_tracing_state(), list[Any]()
-    while functorch_stack.peek_interpreter_stack() is not None:
-        layers.append(functorch_stack.pop_dynamic_layer_stack())
-    if state is not None:
-        set_tracing_state(None)
-    try:
-        yield
-    finally:
-        if state is not None:
-            set_tracing_state(state)
-        while layers:
-            functorch_stack.push_dynamic_layer_stack(layers.pop())
+class OutsideTracing:
+    """Context in which neither ``torch.jit.trace`` nor a transform of ``torch.func`` hears of operators that run."""
+
+    def __enter__(self) -> None:
+        self._state, self._layers = get_tracing_state(), list[Any]()
+        while functorch_stack.peek_interpreter_stack() is not None:
+            self._layers.append(functorch_stack.pop_dynamic_layer_stack())
+        if self._state is not None:
+            set_tracing_state(None)
+
+    def __exit__(self, *error: object) -> None:
+        if self._state is not None:
+            set_tracing_state(self._state)
+        while self._layers:
+            functorch_stack.push_dynamic_layer_stack(self._layers.pop())
 
 
 def never_compiled(answer: _Answer) -> _Answer:

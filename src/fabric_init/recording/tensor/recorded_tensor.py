@@ -18,6 +18,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache, partial
 from types import FrameType
 from typing import Any
@@ -34,7 +35,7 @@ from fabric_init._torch_internals import (
     swap_tensor_impl,
 )
 from fabric_init.errors import RecordingError
-from fabric_init.recording.replay.tracing import never_compiled, outside_tracing
+from fabric_init.recording.replay.tracing import OutsideTracing, never_compiled
 from fabric_init.recording.tape.tape import Tape, TensorRef
 from fabric_init.recording.tensor.meta_twin import MetaTwin
 from fabric_init.recording.tensor.storage_tags import StorageTag, begin_unmarked, recorded_storage, ref_of
@@ -50,6 +51,7 @@ _attributes = vars(Tensor)["__dict__"].__get__
 """Returns all attributes of a tensor, those of ours as well."""
 _set_attributes = vars(Tensor)["__dict__"].__set__
 
+_NOTHING = nullcontext()
 _MAKES_SUBCLASS = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
@@ -244,12 +246,13 @@ def become(tensor: Tensor, value: Tensor, *, alone: bool = False) -> None:
     ``torch.utils.swap_tensors`` would do, but for three things: it also swaps the objects' attributes, drops hooks,
     and refuses tensors that something holds a weak reference to. The swap under it has none of these troubles.
     """
-    hooks = tensor._backward_hooks if tensor.is_leaf else None
-    after_accumulation = tensor._post_accumulate_grad_hooks if tensor.is_leaf else None
-    requires_grad = tensor.requires_grad and tensor.is_leaf
-    is_parameter = isinstance(tensor, nn.Parameter)
-    grad = tensor.grad if tensor.is_leaf else None
-    with outside_tracing(), DisableTorchDispatch(), DisableTorchFunction(), torch.inference_mode(False):
+    is_leaf, requires_grad, is_parameter = tensor.is_leaf, tensor.requires_grad, isinstance(tensor, nn.Parameter)
+    hooks = tensor._backward_hooks if is_leaf else None
+    after_accumulation = tensor._post_accumulate_grad_hooks if is_leaf else None
+    grad = tensor.grad if is_leaf else None
+    requires_grad = requires_grad and is_leaf
+    outside_inference = torch.inference_mode(False) if torch.is_inference_mode_enabled() else _NOTHING
+    with OutsideTracing(), DisableTorchDispatch(), DisableTorchFunction(), outside_inference:
         other: Tensor = nn.Parameter(value, requires_grad=False) if is_parameter else value.detach()
         other.requires_grad_(requires_grad)
         swap_tensor_impl(tensor, other)
@@ -260,7 +263,8 @@ def become(tensor: Tensor, value: Tensor, *, alone: bool = False) -> None:
             _note_memory(tensor, value)
         other.__class__ = FormerTensor
         _attributes(other)["_twin"] = tensor._twin
-        tensor.__class__ = class_of(tensor)  # type: ignore[assignment]
+        plain = nn.Parameter if is_parameter else Tensor
+        tensor.__class__ = getattr(type(tensor), "own_class", plain)  # type: ignore[arg-type]
         for name in _OWN_ATTRIBUTES:  # last: another thread may be asking
             _attributes(tensor).pop(name, None)
     if grad is not None and grad.size() == tensor.size():
@@ -361,17 +365,17 @@ def become_recorded(tensor: Tensor, meta: Tensor, device: torch.device) -> None:
 
 
 def _note_memory(tensor: RecordedTensor, value: Tensor) -> None:
-    found, meta = recorded(tensor), tensor._meta
+    found = recorded(tensor)
     if found is None:
         return
-    offset = (value.storage_offset() - meta.storage_offset()) * value.element_size()
-    same = value.stride() == meta.stride() and value.dtype == meta.dtype and type(value) in (Tensor, nn.Parameter)
+    ref, tape = tensor._twin.ref, found.tape
+    offset = (value.storage_offset() - ref.offset) * ref.dtype.itemsize
+    same = value.stride() == ref.stride and value.dtype == ref.dtype and type(value) in (Tensor, nn.Parameter)
     storage = value.untyped_storage() if same else None
-    if storage is not None and offset >= 0 and storage.nbytes() - offset >= meta.untyped_storage().nbytes():
+    if storage is not None and offset >= 0 and storage.nbytes() - offset >= tape.storages[found.storage].nbytes:
         found.memory = storage, int(offset)
-    later = found.tape.after_block
-    if later is not None:
-        later.waiting.filled(found.storage)
+    if tape.after_block is not None:
+        tape.after_block.waiting.filled(found.storage)
 
 
 def claim_all(values: Any) -> None:

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, claim_all, recorded, recorded_ref
 
+_NO_WRAPPERS = frozenset({Tensor, nn.Parameter, RecordedTensor})
+"""Nearly all tensors are of one of these classes."""
+
 
 def is_wrapper_class(kind: type) -> bool:
     """Return whether tensors of this class hold others in the place of memory."""
@@ -26,7 +29,7 @@ def is_wrapper_class(kind: type) -> bool:
 def is_wrapper(tensor: Tensor) -> bool:
     """Return whether ``tensor`` holds others in the place of memory."""
     kind = type(tensor)
-    return kind is not nn.Parameter and kind is not Tensor and is_wrapper_class(kind)
+    return kind not in _NO_WRAPPERS and is_wrapper_class(kind)
 
 
 def is_sharded_class(kind: type) -> bool:
@@ -36,7 +39,8 @@ def is_sharded_class(kind: type) -> bool:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether ``tensor`` is a DTensor."""
-    return is_sharded_class(type(tensor))
+    kind = type(tensor)
+    return kind not in _NO_WRAPPERS and is_sharded_class(kind)
 
 
 def inner_tensors(tensor: Tensor) -> dict[str, Tensor]:
@@ -68,6 +72,8 @@ def recorded_parts(tensor: Tensor) -> list[RecordedTensor]:
     """
     if isinstance(tensor, RecordedTensor):
         return [tensor]
+    if type(tensor) in _NO_WRAPPERS and not tensor.is_meta:
+        return []
     with DisableTorchFunction(), torch.no_grad():
         claim_all(with_memory(tensor))
     return [part for part in with_memory(tensor) if isinstance(part, RecordedTensor)]
