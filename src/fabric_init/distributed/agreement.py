@@ -42,10 +42,15 @@ class Agreement(Protocol):
         """
         ...
 
-    def telling(self, what: str) -> AbstractContextManager[None]:
+    def telling(self, what: str, patience: float = ...) -> AbstractContextManager[None]:
         """Return a context in which whatever is raised, Ctrl-C and ``SystemExit`` too, is an error on every rank.
 
         The others learn of it in the next step that they run together, which may be after the context.
+
+        Args:
+            what: The name of what is done there, for messages.
+            patience: Seconds for which a rank that failed waits for the others to hear of it, if nobody could tell
+                them once its process has ended.
         """
         ...
 
@@ -68,7 +73,7 @@ class SingleProcess:
     def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], Compared] | None = None) -> _T:
         return make()
 
-    def telling(self, what: str) -> AbstractContextManager[None]:
+    def telling(self, what: str, patience: float = 0.0) -> AbstractContextManager[None]:
         return nullcontext()
 
     def alike(self, digest: str | None) -> bool:
@@ -98,6 +103,13 @@ def agreement_of(process_group: dist.ProcessGroup | Literal[False] | None) -> Ag
     return RankGroup(process_group) if dist.get_world_size(process_group) > 1 else SingleProcess()
 
 
+def agreement_among(ranks: Sequence[int]) -> Agreement:
+    """Return how these ranks of torch's default group, of which this is one, run their steps together."""
+    if len(ranks) < 2 or dist.get_backend() == "fake":  # where the others are only thought of
+        return SingleProcess()
+    return RankGroup(None if len(ranks) == dist.get_world_size() else sorted(ranks))
+
+
 class RankGroup:
     """The ranks of a process group of torch. Every rank has to make the same calls in the same order.
 
@@ -105,11 +117,11 @@ class RankGroup:
     error on another rank ends all of them.
 
     Args:
-        process_group: The group; ``None`` for torch's default one.
+        group: The group, or its ranks in torch's default group; ``None`` for all of these.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
-        self._state = _state_of(process_group)
+    def __init__(self, group: dist.ProcessGroup | Sequence[int] | None = None) -> None:
+        self._state = _state_of(group)
 
     def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], Compared] | None = None) -> _T:
         with self.telling(what):
@@ -134,7 +146,7 @@ class RankGroup:
         return RanksDisagreeError(f"{error}. They differ in {which}{' …' if len(names) > 5 else ''}")
 
     @contextmanager
-    def telling(self, what: str) -> Iterator[None]:
+    def telling(self, what: str, patience: float = 30.0) -> Iterator[None]:
         state = self._state
         if not state.depth:
             state.all_know = False
@@ -143,7 +155,7 @@ class RankGroup:
             yield
         except BaseException as error:  # whatever it is, the other ranks must not wait for this one
             if not state.all_know:
-                _tell(state, what, error)
+                _tell(state, what, error, patience)
             raise
         finally:
             state.depth -= 1
@@ -204,14 +216,11 @@ _ERRORS: dict[str, type[FabricInitError]] = {
 _TIMEOUT = timedelta(minutes=30)
 """How long ranks wait for one another, if their process group does not say: torch's own default."""
 
-_PATIENCE = 30.0
-"""Seconds for which a rank that failed waits for the others to hear of it, if the store ends with its process."""
-
 _PATIENCE_AFTER_VERDICT = 2.0
-"""The same when the others are there, or gone."""
+"""Seconds for which a rank that failed waits for the others to hear of it, when these are there, or gone."""
 
 _PATIENCE_AFTER_INTERRUPT = 5.0
-"""The same after Ctrl-C or ``SystemExit``, which usually reaches all ranks."""
+"""The most after Ctrl-C or ``SystemExit``, which usually reaches all ranks."""
 
 
 class _GroupState:
@@ -223,10 +232,10 @@ class _GroupState:
         all_know: Whether the other ranks have heard of the error that ends these calls.
     """
 
-    def __init__(self, store: Any, group: dist.ProcessGroup) -> None:
+    def __init__(self, store: Any, name: str, ranks: Sequence[int], timeout: timedelta) -> None:
         self.store = store
-        self.ranks = dist.get_process_group_ranks(group)
-        self.board = StoreBoard(store, group.group_name, self.ranks, timeout_of(group) or _TIMEOUT)
+        self.ranks = ranks
+        self.board = StoreBoard(store, name, ranks, timeout)
         self.number = 0
         self.depth = 0
         self.all_know = False
@@ -236,13 +245,15 @@ _states: dict[str, _GroupState] = {}
 """By name of the group."""
 
 
-def _state_of(process_group: dist.ProcessGroup | None) -> _GroupState:
-    group = process_group or dist.group.WORLD
+def _state_of(members: dist.ProcessGroup | Sequence[int] | None) -> _GroupState:
+    group = members if isinstance(members, dist.ProcessGroup) else dist.group.WORLD
     assert group is not None
+    name = "ranks " + ",".join(map(str, members)) if isinstance(members, Sequence) else group.group_name
     store = get_default_store()
-    state = _states.get(group.group_name)
+    state = _states.get(name)
     if state is None or state.store is not store:  # another one: the ranks have formed their groups anew
-        state = _states[group.group_name] = _GroupState(store, group)
+        ranks = members if isinstance(members, Sequence) else dist.get_process_group_ranks(group)
+        state = _states[name] = _GroupState(store, name, ranks, timeout_of(group) or _TIMEOUT)
         with suppress(RuntimeError):
             state.board.announce()
     return state
@@ -269,7 +280,7 @@ def _on_board(state: _GroupState, what: str, steps: Generator[Request, Any, _T])
         ) from error
 
 
-def _tell(state: _GroupState, what: str, error: BaseException) -> None:
+def _tell(state: _GroupState, what: str, error: BaseException, patience: float) -> None:
     """Let the other ranks hear of the error of this one."""
     if isinstance(error, GeneratorExit) and error.__context__ is not None:
         error = error.__context__  # whoever closes a generator does so because of that
@@ -279,7 +290,7 @@ def _tell(state: _GroupState, what: str, error: BaseException) -> None:
     with suppress(RanksLostError):  # this rank's own error is what matters
         state.number = _on_board(state, what, fail(state.number, verdict))
         state.all_know = True
-        patience = _PATIENCE if isinstance(error, Exception) else _PATIENCE_AFTER_INTERRUPT
+        patience = patience if isinstance(error, Exception) else min(patience, _PATIENCE_AFTER_INTERRUPT)
         _keep_until_heard(state, state.number - 1, patience)
 
 

@@ -118,7 +118,7 @@ def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
     _end(module, complete)
     if not unfilled(module) and expected_load(module) is None:
         unwatch_loads(module, running=module._load_state_dict_post_hooks)
-        release_forward(module)
+        release_forward(module, on_all_ranks=False)
 
 
 @contextmanager
@@ -139,7 +139,7 @@ def loading(model: nn.Module) -> Iterator[None]:
     _end(model, complete)
     if not unfilled(model) and expected_load(model) is None:
         unwatch_loads(model)
-        release_forward(model)
+        release_forward(model, on_all_ranks=False)
 
 
 def _begin(module: nn.Module) -> None:

@@ -9,10 +9,11 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parameter import is_lazy
 
 from fabric_init._torch_internals import DisableTorchFunction
-from fabric_init.distributed.agreement import Agreement
+from fabric_init.distributed.agreement import Agreement, agreement_among
 from fabric_init.errors import RecordingError, UninitializedTensorError
 from fabric_init.guard.expected_load import expected_load
 from fabric_init.planning.placement import Placement, WholeTensors
@@ -41,7 +42,7 @@ from fabric_init.recording.tensor.recorded_tensor import (
 from fabric_init.recording.tensor.storage_tags import StorageTag
 from fabric_init.recording.tensor.wrappers import recorded_parts
 from fabric_init.reports.registry import note_status
-from fabric_init.sharding.dtensor import local
+from fabric_init.sharding.dtensor import local, ranks_with_shards
 from fabric_init.sharding.whole import let_empty_shards_wait
 
 _RANKS = "_fabric_init_ranks"
@@ -81,6 +82,9 @@ def guard_model(
                 later.owners.append(GuardedModelTensors(walk, placement))
     if laters:
         guard_forward(walk.model)
+        for _, module in walk.once:
+            if isinstance(module, FSDPModule):
+                guard_forward(module)
 
 
 def _let_wait(part: RecordedTensor, found: StorageTag, model: str, name: str, *, of_wrapper: bool) -> None:
@@ -142,11 +146,15 @@ class GuardedModelTensors:
         self._left.discard(storage)
         model = self._model()
         if not self._left and model is not None and not unfilled(model):
-            release_forward(model)
+            release_forward(model, on_all_ranks=False)
 
     def model(self) -> nn.Module | None:
         """Return the model, if it still lives."""
         return self._model()
+
+    def gathered_for(self, module: nn.Module) -> None:
+        """Let ``module`` refuse to run before torch gathers tensors of the model for it from other ranks."""
+        guard_forward(module)
 
     def has(self, storage: int) -> bool:
         """Return whether a tensor of the model was on ``storage``."""
@@ -282,12 +290,15 @@ def require(model: nn.Module, use: str) -> None:
     let_empty_shards_wait(model)
     waiting = unfilled(model)
     ranks = ranks_of(model)
-    if ranks is None:
-        names = [name for name, _ in waiting]
-    else:  # of a shard without elements, this rank cannot tell
-        names = ranks.from_all([name for name, tensor in waiting if local(tensor).numel()])
+    agreements = [agreement_among(each) for each in ranks_with_shards(model)] if ranks is None else [ranks]
+    names = [name for name, tensor in waiting if not agreements or local(tensor).numel()]
+    for each in agreements:  # of a shard without elements, this rank cannot tell
+        names = each.from_all(names)
     if names:
-        raise UninitializedTensorError(uninitialized(_class_of(model), use, names, fix_of(model) or THREE_WAYS))
+        fixes = [fix] if (fix := fix_of(model)) is not None else []
+        for each in agreements:
+            fixes = each.from_all(fixes)
+        raise UninitializedTensorError(uninitialized(_class_of(model), use, names, fixes[0] if fixes else THREE_WAYS))
     if waiting:
         with DisableTorchFunction(), torch.no_grad():
             for _, tensor in waiting:
@@ -338,13 +349,21 @@ def guard_forward(model: nn.Module, agreement: Agreement | None = None) -> None:
         model.register_forward_pre_hook(_before_forward, prepend=True)  # before what gathers from other ranks
 
 
-def release_forward(model: Walked) -> None:
-    """Take that back: nothing waits any more. What is still recorded, also outside the model, becomes plain."""
+def release_forward(model: Walked, *, on_all_ranks: bool = True) -> None:
+    """Take that back: nothing waits any more. What is still recorded, also outside the model, becomes plain.
+
+    Args:
+        model: The model.
+        on_all_ranks: Whether nothing waits on the other ranks that hold parts of it. Otherwise these ask one another
+            when it first runs.
+    """
     walk = walked(model)
     parts = [part for _, _, tensor in named_tensors(walk) for part in recorded_parts(tensor)]
     for tape in {found.tape for part in parts if (found := recorded(part)) is not None}:
         if tape.after_block.gives_memory:  # otherwise a strategy shards first
             tape.after_block.finish(parts)
+    if not on_all_ranks and ranks_with_shards(walk):
+        return
     for _, module in walk.once:
         vars(module).pop(_RANKS, None)
         _remove_forward_hook(module)

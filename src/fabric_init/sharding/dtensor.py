@@ -15,7 +15,7 @@ from fabric_init._torch_internals import swap_tensor_impl
 from fabric_init.checkpoints.region import Box, Region
 from fabric_init.errors import FabricInitError
 from fabric_init.planning.placement import Placement
-from fabric_init.planning.tensors import TensorInfo
+from fabric_init.planning.tensors import TensorInfo, Walked, registered_tensors
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, become
 from fabric_init.recording.tensor.wrappers import inner_tensors, is_wrapper
 
@@ -35,6 +35,14 @@ def local(tensor: Tensor) -> Tensor:
             break
         part = inner[0]
     return part
+
+
+def ranks_with_shards(model: Walked) -> list[tuple[int, ...]]:
+    """Return which ranks hold tensors of ``model`` together with this one: those of each device mesh, most last."""
+    tensors = [tensor for _, _, tensor in registered_tensors(model) if isinstance(tensor, DTensor)]
+    meshes = {t.device_mesh for t in tensors if any(not place.is_replicate() for place in t.placements)}
+    ours = [mesh for mesh in meshes if mesh.size() > 1 and mesh.get_coordinate() is not None]
+    return sorted({tuple(mesh.mesh.flatten().tolist()) for mesh in ours}, key=lambda ranks: (len(ranks), ranks))
 
 
 class ShardedTensors:

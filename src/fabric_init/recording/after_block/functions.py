@@ -91,8 +91,20 @@ def _chunk(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         with DisableTorchFunction(), torch.no_grad():
             found = recorded(args[0])
             if isinstance(args[0], RecordedTensor) and found is not None and later.waiting.missing([found.storage]):
+                _note_unit(later, found.storage, asking)
                 return func(args[0]._meta, *args[1:], **kwargs)
     return func(*args, **kwargs)
+
+
+def _note_unit(later: Any, storage: int, frame: FrameType | None) -> None:
+    """Tell the models with ``storage`` for which module ``fully_shard``, which has called this frame, gathers it."""
+    while frame is not None and "modules" not in frame.f_locals:
+        frame = frame.f_back
+    if frame is None:
+        return
+    for owners in later.owners:
+        if owners.has(later.waiting.origin(storage)):
+            owners.gathered_for(frame.f_locals["modules"][0])
 
 
 _FSDP2 = "torch.distributed.fsdp._fully_shard."

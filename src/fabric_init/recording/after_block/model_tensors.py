@@ -15,6 +15,10 @@ class ModelTensors(Protocol):
         """Return the model, if it still lives."""
         ...
 
+    def gathered_for(self, module: nn.Module) -> None:
+        """Note that torch gathers tensors of the model from other ranks right before ``module`` runs."""
+        ...
+
     def has(self, storage: int) -> bool:
         """Return whether a tensor of the model was on ``storage``."""
         ...
