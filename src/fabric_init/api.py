@@ -210,7 +210,8 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
 
     The ops of the constructors are recorded. :func:`fabric_init.materialize` replays them later, once for each tensor,
     or loads the tensor instead. Until then the models cannot run or be saved; what ``load_state_dict`` or other code
-    writes whole gets memory at once. A block inside another one continues the outer recording.
+    writes whole gets memory at once. A block inside another one continues the outer recording. Ranks of one process
+    group need not all have a block; but if one ends with an error, so does what all of them do together next.
 
     Args:
         rng: Where random numbers come from. ``"per_op"``: each random op has its own generator, so a tensor gets the
@@ -227,10 +228,10 @@ def deferred_init(*, rng: Rng = "per_op") -> Iterator[None]:
         with recorded_build(rng):
             yield
         return
-    agreement_of(None)  # from here on the other ranks can see whether this one lives
+    telling = agreement_of(None).telling("the deferred_init block", patience=1.0)  # the others may not be waiting
     shards, start = ShardsInBlock(), now()
     tape: Tape | None = None
-    with PausedCollector(), built_whole(), BuiltModules() as built:
+    with telling, PausedCollector(), built_whole(), BuiltModules() as built:
         try:
             with recorded_build(rng, shards) as tape:
                 yield

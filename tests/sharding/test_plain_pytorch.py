@@ -265,6 +265,46 @@ def test_a_forward_before_there_are_values_raises_on_every_rank() -> None:
         assert "fabric_init.materialize(model)" in message
 
 
+def raise_in_the_block(odd: int) -> tuple[str, str, float]:
+    dist.init_process_group("gloo")
+    begin = time.monotonic()
+    with pytest.raises((FabricInitError, LookupError)) as raised:
+        with deferred_init():
+            model = wide()
+            if rank_here() == odd:
+                raise LookupError("the user's own mistake")
+        materialize(model)
+    took = time.monotonic() - begin
+    with deferred_init():
+        model = wide()
+    materialize(model)
+    return raised.type.__name__, str(raised.value), took
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+def test_an_error_in_the_block_of_one_rank_is_told_to_the_other_when_they_meet(odd: int) -> None:
+    found = run_ranks(2, raise_in_the_block, odd=odd)
+    assert found[odd][:2] == ("LookupError", "the user's own mistake")
+    assert found[1 - odd][0] == "FabricInitError"
+    assert found[1 - odd][1].startswith(f"the deferred_init block failed on rank {odd}, ")
+    assert found[1 - odd][1].endswith(f"Rank {odd}: LookupError: the user's own mistake")
+    assert max(seconds for *_, seconds in found) < SECONDS
+
+
+def raise_in_a_block_of_its_own() -> float:
+    dist.init_process_group("gloo")
+    begin = time.monotonic()
+    if rank_here() == 0:
+        with pytest.raises(LookupError), deferred_init():
+            raise LookupError
+    dist.barrier()
+    return time.monotonic() - begin
+
+
+def test_an_error_in_a_block_that_one_rank_alone_has_keeps_nobody_waiting() -> None:
+    assert max(run_ranks(2, raise_in_a_block_of_its_own)) < SECONDS
+
+
 def load_own_path(paths: list[Path]) -> tuple[str, float]:
     model = start()
     block_by_block(model, world_size(), 0)
