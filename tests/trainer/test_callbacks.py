@@ -13,13 +13,15 @@ from lightning.pytorch.callbacks import (
     BaseFinetuning,
     EMAWeightAveraging,
     ModelCheckpoint,
+    ModelPruning,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
+    WeightAveraging,
 )
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
-from fabric_init import FillModel, UninitializedTensorError, deferred_init, materialize
+from fabric_init import FillModel, deferred_init
 from fabric_init.errors import RecordingError
 from tests.trainer.models import Early, LoadEagerly, Module, data, different, trainer, weights, write
 
@@ -61,6 +63,10 @@ def built(path: Path, ours: bool) -> tuple[OnlyTrainable, list[Callback]]:
 
 
 CALLBACKS: dict[str, Callable[[Path], Callback]] = {
+    "averages": lambda _: WeightAveraging(),
+    "moving averages": lambda _: EMAWeightAveraging(decay=0.5),
+    "prunes": lambda _: ModelPruning("l1_unstructured", amount=0.5, use_lottery_ticket_hypothesis=False),
+    "prunes to a lottery ticket": lambda _: ModelPruning("l1_unstructured", amount=0.5),
     "averages at the end": lambda _: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
     "fine-tuning": lambda _: Finetuning(),
     "checkpoints": lambda folder: ModelCheckpoint(folder, save_last=True),
@@ -68,14 +74,15 @@ CALLBACKS: dict[str, Callable[[Path], Callback]] = {
 }
 
 
+@pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_a_callback_has_with_a_recorded_model_the_effect_that_it_has_with_a_loaded_one(
-    name: str, tmp_path: Path
+    name: str, last: bool, tmp_path: Path
 ) -> None:
     path, found = write(tmp_path)[0], []
     for ours in (True, False):
         module, callbacks = built(path, ours)
-        callbacks.append(CALLBACKS[name](tmp_path / str(ours)))
+        callbacks.insert(0 if last else len(callbacks), CALLBACKS[name](tmp_path / str(ours)))
         torch.manual_seed(1)
         trainer(*callbacks, max_steps=-1, max_epochs=3, enable_checkpointing="checkpoints" in name).fit(module)
         found.append(weights(module))
@@ -114,22 +121,3 @@ def test_a_callback_that_calls_configure_model_itself_is_named_in_the_error(tmp_
     path, _ = write(tmp_path)
     with pytest.raises(RecordingError, match="as WeightAveraging does"):
         trainer(FillModel(path, part="net"), EMAWeightAveraging()).fit(Module(), data())
-
-
-def test_a_callback_that_copies_the_model_before_it_is_filled_is_refused_and_a_model_filled_before_fit_is_averaged(
-    tmp_path: Path,
-) -> None:
-    path = write(tmp_path)[0]
-    module, callbacks = built(path, ours=True)
-    with pytest.raises(UninitializedTensorError, match="call that first"):  # the copy has no values of its own
-        trainer(*callbacks, EMAWeightAveraging(decay=0.5), max_steps=-1, max_epochs=3).fit(module)
-    found = []
-    for ours in (True, False):
-        module, _ = built(path, ours)
-        if ours:
-            materialize(module.net, checkpoint=path)
-            materialize(module)
-        torch.manual_seed(1)
-        trainer(EMAWeightAveraging(decay=0.5), max_steps=-1, max_epochs=3).fit(module)
-        found.append(weights(module))
-    assert different(*found) == []

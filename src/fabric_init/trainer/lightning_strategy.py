@@ -24,6 +24,7 @@ from fabric_init.api import deferred_init
 from fabric_init.errors import FabricInitError, OptionError
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import unfilled
+from fabric_init.trainer.copies import copies_filled
 from fabric_init.trainer.declared import Declared, fill_rest
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ class RecordingMixin(_Base):
         self.configures = False
         assert self.lightning_module is not None
         _refuse_wrapped(self.lightning_module)
-        self.declared.fill(self.lightning_module, self._fills_on())
+        with copies_filled(self.lightning_module, trainer.callbacks):  # type: ignore[attr-defined]
+            self.declared.fill(self.lightning_module, self._fills_on())
         super().setup(trainer)
 
     def _fills_on(self) -> torch.device | None:
