@@ -60,4 +60,6 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "fsdp": FSDPOnCPU,
     "deepspeed 1": lambda: DeepSpeedOnCPU(stage=1),
     "deepspeed 2": lambda: DeepSpeedOnCPU(stage=2),
+    "deepspeed 3": lambda: DeepSpeedOnCPU(stage=3),
+    "deepspeed 3 with offload": lambda: DeepSpeedOnCPU(stage=3, offload_parameters=True),
 }

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import DoublePrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, StrategyRegistry
 from torch import Tensor
 
 from fabric_init import FillModel, deferred_init, init_report, materialize
@@ -25,6 +25,7 @@ from fabric_init.errors import (
     RecordingError,
     UninitializedTensorError,
 )
+from fabric_init.guard.models import unfilled
 from tests.trainer.models import Early, LoadEagerly, Module, Net, Start, data, different, trainer, weights, write
 
 STAGES = ("fit", "validate", "test", "predict")
@@ -330,12 +331,15 @@ def test_a_trainer_takes_one_of_them(whole: Path) -> None:
         trainer(FillModel(whole), FillModel()).fit(Module(), data())
 
 
-def test_stage_3_is_refused_by_name() -> None:
-    started = trainer()
-    started.strategy.__class__ = type("Stage3", (type(started.strategy),), {"zero_stage_3": True})
-    assert DeepSpeedStrategy.zero_stage_3
-    with pytest.raises(FabricInitError, match="Stage3 with stage 3"):
-        FillModel().attach(started)
+@pytest.mark.filterwarnings("ignore:`trainer.init_module` cannot fully support")  # Lightning's, of DeepSpeed
+@pytest.mark.parametrize("name", [name for name in StrategyRegistry if name.startswith("deepspeed")])
+def test_what_the_names_of_deepspeed_stand_for_records_models(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DeepSpeedStrategy, "setup_environment", lambda self: None)  # which asks for GPUs
+    started = FillModel().attach(trainer(strategy=name))
+    with started.init_module(empty_init=True):
+        module = Early()
+    assert isinstance(started.strategy, DeepSpeedStrategy)
+    assert len(unfilled(module)) == 9  # also under stage 3, which partitions what has values as it is built
 
 
 def test_a_precision_with_layers_of_its_own_is_refused_by_name() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.fsdp.wrap import wrap
 
@@ -174,3 +176,62 @@ def disagreeing(folder: Path) -> str:
 def test_all_ranks_raise_where_one_has_a_model_of_its_own(tmp_path: Path) -> None:
     write(tmp_path)
     assert all("head.weight" in text for text in run_ranks(2, disagreeing, folder=tmp_path))
+
+
+class StartOfPartitions(Callback):
+    """Remembers the weights with which training starts, and those after it, gathered from ZeRO-3's partitions."""
+
+    def __init__(self) -> None:
+        self.start: dict[str, Tensor] = {}
+        self.end: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.start = self._gathered(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.end = self._gathered(pl_module)
+
+    def _gathered(self, module: LightningModule) -> dict[str, Tensor]:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(module.parameters())):
+            return weights(module)
+
+
+class WithMore(Early):
+    """Has layers that no checkpoint is for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = torch.nn.Linear(3, 3)
+
+    def loss(self, batch: Tensor) -> Tensor:
+        return self.more(self.net(batch)).pow(2).mean()
+
+
+def partitioned(strategy: str, folder: Path, case: Case, early: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    torch.manual_seed(1)
+    seen = StartOfPartitions()
+    with deferred_init() if early else nullcontext():
+        module = WithMore() if early else Module()
+    trainer(case.callback(folder), seen, strategy=STRATEGIES[strategy](), devices=2).fit(module, data())
+    return seen.start, seen.end
+
+
+def test_partitions_of_zero_3_start_as_one_device_does_and_train(tmp_path: Path) -> None:
+    write(tmp_path)
+    cases: dict[Any, dict[str, Any]] = {
+        (strategy, name, early): {"strategy": strategy, "case": case, "early": early}
+        for strategy in ("deepspeed 3", "deepspeed 3 with offload")
+        for name, case in CASES.items()
+        for early in ((False, True) if strategy == "deepspeed 3" else (False,))
+    }
+    for (_, name, early), ranks in run_ranks_each(2, partitioned, cases, folder=tmp_path).items():
+        torch.manual_seed(1)
+        with deferred_init() if early else nullcontext():
+            expected = WithMore() if early else Module()
+        trainer(CASES[name].callback(tmp_path)).validate(expected, data(), verbose=False)
+        for start, end in ranks:
+            assert different(start, weights(expected)) == []
+            assert different(end, ranks[0][1]) == []
+            assert different(end, start) != []

@@ -24,6 +24,7 @@ from fabric_init.api import deferred_init
 from fabric_init.errors import FabricInitError, OptionError
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.models import unfilled
+from fabric_init.recording.mode import active
 from fabric_init.trainer.copies import copies_filled
 from fabric_init.trainer.declared import Declared, fill_rest
 
@@ -59,6 +60,13 @@ class RecordingMixin(_Base):
         with deferred_init(), self._fills_on() or nullcontext(), self.precision_plugin.tensor_init_context():
             yield
 
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Leave what is recorded to ``setup``, which has the values, where ZeRO-3 would partition it as it is built."""
+        leave = active() is not None and getattr(self, "zero_stage_3", False)
+        with nullcontext() if leave else super().model_sharded_context():
+            yield
+
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read what ``ckpt_path`` names, after what was declared, unless it will bring all of that anyway."""
         model = self.lightning_module
@@ -91,8 +99,17 @@ class RecordingMixin(_Base):
         assert self.lightning_module is not None
         _refuse_wrapped(self.lightning_module)
         with copies_filled(self.lightning_module, trainer.callbacks):  # type: ignore[attr-defined]
-            self.declared.fill(self.lightning_module, self._fills_on())
+            self.declared.fill(self.lightning_module, self._fills_on(), self._partitions_by())
         super().setup(trainer)
+
+    def _partitions_by(self) -> Mapping[str, Any] | None:
+        """Return the configuration by which DeepSpeed partitions parameters; ``None`` if it does not."""
+        theirs: Any = self
+        if not getattr(theirs, "zero_stage_3", False):
+            return None
+        theirs._init_config_if_needed()  # as their own setup does first; checked on Lightning 2.6.6
+        config: Mapping[str, Any] = theirs.config
+        return config
 
     def _fills_on(self) -> torch.device | None:
         return None if "FSDPStrategy" in _names(self) else self.root_device  # FSDP moves what it has cut
@@ -132,12 +149,6 @@ def _new(theirs: type) -> Any:
 
 def _refuse(strategy: Any) -> None:
     instead = "Build the model outside of fabric_init's blocks, without FillModel."
-    if getattr(strategy, "zero_stage_3", False):
-        raise FabricInitError(
-            f"{type(strategy).__name__} with stage 3 partitions each parameter while the model is built, which cannot "
-            "be recorded under the Trainer yet. Use stage 2 or ModelParallelStrategy, or fabric_init.Fabric with stage "
-            f"3. {instead}"
-        )
     for plugin in (strategy, strategy.precision_plugin):
         wrong = _names(plugin) & {"XLAStrategy", "SingleDeviceXLAStrategy", *_OWN_LAYERS}
         if wrong:
