@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fabric_init import CheckpointNotFoundError, FabricInitError
+from fabric_init.errors import RanksDisagreeError
 from tests.support.ranks import run_ranks, run_ranks_each, try_ranks
 from tests.support.zoo import STRATEGIES, Uneven, build, launch, write_checkpoint
 
@@ -94,6 +95,44 @@ def test_another_file_on_one_rank(strategy: str, odd: int, tmp_path: Path) -> No
         for _, message, seconds in ranks:
             assert "rank" in message
             assert seconds < SECONDS
+
+
+class Wide(nn.Module):
+    """Has a tensor that is not read at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.wide = nn.Linear(2, 2), nn.Parameter(torch.zeros((1 << 24) + 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def load_one_of_two_copies(folders: list[Path]) -> str:
+    os.chdir(folders[int(os.environ["RANK"]) % 2])  # so two of three ranks share one
+    fabric = launch("ddp")
+    try:
+        with fabric.init_module(checkpoint="wide.safetensors"):
+            model = Wide()
+    except RanksDisagreeError as error:
+        return str(error)
+    assert model.first.bias.tolist() == [1, 1]
+    return ""
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_one_element_of_a_copy_that_differs_is_found_and_named(ranks: int, tmp_path: Path) -> None:
+    folders = [tmp_path / "one", tmp_path / "other"]
+    state = {"first.weight": torch.ones(2, 2), "first.bias": torch.ones(2), "wide": torch.ones((1 << 24) + 5)}
+    for folder in folders:
+        folder.mkdir()
+        save_file(state, folder / "wide.safetensors")
+    assert run_ranks(ranks, load_one_of_two_copies, folders=folders) == [""] * ranks
+    state["wide"][(1 << 23) + 3] = 2
+    save_file(state, folders[1] / "wide.safetensors")
+    for message in run_ranks(ranks, load_one_of_two_copies, folders=folders):
+        assert "the content of the checkpoint is not the same on every rank" in message
+        assert f"They differ in wide[0:{1 << 24}]" in message
 
 
 class _Wider(Uneven):

@@ -5,15 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 
-import torch
-
-from fabric_init.checkpoints import CheckpointReader, Span
+from fabric_init.checkpoints import CheckpointReader, Span, TensorSpec
 from fabric_init.checkpoints.reader import read
 from fabric_init.checkpoints.storage.remote import RemoteBytes, RemotePath
+from fabric_init.checkpoints.tensor_checksums import tensor_checksum
 
-_READ_WHOLE = 1 << 26
-"""Bytes up to which all of a checkpoint is compared; of a larger one, parts of every tensor."""
-_PARTS, _ELEMENTS = 6, 16
+_READ_AT_ONCE = 1 << 26  # bytes
 
 
 def header_digest(reader: CheckpointReader) -> str:
@@ -29,8 +26,9 @@ def files_digest(reader: CheckpointReader) -> str | None:
     Inodes and times are those of one file system: two copies never have all of them in common.
     """
     path = reader.path
-    if isinstance(path, RemotePath):  # of an index, the shards are not asked
-        return None if path.name.endswith(".json") or not path.suffix else RemoteBytes(path).version
+    if isinstance(path, RemotePath):
+        remote = getattr(_in_file(reader), "shard_paths", [path])
+        return " ".join(f"{each.name} {RemoteBytes(each).version}" for each in remote)
     folder = path if path.is_dir() else path.parent
     try:
         files = sorted(folder.iterdir()) if path.is_dir() or path.name.endswith(".json") else [path]
@@ -40,27 +38,29 @@ def files_digest(reader: CheckpointReader) -> str | None:
     return " ".join(f"{name} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for name, s in found)
 
 
-def content_digest(reader: CheckpointReader) -> str:
-    """Return a digest of the values in the file: all of them if that is cheap, else some of every tensor."""
+def content_checksums(reader: CheckpointReader, share: int, shares: int) -> dict[str, str]:
+    """Return checksums of the values in the file, by tensor and part of it: one of several shares of them all.
+
+    Args:
+        reader: The open checkpoint.
+        share: Which share.
+        shares: How many there are: one for each rank that reads the same files.
+    """
     file = _in_file(reader)
-    keys = list(file.keys())
-    digest = hashlib.sha256()
-    specs = [file.spec(key) for key in keys]
-    whole = sum(spec.shape.numel() * spec.dtype.itemsize for spec in specs) <= _READ_WHOLE
-    for key, spec in zip(keys, specs, strict=True):
-        numel = spec.shape.numel()
-        step = numel if whole else _ELEMENTS
-        starts = range(0, numel, step or 1) if whole else sorted(_starts(numel))
-        for start in starts:
-            values = read(file, key, Span(start, min(start + step, numel)))
-            digest.update(bytes(values.contiguous().view(torch.uint8).numpy()))
-    return f"{reader.path} with {len(keys)} tensors, content {digest.hexdigest()[:12]}"
+    parts = [
+        (key, start, min(start + step, numel), step < numel)
+        for key in file.keys()
+        for numel, step in [_numel_and_step(file.spec(key))]
+        for start in range(0, numel, step)
+    ]
+    return {
+        f"{key}[{start}:{stop}]" if is_part else key: tensor_checksum(read(file, key, Span(start, stop)))
+        for key, start, stop, is_part in parts[share::shares]
+    }
 
 
-def _starts(numel: int) -> set[int]:
-    """Return where the parts of a tensor begin: at both ends, and between."""
-    last = max(0, numel - _ELEMENTS)
-    return {last * part // (_PARTS - 1) for part in range(_PARTS)} if numel else set()
+def _numel_and_step(spec: TensorSpec) -> tuple[int, int]:
+    return spec.shape.numel(), max(1, _READ_AT_ONCE // spec.dtype.itemsize)
 
 
 def _in_file(reader: CheckpointReader) -> CheckpointReader:

@@ -191,7 +191,7 @@ class RankGroup:
             return value if dist.get_rank() == first else state.board.word(number, first).value
 
     def from_all(self, names: Sequence[str]) -> list[str]:
-        everyone = self._values(Word("collecting the uninitialized tensors", value=list(names)))
+        everyone = self._values(Word("asking all ranks", value=list(names)))
         return list(dict.fromkeys(name for each in everyone for name in each))
 
     def _values(self, word: Word) -> list[Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch.distributed as dist
+
 from fabric_init.checkpoints import CheckpointReader
-from fabric_init.checkpoints.fingerprint import content_digest, files_digest, header_digest
+from fabric_init.checkpoints.fingerprint import content_checksums, files_digest, header_digest
 from fabric_init.checkpoints.storage.file_system import file_system_of, is_network
 from fabric_init.distributed.agreement import Agreement, SingleProcess
 from fabric_init.distributed.broadcast import BroadcastReader
@@ -74,6 +76,20 @@ def _opened_alike(source: CheckpointSource, agreement: Agreement) -> CheckpointR
     """Open what each rank reads by itself: the same files, or else other files of the same content."""
     reader = agreement.run_together("opening the checkpoint", source.open, header_digest)
     with agreement.telling("comparing the checkpoints"):
-        if not agreement.alike(files_digest(reader)):
-            agreement.run_together("the content of the checkpoint", lambda: reader, content_digest)
+        files = files_digest(reader)
+        if not agreement.alike(files):
+            content = _content(reader, files, agreement)
+            agreement.run_together("the content of the checkpoint", lambda: content, dict)
     return reader
+
+
+def _content(reader: CheckpointReader, files: str | None, agreement: Agreement) -> dict[str, str]:
+    """Return checksums of all values that this rank would read; ranks with the same ``files`` share the work."""
+    own = f"{dist.get_rank()} {files}"
+    ranks = agreement.from_all([own])
+    sharing = [rank for rank in ranks if files is not None and rank.partition(" ")[2] == files] or [own]
+    found = content_checksums(reader, sharing.index(own), len(sharing))
+    first = sharing[0].partition(" ")[0]
+    lines = agreement.from_all([f"{first}\t{checksum}\t{key}" for key, checksum in found.items()])
+    ours = [line.split("\t", 2) for line in lines if line.partition("\t")[0] == first]
+    return {key: checksum for _, checksum, key in sorted(ours)}

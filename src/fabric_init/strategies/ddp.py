@@ -11,8 +11,8 @@ import lightning.fabric.strategies as lightning_strategies
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fabric_init.checkpoints.tensor_checksums import tensor_checksum
 from fabric_init.distributed.agreement import Agreement
-from fabric_init.distributed.tensor_checksums import tensor_checksum
 from fabric_init.guard.models import release_filled, require, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.reports.registry import filled_by_us

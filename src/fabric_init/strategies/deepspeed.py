@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_init._lightning_internals import get_deepspeed_engines_from_state
-from fabric_init.distributed.tensor_checksums import tensor_checksum
+from fabric_init.checkpoints.tensor_checksums import tensor_checksum
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.in_setup import choose_own_init, is_bound, left_to_loads, shard_and_fill
 from fabric_init.filling.init_missing import initialize_missing

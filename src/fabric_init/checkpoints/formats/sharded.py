@@ -79,6 +79,11 @@ class ShardedReader(BaseReader):
         self.format = f"sharded {' and '.join(kinds)}"
         self.note = self._notes(sum(map(len, known.values())) - len(weight_map))
 
+    @property
+    def shard_paths(self) -> list[AnyPath]:
+        """The files that the index names."""
+        return [shard.path for shard in self._shards.values()]
+
     def _notes(self, unlisted: int) -> str | None:
         notes = [f"{name}: {shard.note}" for name, shard in self._shards.items() if shard.note]
         if unlisted > 0:
