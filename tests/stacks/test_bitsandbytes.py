@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -172,6 +173,50 @@ def test_what_was_saved_quantized_is_loaded(
     report = materialize(model, checkpoint=tmp_path / "packed.safetensors")
     assert_as_plain(model, wanted)
     assert {row.status for row in report.rows} == {"loaded"}
+
+
+class WithCopies(nn.Module):
+    """Has deep copies of a quantized model: made before its device is chosen, and after."""
+
+    def __init__(self, kind: str, *, moves: bool) -> None:
+        super().__init__()
+        self.model = Model(kind)
+        self.before = copy.deepcopy(self.model)
+        if moves:
+            self.model.to("cpu")
+        self.after = copy.deepcopy(self.model)
+
+
+@pytest.mark.parametrize("moves", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_deep_copies_are_quantized_as_in_plain_pytorch(kind: str, moves: bool) -> None:
+    torch.manual_seed(5)
+    with deferred_init(rng="eager"):
+        model = WithCopies(kind, moves=moves)
+    materialize(model)
+    torch.manual_seed(5)
+    plain_model = WithCopies(kind, moves=moves)
+    for name in ("model", "before", "after"):
+        ours, theirs = getattr(model, name), getattr(plain_model, name).to("cpu")
+        assert type(ours.up.weight) is type(theirs.up.weight)
+        for (key, one), (_, two) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+            found, wanted = dict(parts(one)), dict(parts(two))
+            assert found.keys() == wanted.keys()
+            assert [part for part in found if not torch.equal(found[part], wanted[part])] == [], key
+        assert torch.equal(ours(torch.arange(4)), theirs(torch.arange(4)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_deep_copy_is_loaded_as_what_it_was_copied_from(kind: str, file: Path, tmp_path: Path) -> None:
+    state = load_file(file)
+    path = tmp_path / "two.safetensors"
+    save_file({f"{name}.{key}": t.clone() for name in ("model", "after") for key, t in state.items()}, path)
+    with deferred_init():
+        model = WithCopies(kind, moves=False)
+        del model.before
+    materialize(model, checkpoint=path)
+    assert_as_plain(model.model, plain(kind, state))
+    assert_as_plain(model.after, plain(kind, state))
 
 
 def test_packed_weights_of_another_size_are_refused(file: Path, tmp_path: Path) -> None:

@@ -98,6 +98,8 @@ class AfterBlock(AfterBlockOperators):
             copied = nn.Parameter(copied, tensor.requires_grad)
         else:
             copied.requires_grad_(tensor.requires_grad)
+        if isinstance(copied, RecordedTensor):
+            copied.__class__ = type(tensor)  # one of bitsandbytes, say, which quantizes itself
         for name, value in vars(tensor).items():
             setattr(copied, name, copy.deepcopy(value, memo))
         return copied
