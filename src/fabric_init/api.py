@@ -22,6 +22,7 @@ from fabric_init.filling.execute import fill_model
 from fabric_init.filling.in_setup import choose_own_init, is_bound
 from fabric_init.filling.incremental import filled_by_module
 from fabric_init.filling.init_missing import initialize_missing, initialize_possible
+from fabric_init.filling.report_rows import report_so_far
 from fabric_init.guard.loads import watch_loads
 from fabric_init.guard.models import guard_model, release_filled
 from fabric_init.planning.checkpoint_source import CheckpointSource
@@ -288,4 +289,4 @@ def init_report(model: nn.Module) -> InitReport:
     """
     model = original(model)
     release_filled(model)
-    return report_of(model)
+    return report_so_far(model)

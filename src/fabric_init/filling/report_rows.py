@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import nn
+
 from fabric_init._text import dtype_name
 from fabric_init.checkpoints import CheckpointReader
+from fabric_init.guard.models import is_held, waits
 from fabric_init.planning.plan import Action, Plan, PlanEntry
+from fabric_init.planning.tensors import Walk, find_tensors
 from fabric_init.recording.tape.tape import Tape
+from fabric_init.recording.tensor.recorded_tensor import recorded
+from fabric_init.reports.init_report import InitReport
 from fabric_init.reports.provenance import describe_rule
-from fabric_init.reports.registry import FillRecord, RowRecord
+from fabric_init.reports.registry import FillRecord, RowRecord, has_record, report_of, statuses
 from fabric_init.reports.rows import InitRow
 from fabric_init.reports.trace import recording_of
 
@@ -23,6 +29,33 @@ def make_record(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader 
     records = [_row(source, tapes, [kind for kind in kinds if kind]) for source, kinds in found.values()]
     path = None if reader is None else str(reader.path)
     return FillRecord(records, path, _note_of(plan, reader), plan.unexpected)
+
+
+def report_so_far(model: nn.Module) -> InitReport:
+    """Return the report on ``model``; on one that nobody has filled as a whole yet, what its tensors hold by now.
+
+    Raises:
+        FabricInitError: The model was not built in a recorded block.
+    """
+    if has_record(model):
+        return report_of(model)
+    walk = Walk(model)
+    found, noted = find_tensors(walk), statuses(walk)
+    waiting = [waits(tensor) for _, tensor in found]
+    if not (is_held(model) if any(waiting) else noted):
+        return report_of(model)  # which raises
+    entries, tapes = [], {}
+    for (info, tensor), is_waiting in zip(found, waiting, strict=True):
+        record = None if info.ref is None else recorded(tensor)
+        if record is not None:
+            tapes[record.storage] = record.tape
+        action = Action.WAIT if is_waiting else Action.KEEP if record is None else Action.INIT
+        entries.append(PlanEntry(info, action))
+    made = make_record(Plan(tuple(entries)), tapes, None)
+    for each in made.rows:
+        if each.row.status == Action.KEEP.value:
+            each.update(status=noted.get(each.row.name, each.row.status))
+    return made.report(model)
 
 
 def _row(entry: PlanEntry, tapes: Mapping[int, Tape], kinds: list[str]) -> RowRecord:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from fabric_init.guard.expected_load import ExpectedLoad, expected_load
-from fabric_init.guard.models import guard_forward, own_tensors, release_filled, release_forward, unfilled
+from fabric_init.guard.models import guard_forward, own_tensors, release_filled, release_forward, unfilled, waits
 from fabric_init.planning.recorded_load.module_code import takes_extra_state
 from fabric_init.planning.tensors import Walked, modules_once
 from fabric_init.recording.after_block.dispatch import AfterBlock
 from fabric_init.recording.tensor.recorded_tensor import recorded
 from fabric_init.recording.tensor.wrappers import recorded_parts
+from fabric_init.reports.registry import note_status
 from fabric_init.sharding.dtensor import local
 from fabric_init.sharding.whole import let_empty_shards_wait
 
@@ -177,6 +178,10 @@ def _end(module: nn.Module, complete: Complete | None) -> None:
     try:
         if complete is not None and 0 < len(left) < len(before):
             complete(module)
+            for name, tensor in left:
+                if not waits(tensor):
+                    holder, _, key = name.rpartition(".")
+                    note_status(module.get_submodule(holder), key, "initialized")
     finally:
         for later in _current.laters:
             later.status = "written by the user"

@@ -87,6 +87,14 @@ def guard_model(
                 guard_forward(module)
 
 
+def is_held(model: nn.Module) -> bool:
+    """Return whether ``model`` itself, and not one that it is a part of, waits for values."""
+    found = (recorded(part) for _, _, tensor in registered_tensors(model) for part in recorded_parts(tensor))
+    return any(
+        each.model() is model for record in found if record is not None for each in record.tape.after_block.owners
+    )
+
+
 def _let_wait(part: RecordedTensor, found: StorageTag, model: str, name: str, *, of_wrapper: bool) -> None:
     """Let a recorded tensor wait, and with one that a wrapper holds the plain one that it was made of."""
     waiting: Waiting = found.tape.after_block.waiting

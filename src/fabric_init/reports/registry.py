@@ -123,6 +123,11 @@ def keep_record(model: nn.Module, record: FillRecord) -> InitReport:
     return record.report(model)
 
 
+def has_record(model: nn.Module) -> bool:
+    """Return whether ``model`` was filled, or planned for, as a whole."""
+    return model in _records
+
+
 def filled_by_us(model: nn.Module) -> bool:
     """Return whether fabric_init filled all of ``model``, so that no tensor is unfilled or written by the user."""
     record = _refreshed(model)

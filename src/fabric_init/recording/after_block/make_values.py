@@ -94,7 +94,7 @@ class AfterBlockValues:
             if found.memory is None:
                 if missing := self.waiting.missing([found.storage]):
                     self.refuse(use, [found.storage, *missing])
-                self._has_values(found, self._replayed(found))
+                self._has_values(found, self._replayed(found), made_here=True)
             assert found.memory is not None
             return found.memory[0]
 
@@ -159,14 +159,16 @@ class AfterBlockValues:
 
     # -- values that have come -----------------------------------------------------------------------------------------
 
-    def _has_values(self, found: StorageTag, memory: torch.UntypedStorage) -> None:
+    def _has_values(self, found: StorageTag, memory: torch.UntypedStorage, *, made_here: bool = False) -> None:
         found.memory = memory, 0
-        if self.waiting.filled(found.storage) or self._replaces_one_that_waited(found.storage):
+        waited = self.waiting.filled(found.storage) or self._replaces_one_that_waited(found.storage)
+        if waited:
             self.waiting.note_status(found.storage, self.status)
+        status = "initialized" if made_here and not waited else self.status
         for owners in self.owners:
             for tensor in list(owners.recorded(found.storage)):
                 self.make_plain(tensor)
-            owners.filled(self.waiting.origin(found.storage), self.status)
+            owners.filled(self.waiting.origin(found.storage), status)
 
     def _replaces_one_that_waited(self, storage: int) -> bool:
         """Return whether a cast or ``to_empty`` has put ``storage`` in the place of one that waited; copies do not."""
