@@ -233,3 +233,27 @@ def test_code_of_torch_alone_does_not_make_a_strict_load_lenient(tmp_path: Path)
         model = Around(overrides.OldBatchNorm())
     with pytest.raises(CheckpointMismatchError, match=r"inside\.running_var"):
         materialize(model, checkpoint=path)
+
+
+class TiedBesideCode(nn.Module):
+    """As ``Around``, with a head that is tied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = hooks.Renames()
+        self.embed = nn.Embedding(ROWS, WIDTH)
+        self.head = nn.Linear(WIDTH, ROWS, bias=False)
+        self.head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize("name", ["embed.weight", "head.weight"])
+def test_beside_load_code_too_one_name_of_tied_weights_is_enough(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    inside = {f"inside.{key}": value for key, value in hooks.Renames.saved().items()}
+    torch.save(inside | made({name: (ROWS, WIDTH)}), path)
+    model = recorded(TiedBesideCode, SEED)
+    materialize(model, checkpoint=path)
+    assert differences(loaded(built(TiedBesideCode, SEED), path, False), model) == []
+    torch.save(inside, path)
+    with pytest.raises(CheckpointMismatchError, match=r"Missing .*\n  embed\.weight"):
+        materialize(recorded(TiedBesideCode, SEED), checkpoint=path)

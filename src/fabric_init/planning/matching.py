@@ -91,7 +91,7 @@ def match(
                 if (problem := _mismatch(slot, key, spec)) is not None
             )
             entries.append(PlanEntry(slot, Action.LOAD, slot_keys, specs[0]))
-            if load is not None and load.outcome.missing is not None and not load.outcome.missing.isdisjoint(names):
+            if load is not None and load.outcome.missing is not None and load.outcome.missing.issuperset(names):
                 missing.append(slot)  # load code has changed the model's own value of it
             continue
         lacks = load is None or load.outcome.missing is None or not load.outcome.missing.isdisjoint(slot.names)
