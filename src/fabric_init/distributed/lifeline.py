@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 import socket
 
-_listening: socket.socket | None = None
+_listening: tuple[int, tuple[str, int]] | None = None
+"""A descriptor, which the kernel closes when the process has ended, and its address."""
 
 
 def address_here(store_host: str | None, store_port: int) -> tuple[str, int] | None:
@@ -26,17 +27,13 @@ def address_here(store_host: str | None, store_port: int) -> tuple[str, int] | N
     try:
         if _listening is None:
             host = "127.0.0.1" if store_host is None else _own_address(store_host, store_port)
-            listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-            try:
+            with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listening:
                 listening.bind((host, 0))
                 listening.listen(8)
-            except OSError:
-                listening.close()
-                raise
-            _listening = listening
+                name = listening.getsockname()
+                _listening = listening.detach(), (str(name[0]), int(name[1]))
             os.register_at_fork(after_in_child=_not_in_children)
-        name = _listening.getsockname()
-        return str(name[0]), int(name[1])
+        return _listening[1]
     except OSError:  # out of descriptors, say
         return None
 
@@ -52,7 +49,7 @@ def _own_address(host: str, port: int) -> str:
 def _not_in_children() -> None:
     global _listening
     if _listening is not None:  # a child that lives longer must not pass for its parent
-        _listening.close()
+        socket.close(_listening[0])
         _listening = None
 
 
@@ -70,7 +67,7 @@ class Lifeline:
             self._connection = socket.create_connection(address, timeout=1.0)
             self._connection.setblocking(False)
         except ConnectionRefusedError:  # a firewall may do that, but none that is in this machine
-            self._was_refused = _listening is not None and _listening.getsockname()[0] == address[0]
+            self._was_refused = _listening is not None and _listening[1][0] == address[0]
         except OSError:  # out of reach, or out of descriptors: nothing is known then
             pass
 
