@@ -33,6 +33,8 @@ FOREIGN_VARIABLES = (
     "TRITON_CACHE_DIR",  # likewise
     "KMP_DUPLICATE_LIB_OK",  # scikit-learn, when first imported
     "KMP_INIT_AT_FORK",  # likewise
+    "CC",  # peft, where BOFT cannot build its CUDA extension
+    "CXX",  # likewise
 )
 # Listed once: the module also gains names by itself, `__warningregistry__` for one.
 INIT_FUNCTIONS = tuple(name for name, value in vars(torch.nn.init).items() if callable(value))
