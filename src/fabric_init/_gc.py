@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import gc
 from types import TracebackType
+from typing import ClassVar
 
 from typing_extensions import Self
 
 
 class PausedCollector:
     """Context without automatic garbage collection; reference counting goes on, and nesting is fine."""
+
+    _some_are_frozen: ClassVar[bool] = False
+    """To count frozen objects takes as long as to go through them: not again, once there were some."""
 
     def __enter__(self) -> Self:
         self._was_enabled = gc.isenabled()
@@ -25,7 +29,8 @@ class PausedCollector:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._was_enabled:
-            if not gc.get_freeze_count():  # what the user has frozen stays so
+            PausedCollector._some_are_frozen = PausedCollector._some_are_frozen or gc.get_freeze_count() > 0
+            if not PausedCollector._some_are_frozen:  # what the user has frozen stays so
                 gc.freeze()
                 gc.unfreeze()  # into the oldest generation
             gc.enable()

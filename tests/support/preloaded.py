@@ -6,6 +6,8 @@ import contextlib
 import gc
 import importlib
 
+from fabric_init._gc import PausedCollector
+
 _NAMES = [
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp.sharded_grad_scaler",
@@ -39,3 +41,5 @@ _import_what_is_there()
 # A full collection takes seconds in a rank that looks through all of this, and copies it.
 gc.collect()
 gc.freeze()
+with PausedCollector():
+    pass  # counts what is frozen, so that no rank does
