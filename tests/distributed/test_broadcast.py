@@ -20,11 +20,22 @@ from fabric_init.distributed.who_reads import open_on_all_ranks
 from fabric_init.planning.checkpoint_source import CheckpointSource
 from tests.support.ranks import run_ranks, run_ranks_each
 from tests.support.watched import watched
-from tests.support.zoo import NAMES, STRATEGIES, assert_same, build, launch, one_device, ties, weights, write_checkpoint
+from tests.support.zoo import (
+    IN_FOURS,
+    IN_PAIRS,
+    NAMES,
+    STRATEGIES,
+    assert_same,
+    build,
+    launch,
+    one_device,
+    ties,
+    weights,
+    write_checkpoint,
+)
 
 FILE = "model.safetensors"
 in_every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
-in_small_and_large_groups = pytest.mark.parametrize("world_size", [2, 4])
 
 
 def load(strategy: str, name: str, budget: int, precision: str = "32-true", **options: Any) -> dict[str, Any]:
@@ -41,7 +52,8 @@ def check(found: Sequence[dict[str, Any]], expected: nn.Module) -> None:
         assert rank["ties"] == ties(expected)
 
 
-@in_small_and_large_groups
+@pytest.mark.sweep(*IN_PAIRS, *IN_FOURS)
+@pytest.mark.parametrize("world_size", [2, 4])
 @in_every_strategy
 def test_every_rank_holds_what_is_in_the_file(strategy: str, world_size: int, tmp_path: Path) -> None:
     cases = {name: {"name": name, "checkpoint": write_checkpoint(tmp_path / f"{name}.pt", name)} for name in NAMES}

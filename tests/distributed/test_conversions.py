@@ -14,7 +14,7 @@ from fabric_init import deferred_init, materialize
 from fabric_init.checkpoints import Box, Fuse, Layers, Part, Span, Split, Stack, Transpose, Unstack
 from tests.support.ranks import run_ranks, run_ranks_each, try_ranks
 from tests.support.watched import watched
-from tests.support.zoo import STRATEGIES, assert_same, launch, weights
+from tests.support.zoo import IN_FOURS, IN_PAIRS, STRATEGIES, assert_same, launch, weights
 
 WIDTH, QUERIES, KEYS, EXPERTS = 5, 7, 3, 3
 
@@ -103,6 +103,7 @@ def expected(into: str, path: Path) -> dict[str, Tensor]:
     return weights(model)
 
 
+@pytest.mark.sweep(*IN_PAIRS, *IN_FOURS)
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_rank_holds_what_one_device_holds(strategy: str, world_size: int, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from tests.support.zoo import (
 ROWS = 2
 STAGES = ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
 OFFLOADED = ["deepspeed_stage_1_offload", "deepspeed_stage_2_offload", "deepspeed_stage_3_offload"]
+OTHERS = ["deepspeed", "deepspeed_stage_1", *OFFLOADED]
 NOTHING_STAYS_GATHERED = {"stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
 """By default ZeRO-3 keeps parameters of up to 100,000 elements gathered between steps: every one of the zoo."""
 
@@ -92,8 +93,9 @@ def fill_and_train(
     return filled, weights(model)
 
 
+@pytest.mark.sweep(*(f"{name}-2" for name in OTHERS), "deepspeed_stage_3_offload-4")
 @pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("strategy", ["deepspeed", "deepspeed_stage_1", *OFFLOADED])
+@pytest.mark.parametrize("strategy", OTHERS)
 def test_other_stages_and_offloads_are_filled_and_train_as_one_device(
     strategy: str, world_size: int, tmp_path: Path
 ) -> None:

@@ -68,7 +68,7 @@ def test_started_as_it_is(strategy: str, checkpoint: Path, tmp_path: Path, expec
     _check(run_to_the_end(command), tmp_path, strategy, expected)
 
 
-@pytest.mark.sweep("ddp")
+@pytest.mark.sweep(every=0)  # `fabric run` starts torchrun
 @in_every_strategy
 def test_started_by_torchrun(strategy: str, checkpoint: Path, tmp_path: Path, expected: Any) -> None:
     command = [*_TORCHRUN, SCRIPT, checkpoint, tmp_path]

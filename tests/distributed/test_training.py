@@ -167,6 +167,7 @@ def set_up_compiled(strategy: str, path: Path) -> tuple[dict[str, Tensor], float
     return weights(compiled), loss_of(compiled, tokens(0)).item(), recompiled
 
 
+@pytest.mark.sweep("ddp", "fsdp", "fsdp2", "deepspeed_stage_2")  # compiling ZeRO-3's hooks takes long
 @in_every_strategy
 def test_a_compiled_module(strategy: str, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "model.safetensors", "transformerish")

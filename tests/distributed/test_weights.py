@@ -12,9 +12,12 @@ from torch.distributed.tensor import DTensor
 
 from tests.support.ranks import run_ranks
 from tests.support.zoo import (
+    IN_FOURS,
+    IN_PAIRS,
     LEFT_OUT,
     MODELS,
     NAMES,
+    SHARDED,
     STRATEGIES,
     WHOLE_ON_EACH_RANK,
     assert_same,
@@ -28,9 +31,8 @@ from tests.support.zoo import (
     write_checkpoint,
 )
 
-WORLD_SIZES = [2, 4]
 in_every_strategy = pytest.mark.parametrize("strategy", STRATEGIES)
-in_small_and_large_groups = pytest.mark.parametrize("world_size", WORLD_SIZES)
+in_small_and_large_groups = pytest.mark.parametrize("world_size", [2, 4])
 
 
 def load_declared(
@@ -73,6 +75,7 @@ def check(found: list[dict[str, Any]], expected: nn.Module) -> None:
         assert rank["not sharded"] == []
 
 
+@pytest.mark.sweep(*IN_PAIRS, *IN_FOURS)
 @in_small_and_large_groups
 @in_every_strategy
 def test_a_checkpoint_fills_every_rank(strategy: str, world_size: int, tmp_path: Path) -> None:
@@ -86,6 +89,7 @@ def test_a_checkpoint_fills_every_rank(strategy: str, world_size: int, tmp_path:
             assert sum(rank["local elements"] for rank in found) == elements, "each element on one rank, and only there"
 
 
+@pytest.mark.sweep(*IN_PAIRS, *IN_FOURS)
 @in_small_and_large_groups
 @in_every_strategy
 def test_what_the_checkpoint_lacks_gets_the_models_own_init(strategy: str, world_size: int, tmp_path: Path) -> None:
@@ -153,6 +157,7 @@ def every_model_from_scratch(strategy: str, seeds: list[int]) -> dict[str, dict[
     return {name: from_scratch(strategy, name, seeds, "after setup") for name in NAMES}
 
 
+@pytest.mark.sweep(*IN_PAIRS, *(f"{strategy}-3" for strategy in SHARDED), "ddp-1", "fsdp2-1", "fsdp2-4")
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @in_every_strategy
 def test_one_seed_gives_the_same_weights_everywhere(strategy: str, world_size: int) -> None:

@@ -22,6 +22,10 @@ from fabric_init.strategies import DeepSpeedStrategy, FSDPStrategy
 VOCABULARY = 11
 STRATEGIES = ["ddp", "fsdp", "fsdp2", "deepspeed_stage_2", "deepspeed_stage_3"]
 WHOLE_ON_EACH_RANK = ["ddp", "deepspeed_stage_2"]
+SHARDED = ["fsdp", "fsdp2", "deepspeed_stage_3"]
+IN_PAIRS = [f"{strategy}-2" for strategy in STRATEGIES]
+IN_FOURS = [f"{strategy}-4" for strategy in SHARDED]
+"""Samples of sweeps: more than two ranks matter most where each keeps a part."""
 
 
 class Uneven(nn.Module):
