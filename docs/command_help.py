@@ -1,23 +1,25 @@
 """The directive ``command-help``: what every command says to ``--help``, word for word, one section a command."""
 
+import io
 import os
-import subprocess
-import sys
+from contextlib import redirect_stdout
 from importlib import import_module
+from unittest.mock import patch
 
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from fabric_init.cli.main import COMMANDS
+from fabric_init.cli.main import COMMANDS, build_app
 
 _PLAIN = {"COLUMNS": "84", "NO_COLOR": "1", "TERM": "dumb"}
 
 
 def help_of(command: str) -> str:
     """What a terminal of 84 columns shows."""
-    arguments = [sys.executable, "-m", "fabric_init", command, "--help"]
-    shown = subprocess.run(arguments, env=os.environ | _PLAIN, capture_output=True, encoding="utf-8", check=True).stdout
+    with patch.dict(os.environ, _PLAIN), redirect_stdout(io.StringIO()) as output:
+        build_app()(args=[command, "--help"], prog_name="fabric-init", standalone_mode=False)
+    shown = output.getvalue()
     return "\n".join(line.rstrip() for line in shown.strip("\n").splitlines())
 
 

@@ -102,6 +102,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if is_quick(item.path.relative_to(Path(__file__).parent).as_posix()):
             item.add_marker("quick")
+    items.sort(key=lambda item: item.get_closest_marker("quick") is not None)  # the slow first, so that no worker waits
 
 
 def environment() -> dict[str, str]:
