@@ -23,8 +23,9 @@ from fabric_init.filling.in_setup import choose_own_init, is_bound
 from fabric_init.filling.incremental import filled_by_module
 from fabric_init.filling.init_missing import initialize_missing, initialize_possible
 from fabric_init.filling.report_rows import report_so_far
+from fabric_init.guard.guard_model import guard_model
 from fabric_init.guard.loads import watch_loads
-from fabric_init.guard.models import guard_model, release_filled
+from fabric_init.guard.waiting_tensors import release_filled
 from fabric_init.planning.checkpoint_source import CheckpointSource
 from fabric_init.planning.options import load_options
 from fabric_init.planning.placement import WholeTensors

@@ -23,7 +23,7 @@ from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.distributed.who_reads import Io, check_io
 from fabric_init.errors import OptionError, RecordingError
 from fabric_init.filling.in_setup import is_bound
-from fabric_init.guard.models import fix_of, unfilled
+from fabric_init.guard.waiting_tensors import fix_of, unfilled
 from fabric_init.planning.options import load_options
 from fabric_init.planning.recorded_load.converted import Convert
 from fabric_init.recording.mode import active

@@ -8,7 +8,7 @@ from torch import nn
 
 from fabric_init import deferred_init, materialize
 from fabric_init.filling.init_missing import run_replaced_init
-from fabric_init.guard.models import unfilled
+from fabric_init.guard.waiting_tensors import unfilled
 
 
 def ones(module: nn.Linear) -> None:

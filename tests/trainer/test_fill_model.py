@@ -25,7 +25,7 @@ from fabric_init.errors import (
     RecordingError,
     UninitializedTensorError,
 )
-from fabric_init.guard.models import unfilled
+from fabric_init.guard.waiting_tensors import unfilled
 from tests.trainer.models import Early, LoadEagerly, Module, Net, Start, data, different, trainer, weights, write
 
 STAGES = ("fit", "validate", "test", "predict")

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from datetime import timedelta
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch.distributed as dist
 
-from fabric_init._interrupts import interrupts_held
-from fabric_init._torch_internals import get_default_store, timeout_of
-from fabric_init.distributed.meeting import AGREED, Request, Verdict, Word, attend, fail
-from fabric_init.distributed.store import StoreBoard
+from fabric_init.distributed.group_state import state_of
+from fabric_init.distributed.meeting import AGREED, Word, attend
 from fabric_init.errors import FabricInitError, RanksDisagreeError, RanksLostError
 
 _T = TypeVar("_T")
@@ -121,7 +116,7 @@ class RankGroup:
     """
 
     def __init__(self, group: dist.ProcessGroup | Sequence[int] | None = None) -> None:
-        self._state = _state_of(group)
+        self._state = state_of(group)
 
     def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], Compared] | None = None) -> _T:
         with self.telling(what):
@@ -155,7 +150,7 @@ class RankGroup:
             yield
         except BaseException as error:  # whatever it is, the other ranks must not wait for this one
             if not state.all_know:
-                _tell(state, what, error, patience)
+                state.tell(what, error, patience)
             raise
         finally:
             state.depth -= 1
@@ -171,11 +166,11 @@ class RankGroup:
         state, rank = self._state, dist.get_rank()
         with self.telling(word.step):
             number = state.number
-            verdict = _on_board(state, word.step, attend(number, rank, len(state.ranks), word))
+            verdict = state.run(word.step, attend(number, rank, len(state.ranks), word))
             state.number = number + 1
             state.all_know = verdict != AGREED
             if verdict != AGREED:
-                _keep_until_heard(state, number, _PATIENCE_AFTER_VERDICT)
+                state.wait_until_heard(number, _PATIENCE_AFTER_VERDICT)
                 raise _ERRORS[verdict.kind](verdict.text)
             return number
 
@@ -207,100 +202,11 @@ def digest_of(lines: Mapping[str, str]) -> str:
 
 _ASKING = "asking the first rank"
 
+_PATIENCE_AFTER_VERDICT = 2.0
+"""Seconds for which a rank that failed waits for the others to hear of it, when these are there, or gone."""
+
 _ERRORS: dict[str, type[FabricInitError]] = {
     "failed": FabricInitError,
     "parted": RanksDisagreeError,
     "lost": RanksLostError,
 }
-
-_TIMEOUT = timedelta(minutes=30)
-"""How long ranks wait for one another, if their process group does not say: torch's own default."""
-
-_PATIENCE_AFTER_VERDICT = 2.0
-"""Seconds for which a rank that failed waits for the others to hear of it, when these are there, or gone."""
-
-_PATIENCE_AFTER_INTERRUPT = 5.0
-"""The most after Ctrl-C or ``SystemExit``, which usually reaches all ranks."""
-
-
-class _GroupState:
-    """Where the ranks of one process group meet, as this rank sees it.
-
-    Attributes:
-        number: The next meeting.
-        depth: How many calls this rank is in.
-        all_know: Whether the other ranks have heard of the error that ends these calls.
-    """
-
-    def __init__(self, store: Any, name: str, ranks: Sequence[int], timeout: timedelta) -> None:
-        self.store = store
-        self.ranks = ranks
-        self.board = StoreBoard(store, name, ranks, timeout)
-        self.number = 0
-        self.depth = 0
-        self.all_know = False
-
-
-_states: dict[str, _GroupState] = {}
-"""By name of the group."""
-
-
-def _state_of(members: dist.ProcessGroup | Sequence[int] | None) -> _GroupState:
-    group = members if isinstance(members, dist.ProcessGroup) else dist.group.WORLD
-    assert group is not None
-    name = "ranks " + ",".join(map(str, members)) if isinstance(members, Sequence) else group.group_name
-    store = get_default_store()
-    state = _states.get(name)
-    if state is None or state.store is not store:  # another one: the ranks have formed their groups anew
-        ranks = members if isinstance(members, Sequence) else dist.get_process_group_ranks(group)
-        state = _states[name] = _GroupState(store, name, ranks, timeout_of(group) or _TIMEOUT)
-        with suppress(RuntimeError):
-            state.board.announce()
-    return state
-
-
-def _on_board(state: _GroupState, what: str, steps: Generator[Request, Any, _T]) -> _T:
-    """Take the ``steps`` on the board of a state, and return what they end with."""
-    try:
-        with interrupts_held() as deliver:
-            answer = None
-            while True:
-                method, arguments = steps.send(answer)
-                answer = getattr(state.board, method)(*arguments)
-                if method == "verdict" and answer is None:
-                    deliver()
-    except StopIteration as done:
-        result: _T = done.value
-        return result
-    except RuntimeError as error:
-        state.all_know = True  # or never will
-        raise RanksLostError(
-            f"{what}: rank 0 is gone, or the process that keeps torch's store, so all ranks stop. The output of what "
-            f"died says why. ({error})"
-        ) from error
-
-
-def _tell(state: _GroupState, what: str, error: BaseException, patience: float) -> None:
-    """Let the other ranks hear of the error of this one."""
-    if isinstance(error, GeneratorExit) and error.__context__ is not None:
-        error = error.__context__  # whoever closes a generator does so because of that
-    text = f"{type(error).__name__}: {error}".rstrip(": ")
-    rank = dist.get_rank()
-    verdict = Verdict("failed", f"{what} failed on rank {rank}, so all ranks stop. Rank {rank}: {text}")
-    with suppress(RanksLostError):  # this rank's own error is what matters
-        state.number = _on_board(state, what, fail(state.number, verdict))
-        state.all_know = True
-        patience = patience if isinstance(error, Exception) else min(patience, _PATIENCE_AFTER_INTERRUPT)
-        _keep_until_heard(state, state.number - 1, patience)
-
-
-def _keep_until_heard(state: _GroupState, number: int, patience: float) -> None:
-    """Say that this rank knows the verdict; where the store ends with this process, wait for the others to know it."""
-    end = time.monotonic() + patience
-    with suppress(RuntimeError):
-        heard = state.board.hear(number)
-        if dist.get_rank() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            return
-        while heard < len(state.ranks) and time.monotonic() < end:
-            time.sleep(0.02)
-            heard = state.board.hear(number, 0)

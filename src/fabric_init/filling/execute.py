@@ -21,8 +21,9 @@ from fabric_init.filling.packed.plan import follow_inner, pack_and_plan_held, pl
 from fabric_init.filling.report_rows import make_record
 from fabric_init.filling.ties import check_ties
 from fabric_init.filling.values.compute_derived import loads_noted
+from fabric_init.guard.before_forward import mark_broken, release_forward
 from fabric_init.guard.loads import unwatch_loads
-from fabric_init.guard.models import mark_broken, release_filled, release_forward, unfilled
+from fabric_init.guard.waiting_tensors import release_filled, unfilled
 from fabric_init.planning.digest import plan_lines
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, DerivedFrom, LoadOptions

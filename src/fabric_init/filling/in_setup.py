@@ -25,17 +25,10 @@ from fabric_init.filling.init_missing import initialize_possible, recompute_from
 from fabric_init.filling.merge import declared_at, merged, planned_tensors
 from fabric_init.filling.packed.plan import pack_and_plan_held, plan_held
 from fabric_init.filling.wait_for_load import let_wait
+from fabric_init.guard.before_forward import guard_forward, mark_broken
+from fabric_init.guard.guard_model import guard_model
 from fabric_init.guard.loads import unwatch_loads, watch_loads
-from fabric_init.guard.models import (
-    draw_for_own_init,
-    guard_forward,
-    guard_model,
-    has_own_init,
-    mark_broken,
-    own_init_is_wanted,
-    own_tensors,
-    unfilled,
-)
+from fabric_init.guard.waiting_tensors import draw_for_own_init, has_own_init, own_init_is_wanted, own_tensors, unfilled
 from fabric_init.planning.derived import loaded_storages, sources_of
 from fabric_init.planning.digest import sharded_lines
 from fabric_init.planning.placement import Placement, WholeTensors

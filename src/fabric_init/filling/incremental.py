@@ -17,8 +17,9 @@ from fabric_init.filling.fill import fill
 from fabric_init.filling.packed.plan import pack_and_plan_held, plan_plain
 from fabric_init.filling.report_rows import make_record
 from fabric_init.filling.ties import check_ties
+from fabric_init.guard.before_forward import release_forward
 from fabric_init.guard.loads import unwatch_loads
-from fabric_init.guard.models import release_filled, release_forward
+from fabric_init.guard.waiting_tensors import release_filled
 from fabric_init.planning.derived import loaded_storages
 from fabric_init.planning.digest import sharded_lines
 from fabric_init.planning.placement import Placement, WholeTensors

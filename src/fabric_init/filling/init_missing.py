@@ -16,15 +16,14 @@ from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.fill import fill
 from fabric_init.filling.packed.plan import follow_inner, plan_held
 from fabric_init.filling.values.compute_derived import compute
+from fabric_init.guard.before_forward import ranks_of, release_forward
 from fabric_init.guard.expected_load import forget_expected_load
 from fabric_init.guard.loads import unwatch_loads
-from fabric_init.guard.models import (
+from fabric_init.guard.waiting_tensors import (
     draw_for_own_init,
     own_init_is_wanted,
     own_tensors,
-    ranks_of,
     release_filled,
-    release_forward,
     unfilled,
     waits,
 )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.mapping.combined import CombinedReader
 from fabric_init.errors import RecordingError
-from fabric_init.guard.models import release_filled
+from fabric_init.guard.waiting_tensors import release_filled
 from fabric_init.planning.checks.validation import check_all_have_values
 from fabric_init.planning.derived import replaced_since, written_since
 from fabric_init.planning.matching import action_without_checkpoint

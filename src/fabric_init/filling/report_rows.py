@@ -8,7 +8,7 @@ from torch import nn
 
 from fabric_init._text import dtype_name
 from fabric_init.checkpoints import CheckpointReader
-from fabric_init.guard.models import is_held, waits
+from fabric_init.guard.waiting_tensors import is_held, waits
 from fabric_init.planning.plan import Action, Plan, PlanEntry
 from fabric_init.planning.tensors import Walk, find_tensors
 from fabric_init.recording.tape.tape import Tape

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.filling.execute import execute_plan
 from fabric_init.filling.init_missing import initialize_possible
+from fabric_init.guard.guard_model import guard_model
 from fabric_init.guard.loads import watch_loads
-from fabric_init.guard.models import guard_model, waits
+from fabric_init.guard.waiting_tensors import waits
 from fabric_init.planning.digest import plan_lines
 from fabric_init.planning.make_plan import make_plan
 from fabric_init.planning.placement import Placement

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fabric_init.guard.before_forward import guard_forward, release_forward
 from fabric_init.guard.expected_load import ExpectedLoad, expected_load
-from fabric_init.guard.models import guard_forward, own_tensors, release_filled, release_forward, unfilled, waits
+from fabric_init.guard.waiting_tensors import own_tensors, release_filled, unfilled, waits
 from fabric_init.planning.recorded_load.module_code import takes_extra_state
 from fabric_init.planning.tensors import Walked, modules_once
 from fabric_init.recording.after_block.dispatch import AfterBlock

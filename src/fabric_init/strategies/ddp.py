@@ -13,7 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fabric_init.checkpoints.tensor_checksums import tensor_checksum
 from fabric_init.distributed.agreement import Agreement
-from fabric_init.guard.models import release_filled, require, unfilled
+from fabric_init.guard.before_forward import require
+from fabric_init.guard.waiting_tensors import release_filled, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.reports.registry import filled_by_us
 from fabric_init.strategies.mixin import DeferredInitMixin

@@ -26,9 +26,10 @@ from fabric_init.checkpoints.tensor_checksums import tensor_checksum
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.in_setup import choose_own_init, is_bound, left_to_loads, shard_and_fill
 from fabric_init.filling.init_missing import initialize_missing
+from fabric_init.guard.before_forward import guard_forward
 from fabric_init.guard.expected_load import ExpectedLoad
 from fabric_init.guard.loads import loading, watch_loads
-from fabric_init.guard.models import guard_forward, release_filled, unfilled
+from fabric_init.guard.waiting_tensors import release_filled, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.reports.registry import filled_by_us
 from fabric_init.strategies.init_context import init_context

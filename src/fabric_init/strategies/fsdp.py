@@ -24,8 +24,8 @@ from fabric_init._lightning_internals import WrapPolicy
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.in_setup import choose_own_init, is_bound, planned_for
 from fabric_init.filling.incremental import IncrementalFill, plain_meta
+from fabric_init.guard.before_forward import release_forward
 from fabric_init.guard.loads import unwatch_loads
-from fabric_init.guard.models import release_forward
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.tensors import named_modules
 from fabric_init.reports.registry import FillRecord, keep_record

@@ -19,7 +19,7 @@ from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.execute import fill_model
 from fabric_init.filling.in_setup import bind
 from fabric_init.filling.wait_for_load import wait_for_load
-from fabric_init.guard.models import guard_model
+from fabric_init.guard.guard_model import guard_model
 from fabric_init.planning.checkpoint_source import CheckpointSource
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import LoadOptions

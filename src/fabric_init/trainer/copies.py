@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fabric_init.guard.models import waits
+from fabric_init.guard.waiting_tensors import waits
 from fabric_init.planning.tensors import registered_tensors
 from fabric_init.recording.tape.op_properties import only_copies
 from fabric_init.recording.tensor.recorded_tensor import recorded

@@ -11,7 +11,7 @@ from torch import nn
 from fabric_init.api import materialize
 from fabric_init.distributed.agreement import agreement_of
 from fabric_init.errors import FabricInitError, OptionError, RecordingError
-from fabric_init.guard.models import unfilled
+from fabric_init.guard.waiting_tensors import unfilled
 from fabric_init.reports.registry import report_of, statuses
 
 

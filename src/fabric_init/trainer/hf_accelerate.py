@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fabric_init.errors import OptionError
-from fabric_init.guard.models import unfilled
+from fabric_init.guard.waiting_tensors import unfilled
 from fabric_init.planning.tensors import plain_name
 from fabric_init.recording.tensor.recorded_tensor import recorded
 from fabric_init.sharding.dtensor import local
