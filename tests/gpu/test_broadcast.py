@@ -14,7 +14,7 @@ from fabric_init import deferred_init
 from fabric_init.checkpoints import open_checkpoint
 from fabric_init.distributed.agreement import RankGroup
 from fabric_init.distributed.broadcast import BroadcastReader
-from fabric_init.distributed.lockstep import Lockstep
+from fabric_init.distributed.checked_broadcast import CheckedBroadcast
 from fabric_init.filling.execute import fill_model
 from fabric_init.planning.placement import WholeTensors
 from fabric_init.planning.plan import LoadOptions
@@ -55,7 +55,7 @@ def test_values_go_by_way_of_the_gpu(budget: int, tmp_path: Path) -> None:
 
 
 def test_what_is_sent_is_on_the_gpu() -> None:
-    with Lockstep("testing") as ranks:
+    with CheckedBroadcast("testing") as ranks:
         assert ranks.device == torch.device("cuda", 0)
         sent = torch.arange(4, device=ranks.device)
         ranks.broadcast(sent)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from fabric_init.checkpoints.formats.dcp.reader import DCPReader
 from fabric_init.checkpoints.formats.deepspeed.reader import DeepSpeedFolderReader
 from fabric_init.checkpoints.formats.gguf.reader import GGUFReader
+from fabric_init.checkpoints.formats.indexed_files import ShardedReader
 from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
-from fabric_init.checkpoints.formats.sharded import ShardedReader
 from fabric_init.checkpoints.formats.torch_save.reader import TorchFileReader
 from fabric_init.checkpoints.mapping.convert import Conversion, ConversionResult, Fuse, Split, Stack, Transpose, Unstack
 from fabric_init.checkpoints.mapping.rename import rename_keys
@@ -20,7 +20,7 @@ from fabric_init.checkpoints.quantized.dequantize import Dequantize
 from fabric_init.checkpoints.reader import BaseReader, CheckpointReader, TensorSpec
 from fabric_init.checkpoints.region import Box, Region, Span, take
 from fabric_init.checkpoints.registry import Candidate, register_reader, unregister_reader
-from fabric_init.checkpoints.storage.checksums import write_manifest
+from fabric_init.checkpoints.storage.manifest import write_manifest
 from fabric_init.checkpoints.storage.remote import RemotePath
 
 __all__ = [

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fabric_init.checkpoints.formats.gguf.reader import parts_of
-from fabric_init.checkpoints.formats.sharded import read_weight_map
+from fabric_init.checkpoints.formats.indexed_files import read_weight_map
 from fabric_init.errors import CheckpointError, CheckpointNotFoundError
 
 _ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(?:@(?P<revision>[\w./-]+))?")

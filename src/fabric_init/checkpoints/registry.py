@@ -1,4 +1,4 @@
-"""Checkpoint formats: how each is recognized and opened, and those that users register."""
+"""What a format is, for those that are known and those that users register: how it is recognized and opened."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fabric_init.checkpoints.reader import BaseReader, CheckpointReader, TensorSpec
 from fabric_init.checkpoints.region import Region
-from fabric_init.checkpoints.storage.checksums import Manifest
 from fabric_init.checkpoints.storage.local import Opener, open_bytes
+from fabric_init.checkpoints.storage.manifest import Manifest
 from fabric_init.checkpoints.storage.remote import AnyPath, RemotePath, as_path, is_url
 from fabric_init.errors import CheckpointFormatError
 

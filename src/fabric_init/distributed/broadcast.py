@@ -16,7 +16,7 @@ from fabric_init.checkpoints.region import copy_part
 from fabric_init.checkpoints.storage.remote import AnyPath
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.distributed.broadcast_buffers import ALIGNMENT, aligned, batches, chunks
-from fabric_init.distributed.lockstep import Lockstep
+from fabric_init.distributed.checked_broadcast import CheckedBroadcast
 from fabric_init.planning.checks.ties import check_tie
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, Plan
@@ -145,7 +145,7 @@ class BroadcastReader(BaseReader):
         capacity = (self._budget - chunk) // ALIGNMENT * ALIGNMENT
         capacity = min(capacity, sum(aligned(spec.shape.numel() * spec.dtype.itemsize) for spec in specs))
         begun: dict[int, Tensor] = {}
-        with Lockstep(f"reading {self.path}") as ranks:
+        with CheckedBroadcast(f"reading {self.path}") as ranks:
             with ranks.mine():
                 wanted = targets()
                 buffer = torch.empty(capacity, dtype=torch.uint8, device=ranks.device)

@@ -25,7 +25,7 @@ from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.planning.rank_loads import read_as
 from fabric_init.recording.replay.replay import real_execution, seen_in
 from fabric_init.recording.tape.liveness import is_final, live_ops
-from fabric_init.recording.tape.tape import Look, Tape
+from fabric_init.recording.tape.tape import Tape, ValueRead
 
 
 def check_decisions(prepared: PreparedPlan) -> None:
@@ -36,7 +36,7 @@ def check_decisions(prepared: PreparedPlan) -> None:
     """
     plan, _, tapes, reader, exact, *_ = prepared
     all_tapes = list({tape.current(): None for tape in tapes.values()})
-    if reader is None or not any(tape.looks for tape in all_tapes):
+    if reader is None or not any(tape.value_reads for tape in all_tapes):
         return
     loaded = loaded_storages(plan, tapes)
     for tape in all_tapes:
@@ -49,13 +49,13 @@ def check_decisions(prepared: PreparedPlan) -> None:
                 raise CheckpointMismatchError(_message(plan, look, {here[storage].key for storage in replaced}))
 
 
-def _looked_at(tape: Tape, loaded: Collection[int]) -> Iterator[tuple[Look, set[int]]]:
+def _looked_at(tape: Tape, loaded: Collection[int]) -> Iterator[tuple[ValueRead, set[int]]]:
     """Yield looks at what a load replaces, with the storages in question: they were drawn by the model's own init.
 
     A line that has also seen a value that the init itself has replaced since is a part of that init: it draws until
     all values lie between some bounds, say.
     """
-    read = [(look, _read(tape, look, set(loaded) - _known(tape, look, loaded))) for look in tape.looks]
+    read = [(look, _read(tape, look, set(loaded) - _known(tape, look, loaded))) for look in tape.value_reads]
     of_init = {
         (look.source, storage)
         for look, reads in read
@@ -69,12 +69,12 @@ def _looked_at(tape: Tape, loaded: Collection[int]) -> Iterator[tuple[Look, set[
             yield look, replaced
 
 
-def _known(tape: Tape, look: Look, loaded: Collection[int]) -> set[int]:
+def _known(tape: Tape, look: ValueRead, loaded: Collection[int]) -> set[int]:
     """Return which of the storages had the values of the checkpoint already: an earlier block has declared the load."""
     return {storage for storage in loaded if storage in tape.loaded and tape.loaded[storage].since < look.number}
 
 
-def _read(tape: Tape, look: Look, loaded: Collection[int]) -> set[tuple[int, int]]:
+def _read(tape: Tape, look: ValueRead, loaded: Collection[int]) -> set[tuple[int, int]]:
     """Return which of the storages ``loaded`` had a part in what was seen, each with the number of its reader."""
     read = {(ref.storage, look.number) for ref in look.refs()}
     computed = [s for s, number in read if s not in loaded or not is_final(tape, s, number)]
@@ -87,7 +87,7 @@ def _is_drawn(tape: Tape, storage: int) -> bool:
     return any(tape.ops[number].draw is not None for number in live_ops(tape, [storage], exact=False))
 
 
-def _is_seen(wanted: Sequence[Any], tape: Tape, look: Look, values: _Values, *, exact: bool) -> bool:
+def _is_seen(wanted: Sequence[Any], tape: Tape, look: ValueRead, values: _Values, *, exact: bool) -> bool:
     try:
         return all(map(_same, wanted, seen_in(tape, look, values, exact=exact)))
     except FabricInitError:
@@ -137,7 +137,7 @@ def _reading(
     return read
 
 
-def _message(plan: Plan, look: Look, keys: set[str]) -> str:
+def _message(plan: Plan, look: ValueRead, keys: set[str]) -> str:
     names = [entry.slot.name for entry in plan.plain if not keys.isdisjoint(entry.keys)]
     site = "" if look.source is None else f" ({look.source})"
     return (

@@ -14,12 +14,12 @@ from fabric_init.checkpoints import CheckpointReader, rename_keys
 from fabric_init.distributed.agreement import Agreement, SingleProcess
 from fabric_init.distributed.seeds import share_seeds
 from fabric_init.errors import CheckpointMismatchError, RecordingError
+from fabric_init.filling.check_tied_values import check_ties
 from fabric_init.filling.data_dependent import check_decisions
 from fabric_init.filling.fill import fill
 from fabric_init.filling.packed.on_device import refuse_own_hooks
 from fabric_init.filling.packed.plan import follow_inner, pack_and_plan_held, plan_plain
 from fabric_init.filling.report_rows import make_record
-from fabric_init.filling.ties import check_ties
 from fabric_init.filling.values.compute_derived import loads_noted
 from fabric_init.guard.before_forward import mark_broken, release_forward
 from fabric_init.guard.loads import unwatch_loads

@@ -16,7 +16,7 @@ from fabric_init.filling.monitoring.log import with_log
 from fabric_init.filling.monitoring.out_of_memory import out_of_memory_explained
 from fabric_init.filling.monitoring.progress import with_progress
 from fabric_init.filling.monitoring.verify import is_wanted, verify
-from fabric_init.filling.values.plan_values import PlanValues, has_own_memory
+from fabric_init.filling.values.compute_values import PlanValues, has_own_memory
 from fabric_init.planning.derived import loaded_storages
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, DerivedFrom, Plan

@@ -35,7 +35,7 @@ from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.planning.tensors import parameters_by_name
-from fabric_init.recording.after_block.waiting import THREE_WAYS
+from fabric_init.recording.after_block.waiting_storages import THREE_WAYS
 from fabric_init.recording.tape.liveness import computed_from
 from fabric_init.recording.tape.tape import now
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, recorded

@@ -12,11 +12,11 @@ from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.distributed.seeds import share_seeds
+from fabric_init.filling.check_tied_values import check_ties
 from fabric_init.filling.data_dependent import check_decisions
 from fabric_init.filling.fill import fill
 from fabric_init.filling.packed.plan import pack_and_plan_held, plan_plain
 from fabric_init.filling.report_rows import make_record
-from fabric_init.filling.ties import check_ties
 from fabric_init.guard.before_forward import release_forward
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.waiting_tensors import release_filled

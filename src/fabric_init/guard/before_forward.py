@@ -22,7 +22,7 @@ from fabric_init.planning.tensors import (
     walked,
 )
 from fabric_init.recording.after_block.dispatch import MSG_JIT_TRACE
-from fabric_init.recording.after_block.waiting import THREE_WAYS, uninitialized
+from fabric_init.recording.after_block.waiting_storages import THREE_WAYS, uninitialized
 from fabric_init.recording.replay.tracing import is_jit_traced
 from fabric_init.recording.tensor.recorded_tensor import (
     recorded,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fabric_init.distributed.agreement import Agreement
 from fabric_init.errors import UninitializedTensorError
-from fabric_init.recording.after_block.waiting import uninitialized
+from fabric_init.recording.after_block.waiting_storages import uninitialized
 from fabric_init.reports.registry import note_loaded
 
 _EXPECTED = "_fabric_init_expected_load"

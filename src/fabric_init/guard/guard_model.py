@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.guard.before_forward import guard_forward
-from fabric_init.guard.model_tensors import GuardedModelTensors
+from fabric_init.guard.guarded_model_tensors import GuardedModelTensors
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.tensors import (
     Walk,
@@ -17,7 +17,7 @@ from fabric_init.planning.tensors import (
     walked,
 )
 from fabric_init.recording.after_block.dispatch import AfterBlock
-from fabric_init.recording.after_block.waiting import THREE_WAYS, Waiting
+from fabric_init.recording.after_block.waiting_storages import THREE_WAYS, Waiting
 from fabric_init.recording.tensor.recorded_tensor import (
     RecordedTensor,
     claim,

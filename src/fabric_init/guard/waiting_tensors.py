@@ -12,7 +12,7 @@ from fabric_init.planning.tensors import (
     registered_tensors,
 )
 from fabric_init.recording.after_block.dispatch import AfterBlock
-from fabric_init.recording.after_block.waiting import THREE_WAYS
+from fabric_init.recording.after_block.waiting_storages import THREE_WAYS
 from fabric_init.recording.tape.liveness import never_written
 from fabric_init.recording.tape.random_streams import own_init_runs
 from fabric_init.recording.tensor.recorded_tensor import (

@@ -15,7 +15,7 @@ one of them records nothing. What the constructor calls ends up as follows:
   nothing else, is replayed as of that point. Results that are tensors are recorded again.
 - **Run for real, at once**: ops on real tensors only, ops that write into a real tensor, and ops whose result is
   sparse or quantized, which the tape cannot describe. Random numbers among these are drawn from the recorded position
-  in the stream (see [Note: random streams] in ``tape/rng.py``).
+  in the stream (see [Note: random streams] in ``tape/random_streams.py``).
 - ``device="meta"`` asked for by name passes through unrecorded: such a tensor has no values, and an op that mixes it
   with recorded tensors raises :class:`~fabric_init.errors.RecordingError`.
 

@@ -29,12 +29,12 @@ from fabric_init._torch_internals import (
 )
 from fabric_init.recording.after_block.dispatch import AfterBlock
 from fabric_init.recording.after_block.functions import asks_for_values, take_own_part
-from fabric_init.recording.in_block import device_queries, escapes
+from fabric_init.recording.in_block import device_queries, escapes, refused_calls
 from fabric_init.recording.in_block.device_queries import Handler
+from fabric_init.recording.in_block.init_calls import init_call
 from fabric_init.recording.in_block.recorder import Recorder
 from fabric_init.recording.in_block.tape_writer import Shards
 from fabric_init.recording.replay.replay import real_execution
-from fabric_init.recording.tape.call_site import init_call
 from fabric_init.recording.tape.op_properties import INIT_FUNCTIONS
 from fabric_init.recording.tape.tape import Rng, Tape, check_rng
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, claim_all, recorded
@@ -168,6 +168,7 @@ _HANDLERS: dict[Any, Handler] = {
     Tensor.is_meta.__get__: _is_meta,  # type: ignore[attr-defined]
     **device_queries.HANDLERS,
     **escapes.HANDLERS,
+    **refused_calls.HANDLERS,
 }
 
 

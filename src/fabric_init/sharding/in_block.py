@@ -30,9 +30,9 @@ from fabric_init.recording.tape.tape import Tape, TensorRef
 from fabric_init.recording.tensor.recorded_tensor import make_recorded_tensor, meta_of, recorded
 from fabric_init.recording.tensor.storage_tags import begin, ref_of
 from fabric_init.recording.tensor.wrappers import is_recorded_shard
-from fabric_init.sharding.copies import nearest_whole
 from fabric_init.sharding.dtensor import region_of
 from fabric_init.sharding.module_tables import plain_tensor, swapped_in, table_entries
+from fabric_init.sharding.recorded_copies import nearest_whole
 from fabric_init.sharding.whole import recorded_at
 
 _MSG_CHANGED = (

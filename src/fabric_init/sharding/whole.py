@@ -25,9 +25,9 @@ from fabric_init.recording.tape.tape import Tape, TensorRef
 from fabric_init.recording.tensor.recorded_tensor import make_recorded_tensor, meta_of, recorded
 from fabric_init.recording.tensor.storage_tags import begin, ref_of
 from fabric_init.recording.tensor.wrappers import is_sharded
-from fabric_init.sharding.copies import wholes_of
 from fabric_init.sharding.dtensor import local, region_of
 from fabric_init.sharding.module_tables import TableEntry, plain_tensor, swapped_in, table_entries
+from fabric_init.sharding.recorded_copies import wholes_of
 
 
 def refuse_flat_parameters(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from fabric_init.errors import FabricInitError, OptionError
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.waiting_tensors import unfilled
 from fabric_init.recording.mode import active
-from fabric_init.trainer.copies import copies_filled
+from fabric_init.trainer.callback_copies import copies_filled
 from fabric_init.trainer.declared import Declared, fill_rest
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import nn
 from fabric_init import forecast
 from fabric_init.checkpoints import Fuse, Region
 from fabric_init.checkpoints.region import take
-from fabric_init.tools.forecast.strategy_models import STRATEGIES
+from fabric_init.tools.forecast.strategy_costs import STRATEGIES
 
 REGIONS = {name: model.region for name, model in STRATEGIES.items() if model.region is not None}
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from fabric_init.checkpoints.quantized.config import quantization_config
 from fabric_init.checkpoints.quantized.four_bits import four_bits
+from fabric_init.checkpoints.quantized.gptq_awq import gptq_or_awq, pack_quantized
 from fabric_init.checkpoints.quantized.mxfp4 import mxfp4
-from fabric_init.checkpoints.quantized.packed import gptq_or_awq, pack_quantized
 from fabric_init.checkpoints.quantized.reader import DequantizedReader
 from fabric_init.checkpoints.quantized.scaled import of_rows, scaled
 from fabric_init.checkpoints.quantized.torchao import torchao

@@ -18,8 +18,8 @@ from typing import Protocol
 import torch
 
 from fabric_init.checkpoints.region import Window
-from fabric_init.checkpoints.storage.gather import gather
 from fabric_init.checkpoints.storage.remote import AnyPath, RemoteBytes, RemotePath
+from fabric_init.checkpoints.storage.strided_window import gather
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError, OutOfMemoryError, is_out_of_memory
 
 # Without it Linux refuses a private writable map larger than memory plus swap, although most of it is never written.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fabric_init._torch_internals import DisableTorchFunction, asks_if_view
-from fabric_init.recording.in_block import device_queries, escapes
+from fabric_init.recording.in_block import device_queries, escapes, refused_calls
 from fabric_init.recording.tensor.address import Address, address_of
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, become_recorded, recorded
 
@@ -128,6 +128,7 @@ def take_own_part(asking: FrameType, output: Tensor, is_there: Callable[[Tensor]
 HANDLERS: dict[Any, Any] = {
     **device_queries.LATER_HANDLERS,
     **escapes.HANDLERS,
+    **refused_calls.LATER_HANDLERS,
     asks_if_view: _is_view,
     Tensor.data_ptr: _data_ptr,
     torch.chunk: _chunk,

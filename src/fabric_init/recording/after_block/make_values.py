@@ -18,7 +18,7 @@ from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.errors import RecordingError, UninitializedTensorError
 from fabric_init.recording.after_block.kept_values import KeptValues
 from fabric_init.recording.after_block.model_tensors import ModelTensors
-from fabric_init.recording.after_block.waiting import Waiting, uninitialized
+from fabric_init.recording.after_block.waiting_storages import Waiting, uninitialized
 from fabric_init.recording.replay.replay import real_execution, storage_now, view
 from fabric_init.recording.tape.call_site import caller
 from fabric_init.recording.tape.liveness import never_written

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fabric_init.recording.after_block.make_values import AfterBlockValues
 from fabric_init.recording.in_block.recorder import Recorder
-from fabric_init.recording.tape.random_streams import LateStreams
+from fabric_init.recording.tape.random_streams import LateRandomStreams
 from fabric_init.recording.tape.tape import Tape
 
 
@@ -18,7 +18,7 @@ class LateRecorder(Recorder):
     def __init__(self, tape: Tape, later: AfterBlockValues) -> None:
         super().__init__(tape)
         self.after_block = later
-        self.streams = LateStreams(tape)  # type: ignore[assignment]
+        self.streams = LateRandomStreams(tape)  # type: ignore[assignment]
         self.recognizes_init_calls = False
 
     def true_value(self, tensor: Tensor) -> Tensor:

@@ -7,11 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, default_device, parse_to
-from fabric_init.errors import RecordingError
 from fabric_init.recording.in_block.recorder import Recorder
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, new_tensor, recorded
 
@@ -130,29 +128,6 @@ def _cuda(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str
     return _to(recorder, Tensor.to, (args[0], device), keywords)
 
 
-def _autocast(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with DisableTorchFunction():
-        first = next((recording for arg in args if isinstance(arg, Tensor) and (recording := recorded(arg))), None)
-        if first is not None and torch.is_autocast_enabled(first.device.type):
-            raise RecordingError(
-                f"{func.__name__} under torch.autocast in a recorded constructor: autocast does not apply to recorded "
-                "tensors, so the result would have another dtype. Run the model after the block instead."
-            )
-        return func(*args, **kwargs)
-
-
-_AUTOCAST: tuple[Any, ...] = (
-    torch.matmul,
-    Tensor.matmul,
-    Tensor.__matmul__,
-    torch.mm,
-    torch.bmm,
-    torch.addmm,
-    torch.einsum,
-    F.linear,
-)
-_AUTOCAST += (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.scaled_dot_product_attention)
-
 LATER_HANDLERS: dict[Any, Handler] = {
     Tensor.get_device: _get_device,
     Tensor.to: _to,
@@ -162,7 +137,6 @@ LATER_HANDLERS: dict[Any, Handler] = {
 """Those that also answer when no block is open."""
 
 HANDLERS: dict[Any, Handler] = {
-    **dict.fromkeys(_AUTOCAST, _autocast),
     torch.empty: _empty,
     torch.ones: _filled(torch.ops.aten.ones.default),
     torch.zeros: _filled(torch.ops.aten.zeros.default),

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, reduce_ex_internal, typed_storage
-from fabric_init.errors import RecordingError
 from fabric_init.recording.in_block.device_queries import Handler
 from fabric_init.recording.in_block.recorder import Recorder
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, class_of, make_recorded_tensor, recorded
@@ -44,16 +43,6 @@ def _untyped_storage(recorder: Recorder, func: Any, args: tuple[Any, ...], kwarg
         wants_bytes = calling.f_code is _TYPED_STORAGE and outer is not None and outer.f_code in _READ_BYTES
         if wants_bytes and recorded(args[0]) is not None:
             return recorder.look_at(args[0]).untyped_storage()
-        return func(*args, **kwargs)
-
-
-def _share_memory(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with DisableTorchFunction():
-        if recorded(args[0]) is not None:
-            raise RecordingError(
-                f"share_memory_() in a recorded constructor: the tensor of shape {tuple(args[0].shape)} has no memory "
-                "to share yet. Call it after the model has been materialized."
-            )
         return func(*args, **kwargs)
 
 
@@ -143,7 +132,6 @@ HANDLERS: dict[Any, Handler] = {
     Tensor.__dlpack__: _with_true_value,
     Tensor.__dlpack_device__: _with_true_value,
     Tensor.untyped_storage: _untyped_storage,
-    Tensor.share_memory_: _share_memory,
     Tensor.__getitem__: _index,
     Tensor.__setitem__: _index,
     Tensor.new_tensor: _new_tensor,

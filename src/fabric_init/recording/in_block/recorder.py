@@ -16,6 +16,7 @@ from typing_extensions import Self
 
 from fabric_init._torch_internals import DisableTorchFunction, TorchDispatchMode
 from fabric_init.errors import RecordingError
+from fabric_init.recording.in_block.init_calls import init_call
 from fabric_init.recording.in_block.meta_kernels import (
     META,
     is_dense,
@@ -28,9 +29,8 @@ from fabric_init.recording.in_block.meta_kernels import (
 )
 from fabric_init.recording.in_block.tape_writer import OnReal, Shards, TapeWriter
 from fabric_init.recording.replay.replay import real_execution
-from fabric_init.recording.tape.call_site import init_call
 from fabric_init.recording.tape.op_properties import asks_shape_only, only_copies, traits
-from fabric_init.recording.tape.random_streams import Streams, generator_kept
+from fabric_init.recording.tape.random_streams import RandomStreams, generator_kept
 from fabric_init.recording.tape.tape import Tape
 from fabric_init.recording.tensor.recorded_storage import RecordedStorage
 from fabric_init.recording.tensor.recorded_tensor import (
@@ -90,7 +90,7 @@ class Recorder(TorchDispatchMode, TapeWriter):
 
     def __enter__(self) -> Self:
         with real_execution():
-            self.streams = Streams(self.tape, exact=self.exact, agree=self._agree, skips_init=self._skips_init)
+            self.streams = RandomStreams(self.tape, exact=self.exact, agree=self._agree, skips_init=self._skips_init)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 

@@ -15,7 +15,7 @@ from fabric_init.recording.in_block.meta_kernels import dense, like_on_meta, map
 from fabric_init.recording.replay.replay import real_execution, storage_now, view
 from fabric_init.recording.tape.call_site import caller
 from fabric_init.recording.tape.op_properties import DRAWS_FROM_DEFAULT, INIT_FUNCTIONS, Func, is_random, traits
-from fabric_init.recording.tape.random_streams import Streams
+from fabric_init.recording.tape.random_streams import RandomStreams
 from fabric_init.recording.tape.tape import Draw, Tape, TensorRef
 from fabric_init.recording.tensor.recorded_tensor import make_recorded_tensor, meta_of, recorded, recorded_ref
 from fabric_init.recording.tensor.storage_tags import StorageTag, begin, ref_of
@@ -64,7 +64,7 @@ class TapeWriter:
         self.tape = tape
         self.shards = shards
         self.exact = tape.rng == "eager"
-        self.streams: Streams | None = None
+        self.streams: RandomStreams | None = None
         self.own_init_counts = False  # load code runs: what waits for a load has the values of its own init until then
         self._on_real: dict[int, OnReal] = {}  # by number of the storage
         self._running_init: FrameType | None = None  # the init function that is recorded already, while its ops come in

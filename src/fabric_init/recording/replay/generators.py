@@ -1,4 +1,4 @@
-"""Generators for the random ops of a replay, positioned as they were recorded (see rng.py)."""
+"""Generators for the random ops of a replay, positioned as they were recorded (see tape/random_streams.py)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fabric_init.recording.tape.seeds import derived_seed
 from fabric_init.recording.tape.tape import Op, Tape
 
 
-class ReplayStreams:
+class ReplayGenerators:
     """Generators for the random ops of one replay, positioned as recorded."""
 
     def __init__(self, tape: Tape, ops: Iterable[Op], *, exact: bool) -> None:

@@ -12,12 +12,12 @@ import torch
 
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, conj_view, neg_view
 from fabric_init.recording.replay.chunks import chunked_draw, chunks_of
-from fabric_init.recording.replay.generators import ReplayStreams
+from fabric_init.recording.replay.generators import ReplayGenerators
 from fabric_init.recording.replay.threads import threaded
 from fabric_init.recording.replay.tracing import OutsideTracing
 from fabric_init.recording.tape.liveness import covers, is_final, live_ops
 from fabric_init.recording.tape.op_properties import asks_shape_only, overwrites, with_generator
-from fabric_init.recording.tape.tape import Constant, Look, Op, Tape, TensorRef
+from fabric_init.recording.tape.tape import Constant, Op, Tape, TensorRef, ValueRead
 
 _default_generator_lock = threading.Lock()
 
@@ -83,7 +83,7 @@ class _Execution:
         self._exact = exact
         self._inputs = {} if inputs is None else inputs
         self._memory: dict[int, torch.UntypedStorage] = {}
-        self.draws = ReplayStreams(tape, self._ops, exact=exact)
+        self.draws = ReplayGenerators(tape, self._ops, exact=exact)
 
     def run(self) -> dict[int, torch.UntypedStorage]:
         last_use: dict[int, int] = {}
@@ -265,7 +265,7 @@ def replay_with(
     return values | {storage: inputs[storage] for storage in storages if storage in inputs}
 
 
-def seen_in(tape: Tape, look: Look, inputs: Mapping[int, torch.UntypedStorage], *, exact: bool) -> list[Any]:
+def seen_in(tape: Tape, look: ValueRead, inputs: Mapping[int, torch.UntypedStorage], *, exact: bool) -> list[Any]:
     """Return what Python sees in ``look`` if ``inputs`` are the last values of some storages: tensors, shapes, numbers.
 
     Args:

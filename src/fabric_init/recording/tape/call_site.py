@@ -1,10 +1,10 @@
-"""Find the line of the model's own code that an op goes back to, and the ``torch.nn.init`` call around it, if any."""
+"""Find the line of the model's own code that an op goes back to."""
 
 from __future__ import annotations
 
 import os
 from functools import cache
-from types import CodeType, FrameType
+from types import FrameType
 
 import torch
 
@@ -25,19 +25,18 @@ _WRAPPERS = INIT_FUNCTIONS.keys() | {
     "variance_scaling_",
     "_variance_scaling",
 }
-_INIT_FILE = torch.nn.init.__file__
-_INIT_CODE: dict[str, CodeType] = {name: function.__code__ for name, function in INIT_FUNCTIONS.items()}
 
 
 @cache
-def _is_torch(file: str) -> bool:
+def is_torch_file(file: str) -> bool:
+    """Return whether a source file belongs to torch, or to the recording."""
     return file.startswith((_TORCH, _OWN))
 
 
 @cache
 def _is_plumbing(file: str) -> bool:
     # torch itself, and what may stand between a model's line and torch: copy.deepcopy, contextlib, functools
-    return _is_torch(file) or (file.startswith(_STDLIB) and "site-packages" not in file)
+    return is_torch_file(file) or (file.startswith(_STDLIB) and "site-packages" not in file)
 
 
 def _is_init_wrapper(frame: FrameType) -> bool:
@@ -52,23 +51,5 @@ def caller(frame: FrameType | None) -> CallSite | None:
         if not _is_plumbing(code.co_filename) and not _is_init_wrapper(frame):
             return CallSite(code.co_filename, frame.f_lineno, constructed)
         constructed = constructed or (code.co_name == "__init__" and code.co_filename.startswith(_MODULES))
-        frame = frame.f_back
-    return None
-
-
-def init_call(frame: FrameType | None) -> FrameType | None:
-    """Return the frame of the ``torch.nn.init`` function that runs at or above ``frame``, if there is one.
-
-    Most of these functions do not call a ``TorchFunctionMode``, and patching ``torch.nn.init`` would miss captured
-    references (``from torch.nn.init import xavier_uniform_``). But however such a function was called, its frame is on
-    the stack when its first op arrives.
-    """
-    while frame is not None:
-        code = frame.f_code
-        if code.co_filename == _INIT_FILE:
-            if _INIT_CODE.get(code.co_name) is code:
-                return frame
-        elif not _is_torch(code.co_filename):
-            return None
         frame = frame.f_back
     return None

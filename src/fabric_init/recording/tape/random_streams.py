@@ -38,7 +38,7 @@ import torch
 
 from fabric_init.recording.tape.op_properties import traits
 from fabric_init.recording.tape.seeds import LAST_63_BITS, derived_seed
-from fabric_init.recording.tape.tape import Draw, Stream, Tape
+from fabric_init.recording.tape.tape import Draw, RandomStream, Tape
 
 _undrawn: list[tuple[int, weakref.ref[Tape]]] = []
 """Blocks that have left the default generator where it was: the seed of that state, and the tape."""
@@ -94,7 +94,7 @@ class _GeneratorStreams:
         self.start = states[generator.device]
         digest = hashlib.blake2b(string_at(self.start.data_ptr(), self.start.numel()), digest_size=8).digest()
         seed = _apart(int.from_bytes(digest, "little") & LAST_63_BITS)
-        self.stream = tape.add_stream(Stream(exact, agree(seed), states))
+        self.stream = tape.add_stream(RandomStream(exact, agree(seed), states))
         self._next = Draw(self.stream, 0, None)
         self.has_drawn = False
         self.only_init = True  # whether nothing but functions of torch.nn.init has drawn
@@ -113,7 +113,7 @@ class _GeneratorStreams:
         if seed != self._label:
             position = self._labels.get(seed)
             if position is None:  # the constructor has seeded the generator
-                position = Draw(self._tape.add_stream(Stream(True, seed, _snapshot(self.generator))), 0, None)
+                position = Draw(self._tape.add_stream(RandomStream(True, seed, _snapshot(self.generator))), 0, None)
             self._next = position
         return self._next
 
@@ -130,7 +130,7 @@ class _GeneratorStreams:
         return None if position is None else position.stream
 
 
-class Streams:
+class RandomStreams:
     """All generators of one recording. Use it with torch's modes switched off."""
 
     def __init__(self, tape: Tape, *, exact: bool, agree: Callable[[int], int] = int, skips_init: bool = False) -> None:
@@ -176,7 +176,7 @@ class Streams:
             generator.manual_seed(derived_seed(self._tape.streams[stream].seed, -1))
 
 
-class LateStreams:
+class LateRandomStreams:
     """Where ops draw from that are recorded after their block: each from a generator of its own.
 
     Its seed is drawn from the generator that the user's code has at that moment, so that it moves on, as in plain
@@ -202,7 +202,7 @@ class LateDraws:
         """Return the place of the op that is about to be recorded."""
         number = torch.empty((), dtype=torch.int64, device=self._generator.device)
         seed = int(number.random_(generator=self._generator)) & LAST_63_BITS
-        return Draw(self._tape.add_stream(Stream(True, seed, {})), 0, None)
+        return Draw(self._tape.add_stream(RandomStream(True, seed, {})), 0, None)
 
     def drawn(self, number: int, *, by_init: bool) -> None:
         """Nothing follows in this stream."""

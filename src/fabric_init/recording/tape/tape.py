@@ -118,7 +118,7 @@ class Draw(NamedTuple):
     previous: int | None
 
 
-class Stream(NamedTuple):
+class RandomStream(NamedTuple):
     """A source of random numbers, with the generator states from before its first recorded draw.
 
     ``exact`` streams (the constructor called ``manual_seed`` or made its own generator) are always drawn in order, bit
@@ -210,7 +210,7 @@ def on_other_storages(value: Any, other: Callable[[int], int]) -> Any:
     return type(value)([on_other_storages(item, other) for item in value]) if type(value) in (list, tuple) else value
 
 
-class Look(NamedTuple):
+class ValueRead(NamedTuple):
     """What Python has seen of recorded values: the result of ``func`` on them, or all of them if there is none.
 
     Of tensors that ``func`` returned only the shapes were seen: their values are recorded. ``number`` is above those of
@@ -246,8 +246,8 @@ class Tape:
         self.ops: dict[int, Op] = {}
         self.writers: dict[int, list[int]] = {}
         self.storages: dict[int, StorageInfo] = {}
-        self.streams: dict[int, Stream] = {}
-        self.looks: list[Look] = []
+        self.streams: dict[int, RandomStream] = {}
+        self.value_reads: list[ValueRead] = []
         self.constant_bytes = 0  # size of the real tensors that recorded ops read
         self.sealed_rng: Rng | None = (
             None  # the mode in which the constructor has read a random value: replay has to use the same
@@ -295,7 +295,7 @@ class Tape:
         later.writers.update(self.writers)
         later.storages.update(self.storages)
         later.streams.update(self.streams)
-        later.looks[:0] = self.looks
+        later.value_reads[:0] = self.value_reads
         later.constant_bytes += self.constant_bytes
         later.sealed_rng = later.sealed_rng or self.sealed_rng
         later.shares_seed = later.shares_seed and self.shares_seed
@@ -327,7 +327,7 @@ class Tape:
         """Return the storages whose present values are those that a declared load brings, with how to read them."""
         return {storage: each for storage, each in self.loaded.items() if not self.written_since(storage, each.since)}
 
-    def add_stream(self, stream: Stream) -> int:
+    def add_stream(self, stream: RandomStream) -> int:
         number = next(_numbers)
         self.streams[number] = stream
         return number
@@ -341,7 +341,7 @@ class Tape:
         self, func: Func | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], source: CallSite | None
     ) -> None:
         """Note that Python sees what ``func`` returns at this point."""
-        self.looks.append(Look(next(_numbers), func, args, kwargs, source))
+        self.value_reads.append(ValueRead(next(_numbers), func, args, kwargs, source))
 
     def add_op(
         self,

@@ -1,7 +1,7 @@
-"""The place of a recorded tensor: a plain meta tensor beside it, on the storage that it is recorded on.
+"""The meta twin of a recorded tensor: a plain meta tensor beside it, on the storage that it is recorded on.
 
-A place never changes, so tensors of one geometry on one storage share it: a parameter has that of the tensor that it
-was made of. An operator that changes a tensor's geometry in place gives it another one.
+A twin never changes, so tensors of one geometry on one storage share it: a parameter has that of the tensor that it was
+made of. An operator that changes a tensor's geometry in place gives it another one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from fabric_init.recording.tensor.storage_tags import StorageTag, mark, recorded
 class MetaTwin:
     """A geometry on a storage of the meta device, and the device that its tensors claim to be on.
 
-    Most places are of parameters that nobody looks into before they have values. So what tells the place of a meta
-    tensor, the mark on its storage object, is put there when :attr:`meta` is asked for.
+    Most twins are of parameters that nobody looks into before they have values. So what identifies a meta tensor, the
+    mark on its storage object, is put there when :attr:`meta` is asked for.
     """
 
     __slots__ = ("_meta", "_recorded", "_ref", "device")
@@ -52,7 +52,7 @@ class MetaTwin:
 
     @property
     def ref(self) -> TensorRef:
-        """The place as it is on the tape."""
+        """The geometry and the storage as they are on the tape."""
         if self._ref is None:
             recorded = self.recorded
             assert recorded is not None
@@ -61,5 +61,5 @@ class MetaTwin:
         return self._ref
 
     def own(self) -> MetaTwin:
-        """Return a place like this whose meta tensor an operator may change, and put on another storage."""
+        """Return a twin like this whose meta tensor an operator may change, and put on another storage."""
         return MetaTwin(self.meta.detach(), self.device)

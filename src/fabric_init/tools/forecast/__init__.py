@@ -4,7 +4,7 @@ from fabric_init.tools.forecast.coverage import Amount, Cast, Coverage, Fresh, U
 from fabric_init.tools.forecast.forecast import Forecast, forecast
 from fabric_init.tools.forecast.io_estimate import IoEstimate
 from fabric_init.tools.forecast.memory import Memory
-from fabric_init.tools.forecast.strategy_models import PrecisionName
+from fabric_init.tools.forecast.strategy_costs import PrecisionName
 from fabric_init.tools.forecast.training_config import OptimizerName, StrategyName, TrainingConfig
 
 __all__ = [

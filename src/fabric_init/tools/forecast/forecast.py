@@ -25,7 +25,7 @@ from fabric_init.strategies.fsdp2 import Units
 from fabric_init.tools.forecast.coverage import Coverage, coverage_of
 from fabric_init.tools.forecast.io_estimate import IoEstimate, reading_of
 from fabric_init.tools.forecast.memory import Memory, gathered_units, memory_of
-from fabric_init.tools.forecast.strategy_models import PrecisionName
+from fabric_init.tools.forecast.strategy_costs import PrecisionName
 from fabric_init.tools.forecast.training_config import OptimizerName, StrategyName, TrainingConfig
 
 _MOST_NAMES = 5

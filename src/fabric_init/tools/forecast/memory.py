@@ -10,7 +10,7 @@ from torch import nn
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.strategies.fsdp2 import Units, units_of
 from fabric_init.tools.forecast.coverage import bytes_of
-from fabric_init.tools.forecast.strategy_models import Step, Unit
+from fabric_init.tools.forecast.strategy_costs import Step, Unit
 from fabric_init.tools.forecast.training_config import TrainingConfig
 
 

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from lightning.fabric.plugins import DoublePrecision, HalfPrecision
 
 from fabric_init.planning.tensors import TensorInfo
-from fabric_init.tools.forecast.strategy_models import STRATEGIES, Dtypes, PrecisionName, StrategyModel
+from fabric_init.tools.forecast.strategy_costs import STRATEGIES, Dtypes, PrecisionName, StrategyCosts
 
 StrategyName = Literal[
     "auto",
@@ -87,7 +87,7 @@ class TrainingConfig:
         return _STATES[self.optimizer]
 
     @property
-    def model(self) -> StrategyModel:
+    def model(self) -> StrategyCosts:
         """What is known of the strategy."""
         return STRATEGIES[self.strategy]
 

@@ -11,18 +11,18 @@ from pathlib import Path
 
 from fabric_init._text import counted
 from fabric_init.checkpoints.formats.torch_save.reader import TorchFileReader
-from fabric_init.checkpoints.open import DCP, DEEPSPEED, INDEX, SAFETENSORS, TORCH, find_format
+from fabric_init.checkpoints.known_formats import DCP, DEEPSPEED, INDEX, SAFETENSORS, TORCH, find_format
 from fabric_init.checkpoints.registry import Candidate, Format
-from fabric_init.checkpoints.storage.checksums import Manifest
 from fabric_init.checkpoints.storage.local import open_bytes
+from fabric_init.checkpoints.storage.manifest import Manifest
 from fabric_init.checkpoints.storage.remote import AnyPath, RemotePath
 from fabric_init.errors import CheckpointError, CheckpointFormatError, CheckpointNotFoundError
 from fabric_init.tools.inspect.contents import CheckpointContents, Damage, FileRow, TensorRow, Values
 from fabric_init.tools.inspect.survey import Survey, SurveyedTensor
 from fabric_init.tools.inspect.surveys.dcp import survey_dcp
+from fabric_init.tools.inspect.surveys.indexed_files import survey_index, survey_unindexed, unindexed_shards
 from fabric_init.tools.inspect.surveys.readers import survey_deepspeed, survey_reader
 from fabric_init.tools.inspect.surveys.safetensors import survey_safetensors
-from fabric_init.tools.inspect.surveys.sharded import survey_index, survey_unindexed, unindexed_shards
 from fabric_init.tools.inspect.surveys.torch_save import survey_torch
 from fabric_init.tools.inspect.value_statistics import count_values
 

@@ -29,7 +29,7 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class TensorEntry:
     """One tensor of the checkpoint; its chunks fill it and do not overlap."""
 
     location: Location
@@ -42,7 +42,7 @@ class Tensor:
 class Contents:
     """All of a checkpoint, under the keys that it was flattened to."""
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, TensorEntry]
     objects: dict[str, tuple[Location, str, Item]]
     """Location, name and place of everything that is not a tensor."""
     ends: dict[str, int] = field(default_factory=dict)

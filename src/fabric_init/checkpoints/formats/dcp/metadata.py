@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from fabric_init.checkpoints.formats.dcp.contents import Chunk, Contents, Item, Tensor
-from fabric_init.checkpoints.formats.pickles.restricted import Record, RestrictedPickleError, load_inert
+from fabric_init.checkpoints.formats.dcp.contents import Chunk, Contents, Item, TensorEntry
+from fabric_init.checkpoints.formats.pickles.plain_data import Record, RestrictedPickleError, load_inert
 from fabric_init.checkpoints.reader import TensorSpec
 from fabric_init.checkpoints.region import Box, is_below, overlap
 from fabric_init.checkpoints.state_dicts import Location
@@ -82,7 +82,7 @@ def _contents(loaded: object) -> Contents:
             if (key, None) in items:
                 contents.objects[key] = location, name, items[key, None]
             continue
-        contents.tensors[key] = Tensor(location, name, *_tensor(key, _fields(entry, _TENSOR), items))
+        contents.tensors[key] = TensorEntry(location, name, *_tensor(key, _fields(entry, _TENSOR), items))
     return contents
 
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fabric_init.checkpoints.formats.dcp.contents import Chunk, Contents, Tensor
+from fabric_init.checkpoints.formats.dcp.contents import Chunk, Contents, TensorEntry
 from fabric_init.checkpoints.formats.dcp.metadata import read_metadata
+from fabric_init.checkpoints.formats.indexed_files import check_shard
 from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
-from fabric_init.checkpoints.formats.sharded import check_shard
 from fabric_init.checkpoints.formats.torch_save.archive import SavedTensor, find_saved_tensor, load_within
 from fabric_init.checkpoints.reader import BaseReader, TensorSpec
 from fabric_init.checkpoints.region import Box, Region, Span, boxes_of, full_box, overlap
@@ -123,7 +123,7 @@ class DCPReader(BaseReader):
             raise AssertionError(f"{box} sticks out of shape {tuple(shape)}")
         return self._box(full, tensor, box)
 
-    def _box(self, full: str, tensor: Tensor, box: Box) -> torch.Tensor:
+    def _box(self, full: str, tensor: TensorEntry, box: Box) -> torch.Tensor:
         touched = [(chunk, overlap(chunk.box, box)) for chunk in tensor.chunks]
         parts = [(chunk, common) for chunk, common in touched if common is not None]
         if len(parts) == 1:
@@ -136,7 +136,7 @@ class DCPReader(BaseReader):
             out[tuple(slice(at, at + n) for at, n in zip(target.offsets, target.sizes, strict=True))].copy_(value)
         return out
 
-    def _source(self, full: str, tensor: Tensor, chunk: Chunk) -> SavedTensor | _InSafetensors:
+    def _source(self, full: str, tensor: TensorEntry, chunk: Chunk) -> SavedTensor | _InSafetensors:
         """Return the reader of a chunk. Two threads may both create one, which does no harm."""
         source = self._sources.get((full, chunk.box))
         if source is None:
@@ -204,7 +204,7 @@ class _InSafetensors(NamedTuple):
         return self.file.read(self.key, region)
 
 
-def _find_in_safetensors(file: SafetensorsReader, key: str, tensor: Tensor, chunk: Chunk) -> _InSafetensors:
+def _find_in_safetensors(file: SafetensorsReader, key: str, tensor: TensorEntry, chunk: Chunk) -> _InSafetensors:
     if sum(other.item.file == chunk.item.file for other in tensor.chunks) > 1:
         raise CheckpointFormatError(
             f"{file.path} was to hold several chunks of {key!r}, and a safetensors file holds one under a key. "

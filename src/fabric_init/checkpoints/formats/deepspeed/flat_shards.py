@@ -11,7 +11,7 @@ import torch
 
 from fabric_init.checkpoints.reader import TensorSpec
 from fabric_init.checkpoints.region import Region, window
-from fabric_init.checkpoints.storage.gather import gather
+from fabric_init.checkpoints.storage.strided_window import gather
 
 _SCRATCH_BYTES = 1 << 20
 

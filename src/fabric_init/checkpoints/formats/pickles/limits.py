@@ -14,7 +14,7 @@ from collections.abc import Callable, Sized
 from typing import Any, BinaryIO, ClassVar
 
 from fabric_init._torch_internals import get_allowed_globals, get_user_allowed_globals
-from fabric_init.checkpoints.formats.pickles.restricted import Name, RestrictedUnpickler
+from fabric_init.checkpoints.formats.pickles.plain_data import Name, RestrictedUnpickler
 from fabric_init.checkpoints.region import is_below
 
 _TIMES, _LEAST = 16, 1 << 20

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from fabric_init._text import counted, dtype_name
-from fabric_init.checkpoints.formats.dcp.contents import Chunk, Contents, Tensor
+from fabric_init.checkpoints.formats.dcp.contents import Chunk, Contents, TensorEntry
 from fabric_init.checkpoints.formats.dcp.metadata import read_metadata
+from fabric_init.checkpoints.formats.indexed_files import check_shard
 from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
-from fabric_init.checkpoints.formats.sharded import check_shard
 from fabric_init.checkpoints.formats.torch_save.archive import SavedTensor, find_saved_tensor
 from fabric_init.checkpoints.region import Span
 from fabric_init.checkpoints.state_dicts import Location, choose_state_dict, describe
@@ -49,7 +49,7 @@ def survey_dcp(folder: Path, entry: str | None) -> Survey:
     return survey
 
 
-Taken = list[tuple[str, str, Tensor]]
+Taken = list[tuple[str, str, TensorEntry]]
 """Name to show, key of the metadata, and what it says."""
 
 
@@ -128,7 +128,7 @@ def _compare(survey: Survey, contents: Contents, taken: Taken) -> None:
 class _SurveyedChunk:
     """One chunk, found in its file when it is first read."""
 
-    def __init__(self, folder: Path, key: str, tensor: Tensor, chunk: Chunk) -> None:
+    def __init__(self, folder: Path, key: str, tensor: TensorEntry, chunk: Chunk) -> None:
         self._folder, self._key, self._tensor, self._chunk = folder, key, tensor, chunk
         self._source: SavedTensor | SafetensorsReader | None = None
 

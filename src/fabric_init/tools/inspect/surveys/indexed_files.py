@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fabric_init._text import counted
-from fabric_init.checkpoints.formats.sharded import check_shard, read_weight_map
+from fabric_init.checkpoints.formats.indexed_files import check_shard, read_weight_map
 from fabric_init.checkpoints.storage.local import open_bytes
 from fabric_init.checkpoints.storage.remote import AnyPath
 from fabric_init.errors import CheckpointError

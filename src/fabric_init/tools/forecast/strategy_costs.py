@@ -152,7 +152,7 @@ def _stage_3_transient(step: Step) -> int:
 
 
 @dataclass(frozen=True)
-class StrategyModel:
+class StrategyCosts:
     """How a strategy keeps and trains a model.
 
     Attributes:
@@ -186,10 +186,10 @@ class StrategyModel:
 
 _NO_DOUBLE: frozenset[PrecisionName] = frozenset({"64-true"})
 
-STRATEGIES: Mapping[str, StrategyModel] = {
-    "single_device": StrategyModel(single_rank=True),
-    "ddp": StrategyModel(),
-    "fsdp": StrategyModel(
+STRATEGIES: Mapping[str, StrategyCosts] = {
+    "single_device": StrategyCosts(single_rank=True),
+    "ddp": StrategyCosts(),
+    "fsdp": StrategyCosts(
         dtypes=_fsdp_dtypes,
         transient=_fsdp_transient,
         kept=_equal_part,
@@ -199,7 +199,7 @@ STRATEGIES: Mapping[str, StrategyModel] = {
         fills_units=True,
         refused=_NO_DOUBLE,
     ),
-    "fsdp2": StrategyModel(
+    "fsdp2": StrategyCosts(
         transient=_fsdp_transient,
         kept=_fsdp2_part,
         updated=_fsdp2_part,
@@ -210,13 +210,13 @@ STRATEGIES: Mapping[str, StrategyModel] = {
         shards_scalars=False,
         refused=_NO_DOUBLE | {"16-mixed"},
     ),
-    "deepspeed_stage_1": StrategyModel(
+    "deepspeed_stage_1": StrategyCosts(
         dtypes=_deepspeed_dtypes, transient=_stage_1_transient, updated=_equal_part, refused=_NO_DOUBLE
     ),
-    "deepspeed_stage_2": StrategyModel(
+    "deepspeed_stage_2": StrategyCosts(
         dtypes=_deepspeed_dtypes, transient=_stage_2_transient, updated=_equal_part, refused=_NO_DOUBLE
     ),
-    "deepspeed_stage_3": StrategyModel(
+    "deepspeed_stage_3": StrategyCosts(
         dtypes=_deepspeed_dtypes,
         transient=_stage_3_transient,
         kept=_zero3_part,

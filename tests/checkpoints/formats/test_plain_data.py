@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fabric_init.checkpoints.formats.pickles.restricted import Record, RestrictedPickleError, load_inert
+from fabric_init.checkpoints.formats.pickles.plain_data import Record, RestrictedPickleError, load_inert
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**80), 2**80) | st.floats(allow_nan=False) | st.text(),

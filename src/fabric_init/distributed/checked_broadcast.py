@@ -22,7 +22,7 @@ _LONGEST_TRANSFER = timedelta(seconds=20)
 """How long a rank waits in a collective. All have met right before it, so what takes longer has failed."""
 
 
-class Lockstep:
+class CheckedBroadcast:
     """The ranks of torch's default process group during one operation; a context manager.
 
     Order of calls, the same on every rank: :meth:`mine` around what this rank does by itself, then :meth:`roll_call`,
@@ -47,7 +47,7 @@ class Lockstep:
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         """The device of tensors that are broadcast."""
 
-    def __enter__(self) -> Lockstep:
+    def __enter__(self) -> CheckedBroadcast:
         self._telling.enter_context(self._ranks.telling(self._what))
         try:
             self.roll_call()

@@ -21,9 +21,9 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from fabric_init.checkpoints.region import Window
-from fabric_init.checkpoints.storage.gather import gather
 from fabric_init.checkpoints.storage.local import FileBytes, Opener, memory, open_bytes
 from fabric_init.checkpoints.storage.remote import AnyPath, as_path
+from fabric_init.checkpoints.storage.strided_window import gather
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
 
 BLOCK_BYTES = 1 << 20
