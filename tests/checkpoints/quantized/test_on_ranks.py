@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fabric_init import deferred_init, materialize
 from fabric_init.checkpoints import Box, Dequantize, Span
 from tests.checkpoints.quantized.test_bitsandbytes import four_bits
-from tests.checkpoints.quantized.test_gptq_and_awq import INPUTS, OUTPUTS, awq, gptq
+from tests.checkpoints.quantized.test_gptq_awq import INPUTS, OUTPUTS, awq, gptq
 from tests.support.ranks import run_ranks
 from tests.support.watched import watched
 from tests.support.zoo import assert_same, launch, weights

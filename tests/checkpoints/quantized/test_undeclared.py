@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fabric_init import CheckpointMismatchError, deferred_init, materialize
 from fabric_init.checkpoints import Dequantize
 from tests.checkpoints.quantized.test_compressed_tensors import NAIVE, PACKED, compressed
-from tests.checkpoints.quantized.test_gptq_and_awq import INPUTS, OUTPUTS, awq, gptq
+from tests.checkpoints.quantized.test_gptq_awq import INPUTS, OUTPUTS, awq, gptq
 
 
 def stored(scheme: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
