@@ -129,7 +129,14 @@ def wrong_inspection(path: str | Path, case: Case, refused: bool) -> str | None:
         return wrong_refusal(error, case) if refused else f"read, yet not inspected: {error}"
     except BaseException:
         return traceback.format_exc(limit=-8)
-    return "sound to inspect, yet it cannot be read" if refused and contents.sound else None
+    if not refused or not contents.sound:
+        return None
+    try:  # damage may make two state dicts of one: each is read by its name then
+        for entry in contents.entries if len(contents.entries) > 1 else [None]:
+            read_all(open_checkpoint(path, entry=entry), Random(0))
+    except CheckpointError as error:
+        return f"sound to inspect, yet it cannot be read: {error}"
+    return None
 
 
 def difference(found: Mapping[str, torch.Tensor], good: Mapping[str, torch.Tensor]) -> str | None:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -266,6 +267,24 @@ def test_damaged_files_give_errors_of_ours(saves: Path, tmp_path: Path, data: st
         reader = DeepSpeedFolderReader(folder)
         for key in reader.keys():
             assert reader.read(key).shape == reader.spec(key).shape
+
+
+@pytest.mark.parametrize("save", WITH_MASTERS)
+def test_a_record_without_its_header_is_found_when_it_is_read_and_its_file_named(copy: Path, save: str) -> None:
+    for victim in sorted((copy / save / "step2").glob("*_optim_states.pt")):
+        content = victim.read_bytes()
+        with zipfile.ZipFile(victim) as archive:
+            starts = {record.header_offset for record in archive.infolist() if "/data/" in record.filename}
+        damaged = bytearray(content)
+        for start in starts:
+            damaged[start] ^= 1
+        victim.write_bytes(damaged)
+        reader = open_checkpoint(copy / save)
+        with pytest.raises(CheckpointFormatError, match=rf"{victim.name} .*there is no header of the record"):
+            for key in reader.keys():
+                reader.read(key)
+        victim.unlink()  # it is mapped
+        victim.write_bytes(content)
 
 
 def test_a_pickle_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:

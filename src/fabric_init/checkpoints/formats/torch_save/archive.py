@@ -26,6 +26,7 @@ import torch
 
 from fabric_init._torch_internals import tree_map_only
 from fabric_init.checkpoints.formats.pickles.limits import check_calls
+from fabric_init.checkpoints.formats.torch_save.corruption import corruption_of
 from fabric_init.checkpoints.formats.torch_save.meta_tensors import MetaStorages, load_meta, read_region, unsafe_globals
 from fabric_init.checkpoints.formats.torch_save.zip_file import TAIL_BYTES, FilePart, local_header, open_zip
 from fabric_init.checkpoints.region import Region
@@ -46,7 +47,8 @@ _allowed_list = threading.Lock()
 class TorchArchive:
     """One zip file of ``torch.save``: opened for its directory and pickle, then :meth:`load`, then :meth:`read`.
 
-    All raise ``zipfile.BadZipFile``, ``pickle.UnpicklingError`` or any other exception for what is no such file.
+    The first two raise ``zipfile.BadZipFile``, ``pickle.UnpicklingError`` or any other exception for what is no such
+    file, and reading an error that names the file.
     """
 
     def __init__(self, file: FileBytes, *, tail_bytes: int = TAIL_BYTES, pickle_bytes: int | None = None) -> None:
@@ -93,7 +95,8 @@ class TorchArchive:
 
     def read(self, tensor: torch.Tensor, region: Region | None) -> torch.Tensor:
         """Return a region of one of the tensors that :meth:`load` returned, or of a view of it."""
-        return read_region(self.file, self.start(tensor), tensor, region)
+        with corruption_of(self.file.path):
+            return read_region(self.file, self.start(tensor), tensor, region)
 
     def with_values(self, content: Any) -> Any:
         """Return a part of what :meth:`load` returned, with its tensors read."""
@@ -105,7 +108,8 @@ class TorchArchive:
                 raise ValueError(f"a tensor of shape {tuple(tensor.shape)} is larger than its storage")
             return self.read(tensor, None)
 
-        return _mapped(value, content, {})
+        with corruption_of(self.file.path):
+            return _mapped(value, content, {})
 
     def start(self, tensor: torch.Tensor) -> int:
         """Return the first byte of the tensor's storage; 0 for a tensor without elements."""

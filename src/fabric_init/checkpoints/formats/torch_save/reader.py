@@ -12,7 +12,6 @@ import os
 import pickle
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,15 @@ import torch
 from fabric_init._text import joined
 from fabric_init._torch_internals import legacy_load, weights_only_unpickler
 from fabric_init.checkpoints.formats.torch_save.archive import StandIns, TorchArchive
+from fabric_init.checkpoints.formats.torch_save.corruption import corruption_of
 from fabric_init.checkpoints.formats.torch_save.legacy import BoundedFile, check_sizes
-from fabric_init.checkpoints.formats.torch_save.meta_tensors import QuantizedTensorError, Storages, unsafe_globals
+from fabric_init.checkpoints.formats.torch_save.meta_tensors import Storages, unsafe_globals
 from fabric_init.checkpoints.reader import BaseReader, TensorSpec
 from fabric_init.checkpoints.region import Region, is_below, take
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE, OPTIMIZER_PARTS, Location, choose_state_dict, describe
 from fabric_init.checkpoints.storage.local import FileBytes, Opener, open_bytes
 from fabric_init.checkpoints.storage.remote import AnyPath, as_path
-from fabric_init.errors import CheckpointFormatError, FabricInitError, OutOfMemoryError, is_out_of_memory
+from fabric_init.errors import CheckpointFormatError
 
 _ZIP_MAGIC = b"PK\x03\x04"
 
@@ -92,8 +92,7 @@ class TorchFileReader(BaseReader):
                 for name, part in _parts(key, value):
                     self._tensors[checked_key(self.path, name, part, self._archive)] = part.detach()
             elif isinstance(key, str) and key.endswith(EXTRA_STATE):
-                with corruption_of(self.path):
-                    extra_state[key] = value if self._archive is None else self._archive.with_values(value)
+                extra_state[key] = value if self._archive is None else self._archive.with_values(value)
         self.extra_state = extra_state
         self.metadata = getattr(state, "_metadata", None)
         self.specs = {key: TensorSpec(value.shape, value.dtype) for key, value in self._tensors.items()}
@@ -102,8 +101,7 @@ class TorchFileReader(BaseReader):
         """Return the tensor, or a region of it, on the CPU. Raises ``KeyError`` for an unknown key."""
         self.spec(key)
         if self._archive is not None:
-            with corruption_of(self.path):
-                return self._archive.read(self._tensors[key], region).detach()
+            return self._archive.read(self._tensors[key], region).detach()
         part = take(self._tensors[key], region).resolve_conj().resolve_neg()
         if self._copy:  # of the legacy format, all of which is in memory
             part = part.clone(memory_format=torch.contiguous_format)
@@ -145,22 +143,6 @@ def load_archive(file: FileBytes, stand_ins: StandIns = ()) -> tuple[TorchArchiv
             raise
 
 
-@contextmanager
-def corruption_of(path: AnyPath) -> Iterator[None]:
-    """Turn every error of the block into one that says that the file at ``path`` is corrupt."""
-    # A corrupt pickle calls allowed functions with wrong arguments: the error can be of any type.
-    try:
-        yield
-    except FabricInitError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise OutOfMemoryError(f"{path}: out of memory while reading it ({error}).") from error
-        if isinstance(error, QuantizedTensorError):
-            raise CheckpointFormatError(f"{path}: {error}.") from error
-        raise CheckpointFormatError(_corrupt(path, error)) from error
-
-
 def _is_legacy(path: AnyPath, head: bytes) -> bool:
     # A legacy file begins as a pickle of protocol 2 or later does.
     if not head.startswith((_ZIP_MAGIC, b"\x80")):
@@ -179,14 +161,6 @@ def _refuse_code(path: AnyPath, blocked: list[str]) -> None:
 
 def _named_global(error: Exception) -> list[str]:
     return re.findall(r" GLOBAL (\S+) ", str(error))
-
-
-def _corrupt(path: AnyPath, error: Exception) -> str:
-    reason = str(error).strip().split("\n")[-1][:300]
-    return (
-        f"{path} cannot be read as a file of torch.save: {reason} ({type(error).__name__}). If a download or copy was "
-        f"cut short, fetch it again; a TorchScript archive must be saved as a state dict first."
-    )
 
 
 _DEEPEST = 32
