@@ -351,6 +351,16 @@ def test_a_damaged_rank_of_deepspeed_is_named_and_shapes_are_still_shown(zero_2:
     assert "1 files *_optim_states.pt" in damage.message
 
 
+@pytest.mark.parametrize("shapes", [[("x",)], [{"x": 3}], [{"x": (2**40, 2**40)}], {"x": 1}, 5, None])
+def test_shapes_that_are_none_are_damage_of_a_deepspeed_folder(shapes: object, zero_2: Path, tmp_path: Path) -> None:
+    shutil.copytree(zero_2, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "step1" / "mp_rank_00_model_states.pt"
+    torch.save(torch.load(file) | {"param_shapes": shapes}, file)
+    contents = inspect(tmp_path)
+    assert [one.kind for one in contents.damage] == ["unreadable"]
+    assert {row.key for row in contents.tensors} == {name for name, _ in Model().named_parameters()}
+
+
 # -- digests -----------------------------------------------------------------------------------------------------------
 
 

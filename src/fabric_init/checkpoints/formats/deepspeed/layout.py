@@ -51,7 +51,7 @@ def locate(
     vectors = [
         [_vector(value, storages) for value in _list(optimizer.get(_VECTORS[stage]))] for optimizer in optimizers
     ]
-    groups = [_shapes(group, "param_shapes") for group in _list(states[0].get("param_shapes"))]
+    groups = parameter_shapes(states[0])
     parameters: dict[str, torch.Tensor | FlatShards] = {}
     parameters.update(_frozen(states, ranks if stage == 3 else 1, storages))
     if stage == 3:
@@ -62,6 +62,15 @@ def locate(
         if isinstance(name, str) and isinstance(other, str) and other in parameters:
             parameters[name] = parameters[other]
     return stage, parameters
+
+
+def parameter_shapes(state: Mapping[Any, Any]) -> list[dict[str, torch.Size]]:
+    """Return the shapes of the trained parameters by name, one dict a parameter group, as one rank's states have them.
+
+    Raises:
+        ValueError: there are none, or something else is in their place.
+    """
+    return [_shapes(group, "param_shapes") for group in _list(state.get("param_shapes"))]
 
 
 def _end_to_end(

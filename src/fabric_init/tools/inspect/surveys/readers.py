@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from fabric_init._text import dtype_name
+from fabric_init.checkpoints.formats.deepspeed.layout import parameter_shapes
 from fabric_init.checkpoints.formats.deepspeed.reader import STAND_INS, DeepSpeedFolderReader, states_in, tag_folder
 from fabric_init.checkpoints.formats.torch_save.reader import load_archive
 from fabric_init.checkpoints.reader import CheckpointReader
@@ -82,8 +84,9 @@ def _survey_damaged(folder: Path, error: CheckpointError) -> Survey:
         raise error
     if not survey.damage:
         survey.damage.append(Damage("unreadable", str(error)))
-    groups = first.get("param_shapes")
-    trained = {key: shape for group in groups for key, shape in group.items()} if isinstance(groups, list) else {}
+    trained: dict[str, torch.Size] = {}
+    with suppress(ValueError):  # what is damaged has been said
+        trained = {key: shape for group in parameter_shapes(first) for key, shape in group.items()}
     module = first.get("module")
     for key, value in (module if isinstance(module, dict) else {}).items():
         if isinstance(key, str) and isinstance(value, torch.Tensor):
