@@ -321,9 +321,9 @@ def prepare(example: Example, folder: Path) -> dict[str, Tensor]:
         model: nn.Module = Net()
         model.load_state_dict(state)
     else:
-        with deferred_init():
-            model = Net()
-        materialize(model)
+        if example.fault[1] == "two models in another order" and example.odd == 0:  # all have the seed of rank 0
+            _materialized(lambda: nn.Linear(2, 2))
+        model = _materialized(Net)
         model.load_state_dict(state if example.way == "partial" else {}, strict=False)
     return weights(model)
 
