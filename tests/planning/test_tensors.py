@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fabric_init import deferred_init, materialize
-from fabric_init.planning.tensors import TensorInfo, find_tensors
+from fabric_init.planning.tensors import TensorInfo, Walk, find_tensors, modules_once, named_modules, registered_tensors
 
 
 def slots(model: nn.Module) -> dict[str, TensorInfo]:
@@ -122,3 +122,25 @@ def test_no_tensor_stays_on_meta_wherever_the_constructor_put_it(hold) -> None:
         model = Model()
     materialize(model)
     assert torch.equal(found(model.held), torch.arange(3.0))
+
+
+def test_a_walk_finds_what_is_found_without_one() -> None:
+    model = Everything()
+    walk = Walk(model)
+    assert walk.named == named_modules(model)
+    assert walk.once == modules_once(model)
+    assert [name for name, _ in walk.named] == [name for name, _ in model.named_modules(remove_duplicate=False)]
+    for (name, kind, tensor), (other, its_kind, its) in zip(walk.registered, registered_tensors(model), strict=True):
+        assert (name, kind) == (other, its_kind)
+        assert tensor is its
+    assert walk.tensors[: len(walk.registered)] == walk.registered
+    assert [info for info, _ in find_tensors(walk)] == [info for info, _ in find_tensors(model)]
+
+
+def test_a_walk_tells_what_the_model_held_then() -> None:
+    model = Everything()
+    walk, before = Walk(model), model.linear.weight
+    model.linear.weight = nn.Parameter(torch.zeros(2, 2))
+    assert any(tensor is before for _, _, tensor in walk.registered)
+    assert not any(tensor is model.linear.weight for _, _, tensor in walk.registered)
+    assert any(tensor is model.linear.weight for _, _, tensor in Walk(model).registered)

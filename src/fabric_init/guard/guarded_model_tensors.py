@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fabric_init.guard.before_forward import guard_forward, release_forward
 from fabric_init.guard.waiting_tensors import (
-    own_tensors,
     unfilled,
 )
 from fabric_init.planning.placement import Placement, WholeTensors
@@ -39,10 +38,12 @@ class GuardedModelTensors:
             self._infos = {info.ref.storage: info for info, _ in find_tensors(walk) if info.ref is not None}
         self._name = type(walk.model).__name__
         self._all = [
-            (weakref.ref(module), name, storage)
+            (reference, name, storage)
             for _, module in walk.once
-            if module._parameters or module._buffers
-            for name, tensor in own_tensors(module)
+            for table in (module._parameters, module._buffers)
+            if table and (reference := weakref.ref(module))
+            for name, tensor in table.items()
+            if tensor is not None
             for storage in _storages_of(tensor)
         ]
 

@@ -67,12 +67,12 @@ class _BeforeLoad:
 def watch_loads(model: Walked, complete: Complete) -> None:
     """Let ``load_state_dict`` of ``model``, or of modules in it, complete what it did not bring."""
     for _, module in modules_once(model):
-        worth_it = module._modules or module._parameters or module._buffers or takes_extra_state(module)
+        worth_it = module._parameters or module._modules or module._buffers or takes_extra_state(module)
         attributes = vars(module)
         if worth_it and _COMPLETE not in attributes and not isinstance(module, torch.jit.ScriptModule):  # no hooks
             attributes[_COMPLETE] = complete
-            for table, hook in zip(_hooks(module), (_BeforeLoad(module), _after_load), strict=True):
-                table[_COMPLETE] = hook  # as torch does, at a tenth of the cost
+            before, after = _hooks(module)
+            before[_COMPLETE], after[_COMPLETE] = _BeforeLoad(module), _after_load  # torch's way costs ten times that
 
 
 def _hooks(module: nn.Module) -> tuple[Any, Any]:

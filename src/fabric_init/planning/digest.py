@@ -14,6 +14,8 @@ from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.recording.tape.liveness import live_ops
 from fabric_init.recording.tape.tape import Constant, Op, Tape, TensorRef
 
+_PLAIN = (int, float, complex, str, bool, torch.dtype)
+
 
 def plan_lines(prepared: PreparedPlan, *, sharded: bool | None = None) -> dict[str, str]:
     """Return for each tensor of a plan, by name, a text that differs where ranks would not give it the same.
@@ -79,6 +81,8 @@ class _Values:
         return f"{self._streams[op.draw.stream]} {op.draw.position}"  # the seed becomes that of the first rank
 
     def _in(self, value: Any) -> str:
+        if value is None or type(value) in _PLAIN:  # most are
+            return repr(value)
         if isinstance(value, TensorRef):
             return self.text(value)
         if isinstance(value, Constant):
@@ -86,12 +90,10 @@ class _Values:
         if isinstance(value, torch.device):
             return value.type  # its number is the rank's own
         if isinstance(value, Mapping):
-            return " ".join(f"{key}={self._in(its)}" for key, its in value.items())
+            return " ".join([f"{key}={self._in(its)}" for key, its in value.items()])
         if isinstance(value, (list, tuple)):
-            return f"({' '.join(map(self._in, value))})"
-        if value is None or isinstance(value, (int, float, complex, str, torch.dtype)):
-            return repr(value)
-        return type(value).__name__
+            return f"({' '.join([self._in(each) for each in value])})"
+        return repr(value) if isinstance(value, _PLAIN) else type(value).__name__
 
     def _constant(self, tensor: torch.Tensor) -> str:
         if id(tensor) not in self._constants:

@@ -71,7 +71,7 @@ class History(NamedTuple):
         if self.slot.ref is None or self.tape is None:
             return False
         winner = self.winner
-        if winner is not None and winner.whole and next(winner.op.reads(), None) is None:
+        if winner is not None and winner.whole and not winner.op.reads():
             return False  # the usual case, decided without the tape
         return never_written(self.tape, self.slot.ref)
 
@@ -138,7 +138,7 @@ def events_backward(tape: Tape, ref: TensorRef, before: int | None = None) -> It
 
 
 def _copied_from(op: Op) -> TensorRef | None:
-    return next(op.reads(), None) if only_copies(op.func) else None
+    return next(iter(op.reads()), None) if only_copies(op.func) else None
 
 
 def byte_span(ref: TensorRef) -> tuple[int, int]:

@@ -46,6 +46,8 @@ class LocalLoader:
         self._reader = reader
 
     def check_ties(self, plan: Plan, placement: Placement) -> None:
+        if not any(len(entry.keys) > 1 for entry in plan.entries):
+            return
         for load in loads(plan, placement):
             if len(load.entry.keys) > 1:
                 first, *others = load.entry.keys

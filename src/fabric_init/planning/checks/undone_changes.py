@@ -26,14 +26,14 @@ def check_nothing_is_undone(entries: Sequence[PlanEntry], tapes: Mapping[int, Ta
         CheckpointMismatchError: Some do; the message names the first.
     """
     initialized = [e.slot for e in entries if e.slot.ref is not None and e.slot.saved and e.action is Action.INIT]
-    if not initialized:
-        return
     loaded = [
         (entry.slot, entry.slot.ref)
         for entry in entries
         # buffers may follow one another in a circle, as spectral_norm's do
         if entry.action is Action.LOAD and entry.slot.kind == "parameter" and entry.slot.ref is not None
     ]
+    if not initialized or not loaded:
+        return
     computed = list(_computed_from(initialized, loaded, tapes))
     if computed:
         raise CheckpointMismatchError(

@@ -61,6 +61,8 @@ def in_part(entries: Iterable[PlanEntry], missing: Iterable[str]) -> list[str]:
     Besides those of one module, these are the numbered modules of one list (layers, experts) that lack all of theirs.
     """
     absent = set(missing)
+    if not absent:
+        return []
     loaded: defaultdict[str, list[str]] = defaultdict(list)
     lacking: defaultdict[str, list[str]] = defaultdict(list)
     with_loads: set[str] = set()

@@ -59,16 +59,20 @@ class BuiltModules:
     def _notice(self, module: nn.Module, name: str, value: Any) -> None:
         if threading.get_ident() != self._thread:
             return
-        self._see(module)
+        known = self._seen.get(id(module))
+        if known is None or known() is not module:
+            self._see(module)
         if isinstance(value, Tensor):
             note_registered(value, module._parameters.get(name))
 
     def _see(self, module: nn.Module) -> None:
         known = self._seen.get(id(module))
-        if known is None or known() is not module:
-            self._seen.pop(id(module), None)  # of a module that is gone
-            self._seen[id(module)] = weakref.ref(module)
+        if known is not None:
+            if known() is module:
+                return
+            del self._seen[id(module)]  # of a module that is gone
             self._originals.pop(id(module), None)
+        self._seen[id(module)] = weakref.ref(module)
 
     def notice_copy(self, copied: nn.Module, original: int) -> None:
         """Notice a deep copy of the module whose id is ``original``."""

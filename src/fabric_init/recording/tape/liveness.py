@@ -19,8 +19,15 @@ def covers(tape: Tape, ref: TensorRef) -> bool:
     """Return whether ``ref`` spans every byte of its storage exactly once."""
     if ref.nbytes != tape.storages[ref.storage].nbytes:
         return False
+    return _is_dense(reversed(ref.stride), reversed(ref.size)) or _is_dense(
+        *zip(*sorted(zip(ref.stride, ref.size, strict=True)), strict=True)
+    )
+
+
+def _is_dense(strides: Iterable[int], sizes: Iterable[int]) -> bool:
+    """Return whether elements are in memory one behind the other; the innermost dimension comes first."""
     expected = 1
-    for stride, size in sorted(zip(ref.stride, ref.size, strict=True)):
+    for stride, size in zip(strides, sizes, strict=True):
         if size != 1:
             if stride != expected:
                 return False
@@ -30,12 +37,14 @@ def covers(tape: Tape, ref: TensorRef) -> bool:
 
 def writes_whole(tape: Tape, op: Op, storage: int) -> bool:
     """Return whether ``op`` sets all of ``storage`` to values that do not depend on its old ones."""
-    if any(ref.storage == storage for ref in op.outputs):
-        return True
+    for ref in op.outputs:
+        if ref.storage == storage:
+            return True
     if not overwrites(op.func):
         return False
-    if any(ref.storage == storage for ref in op.reads()):
-        return False
+    for ref in op.reads():
+        if ref.storage == storage:
+            return False
     return any(ref.storage == storage and covers(tape, ref) for ref in op.targets)
 
 
@@ -96,12 +105,9 @@ def live_ops(
             if limit is not None and index >= limit:
                 continue
             op = tape.ops[index]
-            here = {ref for ref in op.targets if ref.storage == storage}
-            if here and here <= overwritten:
+            if overwritten and (here := _on(op.targets, storage)) and here <= overwritten:
                 skipped.add(storage)
                 continue
-            if overwrites(op.func):
-                overwritten |= here
             if (storage, index) not in seen:
                 seen.add((storage, index))
                 op_work.append(index)
@@ -109,7 +115,13 @@ def live_ops(
                 break  # otherwise an earlier walk has left out ops that this one may need
             if writes_whole(tape, op, storage):
                 break
+            if overwrites(op.func):
+                overwritten |= _on(op.targets, storage)
     return live
+
+
+def _on(refs: Iterable[TensorRef], storage: int) -> set[TensorRef]:
+    return {ref for ref in refs if ref.storage == storage}
 
 
 def computed_from(tape: Tape, storage: int, others: Collection[int], *, copies: bool, exact: bool = False) -> set[int]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -57,7 +57,7 @@ class TensorRef(NamedTuple):
     @property
     def expanded(self) -> bool:
         """Whether several of its elements are at one place in memory."""
-        return any(stride == 0 and size > 1 for stride, size in zip(self.stride, self.size, strict=True))
+        return 0 in self.stride and any(not stride and n > 1 for stride, n in zip(self.stride, self.size, strict=True))
 
     @property
     def row_major(self) -> bool:
@@ -155,19 +155,19 @@ class Op(NamedTuple):
     source: CallSite | None
     default_dtype: torch.dtype | None = None  # set if the result's dtype was torch's default dtype
 
-    def refs(self) -> Iterator[TensorRef]:
-        """Yield every recorded tensor among the arguments, read or written."""
-        return _refs_in(itertools.chain(self.args, self.kwargs.values()))
+    def refs(self) -> list[TensorRef]:
+        """Return every recorded tensor among the arguments, read or written."""
+        return _refs_in((*self.args, *self.kwargs.values()))
 
-    def reads(self) -> Iterator[TensorRef]:
+    def reads(self) -> list[TensorRef]:
         """Return the recorded tensors whose old values the call needs."""
         if asks_shape_only(self.func):
-            return iter(())
+            return []
         if not overwrites(self.func):
             return self.refs()
         positions, names = written_arguments(self.func)
         kept = [value for position, value in enumerate(self.args) if position not in positions]
-        return _refs_in(itertools.chain(kept, (value for name, value in self.kwargs.items() if name not in names)))
+        return _refs_in((*kept, *(value for name, value in self.kwargs.items() if name not in names)))
 
     def text(self, names: Mapping[int, str]) -> str:
         """Return the call in one line, with the names that ``names`` has for storages.
@@ -195,12 +195,15 @@ def _value_text(value: Any, names: Mapping[int, str]) -> str:
     return f"{value:g}" if type(value) is float else str(value) if isinstance(value, torch.device) else repr(value)
 
 
-def _refs_in(values: Iterable[Any]) -> Iterator[TensorRef]:
+def _refs_in(values: Iterable[Any]) -> list[TensorRef]:
+    found: list[TensorRef] = []
     for value in values:
-        if isinstance(value, TensorRef):
-            yield value
-        elif type(value) in (list, tuple):
-            yield from _refs_in(value)
+        kind = type(value)
+        if kind is TensorRef:
+            found.append(value)
+        elif kind is list or kind is tuple:
+            found += _refs_in(value)
+    return found
 
 
 def on_other_storages(value: Any, other: Callable[[int], int]) -> Any:
@@ -225,7 +228,7 @@ class ValueRead(NamedTuple):
 
     def refs(self) -> tuple[TensorRef, ...]:
         """Return the recorded tensors whose values were looked at."""
-        return tuple(_refs_in(itertools.chain(self.args, self.kwargs.values())))
+        return tuple(_refs_in((*self.args, *self.kwargs.values())))
 
 
 class LoadedStorage(NamedTuple):
@@ -262,6 +265,7 @@ class Tape:
         self.overruled: dict[int, int] = {}  # those of them that got values, so their own init is not what they hold
         self.records: dict[int, weakref.ref[Any]] = {}  # tags by storage: alive as long as a tensor is on it
         self.after_block: Any = None  # answers for recorded tensors when no block is open
+        self.is_current = True  # whether no later tape has taken this one in
         self._joined: Tape | None = None
 
     def summary(self) -> str:
@@ -307,7 +311,7 @@ class Tape:
         later.made_of.update(self.made_of)
         if self.after_block is not None and later.after_block is not None:
             self.after_block.join(later.after_block)
-        self._joined = later
+        self._joined, self.is_current = later, False
 
     def add_storage(self, nbytes: int, device: torch.device) -> int:
         number = next(_numbers)

@@ -33,7 +33,8 @@ class StorageTag:
 
     @property
     def tape(self) -> Tape:
-        return self.first_tape.current()
+        tape = self.first_tape
+        return tape if tape.is_current else tape.current()
 
     @property
     def device(self) -> torch.device:
