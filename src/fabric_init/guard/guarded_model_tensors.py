@@ -18,10 +18,12 @@ from fabric_init.planning.tensors import (
     Walk,
     find_tensors,
 )
+from fabric_init.recording.tape.tape import TensorRef
 from fabric_init.recording.tensor.recorded_tensor import (
     RecordedTensor,
     become,
     recorded,
+    recorded_ref,
 )
 from fabric_init.recording.tensor.wrappers import recorded_parts
 from fabric_init.reports.registry import note_status
@@ -38,13 +40,13 @@ class GuardedModelTensors:
             self._infos = {info.ref.storage: info for info, _ in find_tensors(walk) if info.ref is not None}
         self._name = type(walk.model).__name__
         self._all = [
-            (reference, name, storage)
+            (reference, name, ref)
             for _, module in walk.once
             for table in (module._parameters, module._buffers)
             if table and (reference := weakref.ref(module))
             for name, tensor in table.items()
             if tensor is not None
-            for storage in _storages_of(tensor)
+            for ref in _refs_of(tensor)
         ]
 
     # Most models are filled as a whole, and nobody asks where one tensor of theirs is.
@@ -53,17 +55,17 @@ class GuardedModelTensors:
     def _places(self) -> dict[int, list[tuple[weakref.ref[nn.Module], str]]]:
         """By storage."""
         places: dict[int, list[tuple[weakref.ref[nn.Module], str]]] = {}
-        for reference, name, storage in self._all:
-            places.setdefault(storage, []).append((reference, name))
+        for reference, name, ref in self._all:
+            places.setdefault(ref.storage, []).append((reference, name))
         return places
 
     @cached_property
-    def _storages(self) -> dict[tuple[int, str], list[int]]:
+    def _refs(self) -> dict[tuple[int, str], list[TensorRef]]:
         """By id of the module, and name."""
-        storages: dict[tuple[int, str], list[int]] = {}
-        for reference, name, storage in self._all:
-            storages.setdefault((id(reference()), name), []).append(storage)
-        return storages
+        refs: dict[tuple[int, str], list[TensorRef]] = {}
+        for reference, name, ref in self._all:
+            refs.setdefault((id(reference()), name), []).append(ref)
+        return refs
 
     @cached_property
     def _left(self) -> set[int]:
@@ -108,11 +110,11 @@ class GuardedModelTensors:
             if tensor is not None:
                 yield tensor
 
-    def at(self, module: nn.Module, name: str) -> Iterator[int]:
-        """Yield the storages that the tensor ``name`` of ``module`` was on."""
-        for storage in self._storages.get((id(module), name), ()):
-            if any(reference() is module for reference, key in self._places[storage] if key == name):
-                yield storage
+    def at(self, module: nn.Module, name: str) -> Iterator[TensorRef]:
+        """Yield the places that the tensor ``name`` of ``module`` had on the tape."""
+        for ref in self._refs.get((id(module), name), ()):
+            if any(reference() is module for reference, key in self._places[ref.storage] if key == name):
+                yield ref
 
     def recorded(self, storage: int) -> Iterator[Tensor]:
         """Yield those of them that are still on ``storage``."""
@@ -134,7 +136,8 @@ class GuardedModelTensors:
         return self._name, names
 
 
-def _storages_of(tensor: Tensor) -> set[int]:
+def _refs_of(tensor: Tensor) -> set[TensorRef]:
     if type(tensor) is RecordedTensor:  # nearly all
-        return set() if (found := recorded(tensor)) is None else {found.storage}
-    return {found.storage for part in recorded_parts(tensor) if (found := recorded(part)) is not None}
+        return set() if (found := recorded(tensor)) is None else {recorded_ref(tensor, found.storage)}
+    both = ((part, found) for part in recorded_parts(tensor) if (found := recorded(part)) is not None)
+    return {recorded_ref(part, found.storage) for part, found in both}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from fabric_init.checkpoints.region import Box
+from fabric_init.recording.after_block.waiting_storages import Waiting
 from fabric_init.recording.tape.liveness import is_final
 from fabric_init.recording.tape.op_properties import asks_shape_only, only_copies, traits
 from fabric_init.recording.tape.tape import Op, Tape, TensorRef
@@ -21,7 +22,7 @@ def wholes_of(tape: Tape, ref: TensorRef, shape: torch.Size) -> Iterator[tuple[T
     found: list[tuple[TensorRef, Box | None]] = []
     before: int | None = None
     while True:
-        named = tape.after_block.waiting.refs.get(ref.storage)
+        named = _named(tape, ref, shape)
         writers = tape.writers.get(ref.storage, ())
         op = tape.ops[writers[-1]] if writers else None
         written = (
@@ -42,6 +43,15 @@ def wholes_of(tape: Tape, ref: TensorRef, shape: torch.Size) -> Iterator[tuple[T
                 yield from found
             return
         ref, before = source, op.number
+
+
+def _named(tape: Tape, ref: TensorRef, shape: torch.Size) -> TensorRef | None:
+    """Return what waits on the storage of ``ref``; of several tensors, the one of ``shape`` that it is part of."""
+    waiting: Waiting = tape.after_block.waiting
+    for each in waiting.views.get(ref.storage, ()):
+        if each.size == shape and _start_in(each, ref) is not None:
+            return each
+    return waiting.refs.get(ref.storage)
 
 
 def nearest_whole(tape: Tape, ref: TensorRef, shape: torch.Size) -> tuple[TensorRef, Box | None] | None:

@@ -175,9 +175,11 @@ def recorded_at(module: nn.Module, key: str, tapes: Collection[Tape]) -> Iterato
     """Yield what was recorded as tensor ``key`` of ``module`` before the model was sharded."""
     for tape in tapes:
         for owners in tape.after_block.owners:
-            for storage in owners.at(module, key):
-                if storage in tape.after_block.waiting.refs:
-                    yield tape.after_block.waiting.refs[storage], tape
+            for ref in owners.at(module, key):
+                if ref.storage in tape.after_block.waiting.views:
+                    yield ref, tape
+                elif ref.storage in tape.after_block.waiting.refs:
+                    yield tape.after_block.waiting.refs[ref.storage], tape
 
 
 def _origins(place: TableEntry, tapes: Collection[Tape]) -> tuple[list[TensorRef], Tape]:
@@ -201,7 +203,11 @@ def _origins(place: TableEntry, tapes: Collection[Tape]) -> tuple[list[TensorRef
             tape.after_block.waiting.take_place(boxes[-1][0].storage, found.storage)
             return [whole for whole, _ in boxes], tape
         if tape.after_block.waiting.origin(found.storage) != found.storage:
-            raise RecordingError(f"the shard of {place.name} was changed after the model was sharded. {_FIX}")
+            raise RecordingError(
+                f"the shard of {place.name} was changed after the model was sharded, or the whole tensor was computed "
+                "from others after the recorded block (by torch.nn.utils.vector_to_parameters, say). Do that in the "
+                "block, or once the model has values."
+            )
     else:  # nothing was copied there
         for whole, tape in recorded_at(place.module, place.key, tapes):
             if whole.size == sharded.shape:

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from fabric_init.recording.tape.tape import TensorRef
+
 
 class ModelTensors(Protocol):
     """Where the tensors of a living model are, by recorded storage."""
@@ -27,8 +29,8 @@ class ModelTensors(Protocol):
         """Yield what is today where tensors on ``storage`` were."""
         ...
 
-    def at(self, module: nn.Module, name: str) -> Iterator[int]:
-        """Yield the storages that the tensor ``name`` of ``module`` was on."""
+    def at(self, module: nn.Module, name: str) -> Iterator[TensorRef]:
+        """Yield the places that the tensor ``name`` of ``module`` had on the tape."""
         ...
 
     def recorded(self, storage: int) -> Iterator[Tensor]:

@@ -34,6 +34,7 @@ class Waiting:
         self._tape = weakref.ref(tape)
         self.names: dict[int, tuple[str, str]] = {}  # by storage: the class of the model, and the tensor's name
         self.refs: dict[int, TensorRef] = {}  # by storage: the tensor that waits
+        self.views: dict[int, list[TensorRef]] = {}  # by storage: all of them, where several share it
         self.statuses: dict[int, str] = {}  # what those are reported as that have got their values
         self.fix = THREE_WAYS
         self.parts: set[int] = set()  # shards that are in the place of a whole tensor, which may be kept elsewhere
@@ -52,6 +53,7 @@ class Waiting:
         self.fix = earlier.fix
         self.names.update(earlier.names)
         self.refs.update(earlier.refs)
+        self.views.update(earlier.views)
         self.statuses.update(earlier.statuses)
         self._origins.update(earlier._origins)
         self.parts |= earlier.parts
@@ -59,15 +61,15 @@ class Waiting:
 
     def begin(self, storage: int, model: str, name: str, ref: TensorRef | None = None) -> None:
         """Let a storage wait from now on; ``ref`` is the tensor of that name on it."""
-        if ref is not None:
-            self.refs.setdefault(storage, ref)
+        if ref is not None and self.refs.setdefault(storage, ref) != ref:
+            self.views.setdefault(storage, [self.refs[storage]]).append(ref)
         self.tape.waits.setdefault(storage, now())
         if storage not in self.names or self.names[storage][0] != model:
             self.names[storage] = model, name  # of ties the first name
 
     def forget(self, storage: int) -> None:
         """Let ``storage`` wait for nothing by itself: it is a copy of another one from now on."""
-        for table in (self.tape.waits, self.names, self.refs, self._origins, self._written):
+        for table in (self.tape.waits, self.names, self.refs, self.views, self._origins, self._written):
             table.pop(storage, None)
         self.parts.discard(storage)
 
