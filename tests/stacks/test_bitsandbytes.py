@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import os
 import subprocess
 import sys
@@ -20,7 +21,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fabric_init import CheckpointMismatchError, Fabric, FabricInitError, deferred_init, init_report, materialize
+from fabric_init import (
+    CheckpointMismatchError,
+    Fabric,
+    FabricInitError,
+    UninitializedTensorError,
+    deferred_init,
+    init_report,
+    materialize,
+)
 from tests.support.ranks import run_ranks
 
 WIDTH, TOKENS = 64, 32
@@ -173,6 +182,29 @@ def test_what_was_saved_quantized_is_loaded(
     report = materialize(model, checkpoint=tmp_path / "packed.safetensors")
     assert_as_plain(model, wanted)
     assert {row.status for row in report.rows} == {"loaded"}
+
+
+def scales(model: Model) -> list[Tensor]:
+    weight: Any = model.up.weight
+    if isinstance(weight, bitsandbytes.nn.Int8Params):
+        return [weight.SCB]
+    state = weight.quant_state
+    return [state.absmax, state.offset, state.state2.absmax] if state.nested else [state.absmax]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scales_of_weights_that_wait_wait_too(kind: str, file: Path) -> None:
+    model = recorded(kind, moved=True)
+    for scale in scales(model):
+        with pytest.raises(UninitializedTensorError, match=r"up\.weight"):
+            scale.tolist()
+        with pytest.raises(UninitializedTensorError, match=r"up\.weight"):
+            (scale + 1).sum().item()
+        with pytest.raises(UninitializedTensorError, match=r"up\.weight"):
+            torch.save(scale, io.BytesIO())
+    materialize(model, checkpoint=file)
+    for found, wanted in zip(scales(model), scales(plain(kind, load_file(file))), strict=True):
+        assert torch.equal(found, wanted)
 
 
 class WithCopies(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parameter import is_lazy
@@ -18,6 +20,7 @@ from fabric_init.planning.tensors import (
 )
 from fabric_init.recording.after_block.dispatch import AfterBlock
 from fabric_init.recording.after_block.waiting_storages import THREE_WAYS, Waiting
+from fabric_init.recording.tape.liveness import computed_from
 from fabric_init.recording.tensor.recorded_tensor import (
     RecordedTensor,
     claim,
@@ -41,6 +44,7 @@ def guard_model(
         placement: how its strategy keeps tensors that get values; ``None`` if that is not known yet.
     """
     walk, laters, cls = walked(model), dict[int, AfterBlock](), type(model.model if isinstance(model, Walk) else model)
+    packed: dict[str, StorageTag] = {}
     for name, kind, tensor in named_tensors(walk):
         if not isinstance(tensor, RecordedTensor):
             with DisableTorchFunction(), torch.no_grad():
@@ -55,6 +59,10 @@ def guard_model(
             later: AfterBlock = found.tape.after_block
             if kind in ("parameter", "buffer") and found.memory is None:
                 _let_wait(part, found, cls.__name__, name, of_wrapper=part is not tensor)
+                if found.storage in found.tape.made_of:
+                    packed[name] = found
+            elif packed and kind == "attribute":
+                _let_wait_beside(found, name, packed)
             if id(later) not in laters:
                 laters[id(later)] = later
                 later.gives_memory, later.waiting.fix = gives_memory, fix
@@ -74,3 +82,14 @@ def _let_wait(part: RecordedTensor, found: StorageTag, model: str, name: str, *,
     plain = found.tape.made_of.get(found.storage) if of_wrapper else None
     if plain is not None:
         waiting.begin(plain.storage, model, name, plain)
+
+
+def _let_wait_beside(found: StorageTag, name: str, packed: Mapping[str, StorageTag]) -> None:
+    """Let what a packed parameter has in its attributes, computed from the same plain one, wait as long as it does."""
+    while name and name not in packed:
+        name = name.rpartition(".")[0]
+    if not name:
+        return
+    its = packed[name]
+    if computed_from(found.tape, found.storage, {its.tape.made_of[its.storage].storage}, copies=False):
+        its.tape.after_block.waiting.beside[found.storage] = its.storage

@@ -38,6 +38,7 @@ class Waiting:
         self.statuses: dict[int, str] = {}  # what those are reported as that have got their values
         self.fix = THREE_WAYS
         self.parts: set[int] = set()  # shards that are in the place of a whole tensor, which may be kept elsewhere
+        self.beside: dict[int, int] = {}  # what is made with one that waits, such as scales of packed weights
         self._origins: dict[int, int] = {}  # the storage that one has taken the place of
         self._written: dict[int, Tensor] = {}  # by storage: which elements were, of those that wait
 
@@ -54,6 +55,7 @@ class Waiting:
         self.names.update(earlier.names)
         self.refs.update(earlier.refs)
         self.views.update(earlier.views)
+        self.beside.update(earlier.beside)
         self.statuses.update(earlier.statuses)
         self._origins.update(earlier._origins)
         self.parts |= earlier.parts
@@ -163,6 +165,10 @@ class Waiting:
                 continue
             seen.add((storage, limit))
             if storage in brought and (limit is None or limit > brought[storage].since):
+                continue
+            whole = self.beside.get(storage)
+            if whole is not None and whole in waits and (limit is None or limit > waits[whole]):
+                found[whole] = None
                 continue
             since = waits.get(storage)
             if since is None and limit is not None:
