@@ -60,13 +60,6 @@ class RecordingMixin(_Base):
         with deferred_init(), self._fills_on() or nullcontext(), self.precision_plugin.tensor_init_context():
             yield
 
-    @contextmanager
-    def model_sharded_context(self) -> Iterator[None]:
-        """Leave what is recorded to ``setup``, which has the values, where ZeRO-3 would partition it as it is built."""
-        leave = active() is not None and getattr(self, "zero_stage_3", False)
-        with nullcontext() if leave else super().model_sharded_context():
-            yield
-
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read what ``ckpt_path`` names, after what was declared, unless it will bring all of that anyway."""
         model = self.lightning_module
@@ -104,15 +97,31 @@ class RecordingMixin(_Base):
 
     def _partitions_by(self) -> Mapping[str, Any] | None:
         """Return the configuration by which DeepSpeed partitions parameters; ``None`` if it does not."""
-        theirs: Any = self
-        if not getattr(theirs, "zero_stage_3", False):
-            return None
-        theirs._init_config_if_needed()  # as their own setup does first; checked on Lightning 2.6.6
-        config: Mapping[str, Any] = theirs.config
-        return config
+        return None
 
     def _fills_on(self) -> torch.device | None:
         return None if "FSDPStrategy" in _names(self) else self.root_device  # FSDP moves what it has cut
+
+
+class PartitioningMixin(RecordingMixin):
+    """The same for DeepSpeed's, which may partition parameters. Lightning asks whether a strategy has this context."""
+
+    zero_stage_3: bool
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Leave what is recorded to ``setup``, which has the values, where ZeRO-3 would partition it as it is built."""
+        leave = active() is not None and self.zero_stage_3
+        with nullcontext() if leave else super().model_sharded_context():
+            yield
+
+    def _partitions_by(self) -> Mapping[str, Any] | None:
+        if not self.zero_stage_3:
+            return None
+        theirs: Any = self
+        theirs._init_config_if_needed()  # as their own setup does first; checked on Lightning 2.6.6
+        config: Mapping[str, Any] = theirs.config
+        return config
 
 
 def _is_loaded_whole(model: LightningModule) -> bool:
@@ -140,7 +149,8 @@ def let_record(strategy: Any, declared: Declared) -> None:
 
 @cache
 def _recording(theirs: Any) -> Any:
-    return type(theirs.__name__, (RecordingMixin, theirs), {"__module__": theirs.__module__})
+    ours = PartitioningMixin if hasattr(theirs, "zero_stage_3") else RecordingMixin
+    return type(theirs.__name__, (ours, theirs), {"__module__": theirs.__module__})
 
 
 def _new(theirs: type) -> Any:
