@@ -70,6 +70,8 @@ DispatchModeKey = torch._C._TorchDispatchModeKey
 get_current_function_mode_stack: Callable[[], list[torch.overrides.TorchFunctionMode]] = (
     torch.overrides._get_current_function_mode_stack
 )
+# What function modes hear when torch.no_grad() begins and ends. Checked on torch 2.13.0.
+set_grad_enabled = torch._C._set_grad_enabled
 # Its CURRENT_DEVICE is the default device, without the cost of asking for it. Checked on torch 2.13.0.
 default_device = torch.utils._device
 

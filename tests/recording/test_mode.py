@@ -272,3 +272,38 @@ def test_the_recording_goes_when_its_tensors_go() -> None:
     del tape, model
     gc.collect()
     assert len(gc.get_referrers(watched[0])) <= 1  # the list here
+
+
+class Filled(nn.Module):
+    """Fills in place with numbers, tensors and keywords, of views and as itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(4, 3))
+        with torch.no_grad():
+            self.weight.zero_()
+            self.weight[1].fill_(2)
+            self.weight[2].fill_(torch.tensor(3.5))
+            self.weight[3].fill_(value=-1)
+        self.bias = nn.Parameter(torch.empty(3))
+        self.bias.data.fill_(True)
+        self.register_buffer("steps", torch.empty(2, dtype=torch.int64).fill_(7.9))
+
+
+def test_fills_in_place_are_recorded_without_the_dispatcher_and_have_their_values() -> None:
+    eager = Filled().state_dict()
+    with deferred_init():
+        model = Filled()
+    tape = recorded(model.weight).tape  # type: ignore[union-attr]
+    lines = {op.source.line for op in tape.ops.values() if str(op.func).startswith(("aten.fill_", "aten.zero_"))}
+    assert len(lines) == 6
+    materialize(model)
+    assert all(torch.equal(value, eager[name]) for name, value in model.state_dict().items())
+
+
+def test_a_fill_that_autograd_refuses_is_refused_in_a_block() -> None:
+    for fill in (lambda weight: weight.fill_(1), lambda weight: weight[0].zero_(), lambda weight: weight.zero_()):
+        with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+            fill(nn.Parameter(torch.empty(2, 2)))
+        with pytest.raises(RuntimeError, match="leaf Variable that requires grad"), deferred_init():
+            fill(nn.Parameter(torch.empty(2, 2)))

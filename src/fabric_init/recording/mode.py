@@ -26,6 +26,7 @@ from fabric_init._torch_internals import (
     DisableTorchFunctionSubclass,
     get_current_function_mode_stack,
     no_grad_trunc_normal_,
+    set_grad_enabled,
 )
 from fabric_init.recording.after_block.dispatch import AfterBlock
 from fabric_init.recording.after_block.functions import asks_for_values, take_own_part
@@ -35,6 +36,7 @@ from fabric_init.recording.in_block.init_calls import init_call
 from fabric_init.recording.in_block.recorder import Recorder
 from fabric_init.recording.in_block.tape_writer import Shards
 from fabric_init.recording.replay.replay import real_execution
+from fabric_init.recording.replay.tracing import is_jit_traced
 from fabric_init.recording.tape.op_properties import INIT_FUNCTIONS
 from fabric_init.recording.tape.tape import Rng, Tape, check_rng
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, claim_all, recorded
@@ -98,6 +100,8 @@ class RecordMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is set_grad_enabled:  # each torch.no_grad() asks twice
+            return func(*args)
         if types and types != _RECORDED_ALONE and not all(issubclass(kind, Tensor) for kind in types):
             return func(*args, **(kwargs or {}))  # a proxy of torch.fx, say, which has an answer of its own
         if self.tape.has_plain:
@@ -163,7 +167,28 @@ def _is_meta(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[
     return False
 
 
+def _filling(op: Any) -> Handler:
+    """Return a handler that writes ``op``, an in-place fill, to the tape without going through the dispatcher."""
+
+    def handler(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        tensor = args[0]
+        if not isinstance(tensor, RecordedTensor):
+            return func(*args, **kwargs)
+        with DisableTorchFunction():
+            refused = torch.is_grad_enabled() and tensor.requires_grad  # plain PyTorch may have an error for that
+            found = recorder.lookup(tensor)
+            has_number = all(type(value) in (bool, int, float) for value in args[1:])
+            if found and found.memory is None and has_number and not (kwargs or refused or is_jit_traced()):
+                return recorder.fill(op, args, {}, sys._getframe(2))
+        with DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    return handler
+
+
 _HANDLERS: dict[Any, Handler] = {
+    Tensor.fill_: _filling(torch.ops.aten.fill_.Scalar),
+    Tensor.zero_: _filling(torch.ops.aten.zero_.default),
     **dict.fromkeys(_INIT_WITH_MODE.values(), _init_function),
     Tensor.is_meta.__get__: _is_meta,  # type: ignore[attr-defined]
     **device_queries.HANDLERS,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -130,7 +130,7 @@ class Recorder(TorchDispatchMode, TapeWriter):
     def record_op(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         op_traits = traits(func)
         if op_traits.plain_fill and (target := self.lookup(args[0])) is not None and target.memory is None:
-            return self._fill(func, args, kwargs)
+            return self.fill(func, args, kwargs, sys._getframe(2))
         if op_traits.view and not self.recognizes_init_calls and (views := self._views(func, args, kwargs)) is not None:
             return views
         tensors = list(tensors_in((args, kwargs.values())))
@@ -192,9 +192,8 @@ class Recorder(TorchDispatchMode, TapeWriter):
         device = base.device
         return map_tensors(result, lambda meta: make_recorded_tensor(meta, device))
 
-    def _fill(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    def fill(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> torch.Tensor:
         """Record an in-place fill without running its meta kernel: it changes no shape, and most init ends in one."""
-        frame = sys._getframe(3)
         target: torch.Tensor = args[0]
         init_frame = init_call(frame) if self.recognizes_init_calls else None
         if init_frame is not None:
