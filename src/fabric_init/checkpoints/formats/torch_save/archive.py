@@ -26,8 +26,9 @@ import torch
 
 from fabric_init._torch_internals import tree_map_only
 from fabric_init.checkpoints.formats.pickles.limits import check_calls
+from fabric_init.checkpoints.formats.pickles.unsafe_globals import unsafe_globals
 from fabric_init.checkpoints.formats.torch_save.corruption import corruption_of
-from fabric_init.checkpoints.formats.torch_save.meta_tensors import MetaStorages, load_meta, read_region, unsafe_globals
+from fabric_init.checkpoints.formats.torch_save.meta_tensors import MetaStorages, load_meta, read_region
 from fabric_init.checkpoints.formats.torch_save.zip_file import TAIL_BYTES, FilePart, local_header, open_zip
 from fabric_init.checkpoints.region import Region
 from fabric_init.checkpoints.storage.local import FileBytes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import pickletools
 import re
 from collections.abc import Callable
@@ -11,12 +10,7 @@ from typing import Any, BinaryIO, Protocol
 
 import torch
 
-from fabric_init._torch_internals import (
-    WeightsOnlyUnpickler,
-    get_allowed_globals,
-    get_globals_in_pkl,
-    get_user_allowed_globals,
-)
+from fabric_init._torch_internals import WeightsOnlyUnpickler
 from fabric_init.checkpoints.region import Region, Span, Window, take
 from fabric_init.checkpoints.storage.local import FileBytes
 
@@ -124,15 +118,6 @@ class _Unpickler(WeightsOnlyUnpickler):
         if not isinstance(key, str) or type(count) is not int:
             raise ValueError(f"a storage has the key {key!r:.80} and {count!r:.80} elements")
         return self.storage_of(dtype, key, count)
-
-
-def unsafe_globals(data: bytes) -> list[str]:
-    """Return the names in the pickle ``data`` that ``weights_only`` refuses."""
-    try:
-        names = set(get_globals_in_pkl(io.BytesIO(data)))
-    except Exception:  # corrupt as well: the caller reports the first error
-        return []
-    return sorted(names - get_allowed_globals().keys() - get_user_allowed_globals().keys())
 
 
 def read_region(file: FileBytes, start: int, tensor: torch.Tensor, region: Region | None) -> torch.Tensor:

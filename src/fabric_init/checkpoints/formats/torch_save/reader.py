@@ -19,10 +19,11 @@ import torch
 
 from fabric_init._text import joined
 from fabric_init._torch_internals import legacy_load, weights_only_unpickler
+from fabric_init.checkpoints.formats.pickles.unsafe_globals import unsafe_globals
 from fabric_init.checkpoints.formats.torch_save.archive import StandIns, TorchArchive
 from fabric_init.checkpoints.formats.torch_save.corruption import corruption_of
 from fabric_init.checkpoints.formats.torch_save.legacy import BoundedFile, check_sizes
-from fabric_init.checkpoints.formats.torch_save.meta_tensors import Storages, unsafe_globals
+from fabric_init.checkpoints.formats.torch_save.meta_tensors import Storages
 from fabric_init.checkpoints.reader import BaseReader, TensorSpec
 from fabric_init.checkpoints.region import Region, is_below, take
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE, OPTIMIZER_PARTS, Location, choose_state_dict, describe
