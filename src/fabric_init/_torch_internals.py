@@ -70,6 +70,12 @@ DispatchModeKey = torch._C._TorchDispatchModeKey
 get_current_function_mode_stack: Callable[[], list[torch.overrides.TorchFunctionMode]] = (
     torch.overrides._get_current_function_mode_stack
 )
+# Know whether a mode around a recording would hear of an operator, too. Checked on torch 2.13.0.
+len_function_mode_stack: Callable[[], int] = torch._C._len_torch_function_stack
+# The same for modes inside it that hear of operators. Checked on torch 2.13.0.
+len_dispatch_mode_stack: Callable[[], int] = torch._C._len_torch_dispatch_stack
+# Find the innermost of these. Checked on torch 2.13.0.
+get_dispatch_mode_at: Callable[[int], Any] = torch._C._get_dispatch_stack_at
 # What function modes hear when torch.no_grad() begins and ends. Checked on torch 2.13.0.
 set_grad_enabled = torch._C._set_grad_enabled
 # Its CURRENT_DEVICE is the default device, without the cost of asking for it. Checked on torch 2.13.0.

@@ -20,7 +20,7 @@ from fabric_init import (
     init_report,
     materialize,
 )
-from tests.sharding.test_plain import Layer, pack
+from tests.sharding.test_packed_weights import Layer, pack
 from tests.support.ranks import run_ranks
 from tests.support.zoo import MODELS, assert_same, loss_of, one_device, tokens, write_checkpoint
 

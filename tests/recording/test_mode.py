@@ -7,6 +7,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -307,3 +308,24 @@ def test_a_fill_that_autograd_refuses_is_refused_in_a_block() -> None:
             fill(nn.Parameter(torch.empty(2, 2)))
         with pytest.raises(RuntimeError, match="leaf Variable that requires grad"), deferred_init():
             fill(nn.Parameter(torch.empty(2, 2)))
+
+
+class Sevens(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.zero_.default:
+            return torch.ops.aten.fill_.Scalar(args[0], 7.0)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_of_the_constructor_hears_of_fills_in_place() -> None:
+    with deferred_init():
+        model = nn.ParameterList([torch.empty(3)])
+        with torch.no_grad(), Sevens():
+            model[0].zero_()
+    materialize(model)
+    assert model[0].tolist() == [7.0, 7.0, 7.0]
+
+
+def test_a_number_that_torch_refuses_is_refused_where_the_constructor_has_it() -> None:
+    with pytest.raises(OverflowError), deferred_init():
+        torch.empty(3).fill_(2**70)

@@ -113,7 +113,7 @@ def test_what_init_module_has_recorded_may_be_sharded_in_configure_model(tmp_pat
 
 def unfilled(strategy: str, stage: str) -> None:
     module = Module(*([shard] if "parallel" in strategy else []), block=deferred_init)
-    with pytest.raises(UninitializedTensorError, match=r"net\.body\.0\.weight"):
+    with pytest.raises(UninitializedTensorError, match=r"body\.0\.weight"):
         getattr(trainer(strategy=STRATEGIES[strategy](), devices=2), stage)(module, data())
 
 

@@ -36,7 +36,7 @@ from fabric_init.recording.in_block.init_calls import init_call
 from fabric_init.recording.in_block.recorder import Recorder
 from fabric_init.recording.in_block.tape_writer import Shards
 from fabric_init.recording.replay.replay import real_execution
-from fabric_init.recording.replay.tracing import is_jit_traced
+from fabric_init.recording.replay.tracing import hears_alone
 from fabric_init.recording.tape.op_properties import INIT_FUNCTIONS
 from fabric_init.recording.tape.tape import Rng, Tape, check_rng
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, claim_all, recorded
@@ -167,6 +167,11 @@ def _is_meta(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[
     return False
 
 
+def _is_number(value: Any) -> bool:
+    """Return whether torch takes ``value`` as a number that fits; it has an error for integers of more than 64 bits."""
+    return type(value) in (bool, float) or (type(value) is int and -(2**63) <= value < 2**63)
+
+
 def _filling(op: Any) -> Handler:
     """Return a handler that writes ``op``, an in-place fill, to the tape without going through the dispatcher."""
 
@@ -177,8 +182,8 @@ def _filling(op: Any) -> Handler:
         with DisableTorchFunction():
             refused = torch.is_grad_enabled() and tensor.requires_grad  # plain PyTorch may have an error for that
             found = recorder.lookup(tensor)
-            has_number = all(type(value) in (bool, int, float) for value in args[1:])
-            if found and found.memory is None and has_number and not (kwargs or refused or is_jit_traced()):
+            has_number = all(_is_number(value) for value in args[1:])
+            if found and found.memory is None and has_number and not (kwargs or refused) and hears_alone(recorder):
                 return recorder.fill(op, args, {}, sys._getframe(2))
         with DisableTorchFunctionSubclass():
             return func(*args, **kwargs)

@@ -101,8 +101,9 @@ class BuiltModules:
         while pending:  # also through modules of an earlier block, whose submodules this block may have replaced
             children = [child for module in pending if module._modules for child in module._modules.values()]
             child_ids.update(map(id, children))
-            pending = [child for child in children if child is not None and id(child) not in visited]
-            visited.update(map(id, pending))
+            new = {id(child): child for child in children if child is not None and id(child) not in visited}
+            pending = list(new.values())
+            visited.update(new)
         copies = {copied for copied, original in self._originals.items() if original() is not None}
         return [module for module in seen if id(module) not in child_ids and id(module) not in copies]
 

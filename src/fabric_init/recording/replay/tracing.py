@@ -18,10 +18,14 @@ from fabric_init._torch_internals import (
     DispatchModeKey,
     FrameAction,
     FrameExecStrategy,
+    TorchDispatchMode,
     functorch_stack,
     get_dispatch_mode,
+    get_dispatch_mode_at,
     get_tracing_state,
     graph_break,
+    len_dispatch_mode_stack,
+    len_function_mode_stack,
     set_code_exec_strategy,
     set_tracing_state,
 )
@@ -42,6 +46,12 @@ def is_jit_traced() -> bool:
 def is_traced() -> bool:
     """Return whether something watches operators run."""
     return is_jit_traced() or functorch_stack.peek_interpreter_stack() is not None or is_faked()
+
+
+def hears_alone(mode: TorchDispatchMode) -> bool:
+    """Return whether nothing but ``mode``, the innermost of those that hear of operators, would hear of one now."""
+    depth = len_dispatch_mode_stack()
+    return depth > 0 and get_dispatch_mode_at(depth - 1) is mode and not len_function_mode_stack() and not is_traced()
 
 
 class OutsideTracing:
