@@ -60,6 +60,9 @@ def test_every_file_and_folder_of_the_architecture_exists() -> None:
     named = re.findall(r"(?<![\w/.])((?:[a-z_]+/)+(?:[a-z_0-9]+\.py)?)(?![\w/])", ARCHITECTURE)
     assert len(named) > 30
     assert [path for path in named if not any((top / path).exists() for top in (ROOT / "src/fabric_init", ROOT))] == []
+    alone = re.findall(r"(?<![\w/.])([a-z_0-9]+\.(?:py|js))(?!\w)", ARCHITECTURE)  # its folder is on the line above
+    assert {name for name in alone if not list((ROOT / "src").rglob(name))} == set()
+    assert "random_streams.py" in alone
 
 
 def test_the_layers_of_the_architecture_are_those_of_the_check() -> None:

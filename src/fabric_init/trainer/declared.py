@@ -15,6 +15,17 @@ from fabric_init.guard.waiting_tensors import unfilled
 from fabric_init.reports.registry import report_of, statuses
 
 
+def declare(owner: Any, declared: Declared, what: str) -> None:
+    """Let models that ``owner``, a strategy or an ``Accelerator``, takes be filled from ``declared``.
+
+    Raises:
+        OptionError: Something else was declared for it.
+    """
+    if getattr(owner, "declared", declared) is not declared:
+        raise OptionError(f"this {what} has another FillModel already: declare in one what its models are filled from")
+    owner.declared = declared
+
+
 class Declared(NamedTuple):
     """A declared load: the options of :func:`~fabric_init.materialize`, and the part of the model that it is for."""
 

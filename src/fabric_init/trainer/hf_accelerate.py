@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fabric_init.errors import OptionError
 from fabric_init.guard.waiting_tensors import unfilled
 from fabric_init.planning.tensors import plain_name
 from fabric_init.recording.tensor.recorded_tensor import recorded
 from fabric_init.sharding.dtensor import local
-from fabric_init.trainer.declared import Declared
+from fabric_init.trainer.declared import Declared, declare
 
 
 class FillingMixin:
@@ -84,12 +83,10 @@ def let_fill(accelerator: Any, declared: Declared) -> None:
     Raises:
         OptionError: Something else was declared for it.
     """
-    if getattr(accelerator, "declared", declared) is not declared:
-        raise OptionError("this Accelerator has another FillModel already: declare in one what models are filled from")
+    declare(accelerator, declared, "Accelerator")
     if not isinstance(accelerator, FillingMixin):
         theirs = type(accelerator)
         accelerator.__class__ = type(theirs.__name__, (FillingMixin, theirs), {"__module__": theirs.__module__})
-    accelerator.declared = declared
 
 
 def let_trainer_fill(trainer: Any, declared: Declared) -> None:

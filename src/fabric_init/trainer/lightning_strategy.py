@@ -21,12 +21,12 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from fabric_init.api import deferred_init
-from fabric_init.errors import FabricInitError, OptionError
+from fabric_init.errors import FabricInitError
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.waiting_tensors import unfilled
 from fabric_init.recording.mode import active
 from fabric_init.trainer.callback_copies import copies_filled
-from fabric_init.trainer.declared import Declared, fill_rest
+from fabric_init.trainer.declared import Declared, declare, fill_rest
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -140,11 +140,9 @@ def let_record(strategy: Any, declared: Declared) -> None:
         OptionError: Something else was declared for it.
     """
     _refuse(strategy)
-    if getattr(strategy, "declared", declared) is not declared:
-        raise OptionError("this Trainer has another FillModel already: declare in one what its model is filled from")
+    declare(strategy, declared, "Trainer")
     if not isinstance(strategy, RecordingMixin):
         strategy.__class__ = _recording(cast(Any, type(strategy)))
-    strategy.declared = declared
 
 
 @cache

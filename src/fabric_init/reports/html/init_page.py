@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from fabric_init._text import counted
 from fabric_init.reports.html import Bar, Card, Column, Fact, Page, Plot, Point, bars, in_short, scatter
-from fabric_init.reports.html.tensor_table import (
+from fabric_init.reports.html.shared_columns import (
     DTYPE,
     FULL_WRITES,
     MEAN,

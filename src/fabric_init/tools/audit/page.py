@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from fabric_init.reports.html import Card, Column, Fact, Page, Plot, Point, Table, in_short, lines, scatter
 from fabric_init.reports.html.page import CardLevel
-from fabric_init.reports.html.tensor_table import (
+from fabric_init.reports.html.shared_columns import (
     DTYPE,
     FULL_WRITES,
     MEAN,
