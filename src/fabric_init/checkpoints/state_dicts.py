@@ -17,6 +17,9 @@ OPTIMIZER_PARTS = frozenset({"state", "param_groups"})
 EXTRA_STATE = "_extra_state"
 """Suffix of the keys of ``nn.Module.get_extra_state``; tensors in it are not weights either."""
 
+CHECKPOINT_WRAPPER = "_checkpoint_wrapped_module."
+"""What torch's ``checkpoint_wrapper`` inserts into the names of parameters, and takes out of those of a state dict."""
+
 Location = tuple[str, ...]
 """The keys that lead from what was saved to a dict in it; ``()`` is the outermost dict."""
 

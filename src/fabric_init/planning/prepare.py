@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from fabric_init.checkpoints import CheckpointReader, rename_keys
+from fabric_init.checkpoints.state_dicts import CHECKPOINT_WRAPPER
 from fabric_init.errors import CheckpointMismatchError, RecordingError
 from fabric_init.planning.checks.undone_changes import check_nothing_is_undone
 from fabric_init.planning.hints.quantized import quantized_refusal
@@ -68,7 +69,7 @@ def _through_wrappers(walk: Walk, options: LoadOptions) -> LoadOptions:
     A checkpoint has the name from before or the one that ``state_dict`` gives, which shows compiled modules alone.
     """
     names = [name for name, _, _ in registered_tensors(walk)]
-    longer = {plain_name(name): name.replace("_checkpoint_wrapped_module.", "") for name in names}
+    longer = {plain_name(name): name.replace(CHECKPOINT_WRAPPER, "") for name in names}
     if all(name == plain for plain, name in longer.items()):
         return options
     rules = options.rename if isinstance(options.rename, Sequence) else [options.rename] if options.rename else []

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fabric_init.checkpoints import DeepSpeedFolderReader, Span, open_checkpoint, take, write_manifest
+from fabric_init.checkpoints.state_dicts import CHECKPOINT_WRAPPER
 from fabric_init.errors import CheckpointError, CheckpointFormatError, CheckpointNotFoundError
 from tests.support.deepspeed_saves import SAVED, save_each
 from tests.support.ranks import run_ranks
@@ -97,6 +98,27 @@ def test_a_region_in_one_ranks_part_is_a_view_of_its_map(saves: Path) -> None:
     assert one.data_ptr() == other.data_ptr()
     copied = open_checkpoint(saves / "zero3-bf16", mmap=False)
     assert copied.read("inner.weight", Span(0, 4)).data_ptr() != copied.read("inner.weight", Span(0, 4)).data_ptr()
+
+
+@pytest.mark.parametrize("save", SAVES)
+def test_masters_of_modules_with_checkpoint_wrappers_have_the_names_of_the_state_dict(copy: Path, save: str) -> None:
+    wanted = expected(copy / save)
+    for file in copy.glob(f"{save}/**/*_model_states.pt"):
+        states = torch.load(file, weights_only=False)
+        for name in ("param_shapes", "frozen_param_shapes", "frozen_param_fragments"):
+            groups = states.get(name) or {}
+            for shapes in groups if isinstance(groups, list) else [groups]:
+                wrapped = [(f"{CHECKPOINT_WRAPPER}{key}", value) for key, value in shapes.items()]
+                shapes.clear()
+                shapes.update(wrapped)
+        shared = (states.get("shared_params") or {}).items()
+        states["shared_params"] = {
+            f"{CHECKPOINT_WRAPPER}{one}": f"{CHECKPOINT_WRAPPER}{other}" for one, other in shared
+        }
+        torch.save(states, file)
+    reader = open_checkpoint(copy / save)
+    assert set(reader.keys()) == wanted.keys()
+    assert all(torch.equal(reader.read(key), value) for key, value in wanted.items())
 
 
 def test_deepspeed_is_not_imported_to_read_its_files(saves: Path) -> None:

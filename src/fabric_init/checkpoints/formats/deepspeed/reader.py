@@ -24,7 +24,7 @@ from fabric_init.checkpoints.formats.torch_save.archive import TorchArchives
 from fabric_init.checkpoints.formats.torch_save.reader import checked_key, load_archive
 from fabric_init.checkpoints.reader import BaseReader, TensorSpec
 from fabric_init.checkpoints.region import Region
-from fabric_init.checkpoints.state_dicts import EXTRA_STATE
+from fabric_init.checkpoints.state_dicts import CHECKPOINT_WRAPPER, EXTRA_STATE
 from fabric_init.checkpoints.storage.local import MAPPED_FILES, open_bytes
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
 
@@ -103,7 +103,10 @@ class DeepSpeedFolderReader(BaseReader):
         module = states[0].get("module")
         if not isinstance(module, dict):
             raise ValueError("the file *_model_states.pt has no state dict under 'module'")
-        stage, parameters = locate(states, inner, self._archives) if inner else (0, {})
+        stage, masters = locate(states, inner, self._archives) if inner else (0, {})
+        parameters = {  # they go by the names of parameters, and `module` by those of a state dict
+            name if name in module else name.replace(CHECKPOINT_WRAPPER, ""): master for name, master in masters.items()
+        }
         self.format = f"DeepSpeed ZeRO-{stage}" if stage else "DeepSpeed"
         if stage:
             self.note = f"trainable parameters are the fp32 masters that {len(inner)} ranks saved"
