@@ -31,6 +31,21 @@ def loaded_storages(plan: Plan, tapes: Mapping[int, Tape]) -> dict[int, DerivedF
     return loaded
 
 
+def loaded_in_parts(plan: Plan, whole: Collection[int]) -> dict[int, list[DerivedFrom]]:
+    """Return the loaded tensors on each storage that several share, or one does not span: none of ``whole``."""
+    entries = plan.entries
+    loads = {
+        storage: [
+            DerivedFrom(ref, entry.keys[0])
+            for entry in (entries[position] for position in positions)
+            if entry.action is Action.LOAD and (ref := entry.slot.ref) is not None and not ref.expanded
+        ]
+        for storage, positions in storage_groups(entries).items()
+        if storage not in whole
+    }
+    return {storage: parts for storage, parts in loads.items() if parts}
+
+
 def cast_from(storage: int, tape: Tape) -> Iterator[TensorRef]:
     """Yield the storages that a storage was cast from.
 
