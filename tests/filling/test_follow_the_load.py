@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fabric_init import Fabric, deferred_init, materialize
+from fabric_init.errors import RecordingError
 from tests.support.ranks import run_ranks
 from tests.support.zoo import launch, weights
 
@@ -137,17 +138,37 @@ class Cut(nn.Module):
         self.copied = [copy.deepcopy(self.cut)]
 
 
+@pytest.mark.parametrize("cast", [False, True])
 @pytest.mark.parametrize("lacks", [None, "cut.1"])
-def test_copies_of_parameters_that_share_memory_follow_their_loads(tmp_path: Path, lacks: str | None) -> None:
+def test_copies_of_parameters_that_share_memory_follow_their_loads(
+    tmp_path: Path, lacks: str | None, cast: bool
+) -> None:
     state = {f"cut.{number}": torch.full((2, 2), float(number + 1)) for number in range(3)}
     torch.save({name: value for name, value in state.items() if name != lacks}, tmp_path / "m.pt")
     with deferred_init():
         model = Cut()
+        if cast:
+            model.cut.double()
     materialize(model, checkpoint=tmp_path / "m.pt", strict=False)
     for number, (one, other) in enumerate(zip(model.cut, model.copied[0], strict=True)):
-        assert torch.equal(one, other)
-        assert (f"cut.{number}" == lacks) != torch.equal(one, state[f"cut.{number}"])
+        assert torch.equal(one, other.to(one.dtype))
+        assert (f"cut.{number}" == lacks) != torch.equal(other, state[f"cut.{number}"])
     assert model.product.tolist() == [[6.0] * 2] * 2
+
+
+class Expanded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.row = nn.Parameter(torch.zeros(1, 2).expand(3, 2))
+        self.doubled = self.row.detach() * 2
+
+
+def test_what_is_computed_from_expanded_memory_that_a_load_replaces_is_refused(tmp_path: Path) -> None:
+    torch.save({"row": torch.arange(6.0).view(3, 2)}, tmp_path / "m.pt")
+    with deferred_init():
+        model = Expanded()
+    with pytest.raises(RecordingError, match=r"shape \(3, 2\) whose elements share memory"):
+        materialize(model, checkpoint=tmp_path / "m.pt")
 
 
 class Parts(nn.Module):

@@ -33,7 +33,7 @@ def loads_noted(prepared: PreparedPlan) -> Iterator[Mapping[int, DerivedFrom]]:
     loaded = loaded_storages(prepared.plan, prepared.tapes)
     if reader is not None:
         reads = {storage: _whole(ref, _reading(reader, key)) for storage, (ref, key) in loaded.items()}
-        for storage, sources in loaded_in_parts(prepared.plan, loaded).items():
+        for storage, sources in loaded_in_parts(prepared.plan, loaded, prepared.tapes).items():
             reads[storage] = _in_parts(storage, [(ref, _reading(reader, key)) for ref, key in sources])
         tapes = {tape.current() for tape in prepared.tapes.values()}
         for storage, its in reads.items():
@@ -73,6 +73,11 @@ def _in_parts(storage: int, parts: Sequence[tuple[TensorRef, _Read]]) -> Callabl
         cpu = torch.device("cpu")
         memory = replay_with(tape, [storage], {}, exact=tape.rng == "eager", to=lambda _: cpu)[storage]
         for ref, part in parts:
+            if ref.expanded:
+                raise RecordingError(
+                    f"a value is computed from a tensor of shape {tuple(ref.size)} whose elements share memory in the "
+                    "model and are loaded one by one. Compute it after the load, or clone() the expanded tensor."
+                )
             view(memory, ref).copy_(part(tape).reshape(ref.size))
         return memory
 
