@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fabric_init import Fabric, deferred_init, materialize
+from fabric_init.errors import RecordingError
 from tests.support.ranks import run_ranks
 from tests.support.zoo import launch, weights
 
@@ -107,6 +108,67 @@ def test_what_is_kept_outside_of_modules_follows_too(tmp_path: Path) -> None:
         model = Closing()
     materialize(model, checkpoint=tmp_path / "m.pt")
     assert model.norm().tolist() == [200.0] * 4
+
+
+class Doubling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        doubled = self.layer.weight * 2
+        self.doubled: Callable[[], Tensor] = lambda: doubled
+
+
+def test_what_is_kept_with_its_graph_has_the_values_of_the_load_and_not_of_later_steps(tmp_path: Path) -> None:
+    torch.save({"layer.weight": HUNDRED["0.weight"], "layer.bias": HUNDRED["0.bias"]}, tmp_path / "m.pt")
+    with deferred_init():
+        model = Doubling()
+    materialize(model, checkpoint=tmp_path / "m.pt")
+    with torch.no_grad():
+        model.layer.weight.zero_()
+    assert model.doubled().tolist() == [[200.0] * 4] * 4
+
+
+class Cut(nn.Module):
+    """Has parameters that share memory, and a copy of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cut = nn.ParameterList(torch.randn(6, 2).chunk(3))
+        self.product = self.cut[0].detach() @ self.cut[2].detach()
+        self.copied = [copy.deepcopy(self.cut)]
+
+
+@pytest.mark.parametrize("cast", [False, True])
+@pytest.mark.parametrize("lacks", [None, "cut.1"])
+def test_copies_of_parameters_that_share_memory_follow_their_loads(
+    tmp_path: Path, lacks: str | None, cast: bool
+) -> None:
+    state = {f"cut.{number}": torch.full((2, 2), float(number + 1)) for number in range(3)}
+    torch.save({name: value for name, value in state.items() if name != lacks}, tmp_path / "m.pt")
+    with deferred_init():
+        model = Cut()
+        if cast:
+            model.cut.double()
+    materialize(model, checkpoint=tmp_path / "m.pt", strict=False)
+    for number, (one, other) in enumerate(zip(model.cut, model.copied[0], strict=True)):
+        assert torch.equal(one, other.to(one.dtype))
+        assert (f"cut.{number}" == lacks) != torch.equal(other, state[f"cut.{number}"])
+    assert model.product.tolist() == [[6.0] * 2] * 2
+
+
+class Expanded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.row = nn.Parameter(torch.zeros(1, 2).expand(3, 2))
+        self.doubled = self.row.detach() * 2
+
+
+def test_what_is_computed_from_expanded_memory_that_a_load_replaces_is_refused(tmp_path: Path) -> None:
+    torch.save({"row": torch.arange(6.0).view(3, 2)}, tmp_path / "m.pt")
+    with deferred_init():
+        model = Expanded()
+    with pytest.raises(RecordingError, match=r"shape \(3, 2\) whose elements share memory"):
+        materialize(model, checkpoint=tmp_path / "m.pt")
 
 
 class Parts(nn.Module):

@@ -31,20 +31,43 @@ def loaded_storages(plan: Plan, tapes: Mapping[int, Tape]) -> dict[int, DerivedF
     return loaded
 
 
+def loaded_in_parts(plan: Plan, whole: Collection[int], tapes: Mapping[int, Tape]) -> dict[int, list[DerivedFrom]]:
+    """Return the loaded tensors on each storage that several share, or one does not span: none of ``whole``.
+
+    So for a storage that they were cast from.
+    """
+    parts: dict[int, list[DerivedFrom]] = {}
+    for entry in plan.entries:
+        ref = entry.slot.ref
+        if entry.action is Action.LOAD and ref is not None:
+            tape = tapes[ref.storage]
+            for each in (ref, *(_casts(ref.storage, tape) if covers(tape, ref) else ())):
+                if each.storage not in whole:
+                    parts.setdefault(each.storage, []).append(DerivedFrom(each, entry.keys[0]))
+    return parts
+
+
 def cast_from(storage: int, tape: Tape) -> Iterator[TensorRef]:
     """Yield the storages that a storage was cast from.
 
     ``model.to(dtype)`` makes new storages; tensors that were computed before read the old ones.
     """
+    return (read for read in _casts(storage, tape) if covers(tape, read))
+
+
+def _casts(storage: int, tape: Tape) -> Iterator[TensorRef]:
+    """Yield them, and at last the part of a storage that the first of them was cast from."""
     while True:
         writers = tape.writers.get(storage, ())
         if len(writers) != 1 or not is_cast((writer := tape.ops[writers[0]]).func):
             return
         (read,) = writer.reads()
-        if not is_final(tape, read.storage, writer.number) or not covers(tape, read):
+        if not is_final(tape, read.storage, writer.number):
+            return
+        yield read
+        if not covers(tape, read):
             return
         storage = read.storage
-        yield read
 
 
 def sources_of(

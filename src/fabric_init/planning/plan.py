@@ -56,7 +56,7 @@ class PlanEntry(NamedTuple):
 
 
 class DerivedFrom(NamedTuple):
-    """A loaded tensor that spans its whole recorded storage, and its checkpoint key."""
+    """A loaded tensor that others may be computed from, and its checkpoint key."""
 
     ref: TensorRef
     key: str

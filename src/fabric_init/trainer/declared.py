@@ -47,7 +47,7 @@ class Declared(NamedTuple):
         """
         if self.options["checkpoint"] is None:
             fill_rest(model, device, deepspeed)
-        elif _on_some_rank(bool(unfilled(model))):
+        elif on_some_rank(bool(unfilled(model))):
             materialize(self._part_of(model), device=device, deepspeed=deepspeed, **self.options)
             fill_rest(model, device, deepspeed)
         elif not _was_recorded(model):
@@ -68,11 +68,11 @@ class Declared(NamedTuple):
 
 def fill_rest(model: nn.Module, device: torch.device | None, deepspeed: Mapping[str, Any] | None = None) -> None:
     """Give every tensor of ``model`` that still waits its own init, on all ranks together."""
-    if _on_some_rank(bool(unfilled(model))):
+    if on_some_rank(bool(unfilled(model))):
         materialize(model, device=device, deepspeed=deepspeed)
 
 
-def _on_some_rank(here: bool) -> bool:
+def on_some_rank(here: bool) -> bool:
     """Return whether something is so on any rank: one whose shards are all empty cannot tell that others wait."""
     return bool(agreement_of(None).from_all(["here"] if here else []))
 

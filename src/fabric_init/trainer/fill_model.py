@@ -25,8 +25,9 @@ class FillModel(Callback):
     What ``LightningModule.configure_model`` builds is recorded, and may be sharded there, as for
     ``ModelParallelStrategy``. So is a model that is built under :func:`~fabric_init.deferred_init`, or, once
     :meth:`attach` was called, under ``Trainer.init_module(empty_init=True)``. When the strategy is set up, each rank
-    reads or computes what it keeps. Then the strategy moves and wraps the model, and optimizers are made. Copies that
-    callbacks have made of a whole model by then, as ``EMAWeightAveraging`` does, get its values.
+    reads or computes what it keeps. Then the strategy moves and wraps the model, and optimizers are made. What
+    callbacks have computed from the model by then, such as the copy of ``EMAWeightAveraging``, is computed from its
+    values. With ZeRO-3, too, each rank has it whole.
 
     With ``ckpt_path=…`` that checkpoint is what fills the model. What is declared here is what a lenient load
     (``LightningModule.strict_loading``) leaves.

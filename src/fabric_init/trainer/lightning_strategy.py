@@ -25,8 +25,8 @@ from fabric_init.errors import FabricInitError
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.waiting_tensors import unfilled
 from fabric_init.recording.mode import active
-from fabric_init.trainer.callback_copies import copies_filled
-from fabric_init.trainer.declared import Declared, declare, fill_rest
+from fabric_init.trainer.declared import Declared, declare, fill_rest, on_some_rank
+from fabric_init.trainer.early_copies import copies_filled, has_copies
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -61,10 +61,10 @@ class RecordingMixin(_Base):
             yield
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read what ``ckpt_path`` names, after what was declared, unless it will bring all of that anyway."""
+        """Read what ``ckpt_path`` names, after what was declared, unless it brings all that is to have that."""
         model = self.lightning_module
-        if model is not None and not _is_loaded_whole(model):
-            self.declared.fill(model, self._fills_on())
+        if model is not None and (not _is_loaded_whole(model) or on_some_rank(has_copies(model))):
+            self._fill(model)
         return super().load_checkpoint(*args, **kwargs)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -91,9 +91,12 @@ class RecordingMixin(_Base):
         self.configures = False
         assert self.lightning_module is not None
         _refuse_wrapped(self.lightning_module)
-        with copies_filled(self.lightning_module, trainer.callbacks):  # type: ignore[attr-defined]
-            self.declared.fill(self.lightning_module, self._fills_on(), self._partitions_by())
+        self._fill(self.lightning_module)
         super().setup(trainer)
+
+    def _fill(self, model: nn.Module) -> None:
+        with copies_filled(model):
+            self.declared.fill(model, self._fills_on(), self._partitions_by())
 
     def _partitions_by(self) -> Mapping[str, Any] | None:
         """Return the configuration by which DeepSpeed partitions parameters; ``None`` if it does not."""

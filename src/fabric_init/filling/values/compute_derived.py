@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader
-from fabric_init.checkpoints.reader import is_collective
+from fabric_init.checkpoints.reader import is_collective, read
 from fabric_init.checkpoints.storage.remote import AnyPath
 from fabric_init.errors import RecordingError
-from fabric_init.planning.derived import loaded_storages
+from fabric_init.planning.derived import loaded_in_parts, loaded_storages
 from fabric_init.planning.plan import DerivedFrom
 from fabric_init.planning.prepare import PreparedPlan
-from fabric_init.planning.rank_loads import read_as
 from fabric_init.planning.recorded_load.record import RecordedReader
-from fabric_init.recording.replay.replay import real_execution, replay_with
+from fabric_init.recording.replay.replay import real_execution, replay_with, view
 from fabric_init.recording.tape.tape import LoadedStorage, Tape, TensorRef, now
 
 
@@ -33,10 +32,13 @@ def loads_noted(prepared: PreparedPlan) -> Iterator[Mapping[int, DerivedFrom]]:
     noted: list[tuple[Tape, int]] = []
     loaded = loaded_storages(prepared.plan, prepared.tapes)
     if reader is not None:
+        reads = {storage: _whole(ref, _reading(reader, key)) for storage, (ref, key) in loaded.items()}
+        for storage, sources in loaded_in_parts(prepared.plan, loaded, prepared.tapes).items():
+            reads[storage] = _in_parts(storage, [(ref, _reading(reader, key)) for ref, key in sources])
         tapes = {tape.current() for tape in prepared.tapes.values()}
-        for storage, (ref, key) in loaded.items():
+        for storage, its in reads.items():
             tape = next(tape for tape in tapes if storage in tape.storages)
-            tape.loaded[storage] = LoadedStorage(since, _reading(reader, key, ref))
+            tape.loaded[storage] = LoadedStorage(since, its)
             noted.append((tape, storage))
     try:
         yield loaded
@@ -46,15 +48,40 @@ def loads_noted(prepared: PreparedPlan) -> Iterator[Mapping[int, DerivedFrom]]:
         raise
 
 
-def _reading(reader: CheckpointReader, key: str, ref: TensorRef) -> Callable[[Tape], torch.UntypedStorage]:
-    """Return what reads the storage of ``ref``, given the tape: the tape keeps it, so it must not keep the tape."""
+_Read = Callable[[Tape], Tensor]
+"""Reads a tensor, given the tape: the tape keeps it, so it must not keep the tape."""
+
+
+def _reading(reader: CheckpointReader, key: str) -> _Read:
     if is_collective(reader):
         path = reader.path
         return lambda _: _refuse_alone(path, key)
     if isinstance(reader, RecordedReader):
-        of_load = reader.reading(key)
-        return lambda tape: laid_out(of_load(tape).reshape(ref.size), ref, torch.device("cpu"))
-    return lambda _: laid_out(read_as(reader, key, ref.size, None), ref, torch.device("cpu"))
+        return reader.reading(key)
+    return lambda _: read(reader, key)
+
+
+def _whole(ref: TensorRef, value: _Read) -> Callable[[Tape], torch.UntypedStorage]:
+    """Return what reads the storage that ``ref`` spans."""
+    return lambda tape: laid_out(value(tape).reshape(ref.size), ref, torch.device("cpu"))
+
+
+def _in_parts(storage: int, parts: Sequence[tuple[TensorRef, _Read]]) -> Callable[[Tape], torch.UntypedStorage]:
+    """Return what computes a storage by the model's own init, and reads ``parts`` of it."""
+
+    def made(tape: Tape) -> torch.UntypedStorage:
+        cpu = torch.device("cpu")
+        memory = replay_with(tape, [storage], {}, exact=tape.rng == "eager", to=lambda _: cpu)[storage]
+        for ref, part in parts:
+            if ref.expanded:
+                raise RecordingError(
+                    f"a value is computed from a tensor of shape {tuple(ref.size)} whose elements share memory in the "
+                    "model and are loaded one by one. Compute it after the load, or clone() the expanded tensor."
+                )
+            view(memory, ref).copy_(part(tape).reshape(ref.size))
+        return memory
+
+    return made
 
 
 def _refuse_alone(path: AnyPath, key: str) -> NoReturn:

@@ -125,7 +125,7 @@ class PlanValues:
                 memories = compute(storages, tape, values, device, exact=self.exact)
             else:  # from what an earlier load has brought
                 to = cast(Callable[[torch.device], torch.device], lambda _, at=device: at)
-                memories = replay_with(tape, storages, Brought(tape, device), exact=self.exact, to=to)
+                memories = replay_with(tape, storages, Brought(tape, to), exact=self.exact, to=to)
             for storage in storages:
                 memory = memories.pop(storage)
                 for position in groups.pop(storage):

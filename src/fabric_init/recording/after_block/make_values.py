@@ -200,10 +200,10 @@ class AfterBlockValues:
 
     def _finish(self, tensor: Tensor) -> None:
         found = recorded(tensor)
-        if found is None or found.tape is not self.tape or isinstance(tensor, FormerTensor) or _has_graph(tensor):
+        if found is None or found.tape is not self.tape or isinstance(tensor, FormerTensor):
             return
         if self.has_value(tensor):
-            self.value(tensor, "be read")
+            self.value(tensor, "be read")  # now, before anybody writes to the map of a file that it is read from
             self.make_plain(tensor)
 
     def make_plain(self, tensor: Tensor) -> None:

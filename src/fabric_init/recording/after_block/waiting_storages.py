@@ -144,6 +144,12 @@ class Waiting:
             if self.tape.waits.pop(storage, None) is not None:
                 self.note_status(storage, "initialized")
 
+    def accept_fill(self, storages: Iterable[int]) -> None:
+        """Let what was computed from these storages, which have got their values, be computed from those values."""
+        for storage in storages:
+            self.tape.waits.pop(storage, None)
+            self.tape.overruled.pop(storage, None)
+
     def missing(self, storages: Iterable[int], before: int | None = None, *, declared_count: bool = True) -> list[int]:
         """Return which storages have to get values before all of ``storages`` have theirs, in order, each once.
 

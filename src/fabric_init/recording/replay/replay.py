@@ -204,18 +204,19 @@ def as_recorded(device: torch.device) -> torch.device:
 
 
 class Brought(dict[int, torch.UntypedStorage]):
-    """The memory on ``device`` of storages that declared loads bring, read when it is asked for."""
+    """The memory of storages that declared loads bring, read when it is asked for, on the device that ``to`` says."""
 
-    def __init__(self, tape: Tape, device: torch.device) -> None:
+    def __init__(self, tape: Tape, to: DeviceMap) -> None:
         super().__init__()
-        self._tape, self._device = tape, device
+        self._tape, self._to = tape, to
         self._loaded = tape.brought()
 
     def __contains__(self, storage: object) -> bool:
         return storage in self._loaded
 
     def __missing__(self, storage: int) -> torch.UntypedStorage:
-        memory: torch.UntypedStorage = self._loaded[storage].read(self._tape).to(device=self._device)
+        device = self._to(self._tape.storages[storage].device)
+        memory: torch.UntypedStorage = self._loaded[storage].read(self._tape).to(device=device)
         self[storage] = memory
         return memory
 
@@ -225,7 +226,7 @@ def storage_now(tape: Tape, storage: int, *, exact: bool) -> tuple[torch.Untyped
 
     It is computed from what declared loads bring, where there are any.
     """
-    inputs = Brought(tape, torch.device("cpu")) if tape.loaded else {}
+    inputs = Brought(tape, as_recorded) if tape.loaded else {}
     with real_execution():
         if storage in inputs:
             return inputs[storage], False
