@@ -62,7 +62,8 @@ def require(model: nn.Module, use: str) -> None:
             for _, tensor in waiting:
                 local(tensor).zero_()  # without elements; a rank that has some refuses by itself
     release_filled(model)
-    _subjects(model, taken=True)  # the others know
+    for module in model.modules():
+        vars(module).pop(_SUBJECT, None)  # the others know
     release_forward(model)
 
 
@@ -78,7 +79,8 @@ def _lacking(model: nn.Module, use: str, waiting: list[tuple[str, Tensor]]) -> t
         names = agreement.from_all(names)  # its strategy does this on all of them together
     elif ranks:  # see [Note: asking before a model runs]
         own = Post(names, fixes if names else [], sorted(ranks))
-        posts = [each for subject in _subjects(model) or [_class_of(model)] for each in ask(subject, own)]
+        subjects = [vars(module)[_SUBJECT] for module in model.modules() if _SUBJECT in vars(module)]
+        posts = [each for subject in subjects or [_class_of(model)] for each in ask(subject, own)]
         names = list(dict.fromkeys(name for each in posts for name in each.lacking))
         fixes = [fix for each in posts for fix in each.fixes] or fixes
     return names, fixes[0] if fixes else THREE_WAYS
@@ -149,17 +151,11 @@ def release_forward(model: Walked, *, on_all_ranks: bool = True) -> None:
             tape.after_block.finish(parts)
     if not on_all_ranks and ranks_with_shards(walk):
         return
-    for subject in _subjects(walk.model, taken=True):
-        post(subject, Post())
     for _, module in walk.once:
         vars(module).pop(_RANKS, None)
+        if (subject := vars(module).pop(_SUBJECT, None)) is not None:
+            post(subject, Post())
         _remove_forward_hook(module)
-
-
-def _subjects(model: nn.Module, *, taken: bool = False) -> list[str]:
-    """Return the names under which ranks post about ``model`` and those in it; ``taken`` takes them off, too."""
-    tables = [vars(module) for module in model.modules() if _SUBJECT in vars(module)]
-    return [table.pop(_SUBJECT) if taken else table[_SUBJECT] for table in tables]
 
 
 def _remove_forward_hook(module: nn.Module) -> None:
