@@ -75,7 +75,7 @@ def _lacking(model: nn.Module, use: str, waiting: list[tuple[str, Tensor]]) -> t
         names = [name for name, _ in waiting]
     else:  # of a shard without elements, this rank cannot tell
         names = [name for name, tensor in waiting if local(tensor).numel()]
-    if agreement is not None and (use != "run" or len(ranks) in (0, dist.get_world_size() - 1)):
+    if agreement is not None and (use != "run" or not ranks or len(ranks) == dist.get_world_size() - 1):
         names = agreement.from_all(names)  # its strategy does this on all of them together
     elif ranks:  # see [Note: asking before a model runs]
         own = Post(names, fixes if names else [], sorted(ranks))
