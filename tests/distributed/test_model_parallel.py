@@ -97,3 +97,25 @@ def test_training_on_a_two_dimensional_mesh(tmp_path: Path) -> None:
         assert_same(found, before)
         assert found_loss == pytest.approx(loss, rel=1e-5)
         assert_close(trained, after, rtol=1e-4, atol=1e-5)
+
+
+def in_copies(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    fully_shard(model, mesh=mesh["data_parallel", "tensor_parallel"])  # copies along the first dimension
+    return model
+
+
+def run_one_copy_first() -> float:
+    fabric = launch(ModelParallelStrategy(in_copies, data_parallel_size=2, tensor_parallel_size=2))
+    model = fabric.setup(build(fabric, "even", empty_init=True))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            assert isinstance(parameter, DTensor)
+            parameter.to_local().fill_(0.5)
+        first = loss_of(model, tokens(0)).item() if fabric.global_rank < 2 else None
+        fabric.barrier()
+        return loss_of(model, tokens(0)).item() if first is None else first
+
+
+def test_the_ranks_of_one_copy_run_it_while_the_others_do_not() -> None:
+    first, *others = run_ranks(4, run_one_copy_first, seconds=20)
+    assert others == [first] * 3

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from fabric_init import UninitializedTensorError, deferred_init
+from fabric_init import UninitializedTensorError, deferred_init, materialize
+from fabric_init.distributed import posted
 from fabric_init.sharding.dtensor import local
-from tests.support.ranks import run_ranks_each
+from tests.support.ranks import run_ranks, run_ranks_each
 
 SECONDS = 20.0
 """Within which a rank has to hear of the error of another."""
@@ -139,3 +143,157 @@ def test_ranks_that_have_all_run_at_once() -> None:
         for write in (nothing_left_out, loaded)
     }
     assert run_ranks_each(2, outcome, cases) == {case: ["", ""] for case in cases}
+
+
+# -- ranks that fill, shard or run the model differently ---------------------------------------------------------------
+
+
+def values() -> dict[str, Tensor]:
+    return {name: torch.full_like(value, 0.5) for name, value in Net().state_dict().items()}
+
+
+def whole_by_load(model: nn.Module) -> None:
+    model.load_state_dict(values())
+
+
+def whole_by_writes(model: nn.Module) -> None:
+    with torch.no_grad():
+        for name, value in values().items():
+            model.get_parameter(name).copy_(value)
+
+
+def whole_from_scratch(model: nn.Module) -> None:
+    materialize(model, process_group=False)
+    whole_by_load(model)
+
+
+def shards_by_writes(model: nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            local(parameter).fill_(0.5)
+
+
+def shards_from_rank_zero(model: nn.Module) -> None:
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, values() if dist.get_rank() == 0 else {}, options=options)
+
+
+def fill_before_sharding_on_rank_zero(
+    before: Callable[[nn.Module], None],
+    shard: Callable[[nn.Module], None],
+    after: Callable[[nn.Module], None],
+    *,
+    wrapped: bool,
+) -> Tensor:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    with deferred_init():
+        model = Net()
+    if dist.get_rank() == 0:
+        before(model)
+    whole: nn.Module = Wrapper(model) if wrapped else model
+    shard(whole)
+    if dist.get_rank() != 0 or after.__name__ == "shards_from_rank_zero":
+        after(model)
+    y: Tensor = whole(torch.ones(2, 4))
+    return y.detach()
+
+
+def test_rank_zero_may_have_all_values_before_the_model_is_sharded() -> None:
+    cases = {
+        f"{before.__name__}-{shard.__name__}-{after.__name__}-{wrapped}": {
+            "before": before,
+            "shard": shard,
+            "after": after,
+            "wrapped": wrapped,
+        }
+        for before in (whole_by_load, whole_by_writes, whole_from_scratch)
+        for shard in (by_fsdp, by_module)
+        for after in (shards_by_writes, shards_from_rank_zero)
+        for wrapped in (False, True)
+        if not (wrapped and after is shards_from_rank_zero)  # torch wants the root
+    }
+    model = Net()
+    model.load_state_dict(values())
+    wanted = model(torch.ones(2, 4)).detach()
+    for case, found in run_ranks_each(2, fill_before_sharding_on_rank_zero, cases).items():
+        assert [torch.equal(each, wanted) for each in found] == [True, True], case
+
+
+class Crossing(nn.Module):
+    """A model of two tensors, each of which is sharded in one direction alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.across, self.down = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+
+    def forward(self) -> Tensor:
+        y: Tensor = self.across.full_tensor() * self.down.full_tensor()  # type: ignore[operator]
+        return y
+
+
+def run_on_crossing_meshes(left_out: str, odd: int) -> str:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("down", "across"))
+    with deferred_init():
+        model = Crossing()
+    for name in ("across", "down"):
+        sharded = distribute_tensor(model.get_parameter(name), mesh[name], [Shard(0)])
+        setattr(model, name, nn.Parameter(sharded))
+    copied(model, left_out if dist.get_rank() == odd else "")
+    try:
+        assert model().tolist() == [1.0] * 4
+    except UninitializedTensorError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_are_connected_only_through_others_hear_of_an_error() -> None:
+    cases = {(name, odd): {"left_out": name, "odd": odd} for name in ("across", "down") for odd in (0, 3)}
+    found = run_ranks_each(4, run_on_crossing_meshes, {**cases, ("", 0): {"left_out": "", "odd": 0}})
+    assert found.pop(("", 0)) == [""] * 4
+    for (name, odd), errors in found.items():
+        assert len(set(errors)) == 1, (name, odd, errors)
+        assert f"\n  {name}\n" in errors[0]
+
+
+def run_one_replica_first() -> list[float]:
+    dist.init_process_group("gloo")
+    with deferred_init():
+        model = Net()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")))
+    copied(model, "")
+    with torch.no_grad():
+        first = model(torch.ones(2, 4)).flatten().tolist() if dist.get_rank() < 2 else []
+    dist.barrier()
+    found: list[float] = first or model(torch.ones(2, 4)).flatten().tolist()
+    return found
+
+
+def test_a_replica_runs_while_the_others_do_not() -> None:
+    first, *others = run_ranks(4, run_one_replica_first)
+    assert others == [first] * 3
+
+
+def lack_one_alone(left_out: str) -> str:
+    posted.PATIENCE = timedelta(seconds=0.2)
+    dist.init_process_group("gloo")
+    with deferred_init():
+        model = Net()
+    fully_shard(model)
+    copied(model, left_out if dist.get_rank() else "")
+    if dist.get_rank() == 0:
+        dist.barrier()
+        return ""
+    try:
+        model(torch.ones(2, 4))
+    except UninitializedTensorError as error:
+        return str(error)
+    finally:
+        dist.barrier()
+    return ""
+
+
+def test_an_error_waits_for_a_rank_that_does_not_run_the_model_for_a_moment_only() -> None:
+    assert "up.weight" in run_ranks(2, lack_one_alone, left_out="up.weight")[1]

@@ -98,13 +98,6 @@ def agreement_of(process_group: dist.ProcessGroup | Literal[False] | None) -> Ag
     return RankGroup(process_group) if dist.get_world_size(process_group) > 1 else SingleProcess()
 
 
-def agreement_among(ranks: Sequence[int]) -> Agreement:
-    """Return how these ranks of torch's default group, of which this is one, run their steps together."""
-    if len(ranks) < 2 or dist.get_backend() == "fake":  # where the others are only thought of
-        return SingleProcess()
-    return RankGroup(None if len(ranks) == dist.get_world_size() else sorted(ranks))
-
-
 class RankGroup:
     """The ranks of a process group of torch. Every rank has to make the same calls in the same order.
 
@@ -112,10 +105,10 @@ class RankGroup:
     error on another rank ends all of them.
 
     Args:
-        group: The group, or its ranks in torch's default group; ``None`` for all of these.
+        group: The group; ``None`` for torch's default one.
     """
 
-    def __init__(self, group: dist.ProcessGroup | Sequence[int] | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._state = state_of(group)
 
     def run_together(self, what: str, make: Callable[[], _T], digest: Callable[[_T], Compared] | None = None) -> _T:

@@ -97,16 +97,15 @@ _states: dict[str, GroupState] = {}
 """By name of the group."""
 
 
-def state_of(members: dist.ProcessGroup | Sequence[int] | None) -> GroupState:
-    """Return the state of a process group, or of these ranks of torch's default group; ``None``: of all of them."""
-    group = members if isinstance(members, dist.ProcessGroup) else dist.group.WORLD
+def state_of(process_group: dist.ProcessGroup | None) -> GroupState:
+    """Return the state of a process group; ``None`` for torch's default one."""
+    group = process_group or dist.group.WORLD
     assert group is not None
-    name = "ranks " + ",".join(map(str, members)) if isinstance(members, Sequence) else group.group_name
     store = get_default_store()
-    state = _states.get(name)
+    state = _states.get(group.group_name)
     if state is None or state.store is not store:  # another one: the ranks have formed their groups anew
-        ranks = members if isinstance(members, Sequence) else dist.get_process_group_ranks(group)
-        state = _states[name] = GroupState(store, name, ranks, timeout_of(group) or _TIMEOUT)
+        ranks, timeout = dist.get_process_group_ranks(group), timeout_of(group) or _TIMEOUT
+        state = _states[group.group_name] = GroupState(store, group.group_name, ranks, timeout)
         with suppress(RuntimeError):
             state.board.announce()
     return state

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -68,10 +68,25 @@ class StoreBoard:
         key = self._key(number, "verdict")
         if self._store.check([key]):
             return Verdict(*pickle.loads(self._store.get(key)))
+        self._nap(number)
+        return None
+
+    def has_words(self, number: int, ranks: Collection[int]) -> bool:
+        """Return whether all these ranks have left their words."""
+        return bool(self._store.check([self._key(number, rank) for rank in ranks]))
+
+    def wait_for(self, number: int, ranks: Collection[int]) -> bool:
+        """Return whether all these ranks have left their words in time."""
+        while not (found := self.has_words(number, ranks)) and time.monotonic() - self._nap(number) < self._timeout:
+            pass
+        return found
+
+    def _nap(self, number: int) -> float:
+        """Sleep for a moment, and return when this rank has begun to wait for the meeting."""
         if self._waits_for != number:
             self._waits_for, self._since = number, time.monotonic()
         time.sleep(min(_LONGEST_NAP, max(0.0002, (time.monotonic() - self._since) / 4)))
-        return None
+        return self._since
 
     def hear(self, number: int, ranks: int = 1) -> int:
         """Count so many ranks that know the verdict, and return how many have been."""

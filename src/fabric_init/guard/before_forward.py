@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NoReturn
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from fabric_init._torch_internals import DisableTorchFunction
-from fabric_init.distributed.agreement import Agreement, agreement_among
+from fabric_init.distributed.agreement import Agreement
+from fabric_init.distributed.posted import Post, ask, post
 from fabric_init.errors import RecordingError, UninitializedTensorError
 from fabric_init.guard.expected_load import expected_load
 from fabric_init.guard.waiting_tensors import (
@@ -33,6 +36,10 @@ from fabric_init.sharding.whole import let_empty_shards_wait
 
 _RANKS = "_fabric_init_ranks"
 _BROKEN = "_fabric_init_broken"
+_SUBJECT = "_fabric_init_subject"
+
+_built: Counter[str] = Counter()
+"""How many models of a class this rank has built in recorded blocks, which is the same on all ranks that shard them."""
 
 
 def require(model: nn.Module, use: str) -> None:
@@ -47,22 +54,36 @@ def require(model: nn.Module, use: str) -> None:
         load.require(model, use)
     let_empty_shards_wait(model)
     waiting = unfilled(model)
-    ranks = ranks_of(model)
-    agreements = [agreement_among(each) for each in ranks_with_shards(model)] if ranks is None else [ranks]
-    names = [name for name, tensor in waiting if not agreements or local(tensor).numel()]
-    for each in agreements:  # of a shard without elements, this rank cannot tell
-        names = each.from_all(names)
+    names, fix = _lacking(model, use, waiting)
     if names:
-        fixes = [fix] if (fix := fix_of(model)) is not None else []
-        for each in agreements:
-            fixes = each.from_all(fixes)
-        raise UninitializedTensorError(uninitialized(_class_of(model), use, names, fixes[0] if fixes else THREE_WAYS))
+        raise UninitializedTensorError(uninitialized(_class_of(model), use, names, fix))
     if waiting:
         with DisableTorchFunction(), torch.no_grad():
             for _, tensor in waiting:
-                local(tensor).zero_()  # without elements; the other ranks say that theirs are filled
+                local(tensor).zero_()  # without elements; a rank that has some refuses by itself
     release_filled(model)
+    for module in model.modules():
+        vars(module).pop(_SUBJECT, None)  # the others know
     release_forward(model)
+
+
+def _lacking(model: nn.Module, use: str, waiting: list[tuple[str, Tensor]]) -> tuple[list[str], str]:
+    """Return the names of the tensors that are ``waiting``, here and on the other ranks, and what to do about them."""
+    agreement, ranks = ranks_of(model), ranks_with_shards(model)
+    fixes = [fix] if waiting and (fix := fix_of(model)) is not None else []
+    if agreement is None and not ranks:
+        names = [name for name, _ in waiting]
+    else:  # of a shard without elements, this rank cannot tell
+        names = [name for name, tensor in waiting if local(tensor).numel()]
+    if agreement is not None and (use != "run" or not ranks or len(ranks) == dist.get_world_size() - 1):
+        names = agreement.from_all(names)  # its strategy does this on all of them together
+    elif ranks:  # see [Note: asking before a model runs]
+        own = Post(names, fixes if names else [], sorted(ranks))
+        subjects = [vars(module)[_SUBJECT] for module in model.modules() if _SUBJECT in vars(module)]
+        posts = [each for subject in subjects or [_class_of(model)] for each in ask(subject, own)]
+        names = list(dict.fromkeys(name for each in posts for name in each.lacking))
+        fixes = [fix for each in posts for fix in each.fixes] or fixes
+    return names, fixes[0] if fixes else THREE_WAYS
 
 
 def _class_of(model: nn.Module) -> str:
@@ -107,13 +128,21 @@ def guard_forward(model: nn.Module, agreement: Agreement | None = None) -> None:
         model.register_forward_pre_hook(_before_forward, prepend=True)  # before what gathers from other ranks
 
 
+def number_model(model: nn.Module) -> None:
+    """Give ``model`` the name under which ranks post about it: its class, and how many of that this rank has built."""
+    if _SUBJECT not in vars(model):
+        name = type(model).__qualname__
+        vars(model)[_SUBJECT] = f"{name} {_built[name]}"
+        _built[name] += 1
+
+
 def release_forward(model: Walked, *, on_all_ranks: bool = True) -> None:
     """Take that back: nothing waits any more. What is still recorded, also outside the model, becomes plain.
 
     Args:
         model: The model.
-        on_all_ranks: Whether nothing waits on the other ranks that hold parts of it. Otherwise these ask one another
-            when it first runs.
+        on_all_ranks: Whether nothing waits on the other ranks that hold parts of it. Otherwise this one asks them
+            when it first runs, if it knows them by then.
     """
     walk = walked(model)
     parts = [part for _, _, tensor in named_tensors(walk) for part in recorded_parts(tensor)]
@@ -124,6 +153,8 @@ def release_forward(model: Walked, *, on_all_ranks: bool = True) -> None:
         return
     for _, module in walk.once:
         vars(module).pop(_RANKS, None)
+        if (subject := vars(module).pop(_SUBJECT, None)) is not None:
+            post(subject, Post())
         _remove_forward_hook(module)
 
 

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parameter import is_lazy
 
 from fabric_init._torch_internals import DisableTorchFunction
-from fabric_init.guard.before_forward import guard_forward
+from fabric_init.guard.before_forward import guard_forward, number_model
 from fabric_init.guard.guarded_model_tensors import GuardedModelTensors
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.tensors import (
@@ -69,6 +69,7 @@ def guard_model(
                 later.owners = [each for each in later.owners if each.model() is not walk.model]
                 later.owners.append(GuardedModelTensors(walk, placement))
     if laters:
+        number_model(walk.model)
         guard_forward(walk.model)
         for _, module in walk.once:
             if isinstance(module, FSDPModule):

@@ -37,12 +37,19 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
-def ranks_with_shards(model: Walked) -> list[tuple[int, ...]]:
-    """Return which ranks hold tensors of ``model`` together with this one: those of each device mesh, most last."""
+def ranks_with_shards(model: Walked) -> set[int]:
+    """Return the ranks that hold other shards of the tensors of ``model`` than this one.
+
+    Ranks with copies of what this one holds are not among them: they may run the model at another time, or never.
+    """
     tensors = [tensor for _, _, tensor in registered_tensors(model) if isinstance(tensor, DTensor)]
-    meshes = {t.device_mesh for t in tensors if any(not place.is_replicate() for place in t.placements)}
-    ours = [mesh for mesh in meshes if mesh.size() > 1 and mesh.get_coordinate() is not None]
-    return sorted({tuple(mesh.mesh.flatten().tolist()) for mesh in ours}, key=lambda ranks: (len(ranks), ranks))
+    found: set[int] = set()
+    for mesh, placements in {(tensor.device_mesh, tensor.placements) for tensor in tensors}:
+        if (here := mesh.get_coordinate()) is not None:
+            along = [at if place.is_replicate() else slice(None) for at, place in zip(here, placements, strict=True)]
+            found.update(mesh.mesh[tuple(along)].flatten().tolist())
+            found.discard(int(mesh.mesh[tuple(here)]))
+    return found
 
 
 class ShardedTensors:
