@@ -9,6 +9,7 @@ import importlib
 import inspect
 import sys
 from contextlib import suppress
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -38,15 +39,19 @@ class Outcomes:
     """Writes a line for each test that has passed, failed or been skipped, and for files that cannot be collected."""
 
     def __init__(self, path: str) -> None:
-        self._file = open(path, "w", encoding="utf-8", buffering=1)  # noqa: SIM115  (open until the process ends)
-        self._failed: set[str] = set()
+        self._file = Path(path)
+        self._file.touch()
+        self._written: dict[str, str] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed and report.nodeid not in self._failed:
-            self._failed.add(report.nodeid)
-            self._write("failed", report)
-        elif (report.skipped or (report.passed and report.when == "teardown")) and report.nodeid not in self._failed:
-            self._write("skipped" if report.skipped else "passed", report)
+        # A test has three reports, of which the worst counts; the last line of a test is read.
+        if report.passed and report.when != "teardown":
+            return
+        worse = ("passed", "skipped", "failed").index
+        before = self._written.get(report.nodeid)
+        if before is None or worse(report.outcome) > worse(before):
+            self._written[report.nodeid] = report.outcome
+            self._write(report.outcome, report)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -56,7 +61,8 @@ class Outcomes:
         crash = getattr(report.longrepr, "reprcrash", None)
         reason = crash.message if crash is not None else str(report.longrepr or "")
         reason = " ".join(reason.split())[-300:] if outcome == "failed" else ""
-        self._file.write(f"{report.nodeid}\t{outcome}\t{reason}\n")
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(f"{report.nodeid}\t{outcome}\t{reason}\n")
 
 
 # -- our classes -------------------------------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal, cast
 
 import pytest
 
 from tests.lightning_suite import run
-from tests.lightning_suite.run import Outcome, Session, compare, expected, suite_of
+from tests.lightning_suite.plugin import Outcomes
+from tests.lightning_suite.run import Outcome, Session, compare, expected, read_outcomes, suite_of
 
 PASSED, FAILED = Outcome("passed", ""), Outcome("failed", "AssertionError: 1 == 2")
 
@@ -54,3 +56,23 @@ def test_every_listed_test_has_a_reason_and_is_of_a_suite_that_is_run(monkeypatc
     assert reasons
     assert all(reason.endswith(".") for reason in reasons.values())
     assert {suite_of(name) for name in reasons} <= set(run.SUITES)
+
+
+def test_the_worst_of_what_a_test_reports_is_its_outcome(tmp_path: Path) -> None:
+    outcomes = Outcomes(str(tmp_path / "outcomes"))
+
+    def report(name: str, **outcome_when: Literal["passed", "skipped", "failed"]) -> None:
+        for when, outcome in outcome_when.items():
+            outcomes.pytest_runtest_logreport(pytest.TestReport(name, ("", 0, ""), {}, outcome, None, cast(Any, when)))
+
+    report("passes", setup="passed", call="passed", teardown="passed")
+    report("is skipped", setup="skipped", teardown="passed")
+    report("fails", setup="passed", call="failed", teardown="passed")
+    report("fails late", setup="passed", call="skipped", teardown="failed")
+    found = read_outcomes((tmp_path / "outcomes").read_text(encoding="utf-8"))
+    assert {name: outcome.outcome for name, outcome in found.items()} == {
+        "passes": "passed",
+        "is skipped": "skipped",
+        "fails": "failed",
+        "fails late": "failed",
+    }

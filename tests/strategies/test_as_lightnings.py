@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 from unittest import mock
 
@@ -13,7 +14,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from fabric_init import Fabric
+from fabric_init import Fabric, strategies
 from fabric_init.strategies import DDPStrategy, FSDP2Strategy, FSDPStrategy, ModelParallelStrategy
 
 CPU = torch.device("cpu")
@@ -25,6 +26,20 @@ def one_rank() -> Iterator[None]:
     with mock.patch.dict(os.environ):
         yield
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["DDPStrategy", "DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"])
+def test_a_strategy_shows_lightnings_arguments_and_io(name: str) -> None:
+    shown = dict(signature(getattr(strategies, name)).parameters)
+    assert shown.pop("io").default == "auto"
+    assert shown == dict(signature(getattr(lightning.fabric.strategies, name)).parameters)
+
+
+def test_a_subclass_with_arguments_of_its_own_shows_these() -> None:
+    class Mine(FSDPStrategy):
+        def __init__(self, policy: int) -> None: ...
+
+    assert list(signature(Mine).parameters) == ["policy"]
 
 
 @pytest.mark.parametrize("empty_init", [None, False])

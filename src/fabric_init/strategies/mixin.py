@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from inspect import Signature, signature
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -22,6 +23,18 @@ from fabric_init.planning.tensors import parameters_by_name
 from fabric_init.strategies.init_context import init_context
 from fabric_init.strategies.mapped_io import mapped_io
 from fabric_init.strategies.optimizers import refuse_left_behind, remap
+
+
+class _SignatureOfTheirs:
+    """The ``__signature__`` of a class that takes the mixin's constructor: Lightning's arguments, and ``io``."""
+
+    def __get__(self, _: object, cls: type[DeferredInitMixin]) -> Signature | None:
+        if cls.__init__ is not DeferredInitMixin.__init__:
+            return None  # which leaves it to `inspect`
+        theirs = signature(super(DeferredInitMixin, cls).__init__)
+        parameters = [*theirs.parameters.values(), signature(DeferredInitMixin.__init__).parameters["io"]]
+        parameters.sort(key=lambda parameter: parameter.kind)  # `**kwargs` is last
+        return theirs.replace(parameters=parameters[1:])  # without `self`
 
 
 class DeferredInitMixin(Strategy):
@@ -45,6 +58,8 @@ class DeferredInitMixin(Strategy):
 
     io: Io = "auto"
     """How the ranks read a checkpoint, see :class:`fabric_init.Fabric`; also an argument of every strategy of ours."""
+
+    __signature__ = _SignatureOfTheirs()
 
     def __init__(self, *args: Any, io: Io = "auto", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
