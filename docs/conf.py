@@ -30,12 +30,14 @@ napoleon_numpy_docstring = False
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|nn|lightning|lightning_fabric|deepspeed)\b.*"),
-    ("py:.*", r"(abc|collections|contextlib|enum|os|pathlib|typing|weakref)\b.*"),
+    ("py:.*", r"(abc|collections|contextlib|datetime|enum|os|pathlib|typing|weakref)\b.*"),
     ("py:.*", r"fabric_init(\.\w+){3,}"),  # deeper than the public modules: nobody's business but our own
 ]
 nitpick_ignore = [
     ("py:class", name)
     for name in (
+        *("_DEVICE", "_POLICY", "_SHARDING_STRATEGY", "Accelerator", "CheckpointIO", "CPUOffload"),  # Lightning's
+        *("DeviceMesh", "Io", "MixedPrecision", "Precision"),
         "DeepSpeedEngine",  # imported for types alone, as are the other short names
         "Kind",
         "Optimizer",
