@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning
+import lightning.pytorch.strategies
 import pytest
 import torch
 from lightning.fabric.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -146,6 +147,10 @@ ATTRIBUTES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
             "_format_config",
             "_initialize_engine",
         ),
+    ),
+    "DeepSpeedStrategy of the Trainer": (
+        lambda: lightning.pytorch.strategies.DeepSpeedStrategy,
+        ("_init_config_if_needed",),
     ),
 }
 

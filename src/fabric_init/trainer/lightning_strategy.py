@@ -122,7 +122,7 @@ class PartitioningMixin(RecordingMixin):
         if not self.zero_stage_3:
             return None
         theirs: Any = self
-        theirs._init_config_if_needed()  # as their own setup does first; checked on Lightning 2.6.6
+        theirs._init_config_if_needed()  # as their own setup does first
         config: Mapping[str, Any] = theirs.config
         return config
 
