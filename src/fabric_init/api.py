@@ -106,7 +106,7 @@ def materialize(
             ``deepspeed.initialize`` afterwards. If this fails after partitioning, the model cannot be used any more.
 
     Returns:
-        A report with a row for each tensor, which holds its status and where its value came from. AfterBlock,
+        A report with a row for each tensor, which holds its status and where its value came from. Later,
         :func:`~fabric_init.init_report` returns it too.
 
     Raises:

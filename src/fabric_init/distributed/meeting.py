@@ -38,7 +38,7 @@ class Word(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What all ranks make of a meeting: ``agreed``, or how all ranks stop, and why."""
+    """What all ranks make of a meeting: ``agreed``, or that all ranks stop, and why."""
 
     kind: Literal["agreed", "failed", "parted", "lost"]
     text: str = ""

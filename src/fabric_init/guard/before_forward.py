@@ -14,22 +14,12 @@ from fabric_init.distributed.agreement import Agreement
 from fabric_init.distributed.posted import Post, ask, post
 from fabric_init.errors import RecordingError, UninitializedTensorError
 from fabric_init.guard.expected_load import expected_load
-from fabric_init.guard.waiting_tensors import (
-    fix_of,
-    release_filled,
-    unfilled,
-)
-from fabric_init.planning.tensors import (
-    Walked,
-    named_tensors,
-    walked,
-)
+from fabric_init.guard.waiting_tensors import fix_of, release_filled, unfilled
+from fabric_init.planning.tensors import Walked, named_tensors, walked
 from fabric_init.recording.after_block.dispatch import MSG_JIT_TRACE
 from fabric_init.recording.after_block.waiting_storages import THREE_WAYS, uninitialized
 from fabric_init.recording.replay.tracing import is_jit_traced
-from fabric_init.recording.tensor.recorded_tensor import (
-    recorded,
-)
+from fabric_init.recording.tensor.recorded_tensor import recorded
 from fabric_init.recording.tensor.wrappers import recorded_parts
 from fabric_init.sharding.dtensor import local, ranks_with_shards
 from fabric_init.sharding.whole import let_empty_shards_wait

@@ -12,22 +12,11 @@ from fabric_init._torch_internals import DisableTorchFunction
 from fabric_init.guard.before_forward import guard_forward, number_model
 from fabric_init.guard.guarded_model_tensors import GuardedModelTensors
 from fabric_init.planning.placement import Placement
-from fabric_init.planning.tensors import (
-    Walk,
-    Walked,
-    named_tensors,
-    walked,
-)
+from fabric_init.planning.tensors import Walk, Walked, named_tensors, walked
 from fabric_init.recording.after_block.dispatch import AfterBlock
 from fabric_init.recording.after_block.waiting_storages import THREE_WAYS, Waiting
 from fabric_init.recording.tape.liveness import computed_from
-from fabric_init.recording.tensor.recorded_tensor import (
-    RecordedTensor,
-    claim,
-    give_lazy_memory,
-    recorded,
-    recorded_ref,
-)
+from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, claim, give_lazy_memory, recorded, recorded_ref
 from fabric_init.recording.tensor.storage_tags import StorageTag
 from fabric_init.recording.tensor.wrappers import recorded_parts
 

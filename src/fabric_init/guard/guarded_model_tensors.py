@@ -9,22 +9,11 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from fabric_init.guard.before_forward import guard_forward, release_forward
-from fabric_init.guard.waiting_tensors import (
-    unfilled,
-)
+from fabric_init.guard.waiting_tensors import unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
-from fabric_init.planning.tensors import (
-    TensorInfo,
-    Walk,
-    find_tensors,
-)
+from fabric_init.planning.tensors import TensorInfo, Walk, find_tensors
 from fabric_init.recording.tape.tape import TensorRef
-from fabric_init.recording.tensor.recorded_tensor import (
-    RecordedTensor,
-    become,
-    recorded,
-    recorded_ref,
-)
+from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, become, recorded, recorded_ref
 from fabric_init.recording.tensor.wrappers import recorded_parts
 from fabric_init.reports.registry import note_status
 

@@ -6,19 +6,12 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from fabric_init.planning.tensors import (
-    Walked,
-    named_tensors,
-    registered_tensors,
-)
+from fabric_init.planning.tensors import Walked, named_tensors, registered_tensors
 from fabric_init.recording.after_block.dispatch import AfterBlock
 from fabric_init.recording.after_block.waiting_storages import THREE_WAYS
 from fabric_init.recording.tape.liveness import never_written
 from fabric_init.recording.tape.random_streams import own_init_runs
-from fabric_init.recording.tensor.recorded_tensor import (
-    recorded,
-    recorded_ref,
-)
+from fabric_init.recording.tensor.recorded_tensor import recorded, recorded_ref
 from fabric_init.recording.tensor.wrappers import recorded_parts
 
 

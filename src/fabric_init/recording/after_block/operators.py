@@ -31,7 +31,7 @@ _FOREACH: dict[Any, Any] = {
 
 
 class AfterBlockOperators(AfterBlockValues):
-    """Answers operators, and does what they write. See [Note: after the block] in ``answers.py``."""
+    """Answers operators, and does what they write. See [Note: after the block] in ``dispatch.py``."""
 
     def dispatch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer an operator."""
