@@ -6,7 +6,7 @@ import torch
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.filling.values.loader import loader_for
-from fabric_init.planning.checks.ties import check_tie
+from fabric_init.planning.checks.ties import check_values
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Plan
 from fabric_init.planning.rank_loads import read_as
@@ -25,6 +25,4 @@ def check_ties(plan: Plan, reader: CheckpointReader | None, placement: Placement
             for entry in {id(each.made_of): each.made_of for each in plan.entries}.values():
                 if entry is not None and len(entry.keys) > 1:
                     values = (read_as(reader, key, entry.slot.shape, None) for key in entry.keys)
-                    first = next(values)
-                    for key, value in zip(entry.keys[1:], values, strict=True):
-                        check_tie(reader.path, entry, key, first, value)
+                    check_values(reader.path, entry, values)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader
-from fabric_init.planning.checks.ties import check_tie
+from fabric_init.planning.checks.ties import check_values
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Plan
 from fabric_init.planning.rank_loads import Load, loads, read_as
@@ -50,10 +50,8 @@ class LocalLoader:
             return
         for load in loads(plan, placement):
             if len(load.entry.keys) > 1:
-                first, *others = load.entry.keys
-                value = self._read(load, first)
-                for key in others:
-                    check_tie(self._reader.path, load.entry, key, value, self._read(load, key))
+                values = (self._read(load, key) for key in load.entry.keys)
+                check_values(self._reader.path, load.entry, values)
 
     def load(self, plan: Plan, placement: Placement) -> Iterator[tuple[int, Tensor]]:
         for load in loads(plan, placement):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -21,3 +23,14 @@ def check_tie(path: AnyPath, entry: PlanEntry, key: str, value: Tensor, other: T
             f"{path}: {entry.keys[0]} and {key} hold different values, but in the model they are one tied tensor "
             f"({' = '.join(entry.slot.names)}). Build the model untied, or drop one key with rename."
         )
+
+
+def check_values(path: AnyPath, entry: PlanEntry, values: Iterator[Tensor]) -> None:
+    """Check that a tied tensor has the same value under all of its keys: ``values``, in their order.
+
+    Raises:
+        CheckpointMismatchError: It has not.
+    """
+    first = next(values)
+    for key, value in zip(entry.keys[1:], values, strict=True):
+        check_tie(path, entry, key, first, value)
