@@ -265,8 +265,7 @@ class Tape:
         self.overruled: dict[int, int] = {}  # those of them that got values, so their own init is not what they hold
         self.records: dict[int, weakref.ref[Any]] = {}  # tags by storage: alive as long as a tensor is on it
         self.after_block: Any = None  # answers for recorded tensors when no block is open
-        self.is_current = True  # whether no later tape has taken this one in
-        self._joined: Tape | None = None
+        self.joined: Tape | None = None  # the later tape that has taken this one in
 
     def summary(self) -> str:
         """Return the size of the tape in one line."""
@@ -289,8 +288,8 @@ class Tape:
     def current(self) -> Tape:
         """Return this tape, or the later one that it was joined to."""
         tape = self
-        while tape._joined is not None:
-            tape = tape._joined
+        while tape.joined is not None:
+            tape = tape.joined
         return tape
 
     def join(self, later: Tape) -> None:
@@ -311,7 +310,7 @@ class Tape:
         later.made_of.update(self.made_of)
         if self.after_block is not None and later.after_block is not None:
             self.after_block.join(later.after_block)
-        self._joined, self.is_current = later, False
+        self.joined = later
 
     def add_storage(self, nbytes: int, device: torch.device) -> int:
         number = next(_numbers)

@@ -34,7 +34,7 @@ class StorageTag:
     @property
     def tape(self) -> Tape:
         tape = self.first_tape
-        return tape if tape.is_current else tape.current()
+        return tape if tape.joined is None else tape.current()
 
     @property
     def device(self) -> torch.device:
