@@ -213,6 +213,12 @@ def _strongly_connected(graph: Mapping[str, set[str]]) -> list[set[str]]:
     return [set(group) for group in groups if group]
 
 
+def write(folder: Path, sources: Mapping[str, str]) -> None:
+    for name, source in sources.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(source)
+
+
 def test_imports_go_one_way() -> None:
     assert wrong_imports(PACKAGE) == []
 
@@ -273,9 +279,7 @@ def test_that_check_sees_circles_of_folders(tmp_path: Path) -> None:
         "a/one/w.py": "",
         "a/top.py": "from fabric_init.a.one.x import X",
     }
-    for name, source in sources.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(source)
+    write(tmp_path, sources)
     assert circles(tmp_path) == []
     assert circles_of_folders(tmp_path) == [["a.one", "a.two"]]
 
@@ -296,9 +300,7 @@ def test_that_check_sees_circles_of_types_and_of_later_imports(tmp_path: Path) -
         "a/three.py": "import fabric_init.a.one",
         "a/four.py": "from fabric_init.a.one import One",
     }
-    for name, source in sources.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(source)
+    write(tmp_path, sources)
     assert circles(tmp_path) == [["a.one", "a.three", "a.two"]]
 
 
@@ -333,9 +335,7 @@ def test_the_check_sees_every_kind_of_wrong_import(tmp_path: Path) -> None:
         "filling/in_setup.py": "import lightning.fabric.strategies.deepspeed",
         "cli/demo.py": "import fabric_init\ndef later():\n    import transformers",
     }
-    for name, source in (wrong | right).items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(source)
+    write(tmp_path, wrong | right)
     problems = wrong_imports(tmp_path)
     assert {problem.partition(":")[0] for problem in problems} == set(wrong), "\n".join(problems)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -283,9 +283,5 @@ def tensors_and_tapes(model: Walked) -> tuple[list[TensorInfo], list[Tensor], Ma
 
 def parameters_by_name(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return every parameter under every name it has, as before any wrapping."""
-    parameters: dict[str, Any] = {}
-    for prefix, module in named_modules(model):
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                parameters[f"{plain_name(prefix)}.{name}" if prefix else name] = parameter
-    return parameters
+    found = registered_tensors(model)
+    return {plain_name(name): cast(nn.Parameter, tensor) for name, kind, tensor in found if kind == "parameter"}

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from fabric_init._text import dtype_name
 from fabric_init._torch_internals import DisableTorchFunction
+from fabric_init.checkpoints.state_dicts import CHECKPOINT_WRAPPER
 from fabric_init.planning.tensors import TensorInfo, named_tensors
 from fabric_init.recording.tape.tape import Tape
 from fabric_init.reports.expectations import Expectations
@@ -26,7 +27,7 @@ from fabric_init.reports.write_history import Event, History, histories
 _MOST_KEPT = 1 << 24
 """Bytes of real values on a tape that a report may keep from being freed."""
 
-_WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+_WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", CHECKPOINT_WRAPPER, "_orig_mod.")
 
 
 def recording_of(slot: TensorInfo, tape: Tape) -> Recording | None:

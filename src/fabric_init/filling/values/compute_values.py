@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from fabric_init.planning.derived import sources_of
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Action, DerivedFrom, Plan, PlanEntry, storage_groups
 from fabric_init.planning.rank_loads import read_as
-from fabric_init.recording.replay.replay import Brought, replay, replay_with, view
+from fabric_init.recording.replay.replay import Brought, all_on, replay, replay_with, view
 from fabric_init.recording.tape.liveness import covers
 from fabric_init.recording.tape.tape import Tape
 
@@ -124,7 +123,7 @@ class PlanValues:
                 values = ((ref, read_as(self.reader, key, ref.size, None)) for ref, key in keys)
                 memories = compute(storages, tape, values, device, exact=self.exact)
             else:  # from what an earlier load has brought
-                to = cast(Callable[[torch.device], torch.device], lambda _, at=device: at)
+                to = all_on(device)
                 memories = replay_with(tape, storages, Brought(tape, to), exact=self.exact, to=to)
             for storage in storages:
                 memory = memories.pop(storage)
@@ -155,8 +154,7 @@ class PlanValues:
             device = self.placement.device(self.plan.entries[positions[0]].slot)
             by_place.setdefault((self.tapes[storage], device), []).append(storage)
         for (tape, device), storages in by_place.items():
-            to = cast(Callable[[torch.device], torch.device], lambda _, at=device: at)
-            for memories in replay(tape, storages, exact=self.exact, to=to):
+            for memories in replay(tape, storages, exact=self.exact, to=all_on(device)):
                 for storage, memory in memories.items():
                     for position in groups[storage]:
                         if position in parts:

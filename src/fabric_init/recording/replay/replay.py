@@ -203,6 +203,11 @@ def as_recorded(device: torch.device) -> torch.device:
     return device
 
 
+def all_on(device: torch.device) -> DeviceMap:
+    """Return the map to ``device`` from whatever memory was recorded for."""
+    return lambda _: device
+
+
 class Brought(dict[int, torch.UntypedStorage]):
     """The memory of storages that declared loads bring, read when it is asked for, on the device that ``to`` says."""
 
