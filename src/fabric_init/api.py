@@ -27,8 +27,9 @@ from fabric_init.guard.guard_model import guard_model
 from fabric_init.guard.loads import watch_loads
 from fabric_init.guard.waiting_tensors import release_filled
 from fabric_init.planning.checkpoint_source import CheckpointSource
-from fabric_init.planning.options import load_options
+from fabric_init.planning.options import declared_checkpoint
 from fabric_init.planning.placement import WholeTensors
+from fabric_init.planning.plan import LoadOptions
 from fabric_init.planning.recorded_load.converted import Convert
 from fabric_init.planning.tensors import Walk
 from fabric_init.recording.in_block.built_modules import BuiltModules, refuse_scripted
@@ -123,16 +124,8 @@ def materialize(
     if rng is not None:
         check_rng(rng)
     target = _device(device)
-    source, options = load_options(
-        checkpoint,
-        strict=strict,
-        rename=rename,
-        reinit=reinit,
-        mmap=mmap,
-        entry=entry,
-        manifest=manifest,
-        convert=convert,
-    )
+    options = LoadOptions(strict, rename, reinit)
+    source = declared_checkpoint(checkpoint, options, mmap=mmap, entry=entry, manifest=manifest, convert=convert)
     agreement = agreement_of(process_group)
     stage_3 = None if deepspeed is None else stage_3_config(deepspeed)
     partition = None if stage_3 is None else functools.partial(partitioned, model, stage_3, target)
@@ -176,16 +169,8 @@ def param_init_fn(
     Raises:
         FabricInitError: As :func:`materialize`; planning is done when the context is entered.
     """
-    source, options = load_options(
-        checkpoint,
-        strict=strict,
-        rename=rename,
-        reinit=reinit,
-        mmap=True,
-        entry=entry,
-        manifest=manifest,
-        convert=convert,
-    )
+    options = LoadOptions(strict, rename, reinit)
+    source = declared_checkpoint(checkpoint, options, mmap=True, entry=entry, manifest=manifest, convert=convert)
     agreement = agreement_of(process_group)
     with ExitStack() as stack:
         stack.enter_context(agreement.telling("param_init_fn"))

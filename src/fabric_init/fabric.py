@@ -24,7 +24,8 @@ from fabric_init.distributed.who_reads import Io, check_io
 from fabric_init.errors import OptionError, RecordingError
 from fabric_init.filling.in_setup import is_bound
 from fabric_init.guard.waiting_tensors import fix_of, unfilled
-from fabric_init.planning.options import load_options
+from fabric_init.planning.options import declared_checkpoint
+from fabric_init.planning.plan import LoadOptions
 from fabric_init.planning.recorded_load.converted import Convert
 from fabric_init.recording.mode import active
 from fabric_init.reports.init_report import InitReport
@@ -153,15 +154,9 @@ class Fabric(lightning.Fabric):
         if isinstance(empty_init, (str, os.PathLike)):
             raise TypeError(f"pass the path of a checkpoint by name: init_module(checkpoint={str(empty_init)!r})")
         with self._telling():  # an option that is wrong on one rank is an error on all
-            source, options = load_options(
-                checkpoint,
-                strict=strict,
-                rename=rename,
-                reinit=reinit,
-                mmap=mmap,
-                entry=entry,
-                manifest=manifest,
-                convert=convert,
+            options = LoadOptions(strict, rename, reinit)
+            source = declared_checkpoint(
+                checkpoint, options, mmap=mmap, entry=entry, manifest=manifest, convert=convert
             )
             if source is not None:
                 if empty_init is False:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
 
 from fabric_init.checkpoints import CheckpointReader, Conversion, Dequantize, TensorSpec, rename_keys
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE
-from fabric_init.errors import OptionError
 from fabric_init.planning.plan import Action, LoadOptions, PlanEntry
 from fabric_init.planning.rank_loads import takes_element
 from fabric_init.planning.recorded_load.converted import converted
 from fabric_init.planning.recorded_load.record import RecordedLoad
+from fabric_init.planning.reinit import check_reinit, is_reinitialized
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.recording.tape.liveness import never_written
 from fabric_init.recording.tape.tape import Tape
@@ -69,7 +68,7 @@ def match(
         OptionError: ``rename`` is invalid, or ``reinit`` matches no tensor, or one of several that are tied.
     """
     keys, key_of = _names(reader, options, load)
-    _check_reinit(slots, options.reinit)
+    check_reinit(slots, options.reinit)
 
     entries: list[PlanEntry] = []
     missing: list[TensorInfo] = []
@@ -78,7 +77,7 @@ def match(
     loadable = 0
     for slot in slots:
         names = [name for name in slot.names if name in key_of] if slot.saved or load is not None else []
-        fresh = bool(options.reinit) and any(fnmatchcase(n, glob) for glob in options.reinit for n in slot.names)
+        fresh = is_reinitialized(slot.names, options.reinit)
         taken.update(key_of[name] for name in names)
         loadable += bool(names)
         if names and not fresh:
@@ -183,21 +182,3 @@ def _number_kind(dtype: torch.dtype) -> str:
     if dtype.is_complex:
         return "complex"
     return "float" if dtype.is_floating_point else "int"
-
-
-def _check_reinit(slots: Sequence[TensorInfo], patterns: Sequence[str]) -> None:
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for slot in slots for name in slot.names):
-            raise OptionError(
-                f"reinit={pattern!r} names no tensor of the model; names look like {slots[0].name!r}"
-                if slots
-                else f"reinit={pattern!r}: the model has no tensors"
-            )
-    for slot in slots if patterns else ():
-        fresh = [name for name in slot.names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-        others = [name for name in slot.names if name not in fresh]
-        if fresh and others:
-            raise OptionError(
-                f"reinit names {', '.join(fresh)}, which is tied to {', '.join(others)}: they are one tensor. "
-                f"Untie them in the model to give one of them new values, or name all: reinit={[*fresh, *others]}."
-            )

@@ -10,7 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.errors import OptionError
-from fabric_init.planning.options import load_options
+from fabric_init.planning.options import declared_checkpoint
+from fabric_init.planning.plan import LoadOptions
 from fabric_init.planning.recorded_load.converted import Convert
 from fabric_init.trainer.declared import Declared
 from fabric_init.trainer.hf_accelerate import accelerator_of, let_fill, let_trainer_fill
@@ -64,19 +65,12 @@ class FillModel(Callback):
         manifest: str | os.PathLike[str] | None = None,
         convert: Convert = (),
     ) -> None:
-        options: dict[str, Any] = {
-            "strict": strict,
-            "rename": rename,
-            "reinit": reinit,
-            "mmap": mmap,
-            "entry": entry,
-            "manifest": manifest,
-            "convert": convert,
-        }
-        load_options(checkpoint, **options)  # which refuses those that have no effect
+        source: dict[str, Any] = {"mmap": mmap, "entry": entry, "manifest": manifest, "convert": convert}
+        options = LoadOptions(strict, rename, reinit)
+        declared_checkpoint(checkpoint, options, **source)  # which refuses options that have no effect
         if part and checkpoint is None:
             raise OptionError(f"no checkpoint=… to load from, so part={part!r} has no effect")
-        self._declared = Declared(options | {"checkpoint": checkpoint}, part)
+        self._declared = Declared(source | vars(options) | {"checkpoint": checkpoint}, part)
 
     def attach(self, trainer: _T) -> _T:
         """Let ``trainer`` fill the models that it is given or builds from now on.

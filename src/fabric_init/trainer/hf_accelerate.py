@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from glob import escape
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from fabric_init.guard.waiting_tensors import unfilled
+from fabric_init.planning.reinit import is_reinitialized
 from fabric_init.planning.tensors import plain_name
 from fabric_init.recording.tensor.recorded_tensor import recorded
 from fabric_init.sharding.dtensor import local
@@ -131,7 +131,7 @@ def for_base(declared: Declared, model: nn.Module) -> Declared:
     fresh = [
         name
         for name, (base, found) in named.items()
-        if base is None or found is None or any(fnmatchcase(base, glob) for glob in declared.options["reinit"])
+        if base is None or found is None or is_reinitialized([base], declared.options["reinit"])
     ]
     rename = declared.options["rename"]
     rules = [] if rename is None else list(rename) if isinstance(rename, (list, tuple)) else [rename]

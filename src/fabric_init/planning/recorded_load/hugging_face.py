@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -20,6 +19,7 @@ from fabric_init._text import listed
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError
 from fabric_init.planning.recorded_load.record import Outcome
+from fabric_init.planning.reinit import is_reinitialized
 from fabric_init.planning.tensors import Walk
 
 _MODELS, _LOADING, _TABLE, _LOGGING = (
@@ -77,7 +77,7 @@ class HuggingFaceCode:
         problems = [
             f"{name} is {tuple(here)} in the model and {tuple(there)} in the checkpoint"
             for name, there, here in sorted(info.mismatched_keys)
-            if not any(fnmatchcase(name, glob) for glob in self._reinit)
+            if not is_reinitialized([name], self._reinit)
         ]
         problems += [f"{name}: {error}" for name, error in dict(info.conversion_errors).items()]
         if problems or info.error_msgs:
