@@ -10,36 +10,27 @@ rank keeps. A strategy gets it by changing its class, as the Trainer's connector
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from fabric_init.api import deferred_init
 from fabric_init.errors import FabricInitError
-from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.waiting_tensors import unfilled
 from fabric_init.recording.mode import active
-from fabric_init.trainer.declared import Declared, declare, fill_rest, on_some_rank
-from fabric_init.trainer.early_copies import copies_filled, has_copies
+from fabric_init.trainer.declared import Declared, declare
+from fabric_init.trainer.resume import ResumingMixin, names_of
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.strategies import Strategy as _Base
-else:
-    _Base = ABC  # as theirs: an object takes no class whose instances are laid out otherwise
+    from lightning.pytorch import Trainer
 
 
-class RecordingMixin(_Base):
+class RecordingMixin(ResumingMixin):
     """What a strategy gets from :func:`let_record`."""
-
-    declared: Declared
-    """What models are filled from."""
 
     configures: bool = False
     """Whether ``configure_model`` is what the Trainer builds next."""
@@ -60,32 +51,6 @@ class RecordingMixin(_Base):
         with deferred_init(), self._fills_on() or nullcontext(), self.precision_plugin.tensor_init_context():
             yield
 
-    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read what ``ckpt_path`` names, after what was declared, unless it brings all that is to have that."""
-        model = self.lightning_module
-        if model is not None and (not _is_loaded_whole(model) or on_some_rank(has_copies(model))):
-            self._fill(model)
-        return super().load_checkpoint(*args, **kwargs)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load what ``ckpt_path`` names, before ``setup`` or after it.
-
-        Raises:
-            FabricInitError: Hooks of the model have let it leave out what was declared.
-        """
-        model = self.lightning_module
-        assert model is not None
-        unwatch_loads(model)  # what is left here would be given its own init
-        super().load_model_state_dict(checkpoint, strict)
-        kept = model.state_dict()
-        left = [name for name, _ in unfilled(model) if name in kept]
-        if left and self.declared.options["checkpoint"] is not None:
-            raise FabricInitError(
-                f"the checkpoint to resume from has not brought {', '.join(left[:5])}. With strict_loading = False in "
-                f"{type(model).__name__} they keep what FillModel declares."
-            )
-        fill_rest(model, self._fills_on())
-
     def setup(self, trainer: Trainer) -> None:
         """Fill the model, and then set it up."""
         self.configures = False
@@ -93,17 +58,6 @@ class RecordingMixin(_Base):
         _refuse_wrapped(self.lightning_module)
         self._fill(self.lightning_module)
         super().setup(trainer)
-
-    def _fill(self, model: nn.Module) -> None:
-        with copies_filled(model):
-            self.declared.fill(model, self._fills_on(), self._partitions_by())
-
-    def _partitions_by(self) -> Mapping[str, Any] | None:
-        """Return the configuration by which DeepSpeed partitions parameters; ``None`` if it does not."""
-        return None
-
-    def _fills_on(self) -> torch.device | None:
-        return None if "FSDPStrategy" in _names(self) else self.root_device  # FSDP moves what it has cut
 
 
 class PartitioningMixin(RecordingMixin):
@@ -125,14 +79,6 @@ class PartitioningMixin(RecordingMixin):
         theirs._init_config_if_needed()  # as their own setup does first
         config: Mapping[str, Any] = theirs.config
         return config
-
-
-def _is_loaded_whole(model: LightningModule) -> bool:
-    """Return whether a checkpoint to resume from brings all that is saved of ``model``, or raises."""
-    its = type(model)
-    hook = getattr(its.on_load_checkpoint, "__module__", "").partition(".")[0]
-    plain = its.load_state_dict is nn.Module.load_state_dict and hook in ("lightning", "pytorch_lightning")
-    return plain and model.strict_loading
 
 
 def let_record(strategy: Any, declared: Declared) -> None:
@@ -161,7 +107,7 @@ def _new(theirs: type) -> Any:
 def _refuse(strategy: Any) -> None:
     instead = "Build the model outside of fabric_init's blocks, without FillModel."
     for plugin in (strategy, strategy.precision_plugin):
-        wrong = _names(plugin) & {"XLAStrategy", "SingleDeviceXLAStrategy", *_OWN_LAYERS}
+        wrong = names_of(plugin) & {"XLAStrategy", "SingleDeviceXLAStrategy", *_OWN_LAYERS}
         if wrong:
             raise FabricInitError(f"fabric_init cannot record models for {wrong.pop()} yet. {instead}")
 
@@ -177,8 +123,3 @@ def _refuse_wrapped(model: nn.Module) -> None:
 
 
 _OWN_LAYERS = ("BitsandbytesPrecision", "TransformerEnginePrecision")  # which they put in the place of the model's
-
-
-def _names(plugin: object) -> set[str]:
-    """Return the names of its classes: two packages have classes of these names."""
-    return {cls.__name__ for cls in type(plugin).__mro__}
