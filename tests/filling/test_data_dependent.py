@@ -187,6 +187,35 @@ def test_what_is_computed_of_the_checkpoint_may_fail(file: Path) -> None:
         load(picks, file)
 
 
+class Cut(nn.Module):
+    """Parameters that are parts of what a larger tensor was cast to, and what Python sees of one of these."""
+
+    def __init__(self, look: str) -> None:
+        super().__init__()
+        w = torch.randn(4, 4)
+        cast = w.half()
+        self.left, self.right = map(nn.Parameter, cast.chunk(2))
+        self.seen = {"the whole": w, "the cast": cast, "a part": self.right.detach()}[look].max().item()
+
+
+@pytest.mark.parametrize("look", ["the whole", "the cast", "a part"])
+@pytest.mark.parametrize("lacks", [None, "left", "right"])
+def test_what_is_seen_of_tensors_that_are_loaded_in_parts_is_checked(
+    look: str, lacks: str | None, tmp_path: Path
+) -> None:
+    state = {"left": torch.full((2, 4), 100.0), "right": torch.full((2, 4), 200.0)}
+    torch.save({name: value for name, value in state.items() if name != lacks}, tmp_path / "m.pt")
+    with deferred_init():
+        model = Cut(look)
+    if look == "a part" and lacks == "right":
+        materialize(model, checkpoint=tmp_path / "m.pt", strict=False)
+        assert model.seen == model.right.max().item()
+        return
+    with pytest.raises(CheckpointMismatchError, match=FIX) as refused:
+        materialize(model, checkpoint=tmp_path / "m.pt", strict=False)
+    assert f"computed from {'right' if lacks == 'left' else 'left'}" in str(refused.value)
+
+
 def on_this_rank(strategy: str, folder: Path) -> list[str]:
     found = []
     for name in ("item", "numpy of what is computed"):

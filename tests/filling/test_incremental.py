@@ -92,3 +92,13 @@ def test_what_fails_before_anything_is_filled_leaves_the_modules_as_they_were(tm
         init(model)
     assert model.loads == 1
     assert model.layer.weight.tolist() == [[1.0, 1.0]] * 2
+
+
+def test_what_is_kept_outside_of_modules_follows_the_load(tmp_path: Path) -> None:
+    torch.save({"weight": torch.full((2, 2), 20.0)}, tmp_path / "m.pt")
+    with deferred_init():
+        model = nn.Linear(2, 2, bias=False)
+        doubled = model.weight.detach() * 2
+    with param_init_fn(model, checkpoint=tmp_path / "m.pt") as init:
+        init(model)
+    assert doubled.tolist() == [[40.0, 40.0]] * 2

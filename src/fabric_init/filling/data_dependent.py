@@ -9,21 +9,18 @@ that says "not initialized yet", for example.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import CheckpointMismatchError, FabricInitError
-from fabric_init.filling.values.compute_derived import laid_out
+from fabric_init.filling.values.loaded_memory import LoadedMemory
 from fabric_init.planning.derived import loaded_storages
-from fabric_init.planning.plan import DerivedFrom, Plan
+from fabric_init.planning.plan import Plan
 from fabric_init.planning.prepare import PreparedPlan
-from fabric_init.planning.rank_loads import read_as
-from fabric_init.recording.replay.replay import real_execution, seen_in
+from fabric_init.recording.replay.replay import as_recorded, real_execution, seen_in
 from fabric_init.recording.tape.liveness import is_final, live_ops
 from fabric_init.recording.tape.tape import Tape, ValueRead
 
@@ -40,13 +37,13 @@ def check_decisions(prepared: PreparedPlan) -> None:
         return
     loaded = loaded_storages(plan, tapes)
     for tape in all_tapes:
-        here = {storage: source for storage, source in loaded.items() if storage in tape.storages}
-        for look, replaced in _looked_at(tape, here):
-            known = _known(tape, look, here)
-            read = _reading(tape, here, reader)
-            before = seen_in(tape, look, _Values(known, read), exact=exact)
-            if not _is_seen(before, tape, look, _Values(here, read), exact=exact):
-                raise CheckpointMismatchError(_message(plan, look, {here[storage].key for storage in replaced}))
+        here = LoadedMemory(tape, loaded, reader, as_recorded, exact=exact)
+        of_load = {storage for storage in loaded if storage in tape.storages}
+        for look, replaced in _looked_at(tape, of_load):
+            before = seen_in(tape, look, here.only(_known(tape, look, of_load)), exact=exact)
+            if not _is_seen(before, tape, look, here, exact=exact):
+                keys = {each.key for storage in replaced for each in loaded[storage]}
+                raise CheckpointMismatchError(_message(plan, look, keys))
 
 
 def _looked_at(tape: Tape, loaded: Collection[int]) -> Iterator[tuple[ValueRead, set[int]]]:
@@ -87,7 +84,7 @@ def _is_drawn(tape: Tape, storage: int) -> bool:
     return any(tape.ops[number].draw is not None for number in live_ops(tape, [storage], exact=False))
 
 
-def _is_seen(wanted: Sequence[Any], tape: Tape, look: ValueRead, values: _Values, *, exact: bool) -> bool:
+def _is_seen(wanted: Sequence[Any], tape: Tape, look: ValueRead, values: LoadedMemory, *, exact: bool) -> bool:
     try:
         return all(map(_same, wanted, seen_in(tape, look, values, exact=exact)))
     except FabricInitError:
@@ -101,40 +98,6 @@ def _same(one: Any, other: Any) -> bool:
         with real_execution():
             return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
     return bool(one == other or (one != one and other != other))
-
-
-class _Values(Mapping[int, torch.UntypedStorage]):
-    """The values of some storages in the checkpoint, of which only those are read that are asked for."""
-
-    def __init__(self, storages: Collection[int], read: Callable[[int], torch.UntypedStorage]) -> None:
-        self._storages = storages
-        self._read = read
-
-    def __getitem__(self, storage: int) -> torch.UntypedStorage:
-        return self._read(storage)
-
-    def __contains__(self, storage: object) -> bool:
-        return storage in self._storages
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._storages)
-
-    def __len__(self) -> int:
-        return len(self._storages)
-
-
-def _reading(
-    tape: Tape, loaded: Mapping[int, DerivedFrom], reader: CheckpointReader
-) -> Callable[[int], torch.UntypedStorage]:
-    """Return what reads a storage, once; the ranks ask for the same ones in the same order."""
-
-    @cache
-    def read(storage: int) -> torch.UntypedStorage:
-        ref, key = loaded[storage]
-        with real_execution():
-            return laid_out(read_as(reader, key, ref.size, None), ref, tape.storages[storage].device)
-
-    return read
 
 
 def _message(plan: Plan, look: ValueRead, keys: set[str]) -> str:

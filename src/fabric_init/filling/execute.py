@@ -20,13 +20,14 @@ from fabric_init.filling.fill import fill
 from fabric_init.filling.packed.on_device import refuse_own_hooks
 from fabric_init.filling.packed.plan import follow_inner, pack_and_plan_held, plan_plain
 from fabric_init.filling.report_rows import make_record
-from fabric_init.filling.values.compute_derived import loads_noted
+from fabric_init.filling.values.loads_noted import loads_noted
 from fabric_init.guard.before_forward import mark_broken, release_forward
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.waiting_tensors import release_filled, unfilled
+from fabric_init.planning.derived import LoadedStorages
 from fabric_init.planning.digest import plan_lines
 from fabric_init.planning.placement import Placement
-from fabric_init.planning.plan import Action, DerivedFrom, LoadOptions
+from fabric_init.planning.plan import Action, LoadOptions
 from fabric_init.planning.prepare import PreparedPlan, plan_for
 from fabric_init.planning.tensors import Walk
 from fabric_init.recording.tape.tape import Rng
@@ -184,7 +185,7 @@ def execute_plan(
     tensors: Sequence[Tensor],
     placement: Placement,
     agreement: Agreement = _ALONE,
-    loaded: Mapping[int, DerivedFrom] | None = None,
+    loaded: LoadedStorages | None = None,
 ) -> FillRecord:
     """Execute a plan on ``tensors``: its own, or those that a strategy has made of them.
 

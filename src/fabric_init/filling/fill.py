@@ -17,9 +17,9 @@ from fabric_init.filling.monitoring.out_of_memory import out_of_memory_explained
 from fabric_init.filling.monitoring.progress import with_progress
 from fabric_init.filling.monitoring.verify import is_wanted, verify
 from fabric_init.filling.values.compute_values import PlanValues, has_own_memory
-from fabric_init.planning.derived import loaded_storages
+from fabric_init.planning.derived import LoadedStorages, loaded_storages
 from fabric_init.planning.placement import Placement
-from fabric_init.planning.plan import Action, DerivedFrom, Plan
+from fabric_init.planning.plan import Action, Plan
 from fabric_init.recording.replay.replay import real_execution
 from fabric_init.recording.tape.tape import Tape
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor
@@ -34,7 +34,7 @@ def fill(
     placement: Placement,
     *,
     exact: bool,
-    loaded: Mapping[int, DerivedFrom] | None = None,
+    loaded: LoadedStorages | None = None,
 ) -> None:
     """Fill every tensor. The model does not change before all values have been computed.
 

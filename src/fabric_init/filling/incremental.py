@@ -17,6 +17,7 @@ from fabric_init.filling.data_dependent import check_decisions
 from fabric_init.filling.fill import fill
 from fabric_init.filling.packed.plan import pack_and_plan_held, plan_plain
 from fabric_init.filling.report_rows import make_record
+from fabric_init.filling.values.loads_noted import loads_noted
 from fabric_init.guard.before_forward import release_forward
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.waiting_tensors import release_filled
@@ -126,7 +127,7 @@ def filled_by_module(
     filling, begun = IncrementalFill(prepared, WholeTensors()), False
     try:
         share_seeds(prepared.tapes.values(), agreement)
-        with plain_meta(prepared):
+        with loads_noted(prepared), plain_meta(prepared):
             filling.begin()
             begun = True
             yield filling.fill_under

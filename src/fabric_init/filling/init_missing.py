@@ -15,7 +15,7 @@ from fabric_init.distributed.seeds import share_seeds
 from fabric_init.errors import UninitializedTensorError
 from fabric_init.filling.fill import fill
 from fabric_init.filling.packed.plan import follow_inner, plan_held
-from fabric_init.filling.values.compute_derived import compute
+from fabric_init.filling.values.loaded_memory import as_it_is
 from fabric_init.guard.before_forward import ranks_of, release_forward
 from fabric_init.guard.expected_load import forget_expected_load
 from fabric_init.guard.loads import unwatch_loads
@@ -32,7 +32,7 @@ from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.plan import Action, Plan, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.planning.tensors import TensorInfo, find_tensors, named_tensors, registered_tensors
-from fabric_init.recording.replay.replay import view
+from fabric_init.recording.replay.replay import all_on, replay_with, view
 from fabric_init.recording.tape.liveness import computed_from, covers, never_written
 from fabric_init.recording.tape.recompute import reads_any, recompute
 from fabric_init.recording.tape.tape import Tape, TensorRef
@@ -186,7 +186,9 @@ def _run(
         given = sources[id(tensor)]
         if given:
             storage = _ref(entry).storage
-            memory = compute([storage], tapes[storage], given, placement.device(entry.slot), exact=exact)[storage]
+            device = placement.device(entry.slot)
+            known = {ref.storage: as_it_is(value, ref, device) for ref, value in given}
+            memory = replay_with(tapes[storage], [storage], known, exact=exact, to=all_on(device))[storage]
             with DisableTorchFunction(), torch.no_grad():
                 placement.put(entry.slot, tensor, take(view(memory, _ref(entry)), placement.region(entry.slot)))
 

@@ -13,10 +13,10 @@ from fabric_init.guard.waiting_tensors import release_filled
 from fabric_init.planning.checks.validation import check_all_have_values
 from fabric_init.planning.derived import replaced_since, written_since
 from fabric_init.planning.matching import action_without_checkpoint
-from fabric_init.planning.plan import Action, DerivedFrom, Plan, PlanEntry
+from fabric_init.planning.plan import Action, Loaded, Plan, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.planning.tensors import TensorInfo, tensors_and_tapes
-from fabric_init.recording.tape.liveness import computed_from, covers
+from fabric_init.recording.tape.liveness import computed_from
 from fabric_init.recording.tape.tape import Tape
 
 
@@ -115,15 +115,15 @@ def _by_tensor(plans: Sequence[PreparedPlan], reader: CombinedReader | None) -> 
     return found
 
 
-def _sources(entries: Iterable[PlanEntry], plans: Sequence[PreparedPlan]) -> dict[int, DerivedFrom]:
+def _sources(entries: Iterable[PlanEntry], plans: Sequence[PreparedPlan]) -> tuple[Loaded, ...]:
     """Return what was to be loaded when the blocks ended, also where the model holds something else by now."""
     tapes = {storage: tape for plan in plans for storage, tape in plan.tapes.items()}
-    return {
-        ref.storage: DerivedFrom(ref, entry.keys[0])
+    return tuple(
+        Loaded(ref, entry.keys[0])
         for entry in entries
         if entry.action is Action.LOAD and (ref := entry.slot.ref) is not None
-        if covers(tapes[ref.storage].current(), ref)
-    }
+        if not tapes[ref.storage].current().written_since(ref.storage, entry.since or 0)
+    )
 
 
 def _refuse_lost_changes(entries: Sequence[PlanEntry], tapes: Mapping[int, Tape]) -> None:

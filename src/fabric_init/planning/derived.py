@@ -5,69 +5,70 @@ They are computed from what the checkpoint brings, and copies (``copy.deepcopy``
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 
-from fabric_init.planning.plan import Action, DerivedFrom, Plan, PlanEntry, storage_groups
+from fabric_init.planning.plan import Action, Conversion, Loaded, Plan, PlanEntry
 from fabric_init.planning.tensors import TensorInfo
-from fabric_init.recording.tape.liveness import computed_from, covers, is_final
-from fabric_init.recording.tape.op_properties import is_cast
+from fabric_init.recording.tape.liveness import computed_from, covers, is_conversion, is_final
 from fabric_init.recording.tape.tape import Tape, TensorRef
 
+LoadedStorages = Mapping[int, Sequence[Loaded]]
+"""By storage what a load brings there, in the order of loading: one tensor that spans it, or parts of it."""
 
-def loaded_storages(plan: Plan, tapes: Mapping[int, Tape]) -> dict[int, DerivedFrom]:
-    """Return the storages that are loaded in full, and those that they were cast from."""
-    loaded = dict(plan.sources)
-    for plain in (entry.made_of for entry in plan.entries if entry.made_of is not None):
-        if plain.action is Action.LOAD and (ref := plain.slot.ref) is not None and covers(tapes[ref.storage], ref):
-            loaded[ref.storage] = DerivedFrom(ref, plain.keys[0])
-    for storage, positions in storage_groups(plan.entries).items():
-        loads = [plan.entries[position] for position in positions if plan.entries[position].action is Action.LOAD]
-        ref = loads[0].slot.ref if loads else None
-        if len(loads) == 1 and ref is not None and covers(tapes[storage], ref):  # others on it are views of that one
-            loaded[storage] = DerivedFrom(ref, loads[0].keys[0])
-    for storage, source in list(loaded.items()):
-        for earlier in cast_from(storage, tapes[storage]) if storage in tapes else ():
-            loaded.setdefault(earlier.storage, source._replace(ref=earlier))
+
+def loaded_storages(plan: Plan, tapes: Mapping[int, Tape]) -> LoadedStorages:
+    """Return the storages of loaded tensors, and those that these were converted from.
+
+    A tensor of the state dict has the values that the load brings for itself, whatever was converted from it.
+    """
+    plain = [entry.made_of for entry in plan.entries if entry.made_of is not None]
+    found: dict[int, dict[TensorRef, Loaded]] = {}
+    for ref, key, _ in (*plan.sources, *_loads(plain), *_loads(plan.entries)):
+        found.setdefault(ref.storage, {})[ref] = Loaded(ref, key)
+    own = found.keys() | {entry.slot.ref.storage for entry in plan.entries if entry.slot.ref and entry.slot.saved}
+    loaded = {storage: list(there.values()) for storage, there in found.items()}
+    for each in [each for there in loaded.values() for each in there if each.ref.storage in tapes]:
+        for storage, converted in _converted_from(each, tapes[each.ref.storage]):
+            if storage in own:
+                break
+            loaded.setdefault(storage, []).append(converted)
     return loaded
 
 
-def loaded_in_parts(plan: Plan, whole: Collection[int], tapes: Mapping[int, Tape]) -> dict[int, list[DerivedFrom]]:
-    """Return the loaded tensors on each storage that several share, or one does not span: none of ``whole``.
+def _loads(entries: Iterable[PlanEntry]) -> Iterator[Loaded]:
+    for entry in entries:
+        if entry.action is Action.LOAD and entry.slot.ref is not None:
+            yield Loaded(entry.slot.ref, entry.keys[0])
 
-    So for a storage that they were cast from.
-    """
-    parts: dict[int, list[DerivedFrom]] = {}
-    for entry in plan.entries:
-        ref = entry.slot.ref
-        if entry.action is Action.LOAD and ref is not None:
-            tape = tapes[ref.storage]
-            for each in (ref, *(_casts(ref.storage, tape) if covers(tape, ref) else ())):
-                if each.storage not in whole:
-                    parts.setdefault(each.storage, []).append(DerivedFrom(each, entry.keys[0]))
-    return parts
+
+def _converted_from(loaded: Loaded, tape: Tape) -> Iterator[tuple[int, Loaded]]:
+    """Yield the storages that a loaded tensor was converted from, and where on them it is."""
+    for made in _conversions(loaded.ref.storage, tape):
+        if not loaded.conversions and (loaded.ref.conj or loaded.ref.neg or loaded.ref.dtype != made.written.dtype):
+            return  # a view that shows the bits as other values
+        loaded = loaded._replace(conversions=(made, *loaded.conversions))
+        yield made.read.storage, loaded
+
+
+def _conversions(storage: int, tape: Tape) -> Iterator[Conversion]:
+    """Yield how a storage was converted from another one, and so on."""
+    while len(writers := tape.writers.get(storage, [])) == 1 and is_conversion(op := tape.ops[writers[0]]):
+        read, written = op.reads(), op.outputs
+        if len(read) != 1 or len(written) != 1 or read[0].conj or read[0].neg:
+            return
+        storage = read[0].storage
+        if not is_final(tape, storage, op.number):
+            return
+        yield Conversion(written[0], read[0])
 
 
 def cast_from(storage: int, tape: Tape) -> Iterator[TensorRef]:
-    """Yield the storages that a storage was cast from.
+    """Yield the storages that a whole storage was converted from.
 
     ``model.to(dtype)`` makes new storages; tensors that were computed before read the old ones.
     """
-    return (read for read in _casts(storage, tape) if covers(tape, read))
-
-
-def _casts(storage: int, tape: Tape) -> Iterator[TensorRef]:
-    """Yield them, and at last the part of a storage that the first of them was cast from."""
-    while True:
-        writers = tape.writers.get(storage, ())
-        if len(writers) != 1 or not is_cast((writer := tape.ops[writers[0]]).func):
-            return
-        (read,) = writer.reads()
-        if not is_final(tape, read.storage, writer.number):
-            return
-        yield read
-        if not covers(tape, read):
-            return
-        storage = read.storage
+    return takewhile(lambda read: covers(tape, read), (made.read for made in _conversions(storage, tape)))
 
 
 def sources_of(
@@ -96,4 +97,4 @@ def written_since(entry: PlanEntry, tapes: Mapping[int, Tape]) -> bool:
     tape = tapes[ref.storage]
     earlier = [ref.storage, *(cast.storage for cast in cast_from(ref.storage, tape))]
     numbers = [number for storage in earlier for number in tape.writers.get(storage, ())]
-    return any(number > since and not is_cast(tape.ops[number].func) for number in numbers)
+    return any(number > since and not is_conversion(tape.ops[number]) for number in numbers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -55,11 +55,22 @@ class PlanEntry(NamedTuple):
         return f"{tensor}: {self.action.value}{source}{cast}"
 
 
-class DerivedFrom(NamedTuple):
-    """A loaded tensor that others may be computed from, and its checkpoint key."""
+class Conversion(NamedTuple):
+    """What ``to()``, ``contiguous()`` or ``reshape()`` has ``written`` where it was given ``read``."""
+
+    written: TensorRef
+    read: TensorRef
+
+
+class Loaded(NamedTuple):
+    """A loaded tensor that others may be computed from, and its checkpoint key.
+
+    It is on the storage in question, or on the one that the last of the ``conversions`` has made of that.
+    """
 
     ref: TensorRef
     key: str
+    conversions: tuple[Conversion, ...] = ()
 
 
 _SHOWN = 10  # entries of a plan that is printed
@@ -71,8 +82,8 @@ class Plan:
 
     entries: tuple[PlanEntry, ...]
     unexpected: tuple[str, ...] = ()
-    sources: Mapping[int, DerivedFrom] = field(default_factory=dict)
-    """By storage: loaded tensors that the model no longer holds, but that others may have been computed from."""
+    sources: tuple[Loaded, ...] = ()
+    """Loaded tensors that the model may no longer hold, but that others may have been computed from."""
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What the user should know of what is loaded, in words."""
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.errors import FabricInitError
-from fabric_init.filling.values.compute_derived import loads_noted
+from fabric_init.filling.values.loads_noted import loads_noted
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.planning.recorded_load.key_tensors import recorded_on_sources

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.region import take
-from fabric_init.filling.values.compute_derived import compute
 from fabric_init.filling.values.in_chunks import computed_in_chunks, parts_in_chunks
+from fabric_init.filling.values.loaded_memory import LoadedMemory
 from fabric_init.filling.values.loader import loader_for
-from fabric_init.planning.derived import sources_of
+from fabric_init.planning.derived import LoadedStorages, sources_of
 from fabric_init.planning.placement import Placement
-from fabric_init.planning.plan import Action, DerivedFrom, Plan, PlanEntry, storage_groups
-from fabric_init.planning.rank_loads import read_as
-from fabric_init.recording.replay.replay import Brought, all_on, replay, replay_with, view
+from fabric_init.planning.plan import Action, Plan, PlanEntry, storage_groups
+from fabric_init.recording.replay.replay import all_on, replay, replay_with, view
 from fabric_init.recording.tape.liveness import covers
 from fabric_init.recording.tape.tape import Tape
 
@@ -41,16 +40,15 @@ class PlanValues:
     tapes: Mapping[int, Tape]
     reader: CheckpointReader | None
     placement: Placement
-    loaded: Mapping[int, DerivedFrom]
+    loaded: LoadedStorages
     exact: bool
 
     def one_by_one(self) -> Generator[tuple[int, Tensor], None, None]:
         """Yield positions in the plan and their values, each of which may be released before the next one is made."""
         groups = self._not_loaded_whole()
-        parts: dict[int, Tensor] = {}  # loaded into memory that other tensors share
         if self.reader is not None:
             shared = self._in_shared_memory(groups)
-            yield from self._read(self.reader, groups, shared, parts)
+            yield from self._read(self.reader, shared)
             mine = {
                 storage: [position for position in group if position in shared] for storage, group in groups.items()
             }
@@ -60,7 +58,7 @@ class PlanValues:
         large = parts_in_chunks(self.plan.entries, groups, self.tapes, self.placement, exact=self.exact)
         yield from computed_in_chunks(large.values())
         groups = {storage: positions for storage, positions in groups.items() if storage not in large}
-        yield from self._replayed(groups, parts)
+        yield from self._replayed(groups)
 
     def _not_loaded_whole(self) -> dict[int, list[int]]:
         """Return the positions on each storage that needs more than one read: a replay, or a computation."""
@@ -86,24 +84,15 @@ class PlanValues:
             or any(self.plan.entries[other].action is not Action.LOAD for other in positions)
         }
 
-    def _read(
-        self,
-        reader: CheckpointReader,
-        groups: Mapping[int, Sequence[int]],
-        shared: Collection[int],
-        parts: dict[int, Tensor],
-    ) -> Iterator[tuple[int, Tensor]]:
-        """Yield what is loaded, and put into ``parts`` what is loaded into shared memory."""
-        for position, value in loader_for(reader).load(self.plan, self.placement):
-            if position in shared:
-                parts[position] = value
-            else:
+    def _read(self, reader: CheckpointReader, shared: Collection[int]) -> Iterator[tuple[int, Tensor]]:
+        """Yield what is loaded into memory of its own; of the rest, a loader compares what several keys bring."""
+        entries = [
+            entry._replace(action=Action.KEEP) if position in shared and len(entry.keys) == 1 else entry
+            for position, entry in enumerate(self.plan.entries)
+        ]
+        for position, value in loader_for(reader).load(replace(self.plan, entries=tuple(entries)), self.placement):
+            if position not in shared:
                 yield position, value
-        for positions in groups.values():
-            for position in positions:  # in the same order on every rank
-                entry = self.plan.entries[position]
-                if position in parts and self.placement.region(entry.slot) is not None:
-                    parts[position] = read_as(reader, entry.keys[0], entry.slot.shape, None)
 
     def _moved(self) -> Iterator[tuple[int, Tensor]]:
         """Yield tensors that keep their values, on another device."""
@@ -115,19 +104,16 @@ class PlanValues:
                     yield position, self.tensors[position].detach().to(device)
 
     def _computed(self, groups: dict[int, list[int]]) -> Iterator[tuple[int, Tensor]]:
-        """Yield what is computed from loaded tensors, and take it out of ``groups``."""
-        for (tape, device, sources), storages in self._derived(groups).items():
-            if self.reader is not None and sources <= self.loaded.keys():
-                # the same order on every rank: reading may be for all of them together
-                keys = [self.loaded[each] for each in sorted(sources)]
-                values = ((ref, read_as(self.reader, key, ref.size, None)) for ref, key in keys)
-                memories = compute(storages, tape, values, device, exact=self.exact)
-            else:  # from what an earlier load has brought
-                to = all_on(device)
-                memories = replay_with(tape, storages, Brought(tape, to), exact=self.exact, to=to)
+        """Yield what loads bring into shared memory, and what is computed from loads; take it out of ``groups``."""
+        for (tape, device, _), storages in self._derived(groups).items():
+            to = all_on(device)
+            brought = LoadedMemory(tape, self.loaded, self.reader, to, exact=self.exact)
+            memories = replay_with(tape, storages, brought, exact=self.exact, to=to)
             for storage in storages:
-                memory = memories.pop(storage)
-                for position in groups.pop(storage):
+                memory, positions = memories.pop(storage), groups.pop(storage)
+                if storage in brought and not self._loads_some(positions):
+                    memory = memory.clone()  # which may be that of the file
+                for position in positions:
                     yield position, self._kept(memory, position)
                 del memory  # not kept while the next one is read
 
@@ -142,13 +128,19 @@ class PlanValues:
         others = {tape: self.loaded.keys() | tape.brought().keys() for tape in {self.tapes[each] for each in groups}}
         for storage, positions in groups.items():
             entry, tape = self.plan.entries[positions[0]], self.tapes[storage]
-            sources = frozenset(sources_of(entry, self.tapes, others[tape], exact=self.exact))
-            if sources and all(self.plan.entries[position].action is Action.INIT for position in positions):
+            if self._loads_some(positions) or (storage in others[tape] and not entry.slot.saved):
+                sources = frozenset({storage})
+            else:
+                sources = frozenset(sources_of(entry, self.tapes, others[tape], exact=self.exact))
+            if sources:
                 found.setdefault((tape, self.placement.device(entry.slot), sources), []).append(storage)
         return found
 
-    def _replayed(self, groups: Mapping[int, Sequence[int]], parts: dict[int, Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Yield what the recorded ops compute; where ``parts`` of a storage were loaded, these are written over it."""
+    def _loads_some(self, positions: Iterable[int]) -> bool:
+        return any(self.plan.entries[position].action is Action.LOAD for position in positions)
+
+    def _replayed(self, groups: Mapping[int, Sequence[int]]) -> Iterator[tuple[int, Tensor]]:
+        """Yield what the recorded ops compute."""
         by_place: dict[tuple[Tape, torch.device], list[int]] = {}
         for storage, positions in groups.items():
             device = self.placement.device(self.plan.entries[positions[0]].slot)
@@ -157,10 +149,6 @@ class PlanValues:
             for memories in replay(tape, storages, exact=self.exact, to=all_on(device)):
                 for storage, memory in memories.items():
                     for position in groups[storage]:
-                        if position in parts:
-                            ref = self.plan.entries[position].slot.ref
-                            assert ref is not None
-                            view(memory, ref).copy_(parts.pop(position))
                         yield position, self._kept(memory, position)
 
     def _kept(self, memory: torch.UntypedStorage, position: int) -> Tensor:

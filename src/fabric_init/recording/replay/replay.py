@@ -209,15 +209,21 @@ def all_on(device: torch.device) -> DeviceMap:
 
 
 class Brought(dict[int, torch.UntypedStorage]):
-    """The memory of storages that declared loads bring, read when it is asked for, on the device that ``to`` says."""
+    """The memory of storages that declared loads bring, read when it is asked for, on the device that ``to`` says.
 
-    def __init__(self, tape: Tape, to: DeviceMap) -> None:
+    It is only to be read. All ``but`` some storages are in it.
+    """
+
+    def __init__(self, tape: Tape, to: DeviceMap, *, but: Collection[int] = ()) -> None:
         super().__init__()
         self._tape, self._to = tape, to
-        self._loaded = tape.brought()
+        self._loaded = {storage: loaded for storage, loaded in tape.brought().items() if storage not in but}
 
     def __contains__(self, storage: object) -> bool:
         return storage in self._loaded
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._loaded)
 
     def __missing__(self, storage: int) -> torch.UntypedStorage:
         device = self._to(self._tape.storages[storage].device)
@@ -234,7 +240,7 @@ def storage_now(tape: Tape, storage: int, *, exact: bool) -> tuple[torch.Untyped
     inputs = Brought(tape, as_recorded) if tape.loaded else {}
     with real_execution():
         if storage in inputs:
-            return inputs[storage], False
+            return inputs[storage].clone(), False
         live = live_ops(tape, [storage], exact=exact, inputs=inputs)
         memory = _Execution(tape, live, {storage}, as_recorded, exact=exact, inputs=inputs).run()[storage]
     return memory, any(tape.ops[index].draw is not None for index in live)

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable
 
 import torch
 
+from fabric_init._torch_internals import OpOverload
 from fabric_init.recording.tape.op_properties import only_copies, overwrites, pointwise
 from fabric_init.recording.tape.tape import Op, Tape, TensorRef
 
@@ -46,6 +47,14 @@ def writes_whole(tape: Tape, op: Op, storage: int) -> bool:
         if ref.storage == storage:
             return False
     return any(ref.storage == storage and covers(tape, ref) for ref in op.targets)
+
+
+def is_conversion(op: Op) -> bool:
+    """Return whether ``op`` is what ``to()``, ``contiguous()`` or ``reshape()`` do where they return a new tensor."""
+    if not isinstance(op.func, OpOverload):
+        return False
+    name, memory_format = op.func._schema.name, op.kwargs.get("memory_format")
+    return name == "aten::_to_copy" or (name == "aten::clone" and memory_format is torch.contiguous_format)
 
 
 def is_final(tape: Tape, storage: int, before: int) -> bool:

@@ -172,12 +172,6 @@ def pointwise(func: Func) -> bool:
 
 
 @cache
-def is_cast(func: Func) -> bool:
-    """Return whether ``func`` makes a new tensor with another dtype, device or memory layout."""
-    return isinstance(func, OpOverload) and func._schema.name == "aten::_to_copy"
-
-
-@cache
 def only_copies(func: Func) -> bool:
     """Return whether ``func`` copies the values that it reads, possibly with a cast."""
     return isinstance(func, OpOverload) and func._schema.name in _COPIES

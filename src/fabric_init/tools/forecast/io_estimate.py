@@ -80,4 +80,4 @@ def _read_again(plan: Plan, tapes: Mapping[int, Tape]) -> Iterable[PlanEntry]:
     for positions in storage_groups(plan.entries).values():
         if len(positions) == 1:
             for storage in sources_of(plan.entries[positions[0]], tapes, loaded):
-                yield by_key[loaded[storage].key]
+                yield from (by_key[each.key] for each in loaded[storage])
