@@ -152,6 +152,7 @@ ATTRIBUTES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         lambda: lightning.pytorch.strategies.DeepSpeedStrategy,
         ("_init_config_if_needed",),
     ),
+    "LightningModule": (lightning.pytorch.LightningModule, ("_trainer", "_fabric")),
 }
 
 

@@ -9,7 +9,8 @@ Private attributes of objects are used where the objects are, mostly in classes 
 - of Fabric ``_strategy``, ``_validate_setup`` and ``_validate_launched``; its ``setup`` takes ``_reapply_compile=…``;
 - of Lightning's strategies ``_ddp_kwargs``, ``_fsdp_kwargs`` and ``_parallelize_fn``; of the one for DeepSpeed
   ``_setup_distributed``, ``_set_world_ranks``, ``_init_deepspeed_distributed``, ``_format_config``,
-  ``_config_initialized`` and ``_initialize_engine``; of the Trainer's ``_init_config_if_needed``.
+  ``_config_initialized`` and ``_initialize_engine``; of the Trainer's ``_init_config_if_needed``;
+- of a ``LightningModule`` ``_trainer`` and ``_fabric``, by which it is known what is no part of it.
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fabric_init import CheckpointMismatchError, UninitializedTensorError
+from fabric_init.guard.before_forward import require
 from tests.support.ranks import run_ranks
 from tests.support.zoo import (
     STRATEGIES,
@@ -100,6 +101,52 @@ def test_a_forgotten_load_is_an_error_on_every_rank(strategy: str, use: str, tmp
         assert "init_missing" in message
         assert seconds < 5
         assert finite
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4, bias=False)
+        self.scale = nn.Parameter(self.layer.weight.detach().norm(dim=1))
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.layer(batch) * self.scale  # type: ignore[no-any-return]
+
+
+def loaded_by_rank_zero(strategy: str, names: list[str], saves: bool) -> str | dict[str, Tensor]:
+    fabric = launch(strategy)
+    with fabric.init_module(empty_init=True):
+        model = Scaled()
+    model = fabric.setup(model)
+    state = {"layer.weight": torch.full((4, 4), 100.0), "scale": torch.full((4,), 3.0)}
+    with deepspeed_gathers(model):
+        if fabric.global_rank == 0:
+            model.module.load_state_dict({name: state[name] for name in names}, strict=False)
+    if fabric.global_rank == 0 and saves:
+        require(model.module, "be saved")
+    try:
+        model(torch.ones(1, 4))
+    except UninitializedTensorError as error:
+        return str(error)
+    return weights(model)
+
+
+def deepspeed_gathers(model: nn.Module) -> Any:
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0)
+
+
+def test_what_rank_zero_alone_has_loaded_counts_on_every_rank_of_zero_3() -> None:
+    names = ["layer.weight", "scale"]
+    for found in run_ranks(2, loaded_by_rank_zero, strategy="deepspeed_stage_3", names=names, saves=True):
+        assert isinstance(found, dict)
+        assert found["scale"].tolist() == [3.0] * 4
+
+
+def test_what_rank_zero_alone_has_made_stale_is_an_error_on_every_rank_of_zero_3() -> None:
+    for found in run_ranks(2, loaded_by_rank_zero, strategy="deepspeed_stage_3", names=["layer.weight"], saves=False):
+        assert "the constructor has computed scale from tensors that have been loaded since setup" in str(found)
 
 
 def use_one_part(strategy: str) -> list[str]:

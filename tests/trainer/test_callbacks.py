@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     EMAWeightAveraging,
@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.tuner import Tuner
 from torch.utils.data import DataLoader
 
-from fabric_init import FillModel, deferred_init
+from fabric_init import FillModel, deferred_init, init_report
 from fabric_init.errors import RecordingError
 from tests.trainer.models import Early, LoadEagerly, Module, data, different, trainer, weights, write
 
@@ -121,3 +121,24 @@ def test_a_callback_that_calls_configure_model_itself_is_named_in_the_error(tmp_
     path, _ = write(tmp_path)
     with pytest.raises(RecordingError, match="as WeightAveraging does"):
         trainer(FillModel(path, part="net"), EMAWeightAveraging()).fit(Module(), data())
+
+
+class Shadow(Callback):
+    """Keeps copies of weights, in a list and in an object."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        weight = pl_module.get_parameter("net.head.weight").detach()
+        self.copies, self.doubled = [weight.clone()], weight * 2
+
+
+def test_what_a_callback_keeps_is_no_part_of_the_model_that_is_filled(tmp_path: Path) -> None:
+    path, _ = write(tmp_path)
+    state = {f"net.{name}": value for name, value in torch.load(path).items()}
+    torch.save(state, tmp_path / "whole.pt")
+    shadow = Shadow()
+    with deferred_init():
+        module = Early()
+    trainer(FillModel(tmp_path / "whole.pt"), shadow).fit(module, data())
+    assert [row.name for row in init_report(module).rows if not row.name.startswith("net.")] == []
+    assert torch.equal(shadow.copies[0], state["net.head.weight"])
+    assert torch.equal(shadow.doubled, state["net.head.weight"] * 2)

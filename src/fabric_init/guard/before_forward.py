@@ -54,7 +54,8 @@ def require(model: nn.Module, use: str) -> None:
     release_filled(model)
     for module in model.modules():
         vars(module).pop(_SUBJECT, None)  # the others know
-    release_forward(model)
+    if expected_load(model) is None:
+        release_forward(model)
 
 
 def _lacking(model: nn.Module, use: str, waiting: list[tuple[str, Tensor]]) -> tuple[list[str], str]:

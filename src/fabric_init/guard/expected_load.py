@@ -30,7 +30,7 @@ class ExpectedLoad:
         model: The model, as its strategy keeps it.
         names: The tensors that the load was to bring, each with the names of those that it was computed from.
         part_of: Returns this rank's memory of a parameter.
-        agreement: How the ranks keep in step.
+        agreement: How the ranks keep in step that run it together.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class ExpectedLoad:
         self._model = ref(model)
         self._names = dict(names)
         self._stale: list[str] = []  # computed from tensors that were loaded since
+        self.came = False  # on this rank, with all that would be stale without it
         self._part_of = part_of
         self._agreement = agreement
         self._digest = self._digest_now(model)
@@ -51,29 +52,33 @@ class ExpectedLoad:
     def __call__(self, module: nn.Module) -> None:
         """Complete a load: nothing waits here, what it has not brought has its own init."""
 
-    def came(self, brought: Iterable[tuple[nn.Module, str]]) -> None:
+    def note(self, brought: Iterable[tuple[nn.Module, str]]) -> None:
         """Note that a load has written these tensors, each given by its module and its name there."""
         model = self._model()
         if model is not None:
             loaded = note_loaded(model, brought)
             sources = self._names.items()
             self._stale = [name for name, its in sources if name not in loaded and not loaded.isdisjoint(its)]
-            if not self._stale:
-                vars(model).pop(_EXPECTED, None)
+            self.came = not self._stale
 
     def require(self, model: nn.Module, use: str) -> None:
         """Raise, on all ranks, unless somebody has written to the model on some rank.
 
+        Before the model runs, all ranks meet, whatever each of them has loaded.
+
         Raises:
             UninitializedTensorError: Naming the tensors that the load was to bring.
         """
-        if self._stale:
+        if self.came and use != "run":
+            return
+        stale = self._agreement.from_all(self._stale)
+        if stale:
             raise UninitializedTensorError(
-                f"{type(model).__name__} cannot {use}: the constructor has computed {', '.join(self._stale[:5])} from "
+                f"{type(model).__name__} cannot {use}: the constructor has computed {', '.join(stale[:5])} from "
                 "tensors that have been loaded since setup. "
                 "Load them as well, or load before setup, or keep them: fabric.init_missing(model)."
             )
-        is_written = self._digest_now(model) != self._digest
+        is_written = self.came or self._digest_now(model) != self._digest
         if not self._agreement.from_all(["written"] if is_written else []):
             raise UninitializedTensorError(uninitialized(type(model).__name__, use, list(self._names)))
         vars(model).pop(_EXPECTED, None)

@@ -118,9 +118,7 @@ def _after_load(module: nn.Module, incompatible_keys: Any) -> None:
     _current.errors, _current.top = None, None
     complete: Complete | None = vars(module).get(_COMPLETE)
     _end(module, complete)
-    if not unfilled(module) and expected_load(module) is None:
-        unwatch_loads(module, running=module._load_state_dict_post_hooks)
-        release_forward(module, on_all_ranks=False)
+    _release_loaded(module, running=module._load_state_dict_post_hooks)
 
 
 @contextmanager
@@ -139,9 +137,16 @@ def loading(model: nn.Module) -> Iterator[None]:
         for later in _current.laters:
             later.status = "written by the user"
     _end(model, complete)
-    if not unfilled(model) and expected_load(model) is None:
-        unwatch_loads(model)
-        release_forward(model, on_all_ranks=False)
+    _release_loaded(model)
+
+
+def _release_loaded(model: nn.Module, running: Any = None) -> None:
+    """Let a model go of which nothing waits here; one whose ranks meet before it runs does so then."""
+    expected = expected_load(model)
+    if not unfilled(model) and (expected is None or expected.came):
+        unwatch_loads(model, running)
+        if expected is None:
+            release_forward(model, on_all_ranks=False)
 
 
 def _begin(module: nn.Module) -> None:
@@ -158,7 +163,7 @@ def _end(module: nn.Module, complete: Complete | None) -> None:
     if isinstance(complete, ExpectedLoad):
         expected = [(its, name) for its, name in brought if isinstance(vars(its).get(_COMPLETE), ExpectedLoad)]
         if expected:
-            complete.came(expected)
+            complete.note(expected)
     for _, tensor in before:  # assign=True has put others in their places
         for part in () if _holds(module, tensor) else recorded_parts(tensor):
             found = recorded(part)

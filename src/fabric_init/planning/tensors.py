@@ -17,7 +17,8 @@ from fabric_init.recording.tensor.wrappers import inner_tensors, is_sharded, is_
 
 Kind = Literal["parameter", "buffer", "non-persistent buffer", "attribute"]
 
-_MODULE_INTERNALS = frozenset(vars(nn.Module()))
+_NOT_ITS_OWN = frozenset({*vars(nn.Module()), "_trainer", "_fabric"})
+"""Attributes of a module that hold no tensors of its own: torch's tables, and what runs a ``LightningModule``."""
 _NOT_THE_MODELS = ("_fabric_init_", "__composable_api_state_key")
 """How attributes begin in which we, or fully_shard, keep what is known of a module."""
 
@@ -186,7 +187,7 @@ def _attributes(named: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, K
                     for path, tensor in _tensors_in(value, beside, seen):
                         yield path, "attribute", tensor
         attributes = vars(module)
-        own = attributes.keys() - _MODULE_INTERNALS  # a set knows no order, but takes away much at once
+        own = attributes.keys() - _NOT_ITS_OWN  # a set knows no order, but takes away much at once
         if any([type(attributes[name]) not in _PLAIN_TYPES for name in own]):  # few modules
             for name, value in attributes.items():
                 if name in own and type(value) not in _PLAIN_TYPES and not name.startswith(_NOT_THE_MODELS):

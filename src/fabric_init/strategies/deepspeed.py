@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from fabric_init._lightning_internals import get_deepspeed_engines_from_state
 from fabric_init.checkpoints.tensor_checksums import tensor_checksum
+from fabric_init.distributed.agreement import SingleProcess
 from fabric_init.errors import FabricInitError
 from fabric_init.filling.in_setup import choose_own_init, is_bound, left_to_loads, shard_and_fill
 from fabric_init.filling.init_missing import initialize_missing
@@ -120,7 +121,9 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
     def _expect_load(self, module: nn.Module, names: Mapping[str, set[str]]) -> None:
         """Let a model refuse to run until the load has come that ``empty_init=True`` promises, or something like it."""
         if names:
-            load = ExpectedLoad(module, names, lambda tensor: getattr(tensor, "ds_tensor", tensor), self.agreement)
+            # a rank that has the whole model may run it without the others
+            agreement = self.agreement if self.zero_stage_3 else SingleProcess()
+            load = ExpectedLoad(module, names, lambda tensor: getattr(tensor, "ds_tensor", tensor), agreement)
             watch_loads(module, load)
             guard_forward(module)
 
