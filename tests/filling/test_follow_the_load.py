@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,22 @@ def test_what_is_kept_with_its_graph_has_the_values_of_the_load_and_not_of_later
     with torch.no_grad():
         model.layer.weight.zero_()
     assert model.doubled().tolist() == [[200.0] * 4] * 4
+
+
+def test_what_the_garbage_collector_does_not_show_has_the_values_of_the_load_too(tmp_path: Path) -> None:
+    torch.save({"layer.weight": HUNDRED["0.weight"], "layer.bias": HUNDRED["0.bias"]}, tmp_path / "m.pt")
+    with deferred_init():
+        model = Doubling()
+        tripled = model.layer.weight.detach() * 3
+    gc.freeze()
+    try:
+        materialize(model, checkpoint=tmp_path / "m.pt")
+    finally:
+        gc.unfreeze()
+    with torch.no_grad():
+        model.layer.weight.zero_()
+    assert model.doubled().tolist() == [[200.0] * 4] * 4
+    assert tripled.tolist() == [[300.0] * 4] * 4
 
 
 class Cut(nn.Module):

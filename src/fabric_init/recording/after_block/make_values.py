@@ -22,7 +22,7 @@ from fabric_init.recording.after_block.waiting_storages import Waiting, uninitia
 from fabric_init.recording.replay.replay import real_execution, storage_now, view
 from fabric_init.recording.tape.call_site import caller
 from fabric_init.recording.tape.liveness import never_written
-from fabric_init.recording.tape.tape import Tape
+from fabric_init.recording.tape.tape import Tape, TensorRef
 from fabric_init.recording.tensor.real_memory import plain_memory, real_tensor
 from fabric_init.recording.tensor.recorded_tensor import FormerTensor, RecordedTensor, become, recorded, recorded_ref
 from fabric_init.recording.tensor.storage_tags import StorageTag
@@ -183,7 +183,11 @@ class AfterBlockValues:
         return True
 
     def finish(self, tensors: Iterable[Tensor]) -> None:
-        """Turn recorded tensors whose values can be made by now into plain ones: these, and those kept elsewhere."""
+        """Turn recorded tensors whose values can be made by now into plain ones: these, and those kept elsewhere.
+
+        Values are made for every storage that a tensor is on. What the search does not find, as after ``gc.freeze()``,
+        becomes plain when it is used.
+        """
         with self._lock:
             if self._finishes:  # a value that is made there completes a model
                 return
@@ -191,12 +195,26 @@ class AfterBlockValues:
             try:
                 for tensor in tensors:
                     self._finish(tensor)
-                if any(self.tape.is_alive(storage) for storage in self.tape.records):  # the search is worth its time
-                    for each in _all_recorded():
+                alive = [tag for record in list(self.tape.records.values()) if (tag := record()) is not None]
+                for found in alive:
+                    if found.memory is None and not self.waiting.missing([found.storage]) and self._is_written(found):
                         with suppress(RecordingError):  # all ranks have to read it together: its user is told so
-                            self._finish(each)
+                            self.memory(found, "be read")
+                for each in _all_recorded() if alive else ():  # the search is worth its time
+                    with suppress(RecordingError):
+                        self._finish(each)
             finally:
                 self._finishes = False
+
+    def _is_written(self, found: StorageTag) -> bool:
+        """Return whether a storage has no element that nothing has written."""
+        numbers = self.tape.writers.get(found.storage)
+        if not numbers:
+            return False
+        op, nbytes = self.tape.ops[numbers[0]], self.tape.storages[found.storage].nbytes
+        dtype = next(ref.dtype for ref in (*op.targets, *op.outputs) if ref.storage == found.storage)
+        size = torch.Size([nbytes // dtype.itemsize])
+        return not never_written(self.tape, TensorRef(found.storage, 0, size, (1,), dtype))
 
     def _finish(self, tensor: Tensor) -> None:
         found = recorded(tensor)
