@@ -105,7 +105,9 @@ def test_a_rank_that_fails_ends_the_others(launcher: str, checkpoint: Path, tmp_
     assert done.code != 0
     assert not done.left
     assert "LookupError: the user's own mistake" in done.output
-    assert "building the model failed on rank 1, so all ranks stop" in done.output
+    # torchrun ends the other ranks as soon as one has failed, which a slow one may not hear of before
+    is_ended = launcher == "torchrun" and "closing signal SIGTERM" in done.output
+    assert is_ended or "building the model failed on rank 1, so all ranks stop" in done.output
 
 
 # -- two machines ------------------------------------------------------------------------------------------------------
