@@ -172,3 +172,31 @@ def test_a_part_that_is_not_loaded_is_computed_from_what_is(strategy: str, tmp_p
     for found in run_ranks(2, following, path=tmp_path / "m.pt", strategy=strategy):
         assert found["left"].tolist() == [100.0, 100.0]
         assert found["right"].tolist() == [4.0, 6.0]
+
+
+class Overlapping(nn.Module):
+    """Tensors that share memory, of which a file may have different values."""
+
+    def __init__(self, w: Tensor) -> None:
+        super().__init__()
+        self.all, self.row = nn.Parameter(w), nn.Parameter(w[0])
+        self.register_buffer("again", w)
+        cast = w.half()
+        self.cast, self.part = nn.Parameter(cast), nn.Parameter(cast[:1])
+        turned = torch.zeros(2, 3) + w.detach()
+        self.first, self.second = map(nn.Parameter, (turned.half(), turned.half()[1:]))
+        self.doubled = turned * 2
+
+
+def test_of_tensors_that_share_memory_the_last_one_counts_as_in_plain_pytorch(tmp_path: Path) -> None:
+    plain = Overlapping(torch.zeros(2, 3))
+    state = {name: torch.full(value.shape, float(at)) for at, (name, value) in enumerate(plain.state_dict().items(), 1)}
+    state["second"] = state["first"][1:].clone()
+    torch.save(state, tmp_path / "m.pt")
+    plain.load_state_dict(state)
+    with deferred_init():
+        model = Overlapping(torch.zeros(2, 3))
+    materialize(model, checkpoint=tmp_path / "m.pt")
+    expected = plain.state_dict()
+    assert {name for name, value in model.state_dict().items() if not torch.equal(value, expected[name])} == set()
+    assert torch.equal(model.doubled, state["first"] * 2)

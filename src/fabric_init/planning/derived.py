@@ -25,7 +25,9 @@ def loaded_storages(plan: Plan, tapes: Mapping[int, Tape]) -> LoadedStorages:
     plain = [entry.made_of for entry in plan.entries if entry.made_of is not None]
     found: dict[int, dict[TensorRef, Loaded]] = {}
     for ref, key, _ in (*plan.sources, *_loads(plain), *_loads(plan.entries)):
-        found.setdefault(ref.storage, {})[ref] = Loaded(ref, key)
+        there = found.setdefault(ref.storage, {})
+        there.pop(ref, None)  # the last one comes last
+        there[ref] = Loaded(ref, key)
     own = found.keys() | {entry.slot.ref.storage for entry in plan.entries if entry.slot.ref and entry.slot.saved}
     loaded = {storage: list(there.values()) for storage, there in found.items()}
     for each in [each for there in loaded.values() for each in there if each.ref.storage in tapes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import EllipsisType
 
 import torch
@@ -101,18 +101,44 @@ def memory_with(
             memory = laid_out(value, place, device)
         else:
             memory = replay_with(tape, [storage], others, exact=exact, to=all_on(device))[storage]
-        for each, value in brought:
-            elements, at = _elements(each, memory)
-            elements[at] = value.to(elements)
-        for each, value in brought:
-            elements, at = _elements(each, memory)
-            if each.conversions and not torch.allclose(elements[at], value.to(elements), 0, 0, equal_nan=True):
-                raise RecordingError(
-                    "a value is computed from a tensor that the model's own code has converted more than once, by "
-                    f"to(), contiguous() or reshape(), and the load brings different values for it: {each.key} and "
-                    "others. Compute it from one of these, or after the load."
-                )
+        _write(brought, memory)
+        if first.conversions:
+            _check_one_value(brought, memory)
     return memory
+
+
+_Value = tuple[Loaded, Tensor]
+
+
+def _write(brought: Iterable[_Value], memory: torch.UntypedStorage) -> None:
+    for each, value in brought:
+        elements, at = _elements(each, memory)
+        elements[at] = value.to(elements)
+
+
+def _check_one_value(brought: Sequence[_Value], memory: torch.UntypedStorage) -> None:
+    """Check that ``memory`` has the values of each storage that was converted from it, of which it has one.
+
+    Raises:
+        RecordingError: It has not.
+    """
+    for storage in {each.ref.storage for each, _ in brought}:
+        its = [(each, value) for each, value in brought if each.ref.storage == storage]
+        again = memory.clone()
+        _write(its, again)  # changes nothing, also where several loaded tensors share what was converted
+        last, value = its[-1]
+        elements, at = _elements(last, memory)
+        is_there = torch.allclose(elements[at], value.to(elements), 0, 0, equal_nan=True)
+        if not is_there or not torch.equal(_bytes(again), _bytes(memory)):
+            raise RecordingError(
+                "a value is computed from a tensor that the model's own code has converted more than once, by to(), "
+                f"contiguous() or reshape(), and the load brings different values for it: {last.key} and others. "
+                "Compute it from one of these, or after the load."
+            )
+
+
+def _bytes(memory: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=memory.device).set_(memory)
 
 
 def _place(loaded: Loaded) -> TensorRef | None:
