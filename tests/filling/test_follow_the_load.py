@@ -65,6 +65,34 @@ def test_a_later_block_computes_from_the_checkpoint_on_every_strategy(tmp_path: 
         assert found["0.target.bias"] == [0.0] * 4
 
 
+def loaded_twice(path: Path, other: Path, strategy: str) -> str | list[float]:
+    Wrapped.decides = False
+    fabric: Fabric = launch(strategy)
+    with fabric.init_module(checkpoint=path):
+        model = nn.Sequential(nn.Linear(4, 4))
+    with fabric.init_module(checkpoint=other, strict=False, rename={r"^0\.": "0.layer."}):
+        model[0] = Wrapped(model[0])  # type: ignore[arg-type]
+    try:
+        fabric.init_missing(model)
+        model = fabric.setup(model)
+    except RecordingError as error:
+        return str(error)
+    return weights(model)["0.saved"].tolist()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed_stage_3"])
+def test_what_is_computed_from_a_tensor_that_two_blocks_load_has_the_first_value_or_is_refused(
+    tmp_path: Path, strategy: str
+) -> None:
+    path, other = tmp_path / "m.pt", tmp_path / "other.pt"
+    torch.save(HUNDRED, path)
+    torch.save({**HUNDRED, "0.weight": torch.full((4, 4), 7.0)}, other)
+    for found in run_ranks(2, loaded_twice, path=path, other=other, strategy=strategy):
+        assert found == [200.0] * 4 if strategy == "ddp" else "that two blocks load" in str(found)
+    for found in run_ranks(2, loaded_twice, path=path, other=path, strategy=strategy):
+        assert found == [200.0] * 4
+
+
 def test_in_one_block_all_but_decisions_follow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"0.layer.weight": HUNDRED["0.weight"], "0.layer.bias": HUNDRED["0.bias"]}, tmp_path / "m.pt")
     monkeypatch.setattr(Wrapped, "decides", False)

@@ -11,7 +11,7 @@ from fabric_init.checkpoints.mapping.combined import CombinedReader
 from fabric_init.errors import RecordingError
 from fabric_init.guard.waiting_tensors import release_filled
 from fabric_init.planning.checks.validation import check_all_have_values
-from fabric_init.planning.derived import replaced_since, written_since
+from fabric_init.planning.derived import loaded_storages, replaced_since, sources_of, written_since
 from fabric_init.planning.matching import action_without_checkpoint
 from fabric_init.planning.plan import Action, Loaded, Plan, PlanEntry
 from fabric_init.planning.prepare import PreparedPlan
@@ -32,7 +32,8 @@ def merged(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
         model: whose tensors they are about.
 
     Raises:
-        RecordingError: a tensor that is to be loaded was written in part, or in a later block.
+        RecordingError: a tensor that is to be loaded was written in part, or in a later block; or two blocks load it,
+            and others are computed from it.
         UninitializedTensorError: a tensor that came since has neither values nor a recorded init.
     """
     release_filled(model)
@@ -64,6 +65,7 @@ def merged(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
     unexpected = tuple(key for plan in plans for key in plan.plan.unexpected)
     notes = tuple(dict.fromkeys(note for plan in plans for note in plan.plan.notes))
     plan = Plan(tuple(entries), unexpected, _sources(planned.values(), plans), notes)
+    _refuse_two_loads(plan, tensors, tapes, plans)
     exact = any(plan.exact for plan in plans) or {tape.rng for tape in tapes.values()} == {"eager"}
     return PreparedPlan(plan, tensors, tapes, reader, exact)
 
@@ -124,6 +126,29 @@ def _sources(entries: Iterable[PlanEntry], plans: Sequence[PreparedPlan]) -> tup
         if entry.action is Action.LOAD and (ref := entry.slot.ref) is not None
         if not tapes[ref.storage].current().written_since(ref.storage, entry.since or 0)
     )
+
+
+def _refuse_two_loads(
+    plan: Plan, tensors: Sequence[Tensor], tapes: Mapping[int, Tape], plans: Sequence[PreparedPlan]
+) -> None:
+    """Raise if tensors are computed from one that two loads bring: the first one would have been there by then."""
+    brought: dict[int, set[tuple[str, str]]] = {}
+    for each in plans:
+        for entry, tensor in zip(each.plan.entries, each.tensors, strict=True):
+            if entry.action is Action.LOAD and each.reader is not None:
+                brought.setdefault(id(tensor), set()).add((str(each.reader.path), entry.keys[0]))
+    twice = tuple(
+        entry if len(brought.get(id(tensor), ())) > 1 else entry._replace(action=Action.KEEP)
+        for entry, tensor in zip(plan.entries, tensors, strict=True)
+    )
+    loaded = loaded_storages(Plan(twice), tapes)
+    computed = [entry.slot.name for entry in plan.entries if sources_of(entry, tapes, loaded)]
+    if computed:
+        raise RecordingError(
+            f"{', '.join(computed[:5])}{' …' if len(computed) > 5 else ''}: computed from tensors that two blocks load "
+            "from different checkpoints, and this strategy loads in setup. Load each tensor in one block, or the "
+            "second checkpoint after setup."
+        )
 
 
 def _refuse_lost_changes(entries: Sequence[PlanEntry], tapes: Mapping[int, Tape]) -> None:
