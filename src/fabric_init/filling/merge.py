@@ -131,23 +131,25 @@ def _sources(entries: Iterable[PlanEntry], plans: Sequence[PreparedPlan]) -> tup
 def _refuse_two_loads(
     plan: Plan, tensors: Sequence[Tensor], tapes: Mapping[int, Tape], plans: Sequence[PreparedPlan]
 ) -> None:
-    """Raise if tensors are computed from one that two loads bring: the first one would have been there by then."""
-    brought: dict[int, set[tuple[str, str]]] = {}
+    """Raise if tensors are computed from one that a later block loads anew: they would have had its first value."""
+    given: dict[int, set[tuple[str, ...]]] = {}
     for each in plans:
         for entry, tensor in zip(each.plan.entries, each.tensors, strict=True):
             if entry.action is Action.LOAD and each.reader is not None:
-                brought.setdefault(id(tensor), set()).add((str(each.reader.path), entry.keys[0]))
+                given.setdefault(id(tensor), set()).add((str(each.reader.path), *entry.keys))
+            elif entry.action is Action.INIT:
+                given.setdefault(id(tensor), {()})
     twice = tuple(
-        entry if len(brought.get(id(tensor), ())) > 1 else entry._replace(action=Action.KEEP)
+        entry if len(given.get(id(tensor), ())) > 1 else entry._replace(action=Action.KEEP)
         for entry, tensor in zip(plan.entries, tensors, strict=True)
     )
     loaded = loaded_storages(Plan(twice), tapes)
     computed = [entry.slot.name for entry in plan.entries if sources_of(entry, tapes, loaded)]
     if computed:
         raise RecordingError(
-            f"{', '.join(computed[:5])}{' …' if len(computed) > 5 else ''}: computed from tensors that two blocks load "
-            "from different checkpoints, and this strategy loads in setup. Load each tensor in one block, or the "
-            "second checkpoint after setup."
+            f"{', '.join(computed[:5])}{' …' if len(computed) > 5 else ''}: computed from tensors that two blocks give "
+            "different values, and this strategy fills in setup. Load each tensor in the block that builds it, or the "
+            "later checkpoint after setup."
         )
 
 
