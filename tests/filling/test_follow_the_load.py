@@ -65,11 +65,13 @@ def test_a_later_block_computes_from_the_checkpoint_on_every_strategy(tmp_path: 
         assert found["0.target.bias"] == [0.0] * 4
 
 
-def loaded_twice(path: Path, other: Path, strategy: str) -> str | list[float]:
+def loaded_twice(path: Path | None, other: Path, strategy: str) -> str | list[float]:
     Wrapped.decides = False
     fabric: Fabric = launch(strategy)
-    with fabric.init_module(checkpoint=path):
+    with fabric.init_module(checkpoint=path, empty_init=True):
         model = nn.Sequential(nn.Linear(4, 4))
+    if path is None:
+        fabric.init_missing(model)
     with fabric.init_module(checkpoint=other, strict=False, rename={r"^0\.": "0.layer."}):
         model[0] = Wrapped(model[0])  # type: ignore[arg-type]
     try:
@@ -89,6 +91,8 @@ def test_what_is_computed_from_a_tensor_that_two_blocks_load_has_the_first_value
     torch.save({**HUNDRED, "0.weight": torch.full((4, 4), 7.0)}, other)
     for found in run_ranks(2, loaded_twice, path=path, other=other, strategy=strategy):
         assert found == [200.0] * 4 if strategy == "ddp" else "that two blocks give different values" in str(found)
+    for found in run_ranks(2, loaded_twice, path=None, other=other, strategy=strategy) if strategy != "ddp" else ():
+        assert "that two blocks give different values" in str(found)
     for found in run_ranks(2, loaded_twice, path=path, other=path, strategy=strategy):
         assert found == [200.0] * 4
 

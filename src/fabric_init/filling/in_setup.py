@@ -55,6 +55,8 @@ class BoundPlans(NamedTuple):
 
     allocates: bool = False
     own_init: bool = False
+    initialized: frozenset[int] = frozenset()
+    """Ids of the tensors that had no declared load when the model's own init was asked for."""
 
 
 def bind(model: nn.Module, reader: CheckpointReader | None, wanted: LoadOptions, agreement: Agreement) -> None:
@@ -116,10 +118,12 @@ def left_to_loads(model: nn.Module) -> dict[str, set[str]]:
 def choose_own_init(model: nn.Module) -> None:
     """Make setup run the own init of a bound model for tensors that no checkpoint brings."""
     draw_for_own_init(model)
+    planned = planned_tensors([plan for module in model.modules() for plan in vars(module).get(_PLANS, ())])
+    initialized = frozenset(id(tensor) for _, tensor in unfilled(model) if id(tensor) not in planned)
     for module in model.modules():
         bound: BoundPlans | None = vars(module).get(_ATTRIBUTE)
         if bound is not None:
-            vars(module)[_ATTRIBUTE] = bound._replace(own_init=True)
+            vars(module)[_ATTRIBUTE] = bound._replace(own_init=True, initialized=bound.initialized | initialized)
 
 
 @contextmanager
@@ -153,7 +157,7 @@ def _plan(model: nn.Module, bounds: Sequence[BoundPlans], plans: Sequence[Prepar
     _refuse_sharded(model)
     if any(bound.allocates for bound in bounds):
         run_replaced_init(model, planned_tensors(plans))
-    prepared = merged(plans, model)
+    prepared = merged(plans, model, frozenset().union(*(bound.initialized for bound in bounds)))
     if not any(bound.allocates and not bound.own_init for bound in bounds):
         return pack_and_plan_held(prepared, model, WholeTensors())
     prepared, planned = plan_held(prepared, model), planned_tensors(plans)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from fabric_init.recording.tape.liveness import computed_from
 from fabric_init.recording.tape.tape import Tape
 
 
-def merged(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
+def merged(plans: Sequence[PreparedPlan], model: nn.Module, initialized: Collection[int] = frozenset()) -> PreparedPlan:
     """Return one plan for ``model`` as it is today: as if it had been filled when each block ended, and changed since.
 
     Tensors are known by identity, so modules may have been moved, wrapped or renamed, and models of several blocks put
@@ -30,6 +30,7 @@ def merged(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
     Args:
         plans: in the order of their blocks; a later load wins.
         model: whose tensors they are about.
+        initialized: ids of tensors that were to get their own init before a load was declared for them.
 
     Raises:
         RecordingError: a tensor that is to be loaded was written in part, or in a later block; or two blocks load it,
@@ -65,7 +66,7 @@ def merged(plans: Sequence[PreparedPlan], model: nn.Module) -> PreparedPlan:
     unexpected = tuple(key for plan in plans for key in plan.plan.unexpected)
     notes = tuple(dict.fromkeys(note for plan in plans for note in plan.plan.notes))
     plan = Plan(tuple(entries), unexpected, _sources(planned.values(), plans), notes)
-    _refuse_two_loads(plan, tensors, tapes, plans)
+    _refuse_two_values(plan, tensors, tapes, _given(plans, initialized))
     exact = any(plan.exact for plan in plans) or {tape.rng for tape in tapes.values()} == {"eager"}
     return PreparedPlan(plan, tensors, tapes, reader, exact)
 
@@ -128,17 +129,22 @@ def _sources(entries: Iterable[PlanEntry], plans: Sequence[PreparedPlan]) -> tup
     )
 
 
-def _refuse_two_loads(
-    plan: Plan, tensors: Sequence[Tensor], tapes: Mapping[int, Tape], plans: Sequence[PreparedPlan]
-) -> None:
-    """Raise if tensors are computed from one that a later block loads anew: they would have had its first value."""
-    given: dict[int, set[tuple[str, ...]]] = {}
-    for each in plans:
-        for entry, tensor in zip(each.plan.entries, each.tensors, strict=True):
-            if entry.action is Action.LOAD and each.reader is not None:
-                given.setdefault(id(tensor), set()).add((str(each.reader.path), *entry.keys))
+def _given(plans: Sequence[PreparedPlan], initialized: Collection[int]) -> dict[int, set[tuple[str, ...]]]:
+    """Return what tensors, by id, were to get one after the other: the keys of files, or nothing for their own init."""
+    given: dict[int, set[tuple[str, ...]]] = {each: {()} for each in initialized}
+    for plan in plans:
+        for entry, tensor in zip(plan.plan.entries, plan.tensors, strict=True):
+            if entry.action is Action.LOAD and plan.reader is not None:
+                given.setdefault(id(tensor), set()).add((str(plan.reader.path), *entry.keys))
             elif entry.action is Action.INIT:
                 given.setdefault(id(tensor), {()})
+    return given
+
+
+def _refuse_two_values(
+    plan: Plan, tensors: Sequence[Tensor], tapes: Mapping[int, Tape], given: Mapping[int, Collection[tuple[str, ...]]]
+) -> None:
+    """Raise if tensors are computed from one that a later block loads anew: they would have had its first value."""
     twice = tuple(
         entry if len(given.get(id(tensor), ())) > 1 else entry._replace(action=Action.KEEP)
         for entry, tensor in zip(plan.entries, tensors, strict=True)
