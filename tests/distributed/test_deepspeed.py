@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -284,6 +284,19 @@ def test_load_raw_after_setup_reaches_the_masters(
 
 
 # -- what a rank reads and keeps ---------------------------------------------------------------------------------------
+
+
+def loads_of_load_raw(strategy: str, path: Path) -> list[bool]:
+    fabric, model, _ = set_up(strategy, "transformerish", "32-true", empty_init=True)
+    with patch.object(torch, "load", wraps=torch.load) as load:
+        fabric.load_raw(path, model)
+    return [call.kwargs.get("mmap", False) for call in load.call_args_list]
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "deepspeed_stage_3"])
+def test_load_raw_maps_the_file_so_that_no_rank_has_a_second_model_in_memory(strategy: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "raw.pt", "transformerish")
+    assert run_ranks(2, loads_of_load_raw, strategy=strategy, path=path) == [[True], [True]]
 
 
 def read_own_slices(path: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import weakref
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +29,12 @@ from fabric_init.filling.in_setup import choose_own_init, is_bound, left_to_load
 from fabric_init.filling.init_missing import initialize_missing
 from fabric_init.guard.before_forward import guard_forward
 from fabric_init.guard.expected_load import ExpectedLoad
-from fabric_init.guard.loads import loading, watch_loads
+from fabric_init.guard.loads import watch_loads
 from fabric_init.guard.waiting_tensors import release_filled, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.reports.registry import filled_by_us
 from fabric_init.strategies.init_context import init_context
-from fabric_init.strategies.mixin import DeferredInitMixin, modules_in
+from fabric_init.strategies.mixin import DeferredInitMixin
 from fabric_init.strategies.optimizers import refuse_left_behind
 from fabric_init.strategies.registry import register_strategy
 from fabric_init.strategies.unwrap import original, register_wrapper
@@ -173,9 +173,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
 
     def load_checkpoint(self, path: Any, state: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if Path(path).is_file() and not _is_part_of_theirs(Path(path)):  # it is one that any other strategy saved
-            with ExitStack() as stack:
-                for module in modules_in(state):
-                    stack.enter_context(loading(module))
+            with self.loading_into(state):
                 return Strategy.load_checkpoint(self, path, state, *args, **kwargs)
         _require_checkpointing(state)
         return super().load_checkpoint(path, state, *args, **kwargs)

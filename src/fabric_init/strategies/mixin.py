@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from inspect import Signature, signature
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -120,12 +120,18 @@ class DeferredInitMixin(Strategy):
 
     def load_checkpoint(self, path: Any, state: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load a checkpoint; uninitialized tensors that it writes count as loaded when it ends."""
+        with self.loading_into(state):
+            return super().load_checkpoint(path, state, *args, **kwargs)
+
+    @contextmanager
+    def loading_into(self, state: Any) -> Iterator[None]:
+        """Context in which a checkpoint is loaded into ``state``, and completes models in it that wait."""
         with ExitStack() as stack:
             for module in modules_in(state):
                 stack.enter_context(loading(module))
             if isinstance(state, nn.Module):  # a dictionary may hold optimizers, which keep the tensors they are given
                 stack.enter_context(mapped_io(self))
-            return super().load_checkpoint(path, state, *args, **kwargs)
+            yield
 
     def save_checkpoint(self, path: Any, state: Any, *args: Any, **kwargs: Any) -> None:
         """Save a checkpoint.
