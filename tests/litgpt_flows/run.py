@@ -107,8 +107,8 @@ def outcome(flow: Flow, folder: Path) -> dict[str, Any]:
         for name, value in parts(torch.load(file, map_location="cpu")):
             found[f"{file.relative_to(folder)}: {name}"] = value
     for number, command in enumerate(flow.commands):
-        if command.startswith(("generate", "chat")):
-            found[command] = (folder / f"said-{number}").read_text(encoding="utf-8")
+        if command.startswith(("generate", "chat")) and (said := folder / f"said-{number}").exists():
+            found[command] = said.read_text(encoding="utf-8")
     return found
 
 
