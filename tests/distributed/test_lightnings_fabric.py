@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import lightning.fabric.strategies
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
+import fabric_init.strategies
 from fabric_init import UninitializedTensorError, init_missing, init_report, strategies
 from tests.distributed.test_training import OPTIMIZERS, one_device_steps, rank_steps
 from tests.support.ranks import run_ranks, run_ranks_each
@@ -91,3 +95,37 @@ def test_an_optimizer_made_before_setup_trains_the_model(strategy: str) -> None:
     expected, _ = one_device_steps(one_device("transformerish"), 2, 3, "adamw in two groups")
     for found in run_ranks(2, train, strategy=strategy):
         assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    return fully_shard(model, mesh=mesh["data_parallel"])
+
+
+def loaded_raw(package: Any, path: Path, strict: bool) -> dict[str, Tensor] | str:
+    made = package.strategies.ModelParallelStrategy(shard, data_parallel_size=2, tensor_parallel_size=1)
+    fabric = lightning.Fabric(accelerator="cpu", devices=2, strategy=made)
+    fabric.launch()
+    torch.manual_seed(1)
+    model = fabric.setup(MODELS["even, untied"]())
+    try:
+        fabric.load_raw(path, model, strict=strict)
+    except KeyError as error:
+        return str(error)
+    return weights(model)
+
+
+def load_both_ways(path: Path, strict: bool) -> tuple[dict[str, Tensor] | str, dict[str, Tensor] | str]:
+    return loaded_raw(lightning.fabric, path, strict), loaded_raw(fabric_init, path, strict)
+
+
+@pytest.mark.parametrize("lacks", ["nothing", "a part"])
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+def test_load_raw_takes_and_refuses_the_files_that_lightnings_does(lacks: str, strict: bool, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "raw.pt", "even, untied", partial=lacks == "a part")
+    torch.save({**torch.load(path), "unexpected": torch.ones(2)}, path)
+    for theirs, ours in run_ranks(2, load_both_ways, path=path, strict=strict):
+        assert isinstance(ours, str) == (strict and lacks == "a part")
+        if isinstance(ours, str) or isinstance(theirs, str):
+            assert ours == theirs
+        else:
+            assert_same(ours, theirs)

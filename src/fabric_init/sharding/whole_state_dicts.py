@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -16,13 +17,32 @@ from fabric_init.sharding.dtensor import region_of
 
 def accept_whole_tensors(model: nn.Module) -> None:
     """Make ``load_state_dict`` accept full tensors for sharded parameters, too: each rank takes its shard of them."""
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if not has_shards(model):
         return
     for module in model.modules():
         if isinstance(module, FSDPModule):
             cast(nn.Module, module).register_load_state_dict_pre_hook(_reshard)  # units come before what is in them
         if any(isinstance(parameter, DTensor) for parameter in module._parameters.values()):
             module.register_load_state_dict_pre_hook(_take_parts)
+
+
+def has_shards(model: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def load_parts(model: nn.Module, whole: Mapping[str, Any], *, strict: bool) -> None:
+    """Load a model that accepts whole tensors as Lightning's ``load_raw`` does, which ignores keys without a tensor.
+
+    Raises:
+        KeyError: With ``strict``, for a tensor of the model that is not there.
+    """
+    names = [name for name, held in model.state_dict().items() if isinstance(held, Tensor)]
+    if strict and (missing := [name for name in names if name not in whole]):
+        raise KeyError(
+            f"The model contains a key '{missing[0]}' that does not exist in the loaded checkpoint."
+            " To disable strict loading, set `strict=False`."
+        )
+    model.load_state_dict({name: whole[name] for name in names if name in whole}, strict=False)
 
 
 def _reshard(module: Any, *args: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.fabric.strategies as lightning_strategies
@@ -21,7 +22,7 @@ from fabric_init.errors import FabricInitError
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.tensors import named_modules
 from fabric_init.sharding.dtensor import shard_box
-from fabric_init.sharding.whole_state_dicts import accept_whole_tensors
+from fabric_init.sharding.whole_state_dicts import accept_whole_tensors, has_shards, load_parts
 from fabric_init.strategies.mixin import DeferredInitMixin
 from fabric_init.strategies.registry import register_strategy
 
@@ -40,6 +41,15 @@ class ModelParallelStrategy(DeferredInitMixin, lightning_strategies.ModelParalle
         sharded = super().setup_module(module)
         accept_whole_tensors(sharded)
         return sharded
+
+    def load_checkpoint(self, path: Any, state: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As Lightning's, but of a file that is loaded into a model alone, each rank reads its part."""
+        if not (isinstance(state, nn.Module) and Path(path).is_file() and has_shards(state)):
+            return super().load_checkpoint(path, state, *args, **kwargs)
+        strict = args[0] if args else kwargs.get("strict", True)
+        with self.loading_into(state):
+            load_parts(state, torch.load(path, mmap=True, map_location="cpu"), strict=strict)
+        return {}
 
     def _shards_on(self) -> torch.device:
         return self.root_device
