@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fabric_init.checkpoints.region import Region
+from fabric_init.checkpoints.storage.read_ahead import Place
 from fabric_init.checkpoints.storage.remote import AnyPath
 from fabric_init.errors import CheckpointError, is_out_of_memory
 
@@ -111,6 +112,18 @@ class BaseReader(ABC):
         except KeyError:
             raise KeyError(f"{self.path} has no tensor {key!r}") from None
 
+    def sources(self, key: str) -> Sequence[str]:
+        """Return the keys of ``below`` that a tensor is made of; its own if it is one of them."""
+        return (key,)
+
+    def places(self, key: str, region: Region | None = None) -> Iterator[Place]:
+        """Yield where in files ``read`` will read, as far as that is known, to read it ahead."""
+        if self.below is not None:
+            for source in self.sources(key):
+                alike = source == key and self.below.spec(key).shape == self.spec(key).shape
+                if alike or region is None:
+                    yield from places(self.below, source, region)
+
     @abstractmethod
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
         """Return the tensor, or the named region of it, on the CPU, in the checkpoint's dtype."""
@@ -124,6 +137,12 @@ def is_collective(reader: CheckpointReader) -> bool:
 def metadata_of(reader: CheckpointReader) -> Mapping[str, Any] | None:
     """Return the ``_metadata`` of the state dict in a checkpoint, if the reader knows it."""
     return getattr(reader, "metadata", None)
+
+
+def places(reader: CheckpointReader, key: str, region: Region | None = None) -> Iterator[Place]:
+    """Yield where in files ``reader.read`` will read, if the reader knows it."""
+    if isinstance(reader, BaseReader):
+        yield from reader.places(key, region)
 
 
 def fields_of(reader: CheckpointReader) -> Mapping[str, Any]:

@@ -10,16 +10,18 @@ import json
 import os
 import stat
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
 
 from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
 from fabric_init.checkpoints.formats.torch_save.reader import TorchFileReader
-from fabric_init.checkpoints.reader import BaseReader, CheckpointReader
+from fabric_init.checkpoints.reader import BaseReader, CheckpointReader, places
 from fabric_init.checkpoints.region import Region
 from fabric_init.checkpoints.storage.http import outside
 from fabric_init.checkpoints.storage.local import Opener, open_bytes
+from fabric_init.checkpoints.storage.read_ahead import Place
 from fabric_init.checkpoints.storage.remote import AnyPath, as_path
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
 
@@ -94,6 +96,9 @@ class ShardedReader(BaseReader):
         """Return the tensor, or a region of it, from its shard. Raises ``KeyError`` for an unknown key."""
         self.spec(key)
         return self._where[key].read(key, region)
+
+    def places(self, key: str, region: Region | None = None) -> Iterator[Place]:
+        return places(self._where[key], key, region)
 
 
 def _open_shard(path: AnyPath, mmap: bool, opener: Opener | None) -> SafetensorsReader | TorchFileReader:

@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 
 from fabric_init.checkpoints.reader import BaseReader, TensorSpec
 from fabric_init.checkpoints.region import Region, is_below, window
-from fabric_init.checkpoints.storage.local import FileBytes, Opener, open_bytes
+from fabric_init.checkpoints.storage.local import FileBytes, Opener, open_bytes, places_of_window
+from fabric_init.checkpoints.storage.read_ahead import Place
 from fabric_init.checkpoints.storage.remote import AnyPath, as_path
 from fabric_init.errors import CheckpointError, CheckpointFormatError, FabricInitError
 
@@ -88,6 +89,10 @@ class SafetensorsReader(BaseReader):
         """
         spec = self.spec(key)
         return self._bytes.tensor(spec.dtype, self._offsets[key], window(spec.shape, region))
+
+    def places(self, key: str, region: Region | None = None) -> Iterator[Place]:
+        spec = self.spec(key)
+        return places_of_window(self._bytes, spec.dtype, self._offsets[key], window(spec.shape, region))
 
 
 def _parse_header(file: FileBytes, *, direct: bool) -> tuple[dict[str, int], dict[str, TensorSpec], Mapping[str, str]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from fabric_init.checkpoints.reader import BaseReader, CheckpointReader
+from fabric_init.checkpoints.reader import BaseReader, CheckpointReader, places
 from fabric_init.checkpoints.region import Region
+from fabric_init.checkpoints.storage.read_ahead import Place
 
 
 class CombinedReader(BaseReader):
@@ -25,8 +26,8 @@ class CombinedReader(BaseReader):
             id(reader): f"{path} ({again + 1})" if (again := its_paths[1:index].count(path)) else path
             for index, (reader, path) in enumerate(zip(self._readers, its_paths, strict=True))
         }
-        self._places = {self.key(reader, key): (reader, key) for reader in self._readers for key in reader.keys()}
-        self.specs = {key: reader.spec(own) for key, (reader, own) in self._places.items()}
+        self._homes = {self.key(reader, key): (reader, key) for reader in self._readers for key in reader.keys()}
+        self.specs = {key: reader.spec(own) for key, (reader, own) in self._homes.items()}
         paths = dict.fromkeys(its_paths)
         notes = dict.fromkeys(reader.note for reader in self._readers if reader.note)
         self.path, self.format = Path(" + ".join(paths)), self._readers[0].format
@@ -42,5 +43,9 @@ class CombinedReader(BaseReader):
 
     def read(self, key: str, region: Region | None = None) -> Tensor:
         self.spec(key)
-        reader, own = self._places[key]
+        reader, own = self._homes[key]
         return reader.read(own, region)
+
+    def places(self, key: str, region: Region | None = None) -> Iterator[Place]:
+        reader, own = self._homes[key]
+        return places(reader, own, region)

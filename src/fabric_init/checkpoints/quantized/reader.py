@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,6 +35,10 @@ class DequantizedReader(BaseReader):
             weight = gone.get(key)
             specs.update({key: below.spec(key)} if weight is None else {weight.key: weight.spec})
         self.specs = specs
+
+    def sources(self, key: str) -> Sequence[str]:
+        weight = self.weights.get(key)
+        return (key,) if weight is None else weight.sources
 
     def read(self, key: str, region: Region | None = None) -> Tensor:
         """Return the tensor, or a region of it, on the CPU."""

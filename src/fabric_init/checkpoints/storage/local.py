@@ -10,7 +10,7 @@ import mmap as _mmap
 import os
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Protocol
@@ -18,8 +18,10 @@ from typing import Protocol
 import torch
 
 from fabric_init.checkpoints.region import Window
+from fabric_init.checkpoints.storage.page_cache import begin_reading
+from fabric_init.checkpoints.storage.read_ahead import GAP_BYTES, PIECE_BYTES, Place, ReadAhead
 from fabric_init.checkpoints.storage.remote import AnyPath, RemoteBytes, RemotePath
-from fabric_init.checkpoints.storage.strided_window import gather
+from fabric_init.checkpoints.storage.strided_window import gather, runs
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError, OutOfMemoryError, is_out_of_memory
 
 # Without it Linux refuses a private writable map larger than memory plus swap, although most of it is never written.
@@ -43,6 +45,10 @@ class FileBytes(Protocol):
 
     size: int
     """Bytes in the file when it was opened."""
+
+    def place(self, start: int, stop: int) -> Place:
+        """Return where bytes ``start:stop`` are read from, to read them ahead."""
+        ...
 
     def head(self, stop: int) -> bytes:
         """Return the first ``stop`` bytes; fewer when the file is shorter."""
@@ -105,7 +111,32 @@ def open_bytes(path: AnyPath, *, mmap: bool) -> FileBytes:
         raise CheckpointFormatError(f"{path} cannot be read: {error}. Check its permissions and path.") from error
 
 
-class _Mapped:
+def places_of_window(file: FileBytes, dtype: torch.dtype, offset: int, window: Window) -> Iterator[Place]:
+    """Yield where :meth:`FileBytes.tensor` reads, for the same arguments."""
+    size = dtype.itemsize
+    for start, stop in runs(window, GAP_BYTES // size):
+        yield file.place(offset + start * size, offset + stop * size)
+
+
+class _Local:
+    """What both ways to a local file have in common."""
+
+    mapped: bool
+
+    def __init__(self, path: Path, status: os.stat_result) -> None:
+        self.path = path
+        self.size = status.st_size
+        self.ahead: ReadAhead | None = None
+        self._identity = identity(status)
+
+    def place(self, start: int, stop: int) -> Place:
+        return Place(self, start, stop)
+
+    def begin(self, start: int, stop: int) -> None:
+        begin_reading(self.path, start, stop)
+
+
+class _Mapped(_Local):
     """A private copy-on-write map: tensors are views of it, and writes to them stay in this process.
 
     [Note: private copy-on-write maps]
@@ -119,10 +150,11 @@ class _Mapped:
     ``torch.save``) sees what it would see after a copy.
     """
 
+    mapped = True
+
     def __init__(self, path: Path, file: FileIO, status: os.stat_result) -> None:
-        self.path = path
-        self.size = size = status.st_size
-        self._identity = identity(status)
+        super().__init__(path, status)
+        size = self.size
         if sys.platform == "win32":
             self._map = _mmap.mmap(file.fileno(), size, access=_mmap.ACCESS_COPY)
         else:
@@ -166,13 +198,10 @@ class _Mapped:
             raise CheckpointFormatError(changed(self.path, self.size))
 
 
-class _Plain:
+class _Plain(_Local):
     """Plain reads into new memory. What was read stays if the file changes; a change between open and read is seen."""
 
-    def __init__(self, path: Path, status: os.stat_result) -> None:
-        self.path = path
-        self.size = status.st_size
-        self._identity = identity(status)
+    mapped = False
 
     def head(self, stop: int) -> bytes:
         with FileIO(self.path) as file:
@@ -212,14 +241,15 @@ class _Plain:
             raise CheckpointFormatError(changed(self.path, self.size))
 
 
-def _read_into(file: FileIO, start: int, target: memoryview, source: FileBytes) -> None:
+def _read_into(file: FileIO, start: int, target: memoryview, source: _Plain) -> None:
     file.seek(start)
     while target:
-        # One call returns at most about 2 GiB.
-        got = file.readinto(target)
+        got = file.readinto(target[:PIECE_BYTES])
         if not got:
             raise CheckpointFormatError(changed(source.path, source.size))
-        target = target[got:]
+        if (ahead := source.ahead) is not None:
+            ahead.taken(source, start, start + got)
+        start, target = start + got, target[got:]
 
 
 def memory(tensor: torch.Tensor) -> memoryview:

@@ -22,6 +22,7 @@ import torch
 
 from fabric_init.checkpoints.region import Window
 from fabric_init.checkpoints.storage.local import FileBytes, Opener, memory, open_bytes
+from fabric_init.checkpoints.storage.read_ahead import Place
 from fabric_init.checkpoints.storage.remote import AnyPath, as_path
 from fabric_init.checkpoints.storage.strided_window import gather
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
@@ -169,6 +170,10 @@ class _CheckedBytes:
         self._file, self._blocks, self._manifest = file, blocks, manifest
         self._kept: OrderedDict[int, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
+
+    def place(self, start: int, stop: int) -> Place:
+        size = self._manifest.block_bytes
+        return self._file.place(start // size * size, min(-(-stop // size) * size, self.size))
 
     def head(self, stop: int) -> bytes:
         return self.part(0, min(stop, self.size))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,15 +19,11 @@ import torch
 
 from fabric_init.checkpoints.region import Window
 from fabric_init.checkpoints.storage.http import ChangedError, HTTPFile, WrongAnswerError, explained
+from fabric_init.checkpoints.storage.read_ahead import GAP_BYTES, PIECE_BYTES, REQUESTS, Place, ReadAhead
+from fabric_init.checkpoints.storage.strided_window import is_dense
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
-
-_GAP_BYTES = 1 << 16
-"""A gap up to this is read along with what lies on both sides of it: a request costs more than these bytes."""
-_REQUEST_BYTES = 8 << 20
-"""At most so much in one request, and eight requests at once: what is in flight stays small beside the weights."""
-_AT_ONCE = 8
 
 _FILES = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt")
 # What a web server is asked for under a URL that names no file. (fsspec would fetch the page and look for links in it.)
@@ -134,8 +130,11 @@ class RemoteBytes:
         CheckpointFormatError: it cannot be read, or not in parts.
     """
 
+    mapped = False
+
     def __init__(self, path: RemotePath) -> None:
         self.path = path
+        self.ahead: ReadAhead | None = None
         self._http = None if path.lists_folders else HTTPFile(path.filesystem, path.location)
         if self._http is not None:
             with _errors_of(path):
@@ -161,21 +160,36 @@ class RemoteBytes:
         return self._fetch([(0, min(stop, self.size))])[0]
 
     def part(self, start: int, stop: int) -> bytes:
-        return self._fetch([(start, stop)])[0]
+        return bytes(self._taken([(start, stop)])[0])
 
     def tensor(self, dtype: torch.dtype, offset: int, window: Window) -> torch.Tensor:
         out = torch.empty(window.sizes, dtype=dtype, device="cpu")
         if not out.numel():
             return out
         parts = list(_parts(out, window))
-        for first in range(0, len(parts), _AT_ONCE):
-            batch = parts[first : first + _AT_ONCE]
+        for first in range(0, len(parts), REQUESTS):
+            batch = parts[first : first + REQUESTS]
             size = dtype.itemsize
             ranges = [(offset + w.start * size, offset + (w.start + w.extent) * size) for _, w in batch]
-            for (target, wanted), data in zip(batch, self._fetch(ranges), strict=True):
+            for (target, wanted), data in zip(batch, self._taken(ranges), strict=True):
                 flat = torch.frombuffer(bytearray(data), dtype=dtype)
                 target.copy_(flat.as_strided(wanted.sizes, wanted.strides))
         return out
+
+    def place(self, start: int, stop: int) -> Place:
+        return Place(self, start, stop)
+
+    def begin(self, start: int, stop: int) -> Callable[[], bytes]:
+        """Return what requests bytes ``start:stop``."""
+        return lambda: self._fetch([(start, stop)])[0]
+
+    def _taken(self, ranges: list[tuple[int, int]]) -> list[bytes | memoryview]:
+        """Return these byte ranges, those that were requested ahead without another request."""
+        ahead = self.ahead
+        found = [None if ahead is None else ahead.take(self, start, stop) for start, stop in ranges]
+        lacking = [each for each, data in zip(ranges, found, strict=True) if data is None]
+        fetched = iter(self._fetch(lacking) if lacking else ())
+        return [next(fetched) if data is None else data for data in found]
 
     def _fetch(self, ranges: list[tuple[int, int]]) -> list[bytes]:
         """Return these byte ranges, requested concurrently where the file system can."""
@@ -224,7 +238,7 @@ def _version_of(details: dict[str, Any]) -> tuple[str, ...]:
 def _parts(out: torch.Tensor, window: Window) -> Iterator[tuple[torch.Tensor, Window]]:
     """Cut a window into pieces for one request each, with the parts of ``out`` that they fill."""
     size = out.element_size()
-    if window.extent * size <= _REQUEST_BYTES and _is_dense(window, size):
+    if window.extent * size <= PIECE_BYTES and is_dense(window, GAP_BYTES // size):
         yield out, window
         return
     dim = next(dim for dim, count in enumerate(window.sizes) if count > 1)
@@ -233,17 +247,6 @@ def _parts(out: torch.Tensor, window: Window) -> Iterator[tuple[torch.Tensor, Wi
         sizes = (*window.sizes[:dim], count, *window.sizes[dim + 1 :])
         part = Window(window.start + first * window.strides[dim], sizes, window.strides)
         yield from _parts(out.narrow(dim, first, count), part)
-
-
-def _is_dense(window: Window, size: int) -> bool:
-    """Return whether no gap in the window is large enough to be worth another request."""
-    inside = 1
-    for count, stride in zip(reversed(window.sizes), reversed(window.strides), strict=True):
-        if count > 1:
-            if (stride - inside) * size > _GAP_BYTES:
-                return False
-            inside += (count - 1) * stride
-    return True
 
 
 class _errors_of:

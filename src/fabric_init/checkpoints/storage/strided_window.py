@@ -1,8 +1,8 @@
-"""Read a strided window of a tensor by contiguous runs."""
+"""A strided window of a tensor as contiguous runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -10,6 +10,30 @@ from fabric_init.checkpoints.region import Window
 
 ReadRun = Callable[[torch.Tensor, int], None]
 """Fill a contiguous CPU tensor, of any shape, with the elements from a number on."""
+
+
+def is_dense(window: Window, gap: int) -> bool:
+    """Return whether no gap in the window is of more than so many elements."""
+    inside = 1
+    for count, stride in zip(reversed(window.sizes), reversed(window.strides), strict=True):
+        if count > 1:
+            if stride - inside > gap:
+                return False
+            inside += (count - 1) * stride
+    return True
+
+
+def runs(window: Window, gap: int) -> Iterator[tuple[int, int]]:
+    """Yield the elements from the first to after the last of each run; gaps of up to so many elements are in it."""
+    if not window.extent:
+        return
+    if is_dense(window, gap):
+        yield window.start, window.start + window.extent
+        return
+    dim = next(dim for dim, count in enumerate(window.sizes) if count > 1)
+    for index in range(window.sizes[dim]):
+        sizes = (*window.sizes[:dim], 1, *window.sizes[dim + 1 :])
+        yield from runs(Window(window.start + index * window.strides[dim], sizes, window.strides), gap)
 
 
 def gather(out: torch.Tensor, window: Window, read_run: ReadRun, scratch_bytes: int) -> None:

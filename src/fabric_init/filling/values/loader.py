@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from fabric_init.checkpoints import CheckpointReader
+from fabric_init.checkpoints.reader import places
+from fabric_init.checkpoints.storage.read_ahead import Place, ReadAhead
 from fabric_init.planning.checks.ties import check_values
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Plan
@@ -54,15 +56,29 @@ class LocalLoader:
                 check_values(self._reader.path, load.entry, values)
 
     def load(self, plan: Plan, placement: Placement) -> Iterator[tuple[int, Tensor]]:
-        for load in loads(plan, placement):
-            slot = load.entry.slot
-            value = self._read(load, load.entry.keys[0])
-            if value.dtype != slot.dtype or value.device != load.device:
-                value = value.to(device=load.device, dtype=slot.dtype)
-            if load.region is None and slot.ref is not None and _has_other_layout(value, slot.ref):
-                strided = torch.empty_strided(slot.shape, slot.ref.stride, dtype=slot.dtype, device=value.device)
-                value = strided.copy_(value)
-            yield load.position, value
+        in_order = self._in_file_order(loads(plan, placement))
+        with ReadAhead([where for where, _ in in_order]) as ahead:
+            for index, (_, load) in enumerate(in_order):
+                ahead.reading(index)
+                slot = load.entry.slot
+                value = self._read(load, load.entry.keys[0])
+                if value.dtype != slot.dtype or value.device != load.device:
+                    value = value.to(device=load.device, dtype=slot.dtype)
+                if load.region is None and slot.ref is not None and _has_other_layout(value, slot.ref):
+                    strided = torch.empty_strided(slot.shape, slot.ref.stride, dtype=slot.dtype, device=value.device)
+                    value = strided.copy_(value)
+                yield load.position, value
+
+    def _in_file_order(self, wanted: Iterable[Load]) -> list[tuple[list[Place], Load]]:
+        """Return loads and the places that each reads, from front to back of each file."""
+        files: dict[object, int] = {}
+        ordered = []
+        for load in wanted:
+            where = list(places(self._reader, load.entry.keys[0], load.region))
+            first = (files.setdefault(where[0].file, len(files)), where[0].start) if where else (-1, 0)
+            ordered.append((first, where, load))
+        ordered.sort(key=lambda each: each[0])
+        return [(where, load) for _, where, load in ordered]
 
     def _read(self, load: Load, key: str) -> Tensor:
         return read_as(self._reader, key, load.entry.slot.shape, load.region)

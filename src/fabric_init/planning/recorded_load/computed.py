@@ -49,6 +49,10 @@ class ComputedReader(BaseReader):
         made = f"made of {joined(sources, _MOST_SOURCES)}" if sources else "made of what the model has"
         return TensorSpec(value.ref.size, value.ref.dtype, made)
 
+    def sources(self, key: str) -> Sequence[str]:
+        value = self._values.get(key)
+        return (key,) if value is None else value.sources
+
     def read(self, key: str, region: Region | None = None) -> Tensor:
         """Return the tensor, or a region of it."""
         value = self._values.get(key)

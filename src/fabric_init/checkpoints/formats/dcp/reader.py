@@ -22,9 +22,10 @@ from fabric_init.checkpoints.formats.indexed_files import check_shard
 from fabric_init.checkpoints.formats.safetensors import SafetensorsReader
 from fabric_init.checkpoints.formats.torch_save.archive import SavedTensor, find_saved_tensor, load_within
 from fabric_init.checkpoints.reader import BaseReader, TensorSpec
-from fabric_init.checkpoints.region import Box, Region, Span, boxes_of, full_box, overlap
+from fabric_init.checkpoints.region import Box, Region, Span, boxes_of, full_box, overlap, window
 from fabric_init.checkpoints.state_dicts import Location, choose_state_dict, describe
 from fabric_init.checkpoints.storage.local import MAPPED_FILES, FileBytes, changed, identity, open_bytes
+from fabric_init.checkpoints.storage.read_ahead import Place
 from fabric_init.errors import CheckpointFormatError
 
 
@@ -135,6 +136,21 @@ class DCPReader(BaseReader):
             target = _relative(common, box.offsets)
             out[tuple(slice(at, at + n) for at, n in zip(target.offsets, target.sizes, strict=True))].copy_(value)
         return out
+
+    def places(self, key: str, region: Region | None = None) -> Iterator[Place]:
+        shape, (_, tensor) = self.spec(key).shape, self._tensors[key]
+        boxes = boxes_of(shape, region) if isinstance(region, Span) else [region or full_box(shape)]
+        for box in boxes:
+            for chunk in tensor.chunks:
+                if (common := overlap(chunk.box, box)) is not None and not isinstance(
+                    file := self._file(chunk.item.file), SafetensorsReader
+                ):
+                    part = window(chunk.box.sizes, _relative(common, chunk.box.offsets))
+                    size, item = tensor.spec.dtype.itemsize, chunk.item
+                    more = item.length - chunk.box.numel * size  # the directory of a zip file, and what aligns data
+                    if more >= 0:
+                        start = item.offset + part.start * size
+                        yield file.place(start, min(start + part.extent * size + more, item.offset + item.length))
 
     def _source(self, full: str, tensor: TensorEntry, chunk: Chunk) -> SavedTensor | _InSafetensors:
         """Return the reader of a chunk. Two threads may both create one, which does no harm."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from fabric_init.checkpoints.reader import BaseReader, TensorSpec
 from fabric_init.checkpoints.region import Region
 from fabric_init.checkpoints.state_dicts import CHECKPOINT_WRAPPER, EXTRA_STATE
 from fabric_init.checkpoints.storage.local import MAPPED_FILES, open_bytes
+from fabric_init.checkpoints.storage.read_ahead import Place
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
 
 _MODEL_STATES = re.compile(r"(?:zero_pp_rank_(?P<rank>\d+)_)?mp_rank_(?P<shard>\d+)_model_states\.pt")
@@ -142,6 +143,13 @@ class DeepSpeedFolderReader(BaseReader):
         if isinstance(value, FlatShards):
             return value.read(region, self._archives.read)
         return self._archives.read(value, region)
+
+    def places(self, key: str, region: Region | None = None) -> Iterator[Place]:
+        value = self._tensors[key]
+        if not isinstance(value, FlatShards):
+            return self._archives.places(value, region)
+        parts = value.parts() if region is None else []
+        return (place for part in parts for place in self._archives.places(part))
 
     def files(self, key: str) -> dict[str, int]:
         """Return the names of the files that hold a tensor, and how many bytes of it each holds."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from fabric_init._text import joined
 from fabric_init.checkpoints.formats.gguf.blocks import dequantized
 from fabric_init.checkpoints.formats.gguf.header import Header, StoredTensor, read_header
 from fabric_init.checkpoints.reader import BaseReader, TensorSpec
-from fabric_init.checkpoints.region import Box, Region, Span, full_box, span_of_boxes, take, window
-from fabric_init.checkpoints.storage.local import FileBytes, Opener, open_bytes
+from fabric_init.checkpoints.region import Box, Region, Span, Window, boxes_of, full_box, span_of_boxes, take, window
+from fabric_init.checkpoints.storage.local import FileBytes, Opener, open_bytes, places_of_window
+from fabric_init.checkpoints.storage.read_ahead import Place
 from fabric_init.checkpoints.storage.remote import AnyPath, as_path
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
 
@@ -92,20 +93,29 @@ class GGUFReader(BaseReader):
             return span_of_boxes(spec.shape, region, spec.dtype, lambda box: _values(file, tensor, box))
         return _values(file, tensor, region or full_box(spec.shape))
 
+    def places(self, key: str, region: Region | None = None) -> Iterator[Place]:
+        shape, (file, tensor) = self.spec(key).shape, self._tensors[key]
+        if tensor.type.plain:
+            return places_of_window(file, tensor.type.dtype, tensor.offset, window(shape, region))
+        boxes = boxes_of(shape, region) if isinstance(region, Span) else [region or full_box(shape)]
+        blocks = [_blocks(tensor, box) for box in boxes if box.numel]
+        return (place for each in blocks for place in places_of_window(file, torch.uint8, tensor.offset, each))
+
+
+def _blocks(tensor: StoredTensor, box: Box) -> Window:
+    """Return the blocks of a quantized tensor that a box touches, in bytes."""
+    block, size = tensor.type.block, tensor.type.bytes
+    first, last = box.offsets[-1] // block, -(-(box.offsets[-1] + box.sizes[-1]) // block)
+    stored = (*tensor.shape[:-1], tensor.shape[-1] // block * size)
+    return window(stored, Box((*box.offsets[:-1], first * size), (*box.sizes[:-1], (last - first) * size)))
+
 
 def _values(file: FileBytes, tensor: StoredTensor, box: Box) -> torch.Tensor:
     """Return a box of a quantized tensor, from the blocks that it touches."""
     if not box.numel:
         return torch.empty(box.sizes, dtype=tensor.type.dtype, device="cpu")
-    block, size = tensor.type.block, tensor.type.bytes
-    start, stop = box.offsets[-1], box.offsets[-1] + box.sizes[-1]
-    first, last = start // block, -(-stop // block)
-    outer = len(box.sizes) - 1
-    stored = (*tensor.shape[:-1], tensor.shape[-1] // block * size)
-    touched = Box((*box.offsets[:-1], first * size), (*box.sizes[:-1], (last - first) * size))
-    blocks = file.tensor(torch.uint8, tensor.offset, window(stored, touched))
-    values = dequantized(blocks, tensor.type)
-    return take(values, Box((*[0] * outer, start - first * block), box.sizes))
+    values = dequantized(file.tensor(torch.uint8, tensor.offset, _blocks(tensor, box)), tensor.type)
+    return take(values, Box((*[0] * (len(box.sizes) - 1), box.offsets[-1] % tensor.type.block), box.sizes))
 
 
 def chosen_of(names: Sequence[str]) -> list[str]:

@@ -28,16 +28,25 @@ from fabric_init._torch_internals import tree_map_only
 from fabric_init.checkpoints.formats.pickles.limits import check_calls
 from fabric_init.checkpoints.formats.pickles.unsafe_globals import unsafe_globals
 from fabric_init.checkpoints.formats.torch_save.corruption import corruption_of
-from fabric_init.checkpoints.formats.torch_save.meta_tensors import MetaStorages, load_meta, read_region
+from fabric_init.checkpoints.formats.torch_save.meta_tensors import (
+    MetaStorages,
+    load_meta,
+    places_of_region,
+    read_region,
+)
 from fabric_init.checkpoints.formats.torch_save.zip_file import TAIL_BYTES, FilePart, local_header, open_zip
 from fabric_init.checkpoints.region import Region
 from fabric_init.checkpoints.storage.local import FileBytes
+from fabric_init.checkpoints.storage.read_ahead import Place
 from fabric_init.errors import CheckpointFormatError
 
 _CHUNK_TAIL_BYTES = 1 << 12
 """The directory of an archive with one tensor takes about 600 bytes."""
 _CHUNK_PICKLE_BYTES = 1 << 16
 """The pickle of one tensor takes about 200 bytes; a damaged archive may claim any size."""
+
+_HEADER_BYTES = 256
+"""The local header of a record, and what aligns its data to 64 bytes, take no more."""
 
 StandIns = Sequence[tuple[type, str]]
 """Harmless classes of ours for classes that a pickle may name, each with the full name in the file."""
@@ -98,6 +107,16 @@ class TorchArchive:
         """Return a region of one of the tensors that :meth:`load` returned, or of a view of it."""
         with corruption_of(self.file.path):
             return read_region(self.file, self.start(tensor), tensor, region)
+
+    def places(self, tensor: torch.Tensor, region: Region | None) -> Iterator[Place]:
+        """Yield where :meth:`read` reads, as far as the directory tells."""
+        if tensor.numel():
+            key = self._storages.key(tensor)
+            header, known = self._record(f"data/{key}").header_offset, self._starts.get(key)
+            yield self.file.place(header, min(header + _HEADER_BYTES, self.file.size))
+            for file, start, stop in places_of_region(self.file, known or header, tensor, region):
+                end = min(stop + (0 if known else _HEADER_BYTES), self.file.size)
+                yield Place(file, start, end)
 
     def with_values(self, content: Any) -> Any:
         """Return a part of what :meth:`load` returned, with its tensors read."""
@@ -176,6 +195,10 @@ class TorchArchives:
     def read(self, tensor: torch.Tensor, region: Region | None = None) -> torch.Tensor:
         """Return a region of a tensor."""
         return self.home(tensor).read(tensor, region)
+
+    def places(self, tensor: torch.Tensor, region: Region | None = None) -> Iterator[Place]:
+        """Yield where :meth:`read` reads."""
+        return self.home(tensor).places(tensor, region)
 
     def with_values(self, content: Any) -> Any:
         """Return a part of what was loaded, with its tensors read."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickletools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, BinaryIO, Protocol
 
@@ -12,7 +12,8 @@ import torch
 
 from fabric_init._torch_internals import WeightsOnlyUnpickler
 from fabric_init.checkpoints.region import Region, Span, Window, take
-from fabric_init.checkpoints.storage.local import FileBytes
+from fabric_init.checkpoints.storage.local import FileBytes, places_of_window
+from fabric_init.checkpoints.storage.read_ahead import Place
 
 
 class Storages(Protocol):
@@ -130,6 +131,17 @@ def read_region(file: FileBytes, start: int, tensor: torch.Tensor, region: Regio
     return _values(file, start, take(tensor, region))
 
 
+def places_of_region(file: FileBytes, start: int, tensor: torch.Tensor, region: Region | None) -> Iterator[Place]:
+    """Yield where :func:`read_region` reads, for the same arguments."""
+    if isinstance(region, Span) and tensor.dim() > 1 and not tensor.is_contiguous():
+        row = max(1, tensor[0].numel())
+        part = tensor[region.start // row : -(-region.stop // row)]
+    else:
+        part = take(tensor, region)
+    if part.numel():
+        yield from places_of_window(file, part.dtype, start, _window(part)[0])
+
+
 def _values(file: FileBytes, start: int, part: torch.Tensor) -> torch.Tensor:
     values = _strided(file, part, start) if part.numel() else torch.empty(part.shape, dtype=part.dtype, device="cpu")
     values = values.conj() if part.is_conj() else values
@@ -138,14 +150,20 @@ def _values(file: FileBytes, start: int, part: torch.Tensor) -> torch.Tensor:
 
 def _strided(file: FileBytes, part: torch.Tensor, offset: int) -> torch.Tensor:
     """Return the values of a tensor with any strides, from a storage whose first byte lies at ``offset``."""
+    window, order = _window(part)
+    values = file.tensor(part.dtype, offset, window)
+    if order is None:
+        return values.as_strided(part.shape, part.stride())
+    return values.permute([order.index(dim) for dim in range(part.dim())])
+
+
+def _window(part: torch.Tensor) -> tuple[Window, list[int] | None]:
+    """Return the window of a storage that a tensor with any strides is, and the order of its dimensions in there."""
     # A FileBytes reads windows of row-major tensors; a transposed one is such a window with its dimensions in order.
     order = sorted(range(part.dim()), key=lambda dim: (-part.stride()[dim], dim))
     ordered, first = part.permute(order), int(part.storage_offset())
     sizes, strides = tuple(ordered.shape), ordered.stride()
     if all(stride >= inner * size for stride, inner, size in zip(strides, strides[1:], sizes[1:], strict=False)):
-        values = file.tensor(part.dtype, offset, Window(first, sizes, strides))
-        return values.permute([order.index(dim) for dim in range(part.dim())])
+        return Window(first, sizes, strides), order
     # Overlapping (an expanded tensor, say): what lies between its first and last element, once.
-    extent = Window(0, sizes, strides).extent
-    flat = file.tensor(part.dtype, offset, Window(first, (extent,), (1,)))
-    return flat.as_strided(part.shape, part.stride())
+    return Window(first, (Window(0, sizes, strides).extent,), (1,)), None

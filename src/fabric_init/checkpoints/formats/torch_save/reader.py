@@ -28,6 +28,7 @@ from fabric_init.checkpoints.reader import BaseReader, TensorSpec
 from fabric_init.checkpoints.region import Region, is_below, take
 from fabric_init.checkpoints.state_dicts import EXTRA_STATE, OPTIMIZER_PARTS, Location, choose_state_dict, describe
 from fabric_init.checkpoints.storage.local import FileBytes, Opener, open_bytes
+from fabric_init.checkpoints.storage.read_ahead import Place
 from fabric_init.checkpoints.storage.remote import AnyPath, as_path
 from fabric_init.errors import CheckpointFormatError
 
@@ -107,6 +108,9 @@ class TorchFileReader(BaseReader):
         if self._copy:  # of the legacy format, all of which is in memory
             part = part.clone(memory_format=torch.contiguous_format)
         return part.detach()
+
+    def places(self, key: str, region: Region | None = None) -> Iterator[Place]:
+        return iter(()) if self._archive is None else self._archive.places(self._tensors[key], region)
 
 
 def _load_from(file: FileBytes, *, direct: bool) -> tuple[Any, bool, TorchArchive | None]:

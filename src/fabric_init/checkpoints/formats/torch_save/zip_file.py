@@ -13,6 +13,7 @@ import torch
 
 from fabric_init.checkpoints.region import Window
 from fabric_init.checkpoints.storage.local import FileBytes
+from fabric_init.checkpoints.storage.read_ahead import Place
 
 TAIL_BYTES = 1 << 16
 _MOST_BYTES = 1 << 28
@@ -71,6 +72,9 @@ class FilePart:
             raise ValueError(f"the file has only {file.size:,} bytes")
         self.path, self.size = file.path, length
         self._file, self._offset = file, offset
+
+    def place(self, start: int, stop: int) -> Place:
+        return self._file.place(self._offset + start, self._offset + stop)
 
     def head(self, stop: int) -> bytes:
         return self.part(0, min(stop, self.size))
