@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -116,13 +116,14 @@ class BaseReader(ABC):
         """Return the keys of ``below`` that a tensor is made of; its own if it is one of them."""
         return (key,)
 
-    def places(self, key: str, region: Region | None = None) -> Iterator[Place]:
-        """Yield where in files ``read`` will read, as far as that is known, to read it ahead."""
-        if self.below is not None:
-            for source in self.sources(key):
-                alike = source == key and self.below.spec(key).shape == self.spec(key).shape
-                if alike or region is None:
-                    yield from places(self.below, source, region)
+    def places(self, key: str, region: Region | None = None) -> Iterable[Place]:
+        """Return where in files ``read`` will read, as far as that is known, to read it ahead."""
+        below, sources = self.below, self.sources(key)
+        if below is None:
+            return ()
+        if sources == (key,):
+            return places(below, key, region)
+        return [place for source in sources for place in places(below, source)] if region is None else ()
 
     @abstractmethod
     def read(self, key: str, region: Region | None = None) -> torch.Tensor:
@@ -139,10 +140,9 @@ def metadata_of(reader: CheckpointReader) -> Mapping[str, Any] | None:
     return getattr(reader, "metadata", None)
 
 
-def places(reader: CheckpointReader, key: str, region: Region | None = None) -> Iterator[Place]:
-    """Yield where in files ``reader.read`` will read, if the reader knows it."""
-    if isinstance(reader, BaseReader):
-        yield from reader.places(key, region)
+def places(reader: CheckpointReader, key: str, region: Region | None = None) -> Iterable[Place]:
+    """Return where in files ``reader.read`` will read, if the reader knows it."""
+    return reader.places(key, region) if isinstance(reader, BaseReader) else ()
 
 
 def fields_of(reader: CheckpointReader) -> Mapping[str, Any]:

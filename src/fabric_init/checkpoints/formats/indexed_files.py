@@ -10,7 +10,7 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
@@ -97,7 +97,7 @@ class ShardedReader(BaseReader):
         self.spec(key)
         return self._where[key].read(key, region)
 
-    def places(self, key: str, region: Region | None = None) -> Iterator[Place]:
+    def places(self, key: str, region: Region | None = None) -> Iterable[Place]:
         return places(self._where[key], key, region)
 
 

@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -90,9 +90,11 @@ class SafetensorsReader(BaseReader):
         spec = self.spec(key)
         return self._bytes.tensor(spec.dtype, self._offsets[key], window(spec.shape, region))
 
-    def places(self, key: str, region: Region | None = None) -> Iterator[Place]:
-        spec = self.spec(key)
-        return places_of_window(self._bytes, spec.dtype, self._offsets[key], window(spec.shape, region))
+    def places(self, key: str, region: Region | None = None) -> Iterable[Place]:
+        spec, start = self.spec(key), self._offsets[key]
+        if region is None:
+            return (self._bytes.place(start, start + spec.shape.numel() * spec.dtype.itemsize),)
+        return places_of_window(self._bytes, spec.dtype, start, window(spec.shape, region))
 
 
 def _parse_header(file: FileBytes, *, direct: bool) -> tuple[dict[str, int], dict[str, TensorSpec], Mapping[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -46,6 +46,6 @@ class CombinedReader(BaseReader):
         reader, own = self._homes[key]
         return reader.read(own, region)
 
-    def places(self, key: str, region: Region | None = None) -> Iterator[Place]:
+    def places(self, key: str, region: Region | None = None) -> Iterable[Place]:
         reader, own = self._homes[key]
         return places(reader, own, region)

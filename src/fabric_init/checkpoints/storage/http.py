@@ -18,6 +18,9 @@ from fabric_init.errors import CheckpointFormatError
 
 _REDIRECTS = 5
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_BUSY = (408, 425, 429, 500, 502, 503, 504)
+SECONDS_TO_NEXT_TRY = (0.1, 0.4, 1.6)
+"""How long to wait after each request that has failed."""
 _SECONDS_TO_CONNECT, _SECONDS_WITHOUT_DATA = 30.0, 60.0
 
 
@@ -31,6 +34,10 @@ class Version(NamedTuple):
 
 class WrongAnswerError(Exception):
     """A server has answered with something else than it was asked for."""
+
+
+class _BusyError(WrongAnswerError):
+    """It cannot answer now."""
 
 
 class NoRangesError(WrongAnswerError):
@@ -65,21 +72,37 @@ class HTTPFile:
         assert self.version is not None
         return self.version
 
-    def fetch(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    def fetch(self, ranges: Sequence[tuple[int, int]], buffer: bytearray | None = None) -> list[memoryview]:
         """Return these byte ranges, requested at once.
+
+        Args:
+            ranges: the first byte, and the one after the last.
+            buffer: memory for the answer, if there is one range.
 
         Raises:
             WrongAnswerError: an answer is not for what was asked, or of another version.
         """
         from fsspec.asyn import sync
 
-        async def all_of_them() -> list[bytes]:
-            return list(await asyncio.gather(*(self._part(start, stop) for start, stop in ranges)))
+        async def all_of_them() -> list[memoryview]:
+            return list(await asyncio.gather(*(self._part(start, stop, buffer) for start, stop in ranges)))
 
-        found: list[bytes] = sync(self._filesystem.loop, all_of_them)
+        found: list[memoryview] = sync(self._filesystem.loop, all_of_them)
         return found
 
-    async def _part(self, start: int, stop: int) -> bytes:
+    async def _part(self, start: int, stop: int, buffer: bytearray | None) -> memoryview:
+        """Return bytes of the file; once it is open, a request that fails is sent again after a while."""
+        from aiohttp import ClientError
+
+        target = memoryview(bytearray(stop - start) if buffer is None else buffer)[: stop - start]
+        for pause in SECONDS_TO_NEXT_TRY if self.version is not None else ():
+            try:
+                return await self._request(start, stop, target)
+            except (ClientError, asyncio.TimeoutError, _BusyError):
+                await asyncio.sleep(pause)
+        return await self._request(start, stop, target)
+
+    async def _request(self, start: int, stop: int, target: memoryview) -> memoryview:
         from aiohttp import ClientTimeout
 
         session = await self._filesystem.set_session()
@@ -95,16 +118,17 @@ class HTTPFile:
                 if answer.status in (301, 302, 303, 307, 308):
                     url = _redirected(url, answer.headers.get("Location", ""))
                     continue
-                return await self._taken(answer, start, stop)
+                return await self._taken(answer, start, stop, target)
         raise WrongAnswerError(f"more than {_REDIRECTS} redirects")
 
-    async def _taken(self, answer: Any, start: int, stop: int) -> bytes:
+    async def _taken(self, answer: Any, start: int, stop: int, target: memoryview) -> memoryview:
         if answer.status in (404, 410):
             raise FileNotFoundError(self._url)
         if answer.status == 200:
             raise NoRangesError
         if answer.status != 206:
-            raise WrongAnswerError(f"the server answers {answer.status} {answer.reason}")
+            kind = _BusyError if answer.status in _BUSY else WrongAnswerError
+            raise kind(f"the server answers {answer.status} {answer.reason}")
         if (encoding := answer.headers.get("Content-Encoding", "identity")) != "identity":
             raise WrongAnswerError(f"the answer is compressed ({encoding[:20]}), although that was not asked for")
         said = _CONTENT_RANGE.fullmatch(answer.headers.get("Content-Range", ""))
@@ -117,12 +141,13 @@ class HTTPFile:
             raise ChangedError
         if int(said[2]) != stop - 1:
             raise WrongAnswerError(f"the answer is for {int(said[2]) + 1 - start:,} bytes, not {stop - start:,}")
-        data = bytearray()
-        while part := await answer.content.read(min(1 << 20, stop - start + 1 - len(data))):
-            data += part
-            if len(data) > stop - start:
+        at = 0
+        while part := await answer.content.readany():  # what has arrived: no copy into larger parts
+            if at + len(part) > len(target):
                 raise WrongAnswerError(f"the answer is longer than the {stop - start:,} bytes that were asked for")
-        return bytes(data)
+            target[at : at + len(part)] = part
+            at += len(part)
+        return target[:at]
 
 
 def _redirected(url: str, to: str) -> str:

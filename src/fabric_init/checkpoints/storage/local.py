@@ -5,7 +5,6 @@ All know nothing of formats. A format's reader finds out where a tensor lies and
 
 from __future__ import annotations
 
-import ctypes
 import mmap as _mmap
 import os
 import stat
@@ -18,10 +17,9 @@ from typing import Protocol
 import torch
 
 from fabric_init.checkpoints.region import Window
-from fabric_init.checkpoints.storage.page_cache import begin_reading
-from fabric_init.checkpoints.storage.read_ahead import GAP_BYTES, PIECE_BYTES, Place, ReadAhead
+from fabric_init.checkpoints.storage.read_ahead import GAP_BYTES, Place
 from fabric_init.checkpoints.storage.remote import AnyPath, RemoteBytes, RemotePath
-from fabric_init.checkpoints.storage.strided_window import gather, runs
+from fabric_init.checkpoints.storage.strided_window import gather, memory, runs
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError, OutOfMemoryError, is_out_of_memory
 
 # Without it Linux refuses a private writable map larger than memory plus swap, although most of it is never written.
@@ -126,14 +124,10 @@ class _Local:
     def __init__(self, path: Path, status: os.stat_result) -> None:
         self.path = path
         self.size = status.st_size
-        self.ahead: ReadAhead | None = None
         self._identity = identity(status)
 
     def place(self, start: int, stop: int) -> Place:
         return Place(self, start, stop)
-
-    def begin(self, start: int, stop: int) -> None:
-        begin_reading(self.path, start, stop)
 
 
 class _Mapped(_Local):
@@ -241,20 +235,14 @@ class _Plain(_Local):
             raise CheckpointFormatError(changed(self.path, self.size))
 
 
-def _read_into(file: FileIO, start: int, target: memoryview, source: _Plain) -> None:
+def _read_into(file: FileIO, start: int, target: memoryview, source: FileBytes) -> None:
     file.seek(start)
     while target:
-        got = file.readinto(target[:PIECE_BYTES])
+        # One call returns at most about 2 GiB.
+        got = file.readinto(target)
         if not got:
             raise CheckpointFormatError(changed(source.path, source.size))
-        if (ahead := source.ahead) is not None:
-            ahead.taken(source, start, start + got)
-        start, target = start + got, target[got:]
-
-
-def memory(tensor: torch.Tensor) -> memoryview:
-    """Return the writable bytes of a contiguous CPU tensor; ``Tensor.numpy`` knows neither bfloat16 nor fp8."""
-    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+        target = target[got:]
 
 
 def identity(status: os.stat_result) -> tuple[int, ...]:

@@ -21,10 +21,10 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from fabric_init.checkpoints.region import Window
-from fabric_init.checkpoints.storage.local import FileBytes, Opener, memory, open_bytes
+from fabric_init.checkpoints.storage.local import FileBytes, Opener, open_bytes
 from fabric_init.checkpoints.storage.read_ahead import Place
 from fabric_init.checkpoints.storage.remote import AnyPath, as_path
-from fabric_init.checkpoints.storage.strided_window import gather
+from fabric_init.checkpoints.storage.strided_window import gather, memory
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
 
 BLOCK_BYTES = 1 << 20

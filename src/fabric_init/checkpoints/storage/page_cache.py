@@ -1,58 +1,67 @@
-"""Have the operating system read parts of local files into its cache, before they are touched or asked for."""
+"""Have the operating system read parts of local files into its cache, before they are touched."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 
 _STEP_BYTES = 1 << 20
 """Linux cuts one request down to a few MiB on usual disks, and says nothing."""
 
 
-def begin_reading(path: Path, start: int, stop: int) -> None:
-    """Have bytes ``start:stop`` read, without waiting for them where the system has a call for that.
-
-    What goes wrong is ignored: whoever reads the bytes will see it.
-    """
-    with suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        try:
-            if hasattr(os, "posix_fadvise"):
-                for at in range(start, stop, _STEP_BYTES):
-                    os.posix_fadvise(descriptor, at, min(_STEP_BYTES, stop - at), os.POSIX_FADV_WILLNEED)
-            else:
-                os.lseek(descriptor, start, os.SEEK_SET)
-                while start < stop and (got := len(os.read(descriptor, min(_STEP_BYTES, stop - start)))):
-                    start += got
-        finally:
-            os.close(descriptor)
-
-
 class BackgroundReading:
     """A thread that has parts of files read, one after the other, and ends by itself.
 
     It stops early when they would take half of the memory that is left: then the first of them would be dropped before
-    anybody touches them.
+    anybody touches them. What goes wrong is ignored: whoever touches the bytes will see it.
     """
 
     def __init__(self, parts: Iterable[tuple[Path, int, int]]) -> None:
-        self._stopped = threading.Event()
+        self._stopped = False
         threading.Thread(target=self._run, args=(parts,), name="fabric_init read-ahead", daemon=True).start()
 
     def stop(self) -> None:
         """Begin no more parts."""
-        self._stopped.set()
+        self._stopped = True
 
     def _run(self, parts: Iterable[tuple[Path, int, int]]) -> None:
         left = _available_bytes() // 2
-        for path, start, stop in parts:
-            left -= stop - start
-            if left < 0 or self._stopped.is_set():
-                return
-            begin_reading(path, start, stop)
+        with suppress(OSError):
+            for path, start, stop in _joined(parts):
+                with FileIO(path) as file:
+                    for at in range(start, stop, _STEP_BYTES):
+                        count = min(_STEP_BYTES, stop - at)
+                        left -= count
+                        if left < 0 or self._stopped:
+                            return
+                        _begin(file, at, count)
+
+
+def _joined(parts: Iterable[tuple[Path, int, int]]) -> Iterator[tuple[Path, int, int]]:
+    """Yield parts, those together that touch or overlap."""
+    path, start, stop = None, 0, 0
+    for its, first, last in parts:
+        if its == path and start <= first <= stop:
+            stop = max(stop, last)
+            continue
+        if path is not None:
+            yield path, start, stop
+        path, start, stop = its, first, last
+    if path is not None:
+        yield path, start, stop
+
+
+def _begin(file: FileIO, start: int, count: int) -> None:
+    """Have bytes read; wait for them only where the system has no call for that."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), start, count, os.POSIX_FADV_WILLNEED)
+    else:
+        file.seek(start)
+        file.read(count)
 
 
 def _available_bytes(table: Path = Path("/proc/meminfo")) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +20,7 @@ import torch
 from fabric_init.checkpoints.region import Window
 from fabric_init.checkpoints.storage.http import ChangedError, HTTPFile, WrongAnswerError, explained
 from fabric_init.checkpoints.storage.read_ahead import GAP_BYTES, PIECE_BYTES, REQUESTS, Place, ReadAhead
-from fabric_init.checkpoints.storage.strided_window import is_dense
+from fabric_init.checkpoints.storage.strided_window import is_dense, memory
 from fabric_init.errors import CheckpointFormatError, CheckpointNotFoundError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
@@ -157,45 +157,49 @@ class RemoteBytes:
         return repr(self._version if self._http is None else self._http.version)
 
     def head(self, stop: int) -> bytes:
-        return self._fetch([(0, min(stop, self.size))])[0]
+        return bytes(self._fetch([(0, min(stop, self.size))])[0])
 
     def part(self, start: int, stop: int) -> bytes:
-        return bytes(self._taken([(start, stop)])[0])
+        data = bytearray(stop - start)
+        self._read_into([(start, memoryview(data))])
+        return bytes(data)
 
     def tensor(self, dtype: torch.dtype, offset: int, window: Window) -> torch.Tensor:
         out = torch.empty(window.sizes, dtype=dtype, device="cpu")
         if not out.numel():
             return out
-        parts = list(_parts(out, window))
+        parts, size = list(_parts(out, window)), dtype.itemsize
         for first in range(0, len(parts), REQUESTS):
             batch = parts[first : first + REQUESTS]
-            size = dtype.itemsize
-            ranges = [(offset + w.start * size, offset + (w.start + w.extent) * size) for _, w in batch]
-            for (target, wanted), data in zip(batch, self._taken(ranges), strict=True):
-                flat = torch.frombuffer(bytearray(data), dtype=dtype)
-                target.copy_(flat.as_strided(wanted.sizes, wanted.strides))
+            runs = [target if w.extent == target.numel() else target.new_empty(w.extent) for target, w in batch]
+            starts = [offset + w.start * size for _, w in batch]
+            self._read_into([(start, memory(run)) for start, run in zip(starts, runs, strict=True)])
+            for (target, wanted), run in zip(batch, runs, strict=True):
+                if run is not target:
+                    target.copy_(run.as_strided(wanted.sizes, wanted.strides))
         return out
 
     def place(self, start: int, stop: int) -> Place:
         return Place(self, start, stop)
 
-    def begin(self, start: int, stop: int) -> Callable[[], bytes]:
-        """Return what requests bytes ``start:stop``."""
-        return lambda: self._fetch([(start, stop)])[0]
+    def request(self, start: int, stop: int, buffer: bytearray) -> bytes | memoryview:
+        """Return bytes ``start:stop``, by a request of their own, perhaps in the memory of ``buffer``."""
+        return self._fetch([(start, stop)], buffer)[0]
 
-    def _taken(self, ranges: list[tuple[int, int]]) -> list[bytes | memoryview]:
-        """Return these byte ranges, those that were requested ahead without another request."""
+    def _read_into(self, wanted: Sequence[tuple[int, memoryview]]) -> None:
+        """Fill memory with the bytes from each start on: with what was requested ahead, else by requests at once."""
         ahead = self.ahead
-        found = [None if ahead is None else ahead.take(self, start, stop) for start, stop in ranges]
-        lacking = [each for each, data in zip(ranges, found, strict=True) if data is None]
-        fetched = iter(self._fetch(lacking) if lacking else ())
-        return [next(fetched) if data is None else data for data in found]
+        lacking = [each for each in wanted if ahead is None or not ahead.take(self, *each)]
+        if lacking:
+            ranges = [(start, start + len(target)) for start, target in lacking]
+            for (_, target), data in zip(lacking, self._fetch(ranges), strict=True):
+                target[:] = data
 
-    def _fetch(self, ranges: list[tuple[int, int]]) -> list[bytes]:
+    def _fetch(self, ranges: list[tuple[int, int]], buffer: bytearray | None = None) -> Sequence[bytes | memoryview]:
         """Return these byte ranges, requested concurrently where the file system can."""
         with _errors_of(self.path, self.size):
             if self._http is not None:
-                parts = self._http.fetch(ranges)
+                parts: Sequence[bytes | memoryview] = self._http.fetch(ranges, buffer)
             else:
                 starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
                 places = [self.path.location] * len(ranges)

@@ -1,7 +1,8 @@
-"""A strided window of a tensor as contiguous runs."""
+"""A strided window of a tensor as contiguous runs, and the memory of a tensor as bytes."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator
 
 import torch
@@ -10,6 +11,21 @@ from fabric_init.checkpoints.region import Window
 
 ReadRun = Callable[[torch.Tensor, int], None]
 """Fill a contiguous CPU tensor, of any shape, with the elements from a number on."""
+
+
+def memory(tensor: torch.Tensor) -> memoryview:
+    """Return the writable bytes of a contiguous CPU tensor; ``Tensor.numpy`` knows neither bfloat16 nor fp8."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def copy_bytes(target: memoryview, source: memoryview) -> None:
+    """Copy as many bytes as ``source`` has, while other threads run, which an assignment to a memoryview holds up."""
+    if source.readonly:
+        target[: len(source)] = source
+        return
+    assert len(source) <= len(target)
+    kind = ctypes.c_char * len(source)
+    ctypes.memmove(kind.from_buffer(target), kind.from_buffer(source), len(source))
 
 
 def is_dense(window: Window, gap: int) -> bool:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from fabric_init.checkpoints.storage.local import memory
+from fabric_init.checkpoints.storage.strided_window import memory
 from fabric_init.reports.statistics import RunningMoments
 from fabric_init.tools.inspect.contents import Values
 from fabric_init.tools.inspect.survey import ElementRun, SurveyedTensor
