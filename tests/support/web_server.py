@@ -25,6 +25,8 @@ class Server:
     """Bytes of content sent."""
     spoils: Callable[[dict[str, str], bytes], tuple[dict[str, str], bytes]] | None = None
     """Makes another answer of the headers and the content of each answer to a request for a part."""
+    busy: int = 0
+    """How many of the next requests to refuse as a server does that has too many."""
     requests: list[str] = field(default_factory=list)
     """Method and path of each request, as they came."""
 
@@ -51,6 +53,11 @@ def serving(folder: Path, *, ranges: bool = True) -> Iterator[Server]:
         def answer(self, *, with_content: bool) -> None:
             path = self.path.partition("?")[0]
             state.requests.append(f"{self.command} {path}")
+            if state.busy:
+                with counting:
+                    state.busy -= 1
+                self.send(503, b"", {}, with_content)
+                return
             if listing := re.fullmatch(r"/api/models/(\w+)/(\w+)/revision/(\w+)", path):
                 names = sorted(one.name for one in state.folder.iterdir())
                 model = f"{listing[1]}/{listing[2]}"

@@ -168,7 +168,7 @@ class _CheckedBytes:
     def __init__(self, file: FileBytes, blocks: list[str], manifest: Manifest) -> None:
         self.path, self.size = file.path, file.size
         self._file, self._blocks, self._manifest = file, blocks, manifest
-        self._kept: OrderedDict[int, torch.Tensor] = OrderedDict()
+        self._kept: OrderedDict[int, bytes] = OrderedDict()
         self._lock = threading.Lock()
 
     def place(self, start: int, stop: int) -> Place:
@@ -198,22 +198,22 @@ class _CheckedBytes:
         done = 0
         while done < len(target):
             index, skip = divmod(start + done, self._manifest.block_bytes)
-            block = self._block(index).numpy().data[skip:]
+            block = memoryview(self._block(index))[skip:]
             count = min(len(block), len(target) - done)
             if not count:
                 raise CheckpointFormatError(f"{self.path} ends before byte {start + len(target):,}. {_CHANGED}")
             target[done : done + count] = block[:count]
             done += count
 
-    def _block(self, index: int) -> torch.Tensor:
+    def _block(self, index: int) -> bytes:
         with self._lock:
             if index in self._kept:
                 self._kept.move_to_end(index)
                 return self._kept[index]
         size = self._manifest.block_bytes
         first, stop = index * size, min((index + 1) * size, self.size)
-        block = self._file.tensor(torch.uint8, 0, Window(first, (max(0, stop - first),), (1,)))
-        if index >= len(self._blocks) or hashlib.sha256(block.numpy().data).hexdigest() != self._blocks[index]:
+        block = self._file.part(first, max(first, stop))
+        if index >= len(self._blocks) or hashlib.sha256(block).hexdigest() != self._blocks[index]:
             raise CheckpointFormatError(
                 f"{self.path}: SHA-256 mismatch with {self._manifest.path} in bytes {first:,} to {stop:,}. {_CHANGED}"
             )

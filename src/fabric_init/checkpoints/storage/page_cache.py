@@ -29,7 +29,7 @@ class BackgroundReading:
         self._stopped = True
 
     def _run(self, parts: Iterable[tuple[Path, int, int]]) -> None:
-        left = _available_bytes() // 2
+        left = available_bytes() // 2
         with suppress(OSError):
             for path, start, stop in _joined(parts):
                 with FileIO(path) as file:
@@ -64,7 +64,7 @@ def _begin(file: FileIO, start: int, count: int) -> None:
         file.read(count)
 
 
-def _available_bytes(table: Path = Path("/proc/meminfo")) -> int:
+def available_bytes(table: Path = Path("/proc/meminfo")) -> int:
     """Return the memory that the system can give, its cache included; a very large number where it is unknown."""
     with suppress(OSError, ValueError, IndexError):
         for line in table.read_text(encoding="ascii").splitlines():

@@ -32,7 +32,7 @@ REQUESTS = 16
 GAP_BYTES = 1 << 16
 """A gap up to this is read along with what lies on both sides of it: a request costs more than these bytes."""
 _BOUND_BYTES = 256 << 20
-_MAPPED_BYTES = 32 << 20
+MAPPED_BYTES = 32 << 20
 """What is smaller altogether is read before a thread has begun."""
 
 
@@ -129,7 +129,7 @@ class ReadAhead:
                     self._add(cast(RequestedFile, file), place.start, place.stop, index)
 
     def __enter__(self) -> ReadAhead:
-        if sum(stop - start for _, start, stop in self._mapped) >= _MAPPED_BYTES:
+        if sum(stop - start for _, start, stop in self._mapped) >= MAPPED_BYTES:
             self._background = BackgroundReading(self._mapped)
         for piece in self._waiting:
             piece.left = piece.stop - piece.start

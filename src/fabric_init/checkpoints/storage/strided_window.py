@@ -15,6 +15,7 @@ ReadRun = Callable[[torch.Tensor, int], None]
 
 def memory(tensor: torch.Tensor) -> memoryview:
     """Return the writable bytes of a contiguous CPU tensor; ``Tensor.numpy`` knows neither bfloat16 nor fp8."""
+    assert tensor.data_ptr() or not tensor.nbytes, "a tensor without memory"
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
