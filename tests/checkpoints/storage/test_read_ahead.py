@@ -63,7 +63,7 @@ def test_a_fill_asks_a_server_for_many_small_tensors_at_once(server: Server, nam
     assert len(server.requests) < 20
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_what_is_read_lies_in_the_places_that_were_named(server: Server, data: st.DataObject) -> None:
     reader = open_checkpoint(f"{server.url}/{data.draw(st.sampled_from(['strided.pt', 'strided.safetensors']))}")

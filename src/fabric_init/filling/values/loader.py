@@ -14,7 +14,7 @@ from fabric_init.checkpoints.storage.read_ahead import Place, ReadAhead
 from fabric_init.planning.checks.ties import check_values
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import Plan
-from fabric_init.planning.rank_loads import Load, loads, read_as
+from fabric_init.planning.rank_loads import Load, loads, read_as, takes_element
 from fabric_init.recording.tape.tape import TensorRef
 
 
@@ -74,7 +74,9 @@ class LocalLoader:
         files: dict[object, int] = {}
         ordered = []
         for load in wanted:
-            where = list(places(self._reader, load.entry.keys[0], load.region))
+            key = load.entry.keys[0]
+            as_saved = takes_element(load.entry.slot.shape, self._reader.spec(key).shape)
+            where = list(places(self._reader, key, None if as_saved else load.region))
             first = (files.setdefault(where[0].file, len(files)), where[0].start) if where else (-1, 0)
             ordered.append((first, where, load))
         ordered.sort(key=lambda each: each[0])
