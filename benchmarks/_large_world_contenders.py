@@ -6,15 +6,15 @@ from hollow files, in which every number is zero.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from _log_times import times_in_log
 from _planning_models import LLAMA, MOE, MixtureOfExperts
 from _shards import local_part, touch
 from torch import nn
@@ -54,25 +54,10 @@ class Ours:
     def fill(self, model: nn.Module, folder: Path) -> dict[str, float]:
         from fabric_init import materialize
 
-        with _planned_at() as planned:
+        with times_in_log("plan") as planned:
             start = time.perf_counter()
             materialize(model, checkpoint=folder, process_group=False)
         return {"plan": planned[0] - start}
-
-
-@contextmanager
-def _planned_at() -> Generator[list[float], None, None]:
-    """When the log says that a plan was made."""
-    times: list[float] = []
-    handler = logging.Handler(logging.DEBUG)
-    handler.emit = lambda record: times.append(time.perf_counter())  # type: ignore[method-assign]
-    logger = logging.getLogger("fabric_init.plan")
-    logger.setLevel(logging.DEBUG)
-    logger.addHandler(handler)
-    try:
-        yield times
-    finally:
-        logger.removeHandler(handler)
 
 
 class Dcp:

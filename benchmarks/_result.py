@@ -26,6 +26,7 @@ class Result:
     forward_total: int | None = None
     forward_error: str | None = None
     verified: dict[str, Any] | None = None
+    steps: dict[str, float] | None = None
     all_seconds: tuple[float, ...] = ()
 
 
@@ -51,8 +52,13 @@ def summarize(name: str, label: str, runs: Sequence[dict[str, Phase]]) -> Result
         forward_total=max((phase.total for phase in forward_runs), default=None),
         forward_error=forward_error,
         verified=_worst([run["verify"] for run in runs if "verify" in run]),
+        steps=_medians([run["steps"].value for run in runs if "steps" in run and run["steps"].value]),
         all_seconds=seconds,
     )
+
+
+def _medians(steps: Sequence[dict[str, float]]) -> dict[str, float] | None:
+    return {step: median(each[step] for each in steps) for step in steps[0]} if steps else None
 
 
 def _worst(phases: Sequence[Phase]) -> dict[str, Any] | None:

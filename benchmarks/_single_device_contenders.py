@@ -6,11 +6,13 @@ cache with the file that this way reads. The inner function is what a user write
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import torch
+from _log_times import times_in_log
 from _verification import Expected, count_unfilled
 from _workload import INIT_SEED, Workload, default_dtype, warm
 from torch import nn
@@ -18,6 +20,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
 Build = Callable[[], nn.Module]
+STEPS = ("open", "record", "plan", "fill")
+"""Up to the block, the block itself, up to the plan, and from there on: values, report, and the end of the guard."""
+IN_STEPS = ("ours_fabric", "ours_core")
 TOKENS = 8
 
 
@@ -27,11 +32,25 @@ def phases(name: str, root: str) -> Generator[tuple[str, Callable[[], Any]], Any
     build = CONTENDERS[name](workload)
     # Another seed than the reference's, so that a tensor which was not loaded cannot look as if it were.
     torch.manual_seed(INIT_SEED if expected != "checkpoint" else INIT_SEED + 1)
-    model = yield "ready", build
+    steps: dict[str, float] = {}
+    model = yield "ready", lambda: _in_steps(build, steps) if name in IN_STEPS else build()
     if model is None:
         return
+    if steps:
+        yield "steps", lambda: steps
     yield "forward", lambda: _forward(model)
     yield "verify", lambda: count_unfilled(model, workload, expected)
+
+
+def _in_steps(build: Build, steps: dict[str, float]) -> nn.Module:
+    """Build a model with ours, and note how long each step took, by the three messages of our log in between."""
+    started = time.perf_counter()
+    with times_in_log("record", "plan") as messages:
+        model = build()
+    times = [started, *messages, time.perf_counter()]
+    if len(times) == len(STEPS) + 1:
+        steps.update((step, after - before) for step, before, after in zip(STEPS, times, times[1:], strict=False))
+    return model
 
 
 def _forward(model: nn.Module) -> None:

@@ -118,6 +118,11 @@ def _notes(results: Sequence[Result]) -> list[str]:
         for result in results
         if result.verified and result.verified["names"]
     ]
+    notes += [
+        f"{result.label}: of the time, {', '.join(f'{step} {taken:.3f} s' for step, taken in result.steps.items())}"
+        for result in results
+        if result.steps
+    ]
     return notes
 
 
