@@ -13,7 +13,7 @@ from fabric_init.errors import OptionError
 from fabric_init.planning.options import declared_checkpoint
 from fabric_init.planning.plan import LoadOptions
 from fabric_init.planning.recorded_load.converted import Convert
-from fabric_init.trainer.declared import Declared
+from fabric_init.trainer.declared_load import Declared
 from fabric_init.trainer.hf_accelerate import accelerator_of, let_fill, let_trainer_fill
 from fabric_init.trainer.lightning_strategy import let_record
 

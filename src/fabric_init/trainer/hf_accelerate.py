@@ -21,7 +21,7 @@ from fabric_init.planning.reinit import is_reinitialized
 from fabric_init.planning.tensors import plain_name
 from fabric_init.recording.tensor.recorded_tensor import recorded
 from fabric_init.sharding.dtensor import local
-from fabric_init.trainer.declared import Declared, declare
+from fabric_init.trainer.declared_load import Declared, declare
 
 
 class FillingMixin:

@@ -22,7 +22,7 @@ from fabric_init.api import deferred_init
 from fabric_init.errors import FabricInitError
 from fabric_init.guard.waiting_tensors import unfilled
 from fabric_init.recording.mode import active
-from fabric_init.trainer.declared import Declared, declare
+from fabric_init.trainer.declared_load import Declared, declare
 from fabric_init.trainer.resume import ResumingMixin, names_of
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch import nn
 from fabric_init.errors import FabricInitError
 from fabric_init.guard.loads import unwatch_loads
 from fabric_init.guard.waiting_tensors import unfilled
-from fabric_init.trainer.declared import Declared, fill_rest, on_some_rank
+from fabric_init.trainer.declared_load import Declared, fill_rest, on_some_rank
 from fabric_init.trainer.early_copies import copies_filled, has_copies
 
 if TYPE_CHECKING:

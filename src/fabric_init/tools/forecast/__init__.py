@@ -2,8 +2,8 @@
 
 from fabric_init.tools.forecast.coverage import Amount, Cast, Coverage, Fresh, Unexpected, WrongShape
 from fabric_init.tools.forecast.forecast import Forecast, forecast
-from fabric_init.tools.forecast.io_estimate import IoEstimate
 from fabric_init.tools.forecast.memory import Memory
+from fabric_init.tools.forecast.reading_by_rank import IoEstimate
 from fabric_init.tools.forecast.strategy_costs import PrecisionName
 from fabric_init.tools.forecast.training_config import OptimizerName, StrategyName, TrainingConfig
 

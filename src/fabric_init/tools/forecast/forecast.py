@@ -23,8 +23,8 @@ from fabric_init.planning.tensors import TensorInfo, tensors_and_tapes
 from fabric_init.recording.mode import recorded_build
 from fabric_init.strategies.fsdp2 import Units
 from fabric_init.tools.forecast.coverage import Coverage, coverage_of
-from fabric_init.tools.forecast.io_estimate import IoEstimate, reading_of
 from fabric_init.tools.forecast.memory import Memory, gathered_units, memory_of
+from fabric_init.tools.forecast.reading_by_rank import IoEstimate, reading_of
 from fabric_init.tools.forecast.strategy_costs import PrecisionName
 from fabric_init.tools.forecast.training_config import OptimizerName, StrategyName, TrainingConfig
 

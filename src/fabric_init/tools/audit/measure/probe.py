@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from fabric_init.errors import FabricInitError
 from fabric_init.tools.audit.batch import Call, as_call
-from fabric_init.tools.audit.checks.loss import loss_findings
+from fabric_init.tools.audit.checks.loss_findings import loss_findings
 from fabric_init.tools.audit.checks.signal import flow_findings
 from fabric_init.tools.audit.dummy_batch import dummy_batch
 from fabric_init.tools.audit.findings import AuditRow, Finding, Layer
