@@ -26,7 +26,7 @@ from fabric_init.errors import RecordingError
 from fabric_init.planning.tensors import Walk, Walked, walked
 from fabric_init.recording.in_block.tape_writer import TapeWriter
 from fabric_init.recording.replay.replay import real_execution
-from fabric_init.recording.tape.tape import Tape, TensorRef
+from fabric_init.recording.tape.tape import Op, Tape, TensorRef, now
 from fabric_init.recording.tensor.recorded_tensor import make_recorded_tensor, meta_of, recorded
 from fabric_init.recording.tensor.storage_tags import begin, ref_of
 from fabric_init.recording.tensor.wrappers import is_recorded_shard
@@ -244,9 +244,9 @@ def _copied(tape: Tape, ref: TensorRef, device: torch.device, dtype: torch.dtype
         meta = torch.empty_strided(ref.size, ref.stride, dtype=dtype, device="meta")
         copied = ref_of(meta, begin(meta, tape, device))
         if dtype == ref.dtype:
-            tape.add_op(torch.ops.aten.clone.default, (ref,), {}, (), (copied,), None, None)
+            tape.append(Op(now(), torch.ops.aten.clone.default, (ref,), {}, (), (copied,)))
         else:
-            tape.add_op(torch.ops.aten._to_copy.default, (ref,), {"dtype": dtype}, (), (copied,), None, None)
+            tape.append(Op(now(), torch.ops.aten._to_copy.default, (ref,), {"dtype": dtype}, (), (copied,)))
         return make_recorded_tensor(meta, device)
 
 
@@ -260,4 +260,6 @@ def _last_writer(tape: Tape, storage: int) -> int:
 
 
 def _record_copy(tape: Tape, part: TensorRef, shard: TensorRef) -> int:
-    return tape.add_op(torch.ops.aten.copy_.default, (shard, part), {}, (shard,), (), None, None)
+    number = now()
+    tape.append(Op(number, torch.ops.aten.copy_.default, (shard, part), {}, (shard,), ()))
+    return number

@@ -13,7 +13,7 @@ from fabric_init.checkpoints import CheckpointReader
 from fabric_init.checkpoints.reader import read
 from fabric_init.recording.in_block.recorder import Recorder
 from fabric_init.recording.mode import RecordMode
-from fabric_init.recording.tape.tape import Op, Rng
+from fabric_init.recording.tape.tape import Op, Rng, now
 from fabric_init.recording.tensor.recorded_tensor import META, make_recorded_tensor
 
 
@@ -52,7 +52,7 @@ def source_tensor(recorder: Recorder, source: KeyTensor) -> Tensor:
     with DisableTorchFunction(), DisableTorchDispatch():
         meta = torch.empty(spec.shape, dtype=spec.dtype, device=META)
         ref = recorder.new_storage(meta, cpu)
-        recorder.tape.add_op(read_source, (source,), {"device": cpu}, (), (ref,), None, None)
+        recorder.tape.append(Op(now(), read_source, (source,), {"device": cpu}, (), (ref,)))
         return make_recorded_tensor(meta, cpu)
 
 

@@ -16,7 +16,7 @@ from fabric_init.recording.replay.replay import real_execution, storage_now, vie
 from fabric_init.recording.tape.call_site import caller
 from fabric_init.recording.tape.op_properties import DRAWS_FROM_DEFAULT, INIT_FUNCTIONS, Func, is_random, traits
 from fabric_init.recording.tape.random_streams import RandomStreams
-from fabric_init.recording.tape.tape import Draw, Tape, TensorRef
+from fabric_init.recording.tape.tape import Op, Tape, TensorRef, now
 from fabric_init.recording.tensor.recorded_tensor import make_recorded_tensor, meta_of, recorded, recorded_ref
 from fabric_init.recording.tensor.storage_tags import StorageTag, begin, ref_of
 from fabric_init.recording.tensor.wrappers import is_recorded_shard
@@ -120,15 +120,15 @@ class TapeWriter:
         default_dtype: torch.dtype | None = None,
     ) -> None:
         """Write one op to the tape, with its position in the random streams. torch's modes must be off."""
+        draws = None
         if is_random(func):
             assert self.streams is not None
-            generator = kwargs.pop("generator", None)
-            streams = self.streams.of(generator)
-            draw: Draw = streams.draw()
-            number = self.tape.add_op(func, args, kwargs, targets, outputs, draw, caller(frame), default_dtype)
-            streams.drawn(number, by_init=not isinstance(func, OpOverload))
-        else:
-            self.tape.add_op(func, args, kwargs, targets, outputs, None, caller(frame), default_dtype)
+            draws = self.streams.of(kwargs.pop("generator", None))
+        draw = None if draws is None else draws.draw()
+        op = Op(now(), func, args, kwargs, targets, outputs, draw, caller(frame), default_dtype)
+        self.tape.append(op)
+        if draws is not None:
+            draws.drawn(op.number, by_init=not isinstance(func, OpOverload))
         if self._on_real:
             self._write_real({ref.storage for ref in targets})
 
@@ -201,7 +201,8 @@ class TapeWriter:
             meta = dense(like_on_meta(tensor))
         ref = self.new_storage(meta, tensor.device)
         value = self.tape.add_constant(tensor)
-        self.tape.add_op(torch.ops.aten.clone.default, (value,), {}, (), (ref,), None, caller(sys._getframe(1)))
+        op = Op(now(), torch.ops.aten.clone.default, (value,), {}, (), (ref,), source=caller(sys._getframe(1)))
+        self.tape.append(op)
         return make_recorded_tensor(meta, tensor.device)
 
     def new_storage(self, tensor: torch.Tensor, device: torch.device) -> TensorRef:

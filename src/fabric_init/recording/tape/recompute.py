@@ -8,7 +8,7 @@ import torch
 
 from fabric_init.recording.tape.liveness import live_ops
 from fabric_init.recording.tape.op_properties import only_copies
-from fabric_init.recording.tape.tape import Tape, TensorRef, on_other_storages
+from fabric_init.recording.tape.tape import Op, Tape, TensorRef, now, on_other_storages
 
 
 def reads_any(tape: Tape, storage: int, others: Collection[int]) -> bool:
@@ -42,4 +42,4 @@ def recompute(tape: Tape, ref: TensorRef, given: Collection[int], instead: Mappi
         if all(written.storage in given for written in (*op.targets, *op.outputs)):
             continue  # an earlier draw from the same stream
         tape.repeat(op, new)
-    tape.add_op(torch.ops.aten.copy_.default, (ref, on_other_storages(ref, new)), {}, (ref,), (), None, None)
+    tape.append(Op(now(), torch.ops.aten.copy_.default, (ref, on_other_storages(ref, new)), {}, (ref,), ()))

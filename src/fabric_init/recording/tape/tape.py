@@ -151,8 +151,8 @@ class Op(NamedTuple):
     kwargs: Mapping[str, Any]
     targets: tuple[TensorRef, ...]
     outputs: tuple[TensorRef, ...]
-    draw: Draw | None
-    source: CallSite | None
+    draw: Draw | None = None
+    source: CallSite | None = None
     default_dtype: torch.dtype | None = None  # set if the result's dtype was torch's default dtype
 
     def refs(self) -> list[TensorRef]:
@@ -346,40 +346,27 @@ class Tape:
         """Note that Python sees what ``func`` returns at this point."""
         self.value_reads.append(ValueRead(next(_numbers), func, args, kwargs, source))
 
-    def add_op(
-        self,
-        func: Func,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        targets: tuple[TensorRef, ...],
-        outputs: tuple[TensorRef, ...],
-        draw: Draw | None,
-        source: CallSite | None,
-        default_dtype: torch.dtype | None = None,
-    ) -> int:
-        """Append a call and return its number."""
-        index = next(_numbers)
-        self.ops[index] = Op(index, func, args, kwargs, targets, outputs, draw, source, default_dtype)
+    def append(self, op: Op) -> None:
+        """Append a call, whose number is the highest so far."""
+        self.ops[op.number] = op
         writers = self.writers
-        for ref in targets:
+        for ref in op.targets:
             entry = writers.get(ref.storage)
             if entry is None:
-                writers[ref.storage] = [index]
+                writers[ref.storage] = [op.number]
             else:
-                entry.append(index)
-        for ref in outputs:
-            writers[ref.storage] = [index]
-        return index
+                entry.append(op.number)
+        for ref in op.outputs:
+            writers[ref.storage] = [op.number]
 
     def repeat(self, op: Op, other: Callable[[int], int], args: tuple[Any, ...] | None = None) -> None:
         """Append ``op`` once more, on the storage ``other(number)`` in place of each, with other ``args`` if given."""
-        self.add_op(
-            op.func,
-            on_other_storages(op.args, other) if args is None else args,
-            {name: on_other_storages(value, other) for name, value in op.kwargs.items()},
-            on_other_storages(op.targets, other),
-            on_other_storages(op.outputs, other),
-            op.draw,
-            op.source,
-            op.default_dtype,
+        self.append(
+            op._replace(
+                number=now(),
+                args=on_other_storages(op.args, other) if args is None else args,
+                kwargs={name: on_other_storages(value, other) for name, value in op.kwargs.items()},
+                targets=on_other_storages(op.targets, other),
+                outputs=on_other_storages(op.outputs, other),
+            )
         )
