@@ -405,6 +405,16 @@ def test_reinit_as_a_string_is_refused_at_the_call_and_all_is_as_it_was(tmp_path
     assert {row.status for row in materialize(model, checkpoint=path).rows} == {"loaded"}
 
 
+def test_a_state_dict_is_no_path_and_what_takes_it_is_named() -> None:
+    with deferred_init():
+        model = nn.Linear(2, 2)
+    content = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    with pytest.raises(OptionError, match=r"not a state dict: for one in memory, call model.load_state_dict"):
+        materialize(model, checkpoint=content)  # type: ignore[arg-type]
+    model.load_state_dict(content)
+    assert torch.equal(model.weight, content["weight"])
+
+
 def test_options_without_a_checkpoint_are_all_named() -> None:
     with deferred_init():
         model = Small()

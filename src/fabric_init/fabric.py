@@ -20,10 +20,11 @@ from fabric_init._lightning_internals import FabricModule, FabricOptimizer, Plug
 from fabric_init._text import counted
 from fabric_init.api import init_missing, init_report
 from fabric_init.checkpoints.mapping.rename import Rename
-from fabric_init.distributed.who_reads import Io, check_io
+from fabric_init.distributed.who_reads import check_io
 from fabric_init.errors import OptionError, RecordingError
 from fabric_init.filling.in_setup import is_bound
 from fabric_init.guard.waiting_tensors import fix_of, unfilled
+from fabric_init.option_names import Io
 from fabric_init.planning.options import declared_checkpoint
 from fabric_init.planning.plan import LoadOptions
 from fabric_init.planning.recorded_load.converted import Convert

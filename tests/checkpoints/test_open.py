@@ -28,6 +28,14 @@ def put(folder: Path, *names: str) -> None:
             torch.save(W, folder / name)
 
 
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    put(tmp_path, "model.safetensors")
+    assert tuple(open_checkpoint("~/model.safetensors").keys()) == ("w",)
+    with pytest.raises(CheckpointNotFoundError, match=f"{tmp_path}/nothing.pt does not exist"):
+        open_checkpoint("~/nothing.pt")
+
+
 @pytest.mark.parametrize(
     ("names", "expected"),
     [

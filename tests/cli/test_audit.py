@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fabric_init.cli import audit
+from fabric_init.cli import audit_tables
 from fabric_init.cli.main import main
 
 MODELS = """
@@ -98,7 +98,7 @@ def test_a_table_has_the_tensors_and_the_findings_come_last(capsys: pytest.Captu
 def test_a_narrow_terminal_has_rules_and_lines_whole_below_the_names(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit, "out", lambda: Console(file=sys.stdout, width=80, markup=False))
+    monkeypatch.setattr(audit_tables, "out", lambda: Console(file=sys.stdout, width=80, markup=False))
     status_of("models_to_audit:undone", "--no-batch")
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     start = next(number for number, line in enumerate(lines) if line.startswith("weight"))

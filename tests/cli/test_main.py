@@ -114,4 +114,5 @@ def test_help_and_completion_wait_for_no_heavy_library() -> None:
         [sys.executable, "-c", code], env={**asked, "COMP_CWORD": "2"}, capture_output=True, text=True, check=False
     )
     assert answer.stdout.split() == ["--manifest"], answer.stderr
-    subprocess.run([sys.executable, "-c", code, "inspect", "--help"], capture_output=True, check=True)
+    for command in ("inspect", "plan", "audit"):
+        subprocess.run([sys.executable, "-c", code, command, "--help"], capture_output=True, check=True)

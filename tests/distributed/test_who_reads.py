@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from fabric_init import Fabric
 from fabric_init.checkpoints import SafetensorsReader
 from fabric_init.distributed.agreement import SingleProcess
-from fabric_init.distributed.who_reads import Io, choose_io, open_on_all_ranks
+from fabric_init.distributed.who_reads import choose_io, open_on_all_ranks
+from fabric_init.option_names import Io
 from fabric_init.planning.checkpoint_source import CheckpointSource
 
 

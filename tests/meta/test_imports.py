@@ -15,7 +15,17 @@ PACKAGE = Path(__file__).parents[2] / "src" / "fabric_init"
 
 # The subpackages from the bottom to the top: each may import those in the lines above its own, and itself.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_dtensor_internals", "_gc", "_interrupts", "_lightning_internals", "_log", "_text", "_torch_internals"),
+    (
+        "errors",
+        "option_names",
+        "_dtensor_internals",
+        "_gc",
+        "_interrupts",
+        "_lightning_internals",
+        "_log",
+        "_text",
+        "_torch_internals",
+    ),
     ("recording", "checkpoints"),
     ("planning",),
     ("sharding",),

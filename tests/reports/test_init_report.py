@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fabric_init import Fabric, FabricInitError, InitReport, deferred_init, materialize
+from fabric_init import Fabric, FabricInitError, InitReport, OptionError, deferred_init, materialize
 from fabric_init.reports.registry import report_of
 from fabric_init.reports.rows import InitRow
 
@@ -125,6 +125,8 @@ def test_to_dict_is_plain_data_and_save_writes_it_as_json(path: Path, tmp_path: 
     data = report.to_dict()
     report.save(tmp_path / "größe.json")
     assert json.loads((tmp_path / "größe.json").read_text(encoding="utf-8")) == data
+    with pytest.raises(OptionError, match=r"report.xlsx': a report is saved as .html or .json"):
+        report.save(tmp_path / "report.xlsx")
     assert data["checkpoint"] == str(path)
     assert data["complete"] is True
     assert data["counts"] == {"loaded": 4, "initialized": 1}

@@ -6,30 +6,18 @@ import json
 import os
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from torch import nn
 
-from fabric_init._text import human_bytes, joined, shape_text
-from fabric_init.api import deferred_init
 from fabric_init.cli import CommandError
-from fabric_init.cli.console import err, new_table, out
 from fabric_init.cli.model_argument import HELP, model_builder
-from fabric_init.errors import FabricInitError, RecordingError
-from fabric_init.reports.html import check_plotly
-from fabric_init.reports.save import is_page
-from fabric_init.tools.audit.audit import audit
-from fabric_init.tools.audit.findings import AuditRow, Finding, Level
-from fabric_init.tools.audit.report import AuditReport
 
-_COLORS = {Level.ERROR: "bold red", Level.WARNING: "yellow", Level.NOTE: "cyan"}
-_NAMES = 3  # tensors shown for a finding
-_NARROW = 120  # columns of a terminal below which rules and lines do not fit beside names
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fabric_init.tools.audit.report import AuditReport
+
 _FOUND = 1
 
 
@@ -92,6 +80,12 @@ def run(
 
         fabric-init audit my_package.models:build --json | jq '.findings[0]'
     """
+    import torch
+
+    from fabric_init.api import deferred_init
+    from fabric_init.cli import audit_tables
+    from fabric_init.tools.audit.findings import Level
+
     if html is not None:
         _check_page(html)
     build = model_builder(model)
@@ -104,12 +98,16 @@ def run(
     if as_json:
         print(json.dumps(report.to_dict(), indent=2, allow_nan=False))
     else:
-        _show(report, rows)
+        audit_tables.show(report, rows)
     failing = fail_on is not FailOn.NEVER and report.worst is not None and report.worst >= Level[fail_on.name]
     return _FOUND if failing else 0
 
 
 def _audited(model: nn.Module, batch: bool | None) -> AuditReport:
+    from fabric_init._text import human_bytes
+    from fabric_init.errors import FabricInitError, RecordingError
+    from fabric_init.tools.audit.audit import audit
+
     if batch is not None:
         return audit(model, batch="auto" if batch else None)
     needed, limit = 2 * sum(parameter.nbytes for parameter in model.parameters()), _half_of_memory()
@@ -130,10 +128,15 @@ def _half_of_memory() -> int:
 
 
 def _say(text: str) -> None:
+    from fabric_init.cli.console import err
+
     err().print(f"fabric-init audit: {text}")
 
 
 def _check_page(path: Path) -> None:
+    from fabric_init.reports.html import check_plotly
+    from fabric_init.reports.save import is_page
+
     if not is_page(path):
         raise CommandError(f"--html {path}: the file name must end in .html")
     if not path.parent.is_dir():
@@ -146,47 +149,3 @@ def _save(report: AuditReport, path: Path) -> None:
         report.save(path)
     except OSError as error:
         raise CommandError(f"--html {path}: {error.strerror}") from None
-
-
-def _show(report: AuditReport, most_rows: int) -> None:
-    console = out()
-    if most_rows and report.rows:
-        console.print(_tensor_table(console, report.rows[:most_rows]))
-        if len(report.rows) > most_rows:
-            console.print(f"… and {len(report.rows) - most_rows} more: --rows, or --json")
-        console.print()
-    for finding in report.findings:
-        console.print(_finding_text(finding))
-    console.print(report.summary())
-
-
-def _tensor_table(console: Console, rows: tuple[AuditRow, ...]) -> Table:
-    narrow = console.width < _NARROW
-    texts, numbers = ("tensor", "rule", "at"), ("shape", "mean", "std", "writes")
-    heads = ("tensor, rule and line",) if narrow else texts
-    table = new_table(console, *heads, *numbers, right=numbers, title="What each tensor gets")
-    for row in rows:
-        origin = (row.name, row.rule or "nothing", row.place)
-        cells = ("\n  ".join(filter(None, origin)),) if narrow else origin
-        cells = (*cells, shape_text(row.shape), _number(row.mean), _number(row.std), f"{row.full_writes}×")
-        table.add_row(*map(Text, cells))
-    return table
-
-
-def _number(value: float | None) -> str:
-    return "?" if value is None else f"{value:.4g}"
-
-
-def _finding_text(finding: Finding) -> Text:
-    text = Text.assemble(
-        (str(finding.level), _COLORS[finding.level]),
-        f" [{finding.check}] ",
-        (joined(finding.tensors, _NAMES), "bold"),
-        f"\n    {finding.evidence}",
-    )
-    if finding.std is not None:
-        text.append(f"\n    std that fixes it: {finding.std:.4g}")
-    if finding.loss_before is not None and finding.loss_after is not None:
-        text.append(f"; first loss {finding.loss_before:.4g}, with it {finding.loss_after:.4g}")
-    text.append(f"\n    → {finding.fix}\n")
-    return text

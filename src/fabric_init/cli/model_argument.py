@@ -10,12 +10,12 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from fabric_init.cli import CommandError
-from fabric_init.errors import FabricInitError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 HELP = "How to build the model: `package.module:callable`, or a folder with a Hugging Face `config.json`."
 
@@ -62,6 +62,8 @@ def _callable(argument: str, module_name: str, attribute: str) -> Callable[[], A
             target = getattr(target, name)
         except AttributeError:
             raise CommandError(f"{argument}: {getattr(target, '__name__', target)} has no attribute {name!r}") from None
+    from torch import nn
+
     if isinstance(target, nn.Module):
         raise CommandError(f"{argument} is a module that is built already; name the class or function that builds it")
     if not callable(target):
@@ -90,6 +92,10 @@ def _required_arguments(build: Callable[..., Any]) -> list[str]:
 
 def _checked(argument: str, build: Callable[[], Any]) -> Callable[[], nn.Module]:
     def checked() -> nn.Module:
+        from torch import nn
+
+        from fabric_init.errors import FabricInitError
+
         try:
             model = build()
         except FabricInitError:

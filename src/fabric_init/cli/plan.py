@@ -7,15 +7,15 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from fabric_init.cli import CommandError, model_argument, plan_tables
-from fabric_init.distributed.who_reads import Io
-from fabric_init.errors import FabricInitError
-from fabric_init.strategies.fsdp2 import Units
-from fabric_init.tools.forecast import OptimizerName, PrecisionName, StrategyName, TrainingConfig, forecast
+from fabric_init.cli import CommandError, model_argument
+from fabric_init.option_names import Io, OptimizerName, PrecisionName, StrategyName
+
+if TYPE_CHECKING:
+    from fabric_init.strategies.fsdp2 import Units
 
 _COMPLETE, _INCOMPLETE, _CANNOT_RUN = 0, 1, 2
 
@@ -157,6 +157,10 @@ def run(
 
         fabric-init plan Llama-3.1-8B/ --json | jq .memory.peak
     """
+    from fabric_init.cli import plan_tables
+    from fabric_init.errors import FabricInitError
+    from fabric_init.tools.forecast import TrainingConfig, forecast
+
     speed = None if bandwidth is None else bytes_a_second(bandwidth)
     mapping = renames(rename or ())
     try:

@@ -11,11 +11,10 @@ from fabric_init.checkpoints.fingerprint import content_checksums, files_digest,
 from fabric_init.checkpoints.storage.file_system import file_system_of, is_network
 from fabric_init.distributed.agreement import Agreement, SingleProcess
 from fabric_init.distributed.broadcast import BroadcastReader
+from fabric_init.option_names import Io
 from fabric_init.planning.checkpoint_source import CheckpointSource
 
 BUDGET = 64 << 20  # bytes; with more, reading took as long
-
-Io = Literal["auto", "local", "broadcast"]
 
 
 def check_io(io: Io) -> Io:

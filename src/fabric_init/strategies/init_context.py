@@ -14,12 +14,13 @@ from torch.nn.parameter import is_lazy
 from fabric_init._gc import PausedCollector
 from fabric_init.checkpoints import CheckpointReader
 from fabric_init.distributed.agreement import Agreement
-from fabric_init.distributed.who_reads import Io, check_io, open_on_all_ranks
+from fabric_init.distributed.who_reads import check_io, open_on_all_ranks
 from fabric_init.errors import FabricInitError, RecordingError
 from fabric_init.filling.execute import fill_model
 from fabric_init.filling.in_setup import bind
 from fabric_init.filling.wait_for_load import wait_for_load
 from fabric_init.guard.guard_model import guard_model
+from fabric_init.option_names import Io
 from fabric_init.planning.checkpoint_source import CheckpointSource
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.plan import LoadOptions

@@ -13,11 +13,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fabric_init.distributed.agreement import Agreement, agreement_of
-from fabric_init.distributed.who_reads import Io, check_io
+from fabric_init.distributed.who_reads import check_io
 from fabric_init.filling.in_setup import is_bound, shard_and_fill
 from fabric_init.guard.before_forward import require
 from fabric_init.guard.loads import loading
 from fabric_init.guard.waiting_tensors import release_filled
+from fabric_init.option_names import Io
 from fabric_init.planning.placement import Placement
 from fabric_init.planning.tensors import parameters_by_name
 from fabric_init.strategies.init_context import init_context

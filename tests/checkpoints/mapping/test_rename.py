@@ -69,8 +69,9 @@ def test_a_rename_of_the_wrong_type_is_named() -> None:
         rename_keys(["a"], {"a": None})  # type: ignore[dict-item]
     with pytest.raises(OptionError, match="returned 3"):
         rename_keys(["a"], lambda key: 3)  # type: ignore[arg-type,return-value]
-    with pytest.raises(TypeError, match=r"rename must be a mapping of regex .* or a callable, got 'model\.'"):
+    with pytest.raises(TypeError, match=r"rename must be a mapping of regex .* or a callable, got 'model\.'") as caught:
         rename_keys(["a"], "model.")  # type: ignore[arg-type]
+    assert r"rename={'^model\\.': ''} drops a prefix" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,12 @@ def test_a_server_without_ranges_is_refused_before_a_weight_is_fetched(folder: P
         open_checkpoint(f"{state.url}/{name}")
 
 
+def test_a_server_that_is_not_there_is_no_missing_file() -> None:
+    for url in ("https://nowhere.invalid/no.safetensors", "http://127.0.0.1:9/no.safetensors"):
+        with pytest.raises(CheckpointFormatError, match=f"{url} cannot be reached: Cannot connect"):
+            open_checkpoint(url)
+
+
 def test_what_is_missing_is_named(server: Server, memory: str) -> None:
     for url in (f"{server.url}/no.safetensors", f"{memory}/no.safetensors", f"{memory}/no/folder"):
         with pytest.raises(CheckpointNotFoundError, match=f"{url} does not exist"):

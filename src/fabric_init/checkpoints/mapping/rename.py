@@ -51,7 +51,7 @@ def _as_list(rename: Rename) -> Sequence[_OneRename]:
         return []
     text: object = rename
     if isinstance(text, str):  # a sequence, too
-        raise TypeError(_WRONG_TYPE.format(text))
+        raise TypeError(f"{_WRONG_TYPE.format(text)}; rename={{{'^' + re.escape(text)!r}: ''}} drops a prefix")
     return rename if isinstance(rename, Sequence) else [rename]
 
 

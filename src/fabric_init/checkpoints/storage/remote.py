@@ -89,12 +89,12 @@ class RemotePath:
 
     def is_file(self) -> bool:
         """Return whether there is a file; of a web server, whether it answers."""
-        with _errors_of(self):
-            try:
+        try:
+            with _errors_of(self):
                 # Not exists(): of a web server that asks for the whole file.
                 return bool(self.filesystem.info(self.location)["type"] == "file")
-            except FileNotFoundError:
-                return False
+        except CheckpointNotFoundError:
+            return False
 
     def is_dir(self) -> bool:
         """Return whether there is a folder; of a web server, whether a usual file of a checkpoint is under this URL."""
@@ -119,7 +119,7 @@ def as_path(path: str | os.PathLike[str] | AnyPath) -> AnyPath:
     """Return a path on this machine, or a URL, for what a user passed."""
     if isinstance(path, RemotePath):
         return path
-    return RemotePath(path) if isinstance(path, str) and is_url(path) else Path(path)
+    return RemotePath(path) if isinstance(path, str) and is_url(path) else Path(path).expanduser()
 
 
 class RemoteBytes:
@@ -253,6 +253,14 @@ def _parts(out: torch.Tensor, window: Window) -> Iterator[tuple[torch.Tensor, Wi
         yield from _parts(out.narrow(dim, first, count), part)
 
 
+def _connection_error(error: FileNotFoundError) -> OSError | None:
+    """Return the error of a connection, of which fsspec says, too, that there is no such file."""
+    cause = error.__cause__
+    while isinstance(cause, FileNotFoundError):
+        cause = cause.__cause__
+    return cause if isinstance(cause, OSError) else None
+
+
 class _errors_of:
     """Turn errors of a file system or network into ours, which name the URL."""
 
@@ -264,6 +272,8 @@ class _errors_of:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, FileNotFoundError) and (unreachable := _connection_error(error)) is not None:
+            raise CheckpointFormatError(f"{self._path} cannot be reached: {unreachable}.") from error
         if isinstance(error, FileNotFoundError) and not isinstance(error, CheckpointNotFoundError):
             raise CheckpointNotFoundError(f"{self._path} does not exist.") from error
         if isinstance(error, WrongAnswerError):

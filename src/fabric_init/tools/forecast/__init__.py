@@ -4,8 +4,7 @@ from fabric_init.tools.forecast.coverage import Amount, Cast, Coverage, Fresh, U
 from fabric_init.tools.forecast.forecast import Forecast, forecast
 from fabric_init.tools.forecast.memory import Memory
 from fabric_init.tools.forecast.reading_by_rank import IoEstimate
-from fabric_init.tools.forecast.strategy_costs import PrecisionName
-from fabric_init.tools.forecast.training_config import OptimizerName, StrategyName, TrainingConfig
+from fabric_init.tools.forecast.training_config import TrainingConfig
 
 __all__ = [
     "Amount",
@@ -15,9 +14,6 @@ __all__ = [
     "Fresh",
     "IoEstimate",
     "Memory",
-    "OptimizerName",
-    "PrecisionName",
-    "StrategyName",
     "TrainingConfig",
     "Unexpected",
     "WrongShape",

@@ -13,7 +13,8 @@ from fabric_init._gc import PausedCollector
 from fabric_init._text import human_bytes, joined
 from fabric_init.checkpoints.mapping.rename import Rename
 from fabric_init.checkpoints.storage.file_system import file_system_of
-from fabric_init.distributed.who_reads import Io, check_io, choose_io
+from fabric_init.distributed.who_reads import check_io, choose_io
+from fabric_init.option_names import Io, OptimizerName, PrecisionName, StrategyName
 from fabric_init.planning.checkpoint_source import CheckpointSource
 from fabric_init.planning.matching import match
 from fabric_init.planning.plan import Action, LoadOptions, Plan
@@ -25,8 +26,7 @@ from fabric_init.strategies.fsdp2 import Units
 from fabric_init.tools.forecast.coverage import Coverage, coverage_of
 from fabric_init.tools.forecast.memory import Memory, gathered_units, memory_of
 from fabric_init.tools.forecast.reading_by_rank import IoEstimate, reading_of
-from fabric_init.tools.forecast.strategy_costs import PrecisionName
-from fabric_init.tools.forecast.training_config import OptimizerName, StrategyName, TrainingConfig
+from fabric_init.tools.forecast.training_config import TrainingConfig
 
 _MOST_NAMES = 5
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from fabric_init.checkpoints import Region
+from fabric_init.option_names import PrecisionName
 from fabric_init.planning.tensors import TensorInfo
 from fabric_init.strategies import fsdp2, zero3
 from fabric_init.strategies.fsdp2 import Units
-
-PrecisionName = Literal["bf16-true", "16-true", "32-true", "64-true", "bf16-mixed", "16-mixed"]
 
 _HALF = {"16-true": torch.float16, "bf16-true": torch.bfloat16, "16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 

@@ -5,24 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from lightning.fabric.plugins import DoublePrecision, HalfPrecision
 
+from fabric_init.option_names import OptimizerName, PrecisionName, StrategyName
 from fabric_init.planning.tensors import TensorInfo
-from fabric_init.tools.forecast.strategy_costs import STRATEGIES, Dtypes, PrecisionName, StrategyCosts
-
-StrategyName = Literal[
-    "auto",
-    "single_device",
-    "ddp",
-    "fsdp",
-    "fsdp2",
-    "deepspeed_stage_1",
-    "deepspeed_stage_2",
-    "deepspeed_stage_3",
-]
-OptimizerName = Literal["adamw", "adam", "adagrad", "rmsprop", "sgd-momentum", "sgd", "none"]
+from fabric_init.tools.forecast.strategy_costs import STRATEGIES, Dtypes, StrategyCosts
 
 _STATES: Mapping[OptimizerName, int] = {
     "adamw": 2,
