@@ -99,6 +99,11 @@ def initialize_possible(model: nn.Module) -> None:
     _initialize(model, partial=True)
 
 
+def initialize_some(model: nn.Module, names: Collection[str]) -> None:
+    """Run it for the tensors of these ``names``, whether they wait or are computed when they are used."""
+    _initialize(model, partial=True, only=frozenset(names))
+
+
 def _initialize_all(model: nn.Module) -> None:
     _initialize(model, partial=False)
     left = [name for name, tensor in unfilled(model) if local(tensor).numel()]
@@ -109,7 +114,7 @@ def _initialize_all(model: nn.Module) -> None:
         )
 
 
-def _initialize(model: nn.Module, *, partial: bool) -> None:
+def _initialize(model: nn.Module, *, partial: bool, only: frozenset[str] | None = None) -> None:
     release_filled(model)
     partly = {id(tensor): name for name, tensor in unfilled(model) if _is_partly_written_shard(tensor)}
     if partly and not partial:
@@ -133,7 +138,10 @@ def _initialize(model: nn.Module, *, partial: bool) -> None:
     ]
     if partial:  # by this rank alone: of a model that draws, the others may have drawn something else
         both = [(e, t) for e, t in both if not isinstance(t, DTensor) or prepared.tapes[_ref(e).storage].shares_seed]
-    chosen = [(entry, tensor) for entry, tensor in both if waits(tensor) or not partial]
+    if only is not None:
+        chosen = [(entry, tensor) for entry, tensor in both if not only.isdisjoint(entry.slot.names)]
+    else:
+        chosen = [(entry, tensor) for entry, tensor in both if waits(tensor) or not partial]
     dtensors = {entry.slot.name: tensor for entry, tensor in chosen if isinstance(tensor, DTensor)}
     _run(chosen, prepared.tapes, ShardedTensors(dtensors, _AsItsStrategyDoes()), held, exact=exact, partial=partial)
     follow_inner(shown.wrappers())

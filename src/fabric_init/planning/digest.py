@@ -7,12 +7,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fabric_init.planning.plan import Action
 from fabric_init.planning.prepare import PreparedPlan
+from fabric_init.planning.tensors import TensorInfo, find_tensors
 from fabric_init.recording.tape.liveness import live_ops
 from fabric_init.recording.tape.tape import Constant, Op, Tape, TensorRef
+from fabric_init.recording.tensor.recorded_tensor import recorded
 
 _PLAIN = (int, float, complex, str, bool, torch.dtype)
 
@@ -36,6 +39,17 @@ def plan_lines(prepared: PreparedPlan, *, sharded: bool | None = None) -> dict[s
         f"{entry.action} {entry.keys} {entry.cast_from} {rules.get(entry.slot.ref, '')}"
         for entry in entries
     }
+
+
+def init_lines(model: nn.Module) -> dict[str, str]:
+    """Return for each recorded tensor of ``model``, by name, how its own init computes it."""
+    tapes: dict[int, Tape] = {}
+    infos: dict[TensorRef, TensorInfo] = {}
+    for info, tensor in find_tensors(model):
+        if info.ref is not None and (found := recorded(tensor)) is not None:
+            infos[info.ref], tapes[info.ref.storage] = info, found.tape
+    rules = _rules(infos, tapes, exact={tape.rng for tape in tapes.values()} == {"eager"})
+    return {name: f"{rules[ref]} {info.kind}" for ref, info in infos.items() for name in info.names}
 
 
 def sharded_lines(prepared: PreparedPlan) -> dict[str, str]:

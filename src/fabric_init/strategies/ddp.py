@@ -13,9 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fabric_init.checkpoints.tensor_checksums import tensor_checksum
 from fabric_init.distributed.agreement import Agreement
+from fabric_init.filling.same_on_all_ranks import send_what_differs
 from fabric_init.guard.before_forward import require
 from fabric_init.guard.waiting_tensors import release_filled, unfilled
 from fabric_init.planning.placement import Placement, WholeTensors
+from fabric_init.planning.tensors import Kind
 from fabric_init.reports.registry import filled_by_us
 from fabric_init.strategies.mixin import DeferredInitMixin
 from fabric_init.strategies.registry import register_strategy
@@ -26,7 +28,8 @@ class DDPStrategy(DeferredInitMixin, lightning_strategies.DDPStrategy):
 
     ``setup_module`` does without DDP's first broadcast of all weights where the ranks have filled the model alike: they
     agreed on seed, checkpoint and plan, and what a constructor took from elsewhere (numpy's random numbers, say) shows
-    in checksums over all elements. A model that waits for values is wrapped in DDP once it has them.
+    in checksums over all elements. A model that waits for values is wrapped in DDP once it has them;
+    what the ranks would not initialize alike gets rank 0's values in ``setup_module`` already, as from DDP's constructor.
     """
 
     def placement(self, model: nn.Module) -> Placement:
@@ -36,7 +39,16 @@ class DDPStrategy(DeferredInitMixin, lightning_strategies.DDPStrategy):
         release_filled(module)
         if not self.agreement.from_all(["waits"] if unfilled(module) else []):
             return self._wrapped(module)
+        if self._ddp_kwargs.get("init_sync", True):
+            send_what_differs(module, self._is_sent(module), self.agreement)
         return DDPWhenFilled(module, self._wrapped, self.agreement)
+
+    def _is_sent(self, module: nn.Module) -> Callable[[str, Kind], bool]:
+        """Return whether DDP's constructor sends all ranks rank 0's tensor of a name and kind."""
+        ignored = set(getattr(module, "_ddp_params_and_buffers_to_ignore", ()))
+        options = self._ddp_kwargs
+        with_buffers = options.get("broadcast_buffers") is not False or options.get("forward_sync_buffers") is not None
+        return lambda name, kind: name not in ignored and (kind == "parameter" or with_buffers)
 
     def _wrapped(self, module: nn.Module) -> Any:
         options = self._ddp_kwargs
