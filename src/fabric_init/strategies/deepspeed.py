@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.fabric.strategies.deepspeed as lightning_deepspeed
+import torch.distributed as dist
 from lightning.fabric.accelerators import CUDAAccelerator
 from lightning.fabric.strategies.ddp import DDPStrategy
 from lightning.fabric.strategies.strategy import Strategy
@@ -81,6 +82,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
 
     def _init_deepspeed_distributed(self) -> None:
         from deepspeed.accelerator import get_accelerator
+        from deepspeed.utils import groups
 
         ours, theirs = self.root_device.type, get_accelerator().device_name()
         if ours != theirs:
@@ -89,6 +91,8 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
                 f"DS_ACCELERATOR={ours} before DeepSpeed is imported."
             )
         super()._init_deepspeed_distributed()
+        if groups._WORLD_GROUP is None:  # else made while the engine is, with half an hour for it (DeepSpeed 0.19.8)
+            groups._WORLD_GROUP = dist.new_group(timeout=self._timeout)
 
     def module_init_context(self, empty_init: bool | None = None) -> AbstractContextManager[Any]:
         # Lightning's builds under zero.Init for ZeRO-3: the model's own init finds no weights there and does nothing
