@@ -8,17 +8,20 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.fabric.wrappers import _FabricOptimizer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fabric_init import CheckpointNotFoundError, FabricInitError
+from fabric_init.distributed.agreement import agreement_of
 from fabric_init.errors import RanksDisagreeError
 from tests.support.ranks import run_ranks, run_ranks_each, try_ranks
 from tests.support.zoo import STRATEGIES, Uneven, build, launch, write_checkpoint
@@ -276,3 +279,31 @@ def test_a_rank_that_dies(strategy: str, tmp_path: Path) -> None:
     message, seconds = alive.value
     assert "rank" in message
     assert seconds < SECONDS
+
+
+def end_in_a_collective(mistakes: tuple[str, str]) -> str:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+
+    def set_up() -> None:
+        if mistake := mistakes[dist.get_rank()]:
+            raise RuntimeError(mistake)
+        dist.barrier()
+
+    with pytest.raises(Exception) as raised:  # noqa: PT011  (what it is, the test looks at)
+        agreement_of(None).run_together("setting up", set_up)
+    return f"{raised.type.__name__}: {raised.value}"
+
+
+@pytest.mark.parametrize(
+    ("mistakes", "expected"),
+    [
+        (("", "no engine"), ("FabricInitError: setting up failed on rank 1, .*no engine", "RuntimeError: no engine")),
+        (("no engine", "no engine"), ("RuntimeError: no engine", "RuntimeError: no engine")),
+    ],
+    ids=["on one rank", "on both"],
+)
+def test_a_collective_to_which_a_rank_does_not_come_because_it_failed(
+    mistakes: tuple[str, str], expected: tuple[str, str]
+) -> None:
+    for found, each in zip(run_ranks(2, end_in_a_collective, mistakes=mistakes), expected, strict=True):
+        assert re.match(each, found, re.DOTALL), found

@@ -142,8 +142,9 @@ class RankGroup:
         try:
             yield
         except BaseException as error:  # whatever it is, the other ranks must not wait for this one
-            if not state.all_know:
-                state.tell(what, error, patience)
+            first = None if state.all_know else state.tell(what, error, patience)
+            if first is not None and _is_a_consequence(error, first.text):
+                raise _ERRORS[first.kind](f"{first.text} (Here: {error})") from error
             raise
         finally:
             state.depth -= 1
@@ -185,6 +186,14 @@ class RankGroup:
     def _values(self, word: Word) -> list[Any]:
         with self.telling(word.step):
             return [word.value for word in self._state.board.words(self.meet(word)).values()]
+
+
+def _is_a_consequence(error: BaseException, first: str) -> bool:
+    """Return whether this may come from a collective to which a rank with another error, ``first``, has not come.
+
+    Gloo has no class of its own for what it raises.
+    """
+    return (type(error) is RuntimeError or isinstance(error, dist.DistError)) and str(error) not in first
 
 
 def digest_of(lines: Mapping[str, str]) -> str:

@@ -68,18 +68,25 @@ class GroupState:
                 f"what died says why. ({error})"
             ) from error
 
-    def tell(self, what: str, error: BaseException, patience: float) -> None:
-        """Let the other ranks hear of the error of this one, and wait for ``patience`` seconds until they have."""
+    def tell(self, what: str, error: BaseException, patience: float) -> Verdict | None:
+        """Let the other ranks hear of the error of this one, and wait for ``patience`` seconds until they have.
+
+        Returns:
+            What another rank has told before this one, which all have heard instead.
+        """
         if isinstance(error, GeneratorExit) and error.__context__ is not None:
             error = error.__context__  # whoever closes a generator does so because of that
         text = f"{type(error).__name__}: {error}".rstrip(": ")
         rank = dist.get_rank()
         verdict = Verdict("failed", f"{what} failed on rank {rank}, so all ranks stop. Rank {rank}: {text}")
-        with suppress(RanksLostError):  # this rank's own error is what matters
+        with suppress(RanksLostError, RuntimeError):  # this rank's own error is what matters
             self.number = self.run(what, fail(self.number, verdict))
             self.all_know = True
             patience = patience if isinstance(error, Exception) else min(patience, _PATIENCE_AFTER_INTERRUPT)
             self.wait_until_heard(self.number - 1, patience)
+            first = self.board.verdict(self.number - 1)
+            return None if first is None or first == verdict else Verdict(*first)
+        return None
 
     def wait_until_heard(self, number: int, patience: float) -> None:
         """Say that this rank knows the verdict; where the store ends with this process, wait for the others."""
