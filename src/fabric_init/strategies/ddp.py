@@ -28,8 +28,8 @@ class DDPStrategy(DeferredInitMixin, lightning_strategies.DDPStrategy):
 
     ``setup_module`` does without DDP's first broadcast of all weights where the ranks have filled the model alike: they
     agreed on seed, checkpoint and plan, and what a constructor took from elsewhere (numpy's random numbers, say) shows
-    in checksums over all elements. A model that waits for values is wrapped in DDP once it has them;
-    what the ranks would not initialize alike gets rank 0's values in ``setup_module`` already, as from DDP's constructor.
+    in checksums over all elements. A model that waits for values is wrapped in DDP once it has them; what the ranks
+    would not initialize alike gets rank 0's values in ``setup_module`` already, as from DDP's constructor.
     """
 
     def placement(self, model: nn.Module) -> Placement:
