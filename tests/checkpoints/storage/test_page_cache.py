@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fabric_init.checkpoints.storage import page_cache
-from fabric_init.checkpoints.storage.page_cache import BackgroundReading
+from fabric_init.checkpoints.storage.page_cache import BackgroundReading, is_cached
 
 
 def wait() -> None:
@@ -60,3 +60,40 @@ def test_more_than_half_of_the_memory_is_not_read_ahead(
     BackgroundReading([(tmp_path / "a", 0, 100 << 20)])
     wait()
     assert sum(count for _, count in asked) == 4 << 20
+
+
+def test_what_was_just_read_is_in_the_cache_and_one_cold_sample_says_that_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    cold: set[int] = set()
+
+    def look(_: int, buffers: list[bytearray], at: int, flags: int) -> int:
+        assert [len(buffer) for buffer in buffers] == [1]
+        assert flags == 8
+        looked.append(at)
+        if at in cold:
+            raise BlockingIOError
+        return 1
+
+    monkeypatch.setattr(os, "preadv", look, raising=False)
+    monkeypatch.setattr(os, "RWF_NOWAIT", 8, raising=False)
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"x")
+    parts = [(tmp_path / "a", 1000, 1500), (tmp_path / "a", 5000, 5010), (tmp_path / "b", 0, 770)]
+    assert is_cached(parts)
+    places = [*range(1000, 1500), *range(5000, 5010), *range(770)]
+    assert looked == places[::10]
+    cold.add(5000)
+    looked.clear()
+    assert not is_cached(parts)
+    assert looked[-1] == 5000
+
+
+def test_a_system_that_cannot_tell_what_is_in_its_cache_is_asked_to_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not is_cached([(tmp_path / "none", 0, 5)])
+    (tmp_path / "a").write_bytes(b"12345")
+    monkeypatch.delattr(os, "preadv", raising=False)
+    assert not is_cached([(tmp_path / "a", 0, 5)])

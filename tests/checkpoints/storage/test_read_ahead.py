@@ -200,13 +200,20 @@ def test_a_server_that_changes_the_file_during_a_fill_ends_it(tmp_path: Path) ->
             reader.read("7.weight")
 
 
-def test_maps_are_read_ahead_from_front_to_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cached", [False, True])
+def test_maps_are_read_ahead_from_front_to_back_unless_they_are_in_the_cache(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
     begun: list[list[tuple[Path, int, int]]] = []
     monkeypatch.setattr(read_ahead, "BackgroundReading", begun.append)
     monkeypatch.setattr(read_ahead, "MAPPED_BYTES", 0)
+    monkeypatch.setattr(read_ahead, "is_cached", lambda parts: cached)
     with deferred_init():
         filled = model()
     materialize(filled, checkpoint=folder / "model.safetensors")
+    if cached:
+        assert not begun
+        return
     [parts] = begun
     assert len(parts) == COUNT
     assert parts == sorted(parts)

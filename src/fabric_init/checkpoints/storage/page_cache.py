@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from io import FileIO
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 _STEP_BYTES = 1 << 20
 """Linux cuts one request down to a few MiB on usual disks, and says nothing."""
+_SAMPLES = 128
+"""If so many bytes, spread evenly, are in the cache, then nearly all are: to look takes a fifth of a millisecond."""
+
+
+def is_cached(parts: Sequence[tuple[Path, int, int]]) -> bool:
+    """Return whether parts of files are in the system's cache, by samples; ``False`` where the system cannot tell."""
+    step = max(1, sum(stop - start for _, start, stop in parts) // _SAMPLES)
+    byte, after = bytearray(1), 0  # the next sample comes after so many bytes
+    try:
+        for path, of_file in groupby(parts, itemgetter(0)):
+            with FileIO(path) as file:
+                for _, start, stop in of_file:
+                    places = range(start + after, stop, step)
+                    after += len(places) * step - (stop - start)
+                    for at in places:
+                        os.preadv(file.fileno(), [byte], at, os.RWF_NOWAIT)
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
 class BackgroundReading:

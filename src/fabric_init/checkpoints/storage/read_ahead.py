@@ -4,8 +4,8 @@
 All of it is a hint: a read that finds nothing reads by itself, through the same checks, so that a place that is wrong
 or missing costs time and never a value. What is done depends on the file, each as measured (docs/benchmarks.md):
 
-- A local file that is mapped is read by touching memory, a page fault at a time. A thread has the kernel read the
-  places into its cache, which goes on after the fill.
+- A local file that is mapped is read by touching memory, a page fault at a time. Unless the places are in the kernel's
+  cache, a thread has them read into it, which goes on after the fill.
 - Plain reads of a local file, from front to back, are read ahead by the kernel itself.
 - Of a file at a URL, places that lie close together are one *piece*, large ones several. Pieces are requested in the
   order in which reads need them, so many as are in flight or not taken yet within a bound of bytes.
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
-from fabric_init.checkpoints.storage.page_cache import BackgroundReading
+from fabric_init.checkpoints.storage.page_cache import BackgroundReading, is_cached
 from fabric_init.checkpoints.storage.strided_window import copy_bytes
 
 PIECE_BYTES = 8 << 20
@@ -129,7 +129,7 @@ class ReadAhead:
                     self._add(cast(RequestedFile, file), place.start, place.stop, index)
 
     def __enter__(self) -> ReadAhead:
-        if sum(stop - start for _, start, stop in self._mapped) >= MAPPED_BYTES:
+        if sum(stop - start for _, start, stop in self._mapped) >= MAPPED_BYTES and not is_cached(self._mapped):
             self._background = BackgroundReading(self._mapped)
         for piece in self._waiting:
             piece.left = piece.stop - piece.start
