@@ -209,9 +209,9 @@ def execute_plan(
     for _, module in walk.once:
         if isinstance(module, nn.RNNBase):
             module.flatten_parameters()  # cuDNN's layout: the constructor's own call came before there was memory
-    early = statuses(walk)
-    for each in record.rows:
-        if each.row.status == Action.KEEP.value and each.row.name in early:
-            each.update(status=early[each.row.name])
+    if early := statuses(walk):
+        for each in record.rows:
+            if each.row.status == Action.KEEP.value and each.row.name in early:
+                each.update(status=early[each.row.name])
     keep_record(model, record)
     return record

@@ -17,18 +17,24 @@ from fabric_init.reports.init_report import InitReport
 from fabric_init.reports.provenance import describe_rule
 from fabric_init.reports.registry import FillRecord, RowRecord, has_record, report_of, statuses
 from fabric_init.reports.rows import InitRow
-from fabric_init.reports.trace import recording_of
+from fabric_init.reports.trace import keeps_much, recording_of
 
 
 def make_record(plan: Plan, tapes: Mapping[int, Tape], reader: CheckpointReader | None) -> FillRecord:
     """Return the rows of the report for the entries of a plan: one for all that is made of one plain tensor."""
-    found: dict[int, tuple[PlanEntry, dict[str, None]]] = {}
-    for entry in plan.entries:
-        source = entry.made_of or entry
-        found.setdefault(id(source), (source, {}))[1][entry.kind] = None
-    records = [_row(source, tapes, [kind for kind in kinds if kind]) for source, kinds in found.values()]
+
+    def rows() -> list[RowRecord]:
+        found: dict[int, tuple[PlanEntry, dict[str, None]]] = {}
+        for entry in plan.entries:
+            source = entry.made_of or entry
+            found.setdefault(id(source), (source, {}))[1][entry.kind] = None
+        return [_row(source, tapes, [kind for kind in kinds if kind]) for source, kinds in found.values()]
+
     path = None if reader is None else str(reader.path)
-    return FillRecord(records, path, _note_of(plan, reader), plan.unexpected)
+    record = FillRecord(rows, path, _note_of(plan, reader), plan.unexpected)
+    if any(keeps_much(tape) for tape in set(tapes.values())):
+        _ = record.rows  # without these tapes
+    return record
 
 
 def report_so_far(model: nn.Module) -> InitReport:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -52,12 +53,19 @@ class RowRecord:
 
 @dataclass(eq=False)
 class FillRecord:
-    """What is known so far of how one model was filled."""
+    """What is known so far of how one model was filled. Rows are made when they are first asked for: few are."""
 
-    rows: list[RowRecord] = field(default_factory=list)
+    make_rows: Callable[[], list[RowRecord]]
     checkpoint: str | None = None
     note: str | None = None
     unexpected: tuple[str, ...] = ()
+
+    @cached_property
+    def rows(self) -> list[RowRecord]:
+        """The row of each tensor."""
+        made = self.make_rows()
+        self.make_rows = list
+        return made
 
     def refresh(self, model: nn.Module) -> None:
         """Update the rows of tensors that had no values; those of tensors that ``model`` has given up go."""
@@ -117,10 +125,9 @@ def statuses(model: Walked) -> dict[str, str]:
     }
 
 
-def keep_record(model: nn.Module, record: FillRecord) -> InitReport:
-    """Keep ``record`` for the lifetime of ``model``, and return the first report of it."""
+def keep_record(model: nn.Module, record: FillRecord) -> None:
+    """Keep ``record`` for the lifetime of ``model``."""
     _records[model] = record
-    return record.report(model)
 
 
 def has_record(model: nn.Module) -> bool:

@@ -30,9 +30,14 @@ _MOST_KEPT = 1 << 24
 _WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", CHECKPOINT_WRAPPER, "_orig_mod.")
 
 
+def keeps_much(tape: Tape) -> bool:
+    """Return whether a tape holds too many values that a constructor brought in to be kept for a report."""
+    return tape.constant_bytes > _MOST_KEPT
+
+
 def recording_of(slot: TensorInfo, tape: Tape) -> Recording | None:
-    """Return the recording for a row, or ``None`` if the tape holds too many values that a constructor brought in."""
-    return None if tape.constant_bytes > _MOST_KEPT else Recording(slot, tape)
+    """Return the recording for a row, or ``None`` if it is not to be kept."""
+    return None if keeps_much(tape) else Recording(slot, tape)
 
 
 class Traced(NamedTuple):
