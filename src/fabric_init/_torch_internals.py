@@ -98,6 +98,8 @@ tree_map_only = torch.utils._pytree.tree_map_only
 asks_if_view = torch.Tensor._is_view
 # Let a tensor that others hold become another one. Checked on torch 2.13.0.
 swap_tensor_impl = torch._C._swap_tensor_impl
+# Whether something beside its Python object holds a tensor, such as a graph of autograd. Checked on torch 2.13.0.
+use_count: Callable[[torch.Tensor], int] = torch.Tensor._use_count  # type: ignore[attr-defined]
 # Put a tensor on the meta device into a subclass that claims another device. Checked on torch 2.13.0.
 make_subclass = torch.Tensor._make_subclass
 # Ask a tensor for its storage past the subclass that it is of. Checked on torch 2.13.0.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -31,42 +32,41 @@ def loads_noted(prepared: PreparedPlan) -> Iterator[LoadedStorages]:
     That is what code of later blocks computes or looks at, and what is kept outside of modules. If the context fails,
     it is taken back. Yields the :func:`loaded_storages` of the plan.
     """
-    reader, since = prepared.reader, now()
-    noted: list[tuple[Tape, int]] = []
     loaded = loaded_storages(prepared.plan, prepared.tapes)
-    if reader is not None:
-        tapes = {tape.current() for tape in prepared.tapes.values()}
-        for storage, there in loaded.items():
-            tape = next(tape for tape in tapes if storage in tape.storages)
-            tape.loaded[storage] = LoadedStorage(since, _later(storage, there, reader))
-            noted.append((tape, storage))
+    tapes = {tape.current() for tape in prepared.tapes.values()}
+    if prepared.reader is not None:
+        since, reading = now(), _reading(prepared.reader, {each.key for there in loaded.values() for each in there})
+        for tape in tapes:
+            for storage in filter(tape.storages.__contains__, loaded):
+                tape.loaded[storage] = LoadedStorage(since, partial(_made, storage, loaded[storage], reading))
     try:
         yield loaded
     except BaseException:
-        for tape, storage in noted:
-            tape.loaded.pop(storage, None)
+        for tape in tapes:
+            for storage in loaded:
+                tape.loaded.pop(storage, None)
         raise
 
 
-def _later(storage: int, there: Sequence[Loaded], reader: CheckpointReader) -> Callable[[Tape], torch.UntypedStorage]:
-    """Return what makes the memory of a storage, given the tape: the tape keeps it, so it must not keep the tape."""
-    reads = {each.key: _reading(reader, each.key) for each in there}
-
-    def made(tape: Tape) -> torch.UntypedStorage:
-        others = Brought(tape, all_on(_CPU), but={storage})
-        values = [(each, reads[each.key](tape)) for each in there]
-        return memory_with(values, storage, tape, others, _CPU, exact=tape.rng == "eager")
-
-    return made
+_Reading = Callable[[str, Tape], Tensor]
+"""What reads a key, given the tape: the tape keeps it, so it must not keep the tape."""
 
 
-def _reading(reader: CheckpointReader, key: str) -> Callable[[Tape], Tensor]:
+def _made(storage: int, there: Sequence[Loaded], reading: _Reading, tape: Tape) -> torch.UntypedStorage:
+    """Return the memory of a storage with what a load brings there."""
+    others = Brought(tape, all_on(_CPU), but={storage})
+    values = [(each, reading(each.key, tape)) for each in there]
+    return memory_with(values, storage, tape, others, _CPU, exact=tape.rng == "eager")
+
+
+def _reading(reader: CheckpointReader, keys: Iterable[str]) -> _Reading:
     if is_collective(reader):
         path = reader.path
-        return lambda _: _refuse_alone(path, key)
+        return lambda key, _: _refuse_alone(path, key)
     if isinstance(reader, RecordedReader):
-        return reader.reading(key)
-    return lambda _: read(reader, key)
+        reads = {key: reader.reading(key) for key in keys}
+        return lambda key, tape: reads[key](tape)
+    return lambda key, _: read(reader, key)
 
 
 def _refuse_alone(path: AnyPath, key: str) -> NoReturn:

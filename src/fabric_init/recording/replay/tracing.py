@@ -58,7 +58,8 @@ class OutsideTracing:
     """Context in which neither ``torch.jit.trace`` nor a transform of ``torch.func`` hears of operators that run."""
 
     def __enter__(self) -> None:
-        self._state, self._layers = get_tracing_state(), list[Any]()
+        self._state = get_tracing_state()
+        self._layers: list[Any] = []
         while functorch_stack.peek_interpreter_stack() is not None:
             self._layers.append(functorch_stack.pop_dynamic_layer_stack())
         if self._state is not None:

@@ -33,6 +33,7 @@ from fabric_init._torch_internals import (
     DisableTorchFunctionSubclass,
     make_subclass,
     swap_tensor_impl,
+    use_count,
 )
 from fabric_init.errors import RecordingError
 from fabric_init.recording.replay.tracing import OutsideTracing, never_compiled
@@ -256,7 +257,7 @@ def become(tensor: Tensor, value: Tensor, *, alone: bool = False) -> None:
         other: Tensor = nn.Parameter(value, requires_grad=False) if is_parameter else value.detach()
         other.requires_grad_(requires_grad)
         swap_tensor_impl(tensor, other)
-        if requires_grad and not value.is_meta:  # what was computed before has `other` as its leaf
+        if requires_grad and use_count(other) > 1 and not value.is_meta:  # what was computed before has it as its leaf
             other.register_post_accumulate_grad_hook(partial(_pass_grad_on, weakref.ref(tensor)))
     if isinstance(tensor, RecordedTensor):
         if not alone and not value.is_meta:
