@@ -102,6 +102,8 @@ swap_tensor_impl = torch._C._swap_tensor_impl
 use_count: Callable[[torch.Tensor], int] = torch.Tensor._use_count  # type: ignore[attr-defined]
 # Put a tensor on the meta device into a subclass that claims another device. Checked on torch 2.13.0.
 make_subclass = torch.Tensor._make_subclass
+# Let code in C++ that asks for the memory of a tensor get an error. Checked on torch 2.13.0.
+refuse_memory = torch._C._set_throw_on_mutable_data_ptr
 # Ask a tensor for its storage past the subclass that it is of. Checked on torch 2.13.0.
 TensorBase = torch._C.TensorBase
 # Rebuild a conjugated view. Checked on torch 2.13.0.

@@ -194,7 +194,7 @@ def make_recorded_tensor(meta: Tensor, device: torch.device, requires_grad: bool
 
 def new_tensor(meta: Tensor, tape: Tape, device: torch.device, requires_grad: bool = False) -> RecordedTensor:
     """Return a recorded tensor on the storage of ``meta``, all of it, which is recorded on ``tape`` from now on."""
-    return _at(MetaTwin(meta, device, begin_unmarked(meta.nbytes, tape, device)), requires_grad)
+    return _at(MetaTwin(meta, device, begin_unmarked(meta, meta.nbytes, tape, device)), requires_grad)
 
 
 def _at(twin: MetaTwin, requires_grad: bool = False) -> RecordedTensor:

@@ -10,6 +10,7 @@ import weakref
 
 import torch
 
+from fabric_init._torch_internals import refuse_memory
 from fabric_init.recording.tape.tape import Tape, TensorRef
 from fabric_init.recording.tensor.recorded_storage import RecordedStorage
 
@@ -54,13 +55,14 @@ def recorded_storage(tensor: torch.Tensor) -> StorageTag | None:
 
 def begin(tensor: torch.Tensor, tape: Tape, device: torch.device) -> int:
     """Start recording the storage of a new meta tensor, meant for ``device``; return its number on ``tape``."""
-    record = begin_unmarked(tensor.untyped_storage().nbytes(), tape, device)
+    record = begin_unmarked(tensor, tensor.untyped_storage().nbytes(), tape, device)
     mark(tensor, record)
     return record.storage
 
 
-def begin_unmarked(nbytes: int, tape: Tape, device: torch.device) -> StorageTag:
+def begin_unmarked(tensor: torch.Tensor, nbytes: int, tape: Tape, device: torch.device) -> StorageTag:
     """Start recording a storage that only one recorded tensor is on, which keeps what is returned."""
+    refuse_memory(tensor)  # code in C++ would take the null pointer of a meta tensor for the memory of a real one
     number = tape.add_storage(nbytes, device)
     record = StorageTag(tape, number)
     tape.records[number] = weakref.ref(record)
@@ -92,5 +94,6 @@ def tensor_on(tape: Tape, ref: TensorRef) -> torch.Tensor:
     """Return a plain meta tensor of the geometry ``ref`` on a recorded storage, of which no tensor need be left."""
     storage = torch.UntypedStorage(tape.storages[ref.storage].nbytes, device="meta")
     tensor = torch.empty(0, dtype=ref.dtype, device="meta").set_(storage, ref.offset, ref.size, ref.stride)
+    refuse_memory(tensor)
     mark(tensor, StorageTag(tape, ref.storage))
     return tensor
