@@ -110,10 +110,6 @@ TensorBase = torch._C.TensorBase
 conj_view = torch._conj
 # Rebuild a negated view. Checked on torch 2.13.0.
 neg_view = torch._neg_view
-# Its frame asks for the storage of a tensor in pickle, torch.save and Tensor.storage. Checked on torch 2.13.0.
-typed_storage = torch.Tensor._typed_storage
-# Its frame, behind that of typed_storage, is pickle's or torch.save's. Checked on torch 2.13.0.
-reduce_ex_internal = torch.Tensor._reduce_ex_internal
 
 # -- modules -----------------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pickle import dumps as pickle
 from typing import Any
 
 import pytest
@@ -244,10 +245,16 @@ def test_out_of_another_shape_than_what_waits_is_refused_and_changes_nothing() -
 
 def test_the_storage_of_what_waits_has_no_bytes() -> None:
     weight = Build(recorded=True)(Small).weight.untyped_storage()
-    assert weight.data_ptr() == 0
+    assert "no values yet" in repr(weight)
     assert weight.device == torch.device("cpu")
-    for use in (weight.tolist, lambda: weight.fill_(0), lambda: weight[0], weight.clone):
-        with pytest.raises(UninitializedTensorError, match="storage"):
+    for use in (
+        weight.tolist,
+        lambda: weight[0],
+        lambda: weight.clone().tolist(),
+        weight.float,
+        lambda: pickle(weight),
+    ):
+        with pytest.raises(UninitializedTensorError, match="weight"):
             use()
     with pytest.raises(RuntimeError, match="storage"):  # torch's own: it claims another device than it has
         torch.empty(0, device=weight.device).set_(weight, 0, (4, 4))

@@ -172,7 +172,9 @@ def _move(tensor: Tensor, recorder: Recorder, copies: dict[int, Tensor]) -> _Mov
             recorder.lookup(tensor)
             assert before is not None
             if found.storage not in copies:
-                copies[found.storage] = _clone(whole_storage(before), recorder, found.device)
+                copies[found.storage] = _clone(
+                    whole_storage(before.untyped_storage(), before.dtype), recorder, found.device
+                )
             flat = meta_of(copies[found.storage]).view(before.dtype)
             view = flat.as_strided(before.size(), before.stride(), before.storage_offset())
             copied, real = make_recorded_tensor(view, found.device), None

@@ -115,9 +115,17 @@ class AfterBlock(AfterBlockOperators):
         else:
             key = ("fabric_init", found.storage)
             if key not in memo:
-                memo[key] = make_recorded_tensor(whole_storage(meta), tensor._claimed).clone()
+                memo[key] = self.elements(meta.untyped_storage(), meta.dtype).clone()
             copied = memo[key].view(meta.dtype).as_strided(meta.size(), meta.stride(), meta.storage_offset())
         return copied
+
+    def elements(self, storage: torch.UntypedStorage, dtype: torch.dtype) -> Tensor:
+        """Return a recorded tensor of ``dtype`` over all of a recorded storage."""
+        with real_execution():
+            flat = whole_storage(storage, dtype)
+            found = recorded(flat)
+            assert found is not None
+            return make_recorded_tensor(flat, found.device)
 
     def constant(self, tensor: Tensor) -> Tensor:
         """Return a recorded tensor whose value is the real ``tensor``'s."""

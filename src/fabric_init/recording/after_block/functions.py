@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from fabric_init._torch_internals import DisableTorchFunction, asks_if_view
-from fabric_init.recording.in_block import device_queries, escapes, refused_calls
-from fabric_init.recording.tensor.address import Address, address_of
+from fabric_init.recording.in_block import device_queries, escapes, memory_access
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, become_recorded, recorded
 
 
@@ -35,30 +34,11 @@ def _set_data(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
             func(target, value)
 
 
-def _format(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    return _of_value(later, func, args, kwargs) if args[1] else repr(args[0])  # a DTensor prints its shard like this
-
-
-def _of_value(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return func(later.value(args[0], "be read"), *args[1:], **kwargs)
-
-
-def _storage(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the storage with the values, if they can be had; otherwise the one on meta, which has no bytes to read."""
-    return func(later.value(args[0], "be read") if later.has_value(args[0]) else args[0])
-
-
 def _is_view(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """What torch.export and torch.compile ask before they make a fake tensor from one: it needs to be a plain one."""
     later.value(args[0], "be traced")
     later.make_plain(args[0])
     return bool(func(args[0]))
-
-
-def _data_ptr(later: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | Address:
-    if sys._getframe(4).f_globals.get("__name__") == "safetensors.torch":  # saves; ctypes would wrap the refusal
-        return int(later.value(args[0], "be saved").data_ptr())
-    return address_of(later, args[0])
 
 
 _ASKS_FOR_VALUES = frozenset({"mesh_scatter", "mesh_broadcast", "reset_sharded_param"})
@@ -128,17 +108,10 @@ def take_own_part(asking: FrameType, output: Tensor, is_there: Callable[[Tensor]
 HANDLERS: dict[Any, Any] = {
     **device_queries.LATER_HANDLERS,
     **escapes.HANDLERS,
-    **refused_calls.LATER_HANDLERS,
+    **memory_access.HANDLERS,
     asks_if_view: _is_view,
-    Tensor.data_ptr: _data_ptr,
     torch.chunk: _chunk,
     Tensor.is_meta.__get__: _is_meta,  # type: ignore[attr-defined]
-    Tensor.share_memory_: _of_value,
-    Tensor.untyped_storage: _storage,
-    Tensor.storage: _storage,
-    Tensor.__format__: _format,
-    Tensor.__float__: _of_value,
-    Tensor.__int__: _of_value,
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
 }
 """By function: what to call with the :class:`~fabric_init.recording.after_block.dispatch.AfterBlock` of a tape."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, default_device, parse_to
 from fabric_init.recording.in_block.recorder import Recorder
-from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, new_tensor, recorded
+from fabric_init.recording.tensor.recorded_tensor import new_tensor, recorded
 
 Handler = Callable[[Recorder, Any, tuple[Any, ...], dict[str, Any]], Any]
 """Replaces one function in a function mode: (recorder, function, args, kwargs) → the result."""
@@ -82,15 +82,6 @@ def _get_device(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: di
     return -1 if device.type == "cpu" else device.index or 0
 
 
-def _data_ptr(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    # code compares addresses to find shared memory, so they have to be equal exactly where the memory is shared
-    with DisableTorchFunction():
-        tensor = args[0]
-        if not isinstance(tensor, RecordedTensor):
-            return int(tensor.data_ptr())
-        return int(tensor._meta.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size())
-
-
 def _to(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``tensor.to(…)`` by the recorded device: without a change of device or dtype it returns the tensor itself."""
     with DisableTorchFunction():
@@ -141,7 +132,6 @@ HANDLERS: dict[Any, Handler] = {
     torch.ones: _filled(torch.ops.aten.ones.default),
     torch.zeros: _filled(torch.ops.aten.zeros.default),
     Tensor.get_device: _get_device,
-    Tensor.data_ptr: _data_ptr,
     Tensor.to: _to,
     Tensor.cpu: _cpu,
     Tensor.cuda: _cuda,

@@ -1,49 +1,17 @@
-"""Functions by which tensors escape to Python, and values enter from it: code that reads a value gets the true one.
-
-Values that operators return to Python (``.item()``, ``if``, ``nonzero``) are the recorder's: see ``recorder.py``. Both
-make them with ``true_value`` of ``tape_writer.py``.
-"""
+"""Functions by which values enter tensors from Python, and tensors take the place of others."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, reduce_ex_internal, typed_storage
+from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction
 from fabric_init.recording.in_block.device_queries import Handler
 from fabric_init.recording.in_block.recorder import Recorder
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, class_of, make_recorded_tensor, recorded
-
-
-def _with_true_value(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with DisableTorchFunction():
-        if recorded(args[0]) is None:
-            return func(*args, **kwargs)
-        for_people = func is Tensor.__format__
-        real = recorder.true_value(args[0]) if for_people else recorder.look_at(args[0])
-        result = func(real, *args[1:], **kwargs)
-    if hasattr(result, "flags"):
-        result.flags.writeable = False  # a write could not reach the recorded tensor: let NumPy raise
-    return result
-
-
-_TYPED_STORAGE = typed_storage.__code__
-_READ_BYTES = (reduce_ex_internal.__code__, Tensor.storage.__code__)
-
-
-def _untyped_storage(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the storage, with the true values if ``pickle``, ``torch.save`` or ``tensor.storage()`` asks for it."""
-    with DisableTorchFunction():
-        calling = sys._getframe(2)
-        outer = calling.f_back
-        wants_bytes = calling.f_code is _TYPED_STORAGE and outer is not None and outer.f_code in _READ_BYTES
-        if wants_bytes and recorded(args[0]) is not None:
-            return recorder.look_at(args[0]).untyped_storage()
-        return func(*args, **kwargs)
 
 
 def _plain_index(index: Any) -> Any:
@@ -125,13 +93,6 @@ def _get_data(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
 
 
 HANDLERS: dict[Any, Handler] = {
-    Tensor.tolist: _with_true_value,
-    Tensor.numpy: _with_true_value,
-    Tensor.__array__: _with_true_value,
-    Tensor.__format__: _with_true_value,
-    Tensor.__dlpack__: _with_true_value,
-    Tensor.__dlpack_device__: _with_true_value,
-    Tensor.untyped_storage: _untyped_storage,
     Tensor.__getitem__: _index,
     Tensor.__setitem__: _index,
     Tensor.new_tensor: _new_tensor,

@@ -137,6 +137,8 @@ class Recorder(TorchDispatchMode, TapeWriter):
         recordings = [recording for tensor in tensors if (recording := self.lookup(tensor)) is not None]
         if any(recording.memory is not None for recording in recordings):
             return self._with_memory(func, args, kwargs)
+        if op_traits.name == "aten::set_" and len(args) > 1 and (result := self._set_memory(args)) is not None:
+            return result
         if not recordings:
             if tensors and not (op_traits.unfilled and kwargs.get("device") is not None):
                 return self._untracked(func, args, kwargs, tensors)
@@ -148,8 +150,6 @@ class Recorder(TorchDispatchMode, TapeWriter):
             kwargs["device"] = self._intended_device or (
                 recordings[0].device if recordings else torch.get_default_device()
             )
-        if op_traits.name == "aten::set_" and len(args) > 1 and isinstance(args[1], torch.UntypedStorage):
-            return self._set_storage(args)
         written = written_tensors(func, args, kwargs)
         if op_traits.name == "aten::_cudnn_rnn_flatten_weight":
             return args[0][0]  # concerns real memory only: done once the weights have some
@@ -181,7 +181,10 @@ class Recorder(TorchDispatchMode, TapeWriter):
                 return func(*self._real(args), **self._real(kwargs))
         if init_frame is None or init_frame is not self._running_init:  # else its ops are part of the recorded call
             self._record(func, args, kwargs, recordings, written, result, frame)
-        return recorded_results(result, tensors)
+        results = recorded_results(result, tensors)
+        if op_traits.name == "aten::set_":
+            self._followed(args[0])
+        return results
 
     def _views(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return views of a recorded tensor, which need no op of their own; ``None`` if ``args`` hold no such one."""
@@ -264,11 +267,24 @@ class Recorder(TorchDispatchMode, TapeWriter):
         self._record(func, args, kwargs, recordings, written_tensors(func, args, kwargs), result, sys._getframe(2))
         return recorded_results(result, ())
 
-    def _set_storage(self, args: tuple[Any, ...]) -> Any:
-        """Run ``t.set_(storage, …)``, which is how ``torch.load`` builds tensors, and storages copy their bytes."""
+    def _set_memory(self, args: tuple[Any, ...]) -> Any:
+        """Run ``t.set_(…)`` with a storage, which is how ``torch.load`` builds tensors, or with a real tensor.
+
+        Returns ``None`` for one recorded tensor that is set to another, and for a real one.
+        """
+        is_storage = isinstance(args[1], torch.UntypedStorage)
+        if not isinstance(args[0], RecordedTensor):
+            if isinstance(args[1], (RecordedTensor, RecordedStorage)):
+                raise RecordingError(
+                    "a real tensor is set on the memory of a recorded one (set_), which has none yet. Make that tensor "
+                    "in the block, too, or take a view of the other one."
+                )
+            return None
+        if not is_storage and self.lookup(args[1]) is not None:
+            return None
         may_change(args[0])
-        if args[1].device.type == "meta" or isinstance(args[1], RecordedStorage):
-            torch.ops.aten.set_.source_Storage_storage_offset(meta_of(args[0]), *args[1:])
+        if is_storage and (args[1].device.type == "meta" or isinstance(args[1], RecordedStorage)):
+            meta_of(args[0]).set_(*args[1:])
             return self._followed(args[0])
         with real_execution():
             real = torch.empty(0, dtype=args[0].dtype, device=args[1].device).set_(*args[1:])

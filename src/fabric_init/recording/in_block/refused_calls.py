@@ -26,16 +26,6 @@ def _autocast(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict
         return func(*args, **kwargs)
 
 
-def _share_memory(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with DisableTorchFunction():
-        if recorded(args[0]) is not None:
-            raise RecordingError(
-                f"share_memory_() in a recorded constructor: the tensor of shape {tuple(args[0].shape)} has no memory "
-                "to share yet. Call it after the model has been materialized."
-            )
-        return func(*args, **kwargs)
-
-
 _AUTOCAST: tuple[Any, ...] = (
     torch.matmul,
     Tensor.matmul,
@@ -48,7 +38,4 @@ _AUTOCAST: tuple[Any, ...] = (
 )
 _AUTOCAST += (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.scaled_dot_product_attention)
 
-LATER_HANDLERS: dict[Any, Handler] = {Tensor.share_memory_: _share_memory}
-"""Those that are refused when no block is open, too."""
-
-HANDLERS: dict[Any, Handler] = {**dict.fromkeys(_AUTOCAST, _autocast), **LATER_HANDLERS}
+HANDLERS: dict[Any, Handler] = dict.fromkeys(_AUTOCAST, _autocast)

@@ -18,7 +18,7 @@ from fabric_init.recording.tape.op_properties import DRAWS_FROM_DEFAULT, INIT_FU
 from fabric_init.recording.tape.random_streams import RandomStreams
 from fabric_init.recording.tape.tape import Op, Tape, TensorRef, now
 from fabric_init.recording.tensor.recorded_tensor import make_recorded_tensor, meta_of, recorded, recorded_ref
-from fabric_init.recording.tensor.storage_tags import StorageTag, begin, ref_of
+from fabric_init.recording.tensor.storage_tags import StorageTag, begin, recorded_storage, ref_of
 from fabric_init.recording.tensor.wrappers import is_recorded_shard
 
 _CPU = torch.device("cpu")
@@ -83,6 +83,9 @@ class TapeWriter:
     ) -> None:
         op_traits = traits(func)
         if op_traits.changes_geometry and op_traits.name != "aten::resize_":
+            for tensor in written:
+                if recorded_storage(meta := meta_of(tensor)) is None:  # t.set_() has left the memory that it was on
+                    self.new_storage(meta, recordings[0].device)
             return
         if op_traits.unfilled and not recordings:  # module.to_empty(device), for a module on meta
             for tensor in tensors_in((result,)):

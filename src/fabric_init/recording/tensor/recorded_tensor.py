@@ -39,6 +39,7 @@ from fabric_init.errors import RecordingError
 from fabric_init.recording.replay.tracing import OutsideTracing, never_compiled
 from fabric_init.recording.tape.tape import Tape, TensorRef
 from fabric_init.recording.tensor.meta_twin import MetaTwin
+from fabric_init.recording.tensor.recorded_storage import typed_storage
 from fabric_init.recording.tensor.storage_tags import StorageTag, begin_unmarked, recorded_storage, ref_of
 
 META = torch.device("meta")
@@ -47,7 +48,7 @@ ASKS_DEVICE = torch.ops.prim.device.default
 
 
 _NEW_PARAMETER = nn.Parameter.__new__.__code__
-_OWN_ATTRIBUTES = frozenset({"_twin", "_is_param"})
+_OWN_ATTRIBUTES = frozenset({"_twin", "_is_param", "_held"})
 _attributes = vars(Tensor)["__dict__"].__get__
 """Returns all attributes of a tensor, those of ours as well."""
 _set_attributes = vars(Tensor)["__dict__"].__set__
@@ -60,6 +61,8 @@ class RecordedTensor(Tensor):
     """A tensor that was recorded and has no values yet. Made by :func:`make_recorded_tensor`."""
 
     _twin: MetaTwin
+    _held: Tensor
+    """A copy of the values for code that knows where they are."""
 
     def __new__(cls, data: Tensor, requires_grad: bool = True, **attributes: Any) -> Any:
         """Return a parameter: code that wants one like another calls ``type(p)(data, requires_grad, **p.__dict__)``."""
@@ -137,6 +140,16 @@ class RecordedTensor(Tensor):
         _ = self._twin.meta
         return super().untyped_storage()
 
+    def set_(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What torch makes of this may come to operators with the storage of a source alone, which has to be known."""
+        for source in (*args, *kwargs.values()):
+            _ = meta_of(source)
+        return super().set_(*args, **kwargs)
+
+    def _typed_storage(self) -> torch.TypedStorage:
+        storage: torch.TypedStorage = typed_storage(super()._typed_storage())  # type: ignore[no-untyped-call]
+        return storage
+
     @classmethod
     @never_compiled
     def __torch_function__(
@@ -205,11 +218,9 @@ def _at(twin: MetaTwin, requires_grad: bool = False) -> RecordedTensor:
     return tensor
 
 
-def whole_storage(meta: Tensor) -> Tensor:
-    """Return a flat plain meta tensor over all of the storage of ``meta``, in its dtype. torch's modes must be off."""
-    storage = meta.untyped_storage()
-    flat = torch.empty(0, dtype=meta.dtype, device=META)
-    return flat.set_(storage, 0, (storage.nbytes() // meta.element_size(),), (1,))
+def whole_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> Tensor:
+    """Return a flat plain meta tensor of ``dtype`` over all of a recorded storage. torch's modes must be off."""
+    return torch.empty(0, dtype=dtype, device=META).set_(storage, 0, (storage.nbytes() // dtype.itemsize,), (1,))
 
 
 def meta_of(tensor: Tensor) -> Tensor:
