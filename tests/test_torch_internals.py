@@ -119,9 +119,13 @@ def test_the_names_are_all_found() -> None:
 ATTRIBUTES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
     "tensor": (
         lambda: torch.zeros(1),
-        ("_version", "_backward_hooks", "_post_accumulate_grad_hooks", "_neg_view"),
+        ("_version", "_backward_hooks", "_post_accumulate_grad_hooks", "_neg_view", "_typed_storage"),
     ),
     "storage": (lambda: torch.zeros(1).untyped_storage(), ("_cdata",)),
+    "typed storage": (
+        lambda: torch.zeros(1)._typed_storage(),
+        ("_untyped_storage", "_getitem", "_setitem", "_to", "_new_wrapped_storage", "_pickle_storage_type"),
+    ),
     "generator": (torch.Generator, ("_cdata",)),
     "module": (
         lambda: nn.Linear(1, 1),

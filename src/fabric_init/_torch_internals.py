@@ -6,7 +6,9 @@ are in ``_lightning_internals``, so that recording and planning load neither.
 Private attributes of objects are used where the objects are:
 
 - of a tensor ``_version``, ``_backward_hooks``, ``_post_accumulate_grad_hooks`` and ``_neg_view``;
-- of a storage or a generator ``_cdata``, its address; ``TypedStorage`` takes ``_internal=True``;
+- of a storage or a generator ``_cdata``, its address; ``TypedStorage`` takes ``_internal=True``, keeps its
+  ``_untyped_storage``, and calls its ``_getitem``, ``_setitem``, ``_to``, ``_new_wrapped_storage`` and
+  ``_pickle_storage_type``, which are overridden as ``_typed_storage`` of a tensor is;
 - of a module ``_parameters``, ``_buffers``, ``_modules``, ``_non_persistent_buffers_set``, ``_apply`` and its tables
   ``_forward_pre_hooks``, ``_state_dict_pre_hooks``, ``_load_state_dict_pre_hooks``, ``_load_state_dict_post_hooks``;
 - of a compiled module ``_orig_mod``, of a checkpointed one ``_checkpoint_wrapped_module``;

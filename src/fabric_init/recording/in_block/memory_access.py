@@ -5,8 +5,8 @@
 - What hands out a **storage** or an **address** hands out one that answers for itself while there is no memory.
 - What has to **place** the memory elsewhere is refused in a block.
 
-Values that operators return to Python (``.item()``, ``if``, ``nonzero``) are the recorder's: see ``recorder.py``. Code in
-C++ that none of these is for is refused by torch itself: see ``begin_unmarked`` in ``tensor/storage_tags.py``.
+Values that operators return to Python (``.item()``, ``if``, ``nonzero``) are the recorder's: see ``recorder.py``. To
+all other code in C++ torch itself refuses the memory: see ``begin_unmarked`` in ``tensor/storage_tags.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 from types import FrameType
 from typing import Any
 
-import torch
+import torch.utils.dlpack
 from torch import Tensor
 
 from fabric_init._torch_internals import DisableTorchFunction
@@ -63,7 +63,7 @@ def _dlpack(recorder: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
         value = recorder.look_at(args[0])
         if found.memory is not None or kwargs.get("copy"):
             return func(value, *args[1:], **kwargs)
-        if kwargs.get("max_version") is None or _is_asked_by(torch.from_dlpack.__code__):
+        if kwargs.get("max_version") is None or _is_asked_by(torch.utils.dlpack.from_dlpack.__code__):
             raise RecordingError(
                 "DLPack in a recorded block: the tensor has no memory to share yet, and what is written there would be "
                 "lost. Use the tensor itself, tensor.numpy(), or copy=True, or do it after the block."

@@ -39,13 +39,13 @@ class Address:
         later = self._found.tape.after_block
         if self._found.memory is None and later.block_is_open:
             raise RecordingError(
-                "the number of an address in a recorded block: the tensor has no memory that could be read or written "
-                "there. Read a copy of its values (tensor.numpy(), tensor.tolist()), write by operators of torch, or do "
-                "it after the block."
+                "the number of an address in a recorded block: the tensor has no memory to be read or written there. "
+                "Read a copy of its values (tensor.numpy(), tensor.tolist()), write by operators of torch, or do it "
+                "after the block."
             )
         later.memory(self._found, "be read")
         storage, offset = self._found.memory
-        return int(storage.data_ptr()) + offset + self._offset
+        return int(storage.data_ptr() + offset + self._offset)
 
     @property
     def _as_parameter_(self) -> int:  # what ctypes asks for

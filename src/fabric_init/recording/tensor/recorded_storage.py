@@ -54,8 +54,8 @@ class RecordedStorage(torch.UntypedStorage):
         record = self._fabric_init
         if record.memory is None and record.tape.after_block.block_is_open:
             raise RecordingError(
-                f"{use} of the storage of a tensor in a recorded block: the storage has no bytes yet. Use the tensor, or "
-                "do it after the block."
+                f"{use} of the storage of a tensor in a recorded block: the storage has no bytes yet. Use the tensor, "
+                "or do it after the block."
             )
         found = record.tape.after_block.memory(record, f"have its storage read or written ({use})")
         storage, offset = record.memory
@@ -71,15 +71,13 @@ class RecordedTypedStorage(torch.TypedStorage):
 
     def _getitem(self, idx: Any) -> Any:
         if not isinstance(idx, int):
-            return super()._getitem(idx)  # an error
-        return self._untyped_storage.elements(self.dtype)[self._maybe_wrap_index(idx)].item()
+            return super()._getitem(idx)  # type: ignore[no-untyped-call]  # an error
+        return self._untyped_storage.elements(self.dtype)[idx].item()
 
     def _setitem(self, idx: Any, value: Any) -> None:
         if not isinstance(idx, (int, slice)) or torch.is_storage(value):
-            return super()._setitem(idx, value)  # an error
-        with torch.no_grad():
-            self._untyped_storage.elements(self.dtype)[idx] = value
-        return None
+            super()._setitem(idx, value)  # type: ignore[no-untyped-call]  # an error
+        self._untyped_storage.elements(self.dtype)[idx] = value
 
     def _to(self, dtype: torch.dtype) -> Any:
         return typed_storage(self._untyped_storage.elements(self.dtype).to(dtype, copy=True)._typed_storage())
@@ -90,7 +88,7 @@ class RecordedTypedStorage(torch.TypedStorage):
     def _pickle_storage_type(self) -> Any:  # what torch.save asks before it takes the bytes from C++
         self._untyped_storage = self._untyped_storage.memory("torch.save")  # type: ignore[assignment]
         self.__class__ = torch.TypedStorage  # type: ignore[assignment]
-        return self._pickle_storage_type()  # type: ignore[no-untyped-call]
+        return self._pickle_storage_type()
 
 
 def typed_storage(storage: Any) -> Any:
