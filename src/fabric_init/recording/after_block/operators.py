@@ -204,8 +204,8 @@ class AfterBlockOperators(AfterBlockValues):
         self.replace(target, value)
         return args[0]  # type: ignore[no-any-return]
 
-    def _is_same(self, one: Tensor, other: Tensor) -> bool:
-        found, its = recorded(one), recorded(other)
+    def _is_same(self, one: Tensor, other: Any) -> bool:
+        found, its = recorded(one), recorded(other) if isinstance(other, Tensor) else None  # or a number
         if found is None or its is None or found.storage != its.storage:
             return False
         return recorded_ref(one, found.storage) == recorded_ref(other, its.storage)

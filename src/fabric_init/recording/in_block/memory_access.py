@@ -120,6 +120,17 @@ def _data_ptr(recorder: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str,
         return Address(found, recorded_ref(tensor, found.storage).offset * tensor.element_size())
 
 
+def _is_set_to(recorder: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether two tensors are on the same memory, or will be."""
+    with DisableTorchFunction():
+        one, other = args
+        found, its = recorded(one), recorded(other)
+        if found is not None and its is not None:
+            is_there = found.tape is its.tape and found.storage == its.storage
+            return is_there and recorded_ref(one, found.storage) == recorded_ref(other, its.storage)
+        return bool(func(*(recorder.true_value(each) if recorded(each) else each for each in args)))
+
+
 _SAFETENSORS_READS = ("_to_ndarray", "_tobytes")
 
 
@@ -159,6 +170,8 @@ HANDLERS: dict[Any, Handler] = {
     Tensor.untyped_storage: _storage,
     Tensor.storage: _storage,
     Tensor.data_ptr: _data_ptr,
+    Tensor.const_data_ptr: _data_ptr,  # type: ignore[attr-defined]
+    Tensor.is_set_to: _is_set_to,
     Tensor.share_memory_: _share_memory,
 }
 """The same with :class:`~fabric_init.recording.after_block.dispatch.AfterBlock` when no block is open."""

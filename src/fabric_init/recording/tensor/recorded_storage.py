@@ -138,7 +138,16 @@ _BY_ELEMENT: dict[str, Any] = {
 _ON_MEMORY = (
     *("__reduce__", "cpu", "cuda", "to", "type", "byteswap", "share_memory_", "pin_memory", "double", "float", "half"),
     *("long", "int", "short", "char", "byte", "bool", "bfloat16", "complex_double", "complex_float", "_to"),
-    *("_write_file", "_byteswap", "_set_from_file", "_share_filename_cpu_", "_share_fd_cpu_", "_share_cuda_"),
+    *(
+        "_write_file",
+        "_byteswap",
+        "is_pinned",
+        "_swap_data_ptr_",
+        "_set_from_file",
+        "_share_filename_cpu_",
+        "_share_fd_cpu_",
+        "_share_cuda_",
+    ),
 )
 
 
