@@ -69,6 +69,7 @@ SLOW = {
     "meta/test_lint.py": "mypy",
     "meta/test_site.py": "builds the documentation",
     "planning/test_extra_state.py": "starts ranks",
+    "recording/test_every_function.py": "calls thousands of functions, in a process of its own",
     "reports/html/test_in_a_browser.py": "starts a browser",
     "sharding/test_every_way.py": "starts ranks",
     "sharding/test_plain_pytorch.py": "starts ranks",
