@@ -24,6 +24,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch._ops
+import torch._VF
 import torch._weights_only_unpickler
 import torch.distributed.distributed_c10d
 import torch.nn.init
@@ -93,6 +94,11 @@ COMPOSITE_KEY = torch._C.DispatchKey.CompositeImplicitAutograd
 parse_to = torch._C._nn._parse_to
 # Map the tensors in nested containers. Checked on torch 2.13.0.
 tree_map_only = torch.utils._pytree.tree_map_only
+
+# Find the overload of an operator that takes these arguments. Checked on torch 2.13.0.
+resolve_packet: Callable[..., str] = torch._C._jit_resolve_packet
+# Call a layer of LSTM, as its module does. Checked on torch 2.13.0.
+lstm: Callable[..., Any] = torch._VF.lstm
 
 # -- tensors -----------------------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from fabric_init._torch_internals import (
 )
 from fabric_init.recording.after_block.dispatch import AfterBlock
 from fabric_init.recording.after_block.functions import asks_for_values, take_own_part
-from fabric_init.recording.in_block import device_queries, escapes, memory_access, refused_calls
+from fabric_init.recording.in_block import device_queries, escapes, memory_access, one_op, refused_calls
 from fabric_init.recording.in_block.device_queries import Handler
 from fabric_init.recording.in_block.init_calls import init_call
 from fabric_init.recording.in_block.recorder import Recorder
@@ -114,10 +114,13 @@ class RecordMode(TorchFunctionMode):
             return _init_function(self.recorder, original, args, kwargs or {})
         if kwargs and kwargs.get("device") is not None:
             return device_queries.on_device_by_name(self.recorder, func, args, kwargs)
-        if types == _RECORDED_ALONE or (types and all(issubclass(kind, RecordedTensor) for kind in types)):
-            with DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        return func(*args, **kwargs) if kwargs else func(*args)
+        try:
+            if types == _RECORDED_ALONE or (types and all(issubclass(kind, RecordedTensor) for kind in types)):
+                with DisableTorchFunctionSubclass():
+                    return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs) if kwargs else func(*args)
+        except RuntimeError as error:
+            return one_op.read_memory(self.recorder, func, args, kwargs or {}, error)
 
 
 # -- whole init functions ----------------------------------------------------------------------------------------------
@@ -199,6 +202,7 @@ _HANDLERS: dict[Any, Handler] = {
     **device_queries.HANDLERS,
     **escapes.HANDLERS,
     **memory_access.HANDLERS,
+    **one_op.HANDLERS,
     **refused_calls.HANDLERS,
 }
 

@@ -18,7 +18,7 @@ from fabric_init.recording.tape.liveness import covers, never_written
 from fabric_init.recording.tape.op_properties import INDEXES, asks_shape_only, has_out, only_copies, overwrites, traits
 from fabric_init.recording.tape.tape import TensorRef
 from fabric_init.recording.tensor.real_memory import plain_memory
-from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, become, recorded, recorded_ref
+from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, become, recorded, recorded_ref, view_in_place
 from fabric_init.recording.tensor.storage_tags import StorageTag
 
 _OF_ALL_RANKS = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"})
@@ -38,6 +38,8 @@ class AfterBlockOperators(AfterBlockValues):
         if func is torch.ops.aten.empty_like.default:  # to_empty(): no values either, so it waits for the same ones
             func = torch.ops.aten._to_copy.default
         with self._lock, DisableTorchFunction():
+            if traits(func).view_in_place and recorded(args[0]) is not None:
+                return view_in_place(func, args, kwargs)
             if traits(func).view and self._is_open(args[0]):
                 return self._record(func, args, kwargs)
             tensors = list(tensors_in((args, kwargs.values())))

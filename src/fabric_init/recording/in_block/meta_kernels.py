@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fabric_init.recording.tape.op_properties import PLAIN_FACTORIES, traits
+from fabric_init.recording.tape.op_properties import PLAIN_FACTORIES, has_out, traits
 from fabric_init.recording.tensor.recorded_tensor import (
     RecordedTensor,
     follow_meta,
@@ -52,25 +52,32 @@ def pointwise_result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return torch.empty(torch.broadcast_shapes(*(t.size() for t in tensors)), dtype=probe.dtype, device=META)
 
 
-def column_major(func: Any, args: tuple[Any, ...], result: Any) -> Any:
-    """Return the ``result`` of a meta kernel with the matrix column by column that the kernel of the CPU puts so.
-
-    Meta kernels of decompositions know what CUDA does.
-    """
-    position = _BY_COLUMNS_ON_CPU.get(traits(func).name)
-    if position is None or args[0].device.type not in ("cpu", "meta"):
+def as_on_cpu(func: Any, args: tuple[Any, ...], result: Any) -> Any:
+    """Return the ``result`` of a meta kernel, which knows what CUDA does, arranged as by the kernel of the CPU."""
+    name = traits(func).name
+    others = name in _BY_COLUMNS_ON_CPU or name in _OTHERWISE_ON_CPU
+    if not others or has_out(func) or args[0].device.type not in ("cpu", "meta"):
         return result
-    values = list(result)
-    values[position] = torch.empty_like(values[position].mT.contiguous()).mT
-    return tuple(values)
+    if name in _BY_COLUMNS_ON_CPU:
+        values = list(result)
+        position = _BY_COLUMNS_ON_CPU[name]
+        values[position] = torch.empty_like(values[position].mT.contiguous()).mT
+        return tuple(values)
+    zeros = map_tensors(args, lambda t: torch.empty_strided(t.size(), t.stride(), dtype=t.dtype).zero_())
+    return map_tensors(func(*zeros), like_on_meta)
 
 
 _BY_COLUMNS_ON_CPU = {"aten::_linalg_svd": 2, "aten::linalg_eig": 1}
+_OTHERWISE_ON_CPU = frozenset(
+    f"aten::{name}" for name in ("_fft_r2c", "_fft_c2r", "_fft_c2c", "max_unpool2d", "multilabel_margin_loss_forward")
+)
 
 
 def plain_shape(func: Any, args: tuple[Any, ...]) -> Sequence[int] | None:
     """Return the shape of a factory's result if its arguments state it, else ``None``."""
     name = traits(func).name
+    if has_out(func):
+        return None
     if name in PLAIN_FACTORIES and len(args) == 1:
         shape: Sequence[int] = args[0]
         return shape
@@ -133,7 +140,7 @@ def run_on_meta(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
         kwargs["device"] = META
     if traits(func).takes_generator:
         kwargs["generator"] = None
-    result = column_major(func, args, func(*(meta(value) for value in args), **kwargs))
+    result = as_on_cpu(func, args, func(*(meta(value) for value in args), **kwargs))
     return map_tensors(result, lambda tensor: dense(tensor) if recorded(tensor) is None else tensor)
 
 

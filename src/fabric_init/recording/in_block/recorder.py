@@ -40,6 +40,9 @@ from fabric_init.recording.tensor.recorded_tensor import (
     make_recorded_tensor,
     may_change,
     meta_of,
+    resize,
+    same_geometry,
+    view_in_place,
 )
 from fabric_init.recording.tensor.storage_tags import StorageTag
 from fabric_init.recording.tensor.wrappers import is_recorded_shard, is_sharded, is_sharded_class, is_wrapper_class
@@ -131,6 +134,8 @@ class Recorder(TorchDispatchMode, TapeWriter):
         op_traits = traits(func)
         if op_traits.plain_fill and (target := self.lookup(args[0])) is not None and target.memory is None:
             return self.fill(func, args, kwargs, sys._getframe(2))
+        if op_traits.view_in_place and self.lookup(args[0]) is not None:
+            return view_in_place(func, args, kwargs)
         if op_traits.view and not self.recognizes_init_calls and (views := self._views(func, args, kwargs)) is not None:
             return views
         tensors = list(tensors_in((args, kwargs.values())))
@@ -169,11 +174,8 @@ class Recorder(TorchDispatchMode, TapeWriter):
         init_frame = init_call(frame) if self.recognizes_init_calls and (recordings or op_traits.has_device) else None
         if init_frame is not None:
             self.record_init_frame(init_frame)
-        for tensor in written:
-            may_change(tensor)
-        try:
-            result = run_on_meta(func, args, kwargs)
-        except (NotImplementedError, RuntimeError):  # if the op itself is wrong, torch raises again on true values
+        fits, result = self._on_meta(func, args, kwargs, written)
+        if not fits:  # if the op itself is wrong, torch raises on true values
             return self._with_true_values(func, args, kwargs, recordings)
         if not all(is_dense(tensor) for tensor in tensors_in((result,))):
             self._note_look(None, tuple(tensors), {})
@@ -185,6 +187,26 @@ class Recorder(TorchDispatchMode, TapeWriter):
         if op_traits.name == "aten::set_":
             self._followed(args[0])
         return results
+
+    def _on_meta(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[torch.Tensor]
+    ) -> tuple[bool, Any]:
+        """Return whether meta kernels tell how the results of an op are arranged, and what it returns on them.
+
+        They do not for tensors that an op writes, as ``out=``, and gives another shape.
+        """
+        twins = [(tensor, tensor._twin) for tensor in written if isinstance(tensor, RecordedTensor)]
+        for tensor in written:
+            may_change(tensor)
+        try:
+            result = run_on_meta(func, args, kwargs)
+            if traits(func).changes_geometry or all(same_geometry(tensor, meta_of(tensor)) for tensor in written):
+                return True, result
+        except (NotImplementedError, RuntimeError):
+            pass
+        for tensor, twin in twins:
+            tensor._twin = twin
+        return False, None
 
     def _views(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return views of a recorded tensor, which need no op of their own; ``None`` if ``args`` hold no such one."""
@@ -258,13 +280,18 @@ class Recorder(TorchDispatchMode, TapeWriter):
     ) -> Any:
         """Run ``func`` on the values that its arguments would have by now; tensors that come out are recorded."""
         with real_execution(), generator_kept(func, kwargs):  # a recorded draw is made by replay, not here
-            real = func(*self._real(args), **self._real(kwargs))
-            if not written_tensors(func, args, kwargs):
+            real_args, real_kwargs = self._real((args, kwargs))
+            real = func(*real_args, **real_kwargs)
+            written = written_tensors(func, args, kwargs)
+            for tensor, value in zip(written, written_tensors(func, real_args, real_kwargs), strict=True):
+                if isinstance(tensor, RecordedTensor) and not same_geometry(tensor, value):
+                    resize(tensor, value)
+            if not written:
                 self._note_look(func, args, kwargs)
             if not any(True for _ in tensors_in((real,))) or not all(is_dense(t) for t in tensors_in((real,))):
                 return real
             result = map_tensors(real, like_on_meta)
-        self._record(func, args, kwargs, recordings, written_tensors(func, args, kwargs), result, sys._getframe(2))
+        self._record(func, args, kwargs, recordings, written, result, sys._getframe(2))
         return recorded_results(result, ())
 
     def _set_memory(self, args: tuple[Any, ...]) -> Any:

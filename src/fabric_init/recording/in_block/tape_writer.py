@@ -14,7 +14,14 @@ from fabric_init.errors import RecordingError
 from fabric_init.recording.in_block.meta_kernels import dense, like_on_meta, map_tensors, tensors_in
 from fabric_init.recording.replay.replay import real_execution, storage_now, view
 from fabric_init.recording.tape.call_site import caller
-from fabric_init.recording.tape.op_properties import DRAWS_FROM_DEFAULT, INIT_FUNCTIONS, Func, is_random, traits
+from fabric_init.recording.tape.op_properties import (
+    DRAWS_FROM_DEFAULT,
+    INIT_FUNCTIONS,
+    Func,
+    has_out,
+    is_random,
+    traits,
+)
 from fabric_init.recording.tape.random_streams import RandomStreams
 from fabric_init.recording.tape.tape import Op, Tape, TensorRef, now
 from fabric_init.recording.tensor.recorded_tensor import make_recorded_tensor, meta_of, recorded, recorded_ref
@@ -107,7 +114,7 @@ class TapeWriter:
             elif not any(t.is_floating_point() or t.is_complex() for t in tensors_in((args, kwargs.values()))):
                 default_dtype = torch.get_default_dtype()
         targets = tuple(self.ref(tensor) for tensor in written)
-        if op_traits.name == "aten::resize_":
+        if op_traits.changes_geometry or has_out(func):
             for tensor in written:
                 self._grow(tensor)
         self.add(func, *inputs, targets, outputs, frame, default_dtype)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fabric_init._torch_internals import DisableTorchDispatch, DisableTorchFunction, conj_view, neg_view
+from fabric_init.errors import RecordingError
 from fabric_init.recording.replay.chunks import chunked_draw, chunks_of
 from fabric_init.recording.replay.generators import ReplayGenerators
 from fabric_init.recording.replay.threads import threaded
@@ -83,6 +84,7 @@ class _Execution:
         self._exact = exact
         self._inputs = {} if inputs is None else inputs
         self._memory: dict[int, torch.UntypedStorage] = {}
+        self._left_out: set[int] = set()
         self.draws = ReplayGenerators(tape, self._ops, exact=exact)
 
     def run(self) -> dict[int, torch.UntypedStorage]:
@@ -102,6 +104,11 @@ class _Execution:
     def _storage(self, number: int, *, zeroed: bool) -> torch.UntypedStorage:
         storage = self._memory.get(number)
         if storage is None:
+            if number in self._left_out:
+                raise RecordingError(
+                    "a recorded op has returned a tensor of another shape than on the meta device, and that tensor is "
+                    "used. Compute it after the block, or outside of it."
+                )
             info = self._tape.storages[number]
             make = torch.zeros if zeroed else torch.empty
             tensor = make(info.nbytes, dtype=torch.uint8, device=self._to(info.device))
@@ -179,8 +186,10 @@ class _Execution:
         same_layout = (tensor.storage_offset(), tensor.size(), tensor.stride()) == (ref.offset, ref.size, ref.stride)
         if same_layout and storage.nbytes() == self._tape.storages[ref.storage].nbytes:
             self._memory[ref.storage] = storage
-        elif tensor.numel() or not ref.size.numel():  # else a result that the kernel leaves out: batch norm's, in eval
+        elif tensor.size() == ref.size:
             view(self._storage(ref.storage, zeroed=False), ref).copy_(tensor)
+        else:  # a result that is not the same on all devices, such as statistics of batch norm in eval mode
+            self._left_out.add(ref.storage)
 
 
 def _flat(value: Any) -> Iterator[Any]:

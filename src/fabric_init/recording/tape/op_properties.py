@@ -74,6 +74,8 @@ _UNFILLED = frozenset(
 PLAIN_FACTORIES = frozenset({"aten::ones", "aten::zeros", "aten::rand", "aten::randn"})
 
 
+_CHANGE_STORAGE = frozenset({"aten::resize_", "aten::resize_as_", "aten::set_"})
+
 _COPIES = frozenset({"aten::clone", "aten::copy_", "aten::_to_copy"})
 
 _PRODUCTS = frozenset({"mm", "bmm", "addmm", "addbmm", "baddbmm", "mv", "addmv", "linear"})
@@ -113,6 +115,7 @@ class Traits(NamedTuple):
     random: bool
     data_dependent: bool
     changes_geometry: bool
+    view_in_place: bool  # changes nothing else
     pointwise: bool
     view: bool  # returns nothing but views of its first argument, and takes no other tensor
 
@@ -140,6 +143,7 @@ def traits(func: OpOverload) -> Traits:
         random=Tag.nondeterministic_seeded in func.tags,
         data_dependent=bool({Tag.data_dependent_output, Tag.dynamic_output_shape} & set(func.tags)),
         changes_geometry=Tag.inplace_view in func.tags,
+        view_in_place=Tag.inplace_view in func.tags and schema.name not in _CHANGE_STORAGE,
         pointwise=Tag.pointwise in func.tags and not written and len(schema.returns) == 1,
         view=tensors == 1 and not written and _is_view(func),
     )

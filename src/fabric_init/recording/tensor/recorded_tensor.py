@@ -244,10 +244,37 @@ def may_change(tensor: Tensor) -> None:
         tensor._twin = tensor._twin.own()
 
 
+def same_geometry(tensor: Tensor, other: Tensor) -> bool:
+    """Return whether the elements of two tensors are arranged alike."""
+    return tensor.size() == other.size() and tensor.stride() == other.stride()
+
+
+def resize(tensor: RecordedTensor, like: Tensor) -> None:
+    """Arrange the elements of ``tensor``, which is about to be overwritten, as those of ``like`` are."""
+    may_change(tensor)
+    tensor._meta.resize_(like.size()).as_strided_(like.size(), like.stride())
+    follow_meta(tensor)
+
+
 def follow_meta(tensor: RecordedTensor) -> None:
-    """Take the storage and geometry that ``tensor._meta`` has by now: an operator changed them in place."""
+    """Take the storage and geometry that ``tensor._meta`` has by now: an operator changed them in place.
+
+    The tensor in C++ stays the same one: functions that are made of operators, such as ``torch.stft``, go on with it.
+    """
     tensor._twin = MetaTwin(tensor._meta, tensor._claimed)
-    swap_tensor_impl(tensor, _at(tensor._twin, tensor.requires_grad))
+    with DisableTorchFunction():
+        tensor.data = _at(tensor._twin)
+
+
+def view_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Run an operator that makes its first argument, a recorded tensor, a view of what it was."""
+    tensor: Tensor = args[0]
+    may_change(tensor)
+    with DisableTorchDispatch():
+        func(meta_of(tensor), *args[1:], **kwargs)
+    if isinstance(tensor, RecordedTensor):
+        follow_meta(tensor)
+    return tensor
 
 
 def become(tensor: Tensor, value: Tensor, *, alone: bool = False) -> None:
