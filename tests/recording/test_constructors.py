@@ -22,6 +22,8 @@ from fabric_init.api import materialize
 from fabric_init.errors import RecordingError
 from tests.support.identity import compare
 
+pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+
 P = nn.Parameter
 Constructor = Callable[[nn.Module], None]
 CASES: dict[str, Constructor] = {}
@@ -684,6 +686,45 @@ def storages_that_copy_their_bytes(s):
 
 
 @case
+def set_to_other_memory(s):
+    real = OUTSIDE.clone()
+    x, y, z, none = torch.randn(1, 3), torch.zeros(3), torch.randn(3), torch.ones(2)
+    x.set_(real)
+    x.mul_(2)
+    z.set_(y, 1, (2,), (1,))
+    z.fill_(3.0)
+    none.set_()
+    s.a, s.b = P(x), P(torch.randn(2, 2).set_(OUTSIDE, 1, (2,), (1,)).abs())
+    s.held = [real.clone(), y, z, none.abs(), torch.empty(0).set_(y.untyped_storage()) + 1]
+    s.values = [y.is_set_to(y.view(3)), y.is_set_to(z), z.set_(y).is_set_to(y)]
+
+
+@case
+def storages_by_element(s):
+    a, b, c = torch.zeros(3), torch.ones(3), torch.arange(3.0)
+    typed = a.storage()
+    typed.fill_(3)
+    typed[0] = 5
+    b.untyped_storage()[3] = 64
+    c.storage().copy_(b.storage())
+    c.add_(1)
+    s.held = [a, b, c, torch.Tensor(c.storage()), torch.FloatTensor(typed.clone()), copy.deepcopy(typed).tolist()]
+    s.values = [typed.tolist(), typed[1], list(b.untyped_storage()), c.storage().double().tolist()]
+
+
+@case
+def functions_of_python_on_each_element(s):
+    a, b, real = torch.rand(2, 2), torch.ones(2, 2), OUTSIDE[:2, :2].clone()
+    a.apply_(lambda v: v * 2 + 1)
+    b.t().map_(a, lambda one, other: one - other)
+    b[0].map2_(a[0], torch.ones(2), lambda *values: sum(values))
+    s.a = P(a)
+    s.held = [b, real.map_(a, lambda one, other: one + other), a.mul_(2)]
+    with pytest.raises(RuntimeError, match="requires grad"):
+        s.a.apply_(abs)
+
+
+@case
 def writes_to_real_memory_through_another_tensor(s):
     real = torch.tensor([1.0, 2.0, 3.0])
     alias = torch.empty(0).set_(real.untyped_storage(), 1, (2,))
@@ -750,6 +791,34 @@ def test_share_memory_in_a_constructor_is_refused_with_the_reason() -> None:
 def test_writing_through_a_numpy_array_is_refused_by_numpy() -> None:
     with deferred_init(), pytest.raises(ValueError, match="read-only"):
         torch.zeros(3).numpy()[0] = 5
+
+
+def test_dlpack_in_a_block_gives_values_that_nobody_can_write_to() -> None:
+    with deferred_init():
+        table = torch.arange(3.0)
+        with pytest.raises(ValueError, match="read-only"):
+            np.from_dlpack(table)[0] = 5
+        for use in (torch.from_dlpack, torch.Tensor.__dlpack__):
+            with pytest.raises(RecordingError, match="what is written there would be lost"):
+                use(table)
+        assert torch.from_dlpack(table, copy=True).tolist() == [0, 1, 2]
+        with pytest.raises(RuntimeError, match="Cannot access data pointer"):  # torch's own: nobody hears of this call
+            torch.utils.dlpack.to_dlpack(table)
+
+
+def test_setting_a_real_tensor_on_recorded_memory_is_refused() -> None:
+    real = torch.ones(3)
+    with deferred_init():
+        table = torch.zeros(3)
+        for source in (table, table.untyped_storage()):
+            with pytest.raises(RecordingError, match="a real tensor is set on the memory of a recorded one"):
+                real.set_(source)
+    assert real.tolist() == [1, 1, 1]
+
+
+def test_a_storage_in_a_block_is_not_saved_without_its_bytes() -> None:
+    with deferred_init(), pytest.raises(RecordingError, match="storage has no bytes yet"):
+        torch.save(torch.ones(3).storage(), io.BytesIO())
 
 
 def test_a_meta_tensor_from_outside_is_refused_with_the_reason() -> None:
