@@ -36,7 +36,7 @@ from fabric_init.recording.in_block.init_calls import init_call
 from fabric_init.recording.in_block.recorder import Recorder
 from fabric_init.recording.in_block.tape_writer import Shards
 from fabric_init.recording.replay.replay import real_execution
-from fabric_init.recording.replay.tracing import hears_alone
+from fabric_init.recording.replay.tracing import WithoutCompiling, hears_alone, not_compiled
 from fabric_init.recording.tape.op_properties import INIT_FUNCTIONS
 from fabric_init.recording.tape.tape import Rng, Tape, check_rng
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, claim_all, recorded
@@ -75,12 +75,14 @@ class RecordMode(TorchFunctionMode):
         self.tape = Tape(rng)
         self.recorder = Recorder(self.tape, agree, skips_init=skips_init, shards=shards)
         self.tape.after_block = AfterBlock(self.tape)
+        self._eager = WithoutCompiling()
         self._opened = 0.0
 
     def __repr__(self) -> str:
         return f"<RecordMode: {self.tape.summary()}>"
 
     def __enter__(self) -> Self:
+        self._eager.__enter__()
         self.recorder.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         _logger.debug("block opened, rng=%r", self.tape.rng)
@@ -92,11 +94,13 @@ class RecordMode(TorchFunctionMode):
     ) -> None:
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         self.recorder.__exit__(kind, error, trace)
+        self._eager.__exit__()
         self.tape.after_block.block_is_open = False
         if _logger.isEnabledFor(logging.DEBUG):  # the summary of a large tape is not for free
             seconds, raised = time.perf_counter() - self._opened, "" if kind is None else f" by {kind.__name__}"
             _logger.debug("block closed%s after %.3f s: %s", raised, seconds, self.tape.summary())
 
+    @not_compiled
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

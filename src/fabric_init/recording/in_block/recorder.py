@@ -29,6 +29,7 @@ from fabric_init.recording.in_block.meta_kernels import (
 )
 from fabric_init.recording.in_block.tape_writer import OnReal, Shards, TapeWriter
 from fabric_init.recording.replay.replay import real_execution
+from fabric_init.recording.replay.tracing import not_compiled
 from fabric_init.recording.tape.op_properties import asks_shape_only, only_copies, traits
 from fabric_init.recording.tape.random_streams import RandomStreams, generator_kept
 from fabric_init.recording.tape.tape import Tape
@@ -89,7 +90,7 @@ class Recorder(TorchDispatchMode, TapeWriter):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # constructors are not compiled, and torch's wrapper that skips dynamo would import all of it
+        return False  # torch's wrapper that skips dynamo would import all of it; see not_compiled
 
     def __enter__(self) -> Self:
         with real_execution():
@@ -106,6 +107,7 @@ class Recorder(TorchDispatchMode, TapeWriter):
         with real_execution():
             self.streams.close()
 
+    @not_compiled
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

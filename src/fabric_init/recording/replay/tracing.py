@@ -7,10 +7,12 @@ operators; our code is not for it to read.
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable
 from functools import wraps
 from types import FunctionType
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 
@@ -72,6 +74,38 @@ class OutsideTracing:
             functorch_stack.push_dynamic_layer_stack(self._layers.pop())
 
 
+class WithoutCompiling:
+    """Context in which compiled functions run as they are written, and are not compiled.
+
+    It is for all threads, as torch's own setting is. What is first compiled inside, when nothing was before, is skipped
+    by ``torch.compile`` for good: its import takes longer than that of all of this package.
+    """
+
+    _lock = threading.Lock()
+    _open: ClassVar[int] = 0
+    _stance: ClassVar[Any]
+
+    def __enter__(self) -> None:
+        self._is_set = "torch._dynamo" in sys.modules and not torch.compiler.is_compiling()
+        with self._lock:
+            if self._is_set and WithoutCompiling._open == 0:
+                WithoutCompiling._stance = torch.compiler.set_stance("force_eager")
+            WithoutCompiling._open += self._is_set
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            WithoutCompiling._open -= self._is_set
+            if self._is_set and WithoutCompiling._open == 0:
+                WithoutCompiling._stance.__exit__(None, None, None)
+
+
+def not_compiled(function: _Answer) -> _Answer:
+    """Let Python run ``function``, and what that calls, where ``torch.compile`` would compile them by themselves."""
+    strategy = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
+    set_code_exec_strategy(cast(FunctionType, function).__code__, strategy)
+    return function
+
+
 def never_compiled(answer: _Answer) -> _Answer:
     """Let Python run ``answer``, which a tensor subclass gives torch, where ``torch.compile`` would compile it.
 
@@ -85,6 +119,4 @@ def never_compiled(answer: _Answer) -> _Answer:
             graph_break()
         return answer(cls, func, types, args, kwargs)
 
-    not_compiled = FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP)
-    set_code_exec_strategy(cast(FunctionType, run).__code__, not_compiled)
-    return cast(_Answer, run)
+    return cast(_Answer, not_compiled(run))
