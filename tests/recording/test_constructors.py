@@ -9,6 +9,7 @@ import pickle
 import threading
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from torch.nn.utils import parametrizations, prune
 
 from fabric_init import deferred_init
 from fabric_init.api import materialize
-from fabric_init.errors import RecordingError
+from fabric_init.errors import CheckpointMismatchError, RecordingError
 from tests.support.identity import compare
 
 pytestmark = pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
@@ -68,6 +69,35 @@ def tensors_of_tensors(s):
 @case
 def a_list_of_recorded_scalars(s):
     s.a = P(torch.tensor([x * 2 for x in torch.arange(3.0)]))
+
+
+@case
+def lists_of_recorded_scalars_in_legacy_constructors(s):
+    s.a = P(torch.Tensor([torch.ones(2).sum(), torch.rand(2).mean()]))
+    s.b = P(torch.ones(2).new_tensor([torch.ones(2).sum(), torch.rand(2).mean()]))
+
+
+@case
+def functions_that_read_memory(s):
+    s.register_buffer("sobol", torch.quasirandom.SobolEngine(4, scramble=True, seed=5).draw(4))
+    s.a = P(torch.tensor_split(torch.rand(6), torch.arange(2, 5))[1])
+
+
+@case
+def sizes_and_values_of_a_forward_that_makes_views_in_place(s):
+    window = torch.hann_window(16)
+    s.a = P(torch.stft(torch.rand(2, 64), 16, window=window, return_complex=True).abs().mT.reshape(-1, 9))
+    s.rnn = nn.GRU(8, 4, batch_first=True)
+    with torch.no_grad():
+        s.b = P(s.rnn(torch.rand(2, 5, 8))[0].flatten(1))
+
+
+@case
+def out_tensors_that_get_another_shape(s):
+    s.a = P(torch.arange(5.0, out=torch.empty(0)))
+    target = torch.empty(0)
+    torch.linalg.svdvals(torch.rand(3, 4), out=target)
+    s.b = P(target)
 
 
 @case
@@ -872,3 +902,47 @@ def test_a_tensor_given_to_an_init_function_counts_with_its_value_at_that_moment
 
     verdict = compare(build)
     assert verdict.differences == []
+
+
+# -- what a tape cannot describe ---------------------------------------------------------------------------------------
+
+NOT_STRIDED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sparse": lambda w: w.to_sparse(),
+    "sparse of values": lambda w: torch.sparse_coo_tensor(
+        torch.tensor([[0, 1], [1, 2]]), w[0, :2], (3, 3), check_invariants=False
+    ),
+    "quantized": lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8),
+    "nested": lambda w: torch.nested.nested_tensor([w[0], w[1, :2]]),
+}
+
+
+class KeepsNotStrided(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.weight = P(torch.rand(3, 3))
+        self.kept = NOT_STRIDED[kind](self.weight.detach())
+
+    def values(self) -> torch.Tensor:
+        if self.kept.is_nested:
+            return torch.cat([part.flatten() for part in self.kept.unbind()])
+        return self.kept.dequantize() if self.kept.is_quantized else self.kept.to_dense()
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize:UserWarning", "ignore:.*nested tensors:UserWarning")
+@pytest.mark.parametrize("kind", NOT_STRIDED)
+def test_sparse_quantized_and_nested_tensors_have_their_values_and_no_load_leaves_them_behind(
+    kind: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    plain = KeepsNotStrided(kind)
+    torch.manual_seed(0)
+    with deferred_init(rng="eager"):
+        model = KeepsNotStrided(kind)
+    materialize(model)
+    assert torch.equal(model.values(), plain.values())
+
+    torch.save(KeepsNotStrided(kind).state_dict(), tmp_path / "other.pt")
+    with deferred_init():
+        model = KeepsNotStrided(kind)
+    with pytest.raises(CheckpointMismatchError, match="has looked at values that were computed from weight"):
+        materialize(model, checkpoint=tmp_path / "other.pt")

@@ -30,6 +30,12 @@ def _index(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[st
         return func(*args, **kwargs)
 
 
+def _plain_items(recorder: Recorder, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value if recorded(value) is None else recorder.look_at(value)
+    return type(value)([_plain_items(recorder, item) for item in value]) if type(value) in (list, tuple) else value
+
+
 def _new_tensor(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``t.new_tensor(data)`` or ``t.new(data)`` on real values, with ``t``'s dtype and recorded device."""
     with DisableTorchFunction():
@@ -40,21 +46,15 @@ def _new_tensor(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: di
         dtype, device = kwargs.get("dtype") or args[0].dtype, kwargs.get("device") or recording.device
         if isinstance(data, Tensor):
             return data if func is Tensor.new else data.detach().to(device=device, dtype=dtype, copy=True)
-        tensor = torch.tensor(data, dtype=dtype, device=device)
+        tensor = torch.tensor(_plain_items(recorder, data), dtype=dtype, device=device)
         return tensor.requires_grad_() if kwargs.get("requires_grad") else tensor
 
 
 def _tensor(recorder: Recorder, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run ``torch.tensor([a, b])`` on true values: torch reads recorded scalars in a list without calling a mode."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value if recorded(value) is None else recorder.look_at(value)
-        return type(value)([plain(item) for item in value]) if type(value) in (list, tuple) else value
-
     with DisableTorchFunction():
         if args and type(args[0]) in (list, tuple):
-            args = (plain(args[0]), *args[1:])
+            args = (_plain_items(recorder, args[0]), *args[1:])
     return func(*args, **kwargs)  # `func` applies a device argument and the default device
 
 

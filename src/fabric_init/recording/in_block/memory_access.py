@@ -159,7 +159,8 @@ def _share_memory(recorder: Any, func: Any, args: tuple[Any, ...], kwargs: dict[
         return func(later.value(args[0], "be read"))
 
 
-_READ = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__float__, Tensor.__int__, Tensor.__dlpack_device__)
+_NUMBERS = (Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__complex__)
+_READ = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack_device__, *_NUMBERS)
 _CHANGED_BY_PYTHON = (Tensor.apply_, Tensor.map_, Tensor.map2_)
 
 HANDLERS: dict[Any, Handler] = {

@@ -20,13 +20,18 @@ META = torch.device("meta")
 
 
 def is_dense(tensor: torch.Tensor) -> bool:
-    """Return whether the tape can describe ``tensor``: strided and not quantized."""
-    return tensor.layout == torch.strided and not tensor.is_quantized
+    """Return whether the tape can describe ``tensor``: strided, and neither nested nor quantized."""
+    return tensor.layout == torch.strided and not tensor.is_nested and tensor.dtype not in _QUANTIZED
+
+
+_QUANTIZED = frozenset({torch.qint8, torch.qint32, torch.quint8, torch.quint4x2, torch.quint2x4})
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
     """Return ``tensor``, or a contiguous one like it if elements share memory (stride 0)."""
-    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.size(), strict=True)):
+    if is_dense(tensor) and any(
+        stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.size(), strict=True)
+    ):
         return torch.empty(tensor.size(), dtype=tensor.dtype, device=META)
     return tensor
 

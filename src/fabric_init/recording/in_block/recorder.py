@@ -179,7 +179,7 @@ class Recorder(TorchDispatchMode, TapeWriter):
         fits, result = self._on_meta(func, args, kwargs, written)
         if not fits:  # if the op itself is wrong, torch raises on true values
             return self._with_true_values(func, args, kwargs, recordings)
-        if not all(is_dense(tensor) for tensor in tensors_in((result,))):
+        if op_traits.quantizes or not all(is_dense(tensor) for tensor in tensors_in((result,))):
             self._note_look(None, tuple(tensors), {})
             with real_execution():  # the tape only describes strided memory, so a sparse tensor is real at once
                 return func(*self._real(args), **self._real(kwargs))
@@ -288,9 +288,10 @@ class Recorder(TorchDispatchMode, TapeWriter):
             for tensor, value in zip(written, written_tensors(func, real_args, real_kwargs), strict=True):
                 if isinstance(tensor, RecordedTensor) and not same_geometry(tensor, value):
                     resize(tensor, value)
+            described = all(is_dense(tensor) for tensor in tensors_in((real,)))
             if not written:
-                self._note_look(func, args, kwargs)
-            if not any(True for _ in tensors_in((real,))) or not all(is_dense(t) for t in tensors_in((real,))):
+                self._note_look(func if described else None, args, kwargs)
+            if not any(True for _ in tensors_in((real,))) or not described:
                 return real
             result = map_tensors(real, like_on_meta)
         self._record(func, args, kwargs, recordings, written, result, sys._getframe(2))

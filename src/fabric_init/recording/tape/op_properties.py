@@ -116,6 +116,7 @@ class Traits(NamedTuple):
     data_dependent: bool
     changes_geometry: bool
     view_in_place: bool  # changes nothing else
+    quantizes: bool  # returns a quantized tensor, which its meta kernel does not
     pointwise: bool
     view: bool  # returns nothing but views of its first argument, and takes no other tensor
 
@@ -143,6 +144,7 @@ def traits(func: OpOverload) -> Traits:
         random=Tag.nondeterministic_seeded in func.tags,
         data_dependent=bool({Tag.data_dependent_output, Tag.dynamic_output_shape} & set(func.tags)),
         changes_geometry=Tag.inplace_view in func.tags,
+        quantizes=schema.name.startswith("aten::quantize_per_"),
         view_in_place=Tag.inplace_view in func.tags and schema.name not in _CHANGE_STORAGE,
         pointwise=Tag.pointwise in func.tags and not written and len(schema.returns) == 1,
         view=tensors == 1 and not written and _is_view(func),
