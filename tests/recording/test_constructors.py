@@ -904,6 +904,64 @@ def test_a_tensor_given_to_an_init_function_counts_with_its_value_at_that_moment
     assert verdict.differences == []
 
 
+# -- classes and attributes of tensors ---------------------------------------------------------------------------------
+
+
+class Labelled(torch.Tensor):
+    label: str
+
+    @staticmethod
+    def __new__(cls, data: torch.Tensor, label: str) -> Labelled:
+        made = torch.Tensor._make_subclass(cls, data)
+        made.label = label
+        return made
+
+
+class Other(torch.Tensor):
+    pass
+
+
+class OfOwnClasses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parameter = P(Labelled(torch.rand(4), "a"))
+        self.other = P(torch.rand(2).as_subclass(Other))
+        self.kept = [
+            Labelled(torch.rand(2), "b"),
+            torch.rand(3).as_subclass(Other),
+            self.other.detach().as_subclass(Labelled),
+        ]
+        self.register_buffer("detached", self.kept[0].detach())
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [*self.parameters(), *self.buffers(), *self.kept]
+
+
+def test_tensors_of_own_classes_whose_constructors_take_arguments_have_their_classes_and_values() -> None:
+    torch.manual_seed(0)
+    plain = OfOwnClasses().tensors()
+    torch.manual_seed(0)
+    with deferred_init(rng="eager"):
+        model = OfOwnClasses()
+    materialize(model)
+    found = model.tensors()
+    for one, other in zip(plain, found, strict=True):
+        assert type(one) is type(other)
+        assert torch.equal(one, other)
+        assert vars(one) == vars(other)
+        assert isinstance(one, P) is isinstance(other, P)
+        assert one.requires_grad is other.requires_grad
+
+
+def test_a_gradient_that_a_constructor_sets_is_a_plain_tensor_once_the_model_is_filled() -> None:
+    with deferred_init():
+        model = nn.Linear(2, 2)
+        model.weight.grad = torch.arange(4.0).view(2, 2)
+    materialize(model)
+    assert type(model.weight.grad) is torch.Tensor
+    assert model.weight.grad.tolist() == [[0, 1], [2, 3]]
+
+
 # -- what a tape cannot describe ---------------------------------------------------------------------------------------
 
 NOT_STRIDED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -118,7 +118,13 @@ class RecordedTensor(Tensor):
         asking = sys._getframe(1)
         if asking.f_code is _NEW_PARAMETER and (own := asking.f_locals["cls"]) is not nn.Parameter:
             self.__class__ = detached.__class__ = recorded_class(own)  # type: ignore[assignment]  # torch wants both to be of one class
+        elif not issubclass(getattr(type(self), "own_class", nn.Parameter), nn.Parameter):
+            detached.__class__ = type(self)  # as torch lets results be of the class of what they are computed from
         return detached
+
+    def as_subclass(self, cls: type[Tensor]) -> Tensor:  # type: ignore[override]
+        """Ask from here, where :func:`_in_class_of` finds no other class than ``cls``."""
+        return super().as_subclass(cls)
 
     def requires_grad_(self, requires_grad: bool = True) -> Tensor:
         """What ``nn.Parameter`` asks next."""
@@ -306,12 +312,23 @@ def become(tensor: Tensor, value: Tensor, *, alone: bool = False) -> None:
         tensor.__class__ = getattr(type(tensor), "own_class", plain)  # type: ignore[arg-type]
         for name in _OWN_ATTRIBUTES:  # last: another thread may be asking
             _attributes(tensor).pop(name, None)
+        if is_parameter and not issubclass(type(tensor), nn.Parameter):
+            tensor._is_param = True  # as nn.Parameter does for tensors of other classes
     if grad is not None and grad.size() == tensor.size():
-        tensor.grad = grad
+        tensor.grad = _with_values(grad)
     if hooks:
         tensor._backward_hooks = hooks
     if after_accumulation:
         tensor._post_accumulate_grad_hooks = after_accumulation
+
+
+def _with_values(grad: Tensor) -> Tensor:
+    """Return a gradient that a constructor has set as a plain tensor, if its values can be had: autograd holds it."""
+    with DisableTorchFunction():
+        if not isinstance(grad, RecordedTensor) or not _later(grad).has_value(grad):
+            return grad
+        plain: Tensor = _later(grad).value(grad, "be read")
+    return plain
 
 
 def _pass_grad_on(reference: weakref.ref[Tensor], before: Tensor) -> None:
