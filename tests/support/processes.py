@@ -37,7 +37,8 @@ def run_to_the_end(
         AssertionError: it took longer than ``seconds``.
     """
     mark = uuid.uuid4().hex
-    alone = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    alone = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     alone |= {**(environment or {}), _MARK: mark}
     process = subprocess.Popen(
         [str(part) for part in command],
