@@ -188,7 +188,7 @@ def _attributes(named: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, K
                         yield path, "attribute", tensor
         attributes = vars(module)
         own = attributes.keys() - _NOT_ITS_OWN  # a set knows no order, but takes away much at once
-        if any([type(attributes[name]) not in _PLAIN_TYPES for name in own]):  # few modules
+        if not _PLAIN_TYPES.issuperset(map(type, map(attributes.__getitem__, own))):  # few modules
             for name, value in attributes.items():
                 if name in own and type(value) not in _PLAIN_TYPES and not name.startswith(_NOT_THE_MODELS):
                     for path, tensor in _tensors_in(value, f"{prefix}.{name}" if prefix else name, seen):

@@ -186,8 +186,8 @@ class _Mapped(_Local):
         except OSError:
             now = ()  # removed, or out of reach: the map keeps what was there, unless somebody else cuts it short
         # A file that was put in its place does not concern the map.
-        rewritten = now[:2] == self._identity[:2] and now != self._identity
-        if rewritten or stop > self.size or self._map.size() < self.size:
+        is_there = now[:2] == self._identity[:2]
+        if stop > self.size or (now != self._identity if is_there else self._map.size() < self.size):
             # Touching a page past the end would kill the process with SIGBUS.
             raise CheckpointFormatError(changed(self.path, self.size))
 
