@@ -25,7 +25,8 @@ from fabric_init.planning.prepare import PreparedPlan
 from fabric_init.planning.recorded_load.key_tensors import recorded_on_sources
 from fabric_init.planning.tensors import TensorInfo, Walk, Walked, find_tensors, named_modules
 from fabric_init.recording.tape.tape import Rng
-from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, follow_meta, meta_of, recorded
+from fabric_init.recording.tensor.geometry import follow_meta
+from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, meta_of, recorded
 from fabric_init.recording.tensor.storage_tags import StorageTag, ref_of
 from fabric_init.sharding.packed_weights import is_packed
 

@@ -21,11 +21,11 @@ from fabric_init.planning.recorded_load.regions import Evaluation, copied_source
 from fabric_init.planning.tensors import named_modules, named_tensors
 from fabric_init.recording.in_block.recorder import Recorder
 from fabric_init.recording.tape.tape import Rng, Tape, TensorRef
+from fabric_init.recording.tensor.geometry import follow_meta
 from fabric_init.recording.tensor.recorded_tensor import (
     RecordedTensor,
     become,
     become_recorded,
-    follow_meta,
     make_recorded_tensor,
     meta_of,
     recorded,

@@ -17,8 +17,9 @@ from fabric_init.recording.replay.replay import real_execution, view
 from fabric_init.recording.tape.liveness import covers, never_written
 from fabric_init.recording.tape.op_properties import INDEXES, asks_shape_only, has_out, only_copies, overwrites, traits
 from fabric_init.recording.tape.tape import TensorRef
+from fabric_init.recording.tensor.geometry import view_in_place
 from fabric_init.recording.tensor.real_memory import plain_memory
-from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, become, recorded, recorded_ref, view_in_place
+from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, become, recorded, recorded_ref
 from fabric_init.recording.tensor.storage_tags import StorageTag
 
 _OF_ALL_RANKS = frozenset({"c10d", "_c10d_functional", "_c10d_functional_autograd"})

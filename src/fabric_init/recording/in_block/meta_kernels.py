@@ -8,13 +8,8 @@ from typing import Any
 import torch
 
 from fabric_init.recording.tape.op_properties import PLAIN_FACTORIES, has_out, traits
-from fabric_init.recording.tensor.recorded_tensor import (
-    RecordedTensor,
-    follow_meta,
-    make_recorded_tensor,
-    meta_of,
-    recorded,
-)
+from fabric_init.recording.tensor.geometry import follow_meta
+from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, make_recorded_tensor, meta_of, recorded
 
 META = torch.device("meta")
 

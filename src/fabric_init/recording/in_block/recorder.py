@@ -33,18 +33,9 @@ from fabric_init.recording.replay.tracing import not_compiled
 from fabric_init.recording.tape.op_properties import asks_shape_only, only_copies, traits
 from fabric_init.recording.tape.random_streams import RandomStreams, generator_kept
 from fabric_init.recording.tape.tape import Tape
+from fabric_init.recording.tensor.geometry import follow_meta, may_change, resize, same_geometry, view_in_place
 from fabric_init.recording.tensor.recorded_storage import RecordedStorage
-from fabric_init.recording.tensor.recorded_tensor import (
-    ASKS_DEVICE,
-    RecordedTensor,
-    follow_meta,
-    make_recorded_tensor,
-    may_change,
-    meta_of,
-    resize,
-    same_geometry,
-    view_in_place,
-)
+from fabric_init.recording.tensor.recorded_tensor import ASKS_DEVICE, RecordedTensor, make_recorded_tensor, meta_of
 from fabric_init.recording.tensor.storage_tags import StorageTag
 from fabric_init.recording.tensor.wrappers import is_recorded_shard, is_sharded, is_sharded_class, is_wrapper_class
 

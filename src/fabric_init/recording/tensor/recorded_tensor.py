@@ -244,45 +244,6 @@ def recorded_ref(tensor: Tensor, storage: int) -> TensorRef:
     return tensor._twin.ref if isinstance(tensor, RecordedTensor) else ref_of(tensor, storage)
 
 
-def may_change(tensor: Tensor) -> None:
-    """Let an operator that is about to run change the geometry of ``tensor``; :func:`follow_meta` comes after it."""
-    if isinstance(tensor, RecordedTensor):
-        tensor._twin = tensor._twin.own()
-
-
-def same_geometry(tensor: Tensor, other: Tensor) -> bool:
-    """Return whether the elements of two tensors are arranged alike."""
-    return tensor.size() == other.size() and tensor.stride() == other.stride()
-
-
-def resize(tensor: RecordedTensor, like: Tensor) -> None:
-    """Arrange the elements of ``tensor``, which is about to be overwritten, as those of ``like`` are."""
-    may_change(tensor)
-    tensor._meta.resize_(like.size()).as_strided_(like.size(), like.stride())
-    follow_meta(tensor)
-
-
-def follow_meta(tensor: RecordedTensor) -> None:
-    """Take the storage and geometry that ``tensor._meta`` has by now: an operator changed them in place.
-
-    The tensor in C++ stays the same one: functions that are made of operators, such as ``torch.stft``, go on with it.
-    """
-    tensor._twin = MetaTwin(tensor._meta, tensor._claimed)
-    with DisableTorchFunction():
-        tensor.data = _at(tensor._twin)
-
-
-def view_in_place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Run an operator that makes its first argument, a recorded tensor, a view of what it was."""
-    tensor: Tensor = args[0]
-    may_change(tensor)
-    with DisableTorchDispatch():
-        func(meta_of(tensor), *args[1:], **kwargs)
-    if isinstance(tensor, RecordedTensor):
-        follow_meta(tensor)
-    return tensor
-
-
 def become(tensor: Tensor, value: Tensor, *, alone: bool = False) -> None:
     """Give ``tensor``, which stays the same Python object, the memory of ``value``.
 
