@@ -30,8 +30,8 @@ _NOT_WEIGHTS = frozenset(
 )
 
 _LOOKED_FOR = """\
-*.safetensors.index.json, model.safetensors or a single *.safetensors, .metadata of torch.distributed.checkpoint, \
-latest of DeepSpeed, *.bin.index.json, pytorch_model.bin or a single *.bin, *.pt, *.pth or *.ckpt, a single *.gguf"""
+model.safetensors, *.safetensors.index.json or a single *.safetensors, .metadata of torch.distributed.checkpoint, \
+latest of DeepSpeed, pytorch_model.bin, *.bin.index.json or a single *.bin, *.pt, *.pth or *.ckpt, a single *.gguf"""
 
 _KNOWN_ELSEWHERE = {
     b"\x89HDF": "an HDF5 file (Keras)",
@@ -185,15 +185,20 @@ def _chosen(folder: str, names: Sequence[str]) -> str | None:
 def _safetensors_in(folder: str, names: Sequence[str]) -> str | None:
     weights = [name for name in names if name.endswith(".safetensors")]
     indices = [name for name in names if name.endswith(".safetensors.index.json")]
-    chosen = _prefer(folder, indices, "model.safetensors.index.json")
-    return chosen or _prefer(folder, weights, "model.safetensors")
+    return _usual_or_index(folder, weights, indices, "model.safetensors")
 
 
 def _torch_in(folder: str, names: Sequence[str]) -> str | None:
     weights = [name for name in names if name.endswith(_TORCH_SUFFIXES) and name not in _NOT_WEIGHTS]
     indices = [name for name in names if name.endswith(".index.json") and ".safetensors." not in name]
-    chosen = _prefer(folder, indices, "pytorch_model.bin.index.json")
-    return chosen or _prefer(folder, weights, "pytorch_model.bin")
+    return _usual_or_index(folder, weights, indices, "pytorch_model.bin")
+
+
+def _usual_or_index(folder: str, weights: Sequence[str], indices: Sequence[str], usual: str) -> str | None:
+    """Return the ``usual`` file if it is there, as ``from_pretrained`` does beside a stale index; else an index."""
+    if usual in weights:
+        return usual
+    return _prefer(folder, indices, f"{usual}.index.json") or _prefer(folder, weights, usual)
 
 
 def _gguf_in(folder: str, names: Sequence[str]) -> str | None:
