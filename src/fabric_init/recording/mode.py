@@ -30,7 +30,7 @@ from fabric_init._torch_internals import (
 )
 from fabric_init.recording.after_block.dispatch import AfterBlock
 from fabric_init.recording.after_block.functions import asks_for_values, take_own_part
-from fabric_init.recording.in_block import device_queries, escapes, memory_access, one_op, refused_calls
+from fabric_init.recording.in_block import device_queries, from_python, memory_access, one_op, refused_calls
 from fabric_init.recording.in_block.device_queries import Handler
 from fabric_init.recording.in_block.init_calls import init_call
 from fabric_init.recording.in_block.recorder import Recorder
@@ -204,7 +204,7 @@ _HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys(_INIT_WITH_MODE.values(), _init_function),
     Tensor.is_meta.__get__: _is_meta,  # type: ignore[attr-defined]
     **device_queries.HANDLERS,
-    **escapes.HANDLERS,
+    **from_python.HANDLERS,
     **memory_access.HANDLERS,
     **one_op.HANDLERS,
     **refused_calls.HANDLERS,

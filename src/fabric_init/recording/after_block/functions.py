@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fabric_init._torch_internals import DisableTorchFunction, asks_if_view
-from fabric_init.recording.in_block import device_queries, escapes, memory_access
+from fabric_init.recording.in_block import device_queries, from_python, memory_access
 from fabric_init.recording.tensor.recorded_tensor import RecordedTensor, become_recorded, recorded
 
 
@@ -107,7 +107,7 @@ def take_own_part(asking: FrameType, output: Tensor, is_there: Callable[[Tensor]
 
 HANDLERS: dict[Any, Any] = {
     **device_queries.LATER_HANDLERS,
-    **escapes.HANDLERS,
+    **from_python.HANDLERS,
     **memory_access.HANDLERS,
     asks_if_view: _is_view,
     torch.chunk: _chunk,
