@@ -91,8 +91,8 @@ def test_a_file_in_the_legacy_format_is_read_whole(memory: str) -> None:
 
 
 def test_a_url_of_a_folder_opens_what_is_preferred_in_it(server: Server, memory: str) -> None:
-    assert open_checkpoint(memory).format == "sharded safetensors"
-    assert open_checkpoint(f"{server.url}/").format == "sharded safetensors"
+    assert open_checkpoint(memory).format == "safetensors"
+    assert open_checkpoint(f"{server.url}/").format == "safetensors"
 
 
 @settings(max_examples=200, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
