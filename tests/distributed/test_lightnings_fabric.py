@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -129,3 +130,25 @@ def test_load_raw_takes_and_refuses_the_files_that_lightnings_does(lacks: str, s
             assert ours == theirs
         else:
             assert_same(ours, theirs)
+
+
+def load_own_file(ours: bool, folder: Path, same_name: bool) -> dict[str, Tensor] | str:
+    """Load a file of this rank's own: by a path that only this rank has, or by the same path on another disk."""
+    own = folder / os.environ["RANK"]
+    if same_name:
+        os.chdir(own)
+    package = fabric_init if ours else lightning.fabric
+    return loaded_raw(package, Path("raw.pt") if same_name else own / "raw.pt", strict=True)
+
+
+@pytest.mark.parametrize("same_name", [True, False], ids=["one path, two disks", "two paths"])
+def test_load_raw_loads_the_file_of_rank_0_as_lightnings_does(same_name: bool, tmp_path: Path) -> None:
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+        path = write_checkpoint(tmp_path / rank / "raw.pt", "even, untied")
+        torch.save({key: value + int(rank) for key, value in torch.load(path).items()}, path)
+    theirs, ours = (
+        run_ranks(2, load_own_file, ours=ours, folder=tmp_path, same_name=same_name) for ours in (False, True)
+    )
+    for their, our in zip(theirs, ours, strict=True):
+        assert_same(our, their)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from pathlib import Path
 
 from fabric_init.checkpoints import CheckpointReader, Span, TensorSpec
 from fabric_init.checkpoints.reader import read
@@ -32,10 +33,15 @@ def files_digest(reader: CheckpointReader) -> str | None:
     folder = path if path.is_dir() else path.parent
     try:
         files = sorted(folder.iterdir()) if path.is_dir() or path.name.endswith(".json") else [path]
-        found = [(file.name, os.stat(file)) for file in files if file.is_file()]
+        return " ".join(file_digest(file) for file in files if file.is_file())
     except OSError:
         return None
-    return " ".join(f"{name} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}" for name, s in found)
+
+
+def file_digest(file: Path) -> str:
+    """Return such a text for one local file."""
+    status = os.stat(file)
+    return f"{file.name} {status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def content_checksums(reader: CheckpointReader, share: int, shares: int) -> dict[str, str]:

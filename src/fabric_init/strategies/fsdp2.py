@@ -18,6 +18,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor.placement_types import Shard
 
 from fabric_init.checkpoints import Box
+from fabric_init.checkpoints.fingerprint import file_digest
 from fabric_init.errors import FabricInitError
 from fabric_init.planning.placement import Placement, WholeTensors
 from fabric_init.planning.tensors import named_modules
@@ -43,12 +44,22 @@ class ModelParallelStrategy(DeferredInitMixin, lightning_strategies.ModelParalle
         return sharded
 
     def load_checkpoint(self, path: Any, state: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As Lightning's, but of a file that is loaded into a model alone, each rank reads its part."""
-        if not (isinstance(state, nn.Module) and Path(path).is_file() and has_shards(state)):
+        """As Lightning's, but of a file that is loaded into a model alone, each rank reads its part.
+
+        In both ways that is the file which rank 0 sees at its ``path``.
+        """
+        if not (isinstance(state, nn.Module) and has_shards(state)):
             return super().load_checkpoint(path, state, *args, **kwargs)
+        file = Path(self.broadcast(path))
+        if not self.agreement.alike(file_digest(file) if file.is_file() else None):
+            return super().load_checkpoint(file, state, *args, **kwargs)
         strict = args[0] if args else kwargs.get("strict", True)
+
+        def load() -> None:
+            load_parts(state, torch.load(file, mmap=True, map_location="cpu"), strict=strict)
+
         with self.loading_into(state):
-            load_parts(state, torch.load(path, mmap=True, map_location="cpu"), strict=strict)
+            self.agreement.run_together("load_raw", load)
         return {}
 
     def _shards_on(self) -> torch.device:
