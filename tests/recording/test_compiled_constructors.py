@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fabric_init import deferred_init, materialize
+from fabric_init import RanksLostError, deferred_init, materialize
+from fabric_init.recording.mode import RecordMode
 
 GRAPHS: list[Any] = []
 
@@ -77,5 +78,15 @@ def test_blocks_that_are_open_in_two_threads_leave_compiling_on() -> None:
     assert GRAPHS == []
     leave.set()
     thread.join()
+    doubled(torch.ones(3))
+    assert len(GRAPHS) == 1
+
+
+def test_a_block_that_cannot_be_entered_leaves_compiling_on() -> None:
+    def of_all_ranks(seed: int) -> int:
+        raise RanksLostError("rank 1 is gone")
+
+    with pytest.raises(RanksLostError), RecordMode(agree=of_all_ranks):
+        pass
     doubled(torch.ones(3))
     assert len(GRAPHS) == 1

@@ -82,9 +82,9 @@ class RecordMode(TorchFunctionMode):
         return f"<RecordMode: {self.tape.summary()}>"
 
     def __enter__(self) -> Self:
-        self._eager.__enter__()
-        self.recorder.__enter__()
+        self.recorder.__enter__()  # first, as it may raise: the other ranks are asked for the seed
         super().__enter__()  # type: ignore[no-untyped-call]
+        self._eager.__enter__()
         _logger.debug("block opened, rng=%r", self.tape.rng)
         self._opened = time.perf_counter()
         return self
@@ -92,9 +92,9 @@ class RecordMode(TorchFunctionMode):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._eager.__exit__()
         super().__exit__(kind, error, trace)  # type: ignore[no-untyped-call]
         self.recorder.__exit__(kind, error, trace)
-        self._eager.__exit__()
         self.tape.after_block.block_is_open = False
         if _logger.isEnabledFor(logging.DEBUG):  # the summary of a large tape is not for free
             seconds, raised = time.perf_counter() - self._opened, "" if kind is None else f" by {kind.__name__}"
