@@ -50,6 +50,16 @@ def test_addresses_are_equal_exactly_where_the_memory_will_be_the_same() -> None
     assert model.none.data_ptr() == 0
 
 
+def test_an_address_is_the_same_key_after_another_block_has_used_the_tensor() -> None:
+    model = recorded()
+    names = {model.one.weight.data_ptr(): "one.weight"}
+    with deferred_init():
+        later = nn.Linear(4, 4)
+        later.weight.data.copy_(model.one.weight.data * 2)
+    assert names[model.one.weight.data_ptr()] == "one.weight"
+    assert later.weight.data_ptr() not in names
+
+
 USES: dict[str, Callable[[Any], object]] = {
     "int": int,
     "hex": hex,

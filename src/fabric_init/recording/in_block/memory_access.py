@@ -126,8 +126,7 @@ def _is_set_to(recorder: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str
         one, other = args
         found, its = recorded(one), recorded(other)
         if found is not None and its is not None:
-            is_there = found.tape is its.tape and found.storage == its.storage
-            return is_there and recorded_ref(one, found.storage) == recorded_ref(other, its.storage)
+            return recorded_ref(one, found.storage) == recorded_ref(other, its.storage)
         return bool(func(*(recorder.true_value(each) if recorded(each) else each for each in args)))
 
 

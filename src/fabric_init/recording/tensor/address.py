@@ -26,8 +26,8 @@ class Address:
         self._found, self._offset = found, offset
 
     @property
-    def _storage(self) -> tuple[int, int]:
-        return id(self._found.tape), self._found.storage
+    def _storage(self) -> int:
+        return int(self._found.storage)  # of which no other tape has the same
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Address) and (self._storage, self._offset) == (other._storage, other._offset)
