@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import nn
 
 from fabric_init import CheckpointError, deferred_init, materialize
@@ -171,6 +174,62 @@ def test_a_request_that_fails_is_an_error_of_the_read_that_needs_it() -> None:
         ahead.reading(0)
         ahead.take(file, 0, memoryview(bytearray(10)))
     assert file.ahead is None
+
+
+def test_an_error_does_not_wait_for_a_server_that_says_nothing() -> None:
+    answers, answered = threading.Event(), []
+
+    def stall(start: int, stop: int) -> bytes:
+        answers.wait(20)
+        answered.append(start)
+        return bytes(stop - start)
+
+    file = Counting(stall)
+    with pytest.raises(ZeroDivisionError), ReadAhead([[Place(file, 0, 10)]]):
+        raise ZeroDivisionError
+    assert not answered
+    answers.set()
+
+
+def test_a_process_that_can_start_no_thread_reads_without_reading_ahead(
+    server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers = [open_checkpoint(place) for place in (f"{server.url}/model.safetensors", folder / "model.safetensors")]
+    start = threading.Thread.start
+
+    def start_others(thread: threading.Thread) -> None:
+        if thread.name.startswith("fabric_init"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(read_ahead, "MAPPED_BYTES", 0)
+    monkeypatch.setattr(read_ahead, "is_cached", lambda parts: False)
+    monkeypatch.setattr(threading.Thread, "start", start_others)
+    for reader in readers:
+        with ReadAhead([places(reader, key) for key in STATE]) as ahead:
+            for index, (key, value) in enumerate(list(STATE.items())[:20]):
+                ahead.reading(index)
+                assert torch.equal(reader.read(key), value)
+
+
+def test_a_file_system_that_is_not_asynchronous_is_asked_by_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, asking = MemoryFileSystem.cat_ranges, threading.Lock()
+
+    def on_one_connection(*args: Any, **kwargs: Any) -> Any:
+        assert asking.acquire(blocking=False)  # else answers would be mixed up, as with FTP
+        time.sleep(0.01)
+        asking.release()
+        return answer(*args, **kwargs)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_ranges", on_one_connection)
+    state = {str(number): torch.randn(30_000) for number in range(9)}
+    MemoryFileSystem().pipe("/one/model.safetensors", save(state))
+    reader = open_checkpoint("memory://one/model.safetensors")
+    keys = list(state)[::2]  # too far from each other for one request
+    with ReadAhead([places(reader, key) for key in keys]) as ahead:
+        for index, key in enumerate(keys):
+            ahead.reading(index)
+            assert torch.equal(reader.read(key), state[key])
 
 
 @pytest.mark.parametrize("times", [2, 100])

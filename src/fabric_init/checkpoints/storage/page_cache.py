@@ -43,7 +43,8 @@ class BackgroundReading:
 
     def __init__(self, parts: Iterable[tuple[Path, int, int]]) -> None:
         self._stopped = False
-        threading.Thread(target=self._run, args=(parts,), name="fabric_init read-ahead", daemon=True).start()
+        with suppress(RuntimeError):  # this process can start no thread
+            threading.Thread(target=self._run, args=(parts,), name="fabric_init read-ahead", daemon=True).start()
 
     def stop(self) -> None:
         """Begin no more parts."""

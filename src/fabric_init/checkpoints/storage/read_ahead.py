@@ -143,7 +143,7 @@ class ReadAhead:
         self._waiting.clear()
         if error is not None and self._background is not None:
             self._background.stop()
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(wait=error is None, cancel_futures=True)  # an error waits for no server
 
     def reading(self, index: int) -> None:
         """Say that reads before ``index`` are done."""
@@ -214,10 +214,14 @@ class ReadAhead:
                     return
                 self._waiting.popleft()
                 if piece.left > 0 and piece.last >= self._index:  # else it was read already
+                    piece.buffer = self._free.pop() if self._free else bytearray(PIECE_BYTES)
+                    try:
+                        piece.data = self._pool.submit(piece.file.request, piece.start, piece.stop, piece.buffer)
+                    except RuntimeError:  # this process can start no thread: reads do without
+                        self._waiting.clear()
+                        return
                     self._held += size
                     self._requested.append(piece)
-                    piece.buffer = self._free.pop() if self._free else bytearray(PIECE_BYTES)
-                    piece.data = self._pool.submit(piece.file.request, piece.start, piece.stop, piece.buffer)
 
     def _release(self, piece: _Piece) -> None:
         if piece.data is not None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +30,9 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
 _FILES = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt")
 # What a web server is asked for under a URL that names no file. (fsspec would fetch the page and look for links in it.)
 _USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+_ONE_AT_A_TIME = threading.Lock()
+"""For file systems that are not asynchronous: one of FTP, say, has one connection, on which answers would be mixed up."""
 
 
 def is_url(text: str) -> bool:
@@ -203,9 +208,10 @@ class RemoteBytes:
             else:
                 starts, stops = [start for start, _ in ranges], [stop for _, stop in ranges]
                 places = [self.path.location] * len(ranges)
-                parts = self.path.filesystem.cat_ranges(places, starts, stops, on_error="raise")
-                if _version_of(self._details()) != self._version:
-                    raise ChangedError
+                with nullcontext() if self.path.filesystem.async_impl else _ONE_AT_A_TIME:
+                    parts = self.path.filesystem.cat_ranges(places, starts, stops, on_error="raise")
+                    if _version_of(self._details()) != self._version:
+                        raise ChangedError
         for (start, stop), data in zip(ranges, parts, strict=True):
             if len(data) != stop - start:
                 raise CheckpointFormatError(
