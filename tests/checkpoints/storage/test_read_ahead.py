@@ -212,7 +212,9 @@ def test_a_process_that_can_start_no_thread_reads_without_reading_ahead(
                 assert torch.equal(reader.read(key), value)
 
 
-def test_a_file_system_that_is_not_asynchronous_is_asked_by_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_that_is_not_asynchronous_is_asked_by_one_thread_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     answer, asking = MemoryFileSystem.cat_ranges, threading.Lock()
 
     def on_one_connection(*args: Any, **kwargs: Any) -> Any:

@@ -32,7 +32,7 @@ _FILES = (".safetensors", ".json", ".bin", ".pt", ".pth", ".ckpt")
 _USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 _ONE_AT_A_TIME = threading.Lock()
-"""For file systems that are not asynchronous: one of FTP, say, has one connection, on which answers would be mixed up."""
+"""For file systems that are not asynchronous: that of FTP, say, has one connection, where answers would be mixed up."""
 
 
 def is_url(text: str) -> bool:
