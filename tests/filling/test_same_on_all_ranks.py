@@ -68,3 +68,38 @@ def test_ranks_have_after_setup_what_plain_ddp_gives_them(options: dict[str, Any
 def test_what_differs_has_values_when_nothing_was_loaded() -> None:
     found, expected = (run_ranks(2, _set_up, ours=ours, options={}, after="nothing") for ours in (True, False))
     assert found == expected
+
+
+class Unwritten(nn.Module):
+    """With a parameter that has no init: a load is to bring it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.scale = nn.Parameter(torch.empty(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.scale
+
+
+def _loaded_on(ours: bool, early: int) -> dict[str, list[Any]]:
+    """Load on one rank before setup; where that is not rank 0, on all ranks after it, too."""
+    kind: Any = Fabric if ours else lightning.Fabric
+    fabric = kind(accelerator="cpu", devices=2, strategy="ddp")
+    fabric.launch()
+    with fabric.init_module(**({"empty_init": True} if ours else {})):
+        model = Unwritten()
+    state = {"linear.weight": torch.ones(3, 3), "linear.bias": torch.ones(3), "scale": torch.full((3,), 2.0)}
+    if fabric.global_rank == early:
+        model.load_state_dict(state)
+    wrapped = fabric.setup(model)
+    if early:
+        wrapped.load_state_dict({name: value + 1 for name, value in state.items()})
+    wrapped(torch.ones(1, 3)).sum().backward()
+    return {name: parameter.tolist() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("early", [0, 1])
+def test_what_one_rank_has_loaded_before_setup_is_sent_from_rank_0_only(early: int) -> None:
+    found, expected = (run_ranks(2, _loaded_on, ours=ours, early=early) for ours in (True, False))
+    assert found == expected

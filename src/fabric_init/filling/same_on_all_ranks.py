@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -12,6 +13,7 @@ from fabric_init.checkpoints.tensor_checksums import tensor_checksum
 from fabric_init.distributed.agreement import Agreement, digest_of
 from fabric_init.distributed.checked_broadcast import CheckedBroadcast
 from fabric_init.filling.init_missing import initialize_some
+from fabric_init.guard.waiting_tensors import waits
 from fabric_init.planning.digest import init_lines
 from fabric_init.planning.tensors import Kind, registered_tensors
 from fabric_init.recording.tensor.wrappers import is_wrapper
@@ -40,9 +42,12 @@ def send_what_differs(model: nn.Module, is_sent: Callable[[str, Kind], bool], ag
     names = agreement.from_all([name for name in theirs if theirs[name] != found.get(name)])
     agreement.run_together(_WHAT, lambda: initialize_some(model, names))
     held = {name: tensor for name, _, tensor in registered_tensors(model)}
+    sent = agreement.from_rank_zero([name for name in names if not waits(held[name])])  # no own init: a load is to come
     with CheckedBroadcast(_WHAT) as ranks, torch.no_grad():
-        for name in names:
-            buffer = held[name].detach().to(ranks.device, copy=True).contiguous()
+        for name in sent:
+            buffer = torch.empty(held[name].size(), dtype=held[name].dtype, device=ranks.device)
+            if dist.get_rank() == 0:
+                buffer.copy_(held[name])
             ranks.roll_call()
             ranks.broadcast(buffer)
             held[name].copy_(buffer)
