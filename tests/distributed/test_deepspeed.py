@@ -283,6 +283,20 @@ def test_load_raw_after_setup_reaches_the_masters(
         assert_close(trained, after)
 
 
+def load_file_of_this_rank(strategy: str, folder: Path) -> dict[str, Tensor]:
+    fabric, model, _ = set_up(strategy, "transformerish", empty_init=True)
+    fabric.load_raw(folder / f"{fabric.global_rank}.pt", model)
+    return weights(model)
+
+
+@pytest.mark.parametrize("strategy", ["deepspeed_stage_2", "deepspeed_stage_3"])
+def test_load_raw_loads_the_file_that_rank_0_names(strategy: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path / "0.pt", "transformerish")
+    torch.save({name: value + 1 for name, value in torch.load(path).items()}, tmp_path / "1.pt")
+    for found in run_ranks(2, load_file_of_this_rank, strategy=strategy, folder=tmp_path):
+        assert_same(found, weights(one_device("transformerish", checkpoint=path)))
+
+
 # -- what a rank reads and keeps ---------------------------------------------------------------------------------------
 
 

@@ -176,6 +176,7 @@ class DeepSpeedStrategy(DeferredInitMixin, lightning_deepspeed.DeepSpeedStrategy
         super().save_checkpoint(path, state, *args, **kwargs)
 
     def load_checkpoint(self, path: Any, state: Any = None, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        path = self.broadcast(path)  # as Lightning's, of a file: that of rank 0 counts
         if Path(path).is_file() and not _is_part_of_theirs(Path(path)):  # it is one that any other strategy saved
             with self.loading_into(state):
                 return Strategy.load_checkpoint(self, path, state, *args, **kwargs)
