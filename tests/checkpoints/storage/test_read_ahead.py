@@ -107,10 +107,12 @@ class Counting:
     def __init__(self, answer: Callable[[int, int], bytes]) -> None:
         self.ahead: ReadAhead | None = None
         self.asked: list[tuple[int, int]] = []
+        self.buffers = 0
         self._answer = answer
 
     def request(self, start: int, stop: int, buffer: bytearray) -> bytes:
         self.asked.append((start, stop))
+        self.buffers += len(buffer)
         return self._answer(start, stop)
 
 
@@ -129,6 +131,13 @@ def test_no_more_is_requested_than_the_bound_before_it_is_taken() -> None:
             assert len(file.asked) <= index + 3
     assert sorted(file.asked) == [(at * piece, (at + 1) * piece) for at in range(6)]
     assert file.ahead is None
+
+
+def test_small_pieces_take_no_more_memory_than_they_have_bytes() -> None:
+    file = Counting(content)
+    with ReadAhead([[Place(file, at << 20, (at << 20) + 100)] for at in range(500)]):
+        pass
+    assert file.buffers <= 500 * 100
 
 
 def test_a_tensor_larger_than_the_bound_flows_through_it() -> None:

@@ -214,7 +214,7 @@ class ReadAhead:
                     return
                 self._waiting.popleft()
                 if piece.left > 0 and piece.last >= self._index:  # else it was read already
-                    piece.buffer = self._free.pop() if self._free else bytearray(PIECE_BYTES)
+                    piece.buffer = self._buffer(size)
                     try:
                         piece.data = self._pool.submit(piece.file.request, piece.start, piece.stop, piece.buffer)
                     except RuntimeError:  # this process can start no thread: reads do without
@@ -223,9 +223,16 @@ class ReadAhead:
                     self._held += size
                     self._requested.append(piece)
 
+    def _buffer(self, size: int) -> bytearray:
+        """Return memory for a request, not much more than ``size``: of small pieces, thousands are held at once."""
+        if size <= PIECE_BYTES // 2:
+            return bytearray(size)
+        return self._free.pop() if self._free else bytearray(PIECE_BYTES)
+
     def _release(self, piece: _Piece) -> None:
         if piece.data is not None:
-            if piece.data.done() and not piece.copying and piece.buffer is not None:
-                self._free.append(piece.buffer)  # new memory costs more than a copy of it
+            whole = piece.buffer is not None and len(piece.buffer) == PIECE_BYTES
+            if whole and piece.data.done() and not piece.copying:
+                self._free.append(cast(bytearray, piece.buffer))  # new memory costs more than a copy of it
             piece.data = piece.buffer = None
             self._held -= piece.stop - piece.start
