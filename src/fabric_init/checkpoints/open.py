@@ -21,10 +21,11 @@ def open_checkpoint(
 ) -> CheckpointReader:
     """Open a checkpoint; no weight is read.
 
-    Files are recognized by their first bytes. In a folder ``model.safetensors`` is preferred, then a safetensors index or
-    a single safetensors file, then the metadata of ``torch.distributed.checkpoint`` (which is what sharded strategies
-    save), then a DeepSpeed checkpoint, then ``pytorch_model.bin``, a torch index or a single torch file, then a single
-    GGUF file, which may be split. Formats of :func:`~fabric_init.checkpoints.register_reader` are asked first.
+    Files are recognized by their first bytes. In a folder ``model.safetensors`` is preferred, then a safetensors index
+    or a single safetensors file, then the metadata of ``torch.distributed.checkpoint`` (which is what sharded
+    strategies save), then a DeepSpeed checkpoint, then ``pytorch_model.bin``, a torch index or a single torch file,
+    then a single GGUF file, which may be split. Formats of :func:`~fabric_init.checkpoints.register_reader` are asked
+    first.
 
     Args:
         path: a file, the folder it lies in, its ``*.index.json``, a DeepSpeed folder, a URL for fsspec (``s3://…``), or
