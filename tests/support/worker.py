@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-_MOST_MEMORY = 24 << 30  # of addresses: maps count, and memory that is not touched. Perceiver takes 11 GiB, and what is left of others
+_MOST_MEMORY = 24 << 30  # of addresses: maps count, and memory that is not touched. Perceiver alone takes 11 GiB
 _EAGER_SECONDS = 25
 
 
