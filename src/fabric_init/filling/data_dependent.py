@@ -40,7 +40,7 @@ def check_decisions(prepared: PreparedPlan) -> None:
         here = LoadedMemory(tape, loaded, reader, as_recorded, exact=exact)
         of_load = {storage for storage in loaded if storage in tape.storages}
         for look, replaced in _looked_at(tape, of_load):
-            before = seen_in(tape, look, here.only(_known(tape, look, of_load)), exact=exact)
+            before = seen_in(tape, look, here.without(of_load - _known(tape, look, of_load)), exact=exact)
             if not _is_seen(before, tape, look, here, exact=exact):
                 keys = {each.key for storage in replaced for each in loaded[storage]}
                 raise CheckpointMismatchError(_message(plan, look, keys))

@@ -105,9 +105,12 @@ class PlanValues:
 
     def _computed(self, groups: dict[int, list[int]]) -> Iterator[tuple[int, Tensor]]:
         """Yield what loads bring into shared memory, and what is computed from loads; take it out of ``groups``."""
+        loads: dict[tuple[Tape, torch.device], LoadedMemory] = {}
         for (tape, device, _), storages in self._derived(groups).items():
             to = all_on(device)
-            brought = LoadedMemory(tape, self.loaded, self.reader, to, exact=self.exact)
+            if (tape, device) not in loads:
+                loads[tape, device] = LoadedMemory(tape, self.loaded, self.reader, to, exact=self.exact)
+            brought = loads[tape, device]
             memories = replay_with(tape, storages, brought, exact=self.exact, to=to)
             for storage in storages:
                 memory, positions = memories.pop(storage), groups.pop(storage)
@@ -116,6 +119,7 @@ class PlanValues:
                 for position in positions:
                     yield position, self._kept(memory, position)
                 del memory  # not kept while the next one is read
+            brought.release()
 
     def _derived(
         self, groups: Mapping[int, Sequence[int]]

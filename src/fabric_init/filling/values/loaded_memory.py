@@ -39,32 +39,41 @@ class LoadedMemory(Mapping[int, torch.UntypedStorage]):
         self._loaded = {} if reader is None else {each: loaded[each] for each in loaded if each in tape.storages}
         self._earlier = Brought(tape, to, but=self._loaded)
         self._made: dict[int, torch.UntypedStorage] = {}
+        self._hidden: frozenset[int] = frozenset()
 
     def __getitem__(self, storage: int) -> torch.UntypedStorage:
-        if storage not in self._loaded:
+        if not self._is_loaded(storage):
             return self._earlier[storage]
         if storage not in self._made:
             assert self._reader is not None
             values = [(each, read_as(self._reader, each.key, each.ref.size, None)) for each in self._loaded[storage]]
-            others, device = self.only(self._loaded.keys() - {storage}), self._to(self._tape.storages[storage].device)
+            others, device = self.without({storage}), self._to(self._tape.storages[storage].device)
             self._made[storage] = memory_with(values, storage, self._tape, others, device, exact=self._exact)
         return self._made[storage]
 
     def __contains__(self, storage: object) -> bool:
-        return storage in self._loaded or storage in self._earlier
+        return self._is_loaded(storage) or storage in self._earlier
 
     def __iter__(self) -> Iterator[int]:
-        yield from self._loaded
+        yield from filter(self._is_loaded, self._loaded)
         yield from self._earlier
 
     def __len__(self) -> int:
         return len(list(iter(self)))
 
-    def only(self, storages: Collection[int]) -> LoadedMemory:
-        """Return the same, as if the present load brought nothing for others than ``storages``."""
+    def without(self, storages: Collection[int]) -> LoadedMemory:
+        """Return the same, as if the present load brought nothing for ``storages``."""
         other = copy.copy(self)
-        other._loaded = {storage: there for storage, there in self._loaded.items() if storage in storages}
+        other._hidden = self._hidden.union(storages)
         return other
+
+    def release(self) -> None:
+        """Keep no memory alive; what is asked for again is made again."""
+        self._made.clear()
+        self._earlier.clear()
+
+    def _is_loaded(self, storage: object) -> bool:
+        return storage in self._loaded and storage not in self._hidden
 
 
 def memory_with(
