@@ -12,6 +12,8 @@ all other code in C++ torch itself refuses the memory: see ``begin_unmarked`` in
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import wraps
 from types import FrameType
 from typing import Any
 
@@ -32,45 +34,48 @@ def _has_memory(found: StorageTag, tensor: Tensor) -> bool:
     return found.memory is not None or (not later.block_is_open and later.has_value(tensor))
 
 
-def _read(recorder: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with DisableTorchFunction():
-        found = recorded(args[0])
-        if found is None:
-            return func(*args, **kwargs)
-        result = func(recorder.look_at(args[0]), *args[1:], **kwargs)
-        if found.memory is None and hasattr(result, "flags"):
-            result.flags.writeable = False  # a write could not reach the recorded tensor: let NumPy raise
-        return result
+def _of_recorded(handle: Callable[..., Any]) -> Handler:
+    """Return a handler that lets plain tensors alone, and calls ``handle`` with the recording of others."""
+
+    @wraps(handle)
+    def handler(recorder: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with DisableTorchFunction():
+            found = recorded(args[0])
+            return func(*args, **kwargs) if found is None else handle(recorder, found, func, args, kwargs)
+
+    return handler
 
 
-def _format(recorder: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@_of_recorded
+def _read(recorder: Any, found: StorageTag, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    result = func(recorder.look_at(args[0]), *args[1:], **kwargs)
+    if found.memory is None and hasattr(result, "flags"):
+        result.flags.writeable = False  # a write could not reach the recorded tensor: let NumPy raise
+    return result
+
+
+@_of_recorded
+def _format(recorder: Any, found: StorageTag, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What is shown to people decides nothing, so it is no look. A DTensor prints its shard like this."""
-    with DisableTorchFunction():
-        found = recorded(args[0])
-        if found is None:
-            return func(*args, **kwargs)
-        if not args[1] and not found.tape.after_block.block_is_open:
-            return repr(args[0])
-        return func(recorder.true_value(args[0]), *args[1:], **kwargs)
+    if not args[1] and not found.tape.after_block.block_is_open:
+        return repr(args[0])
+    return func(recorder.true_value(args[0]), *args[1:], **kwargs)
 
 
-def _dlpack(recorder: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@_of_recorded
+def _dlpack(recorder: Any, found: StorageTag, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Hand out the true values by DLPack, in a block read-only, which NumPy can say and torch does not listen to."""
-    with DisableTorchFunction():
-        found = recorded(args[0])
-        if found is None:
-            return func(*args, **kwargs)
-        value = recorder.look_at(args[0])
-        if found.memory is not None or kwargs.get("copy"):
-            return func(value, *args[1:], **kwargs)
-        if kwargs.get("max_version") is None or _is_asked_by(torch.utils.dlpack.from_dlpack.__code__):
-            raise RecordingError(
-                "DLPack in a recorded block: the tensor has no memory to share yet, and what is written there would be "
-                "lost. Use the tensor itself, tensor.numpy(), or copy=True, or do it after the block."
-            )
-        array = value.numpy()
-        array.flags.writeable = False
-        return array.__dlpack__(**{name: given for name, given in kwargs.items() if name != "stream"})
+    value = recorder.look_at(args[0])
+    if found.memory is not None or kwargs.get("copy"):
+        return func(value, *args[1:], **kwargs)
+    if kwargs.get("max_version") is None or _is_asked_by(torch.utils.dlpack.from_dlpack.__code__):
+        raise RecordingError(
+            "DLPack in a recorded block: the tensor has no memory to share yet, and what is written there would be "
+            "lost. Use the tensor itself, tensor.numpy(), or copy=True, or do it after the block."
+        )
+    array = value.numpy()
+    array.flags.writeable = False
+    return array.__dlpack__(**{name: given for name, given in kwargs.items() if name != "stream"})
 
 
 def _is_asked_by(code: Any) -> bool:
@@ -93,31 +98,25 @@ def _by_python(recorder: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str
         return target
 
 
-def _storage(recorder: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@_of_recorded
+def _storage(recorder: Any, found: StorageTag, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the storage with the values, if they can be had; otherwise the one on meta, which answers for itself."""
-    with DisableTorchFunction():
-        tensor, found = args[0], recorded(args[0])
-        if found is None:
-            return func(tensor)
-        if _has_memory(found, tensor):
-            return func(found.tape.after_block.value(tensor, "be read"))
-        return func(tensor)
+    tensor = args[0]
+    return func(found.tape.after_block.value(tensor, "be read") if _has_memory(found, tensor) else tensor)
 
 
-def _data_ptr(recorder: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+@_of_recorded
+def _data_ptr(recorder: Any, found: StorageTag, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the address of the values, or what stands for it while there is none."""
-    with DisableTorchFunction():
-        tensor, found = args[0], recorded(args[0])
-        if found is None:
-            return func(tensor)
-        if _has_memory(found, tensor):
-            return func(found.tape.after_block.value(tensor, "be read"))
-        if not tensor.numel():
-            return 0  # as torch
-        if _saves(sys._getframe(2)):
-            tensor._held = recorder.look_at(tensor)  # as long as the tensor, which is how long the bytes may be read
-            return tensor._held.data_ptr()
-        return Address(found, recorded_ref(tensor, found.storage).offset * tensor.element_size())
+    tensor = args[0]
+    if _has_memory(found, tensor):
+        return func(found.tape.after_block.value(tensor, "be read"))
+    if not tensor.numel():
+        return 0  # as torch
+    if _saves(sys._getframe(3)):
+        tensor._held = recorder.look_at(tensor)  # as long as the tensor, which is how long the bytes may be read
+        return tensor._held.data_ptr()
+    return Address(found, recorded_ref(tensor, found.storage).offset * tensor.element_size())
 
 
 def _is_set_to(recorder: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -144,18 +143,15 @@ def _saves(frame: FrameType | None) -> bool:
     return False
 
 
-def _share_memory(recorder: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with DisableTorchFunction():
-        found = recorded(args[0])
-        if found is None:
-            return func(*args, **kwargs)
-        later: Any = found.tape.after_block
-        if found.memory is None and later.block_is_open:
-            raise RecordingError(
-                f"share_memory_() in a recorded constructor: the tensor of shape {tuple(args[0].shape)} has no memory "
-                "to share yet. Call it after the model has been materialized."
-            )
-        return func(later.value(args[0], "be read"))
+@_of_recorded
+def _share_memory(recorder: Any, found: StorageTag, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    later: Any = found.tape.after_block
+    if found.memory is None and later.block_is_open:
+        raise RecordingError(
+            f"share_memory_() in a recorded constructor: the tensor of shape {tuple(args[0].shape)} has no memory "
+            "to share yet. Call it after the model has been materialized."
+        )
+    return func(later.value(args[0], "be read"))
 
 
 _NUMBERS = (Tensor.__float__, Tensor.__int__, Tensor.__index__, Tensor.__complex__)
